@@ -1,0 +1,38 @@
+"""ddim_fast: a fast DDIM sampler (Song, Meng, Ermon 2020, arXiv 2010.02502).
+
+import ddim_fast as df
+
+model = df.load_model("fashion")
+sampler = df.DDIMSampler(df.NoiseSchedule.linear(), num_inference_steps=50, eta=0.0)
+images = sampler.sample(model, shape=(64, 1, 28, 28), seed=0)
+"""
+
+from ._version import __version__
+from .kernels.contract import StepCoefficients
+from .kernels.dispatch import ddim_step
+from .kernels.noise import NoiseStream, sample_seeds, standard_normals
+from .models import load_model
+from .plan import PlannedStep, SamplingPlan
+from .sampler import DDIMSampler, Timing, Trajectory
+from .schedule import NoiseSchedule, make_schedule
+from .timesteps import explicit_timesteps, respaced_timesteps, select_timesteps
+
+__all__ = [
+    "DDIMSampler",
+    "NoiseSchedule",
+    "NoiseStream",
+    "PlannedStep",
+    "SamplingPlan",
+    "StepCoefficients",
+    "Timing",
+    "Trajectory",
+    "__version__",
+    "ddim_step",
+    "explicit_timesteps",
+    "load_model",
+    "make_schedule",
+    "respaced_timesteps",
+    "sample_seeds",
+    "select_timesteps",
+    "standard_normals",
+]

@@ -1,0 +1,163 @@
+"""A sampling plan: every step of a run as data, worked out once, in float64, before the first model call.
+
+The plan holds explicit pairs (t, t_prev) and, for each, one row of coefficients. Kernels see nothing else: schedule,
+prediction type, eta and clipping end here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from .kernels.contract import StepCoefficients
+from .schedule import NoiseSchedule
+
+BEFORE_FIRST = -1
+"""The timestep of clean data, after the last step."""
+
+
+def _epsilon(alpha_bar_t: float) -> tuple[float, float, float, float]:
+    """m = eps, so x0 = (x_t - sqrt(1 - alpha_bar_t) m) / sqrt(alpha_bar_t): equation 9 of the DDIM paper."""
+    if alpha_bar_t == 0:
+        raise ValueError(
+            "epsilon prediction cannot say what x0 is where alpha_bar_t = 0 (zero terminal SNR): "
+            "use a model with prediction_type 'v_prediction' or 'sample', or timesteps that leave the last one out"
+        )
+    return 1 / math.sqrt(alpha_bar_t), -math.sqrt(1 - alpha_bar_t) / math.sqrt(alpha_bar_t), 0.0, 1.0
+
+
+def _sample(alpha_bar_t: float) -> tuple[float, float, float, float]:
+    """m = x0, so eps = (x_t - sqrt(alpha_bar_t) m) / sqrt(1 - alpha_bar_t); where alpha_bar_t = 1 there is no noise to predict."""
+    if alpha_bar_t == 1:
+        return 0.0, 1.0, 0.0, 0.0
+    return 0.0, 1.0, 1 / math.sqrt(1 - alpha_bar_t), -math.sqrt(alpha_bar_t) / math.sqrt(1 - alpha_bar_t)
+
+
+def _v_prediction(alpha_bar_t: float) -> tuple[float, float, float, float]:
+    """m = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0 (Salimans and Ho 2022, arXiv 2202.00512), solved for x0 and eps."""
+    signal, noise = math.sqrt(alpha_bar_t), math.sqrt(1 - alpha_bar_t)
+    return signal, -noise, noise, signal
+
+
+PREDICTION_TYPES: dict[str, Callable[[float], tuple[float, float, float, float]]] = {
+    "epsilon": _epsilon,
+    "sample": _sample,
+    "v_prediction": _v_prediction,
+}
+"""What the model's output m means: alpha_bar_t -> (x0_x, x0_m, eps_x, eps_m) with x0 = x0_x x_t + x0_m m, eps = eps_x x_t + eps_m m."""
+
+ETA_SCALES = ("std_dev", "variance")
+"""What eta multiplies: the standard deviation of the noise (the paper, equation 16), or its variance (eta_variance = eta_paper^2)."""
+
+
+def ddpm_variance(alpha_bar_t: float, alpha_bar_prev: float) -> float:
+    """Variance of a step at eta = 1: (1 - alpha_bar_prev) / (1 - alpha_bar_t) beta_t, beta_t = 1 - alpha_bar_t / alpha_bar_prev."""
+    if alpha_bar_prev == 1:
+        return 0.0
+    return (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """From timestep ``t`` to ``t_prev`` (-1: clean data): the step's cumulative products, its noise, and its row."""
+
+    index: int
+    t: int
+    t_prev: int
+    alpha_bar_t: float
+    alpha_bar_prev: float
+    std_dev_t: float
+    coefficients: StepCoefficients
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """All steps of a run. Frozen and hashable: two equal plans give the same samples.
+
+    Args:
+        schedule: the noise schedule the model was trained with.
+        timesteps: which timesteps to visit, strictly decreasing: what the functions of ``timesteps`` return.
+        prediction_type: what the model predicts, a key of ``PREDICTION_TYPES``.
+        eta: 0 is deterministic DDIM, 1 adds as much noise as DDPM.
+        eta_scales: what eta multiplies, "std_dev" (the paper) or "variance".
+        sigma_hat: add the paper's larger DDPM noise, sqrt(1 - alpha_bar_t / alpha_bar_prev), with the direction term of eta = 1
+            (appendix D.3). Needs eta = 1.
+        set_alpha_to_one: the last step goes to alpha_bar = 1 (clean data); otherwise to alpha_bar_0, as some models were sampled.
+        clip_sample_range: clip the predicted x0 to [-range, range]; no clipping if none.
+        use_clipped_model_output: derive eps again from the clipped x0, so that the two agree (GLIDE and guided-diffusion do).
+
+    Raises:
+        ValueError: an argument is unknown or out of range; eta asks for more noise than a step has room for; epsilon prediction at
+            zero terminal SNR.
+    """
+
+    schedule: NoiseSchedule
+    timesteps: tuple[int, ...]
+    prediction_type: str = "epsilon"
+    eta: float = 0.0
+    eta_scales: str = "std_dev"
+    sigma_hat: bool = False
+    set_alpha_to_one: bool = True
+    clip_sample_range: float | None = None
+    use_clipped_model_output: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        _check_choice("eta_scales", self.eta_scales, ETA_SCALES)
+        if not (isinstance(self.eta, (int, float)) and math.isfinite(self.eta) and self.eta >= 0):
+            raise ValueError(f"eta must be a finite number, 0 (deterministic) or more, got {self.eta!r}")
+        if self.sigma_hat and self.eta != 1:
+            raise ValueError(f"sigma_hat is DDPM's larger noise and needs eta = 1, got eta = {self.eta}")
+        if self.clip_sample_range is not None and not 0 < self.clip_sample_range < math.inf:
+            raise ValueError(
+                f"clip_sample_range must be positive and finite (None: no clipping), got {self.clip_sample_range}"
+            )
+        if self.use_clipped_model_output and self.clip_sample_range is None:
+            raise ValueError(
+                "use_clipped_model_output derives eps from the clipped x0: it needs a clip_sample_range, got None"
+            )
+        self.steps  # noqa: B018  (worked out now, so that errors come here)
+
+    @property
+    def num_inference_steps(self) -> int:
+        return len(self.timesteps)
+
+    @cached_property
+    def steps(self) -> tuple[PlannedStep, ...]:
+        following = (*self.timesteps[1:], BEFORE_FIRST)
+        return tuple(
+            self._step(i, t, t_prev) for i, (t, t_prev) in enumerate(zip(self.timesteps, following, strict=True))
+        )
+
+    def _step(self, index: int, t: int, t_prev: int) -> PlannedStep:
+        final = 1.0 if self.set_alpha_to_one else float(self.schedule.alphas_cumprod[0])
+        alpha_bar_t, alpha_bar_prev = self.schedule.alpha_bar(t), self.schedule.alpha_bar(t_prev, final)
+        variance = ddpm_variance(alpha_bar_t, alpha_bar_prev)
+        scaled = variance * (self.eta**2 if self.eta_scales == "std_dev" else self.eta)
+        # In float64 the difference can come out just below zero where it is zero: at eta = 1, for many step counts.
+        room = 1 - alpha_bar_prev
+        if scaled > room * (1 + 1e-9):
+            most = room / variance if self.eta_scales == "variance" else math.sqrt(room / variance)
+            raise ValueError(
+                f"a step cannot add more noise than its target holds: from t = {t} to {t_prev}, eta may be at most {most:.6g}, "
+                f"got {self.eta}"
+            )
+        prev_eps = math.sqrt(max(room - scaled, 0.0))
+        std_dev_t = math.sqrt(scaled)
+        if self.sigma_hat and t_prev != BEFORE_FIRST:
+            std_dev_t = math.sqrt(1 - alpha_bar_t / alpha_bar_prev)
+        x0_x, x0_m, eps_x, eps_m = PREDICTION_TYPES[self.prediction_type](alpha_bar_t)
+        eps_0 = 0.0
+        if self.use_clipped_model_output and alpha_bar_t < 1:
+            eps_x, eps_m = 1 / math.sqrt(1 - alpha_bar_t), 0.0
+            eps_0 = -math.sqrt(alpha_bar_t) / math.sqrt(1 - alpha_bar_t)
+        clip = math.inf if self.clip_sample_range is None else float(self.clip_sample_range)
+        row = StepCoefficients(x0_x, x0_m, eps_x, eps_m, eps_0, math.sqrt(alpha_bar_prev), prev_eps, std_dev_t, clip)
+        return PlannedStep(index, t, t_prev, alpha_bar_t, alpha_bar_prev, std_dev_t, row)
+
+
+def _check_choice(name: str, value: object, choices) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,379 @@
+// The Python module: chooses an instruction set when it is loaded, splits the work over threads, and has two ways in.
+//
+//   step(...)      takes tensors, and runs if they are plain: CPU, contiguous, equal shapes, known types, no gradient. Otherwise
+//                  it returns None without touching anything, and Python looks closer and finds the words for an error.
+//   run(...)       takes addresses and strides that Python has checked.
+//
+// Python's limited API only, no torch headers: one build serves every Python from 3.10 and every torch.
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "dlpack.h"
+#include "parallel.h"
+#include "step.h"
+
+namespace ddim {
+namespace {
+
+const Kernels* kernels = &kPortable;
+
+// The instruction sets this build has and this processor runs, best first.
+std::vector<const Kernels*> usable_kernels() {
+  std::vector<const Kernels*> usable;
+#ifdef DDIM_WITH_X86
+  // These ask the processor and the operating system: the wide registers must be saved on a task switch, too.
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f")) usable.push_back(&kAvx512);
+  if (avx2) usable.push_back(&kAvx2);
+#endif
+  usable.push_back(&kPortable);
+  return usable;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- running
+// Elements per thread below which a second thread costs more than it saves.
+constexpr int64_t kGrain = 32768, kNoiseGrain = 8192;
+
+bool one_row(const Step& s) {
+  if (s.seeds || s.thresholds) return false;
+  for (const Tensor* t : {&s.x_t, &s.model_output, &s.model_output_uncond, &s.noise, &s.x_prev, &s.x0})
+    if (t->data && t->stride != s.n_elements) return false;
+  return true;
+}
+
+void run_step(Step s, int threads) {
+  if (s.n_samples == 0 || s.n_elements == 0) return;
+  if (one_row(s)) {
+    s.n_elements *= s.n_samples;
+    s.n_samples = 1;
+  }
+  // Parts begin at multiples of the grain within the flattened batch; within a sample at multiples of 4, where noise counters begin.
+  const int64_t grain = s.seeds ? kNoiseGrain : kGrain;
+  parallel_for(s.n_samples * s.n_elements, grain, threads, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t sample = begin / s.n_elements, first = begin - sample * s.n_elements;
+      const int64_t last = std::min(s.n_elements, first + (end - begin));
+      // Round the seam inside a sample down to a multiple of 4 on both of its sides, so that neighbours agree on it.
+      const Range range{sample, first & ~int64_t{3}, last == s.n_elements ? last : last & ~int64_t{3}};
+      if (range.begin < range.end) kernels->step(s, range);
+      begin += last - first;
+    }
+  });
+}
+
+// Work on few elements is over before releasing the interpreter's lock would have paid.
+constexpr int64_t kReleaseLock = 65536;
+
+void run_unlocked(const Step& s, int threads) {
+  if (s.n_samples * s.n_elements < kReleaseLock) return run_step(s, threads);
+  PyThreadState* state = PyEval_SaveThread();
+  run_step(s, threads);
+  PyEval_RestoreThread(state);
+}
+
+// ------------------------------------------------------------------------------------------------------ what torch is asked
+PyObject *tensor_type, *get_num_threads, *s_requires_grad, *s_packed;
+const dlpack::ExchangeApi* exchange = nullptr;  // null before torch 2.10: then step() refuses, and Python checks at its own pace
+
+struct Reference {
+  PyObject* object;
+  explicit Reference(PyObject* o) : object(o) {}
+  ~Reference() { Py_XDECREF(object); }
+  Reference(const Reference&) = delete;
+  Reference& operator=(const Reference&) = delete;
+};
+
+bool read_any(PyObject* object, dlpack::Tensor* t) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != tensor_type) return false;
+  return exchange->tensor_from_object(object, t) == 0 && t->device.type == dlpack::kCpu;
+}
+
+void* address_of(const dlpack::Tensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
+
+bool contiguous(const dlpack::Tensor& t) {
+  if (!t.strides) return true;
+  int64_t expected = 1;
+  for (int32_t d = t.ndim - 1; d >= 0; --d) {
+    if (t.shape[d] != 1 && t.strides[d] != expected) return false;
+    expected *= t.shape[d];
+  }
+  return true;
+}
+
+bool read_dtype(const dlpack::DataType& type, DType* out) {
+  if (type.lanes != 1) return false;
+  if (type.code == dlpack::kFloat && type.bits == 32) return *out = kFloat32, true;
+  if (type.code == dlpack::kFloat && type.bits == 16) return *out = kFloat16, true;
+  if (type.code == dlpack::kBFloat && type.bits == 16) return *out = kBFloat16, true;
+  return false;
+}
+
+// Reads a plain tensor of the shape of `like` (null: of any shape). False: not plain, or an exception.
+bool read_tensor(PyObject* object, const dlpack::Tensor* like, int64_t stride, Tensor* out, dlpack::Tensor* t) {
+  if (!read_any(object, t) || !read_dtype(t->dtype, &out->dtype) || !contiguous(*t)) return false;
+  if (like && (t->ndim != like->ndim || !std::equal(t->shape, t->shape + t->ndim, like->shape))) return false;
+  out->data = address_of(*t);
+  out->stride = stride;
+  return true;
+}
+
+bool read_tensor(PyObject* object, const dlpack::Tensor* like, int64_t stride, Tensor* out) {
+  dlpack::Tensor t;
+  return read_tensor(object, like, stride, out, &t);
+}
+
+// The kernels record no gradients: a tensor that may want one is left to Python to judge.
+bool without_gradient(PyObject* object) {
+  Reference attribute(PyObject_GetAttr(object, s_requires_grad));
+  return attribute.object == Py_False;
+}
+
+// Reads a plain one-dimensional tensor with an entry for each sample.
+bool read_per_sample(PyObject* object, uint8_t code, uint8_t bits, int64_t n_samples, const void** out) {
+  dlpack::Tensor t;
+  if (!read_any(object, &t) || t.dtype.code != code || t.dtype.bits != bits || t.dtype.lanes != 1) return false;
+  if (t.ndim != 1 || t.shape[0] != n_samples || !contiguous(t)) return false;
+  *out = address_of(t);
+  return true;
+}
+
+constexpr size_t kItemSize[] = {4, 2, 2};
+
+// Tensors of one shape, contiguous: writing is safe where memory is the same element for element, or not shared at all.
+bool safe_to_write(const Tensor& written, const Tensor& read, int64_t n) {
+  if (!read.data) return true;
+  const char *w = static_cast<char*>(written.data), *r = static_cast<char*>(read.data);
+  if (w == r) return kItemSize[written.dtype] == kItemSize[read.dtype];
+  return w + n * static_cast<int64_t>(kItemSize[written.dtype]) <= r || r + n * static_cast<int64_t>(kItemSize[read.dtype]) <= w;
+}
+
+bool read_coefficients(PyObject* packed, Step* s) {
+  if (!PyBytes_Check(packed) || PyBytes_Size(packed) != static_cast<Py_ssize_t>(sizeof(Coefficients) + sizeof(uint32_t))) return false;
+  const char* bytes = PyBytes_AsString(packed);
+  uint32_t clipped;
+  std::memcpy(&s->c, bytes, sizeof s->c);
+  std::memcpy(&clipped, bytes + sizeof s->c, sizeof clipped);
+  s->clipped = clipped != 0;
+  return true;
+}
+
+int thread_count(int64_t n, bool noise) {
+  if (n <= (noise ? kNoiseGrain : kGrain)) return 1;
+  Reference count(PyObject_CallNoArgs(get_num_threads));
+  return count.object ? static_cast<int>(PyLong_AsLong(count.object)) : 1;
+}
+
+enum StepArgument { kXt, kModelOutput, kCoefficients, kUncond, kGuidance, kNoiseTensor, kSeeds, kNoiseStep, kNoiseStream, kThresholds, kXPrev, kX0,
+                    kNumStepArguments };
+
+bool read_step(PyObject* const* a, Step* s, int64_t* total) {
+  dlpack::Tensor like;
+  if (!exchange || !read_tensor(a[kXt], nullptr, 0, &s->x_t, &like) || like.ndim < 1) return false;
+  s->n_samples = like.shape[0];
+  s->n_elements = 1;
+  for (int32_t d = 1; d < like.ndim; ++d) s->n_elements *= like.shape[d];
+  const int64_t stride = s->n_elements;
+  *total = s->n_samples * s->n_elements;
+  s->x_t.stride = stride;
+  if (!read_tensor(a[kModelOutput], &like, stride, &s->model_output)) return false;
+  if (s->model_output.dtype != s->x_t.dtype && s->x_t.dtype != kFloat32) return false;
+  if (!without_gradient(a[kXt]) || !without_gradient(a[kModelOutput])) return false;
+  {
+    Reference packed(PyObject_GetAttr(a[kCoefficients], s_packed));
+    if (!packed.object || !read_coefficients(packed.object, s)) return false;
+  }
+  if (a[kUncond] != Py_None) {
+    if (!read_tensor(a[kUncond], &like, stride, &s->model_output_uncond) || !without_gradient(a[kUncond])) return false;
+    if (s->model_output_uncond.dtype != s->model_output.dtype) return false;
+    s->guidance_scale = static_cast<float>(PyFloat_AsDouble(a[kGuidance]));
+    if (PyErr_Occurred()) return false;
+  } else if (a[kGuidance] != Py_None) {
+    return false;
+  }
+  const bool given = a[kNoiseTensor] != Py_None, seeded = a[kSeeds] != Py_None;
+  if (given && seeded) return false;
+  if (s->c.noise != 0 && given) {
+    if (!read_tensor(a[kNoiseTensor], &like, stride, &s->noise) || s->noise.dtype != s->x_t.dtype) return false;
+  } else if (s->c.noise != 0) {
+    if (!seeded || !read_per_sample(a[kSeeds], dlpack::kInt, 64, s->n_samples, reinterpret_cast<const void**>(&s->seeds))) return false;
+    const unsigned long step = PyLong_AsUnsignedLong(a[kNoiseStep]), stream = PyLong_AsUnsignedLong(a[kNoiseStream]);
+    if (PyErr_Occurred() || step > 0xffffffffu || stream > 0xffffffffu || s->n_elements > int64_t{1} << 34) return false;
+    s->noise_step = static_cast<uint32_t>(step);
+    s->noise_stream = static_cast<uint32_t>(stream);
+  }
+  if (a[kThresholds] != Py_None) {
+    if (!s->clipped) return false;
+    if (!read_per_sample(a[kThresholds], dlpack::kFloat, 32, s->n_samples, reinterpret_cast<const void**>(&s->thresholds))) return false;
+  }
+  if (!read_tensor(a[kXPrev], &like, stride, &s->x_prev) || s->x_prev.dtype != s->x_t.dtype) return false;
+  if (a[kX0] != Py_None) {
+    if (!read_tensor(a[kX0], &like, stride, &s->x0) || s->x0.dtype != s->x_t.dtype) return false;
+    if (s->x0.data == s->x_prev.data || !safe_to_write(s->x0, s->x_prev, *total)) return false;
+  }
+  for (const Tensor* read : {&s->x_t, &s->model_output, &s->model_output_uncond, &s->noise}) {
+    if (!safe_to_write(s->x_prev, *read, *total)) return false;
+    if (s->x0.data && !safe_to_write(s->x0, *read, *total)) return false;
+  }
+  return true;
+}
+
+PyObject* py_step(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
+  if (n_arguments != kNumStepArguments) {
+    PyErr_Format(PyExc_TypeError, "step takes %d arguments, got %zd", int{kNumStepArguments}, n_arguments);
+    return nullptr;
+  }
+  Step s{};
+  int64_t total = 0;
+  if (!read_step(a, &s, &total)) {
+    PyErr_Clear();  // whatever went wrong, the checks in Python will say it better
+    Py_RETURN_NONE;
+  }
+  run_unlocked(s, thread_count(total, s.seeds != nullptr));
+  if (PyErr_Occurred()) return nullptr;
+  Py_INCREF(a[kXPrev]);
+  return a[kXPrev];
+}
+
+// run(n_samples, n_elements, tensors, guidance_scale, packed, thresholds, seeds, noise_step, noise_stream, threads); tensors is a
+// tuple of six (address, stride, dtype) for x_t, model_output, model_output_uncond, noise, x_prev, x0; address 0: not given.
+PyObject* py_run(PyObject*, PyObject* arguments) {
+  Step s{};
+  long long n_samples, n_elements, address[6], stride[6];
+  int dtype[6], threads;
+  float guidance;
+  unsigned long long thresholds, seeds;
+  unsigned int noise_step, noise_stream;
+  PyObject* packed;
+#define DDIM_T(i) &address[i], &stride[i], &dtype[i]
+  if (!PyArg_ParseTuple(arguments, "LL((LLi)(LLi)(LLi)(LLi)(LLi)(LLi))fOKKIIi", &n_samples, &n_elements, DDIM_T(0), DDIM_T(1), DDIM_T(2),
+                        DDIM_T(3), DDIM_T(4), DDIM_T(5), &guidance, &packed, &thresholds, &seeds, &noise_step, &noise_stream, &threads))
+    return nullptr;
+#undef DDIM_T
+  if (!read_coefficients(packed, &s)) {
+    PyErr_SetString(PyExc_TypeError, "run: packed coefficients of the wrong type or size");
+    return nullptr;
+  }
+  s.n_samples = n_samples;
+  s.n_elements = n_elements;
+  Tensor* tensors[] = {&s.x_t, &s.model_output, &s.model_output_uncond, &s.noise, &s.x_prev, &s.x0};
+  for (int i = 0; i < 6; ++i) *tensors[i] = {reinterpret_cast<void*>(address[i]), stride[i], static_cast<DType>(dtype[i])};
+  s.guidance_scale = guidance;
+  s.thresholds = reinterpret_cast<const float*>(thresholds);
+  s.seeds = reinterpret_cast<const int64_t*>(seeds);
+  s.noise_step = noise_step;
+  s.noise_stream = noise_stream;
+  run_unlocked(s, threads);
+  Py_RETURN_NONE;
+}
+
+// normals(seeds, n_samples, n_elements, noise_step, noise_stream, z, threads): addresses of int64 seeds and float32 z (n_samples, n_elements)
+PyObject* py_normals(PyObject*, PyObject* arguments) {
+  unsigned long long seeds_address, z_address;
+  long long n_samples, n_elements;
+  unsigned int noise_step, noise_stream;
+  int threads;
+  if (!PyArg_ParseTuple(arguments, "KLLIIKi", &seeds_address, &n_samples, &n_elements, &noise_step, &noise_stream, &z_address, &threads)) return nullptr;
+  const auto* seeds = reinterpret_cast<const int64_t*>(seeds_address);
+  auto* z = reinterpret_cast<float*>(z_address);
+  PyThreadState* state = PyEval_SaveThread();
+  const int64_t per_sample = std::max<int64_t>(1, (n_elements + kNoiseGrain - 1) / kNoiseGrain);
+  parallel_for(n_samples * per_sample, 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t sample = i / per_sample, first = i % per_sample * kNoiseGrain;
+      const int64_t count = std::min<int64_t>(kNoiseGrain, n_elements - first);
+      if (count > 0) kernels->normals(seeds[sample], first, noise_step, noise_stream, z + sample * n_elements + first, count);
+    }
+  });
+  PyEval_RestoreThread(state);
+  Py_RETURN_NONE;
+}
+
+// words(seed, first_counter, noise_step, noise_stream, address, n): four uint32 words for each of n counters
+PyObject* py_words(PyObject*, PyObject* arguments) {
+  long long seed, first_counter, n;
+  unsigned int noise_step, noise_stream;
+  unsigned long long address;
+  if (!PyArg_ParseTuple(arguments, "LLIIKL", &seed, &first_counter, &noise_step, &noise_stream, &address, &n)) return nullptr;
+  kernels->words(seed, first_counter, noise_step, noise_stream, reinterpret_cast<uint32_t*>(address), n);
+  Py_RETURN_NONE;
+}
+
+// triad(a, b, c, scale, n): addresses of float32; a = b * scale + c on the calling thread
+PyObject* py_triad(PyObject*, PyObject* arguments) {
+  unsigned long long a, b, c;
+  float scale;
+  long long n;
+  if (!PyArg_ParseTuple(arguments, "KKKfL", &a, &b, &c, &scale, &n)) return nullptr;
+  PyThreadState* state = PyEval_SaveThread();
+  kernels->triad(reinterpret_cast<float*>(a), reinterpret_cast<const float*>(b), reinterpret_cast<const float*>(c), scale, n);
+  PyEval_RestoreThread(state);
+  Py_RETURN_NONE;
+}
+
+PyObject* py_instruction_sets(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  for (const Kernels* k : usable_kernels()) {
+    Reference name(PyUnicode_FromString(k->name));
+    if (!names || !name.object || PyList_Append(names, name.object) < 0) return nullptr;
+  }
+  return names;
+}
+
+PyObject* py_select(PyObject*, PyObject* arguments) {
+  const char* name;
+  if (!PyArg_ParseTuple(arguments, "s", &name)) return nullptr;
+  for (const Kernels* k : usable_kernels()) {
+    if (std::strcmp(k->name, name) == 0) {
+      kernels = k;
+      Py_RETURN_NONE;
+    }
+  }
+  PyErr_Format(PyExc_ValueError, "instruction set must be one of instruction_sets(), got '%s'", name);
+  return nullptr;
+}
+
+PyObject* py_selected(PyObject*, PyObject*) { return PyUnicode_FromString(kernels->name); }
+
+PyMethodDef methods[] = {
+    {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_step)), METH_FASTCALL, nullptr},
+    {"run", py_run, METH_VARARGS, nullptr},
+    {"normals", py_normals, METH_VARARGS, nullptr},
+    {"words", py_words, METH_VARARGS, nullptr},
+    {"triad", py_triad, METH_VARARGS, nullptr},
+    {"instruction_sets", py_instruction_sets, METH_NOARGS, "The instruction sets usable here, best first."},
+    {"select", py_select, METH_VARARGS, "Use the named instruction set from now on, on every thread."},
+    {"selected", py_selected, METH_NOARGS, "The instruction set in use."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu_step", "The DDIM step in SIMD C++.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+bool import_torch_names() {
+  Reference torch(PyImport_ImportModule("torch"));
+  if (!torch.object) return false;
+  tensor_type = PyObject_GetAttrString(torch.object, "Tensor");
+  get_num_threads = PyObject_GetAttrString(torch.object, "get_num_threads");
+  s_requires_grad = PyUnicode_InternFromString("requires_grad");
+  s_packed = PyUnicode_InternFromString("packed");
+  if (PyErr_Occurred()) return false;
+  Reference capsule(PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__"));
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(
+      capsule.object ? PyCapsule_GetPointer(capsule.object, "dlpack_exchange_api") : nullptr);
+  if (api && api->version.major == 1) exchange = api;
+  PyErr_Clear();
+  return true;
+}
+
+}  // namespace
+}  // namespace ddim
+
+PyMODINIT_FUNC PyInit__cpu_step() {
+  ddim::kernels = ddim::usable_kernels().front();
+  if (!ddim::import_torch_names()) return nullptr;
+  return PyModule_Create(&ddim::definition);
+}

@@ -1,0 +1,62 @@
+// What a DDIM step needs, as plain C: the one agreement between the Python module, the dispatcher and the kernels.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace ddim {
+
+enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kNumDTypes = 3 };
+
+// One step's row, rounded once from float64. Which columns are read depends on whether x0 is clipped:
+//   not clipped   x_prev = fold_x * x_t + fold_m * m + noise * z
+//   clipped       x_prev = clamp(clip_x * x_t + clip_m * m, -clip_bound, clip_bound) + rest_x * x_t + rest_m * m + noise * z
+// where clip_x, clip_m and clip_bound carry the coefficient of x0, so that the clamp's result is added as it is.
+struct Coefficients {
+  float fold_x, fold_m, noise;
+  float clip_x, clip_m, clip_bound;
+  float rest_x, rest_m;
+  float x0_x, x0_m, x0_bound;  // x0 = clamp(x0_x * x_t + x0_m * m, -x0_bound, x0_bound), for the optional x0 output
+  float clip_scale;            // coefficient of x0 in x_prev: per-sample bounds are multiplied by its magnitude
+};
+
+// A batch of samples: sample i starts at data + i * stride elements, and its elements are contiguous. data may be null: not given.
+struct Tensor {
+  void* data;
+  int64_t stride;
+  DType dtype;
+};
+
+struct Step {
+  int64_t n_samples, n_elements;  // samples, elements of each
+  Tensor x_t, model_output, model_output_uncond, noise, x_prev, x0;
+  float guidance_scale;
+  bool clipped;             // x0 is clipped
+  const float* thresholds;  // per-sample bound of x0 (dynamic thresholding), or null
+  const int64_t* seeds;     // per-sample 64-bit seed of in-register noise, or null
+  uint32_t noise_step, noise_stream;
+  Coefficients c;
+};
+
+// The elements [begin, end) of one sample.
+struct Range {
+  int64_t sample, begin, end;
+};
+
+struct Kernels {
+  const char* name;
+  void (*step)(const Step&, Range);
+  // z[0 .. n): the normals of elements first_element .. of the sample with this seed; first_element is a multiple of 4.
+  void (*normals)(int64_t seed, int64_t first_element, uint32_t step, uint32_t stream, float* z, int64_t n);
+  // the four words of each of n consecutive counters, word-major within a counter
+  void (*words)(int64_t seed, int64_t first_counter, uint32_t step, uint32_t stream, uint32_t* words, int64_t n);
+  // a[i] = b[i] * scale + c[i]: the yardstick of the benchmarks
+  void (*triad)(float* a, const float* b, const float* c, float scale, int64_t n);
+};
+
+extern const Kernels kPortable;
+#ifdef DDIM_WITH_X86
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+}  // namespace ddim

@@ -1,0 +1,201 @@
+// The whole DDIM update in one pass over memory, over the same vector type as noise.inl, whose normals() it uses.
+
+// Which columns of a clipped row are not zero: leaving a zero column out saves an operation where the loop is bound by them.
+enum class Rest { kNotClipped, kX, kM, kBoth };
+
+// The coefficients of one sample, spread over vectors.
+struct Row {
+  F fold_x, fold_m, noise, clip_x, clip_m, bound, minus_bound, rest_x, rest_m, x0_x, x0_m, x0_bound, minus_x0_bound, guidance;
+
+  Row(const Step& step, int64_t sample) {
+    Coefficients c = step.c;
+    if (step.thresholds) {
+      // Dynamic thresholding (Imagen, arXiv 2205.11487): x0 = clamp(x0, -s, s) / s * x0_bound, the division folded into the coefficients.
+      const float scale = c.x0_bound / step.thresholds[sample];
+      c.clip_x *= scale;
+      c.clip_m *= scale;
+      c.x0_x *= scale;
+      c.x0_m *= scale;
+    }
+    fold_x = Isa::set(c.fold_x);
+    fold_m = Isa::set(c.fold_m);
+    noise = Isa::set(c.noise);
+    clip_x = Isa::set(c.clip_x);
+    clip_m = Isa::set(c.clip_m);
+    bound = Isa::set(c.clip_bound);
+    minus_bound = Isa::set(-c.clip_bound);
+    rest_x = Isa::set(c.rest_x);
+    rest_m = Isa::set(c.rest_m);
+    x0_x = Isa::set(c.x0_x);
+    x0_m = Isa::set(c.x0_m);
+    x0_bound = Isa::set(c.x0_bound);
+    minus_x0_bound = Isa::set(-c.x0_bound);
+    guidance = Isa::set(step.guidance_scale);
+  }
+};
+
+// Normal is the type of the noise in memory, or void for none.
+template <typename State, typename Output, bool kGuided, Rest kRest, typename Normal, bool kWriteX0>
+struct Loop {
+  static constexpr bool kNoisy = !std::is_void_v<Normal>;
+  using NoiseType = std::conditional_t<kNoisy, Normal, float>;
+  struct Pointers {
+    const State* x_t;
+    const Output* m;
+    const Output* m_uncond;
+    const NoiseType* z;
+    State* x_prev;
+    State* x0;
+  };
+
+  static DDIM_INLINE void one(const Pointers& p, const Row& r, int64_t i) {
+    const F x = Isa::load(p.x_t + i);
+    F m = Isa::load(p.m + i);
+    if constexpr (kGuided) {
+      const F uncond = Isa::load(p.m_uncond + i);
+      m = Isa::fma(r.guidance, Isa::sub(m, uncond), uncond);
+    }
+    F sum;
+    if constexpr (kRest == Rest::kNotClipped) {
+      sum = Isa::fma(r.fold_x, x, Isa::mul(r.fold_m, m));
+    } else {
+      // max and min return their second operand if either is NaN: written so, a NaN passes through.
+      const F scaled_x0 = Isa::fma(r.clip_x, x, Isa::mul(r.clip_m, m));
+      sum = Isa::min(r.bound, Isa::max(r.minus_bound, scaled_x0));
+      if constexpr (kRest != Rest::kM) sum = Isa::fma(r.rest_x, x, sum);
+      if constexpr (kRest != Rest::kX) sum = Isa::fma(r.rest_m, m, sum);
+    }
+    if constexpr (kNoisy) sum = Isa::fma(r.noise, Isa::load(p.z + i), sum);
+    if constexpr (kWriteX0) {
+      F x0 = Isa::fma(r.x0_x, x, Isa::mul(r.x0_m, m));
+      if constexpr (kRest != Rest::kNotClipped) x0 = Isa::min(r.x0_bound, Isa::max(r.minus_x0_bound, x0));
+      Isa::store(p.x0 + i, x0);
+    }
+    Isa::store(p.x_prev + i, sum);
+  }
+
+  static void run(const Pointers& p, const Row& row, int64_t n) {
+    const Row r = row;  // a local copy: stores cannot alias it, so it stays in registers
+    constexpr int w = Isa::kLanes;
+    int64_t i = 0;
+    for (; i + 4 * w <= n; i += 4 * w) {
+      one(p, r, i);
+      one(p, r, i + w);
+      one(p, r, i + 2 * w);
+      one(p, r, i + 3 * w);
+    }
+    for (; i + w <= n; i += w) one_out_of_line(p, row, i);
+    if (i < n) tail(p, row, i, n - i);
+  }
+
+  static __attribute__((noinline)) void one_out_of_line(const Pointers& p, const Row& r, int64_t i) { one(p, r, i); }
+
+  // The last, partial vector goes through buffers of full width: nothing is read or written beyond the tensors.
+  static __attribute__((noinline)) void tail(const Pointers& p, const Row& r, int64_t i, int64_t n) {
+    constexpr int w = Isa::kLanes;
+    alignas(64) State x_t[w] = {}, x_prev[w], x0[w];
+    alignas(64) Output m[w] = {}, m_uncond[w] = {};
+    alignas(64) NoiseType z[w] = {};
+    std::memcpy(x_t, p.x_t + i, n * sizeof(State));
+    std::memcpy(m, p.m + i, n * sizeof(Output));
+    if constexpr (kGuided) std::memcpy(m_uncond, p.m_uncond + i, n * sizeof(Output));
+    if constexpr (kNoisy) std::memcpy(z, p.z + i, n * sizeof(NoiseType));
+    one_out_of_line({x_t, m, m_uncond, z, x_prev, x0}, r, 0);
+    std::memcpy(p.x_prev + i, x_prev, n * sizeof(State));
+    if constexpr (kWriteX0) std::memcpy(p.x0 + i, x0, n * sizeof(State));
+  }
+};
+
+constexpr int64_t kTile = 1024;  // elements of scratch normals: 4 KiB, well inside the first-level cache
+
+template <typename T>
+inline T* at(const Tensor& tensor, Range range) {
+  return tensor.data ? static_cast<T*>(tensor.data) + range.sample * tensor.stride + range.begin : nullptr;
+}
+
+// The noise standard's normals are made tile by tile in the first-level cache, and read from there.
+template <typename L>
+void run_tiles(const Step& step, Range range, typename L::Pointers p, const Row& row) {
+  alignas(64) float z[kTile];
+  p.z = z;
+  const int64_t n = range.end - range.begin;
+  for (int64_t begin = 0; begin < n; begin += kTile) {
+    const int64_t count = std::min(kTile, n - begin);
+    normals(step.seeds[range.sample], range.begin + begin, step.noise_step, step.noise_stream, z, count);
+    L::run(p, row, count);
+    p.x_t += count;
+    p.m += count;
+    if (p.m_uncond) p.m_uncond += count;
+    if (p.x0) p.x0 += count;
+    p.x_prev += count;
+  }
+}
+
+template <typename State, typename Output, bool kGuided, Rest kRest, typename Normal, bool kWriteX0>
+void run_range(const Step& step, Range range) {
+  using L = Loop<State, Output, kGuided, kRest, Normal, kWriteX0>;
+  const Row row(step, range.sample);
+  typename L::Pointers p{at<const State>(step.x_t, range), at<const Output>(step.model_output, range),
+                         at<const Output>(step.model_output_uncond, range), nullptr,
+                         at<State>(step.x_prev, range), at<State>(step.x0, range)};
+  const int64_t n = range.end - range.begin;
+  if constexpr (L::kNoisy) {
+    p.z = at<const Normal>(step.noise, range);
+    if constexpr (std::is_same_v<Normal, float>) {
+      if (!p.z) return run_tiles<L>(step, range, p, row);
+    }
+  }
+  L::run(p, row, n);
+}
+
+// From run-time options to the one loop that has them compiled in, an option at a time. Writing x0 as well is bound by memory:
+// there, leaving a zero column out would only add loops to compile.
+template <typename State, typename Output, bool kGuided, Rest kRest, typename Normal>
+void choose_x0(const Step& step, Range range) {
+  constexpr Rest kGeneral = kRest == Rest::kNotClipped ? Rest::kNotClipped : Rest::kBoth;
+  step.x0.data ? run_range<State, Output, kGuided, kGeneral, Normal, true>(step, range)
+               : run_range<State, Output, kGuided, kRest, Normal, false>(step, range);
+}
+
+template <typename State, typename Output, bool kGuided, Rest kRest>
+void choose_noise(const Step& step, Range range) {
+  if (step.noise.data) return choose_x0<State, Output, kGuided, kRest, State>(step, range);
+  if (step.seeds) return choose_x0<State, Output, kGuided, kRest, float>(step, range);
+  return choose_x0<State, Output, kGuided, kRest, void>(step, range);
+}
+
+template <typename State, typename Output, bool kGuided>
+void choose_rest(const Step& step, Range range) {
+  if (!step.clipped) return choose_noise<State, Output, kGuided, Rest::kNotClipped>(step, range);
+  if (step.c.rest_m == 0) return choose_noise<State, Output, kGuided, Rest::kX>(step, range);
+  if (step.c.rest_x == 0) return choose_noise<State, Output, kGuided, Rest::kM>(step, range);
+  return choose_noise<State, Output, kGuided, Rest::kBoth>(step, range);
+}
+
+template <typename State, typename Output>
+void choose_guidance(const Step& step, Range range) {
+  step.model_output_uncond.data ? choose_rest<State, Output, true>(step, range) : choose_rest<State, Output, false>(step, range);
+}
+
+// The state and the model's output have one type, or the state is float32 beside a half-precision model.
+void step(const Step& step, Range range) {
+  switch (step.x_t.dtype) {
+    case kFloat16: return choose_guidance<Float16, Float16>(step, range);
+    case kBFloat16: return choose_guidance<BFloat16, BFloat16>(step, range);
+    default: break;
+  }
+  switch (step.model_output.dtype) {
+    case kFloat16: return choose_guidance<float, Float16>(step, range);
+    case kBFloat16: return choose_guidance<float, BFloat16>(step, range);
+    default: return choose_guidance<float, float>(step, range);
+  }
+}
+
+void triad(float* a, const float* b, const float* c, float scale, int64_t n) {
+  constexpr int w = Isa::kLanes;
+  const F s = Isa::set(scale);
+  int64_t i = 0;
+  for (; i + 4 * w <= n; i += 4 * w)
+    for (int k = 0; k < 4; ++k) Isa::store(a + i + k * w, Isa::fma(Isa::load(b + i + k * w), s, Isa::load(c + i + k * w)));
+  for (; i < n; ++i) a[i] = std::fma(b[i], scale, c[i]);
+}

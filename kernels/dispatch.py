@@ -1,0 +1,115 @@
+"""Which backend runs a step. BACKENDS is asked in order; the first that has no reason against it runs."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import cpu_step, reference
+from .contract import StepCoefficients, StepInputs, check_inputs
+
+BACKENDS = {backend.name: backend for backend in (cpu_step, reference)}
+"""Modules, best first, each with ``name``, ``unsupported_reasons(inputs) -> list[str]`` and ``run(inputs) -> x_prev``."""
+
+_run_plain = cpu_step.extension.step if cpu_step.extension is not None else None
+_warned = False
+
+
+def ddim_step(
+    x_t: Tensor,
+    model_output: Tensor,
+    coefficients: StepCoefficients,
+    *,
+    model_output_uncond: Tensor | None = None,
+    guidance_scale: float | None = None,
+    noise: Tensor | None = None,
+    seeds: Tensor | None = None,
+    noise_step: int = 0,
+    noise_stream: int = 0,
+    thresholds: Tensor | None = None,
+    out: Tensor | None = None,
+    x0_out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One DDIM update, x_t to x_prev, in a single pass over memory (equation 12 of arXiv 2010.02502).
+
+    Args:
+        x_t: noisy samples ``(B, ...)``, float32, float16, bfloat16 (computed in float32) or float64 (reference only).
+        model_output: what the model predicted for ``x_t``, of the same shape; the same dtype, or a half dtype beside float32.
+        coefficients: the step's row, from a ``SamplingPlan``.
+        model_output_uncond, guidance_scale: with both, ``m = uncond + guidance_scale * (model_output - uncond)``
+            (classifier-free guidance, arXiv 2207.12598).
+        noise: standard normal noise in the shape and dtype of ``x_t``. Read only where the row adds noise.
+        seeds: instead of ``noise``: ``(B,)`` int64, each sample's seed; the noise standard's normals at ``noise_step`` of
+            ``noise_stream`` are then made in registers.
+        thresholds: ``(B,)`` float32: dynamic thresholding, x0 of sample i is multiplied by clip / thresholds[i] before it is clipped.
+        out: where x_prev goes; may be ``x_t`` itself. A new tensor if none.
+        x0_out: where the predicted (and clipped) x0 goes, in the dtype of ``x_t``; nowhere if none.
+        backend: a name in ``BACKENDS``; the first that can if none.
+
+    Returns:
+        x_prev: ``out``, or a new tensor.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule; nothing has been written.
+    """
+    if backend is None and _run_plain is not None:
+        target = torch.empty_like(x_t) if out is None and isinstance(x_t, Tensor) else out
+        result = _run_plain(
+            x_t,
+            model_output,
+            coefficients,
+            model_output_uncond,
+            guidance_scale,
+            noise,
+            seeds,
+            noise_step,
+            noise_stream,
+            thresholds,
+            target,
+            x0_out,
+        )
+        if result is not None:
+            return result
+    inputs = StepInputs(
+        x_t,
+        model_output,
+        coefficients,
+        model_output_uncond,
+        guidance_scale,
+        noise,
+        seeds,
+        noise_step,
+        noise_stream,
+        thresholds,
+        out,
+        x0_out,
+    )
+    check_inputs(inputs)
+    return choose(inputs, backend).run(inputs)
+
+
+def choose(inputs: StepInputs, name: str | None = None):
+    """The backend for checked inputs. Raises ValueError with every reason if the one asked for, or none at all, can run them."""
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    reasons = {}
+    for backend in BACKENDS.values() if name is None else [BACKENDS[name]]:
+        reasons[backend.name] = backend.unsupported_reasons(inputs)
+        if not reasons[backend.name]:
+            _warn_if_slow(backend, inputs)
+            return backend
+    listed = "\n".join(f"  {backend}: {'; '.join(why)}" for backend, why in reasons.items())
+    raise ValueError(f"no backend can run this step:\n{listed}")
+
+
+def _warn_if_slow(backend, inputs: StepInputs) -> None:
+    """Say once that the fast backend is missing, where it would have run."""
+    global _warned
+    if backend is reference and not _warned and cpu_step.extension is None and inputs.x_t.device.type == "cpu":
+        _warned = True
+        warnings.warn(
+            f"ddim_fast computes with its PyTorch reference, which is slower: {cpu_step.missing_reason}", stacklevel=4
+        )
