@@ -1,0 +1,77 @@
+"""What a call costs: a checked ddim_step on 16 elements, out given, beside x.add_(m) and diffusers' step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from interleaved import compare
+from step_case import StepCase
+
+from ddim_fast import ddim_step
+
+CALLS, FEW_CALLS = 1000, 5
+CALLS_OF = {"ours in place": CALLS, "ours out": CALLS, "x.add_(m)": CALLS, "diffusers": FEW_CALLS}
+
+
+def _batches(case: StepCase) -> dict[str, Callable[[], None]]:
+    """``CALLS_OF`` calls each, written out, so that nothing but the loop is timed beside them."""
+    x, m, row, out = case.x_t, case.model_output, case.step.coefficients, case.out
+    diffusers = case.diffusers()["diffusers"]
+
+    def ours_in_place():
+        for _ in range(CALLS):
+            ddim_step(x, m, row, out=x)
+
+    def ours_out():
+        for _ in range(CALLS):
+            ddim_step(x, m, row, out=out)
+
+    def add():
+        for _ in range(CALLS):
+            x.add_(m)
+
+    def diffusers_step():
+        for _ in range(FEW_CALLS):
+            diffusers()
+
+    return {"ours in place": ours_in_place, "ours out": ours_out, "x.add_(m)": add, "diffusers": diffusers_step}
+
+
+def test_overhead(settings, benchmark, show):
+    """Microseconds per call, in batches of 1000 calls."""
+    case = StepCase("eta0", (1, 16))
+    batches = _batches(case)
+    once = {**case.ours(), **case.diffusers(), "x.add_(m)": lambda: case.x_t.add_(case.model_output)}
+
+    def check(name, _):
+        case.prepare()
+        result = once[name]()
+        if name == "x.add_(m)":
+            torch.testing.assert_close(result, (case.start.double() + case.model_output.double()).float())
+        else:
+            case.check(name, result)
+
+    result = compare(batches, check, baseline="ours in place", prepare=case.prepare, **settings.timing)
+    microseconds = {name: result.seconds(name) / CALLS_OF[name] * 1e6 for name in batches}
+    ratios = {name: result.ratio(name) * CALLS / CALLS_OF[name] for name in batches}
+    spreads = {name: result.spread(name) for name in batches}
+    benchmark.extra_info.update(
+        microseconds_per_call=microseconds,
+        ratio_to_baseline=ratios,
+        baseline=result.baseline,
+        spread=spreads,
+        calls_per_batch=CALLS_OF,
+        threads=settings.threads,
+    )
+    for name in batches:
+        cells = {
+            "us": f"{microseconds[name]:.2f}",
+            "ratio": f"{ratios[name]:.2f}",
+            "spread": f"{100 * spreads[name]:.0f}%",
+        }
+        show("a call on 16 elements", call=name, **cells)
+    benchmark.group = "overhead"
+    x, m, row, out = case.start, case.model_output, case.step.coefficients, case.out
+    with torch.inference_mode():
+        benchmark.pedantic(lambda: ddim_step(x, m, row, out=out), rounds=20, iterations=CALLS, warmup_rounds=1)

@@ -1,0 +1,137 @@
+"""The step against everything else that computes it: seconds, ratios, and the share of the memory bandwidth.
+
+Ratios compare like with like: in place with in place, and the rest with ours into a given buffer. Bytes are those
+that the step must read and write, without what the processor reads in order to write. The share of the triad is (our
+bytes per second) / (the triad's), both measured in the same rounds; the share without the call is the same after the
+time of a call on 16 elements has been taken off both.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interleaved import Comparison, compare
+from step_case import VARIANTS, StepCase
+
+SHAPES = [(1, 4, 64, 64), (64, 3, 32, 32), (64, 3, 256, 256)]
+LARGEST = SHAPES[-1]
+TITLE = "the step: time of another / ours, like with like; triad: share of its bandwidth (and without the call)"
+QUICK = {("eta0", SHAPES[0]), ("eta0", SHAPES[1]), ("eta1", SHAPES[0])}
+
+
+def _cases():
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            if shape == LARGEST and dtype != torch.float32:
+                continue
+            for variant in VARIANTS:
+                quick = dtype == torch.float32 and (variant, shape) in QUICK
+                names = variant, "x".join(map(str, shape)), str(dtype).removeprefix("torch.")
+                yield pytest.param(variant, shape, dtype, marks=() if quick else pytest.mark.full, id="-".join(names))
+
+
+@pytest.mark.parametrize(("variant", "shape", "dtype"), list(_cases()))
+def test_step(variant, shape, dtype, settings, benchmark, show):
+    """Time per call of one step, x_t to x_prev."""
+    case, tiny = StepCase(variant, shape, dtype), StepCase(variant, (1, 16), dtype)
+    compiled, missing = case.compiled()
+    ours = case.ours()
+    contenders = {
+        **ours,
+        **case.other_backends(),
+        **case.eager(),
+        **compiled,
+        **case.diffusers(),
+        **case.triads(),
+        **_tiny_calls(tiny),
+    }
+
+    def check(name, result):
+        (tiny if name.startswith("16: ") else case).check(name.removeprefix("16: "), result)
+
+    def prepare():
+        case.prepare()
+        tiny.prepare()
+
+    timing = {**settings.timing, "time_limit": 25.0, "min_rounds": 8} if shape == LARGEST else settings.timing
+    result = compare(contenders, check, baseline="ours out", prepare=prepare, **timing)
+    _record(benchmark, case, result, settings.threads, missing)
+    show(TITLE, **_row(case, result, settings.threads, dtype))
+    benchmark.group = f"step {case.elements} {str(dtype).removeprefix('torch.')}"
+    with torch.inference_mode():
+        benchmark.pedantic(ours["ours out"], rounds=10, iterations=result.calls["ours out"], warmup_rounds=1)
+
+
+def _tiny_calls(tiny: StepCase):
+    """The same calls on 16 elements: what a call costs apart from the elements."""
+    calls = {**tiny.ours(), **tiny.triads()}
+    del calls["ours new"]
+    return {f"16: {name}": call for name, call in calls.items()}
+
+
+def _best(result: Comparison, prefix: str, in_place: bool) -> str | None:
+    names = [n for n in result.rounds if n.startswith(prefix) and n.endswith("in place") == in_place]
+    return min(names, key=result.seconds, default=None)
+
+
+def _triad_shares(case: StepCase, result: Comparison, threads: int) -> dict[str, float]:
+    """In place and out: the share of the one-threaded triad's bandwidth, and that without the call."""
+    if "triad out" not in result.rounds or threads != 1:
+        return {}
+    shares = {}
+    for way in ("in place", "out"):
+        names = f"triad {way}", f"ours {way}", f"16: triad {way}", f"16: ours {way}"
+        more_bytes = case.streams / 3
+        shares[way] = more_bytes * result.ratio(names[0], to=names[1])
+        shares[f"{way}, kernel"] = more_bytes * result.combine(lambda t, o, t16, o16: (t - t16) / (o - o16), *names)
+    return shares
+
+
+def _like_with_like(result: Comparison) -> dict[str, float]:
+    in_place = [name for name in result.rounds if name.endswith("in place") and not name.startswith("16")]
+    out = [name for name in result.rounds if name not in in_place and not name.startswith("16")]
+    ratios = {name: result.ratio(name, to="ours in place") for name in in_place}
+    return ratios | {name: result.ratio(name, to="ours out") for name in out}
+
+
+def _record(benchmark, case: StepCase, result: Comparison, threads: int, missing: dict[str, str]) -> None:
+    benchmark.extra_info.update(
+        result.summary(),
+        elements=case.elements,
+        bytes=case.bytes,
+        bytes_formula=case.bytes_formula,
+        gigabytes_per_second={f"ours {w}": case.bytes / result.seconds(f"ours {w}") / 1e9 for w in ("in place", "out")},
+        ratio_like_with_like=_like_with_like(result),
+        triad_share=_triad_shares(case, result, threads),
+        threads=threads,
+        missing=missing,
+    )
+
+
+def _row(case: StepCase, result: Comparison, threads: int, dtype: torch.dtype) -> dict[str, str]:
+    def per_element(name):
+        return f"{result.seconds(name) / case.elements * 1e9:.3f}"
+
+    def ratio(name, to):
+        return f"{result.ratio(name, to=to):.2f}" if name else "-"
+
+    shares = _triad_shares(case, result, threads)
+    share_texts = {
+        f"triad {way}": f"{shares[way]:.2f} ({shares[way + ', kernel']:.2f})" if shares else "-"
+        for way in ("in place", "out")
+    }
+    return {
+        "variant": case.name,
+        "shape": "x".join(map(str, case.shape)),
+        "dtype": str(dtype).removeprefix("torch."),
+        "ns/el in place": per_element("ours in place"),
+        "out": per_element("ours out"),
+        "new": per_element("ours new"),
+        "diffusers": ratio("diffusers", "ours out"),
+        "eager": ratio("eager", "ours out"),
+        "compile": ratio("torch.compile" if "torch.compile" in result.rounds else None, "ours out"),
+        "compile in place": ratio(_best(result, "torch.compile", True), "ours in place"),
+        "reference": ratio("backend reference" if "backend reference" in result.rounds else None, "ours out"),
+        **share_texts,
+        "spread": f"{100 * result.spread('ours out'):.0f}%",
+    }

@@ -1,0 +1,115 @@
+// Runs every instruction set on the same random steps and noise, and compares the results bit by bit with the portable one.
+// tools/same_bits.sh builds and runs it; csrc/isa_avx512.cpp is compiled over avx512_by_halves.h, so that any x86-64 with AVX2 can run it.
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "step.h"
+
+using namespace ddim;
+
+namespace {
+
+std::mt19937_64 random_bits(1);
+
+// Half of the values are ordinary numbers, the rest arbitrary bits: infinities, NaN and subnormal numbers among them.
+void fill(std::vector<unsigned char>& bytes, DType dtype) {
+  std::normal_distribution<float> normal;
+  for (size_t i = 0; i + 4 <= bytes.size(); i += 4) {
+    uint32_t bits = static_cast<uint32_t>(random_bits());
+    if (random_bits() % 2) {
+      const float x = normal(random_bits);
+      std::memcpy(&bits, &x, 4);
+      if (dtype == kBFloat16) bits = (bits >> 16) * 0x10001u;
+      if (dtype == kFloat16) bits = 0x38003c00u ^ (bits >> 20);
+    }
+    std::memcpy(&bytes[i], &bits, 4);
+  }
+}
+
+size_t item_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+// NaN payloads may differ; that a value is NaN may not.
+bool same(const unsigned char* a, const unsigned char* b, size_t n, DType dtype) {
+  for (size_t i = 0; i < n; ++i) {
+    uint32_t x = 0, y = 0;
+    std::memcpy(&x, a + i * item_size(dtype), item_size(dtype));
+    std::memcpy(&y, b + i * item_size(dtype), item_size(dtype));
+    const uint32_t infinity = dtype == kFloat32 ? 0x7f800000 : dtype == kFloat16 ? 0x7c00 : 0x7f80;
+    const uint32_t magnitude = infinity | (infinity - 1) | (dtype == kFloat32 ? 0x7fffff : dtype == kFloat16 ? 0x3ff : 0x7f);
+    if ((x & magnitude) > infinity && (y & magnitude) > infinity) continue;
+    if (x != y) return false;
+  }
+  return true;
+}
+
+int steps(const Kernels& k) {
+  const DType pairs[][2] = {{kFloat32, kFloat32}, {kFloat16, kFloat16}, {kBFloat16, kBFloat16}, {kFloat32, kFloat16}, {kFloat32, kBFloat16}};
+  std::normal_distribution<float> normal;
+  int cases = 0;
+  for (const auto& [state, output] : pairs)
+    for (int option = 0; option < 96; ++option)
+      for (int64_t n : {0, 1, 3, 15, 16, 17, 63, 64, 65, 127, 129, 2047, 2049, 4100}) {
+        const size_t bytes = static_cast<size_t>(n) * 4 + 64;
+        std::vector<unsigned char> x(bytes), m(bytes), u(bytes), z(bytes), out[2], x0[2];
+        fill(x, state), fill(m, output), fill(u, output), fill(z, state);
+        const int64_t seed = static_cast<int64_t>(random_bits());
+        const float threshold = 1.7f;
+        Step s{};
+        s.n_samples = 1, s.n_elements = n;
+        s.x_t = {x.data(), n, state}, s.model_output = {m.data(), n, output};
+        if (option & 1) s.model_output_uncond = {u.data(), n, output};
+        s.guidance_scale = 2.5f;
+        const int noise = option / 2 % 3, rest = option / 6 % 4;
+        if (noise == 1) s.noise = {z.data(), n, state};
+        if (noise == 2) s.seeds = &seed, s.noise_step = static_cast<uint32_t>(option), s.noise_stream = 1;
+        s.clipped = rest > 0;
+        const float r[] = {normal(random_bits), normal(random_bits), normal(random_bits), normal(random_bits), normal(random_bits)};
+        s.c = {r[0], r[1], 0.3f, r[2], r[3], 0.9f, rest == 2 ? 0 : r[4], rest == 1 ? 0 : r[0], r[2], r[3], 1, 0.9f};
+        if (rest > 0 && option / 48) s.thresholds = &threshold;
+        for (int i = 0; i < 2; ++i) {
+          out[i].assign(bytes, 0xa5), x0[i].assign(bytes, 0xa5);
+          s.x_prev = {out[i].data(), n, state};
+          if (option / 24 % 2) s.x0 = {x0[i].data(), n, state};
+          (i ? k : kPortable).step(s, {0, 0, n});
+        }
+        const size_t used = n * item_size(state);
+        if (!same(out[0].data(), out[1].data(), n, state) || !same(x0[0].data(), x0[1].data(), n, state) ||
+            std::memcmp(&out[0][used], &out[1][used], bytes - used) != 0) {
+          std::printf("%s differs: state %d, output %d, option %d, n %lld\n", k.name, state, output, option, static_cast<long long>(n));
+          return -1;
+        }
+        ++cases;
+      }
+  return cases;
+}
+
+int noise(const Kernels& k) {
+  int cases = 0;
+  for (int64_t n : {1, 2, 5, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 5000}) {
+    const int64_t seed = static_cast<int64_t>(random_bits());
+    const uint32_t step = static_cast<uint32_t>(random_bits()), stream = static_cast<uint32_t>(random_bits() % 5);
+    const int64_t first = static_cast<int64_t>(random_bits() % (1u << 31));
+    std::vector<float> a(n), b(n);
+    std::vector<uint32_t> v(4 * n), w(4 * n);
+    kPortable.normals(seed, 4 * first, step, stream, a.data(), n), k.normals(seed, 4 * first, step, stream, b.data(), n);
+    kPortable.words(seed, first, step, stream, v.data(), n), k.words(seed, first, step, stream, w.data(), n);
+    if (std::memcmp(a.data(), b.data(), 4 * n) != 0 || v != w) {
+      std::printf("%s: noise differs at n %lld\n", k.name, static_cast<long long>(n));
+      return -1;
+    }
+    ++cases;
+  }
+  return cases;
+}
+
+}  // namespace
+
+int main() {
+  for (const Kernels* k : {&kAvx2, &kAvx512}) {
+    const int s = steps(*k), z = noise(*k);
+    if (s < 0 || z < 0) return 1;
+    std::printf("%s: the same bits as portable in %d steps and %d draws of noise\n", k->name, s, z);
+  }
+}

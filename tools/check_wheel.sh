@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Build the sdist and, from it, the wheel; install the wheel into an empty folder and use it outside the repository.
+# usage: tools/check_wheel.sh PYTHON   (a Python with `build`, torch and the other dependencies)
+set -euo pipefail
+python=$(realpath -s "$1")
+cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+"$python" -m build --outdir "$work/dist" . > "$work/log" 2>&1 || { cat "$work/log"; exit 1; }
+"$python" -m pip install --quiet --no-deps --no-index --target "$work/site" "$work"/dist/*.whl
+cd "$work"
+PYTHONPATH="$work/site" "$python" - "$work/site" <<'PY'
+import sys
+from pathlib import Path
+
+import ddim_fast
+from ddim_fast.kernels import cpu_step
+
+assert Path(ddim_fast.__file__).is_relative_to(sys.argv[1]), ddim_fast.__file__
+assert Path(cpu_step.__file__).is_relative_to(sys.argv[1]), cpu_step.__file__
+assert cpu_step.extension is not None, "the wheel has no C++ kernel"
+sampler = ddim_fast.DDIMSampler(ddim_fast.NoiseSchedule.linear(), num_inference_steps=2)
+pictures = sampler.sample(ddim_fast.load_model("fashion"), shape=(1, 1, 28, 28), seed=0)
+assert pictures.isfinite().all()
+print("the wheel works outside the repository:", ", ".join(p.name for p in Path("dist").iterdir()))
+PY

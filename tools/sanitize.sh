@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Build the C++ kernel with AddressSanitizer and UndefinedBehaviorSanitizer, and run its tests on that build.
+# usage: tools/sanitize.sh FOLDER   (the bin folder of an environment with the test dependencies)
+set -euo pipefail
+bin=$(realpath -s "$1")
+cd "$(dirname "$0")/.."
+export DDIM_FAST_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1"
+"$bin/python" setup.py --quiet build --build-lib build/sanitize --build-temp build/sanitize-objects > build-sanitize.log 2>&1 ||
+  { cat build-sanitize.log; exit 1; }
+rm build-sanitize.log
+compiler=${CXX:-c++}
+# Leaks are not looked for: the interpreter and torch keep memory until the end on purpose.
+ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
+LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libubsan.so) $($compiler -print-file-name=libstdc++.so.6)" \
+PYTHONPATH=$PWD/build/sanitize DDIM_FAST_SANITIZED=1 \
+  "$bin/pytest" tests/test_step.py tests/test_noise.py tests/test_extension.py "${@:2}"
