@@ -107,7 +107,13 @@ def main() -> None:
     show_default=True,
     help="How the timesteps are spread.",
 )
-@click.option("--schedule", type=click.Choice(sorted(SCHEDULES)), default="linear", show_default=True, help="The model's noise schedule. The shipped model knows linear only.")  # fmt: skip
+@click.option(
+    "--schedule",
+    type=click.Choice(sorted(SCHEDULES)),
+    default="linear",
+    show_default=True,
+    help="The model's noise schedule. The shipped model knows linear only.",
+)
 @click.option(
     "--batch-size",
     type=click.IntRange(1),

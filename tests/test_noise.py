@@ -46,7 +46,7 @@ def hex_words(text):
     return [int(word, 16) for word in text.split()]
 
 
-# Random123 1.14, tests/kat_vectors, the lines "philox4x32 7" and "philox4x32 10": counter, key, answer
+# Random123, tests/kat_vectors, the lines "philox4x32 7" and "philox4x32 10": counter, key, answer
 KNOWN_ANSWERS = [
     (7, "00000000 00000000 00000000 00000000", "00000000 00000000", "5f6fb709 0d893f64 4f121f81 4f730a48"),
     (7, "ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "5207ddc2 45165e59 4d8ee751 8c52f662"),

@@ -14,7 +14,6 @@ import copy
 import hashlib
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -24,8 +23,7 @@ from data import DEFAULT_DIRECTORY, load_split
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "ddim_fast"))
-import metrics
+from ddim_fast import metrics
 
 MAXIMUM_SHIFT = 2
 LABEL_SMOOTHING = 0.1

@@ -2,8 +2,8 @@
 
     python training/train_fashion.py --out runs/fashion --minutes 120
 
-Stops after the minutes asked for (or --images), with the learning rate brought to zero by then; writes a checkpoint every minute and goes on
-from it when started again. ``--export`` writes the averaged weights as float16 safetensors.
+Stops after the minutes asked for, with the learning rate brought to zero by then; writes a checkpoint every minute and goes on from it when
+started again. The averaged weights end up in ``fashion.safetensors``, in float16, as ``ddim_fast/weights`` has them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -23,12 +22,13 @@ from optimizer import Muon, split_parameters
 from safetensors.torch import save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "ddim_fast"))
-from unet import SmallUNet
+from ddim_fast.schedule import NoiseSchedule
+from ddim_fast.unet import SmallUNet
 
 NUM_TRAIN_TIMESTEPS = 1000
 LABEL_DROPOUT = 0.1
-alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, NUM_TRAIN_TIMESTEPS, dtype=torch.float64), 0)
+schedule = NoiseSchedule.linear(NUM_TRAIN_TIMESTEPS)
+alphas_cumprod = torch.tensor(schedule.alphas_cumprod)
 # Half of the timesteps are drawn uniformly, half with a normal distribution over the log signal-to-noise ratio (after EDM,
 # arXiv 2206.00364): the linear betas spend half of all timesteps where hardly any signal is left.
 LOG_SNR_MEAN, LOG_SNR_STD = 1.3, 2.4
@@ -42,10 +42,9 @@ def timestep_cdf() -> Tensor:
 
 
 def velocity_loss(model, x0: Tensor, labels: Tensor, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Mean squared error of v at timesteps ``t`` ``(B,)``."""
     noise = torch.randn(x0.shape, generator=generator)
-    signal = alphas_cumprod[t].sqrt().float()[:, None, None, None]
-    std = (1 - alphas_cumprod[t]).sqrt().float()[:, None, None, None]
-    return F.mse_loss(model(signal * x0 + std * noise, t, labels), signal * noise - std * x0)
+    return F.mse_loss(model(schedule.add_noise(x0, noise, t), t, labels), schedule.velocity(x0, noise, t))
 
 
 @torch.no_grad()
@@ -65,7 +64,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DEFAULT_DIRECTORY)
     parser.add_argument("--minutes", type=float, default=120.0, help="time to train for, over all runs")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--multiplier", type=int, default=2)
+    parser.add_argument("--multiplier", type=int, default=3)
     parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--adamw-lr", type=float, default=2e-3)
@@ -104,8 +103,16 @@ def main() -> None:
 
     def save() -> None:
         temporary = checkpoint.with_suffix(".tmp")
-        torch.save(dict(model=model.state_dict(), average=average.state_dict(), optimizers=[o.state_dict() for o in optimizers],
-                        step=step, seconds=seconds, generator=generator.get_state(), torch_rng=torch.get_rng_state()), temporary)  # fmt: skip
+        state = dict(
+            model=model.state_dict(),
+            average=average.state_dict(),
+            optimizers=[o.state_dict() for o in optimizers],
+            step=step,
+            seconds=seconds,
+            generator=generator.get_state(),
+            torch_rng=torch.get_rng_state(),
+        )
+        torch.save(state, temporary)
         temporary.replace(checkpoint)
 
     total, running, last_save, saves = args.minutes * 60, [], time.monotonic(), 0
