@@ -6,6 +6,7 @@ import math
 import struct
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -45,10 +46,11 @@ class StepCoefficients:
     clip: float = math.inf
 
     def __post_init__(self) -> None:
-        if not self.clip > 0:
-            raise ValueError(f"clip must be positive (infinity for no clipping), got {self.clip}")
-        for name in ("x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps", "prev_noise"):
-            value = getattr(self, name)
+        if not 0 < self.clip <= _FLOAT32_MAX and self.clip != math.inf:
+            raise ValueError(f"clip must be positive and within float32 (infinity for no clipping), got {self.clip}")
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        columns |= dict(zip(("folded x_t", "folded m"), self.folded, strict=True)) | {"x0 in x_prev": self.x0_total}
+        for name, value in columns.items():
             if not abs(value) <= _FLOAT32_MAX:
                 raise ValueError(
                     f"every coefficient of a step must be finite in float32, got {name} = {value}: "
@@ -96,6 +98,7 @@ class StepCoefficients:
 
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
+_COLUMNS = ("x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps", "prev_noise")
 
 
 @dataclass
@@ -159,6 +162,8 @@ def _check_sample(x_t: Tensor) -> None:
     _check_tensor("x_t", x_t)
     if not x_t.dtype.is_floating_point:
         raise TypeError(f"x_t must be floating point, got {x_t.dtype}: convert it, for instance with .float()")
+    if x_t.element_size() < 2:
+        raise TypeError(f"x_t must have at least 16 bits an element, got {x_t.dtype}: convert it, for instance with .bfloat16()")
     if x_t.ndim < 1:
         raise ValueError("x_t must have a batch dimension, got a tensor with none: use x_t.unsqueeze(0)")
 
@@ -199,8 +204,10 @@ def _check_guidance(inputs: StepInputs) -> None:
         raise TypeError(
             f"model_output_uncond must have the dtype of model_output, {inputs.model_output.dtype}, got {inputs.model_output_uncond.dtype}"
         )
-    if not math.isfinite(inputs.guidance_scale):
-        raise ValueError(f"guidance_scale must be finite, got {inputs.guidance_scale}")
+    if not isinstance(inputs.guidance_scale, Real):
+        raise TypeError(f"guidance_scale must be a number, got {inputs.guidance_scale!r}")
+    if not abs(inputs.guidance_scale) <= _FLOAT32_MAX:
+        raise ValueError(f"guidance_scale must be finite in float32, got {inputs.guidance_scale}")
 
 
 def _check_noise(inputs: StepInputs) -> None:
@@ -217,6 +224,8 @@ def _check_noise(inputs: StepInputs) -> None:
     _check_per_sample("seeds", inputs.seeds, torch.int64, inputs.x_t)
     for name in ("noise_step", "noise_stream"):
         value = getattr(inputs, name)
+        if not isinstance(value, Integral):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
         if not 0 <= value < 1 << 32:
             raise ValueError(f"{name} must be in [0, 2**32), got {value}")
     n_elements = math.prod(inputs.x_t.shape[1:])
@@ -246,17 +255,31 @@ def _check_thresholds(inputs: StepInputs) -> None:
             "thresholds scale x0 into [-clip, clip]: they need coefficients with a finite clip, got clip = inf"
         )
     _check_per_sample("thresholds", inputs.thresholds, torch.float32, inputs.x_t)
+    # Elsewhere than on the CPU, looking would wait for the device.
+    if inputs.thresholds.device.type == "cpu" and bool((inputs.thresholds <= 0).any()):
+        raise ValueError(f"thresholds must be positive, got {inputs.thresholds.min().item()}")
 
 
 def _check_writable(name: str, written: Tensor) -> None:
-    if any(stride == 0 and size > 1 for stride, size in zip(written.stride(), written.shape, strict=True)):
+    if _overlaps_itself(written):
         raise ValueError(
-            f"{name} is written to, so its elements must not share memory, got an expanded tensor: use .contiguous()"
+            f"{name} is written to, so its elements must not share memory, got an expanded or self-overlapping tensor "
+            f"of shape {tuple(written.shape)} and strides {written.stride()}: use .contiguous()"
         )
     if written.requires_grad and written.is_leaf and torch.is_grad_enabled():
         raise ValueError(
             f"{name} is written to and must not require gradients: detach it, or work under torch.inference_mode()"
         )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether some dimension steps over less than the dimensions inside it span (as-strided views that interleave count, too)."""
+    span = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < span:
+            return True
+        span += (size - 1) * stride if size > 0 else 0
+    return False
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

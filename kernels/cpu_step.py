@@ -8,6 +8,7 @@ import os
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .contract import StepInputs
 from .noise import standard_normals
@@ -45,13 +46,18 @@ def unsupported_reasons(inputs: StepInputs) -> list[str]:
     tensors = [t for _, t in inputs.reads]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         reasons.append("an input requires gradients, which only the reference computes: use torch.inference_mode()")
-    if any(_is_wrapper(t) for t in tensors):
-        reasons.append("a tensor subclass without memory of its own was given")
+    written = [t for t in (inputs.x_prev, inputs.x0) if t is not None]
+    if any(_is_wrapper(t) for t in (*tensors, *written)):
+        reasons.append("a tensor is a subclass, a lazy negative or inside a torch.func transform: it is no plain memory")
+    if forward_ad._current_level >= 0:
+        reasons.append("forward-mode derivatives are being taken, which only the reference computes")
     return reasons
 
 
 def _is_wrapper(tensor: Tensor) -> bool:
-    return type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_neg()
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_neg():
+        return True
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _by_sample(tensor: Tensor) -> Tensor:

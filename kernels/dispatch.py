@@ -6,6 +6,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import cpu_step, reference
 from .contract import StepCoefficients, StepInputs, check_inputs
@@ -55,7 +56,7 @@ def ddim_step(
     Raises:
         TypeError, ValueError: an argument breaks a rule; nothing has been written.
     """
-    if backend is None and _run_plain is not None:
+    if backend is None and _run_plain is not None and forward_ad._current_level < 0:
         target = torch.empty_like(x_t) if out is None and isinstance(x_t, Tensor) else out
         result = _run_plain(
             x_t,
@@ -72,6 +73,8 @@ def ddim_step(
             x0_out,
         )
         if result is not None:
+            if out is not None or x0_out is not None:
+                _note_writes(out, x0_out)
             return result
     inputs = StepInputs(
         x_t,
@@ -88,7 +91,20 @@ def ddim_step(
         x0_out,
     )
     check_inputs(inputs)
-    return choose(inputs, backend).run(inputs)
+    chosen = choose(inputs, backend)
+    result = chosen.run(inputs)
+    if chosen is not reference:
+        _note_writes(out, x0_out)
+    return result
+
+
+def _note_writes(*written: Tensor | None) -> None:
+    """Tell autograd that kernels have written, as torch's own in-place operations do: what was saved of it for a backward is stale.
+
+    Not under inference mode, where it would cost as much as a small step.
+    """
+    if not torch.is_inference_mode_enabled():
+        torch._C._increment_version([t for t in written if t is not None])
 
 
 def choose(inputs: StepInputs, name: str | None = None):

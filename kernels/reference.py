@@ -62,8 +62,8 @@ def run(inputs: StepInputs) -> Tensor:
         m = uncond + inputs.guidance_scale * (m - uncond)
     if c.clipped:
         x0 = _clip(c.x0_x * x_t + c.x0_m * m, inputs, dtype)
-        eps = c.eps_x * x_t + c.eps_m * m + c.eps_0 * x0
-        x_prev = c.prev_x0 * x0 + c.prev_eps * eps
+        eps = _combine((c.eps_x, x_t), (c.eps_m, m), (c.eps_0, x0))
+        x_prev = _combine((c.prev_x0, x0), (c.prev_eps, eps))
     else:
         fold_x, fold_m = c.folded
         x0 = c.x0_x * x_t + c.x0_m * m if inputs.x0 is not None else None
@@ -75,6 +75,12 @@ def run(inputs: StepInputs) -> Tensor:
     if inputs.x_prev is not None:
         return inputs.x_prev.copy_(x_prev)
     return x_prev.to(inputs.x_t.dtype)
+
+
+def _combine(*terms: tuple[float, Tensor]) -> Tensor:
+    """Sum of the terms whose coefficient is not zero: a column of zeros says that there is no such term, whatever the tensor holds."""
+    present = [coefficient * tensor for coefficient, tensor in terms if coefficient != 0]
+    return sum(present[1:], present[0]) if present else torch.zeros_like(terms[0][1])
 
 
 def _clip(x0: Tensor, inputs: StepInputs, dtype: torch.dtype) -> Tensor:

@@ -41,12 +41,6 @@ def sample(seed=0, shape=(2, 3, 4), dtype=torch.float32):
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).to(dtype)
 
 
-def known_bug(request, condition, reason):
-    """Expect this test to fail, and to stop the suite once it no longer does: then the bug is mended and this line goes."""
-    if condition:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
-
-
 PLAIN, CLIPPED, NOISY = row(), row(clip=1.0), row(prev_noise=0.5)
 SEEDS = torch.tensor([1, 2])
 
@@ -62,7 +56,9 @@ def test_coefficients_are_finite_in_float32(name, value):
 
 @pytest.mark.parametrize("clip", [0.0, -1.0, math.nan, -math.inf])
 def test_clip_is_positive(clip):
-    with pytest.raises(ValueError, match=re.escape(f"clip must be positive (infinity for no clipping), got {clip}")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"clip must be positive and within float32 (infinity for no clipping), got {clip}")
+    ):
         row(clip=clip)
 
 
@@ -85,15 +81,13 @@ def test_largest_float32_is_a_coefficient():
 
 @pytest.mark.parametrize("clip", [1e39, 1e300])
 @per_backend
-def test_clip_beyond_float32_is_refused_or_runs(request, backend, clip):
+def test_clip_beyond_float32_is_refused_or_runs(backend, clip):
     """A finite clip that float32 cannot hold: an error that names it, or a step."""
-    known_bug(request, True, "a clip beyond float32 ends in OverflowError or RuntimeError")
     assert "clip" in (error_of(lambda: ddim_step(sample(), sample(1), row(clip=clip), backend=backend)) or "clip")
 
 
 @per_backend
-def test_products_of_columns_beyond_float32_are_refused_or_run(request, backend):
-    known_bug(request, backend != "reference", "a folded column beyond float32 ends in OverflowError")
+def test_products_of_columns_beyond_float32_are_refused_or_run(backend):
     message = error_of(lambda: ddim_step(sample(), sample(1), row(x0_x=1e30, prev_x0=1e30), backend=backend))
     assert message is None or "float32" in message
 
@@ -278,11 +272,6 @@ ERRORS = {
     "backend": ({"backend": "cuda"}, ValueError, ["backend must be one of cpu, reference", "'cuda'"]),
 }
 
-FAST_PATH_BUGS = {
-    "guidance_scale nan", "guidance_scale inf", "noise shape, not read", "seeds shape, not read", "out is a leaf", "x0_out is a leaf",
-}  # fmt: skip
-EVERY_PATH_BUGS = {"out overlaps itself", "noise_step no integer"}
-
 
 def check_error(name, backend):
     changed, error, parts = ERRORS[name]
@@ -304,13 +293,7 @@ def check_error(name, backend):
 
 @per_backend
 @pytest.mark.parametrize("name", list(ERRORS))
-def test_error_says_the_rule_and_touches_nothing(request, name, backend):
-    known_bug(request, name in EVERY_PATH_BUGS, "the checks miss it")
-    known_bug(
-        request,
-        name in FAST_PATH_BUGS and backend is None,
-        "the plain call in C++ does not look, or does not look at what it does not read",
-    )
+def test_error_says_the_rule_and_touches_nothing(name, backend):
     if name == "backend" and backend is not None:
         pytest.skip("the backend is the argument under test")
     check_error(name, backend)
@@ -370,8 +353,7 @@ def test_outputs_must_be_apart(backend):
 
 @per_backend
 @pytest.mark.parametrize("name", ["seeds", "thresholds"])
-def test_outputs_must_be_apart_from_numbers_of_samples(request, backend, name):
-    known_bug(request, backend is None, "the plain call does not look whether out overlaps seeds or thresholds")
+def test_outputs_must_be_apart_from_numbers_of_samples(backend, name):
     memory = torch.zeros(64, dtype=torch.int64)
     per_sample = memory[:2] if name == "seeds" else (memory.view(torch.float32)[:2].fill_(1.0))
     out = memory.view(torch.float32)[:24].view(2, 3, 4)
@@ -429,8 +411,7 @@ def test_empty_tensors_never_overlap(backend):
 
 
 @pytest.mark.parametrize("which", ["x_t", "model_output", "model_output_uncond", "noise", "thresholds"])
-def test_gradient_inputs_go_to_the_reference(request, which):
-    known_bug(request, which in ("noise", "thresholds"), "the plain call drops gradients of noise and thresholds")
+def test_gradient_inputs_go_to_the_reference(which):
     tensors = {
         "x_t": sample(1),
         "model_output": sample(2),
@@ -480,9 +461,8 @@ def test_out_of_a_gradient_step_records_it():
 
 
 @per_backend
-def test_writing_is_seen_by_autograd(request, backend):
+def test_writing_is_seen_by_autograd(backend):
     """x_t is kept for a backward pass, then overwritten by the step: autograd must notice, as with any operation in place."""
-    known_bug(request, backend != "reference", "the kernel does not advance the version counter of what it writes")
     weight, x = torch.ones(2, 3, 4, requires_grad=True), sample()
     product = weight * x
     with torch.no_grad():
@@ -492,8 +472,7 @@ def test_writing_is_seen_by_autograd(request, backend):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-def test_forward_mode_is_not_dropped(request):
-    known_bug(request, True, "the plain call drops forward-mode tangents")
+def test_forward_mode_is_not_dropped():
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(sample(), torch.ones(2, 3, 4))
         tangent = torch.autograd.forward_ad.unpack_dual(ddim_step(dual, sample(1), PLAIN)).tangent
@@ -502,12 +481,17 @@ def test_forward_mode_is_not_dropped(request):
 
 
 @per_backend
-def test_lazy_negation_is_honoured(request, backend):
+def test_lazy_negation_is_honoured(backend):
     """A tensor with torch's negative bit: its memory holds the opposite of its values."""
-    known_bug(request, backend != "reference", "the negative bit of an input (plain call) or output is ignored")
     x, m = sample(), sample(1)
     expected = ddim_step(-x, m, PLAIN, backend="reference")
     out = torch._neg_view(torch.zeros_like(x))
+    if backend is None:
+        # Public views with the bit are strided, which the plain call leaves to the checks in Python; but for a single element.
+        x, m = torch.tensor([[1 + 2j]]).conj().imag, torch.ones(1, 1)
+        assert x.is_neg()
+        torch.testing.assert_close(ddim_step(x, m, PLAIN), ddim_step(x.clone(), m, PLAIN, backend="reference"))
+        return
     if backend == "cpu":  # may refuse either
         for arguments in ((torch._neg_view(x), None), (-x, out)):
             if error_of(ddim_step, arguments[0], m, PLAIN, out=arguments[1], backend=backend) is None:
@@ -594,8 +578,7 @@ def test_seeds_are_not_read_without_noise():
 
 
 @per_backend
-def test_infinite_sample_does_not_depend_on_x0_out(request, backend):
-    known_bug(request, backend != "reference", "0 * infinity is left out without x0_out and is NaN with it")
+def test_infinite_sample_does_not_depend_on_x0_out(backend):
     x, m = torch.full((1, 4), math.inf), torch.zeros(1, 4)
     without = ddim_step(x, m, CLIPPED, backend=backend)
     with_x0 = ddim_step(x, m, CLIPPED, x0_out=torch.zeros(1, 4), backend=backend)

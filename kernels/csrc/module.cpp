@@ -10,6 +10,7 @@
 #include <Python.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -145,12 +146,16 @@ bool read_per_sample(PyObject* object, uint8_t code, uint8_t bits, int64_t n_sam
 
 constexpr size_t kItemSize[] = {4, 2, 2};
 
+// Whether two stretches of memory share nothing. Null shares nothing.
+bool apart(const void* a, size_t a_bytes, const void* b, size_t b_bytes) {
+  const auto *x = static_cast<const char*>(a), *y = static_cast<const char*>(b);
+  return !x || !y || x + a_bytes <= y || y + b_bytes <= x;
+}
+
 // Tensors of one shape, contiguous: writing is safe where memory is the same element for element, or not shared at all.
 bool safe_to_write(const Tensor& written, const Tensor& read, int64_t n) {
-  if (!read.data) return true;
-  const char *w = static_cast<char*>(written.data), *r = static_cast<char*>(read.data);
-  if (w == r) return kItemSize[written.dtype] == kItemSize[read.dtype];
-  return w + n * static_cast<int64_t>(kItemSize[written.dtype]) <= r || r + n * static_cast<int64_t>(kItemSize[read.dtype]) <= w;
+  if (written.data == read.data) return kItemSize[written.dtype] == kItemSize[read.dtype];
+  return apart(written.data, n * kItemSize[written.dtype], read.data, n * kItemSize[read.dtype]);
 }
 
 bool read_coefficients(PyObject* packed, Step* s) {
@@ -174,12 +179,15 @@ enum StepArgument { kXt, kModelOutput, kCoefficients, kUncond, kGuidance, kNoise
 
 bool read_step(PyObject* const* a, Step* s, int64_t* total) {
   dlpack::Tensor like;
+  const void *seeds = nullptr, *thresholds = nullptr;
   if (!exchange || !read_tensor(a[kXt], nullptr, 0, &s->x_t, &like) || like.ndim < 1) return false;
   s->n_samples = like.shape[0];
   s->n_elements = 1;
   for (int32_t d = 1; d < like.ndim; ++d) s->n_elements *= like.shape[d];
   const int64_t stride = s->n_elements;
   *total = s->n_samples * s->n_elements;
+  // A lazily negated view has a stride, and so is not contiguous, unless it is a single element: that one is left to Python.
+  if (*total <= 1) return false;
   s->x_t.stride = stride;
   if (!read_tensor(a[kModelOutput], &like, stride, &s->model_output)) return false;
   if (s->model_output.dtype != s->x_t.dtype && s->x_t.dtype != kFloat32) return false;
@@ -192,29 +200,43 @@ bool read_step(PyObject* const* a, Step* s, int64_t* total) {
     if (!read_tensor(a[kUncond], &like, stride, &s->model_output_uncond) || !without_gradient(a[kUncond])) return false;
     if (s->model_output_uncond.dtype != s->model_output.dtype) return false;
     s->guidance_scale = static_cast<float>(PyFloat_AsDouble(a[kGuidance]));
-    if (PyErr_Occurred()) return false;
+    if (PyErr_Occurred() || !std::isfinite(s->guidance_scale)) return false;
   } else if (a[kGuidance] != Py_None) {
     return false;
   }
-  const bool given = a[kNoiseTensor] != Py_None, seeded = a[kSeeds] != Py_None;
-  if (given && seeded) return false;
-  if (s->c.noise != 0 && given) {
+  // Noise that the row does not add is checked like any, and then not read.
+  const bool given = a[kNoiseTensor] != Py_None, seeded = a[kSeeds] != Py_None, wanted = s->c.noise != 0;
+  if ((given && seeded) || (wanted && !given && !seeded)) return false;
+  if (given) {
     if (!read_tensor(a[kNoiseTensor], &like, stride, &s->noise) || s->noise.dtype != s->x_t.dtype) return false;
-  } else if (s->c.noise != 0) {
-    if (!seeded || !read_per_sample(a[kSeeds], dlpack::kInt, 64, s->n_samples, reinterpret_cast<const void**>(&s->seeds))) return false;
+    if (!without_gradient(a[kNoiseTensor])) return false;
+    if (!wanted) s->noise.data = nullptr;
+  }
+  if (seeded) {
+    if (!read_per_sample(a[kSeeds], dlpack::kInt, 64, s->n_samples, &seeds)) return false;
     const unsigned long step = PyLong_AsUnsignedLong(a[kNoiseStep]), stream = PyLong_AsUnsignedLong(a[kNoiseStream]);
     if (PyErr_Occurred() || step > 0xffffffffu || stream > 0xffffffffu || s->n_elements > int64_t{1} << 34) return false;
     s->noise_step = static_cast<uint32_t>(step);
     s->noise_stream = static_cast<uint32_t>(stream);
+    if (wanted) s->seeds = static_cast<const int64_t*>(seeds);
   }
   if (a[kThresholds] != Py_None) {
-    if (!s->clipped) return false;
-    if (!read_per_sample(a[kThresholds], dlpack::kFloat, 32, s->n_samples, reinterpret_cast<const void**>(&s->thresholds))) return false;
+    if (!s->clipped || !without_gradient(a[kThresholds])) return false;
+    if (!read_per_sample(a[kThresholds], dlpack::kFloat, 32, s->n_samples, &thresholds)) return false;
+    s->thresholds = static_cast<const float*>(thresholds);
+    for (int64_t i = 0; i < s->n_samples; ++i)
+      if (s->thresholds[i] <= 0) return false;
   }
   if (!read_tensor(a[kXPrev], &like, stride, &s->x_prev) || s->x_prev.dtype != s->x_t.dtype) return false;
+  if (a[kXPrev] != a[kXt] && !without_gradient(a[kXPrev])) return false;
   if (a[kX0] != Py_None) {
-    if (!read_tensor(a[kX0], &like, stride, &s->x0) || s->x0.dtype != s->x_t.dtype) return false;
+    if (!read_tensor(a[kX0], &like, stride, &s->x0) || s->x0.dtype != s->x_t.dtype || !without_gradient(a[kX0])) return false;
     if (s->x0.data == s->x_prev.data || !safe_to_write(s->x0, s->x_prev, *total)) return false;
+  }
+  for (const Tensor* written : {&s->x_prev, &s->x0}) {
+    const size_t bytes = *total * kItemSize[written->dtype];
+    if (!apart(written->data, bytes, seeds, s->n_samples * sizeof(int64_t))) return false;
+    if (!apart(written->data, bytes, thresholds, s->n_samples * sizeof(float))) return false;
   }
   for (const Tensor* read : {&s->x_t, &s->model_output, &s->model_output_uncond, &s->noise}) {
     if (!safe_to_write(s->x_prev, *read, *total)) return false;

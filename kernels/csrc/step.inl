@@ -1,6 +1,7 @@
 // The whole DDIM update in one pass over memory, over the same vector type as noise.inl, whose normals() it uses.
 
-// Which columns of a clipped row are not zero: leaving a zero column out saves an operation where the loop is bound by them.
+// Which columns of a clipped row are not zero. A zero column is no term at all, also where it would meet an infinity; and leaving it
+// out saves an operation where the loop is bound by them.
 enum class Rest { kNotClipped, kX, kM, kBoth };
 
 // The coefficients of one sample, spread over vectors.
@@ -148,12 +149,10 @@ void run_range(const Step& step, Range range) {
   L::run(p, row, n);
 }
 
-// From run-time options to the one loop that has them compiled in, an option at a time. Writing x0 as well is bound by memory:
-// there, leaving a zero column out would only add loops to compile.
+// From run-time options to the one loop that has them compiled in, an option at a time.
 template <typename State, typename Output, bool kGuided, Rest kRest, typename Normal>
 void choose_x0(const Step& step, Range range) {
-  constexpr Rest kGeneral = kRest == Rest::kNotClipped ? Rest::kNotClipped : Rest::kBoth;
-  step.x0.data ? run_range<State, Output, kGuided, kGeneral, Normal, true>(step, range)
+  step.x0.data ? run_range<State, Output, kGuided, kRest, Normal, true>(step, range)
                : run_range<State, Output, kGuided, kRest, Normal, false>(step, range);
 }
 
