@@ -50,12 +50,15 @@ def output_tensor(output: Any, like: Tensor) -> Tensor:
             "a model must return a tensor, a tuple that begins with one, or an object with a tensor as .sample, "
             f"got {type(output).__name__}: wrap it in a function that returns its prediction"
         )
+    if found.layout != torch.strided:
+        raise TypeError(f"a model must return a dense tensor, got layout {found.layout}: call .to_dense()")
+    returned = tuple(found.shape)
     learned_variance = found.ndim == like.ndim > 1 and found.shape[1] == 2 * like.shape[1]
     if learned_variance and found.shape != like.shape:
         found = found[:, : like.shape[1]]
     if found.shape != like.shape:
         raise ValueError(
-            f"a model must return the shape of its input, {tuple(like.shape)} (or twice the channels), got {tuple(found.shape)}"
+            f"a model must return the shape of its input, {tuple(like.shape)} (or twice the channels), got {returned}"
         )
     if found.device != like.device:
         raise ValueError(

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from numbers import Real
 
 from .kernels.contract import StepCoefficients
 from .schedule import NoiseSchedule
@@ -106,8 +108,9 @@ class SamplingPlan:
     def __post_init__(self) -> None:
         _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
         _check_choice("eta_scales", self.eta_scales, ETA_SCALES)
-        if not (isinstance(self.eta, (int, float)) and math.isfinite(self.eta) and self.eta >= 0):
-            raise ValueError(f"eta must be a finite number, 0 (deterministic) or more, got {self.eta!r}")
+        _check_eta(self.eta)
+        if any(later >= earlier for earlier, later in pairwise(self.timesteps)) or not self.timesteps:
+            raise ValueError(f"timesteps must be at least one, and strictly decreasing, got {self.timesteps}")
         if self.sigma_hat and self.eta != 1:
             raise ValueError(f"sigma_hat is DDPM's larger noise and needs eta = 1, got eta = {self.eta}")
         if self.clip_sample_range is not None and not 0 < self.clip_sample_range < math.inf:
@@ -118,35 +121,54 @@ class SamplingPlan:
             raise ValueError(
                 "use_clipped_model_output derives eps from the clipped x0: it needs a clip_sample_range, got None"
             )
+        if self.eta > self.largest_eta * (1 + 1e-9):
+            # Rounded down, so that the value named is one that is accepted.
+            raise ValueError(
+                "a step cannot add more noise than its target holds: with these timesteps, eta may be at most "
+                f"{math.floor(self.largest_eta * 1e6) / 1e6}, got {self.eta}"
+            )
         self.steps  # noqa: B018  (worked out now, so that errors come here)
 
     @property
     def num_inference_steps(self) -> int:
         return len(self.timesteps)
 
+    @property
+    def _eta_for_variance(self) -> float:
+        """What multiplies DDPM's variance."""
+        return self.eta**2 if self.eta_scales == "std_dev" else self.eta
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(t, t_prev) of every step."""
+        return tuple(zip(self.timesteps, (*self.timesteps[1:], BEFORE_FIRST), strict=True))
+
+    @property
+    def largest_eta(self) -> float:
+        """The eta at which some step's noise takes all of the variance that its target has, 1 - alpha_bar_prev."""
+        rooms = []
+        for t, t_prev in self.pairs:
+            alpha_bar_t, alpha_bar_prev = self._alpha_bars(t, t_prev)
+            if variance := ddpm_variance(alpha_bar_t, alpha_bar_prev):
+                rooms.append((1 - alpha_bar_prev) / variance)
+        most = min(rooms, default=math.inf)
+        return math.sqrt(most) if self.eta_scales == "std_dev" else most
+
+    def _alpha_bars(self, t: int, t_prev: int) -> tuple[float, float]:
+        final = 1.0 if self.set_alpha_to_one else float(self.schedule.alphas_cumprod[0])
+        return self.schedule.alpha_bar(t), self.schedule.alpha_bar(t_prev, final)
+
     @cached_property
     def steps(self) -> tuple[PlannedStep, ...]:
-        following = (*self.timesteps[1:], BEFORE_FIRST)
-        return tuple(
-            self._step(i, t, t_prev) for i, (t, t_prev) in enumerate(zip(self.timesteps, following, strict=True))
-        )
+        return tuple(self._step(i, t, t_prev) for i, (t, t_prev) in enumerate(self.pairs))
 
     def _step(self, index: int, t: int, t_prev: int) -> PlannedStep:
-        final = 1.0 if self.set_alpha_to_one else float(self.schedule.alphas_cumprod[0])
-        alpha_bar_t, alpha_bar_prev = self.schedule.alpha_bar(t), self.schedule.alpha_bar(t_prev, final)
-        variance = ddpm_variance(alpha_bar_t, alpha_bar_prev)
-        scaled = variance * (self.eta**2 if self.eta_scales == "std_dev" else self.eta)
-        # In float64 the difference can come out just below zero where it is zero: at eta = 1, for many step counts.
-        room = 1 - alpha_bar_prev
-        if scaled > room * (1 + 1e-9):
-            most = room / variance if self.eta_scales == "variance" else math.sqrt(room / variance)
-            raise ValueError(
-                f"a step cannot add more noise than its target holds: from t = {t} to {t_prev}, eta may be at most {most:.6g}, "
-                f"got {self.eta}"
-            )
-        prev_eps = math.sqrt(max(room - scaled, 0.0))
+        alpha_bar_t, alpha_bar_prev = self._alpha_bars(t, t_prev)
+        scaled = ddpm_variance(alpha_bar_t, alpha_bar_prev) * self._eta_for_variance
+        # The largest eta leaves no room for eps; rounding must not make that negative.
+        prev_eps = math.sqrt(max(1 - alpha_bar_prev - scaled, 0.0))
         std_dev_t = math.sqrt(scaled)
-        if self.sigma_hat and t_prev != BEFORE_FIRST:
+        if self.sigma_hat and alpha_bar_prev < 1:  # clean data stays clean
             std_dev_t = math.sqrt(1 - alpha_bar_t / alpha_bar_prev)
         x0_x, x0_m, eps_x, eps_m = PREDICTION_TYPES[self.prediction_type](alpha_bar_t)
         eps_0 = 0.0
@@ -156,6 +178,15 @@ class SamplingPlan:
         clip = math.inf if self.clip_sample_range is None else float(self.clip_sample_range)
         row = StepCoefficients(x0_x, x0_m, eps_x, eps_m, eps_0, math.sqrt(alpha_bar_prev), prev_eps, std_dev_t, clip)
         return PlannedStep(index, t, t_prev, alpha_bar_t, alpha_bar_prev, std_dev_t, row)
+
+
+def _check_eta(eta: object) -> None:
+    try:
+        valid = not isinstance(eta, bool) and isinstance(eta, Real) and 0 <= float(eta) < math.inf
+    except OverflowError:
+        valid = False
+    if not valid:
+        raise ValueError(f"eta must be a finite number, 0 (deterministic) or more, got {eta!r}")
 
 
 def _check_choice(name: str, value: object, choices) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -43,6 +45,13 @@ class Trajectory:
     @property
     def samples(self) -> Tensor:
         return self.x_t[-1]
+
+    def add(self, t: int, x_t: Tensor, x0: Tensor) -> None:
+        """Keep copies, as ordinary tensors also where inference mode is on."""
+        with torch.inference_mode(False):
+            self.timesteps.append(t)
+            self.x_t.append(x_t.clone())
+            self.x0.append(x0.clone())
 
 
 @dataclass
@@ -114,10 +123,9 @@ class DDIMSampler:
             raise TypeError(
                 f"schedule must be a NoiseSchedule, got {type(schedule).__name__}: for instance NoiseSchedule.linear()"
             )
-        if thresholding and not 0 < dynamic_thresholding_ratio <= 1:
-            raise ValueError(f"dynamic_thresholding_ratio must be in (0, 1], got {dynamic_thresholding_ratio}")
-        if thresholding and clip_sample is False:
-            raise ValueError("thresholding clips x0, so clip_sample=False contradicts it: leave one of them out")
+        _check_clipping(clip_sample, clip_sample_range, use_clipped_model_output)
+        if thresholding:
+            _check_thresholding(clip_sample, dynamic_thresholding_ratio, sample_max_value)
         self.schedule = schedule
         self.timesteps = _choose_timesteps(schedule, num_inference_steps, timesteps, timestep_spacing, steps_offset)
         self.prediction_type = prediction_type
@@ -135,7 +143,7 @@ class DDIMSampler:
             eta_scales=eta_scales,
             sigma_hat=sigma_hat,
             set_alpha_to_one=set_alpha_to_one,
-            clip_sample_range=(clip_sample_range or 1.0) if self.clip_sample or use_clipped_model_output else None,
+            clip_sample_range=_or_one(clip_sample_range) if self.clip_sample or use_clipped_model_output else None,
             use_clipped_model_output=use_clipped_model_output,
         )
 
@@ -156,9 +164,11 @@ class DDIMSampler:
                 "leave the sampler's out"
             )
         prediction_type = self.prediction_type or stated or "epsilon"
-        clip_range = self.clip_sample_range or getattr(model, "clip_sample_range", None)
+        clip_range = self.clip_sample_range
+        if clip_range is None:
+            clip_range = getattr(model, "clip_sample_range", None)
         clip = clip_range is not None if self.clip_sample is None else self.clip_sample
-        return _finished_plan(self._plan, prediction_type, (clip_range or 1.0) if clip else None)
+        return _finished_plan(self._plan, prediction_type, _or_one(clip_range) if clip else None)
 
     def sample(
         self,
@@ -211,8 +221,9 @@ class DDIMSampler:
         plan = self.plan(model)
         shape = _check_shape(shape, x_T)
         device, dtype = (x_T.device, x_T.dtype) if x_T is not None else (torch.device(device), dtype)
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be floating point, got {dtype}")
+        for name, value in {"dtype": dtype, "model_dtype": model_dtype}.items():
+            if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+                raise TypeError(f"{name} must be a floating-point torch.dtype such as torch.float16, got {value!r}")
         run = self._start(
             plan,
             shape,
@@ -233,9 +244,7 @@ class DDIMSampler:
             for step in bar:
                 x_t, x0 = self._advance(step, run, calls, guidance_scale, timing, backend)
                 if return_trajectory:
-                    trajectory.timesteps.append(step.t)
-                    trajectory.x_t.append(x_t.clone())
-                    trajectory.x0.append(x0.clone())
+                    trajectory.add(step.t, x_t, x0)
                 if callback is not None and callback(step.index, step.t, x_t, x0) is True:
                     break
         if return_trajectory:
@@ -274,7 +283,12 @@ class DDIMSampler:
         started = time.perf_counter()
         t = run.timesteps[step.index]
         model_input = run.x_t if run.model_input is None else run.model_input.copy_(run.x_t)
-        outputs = [output_tensor(call(model_input, t), run.x_t) for call in calls]
+        outputs = [_apart_from(run.x_t, output_tensor(call(model_input, t), run.x_t)) for call in calls]
+        if len(outputs) == 2 and outputs[0].numel() and outputs[0].data_ptr() == outputs[1].data_ptr():
+            raise ValueError(
+                "with guidance the model is called twice a step, and its second output overwrote the first, got one "
+                "tensor from both calls: return a tensor of its own from each, for instance with .clone()"
+            )
         called = time.perf_counter()
         model_output, uncond = outputs if len(outputs) == 2 else (outputs[0], None)
         scale = None if uncond is None else guidance_scale
@@ -316,6 +330,33 @@ class DDIMSampler:
         return x_t, run.x0
 
 
+def _or_one(clip_sample_range: float | None) -> float:
+    return 1.0 if clip_sample_range is None else clip_sample_range
+
+
+def _check_clipping(clip_sample: bool | None, clip_sample_range: float | None, use_clipped_model_output: bool) -> None:
+    if clip_sample_range is not None and not 0 < clip_sample_range < math.inf:
+        raise ValueError(f"clip_sample_range must be positive and finite, got {clip_sample_range}")
+    if use_clipped_model_output and clip_sample is False:
+        raise ValueError("use_clipped_model_output needs clipping, got clip_sample=False: leave one of them out")
+
+
+def _check_thresholding(clip_sample: bool | None, ratio: float, maximum: float) -> None:
+    if not 0 < ratio <= 1:
+        raise ValueError(f"dynamic_thresholding_ratio must be in (0, 1], got {ratio}")
+    if not 0 < maximum < math.inf:
+        raise ValueError(f"sample_max_value must be positive and finite, got {maximum}")
+    if clip_sample is False:
+        raise ValueError("thresholding clips x0, so clip_sample=False contradicts it: leave one of them out")
+
+
+def _apart_from(x_t: Tensor, model_output: Tensor) -> Tensor:
+    """A copy of a model's output that is another view of its input, since the update overwrites the input."""
+    shared = model_output.untyped_storage().data_ptr() == x_t.untyped_storage().data_ptr()
+    same = model_output.data_ptr() == x_t.data_ptr() and model_output.stride() == x_t.stride()
+    return model_output.clone() if shared and not same else model_output
+
+
 def _choose_timesteps(schedule: NoiseSchedule, count, timesteps, spacing: str, steps_offset: int) -> tuple[int, ...]:
     total = schedule.num_train_timesteps
     if timesteps is None:
@@ -346,7 +387,10 @@ def _check_shape(shape: Sequence[int] | None, x_T: Tensor | None) -> tuple[int, 
         return tuple(x_T.shape)
     if shape is None:
         raise ValueError("shape is needed, for instance shape=(16, 3, 32, 32), where no x_T is given")
-    shape = tuple(int(size) for size in shape)
+    try:
+        shape = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        raise TypeError(f"shape must be integers (batch, channels, ...), got {shape!r}") from None
     if len(shape) < 2 or min(shape) < 0:
         raise ValueError(f"shape must be (batch, channels, ...) with no negative size, got {shape}")
     return shape
@@ -357,15 +401,25 @@ def _per_sample_seeds(seed: int | None, seeds, batch_size: int) -> Tensor:
     if seed is not None and seeds is not None:
         raise ValueError("noise comes from one place: pass seed or seeds, got both")
     if seeds is None:
-        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+        seed = int(torch.randint(2**63 - 1, ())) if seed is None else _integer("seed", seed)
         return torch.from_numpy(sample_seeds(seed, batch_size))
-    if isinstance(seeds, Tensor):
+    if isinstance(seeds, (Tensor, np.ndarray)):
         seeds = seeds.tolist()
+    if not isinstance(seeds, Sequence):
+        raise TypeError(f"seeds must be a list of integers, one per sample, got {seeds!r}: for one number use seed")
     if len(seeds) != batch_size:
         raise ValueError(f"seeds must have one entry per sample, {batch_size}, got {len(seeds)}")
+    seeds = [_integer("a seed", s) for s in seeds]
     if bad := [s for s in seeds if not -(1 << 63) <= s < 1 << 64]:
         raise ValueError(f"a seed must fit in 64 bits, got {bad[0]}")
     return torch.tensor([s - (1 << 64) if s >= 1 << 63 else s for s in seeds], dtype=torch.int64)
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got the {type(value).__name__} {value!r}") from None
 
 
 def _model_calls(

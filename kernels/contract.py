@@ -163,7 +163,9 @@ def _check_sample(x_t: Tensor) -> None:
     if not x_t.dtype.is_floating_point:
         raise TypeError(f"x_t must be floating point, got {x_t.dtype}: convert it, for instance with .float()")
     if x_t.element_size() < 2:
-        raise TypeError(f"x_t must have at least 16 bits an element, got {x_t.dtype}: convert it, for instance with .bfloat16()")
+        raise TypeError(
+            f"x_t must have at least 16 bits an element, got {x_t.dtype}: convert it, for instance with .bfloat16()"
+        )
     if x_t.ndim < 1:
         raise ValueError("x_t must have a batch dimension, got a tensor with none: use x_t.unsqueeze(0)")
 

@@ -48,7 +48,9 @@ def unsupported_reasons(inputs: StepInputs) -> list[str]:
         reasons.append("an input requires gradients, which only the reference computes: use torch.inference_mode()")
     written = [t for t in (inputs.x_prev, inputs.x0) if t is not None]
     if any(_is_wrapper(t) for t in (*tensors, *written)):
-        reasons.append("a tensor is a subclass, a lazy negative or inside a torch.func transform: it is no plain memory")
+        reasons.append(
+            "a tensor is a subclass, a lazy negative or inside a torch.func transform: it is no plain memory"
+        )
     if forward_ad._current_level >= 0:
         reasons.append("forward-mode derivatives are being taken, which only the reference computes")
     return reasons
