@@ -103,6 +103,7 @@ setup(
     # The folder kernels/ is installed as ddim_fast.kernels, so every package is named.
     packages=["ddim_fast", "ddim_fast.kernels"],
     package_dir={"ddim_fast": "ddim_fast", "ddim_fast.kernels": "kernels"},
+    include_package_data=False,  # the sources of the kernel stay in the sdist
     package_data={"ddim_fast": ["py.typed", "weights/*.safetensors", "weights/*.md"]},
     ext_modules=[
         Extension(

@@ -19,7 +19,7 @@ except ImportError as error:
     extension = None
     missing_reason = (
         f"the C++ extension is not there ({error}): install a C++ compiler and reinstall ddim_fast "
-        "(pip install --force-reinstall --no-deps ddim-fast)"
+        "(pip install --force-reinstall --no-deps . in its folder)"
     )
 
 name = "cpu"
