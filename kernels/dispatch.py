@@ -15,6 +15,7 @@ BACKENDS = {backend.name: backend for backend in (cpu_step, reference)}
 """Modules, best first, each with ``name``, ``unsupported_reasons(inputs) -> list[str]`` and ``run(inputs) -> x_prev``."""
 
 _run_plain = cpu_step.extension.step if cpu_step.extension is not None else None
+_is_inference_mode = torch.is_inference_mode_enabled
 _warned = False
 
 
@@ -73,7 +74,7 @@ def ddim_step(
             x0_out,
         )
         if result is not None:
-            if out is not None or x0_out is not None:
+            if not _is_inference_mode():
                 _note_writes(out, x0_out)
             return result
     inputs = StepInputs(
@@ -93,7 +94,7 @@ def ddim_step(
     check_inputs(inputs)
     chosen = choose(inputs, backend)
     result = chosen.run(inputs)
-    if chosen is not reference:
+    if chosen is not reference and not _is_inference_mode():
         _note_writes(out, x0_out)
     return result
 
@@ -101,10 +102,9 @@ def ddim_step(
 def _note_writes(*written: Tensor | None) -> None:
     """Tell autograd that kernels have written, as torch's own in-place operations do: what was saved of it for a backward is stale.
 
-    Not under inference mode, where it would cost as much as a small step.
+    Not done under inference mode, where it would cost as much as a small step.
     """
-    if not torch.is_inference_mode_enabled():
-        torch._C._increment_version([t for t in written if t is not None])
+    torch._C._increment_version([t for t in written if t is not None])
 
 
 def choose(inputs: StepInputs, name: str | None = None):
