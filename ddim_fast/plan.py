@@ -176,7 +176,20 @@ class SamplingPlan:
             eps_x, eps_m = 1 / math.sqrt(1 - alpha_bar_t), 0.0
             eps_0 = -math.sqrt(alpha_bar_t) / math.sqrt(1 - alpha_bar_t)
         clip = math.inf if self.clip_sample_range is None else float(self.clip_sample_range)
-        row = StepCoefficients(x0_x, x0_m, eps_x, eps_m, eps_0, math.sqrt(alpha_bar_prev), prev_eps, std_dev_t, clip)
+        prev_x0 = math.sqrt(alpha_bar_prev)
+        row = StepCoefficients(
+            x0_x,
+            x0_m,
+            eps_x,
+            eps_m,
+            eps_0,
+            prev_x0,
+            prev_eps,
+            std_dev_t,
+            clip,
+            known_x0=prev_x0,
+            known_noise=math.sqrt(1 - alpha_bar_prev),
+        )
         return PlannedStep(index, t, t_prev, alpha_bar_t, alpha_bar_prev, std_dev_t, row)
 
 

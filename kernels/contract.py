@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from numbers import Integral, Real
 
 import torch
@@ -30,6 +31,8 @@ class StepCoefficients:
         eps_0: not zero only where eps is derived again from the clipped x0.
         prev_noise: std_dev_t, the standard deviation of the noise that the step adds.
         clip: x0 is clipped to [-clip, clip]; infinity for no clipping.
+        known_x0, known_noise: sqrt(alpha_bar_prev) and sqrt(1 - alpha_bar_prev): what brings a known x0 to the noise level of x_prev
+            (equation 4 of the paper), for inpainting.
 
     Raises:
         ValueError: a coefficient is not a finite float32 number, or ``clip`` is not positive.
@@ -44,6 +47,8 @@ class StepCoefficients:
     prev_eps: float
     prev_noise: float
     clip: float = math.inf
+    known_x0: float = 0.0
+    known_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.clip <= _FLOAT32_MAX and self.clip != math.inf:
@@ -60,6 +65,14 @@ class StepCoefficients:
     @property
     def clipped(self) -> bool:
         return self.clip != math.inf
+
+    @property
+    def adds_noise(self) -> bool:
+        return self.prev_noise != 0
+
+    @property
+    def adds_known_noise(self) -> bool:
+        return self.known_noise != 0
 
     @property
     def x0_total(self) -> float:
@@ -96,9 +109,84 @@ class StepCoefficients:
             self.clipped,
         )
 
+    def row(self, guidance_scale: float | None = None) -> tuple[float, ...]:
+        """The row as the Triton kernel reads it from a table in device memory: ``ROW_WIDTH`` numbers, rounded to float32 as ``packed``."""
+        columns = struct.unpack_from("=12f", self.packed)
+        return (*columns, guidance_scale or 0.0, self.known_x0, self.known_noise, 0.0)
+
+    @classmethod
+    def from_row(cls, row: Sequence[float], clipped: bool) -> StepCoefficients:
+        """Coefficients with the same ``packed`` bits as those that made the row."""
+        fold_x, fold_m, noise, _, _, _, rest_x, rest_m, x0_x, x0_m, bound, total, _, known_x0, known_noise, _ = row
+        # x_prev = total * x0 + rest, whatever part of total came from eps.
+        if not clipped:
+            bound, rest_x, rest_m = math.inf, fold_x - total * x0_x, fold_m - total * x0_m
+        result = cls(x0_x, x0_m, rest_x, rest_m, 0.0, total, 1.0, noise, bound, known_x0, known_noise)
+        result.__dict__["packed"] = struct.pack("=12fI", *row[:12], clipped)
+        return result
+
+
+ROW_WIDTH = 16
+"""float32 numbers of a row in a table in device memory: see ``StepCoefficients.row``."""
+_GUIDANCE_COLUMN = 12
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
-_COLUMNS = ("x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps", "prev_noise")
+_COLUMNS = ("x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps", "prev_noise", "known_x0", "known_noise")
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """Rows of coefficients in device memory.
+
+    A step reads one of them by a number that is in device memory, too: captured in a CUDA graph, or compiled, it runs as any step of
+    a plan, and nothing about the step is baked in.
+
+    Attributes:
+        rows: ``(S, ROW_WIDTH)`` float32 on the device of the samples; columns as ``StepCoefficients.row`` gives them.
+        clipped: whether the rows clip x0. All do, or none: it is compiled into the kernel.
+        adds_noise, adds_known_noise: whether some row does.
+    """
+
+    rows: Tensor
+    clipped: bool
+    adds_noise: bool
+    adds_known_noise: bool
+
+    @classmethod
+    def of(
+        cls, steps: Sequence[StepCoefficients], device: torch.device | str = "cpu", guidance_scale: float | None = None
+    ) -> StepTable:
+        """The table of these steps, copied to ``device``.
+
+        Raises:
+            ValueError: there is no step, or some clip x0 and others do not.
+        """
+        if len({step.clipped for step in steps}) != 1:
+            raise ValueError(
+                "the steps of a table must all clip x0, or none, and be at least one, got "
+                f"{sum(step.clipped for step in steps)} of {len(steps)} that clip: make a table of each kind"
+            )
+        rows = torch.tensor([step.row(guidance_scale) for step in steps], dtype=torch.float32)
+        noisy, known_noisy = any(step.adds_noise for step in steps), any(step.adds_known_noise for step in steps)
+        return cls(rows.to(device), steps[0].clipped, noisy, known_noisy)
+
+    def set_guidance_scale(self, guidance_scale: float) -> None:
+        """Another guidance scale for every step, written in place: it holds for graphs that were captured with this table, too."""
+        self.rows[:, _GUIDANCE_COLUMN].fill_(guidance_scale)
+
+    def coefficients(self, index: int) -> tuple[StepCoefficients, float]:
+        """A row's coefficients and guidance scale, on the host: waits for the device."""
+        row = self.rows[index].tolist()
+        return _from_row(tuple(row), self.clipped), row[_GUIDANCE_COLUMN]
+
+
+@lru_cache(maxsize=4096)
+def _from_row(row: tuple[float, ...], clipped: bool) -> StepCoefficients:
+    return StepCoefficients.from_row(row, clipped)
+
+
+PER_ELEMENT = ("x_t", "model_output", "model_output_uncond", "noise", "mask", "known_x0", "known_noise")
+PER_SAMPLE = ("seeds", "thresholds")
 
 
 @dataclass
@@ -107,7 +195,8 @@ class StepInputs:
 
     x_t: Tensor
     model_output: Tensor
-    coefficients: StepCoefficients
+    coefficients: StepCoefficients | StepTable
+    index: Tensor | None = None  # which row of a table
     model_output_uncond: Tensor | None = None
     guidance_scale: float | None = None
     noise: Tensor | None = None
@@ -115,38 +204,49 @@ class StepInputs:
     noise_step: int = 0
     noise_stream: int = 0
     thresholds: Tensor | None = None
+    mask: Tensor | None = None
+    known_x0: Tensor | None = None
+    known_noise: Tensor | None = None
     x_prev: Tensor | None = None
     x0: Tensor | None = None
     reads: list[tuple[str, Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
-        named = ("x_t", "model_output", "model_output_uncond", "noise", "seeds", "thresholds")
-        self.reads = [(name, t) for name in named if (t := getattr(self, name)) is not None]
+        self.reads = [(name, t) for name in (*PER_ELEMENT, *PER_SAMPLE) if (t := getattr(self, name)) is not None]
 
     @property
     def adds_noise(self) -> bool:
-        return self.coefficients.prev_noise != 0
+        return self.coefficients.adds_noise
+
+    @property
+    def adds_known_noise(self) -> bool:
+        return self.mask is not None and self.coefficients.adds_known_noise
+
+    @property
+    def makes_noise(self) -> bool:
+        """Whether normals of the noise standard are needed, which depend on an element's index."""
+        return self.seeds is not None and (
+            (self.adds_noise and self.noise is None) or (self.adds_known_noise and self.known_noise is None)
+        )
 
 
 def check_inputs(inputs: StepInputs) -> None:
     """Raise TypeError or ValueError with the rule, the value received and the remedy, or return having touched nothing."""
     _check_sample(inputs.x_t)
-    if not isinstance(inputs.coefficients, StepCoefficients):
-        raise TypeError(
-            f"coefficients must be a StepCoefficients, got {type(inputs.coefficients).__name__}: take a row of a SamplingPlan"
-        )
+    _check_coefficients(inputs)
     _check_like("model_output", inputs.model_output, inputs.x_t)
     if not inputs.model_output.dtype.is_floating_point:
         raise TypeError(f"model_output must be floating point, got {inputs.model_output.dtype}")
     _check_guidance(inputs)
     _check_noise(inputs)
     _check_thresholds(inputs)
+    _check_mask(inputs)
     for name in ("x_prev", "x0"):
         if (written := getattr(inputs, name)) is not None:
             _check_like(name, written, inputs.x_t, same_dtype=True)
             _check_writable(name, written)
             for read_name, read in inputs.reads:
-                _check_overlap(name, written, read_name, read, same_allowed=read_name not in ("seeds", "thresholds"))
+                _check_overlap(name, written, read_name, read, same_allowed=read_name not in PER_SAMPLE)
     if inputs.x_prev is not None and inputs.x0 is not None:
         _check_overlap("x0", inputs.x0, "x_prev", inputs.x_prev, same_allowed=False)
 
@@ -191,7 +291,28 @@ def _shape_hint(value: Tensor, x_t: Tensor) -> str:
     return ""
 
 
+def _check_coefficients(inputs: StepInputs) -> None:
+    coefficients, index = inputs.coefficients, inputs.index
+    if isinstance(coefficients, StepCoefficients):
+        return
+    if not isinstance(coefficients, StepTable):
+        raise TypeError(
+            f"coefficients must be a StepCoefficients, got {type(coefficients).__name__}: take a row of a SamplingPlan"
+        )
+    _check_tensor("index", index)
+    if index.dtype != torch.int64 or index.numel() != 1:
+        raise ValueError(f"index must be one int64 number, got {tuple(index.shape)} of {index.dtype}")
+    for name, tensor in {"index": index, "the table": coefficients.rows}.items():
+        if tensor.device != inputs.x_t.device:
+            raise ValueError(
+                f"{name} must be on the device of x_t, {inputs.x_t.device}, got {tensor.device}: make it there"
+            )
+
+
 def _check_guidance(inputs: StepInputs) -> None:
+    if isinstance(inputs.coefficients, StepTable):
+        _check_uncond(inputs)  # the scale is in the table
+        return
     if (inputs.model_output_uncond is None) != (inputs.guidance_scale is None):
         have, lack = ("guidance_scale", "model_output_uncond")
         if inputs.guidance_scale is None:
@@ -199,6 +320,16 @@ def _check_guidance(inputs: StepInputs) -> None:
         raise ValueError(
             f"guidance needs both model_output_uncond and guidance_scale, got only {have}: pass {lack}, too, or neither"
         )
+    _check_uncond(inputs)
+    if inputs.guidance_scale is None:
+        return
+    if not isinstance(inputs.guidance_scale, Real):
+        raise TypeError(f"guidance_scale must be a number, got {inputs.guidance_scale!r}")
+    if not abs(inputs.guidance_scale) <= _FLOAT32_MAX:
+        raise ValueError(f"guidance_scale must be finite in float32, got {inputs.guidance_scale}")
+
+
+def _check_uncond(inputs: StepInputs) -> None:
     if inputs.model_output_uncond is None:
         return
     _check_like("model_output_uncond", inputs.model_output_uncond, inputs.x_t)
@@ -206,18 +337,15 @@ def _check_guidance(inputs: StepInputs) -> None:
         raise TypeError(
             f"model_output_uncond must have the dtype of model_output, {inputs.model_output.dtype}, got {inputs.model_output_uncond.dtype}"
         )
-    if not isinstance(inputs.guidance_scale, Real):
-        raise TypeError(f"guidance_scale must be a number, got {inputs.guidance_scale!r}")
-    if not abs(inputs.guidance_scale) <= _FLOAT32_MAX:
-        raise ValueError(f"guidance_scale must be finite in float32, got {inputs.guidance_scale}")
 
 
 def _check_noise(inputs: StepInputs) -> None:
-    if inputs.noise is not None and inputs.seeds is not None:
+    both = inputs.noise is not None and (inputs.mask is None or inputs.known_noise is not None)
+    if both and inputs.seeds is not None:
         raise ValueError("a step takes its noise from one place: pass either noise or seeds, got both")
     if inputs.adds_noise and inputs.noise is None and inputs.seeds is None:
         raise ValueError(
-            f"this step adds noise (std_dev_t = {inputs.coefficients.prev_noise:.6g}): pass noise, or seeds for the noise standard"
+            f"this step adds noise{_std_dev(inputs, 'prev_noise')}: pass noise, or seeds for the noise standard"
         )
     if inputs.noise is not None:
         _check_like("noise", inputs.noise, inputs.x_t, same_dtype=True)
@@ -235,6 +363,11 @@ def _check_noise(inputs: StepInputs) -> None:
         raise ValueError(
             f"the noise standard serves samples of up to {MAX_ELEMENTS} elements, got {n_elements}: pass noise instead of seeds"
         )
+
+
+def _std_dev(inputs: StepInputs, column: str) -> str:
+    known = isinstance(inputs.coefficients, StepCoefficients)
+    return f" (standard deviation {getattr(inputs.coefficients, column):.6g})" if known else ""
 
 
 def _check_per_sample(name: str, value: Tensor, dtype: torch.dtype, x_t: Tensor) -> None:
@@ -260,6 +393,25 @@ def _check_thresholds(inputs: StepInputs) -> None:
     # Elsewhere than on the CPU, looking would wait for the device.
     if inputs.thresholds.device.type == "cpu" and bool((inputs.thresholds <= 0).any()):
         raise ValueError(f"thresholds must be positive, got {inputs.thresholds.min().item()}")
+
+
+def _check_mask(inputs: StepInputs) -> None:
+    if (inputs.mask is None) != (inputs.known_x0 is None):
+        have, lack = ("known_x0", "mask") if inputs.mask is None else ("mask", "known_x0")
+        raise ValueError(f"inpainting needs both mask and known_x0, got only {have}: pass {lack}, too, or neither")
+    if inputs.mask is None:
+        if inputs.known_noise is not None:
+            raise ValueError("known_noise is the noise of known_x0, got no known_x0: pass mask and known_x0, too")
+        return
+    _check_like("mask", inputs.mask, inputs.x_t, same_dtype=True)
+    _check_like("known_x0", inputs.known_x0, inputs.x_t, same_dtype=True)
+    if inputs.known_noise is not None:
+        _check_like("known_noise", inputs.known_noise, inputs.x_t, same_dtype=True)
+    elif inputs.adds_known_noise and inputs.seeds is None:
+        raise ValueError(
+            f"known_x0 is brought to the noise level of x_prev{_std_dev(inputs, 'known_noise')}: "
+            "pass known_noise, or seeds for the noise standard"
+        )
 
 
 def _check_writable(name: str, written: Tensor) -> None:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import cpu_step, reference
-from .contract import StepCoefficients, StepInputs, check_inputs
+from . import cpu_step, reference, triton_backend
+from .contract import StepCoefficients, StepInputs, StepTable, check_inputs
 
-BACKENDS = {backend.name: backend for backend in (cpu_step, reference)}
+BACKENDS = {backend.name: backend for backend in (cpu_step, triton_backend, reference)}
 """Modules, best first, each with ``name``, ``unsupported_reasons(inputs) -> list[str]`` and ``run(inputs) -> x_prev``."""
 
 _run_plain = cpu_step.extension.step if cpu_step.extension is not None else None
@@ -31,6 +31,9 @@ def ddim_step(
     noise_step: int = 0,
     noise_stream: int = 0,
     thresholds: Tensor | None = None,
+    mask: Tensor | None = None,
+    known_x0: Tensor | None = None,
+    known_noise: Tensor | None = None,
     out: Tensor | None = None,
     x0_out: Tensor | None = None,
     backend: str | None = None,
@@ -47,6 +50,9 @@ def ddim_step(
         seeds: instead of ``noise``: ``(B,)`` int64, each sample's seed; the noise standard's normals at ``noise_step`` of
             ``noise_stream`` are then made in registers.
         thresholds: ``(B,)`` float32: dynamic thresholding, x0 of sample i is multiplied by clip / thresholds[i] before it is clipped.
+        mask, known_x0: with both, inpainting: where the mask is 1, x_prev is ``known_x0`` (a clean picture) at the noise level of
+            x_prev; between 0 and 1 it is a blend. Shape and dtype of ``x_t``.
+        known_noise: standard normal noise for ``known_x0``; from ``seeds`` (in a stream of its own) if none.
         out: where x_prev goes; may be ``x_t`` itself. A new tensor if none.
         x0_out: where the predicted (and clipped) x0 goes, in the dtype of ``x_t``; nowhere if none.
         backend: a name in ``BACKENDS``; the first that can if none.
@@ -57,7 +63,8 @@ def ddim_step(
     Raises:
         TypeError, ValueError: an argument breaks a rule; nothing has been written.
     """
-    if backend is None and _run_plain is not None and forward_ad._current_level < 0:
+    plain = mask is None and known_x0 is None and known_noise is None
+    if backend is None and plain and _run_plain is not None and forward_ad._current_level < 0:
         target = torch.empty_like(x_t) if out is None and isinstance(x_t, Tensor) else out
         result = _run_plain(
             x_t,
@@ -81,6 +88,7 @@ def ddim_step(
         x_t,
         model_output,
         coefficients,
+        None,
         model_output_uncond,
         guidance_scale,
         noise,
@@ -88,6 +96,9 @@ def ddim_step(
         noise_step,
         noise_stream,
         thresholds,
+        mask,
+        known_x0,
+        known_noise,
         out,
         x0_out,
     )
@@ -97,6 +108,83 @@ def ddim_step(
     if chosen is not reference and not _is_inference_mode():
         _note_writes(out, x0_out)
     return result
+
+
+def ddim_step_from_table(
+    x_t: Tensor,
+    model_output: Tensor,
+    table: StepTable,
+    index: Tensor,
+    *,
+    model_output_uncond: Tensor | None = None,
+    noise: Tensor | None = None,
+    seeds: Tensor | None = None,
+    noise_step: int = 0,
+    noise_stream: int = 0,
+    thresholds: Tensor | None = None,
+    mask: Tensor | None = None,
+    known_x0: Tensor | None = None,
+    known_noise: Tensor | None = None,
+    out: Tensor | None = None,
+    x0_out: Tensor | None = None,
+) -> Tensor:
+    """``ddim_step`` by a row of a table, whose number is in memory beside the samples: nothing about the step is known to the host.
+
+    On a GPU nothing waits, and nothing is baked into a CUDA graph that captures this. On a CPU the number is read.
+
+    Args:
+        table: the steps, for instance ``plan.table(device, guidance_scale)``. The guidance scale is part of it.
+        index: one int64 number on the device of ``x_t``, at least 0 and less than the rows of the table: which step this is.
+            (On a GPU, this is not checked.)
+        noise_step: added to ``index``, it is the noise's step.
+
+    The other arguments, the result and the errors are those of ``ddim_step``.
+    """
+    inputs = StepInputs(
+        x_t,
+        model_output,
+        table,
+        index,
+        model_output_uncond,
+        None,
+        noise,
+        seeds,
+        noise_step,
+        noise_stream,
+        thresholds,
+        mask,
+        known_x0,
+        known_noise,
+        out,
+        x0_out,
+    )
+    check_inputs(inputs)
+    if not triton_backend.unsupported_reasons(inputs):
+        result = triton_backend.run(inputs)
+        if not _is_inference_mode():
+            _note_writes(out, x0_out)
+        return result
+    row = int(index)
+    if not 0 <= row < len(table.rows):
+        raise ValueError(f"index must be at least 0 and less than the {len(table.rows)} rows of the table, got {row}")
+    coefficients, guidance_scale = table.coefficients(row)
+    return ddim_step(
+        x_t,
+        model_output,
+        coefficients,
+        model_output_uncond=model_output_uncond,
+        guidance_scale=None if model_output_uncond is None else guidance_scale,
+        noise=noise,
+        seeds=seeds,
+        noise_step=noise_step + row,
+        noise_stream=noise_stream,
+        thresholds=thresholds,
+        mask=mask,
+        known_x0=known_x0,
+        known_noise=known_noise,
+        out=out,
+        x0_out=x0_out,
+    )
 
 
 def _note_writes(*written: Tensor | None) -> None:

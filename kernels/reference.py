@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .contract import StepInputs
-from .noise import standard_normals
+from .noise import NoiseStream, standard_normals
 
 name = "reference"
 
@@ -69,7 +69,9 @@ def run(inputs: StepInputs) -> Tensor:
         x0 = c.x0_x * x_t + c.x0_m * m if inputs.x0 is not None else None
         x_prev = fold_x * x_t + fold_m * m
     if inputs.adds_noise:
-        x_prev = x_prev + c.prev_noise * noise_of(inputs).to(dtype)
+        x_prev = x_prev + c.prev_noise * _noise(inputs, inputs.noise, inputs.noise_stream).to(dtype)
+    if inputs.mask is not None:
+        x_prev = _inpaint(x_prev, inputs, dtype)
     if inputs.x0 is not None:
         inputs.x0.copy_(x0)
     if inputs.x_prev is not None:
@@ -90,12 +92,22 @@ def _clip(x0: Tensor, inputs: StepInputs, dtype: torch.dtype) -> Tensor:
     return x0.clamp(-bound, bound)
 
 
-def noise_of(inputs: StepInputs) -> Tensor:
-    """z of a step: the tensor given, or the noise standard's normals, computed in NumPy and moved to the device. Shape of ``x_t``."""
-    if inputs.noise is not None:
-        return inputs.noise
+def _inpaint(x_prev: Tensor, inputs: StepInputs, dtype: torch.dtype) -> Tensor:
+    """The known picture where the mask is 1, with the noise that x_prev has (equation 4 of the DDIM paper)."""
+    c = inputs.coefficients
+    known = c.known_x0 * inputs.known_x0.to(dtype)
+    if inputs.adds_known_noise:
+        known = known + c.known_noise * _noise(inputs, inputs.known_noise, NoiseStream.KNOWN_REGION).to(dtype)
+    mask = inputs.mask.to(dtype)
+    return mask * known + (1 - mask) * x_prev
+
+
+def _noise(inputs: StepInputs, given: Tensor | None, stream: int) -> Tensor:
+    """The tensor given, or the noise standard's normals, computed in NumPy and moved to the device. Shape of ``x_t``."""
+    if given is not None:
+        return given
     x_t = inputs.x_t
     n_elements = math.prod(x_t.shape[1:])
     seeds = inputs.seeds.cpu().numpy()
-    z = standard_normals(np.asarray(seeds), n_elements, inputs.noise_step, inputs.noise_stream)
+    z = standard_normals(np.asarray(seeds), n_elements, inputs.noise_step, stream)
     return torch.from_numpy(z).view(x_t.shape).to(x_t.device)

@@ -1,0 +1,96 @@
+"""How a step's tensors lie in memory, for backends that walk rows: every tensor as B samples of n contiguous elements."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .contract import PER_ELEMENT, StepInputs
+
+
+@dataclass
+class Rows:
+    """A step's tensors as rows: sample i of ``tensors[name]`` starts ``strides[name]`` * i elements after the first.
+
+    ``copied`` are outputs whose own layout has no such rows: (the tensor, the rows to be copied to it when they are written).
+    """
+
+    n_samples: int
+    n_elements: int
+    tensors: dict[str, Tensor]
+    strides: dict[str, int]
+    copied: list[tuple[Tensor, Tensor]]
+
+    def copy_back(self) -> None:
+        for tensor, rows in self.copied:
+            tensor.copy_(rows)
+
+
+def as_rows(inputs: StepInputs, x_prev: Tensor) -> Rows:
+    """Rows of checked inputs with at least one element; tensors in another layout than contiguous samples are copied first.
+
+    The tensors are one row where all lie in memory in the same dense order and nothing depends on an element's sample or index.
+    """
+    read = {name: t.detach() for name, t in inputs.reads if name in PER_ELEMENT}
+    written = {"x_prev": x_prev} | ({"x0": inputs.x0} if inputs.x0 is not None else {})
+    flat = _flat_order(inputs, [*read.values(), *written.values()])
+    n_samples = 1 if flat else x_prev.shape[0]
+    n_elements = x_prev.numel() // n_samples
+    tensors, copied = {}, []
+    for name, tensor in read.items():
+        tensors[name] = tensor if flat or _has_rows(tensor) else tensor.contiguous()
+    for name, tensor in written.items():
+        tensors[name] = tensor
+        if not flat and not _has_rows(tensor):
+            tensors[name] = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            copied.append((tensor, tensors[name]))
+    strides = {name: n_elements if flat or len(t) == 1 else t.stride(0) for name, t in tensors.items()}
+    return Rows(n_samples, n_elements, tensors, strides, copied)
+
+
+def _has_rows(tensor: Tensor) -> bool:
+    return tensor[0].is_contiguous()
+
+
+def _flat_order(inputs: StepInputs, tensors: list[Tensor]) -> bool:
+    x_t = inputs.x_t
+    if inputs.makes_noise or inputs.thresholds is not None:
+        return False
+    dense = (
+        torch._debug_has_internal_overlap(x_t) == 0
+        and sum((s - 1) * d for s, d in zip(x_t.shape, x_t.stride(), strict=True)) == x_t.numel() - 1
+    )
+    return dense and all(t.stride() == x_t.stride() for t in tensors)
+
+
+def plain_memory_reasons(inputs: StepInputs, dtypes: Collection[torch.dtype]) -> list[str]:
+    """Why a kernel that computes in float32 on plain memory of these types cannot run these inputs; empty if it can."""
+    reasons = []
+    x_t, m = inputs.x_t, inputs.model_output
+    if x_t.dtype not in dtypes:
+        reasons.append(f"x_t is {x_t.dtype}, it takes float32, float16 and bfloat16")
+    elif m.dtype not in dtypes or x_t.dtype not in (m.dtype, torch.float32):
+        reasons.append(
+            f"model_output is {m.dtype} beside an x_t of {x_t.dtype}, it takes the same dtype, or a half beside float32"
+        )
+    tensors = [t for _, t in inputs.reads]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        reasons.append("an input requires gradients, which only the reference computes: use torch.inference_mode()")
+    written = [t for t in (inputs.x_prev, inputs.x0) if t is not None]
+    if any(_is_wrapper(t) for t in (*tensors, *written)):
+        reasons.append(
+            "a tensor is a subclass, a lazy negative or inside a torch.func transform: it is no plain memory"
+        )
+    if forward_ad._current_level >= 0:
+        reasons.append("forward-mode derivatives are being taken, which only the reference computes")
+    return reasons
+
+
+def _is_wrapper(tensor: Tensor) -> bool:
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_neg():
+        return True
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)

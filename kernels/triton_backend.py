@@ -1,0 +1,75 @@
+"""The step in Triton, as a backend. Triton itself is loaded with the first step that needs it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from .contract import StepCoefficients, StepInputs, StepTable
+from .layout import as_rows, plain_memory_reasons
+
+name = "triton"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def unsupported_reasons(inputs: StepInputs) -> list[str]:
+    """Why this backend cannot run these (valid) inputs; empty if it can."""
+    reasons = []
+    if find_spec("triton") is None:
+        reasons.append("Triton is not installed: pip install triton")
+    if inputs.x_t.device.type != "cuda":
+        reasons.append(f"tensors are on {inputs.x_t.device}, it runs on cuda")
+    return reasons + plain_memory_reasons(inputs, DTYPES)
+
+
+@lru_cache(maxsize=4096)
+def _one_row(coefficients: StepCoefficients, guidance_scale: float | None, device: torch.device) -> StepTable:
+    return StepTable.of([coefficients], device, guidance_scale)
+
+
+def run(inputs: StepInputs, normals: str = "exact") -> Tensor:
+    """Run checked inputs, in one launch. A row that is not in a table is copied to the device when it is first seen."""
+    from . import triton_step
+
+    x_t, table = inputs.x_t, inputs.coefficients
+    result = inputs.x_prev if inputs.x_prev is not None else torch.empty_like(x_t)
+    if x_t.numel() == 0:
+        return result
+    if not isinstance(table, StepTable):
+        table = _one_row(table, inputs.guidance_scale, x_t.device)
+    rows = as_rows(inputs, result)
+    if not inputs.adds_noise:
+        rows.tensors.pop("noise", None)
+    with torch.cuda.device_of(x_t):
+        triton_step.launch(
+            rows,
+            table,
+            inputs.index,
+            seeds=inputs.seeds.contiguous() if inputs.makes_noise else None,
+            thresholds=inputs.thresholds.contiguous() if inputs.thresholds is not None else None,
+            noise_step=inputs.noise_step,
+            noise_stream=inputs.noise_stream,
+            normals=normals,
+        )
+    rows.copy_back()
+    return result
+
+
+def dynamic_thresholds(inputs: StepInputs, ratio: float, maximum: float) -> Tensor:
+    """``thresholding.dynamic_thresholds`` of checked inputs, in one launch, without a copy of x0: ``(B,)`` float32."""
+    from . import triton_thresholds
+
+    x_t, table = inputs.x_t, inputs.coefficients
+    thresholds = torch.empty(len(x_t), dtype=torch.float32, device=x_t.device)
+    if x_t.numel() == 0:
+        return thresholds.fill_(maximum)
+    if not isinstance(table, StepTable):
+        table = _one_row(table, inputs.guidance_scale, x_t.device)
+    inputs = replace(inputs, thresholds=thresholds)  # per sample: samples may not be joined into one row
+    with torch.cuda.device_of(x_t):
+        triton_thresholds.launch(as_rows(inputs, x_t), table, inputs.index, thresholds, ratio=ratio, maximum=maximum)
+    return thresholds

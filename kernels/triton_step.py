@@ -1,0 +1,329 @@
+"""The whole DDIM update as one Triton kernel: functions on loaded values, one kernel that loads and stores, one launcher.
+
+Arithmetic is the C++ kernel's, operation by operation: float32 in registers, a fused multiply-add only where ``tl.fma`` stands (the
+kernel is compiled with ``enable_fp_fusion=False``), so that both give the same bits. Nothing here knows a schedule: a step is a row
+of a table in device memory, and which row is read from device memory, too. A captured step therefore replays for every step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+from . import noise as standard
+from .contract import ROW_WIDTH, StepTable
+from .layout import Rows
+
+# ---- the noise standard: kernels/noise.py is its definition --------------------------------------------------------------------
+
+_M0 = tl.constexpr(0xD2511F53)
+_M1 = tl.constexpr(0xCD9E8D57)
+_W0 = tl.constexpr(0x9E3779B9)
+_W1 = tl.constexpr(0xBB67AE85)
+_LOG = tl.constexpr(standard.MINUS_TWO_LOG)
+_SINE = tl.constexpr(standard.SINE)
+_COSINE = tl.constexpr(standard.COSINE)
+_LOG_OF_2 = tl.constexpr(standard.MINUS_TWO_LOG_OF_2 * 2.0**-23)
+_MINUS_TWO_LOG_OF_2 = tl.constexpr(standard.MINUS_TWO_LOG_OF_2)
+_PI_OVER_2_31 = tl.constexpr(math.pi * 2.0**-31)
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, key_0, key_1):
+    """Philox4x32-10 (Salmon et al. 2011): four uint32 counter words and two key words -> four words, elementwise."""
+    for _ in tl.static_range(10):
+        # One 32 x 32 -> 64 bit multiplication gives both halves of each product.
+        product_0 = c0.to(tl.uint64) * _M0
+        product_1 = c2.to(tl.uint64) * _M1
+        c0 = (product_1 >> 32).to(tl.uint32) ^ c1 ^ key_0
+        c1 = product_1.to(tl.uint32)
+        c2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ key_1
+        c3 = product_0.to(tl.uint32)
+        key_0 = key_0 + _W0
+        key_1 = key_1 + _W1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _horner(coefficients: tl.constexpr, degree: tl.constexpr, x):
+    """Polynomial with the lowest order first, by fused multiply-adds."""
+    total = tl.full(x.shape, coefficients[degree], tl.float32)
+    for i in tl.static_range(degree):
+        total = tl.fma(total, x, tl.full(x.shape, coefficients[degree - 1 - i], tl.float32))
+    return total
+
+
+@triton.jit
+def normals_exact(a, b):
+    """Two words -> two normals, by the formula of the noise standard: the bits of NumPy and C++."""
+    magnitude = (a & 0x7FFFFFFF).to(tl.int32)
+    u = tl.fma(magnitude.to(tl.float32), 2.0**-31, 2.0**-32)
+    bits = u.to(tl.int32, bitcast=True)
+    k = (bits - 0x3F3504F3) & -0x800000  # u = 2^k (1 + f), k in the exponent's place
+    f = (bits - k).to(tl.float32, bitcast=True) - 1.0
+    radius = tl.sqrt_rn(tl.fma(_horner(_LOG, 7, f), f, k.to(tl.float32) * _LOG_OF_2))
+    t = b.to(tl.int32, bitcast=True).to(tl.float32) * 2.0**-31
+    y = t * t
+    sine = _horner(_SINE, 4, y) * t
+    sign = a & 0x80000000
+    cosine = (_horner(_COSINE, 4, y).to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def normals_fast(a, b, NORMALS: tl.constexpr):
+    """Two words -> two normals (Box and Muller 1958), by the hardware's approximate log2, square root, sine and cosine.
+
+    Not the noise standard's bits, nor the same on every GPU; the words are the same.
+    """
+    u = tl.fma(a.to(tl.float32), 2.0**-32, 2.0**-33)
+    angle = (
+        b.to(tl.int32, bitcast=True).to(tl.float32) * _PI_OVER_2_31
+    )  # in [-pi, pi], where the approximations are best
+    if NORMALS == "fast":
+        log2_u, sine, cosine = libdevice.fast_log2f(u), libdevice.fast_sinf(angle), libdevice.fast_cosf(angle)
+    else:
+        log2_u, sine, cosine = tl.log2(u), tl.sin(angle), tl.cos(angle)
+    radius = tl.sqrt(log2_u * _MINUS_TWO_LOG_OF_2)
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def _normals_of_counters(counters, seed, step, stream, NORMALS: tl.constexpr):
+    """Four normals for each counter."""
+    zero = tl.zeros_like(counters)
+    key_0, key_1 = seed.to(tl.uint32), (seed.to(tl.uint64, bitcast=True) >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = philox4x32(counters, zero + step, zero + stream, zero, key_0, key_1)
+    if NORMALS == "exact":
+        z0, z1 = normals_exact(w0, w1)
+        z2, z3 = normals_exact(w2, w3)
+    else:
+        z0, z1 = normals_fast(w0, w1, NORMALS)
+        z2, z3 = normals_fast(w2, w3, NORMALS)
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def standard_normals(
+    first_counter, seed, step, stream, BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr, NORMALS: tl.constexpr
+):
+    """Normals of ``BLOCK_SIZE`` consecutive elements of one sample, the first of which is element ``4 * first_counter``.
+
+    A thread gets ``VECTOR`` (4 or 8) consecutive ones, as many as it loads at once: else they would change threads through
+    shared memory.
+    """
+    COUNTERS: tl.constexpr = VECTOR // 4
+    counters = first_counter + (tl.arange(0, BLOCK_SIZE // VECTOR) * COUNTERS).to(tl.uint32)
+    z0, z1, z2, z3 = _normals_of_counters(counters, seed, step, stream, NORMALS)
+    if COUNTERS == 2:
+        y0, y1, y2, y3 = _normals_of_counters(counters + 1, seed, step, stream, NORMALS)
+        z0, z1, z2, z3 = tl.join(z0, y0), tl.join(z1, y1), tl.join(z2, y2), tl.join(z3, y3)
+    return tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape(BLOCK_SIZE)  # each counter's (z0, z1, z2, z3), in order
+
+
+# ---- the step on loaded values ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def guide(m, uncond, guidance_scale):
+    """Classifier-free guidance (arXiv 2207.12598)."""
+    return tl.fma(tl.zeros_like(m) + guidance_scale, m - uncond, uncond)
+
+
+@triton.jit
+def linear(a, x, b, y):
+    """a x + b y for scalars a and b: one multiplication, one fused multiply-add."""
+    return tl.fma(tl.zeros_like(x) + a, x, b * y)
+
+
+@triton.jit
+def _plus(a, x, total):
+    """total + a x for a scalar a. Where a is zero there is no such term, whatever x holds; the branch is the same for all threads."""
+    if a != 0:
+        total = tl.fma(tl.zeros_like(x) + a, x, total)
+    return total
+
+
+@triton.jit
+def clip(x, bound):
+    """x in [-bound, bound]; a NaN stays one."""
+    return tl.clamp(x, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+# ---- the kernel -------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load(ptr, sample, stride, offsets, n_elements):
+    return tl.load(ptr + sample * stride + offsets, mask=offsets < n_elements).to(tl.float32)
+
+
+@triton.jit
+def store(ptr, sample, stride, offsets, n_elements, value):
+    tl.store(ptr + sample * stride + offsets, value.to(ptr.dtype.element_ty), mask=offsets < n_elements)
+
+
+@triton.jit(do_not_specialize=["noise_step_offset", "noise_stream"])
+def ddim_step_kernel(
+    x_t_ptr,  # (B, n) float32, float16 or bfloat16: noisy samples
+    model_output_ptr,  # (B, n), the type of x_t or a half type
+    model_output_uncond_ptr,  # (B, n) like model_output, or None: no guidance
+    noise_ptr,  # (B, n) like x_t, or None
+    seeds_ptr,  # (B,) int64, or None: normals of the noise standard are made in registers
+    thresholds_ptr,  # (B,) float32, or None: dynamic thresholding
+    mask_ptr,  # (B, n) like x_t, or None: 1 where the picture is known
+    known_x0_ptr,  # (B, n) like x_t: the known picture, clean
+    known_noise_ptr,  # (B, n) like x_t, or None: the known picture's noise comes from the seeds
+    x_prev_ptr,  # (B, n) like x_t: the result; may be x_t_ptr
+    x0_ptr,  # (B, n) like x_t, or None: where the predicted x0 goes
+    rows_ptr,  # (S, ROW_WIDTH) float32: the table, a step a row
+    index_ptr,  # one int64, or None for row 0: which row this step is
+    n_elements,  # n, elements of a sample
+    x_t_stride,  # elements from one sample to the next, of each tensor
+    model_output_stride,
+    model_output_uncond_stride,
+    noise_stride,
+    mask_stride,
+    known_x0_stride,
+    known_noise_stride,
+    x_prev_stride,
+    x0_stride,
+    noise_step_offset,  # int32 bits: the noise's step is this plus the row's number
+    noise_stream,  # int32 bits
+    BLOCK_SIZE: tl.constexpr,  # elements that one program computes
+    VECTOR: tl.constexpr,  # elements that a thread loads at once: 16 bytes of x_t
+    CLIPPED: tl.constexpr,  # whether the rows clip x0
+    NORMALS: tl.constexpr,  # "exact" (the noise standard), "fast" (NVIDIA), or "fast_amd"
+    KNOWN_REGION: tl.constexpr,  # the noise standard's stream of a known picture's noise
+    WIDE_INDEX: tl.constexpr,  # whether n needs 64-bit offsets
+    SAMPLE_AXIS: tl.constexpr,  # grid axis of the samples; the other counts blocks of a sample
+    ROW_WIDTH: tl.constexpr,
+):
+    sample = tl.program_id(SAMPLE_AXIS).to(tl.int64)
+    block = tl.program_id(1 - SAMPLE_AXIS)
+    offsets = tl.arange(0, BLOCK_SIZE) + (block.to(tl.int64) if WIDE_INDEX else block) * BLOCK_SIZE
+    x = load(x_t_ptr, sample, x_t_stride, offsets, n_elements)
+    m = load(model_output_ptr, sample, model_output_stride, offsets, n_elements)
+    index = tl.load(index_ptr) if index_ptr is not None else 0
+    row_ptr = rows_ptr + index * ROW_WIDTH
+    noise_step = (index + noise_step_offset).to(tl.uint32)
+    first_counter = (block * (BLOCK_SIZE // 4)).to(tl.uint32)
+    if model_output_uncond_ptr is not None:
+        uncond = load(model_output_uncond_ptr, sample, model_output_uncond_stride, offsets, n_elements)
+        m = guide(m, uncond, tl.load(row_ptr + 12))
+    if CLIPPED:
+        scale = 1.0
+        if thresholds_ptr is not None:
+            # Imagen, arXiv 2205.11487: x0 = clamp(x0, -s, s) / s * bound, the division folded into the coefficients.
+            scale = tl.div_rn(tl.load(row_ptr + 10), tl.load(thresholds_ptr + sample))
+        x_prev = clip(linear(tl.load(row_ptr + 3) * scale, x, tl.load(row_ptr + 4) * scale, m), tl.load(row_ptr + 5))
+        x_prev = _plus(tl.load(row_ptr + 6), x, x_prev)
+        x_prev = _plus(tl.load(row_ptr + 7), m, x_prev)
+    else:
+        x_prev = linear(tl.load(row_ptr + 0), x, tl.load(row_ptr + 1), m)
+    if x0_ptr is not None:
+        if CLIPPED:
+            x0 = clip(linear(tl.load(row_ptr + 8) * scale, x, tl.load(row_ptr + 9) * scale, m), tl.load(row_ptr + 10))
+        else:
+            x0 = linear(tl.load(row_ptr + 8), x, tl.load(row_ptr + 9), m)
+        store(x0_ptr, sample, x0_stride, offsets, n_elements, x0)
+    std_dev = tl.load(row_ptr + 2)
+    if noise_ptr is not None:
+        if std_dev != 0:
+            z = load(noise_ptr, sample, noise_stride, offsets, n_elements)
+            x_prev = tl.fma(tl.zeros_like(z) + std_dev, z, x_prev)
+    elif seeds_ptr is not None:  # noqa: SIM102 (this is decided when the kernel is compiled, the inner branch when it runs)
+        if std_dev != 0:
+            seed = tl.load(seeds_ptr + sample)
+            stream = noise_stream.to(tl.uint32)
+            z = standard_normals(first_counter, seed, noise_step, stream, BLOCK_SIZE, VECTOR, NORMALS)
+            x_prev = tl.fma(tl.zeros_like(z) + std_dev, z, x_prev)
+    if mask_ptr is not None:
+        # The known picture, brought to the noise level of x_prev (equation 4 of the DDIM paper), where the mask says so.
+        known = tl.load(row_ptr + 13) * load(known_x0_ptr, sample, known_x0_stride, offsets, n_elements)
+        known_std = tl.load(row_ptr + 14)
+        if known_std != 0:
+            if known_noise_ptr is not None:
+                z = load(known_noise_ptr, sample, known_noise_stride, offsets, n_elements)
+            else:
+                z = standard_normals(
+                    first_counter, tl.load(seeds_ptr + sample), noise_step, KNOWN_REGION, BLOCK_SIZE, VECTOR, NORMALS
+                )
+            known = tl.fma(tl.zeros_like(z) + known_std, z, known)
+        weight = load(mask_ptr, sample, mask_stride, offsets, n_elements)
+        x_prev = tl.fma(weight, known, (1.0 - weight) * x_prev)
+    store(x_prev_ptr, sample, x_prev_stride, offsets, n_elements, x_prev)
+
+
+# ---- the launcher ----------------------------------------------------------------------------------------------------------------
+
+NORMALS = ("exact", "fast")
+"""Forms of in-register noise: the noise standard's bits, or the hardware's approximations."""
+
+# (elements of all samples, at least; elements a program; warps a program). Eight or sixteen elements a thread: one or two accesses of
+# 16 bytes in half precision. The larger tile spends fewer instructions an element, the smaller one fills a GPU with less work.
+_TILES = ((1 << 20, 2048, 4), (0, 512, 2))
+_MOST_BLOCKS_Y = 65535  # CUDA's limit on the second axis of a grid
+
+
+def launch(
+    rows: Rows,
+    table: StepTable,
+    index: Tensor | None = None,
+    *,
+    seeds: Tensor | None = None,
+    thresholds: Tensor | None = None,
+    noise_step: int = 0,
+    noise_stream: int = 0,
+    normals: str = "exact",
+) -> None:
+    """One launch of the whole update.
+
+    Args:
+        rows: the tensors; those that are not there are not given.
+        table: the steps' coefficients.
+        index: ``(1,)`` int64 in device memory: which row of the table this step is; row 0 if none.
+        seeds, thresholds: ``(B,)``, see ``dispatch.ddim_step``.
+        noise_step: added to the row's number, it is the noise's step.
+        normals: one of ``NORMALS``.
+    """
+    t, n = rows.tensors, rows.n_elements
+    block_size, num_warps = next(tile[1:] for tile in _TILES if rows.n_samples * n >= tile[0])
+    blocks = triton.cdiv(n, block_size)
+    sample_axis = 1 if rows.n_samples <= _MOST_BLOCKS_Y else 0
+    arguments = {f"{name}_ptr": t.get(name) for name in _TENSORS} | {
+        f"{name}_stride": rows.strides.get(name, 0) for name in _TENSORS
+    }
+    ddim_step_kernel[(blocks, rows.n_samples) if sample_axis == 1 else (rows.n_samples, blocks)](
+        **arguments,
+        seeds_ptr=seeds,
+        thresholds_ptr=thresholds,
+        rows_ptr=table.rows,
+        index_ptr=index,
+        n_elements=n,
+        noise_step_offset=_as_int32(noise_step),
+        noise_stream=_as_int32(noise_stream),
+        BLOCK_SIZE=block_size,
+        VECTOR=16 // t["x_t"].element_size(),
+        CLIPPED=table.clipped,
+        NORMALS="fast_amd" if normals == "fast" and torch.version.hip else normals,
+        KNOWN_REGION=int(standard.NoiseStream.KNOWN_REGION),
+        WIDE_INDEX=n + block_size > 2**31 - 1,
+        SAMPLE_AXIS=sample_axis,
+        ROW_WIDTH=ROW_WIDTH,
+        num_warps=num_warps,
+        enable_fp_fusion=False,
+    )
+
+
+_TENSORS = ("x_t", "model_output", "model_output_uncond", "noise", "mask", "known_x0", "known_noise", "x_prev", "x0")
+
+
+def _as_int32(value: int) -> int:
+    """The same 32 bits as a signed number: one type for all values, so that none makes Triton compile again."""
+    return value - (1 << 32) if value >= 1 << 31 else value
