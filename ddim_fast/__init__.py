@@ -8,12 +8,14 @@ images = sampler.sample(model, shape=(64, 1, 28, 28), seed=0)
 """
 
 from ._version import __version__
-from .kernels.contract import StepCoefficients
-from .kernels.dispatch import ddim_step
+from .kernels import operators as _operators  # noqa: F401 (registers them with torch)
+from .kernels.contract import StepCoefficients, StepTable
+from .kernels.dispatch import ddim_step, ddim_step_from_table
 from .kernels.noise import NoiseStream, sample_seeds, standard_normals
+from .loop import Timing
 from .models import load_model
 from .plan import PlannedStep, SamplingPlan
-from .sampler import DDIMSampler, Timing, Trajectory
+from .sampler import DDIMSampler, Trajectory
 from .schedule import NoiseSchedule, make_schedule
 from .timesteps import explicit_timesteps, respaced_timesteps, select_timesteps
 
@@ -24,10 +26,12 @@ __all__ = [
     "PlannedStep",
     "SamplingPlan",
     "StepCoefficients",
+    "StepTable",
     "Timing",
     "Trajectory",
     "__version__",
     "ddim_step",
+    "ddim_step_from_table",
     "explicit_timesteps",
     "load_model",
     "make_schedule",

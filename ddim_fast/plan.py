@@ -13,7 +13,9 @@ from functools import cached_property
 from itertools import pairwise
 from numbers import Real
 
-from .kernels.contract import StepCoefficients
+import torch
+
+from .kernels.contract import StepCoefficients, StepTable
 from .schedule import NoiseSchedule
 
 BEFORE_FIRST = -1
@@ -161,6 +163,10 @@ class SamplingPlan:
     @cached_property
     def steps(self) -> tuple[PlannedStep, ...]:
         return tuple(self._step(i, t, t_prev) for i, (t, t_prev) in enumerate(self.pairs))
+
+    def table(self, device: torch.device | str = "cpu", guidance_scale: float | None = None) -> StepTable:
+        """All steps as one table in device memory, for ``ddim_step_from_table``."""
+        return StepTable.of([step.coefficients for step in self.steps], device, guidance_scale)
 
     def _step(self, index: int, t: int, t_prev: int) -> PlannedStep:
         alpha_bar_t, alpha_bar_prev = self._alpha_bars(t, t_prev)

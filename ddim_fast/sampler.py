@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .kernels import cpu_step
-from .kernels.dispatch import ddim_step
+from .capture import GRAPHS, GraphCache, Job, choose_mode
+from .kernels.dispatch import normals
 from .kernels.noise import NoiseStream, sample_seeds
-from .kernels.thresholding import dynamic_thresholds
-from .models import Model, output_tensor
-from .plan import PlannedStep, SamplingPlan
+from .loop import Loop, Thresholding, Timing, model_calls
+from .models import Model
+from .plan import SamplingPlan
 from .schedule import NoiseSchedule
 from .timesteps import explicit_timesteps, respaced_timesteps, select_timesteps
 
@@ -54,29 +53,6 @@ class Trajectory:
             self.x0.append(x0.clone())
 
 
-@dataclass
-class Timing:
-    """Seconds spent in the model and in the update, filled in by ``sample(timing=...)``. On a GPU these are times to launch."""
-
-    model_seconds: float = 0.0
-    update_seconds: float = 0.0
-    steps: int = 0
-
-
-@dataclass
-class _Run:
-    """The tensors of one call of ``sample``; allocated before the loop, reused in every step."""
-
-    x_t: Tensor
-    seeds: Tensor | None
-    generator: torch.Generator | None
-    x_prev: Tensor | None  # a second buffer, where x_t must outlive the step
-    x0: Tensor | None
-    noise: Tensor | None  # where a torch.Generator makes the noise
-    model_input: Tensor | None  # x_t in the model's dtype, where that differs
-    timesteps: Tensor  # (S, B)
-
-
 class DDIMSampler:
     """Samples a diffusion model by DDIM (Song, Meng, Ermon 2020, arXiv 2010.02502): equation 12 over a chosen part of the timesteps.
 
@@ -94,6 +70,7 @@ class DDIMSampler:
         use_clipped_model_output: derive eps again from the clipped x0.
         thresholding: dynamic thresholding (Imagen): x0 is scaled by its ``dynamic_thresholding_ratio`` quantile, at most
             ``sample_max_value``, before it is clipped.
+        graphs: where CUDA graphs are kept; all samplers share one cache if none.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule; the message says which, and what to do.
@@ -118,6 +95,7 @@ class DDIMSampler:
         thresholding: bool = False,
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0,
+        graphs: GraphCache | None = None,
     ):
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(
@@ -131,9 +109,8 @@ class DDIMSampler:
         self.prediction_type = prediction_type
         self.clip_sample = True if thresholding else clip_sample
         self.clip_sample_range = clip_sample_range
-        self.thresholding = thresholding
-        self.dynamic_thresholding_ratio = dynamic_thresholding_ratio
-        self.sample_max_value = sample_max_value
+        self.thresholding = Thresholding(dynamic_thresholding_ratio, sample_max_value) if thresholding else None
+        self.graphs = GRAPHS if graphs is None else graphs
         # Everything but what a model may decide; checked now, with a prediction type that cannot fail at zero SNR.
         self._plan = SamplingPlan(
             schedule,
@@ -190,6 +167,8 @@ class DDIMSampler:
         return_trajectory: bool = False,
         timing: Timing | None = None,
         backend: str | None = None,
+        capture: str = "auto",
+        reuse_output: bool = False,
     ) -> Tensor | Trajectory:
         """Draw samples: from noise x_T, one model call and one fused update per step.
 
@@ -211,6 +190,11 @@ class DDIMSampler:
             return_trajectory: return every state as a ``Trajectory`` instead of the samples.
             timing: filled in with the seconds spent in the model and in the update.
             backend: of the update, a name in ``kernels.dispatch.BACKENDS``.
+            capture: on a CUDA device, run the steps as CUDA graphs, captured in the first call and replayed in later ones (see
+                ``capture.GraphCache``): "step", one graph that is replayed for each step; "loop", all steps and model calls in one;
+                "off"; or "auto": "step" where the model can be captured, with one warning where it cannot. The model is called a
+                few times more before the first capture.
+            reuse_output: with a captured loop, return its own memory, which the next call writes to, instead of a copy.
 
         Returns:
             Samples ``shape`` on ``device``, or a ``Trajectory``.
@@ -224,110 +208,70 @@ class DDIMSampler:
         for name, value in {"dtype": dtype, "model_dtype": model_dtype}.items():
             if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
                 raise TypeError(f"{name} must be a floating-point torch.dtype such as torch.float16, got {value!r}")
-        run = self._start(
-            plan,
-            shape,
-            seed,
-            seeds,
-            generator,
-            x_T,
-            device,
-            dtype,
-            model_dtype,
-            callback is not None or return_trajectory,
+        conditionings = _conditionings(model, conditioning, guidance_scale, unconditional_conditioning)
+        adds_noise = any(step.std_dev_t > 0 for step in plan.steps)
+        between = {
+            "a callback": callback is not None,
+            "return_trajectory": return_trajectory,
+            "progress": progress,
+            "noise from a generator": generator is not None and adds_noise,
+        }
+        mode = choose_mode(capture, self.graphs, device, dtype, backend, next((w for w in between if between[w]), None))
+        x_t, per_sample = _start(shape, seed, seeds, generator, x_T, device, dtype)
+        watched = callback is not None or return_trajectory
+        loop = Loop(
+            x_t=x_t,
+            calls=model_calls(model, conditionings),
+            guidance_scale=guidance_scale if len(conditionings) == 2 else None,
+            thresholding=self.thresholding,
+            seeds=per_sample if adds_noise else None,
+            generator=generator,
+            noise=torch.empty_like(x_t) if generator is not None and adds_noise else None,
+            model_input=torch.empty_like(x_t, dtype=model_dtype) if model_dtype not in (None, dtype) else None,
+            x_seen=torch.empty_like(x_t) if watched else None,
+            x0=torch.empty_like(x_t) if watched else None,
         )
-        calls = _model_calls(model, conditioning, guidance_scale, unconditional_conditioning)
-        trajectory = Trajectory()
+        job = Job(model, plan, loop, conditionings)
+        captured = None
+        if mode != "off":
+            captured = self.graphs.get_or_none(mode, job) if capture == "auto" else self.graphs.get(mode, job)
         timing = Timing() if timing is None else timing
+        trajectory = Trajectory()
         bar = tqdm(plan.steps, desc="sampling", unit="step", disable=not progress)
         with torch.inference_mode(), bar:
+            if captured is not None:
+                loop = captured.loop
+            if captured is not None and mode == "loop":
+                captured.replay_all(timing)
+                bar = ()
+            timesteps = torch.tensor(plan.timesteps, device=device)[:, None].expand(-1, shape[0])
             for step in bar:
-                x_t, x0 = self._advance(step, run, calls, guidance_scale, timing, backend)
+                if captured is not None:
+                    captured.replay_step(step, timing)
+                else:
+                    loop.planned_step(step, timesteps[step.index], timing, backend)
                 if return_trajectory:
-                    trajectory.add(step.t, x_t, x0)
-                if callback is not None and callback(step.index, step.t, x_t, x0) is True:
+                    trajectory.add(step.t, loop.x_seen, loop.x0)
+                if callback is not None and callback(step.index, step.t, loop.x_seen, loop.x0) is True:
                     break
+        # A captured loop's tensors are its own: the next call writes to them.
+        x_t = loop.x_t if captured is None or reuse_output else loop.x_t.clone()
         if return_trajectory:
-            trajectory.x_t.append(run.x_t)
+            trajectory.x_t.append(x_t)
             return trajectory
-        return run.x_t
+        return x_t
 
-    def _start(self, plan, shape, seed, seeds, generator, x_T, device, dtype, model_dtype, keep_x_t) -> _Run:
-        """Allocate every buffer of a run. Outside inference mode, so that the caller gets ordinary tensors."""
-        if generator is not None and (seed is not None or seeds is not None):
-            raise ValueError("noise comes from one place: pass seed, seeds or generator, got generator and another")
-        per_sample = None if generator is not None else _per_sample_seeds(seed, seeds, shape[0]).to(device)
-        if x_T is not None:
-            x_t = x_T.detach().clone(memory_format=torch.contiguous_format)
-        elif generator is not None:
-            x_t = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-        else:
-            x_t = cpu_step.normals(per_sample.cpu(), shape[1:], 0, NoiseStream.INITIAL).to(device, dtype)
-        adds_noise = any(step.std_dev_t > 0 for step in plan.steps)
-        model_dtype = dtype if model_dtype is None else model_dtype
-        return _Run(
-            x_t=x_t,
-            seeds=per_sample,
-            generator=generator,
-            x_prev=torch.empty_like(x_t) if keep_x_t else None,
-            x0=torch.empty_like(x_t) if keep_x_t else None,
-            noise=torch.empty_like(x_t) if generator is not None and adds_noise else None,
-            model_input=torch.empty_like(x_t, dtype=model_dtype) if model_dtype != dtype else None,
-            timesteps=torch.tensor(plan.timesteps, device=device)[:, None].expand(-1, shape[0]),
-        )
 
-    def _advance(
-        self, step: PlannedStep, run: _Run, calls, guidance_scale, timing: Timing, backend
-    ) -> tuple[Tensor, Tensor | None]:
-        """One step: the model, then the update of ``run.x_t``. Returns what the model saw and predicted, where they are kept."""
-        started = time.perf_counter()
-        t = run.timesteps[step.index]
-        model_input = run.x_t if run.model_input is None else run.model_input.copy_(run.x_t)
-        outputs = [_apart_from(run.x_t, output_tensor(call(model_input, t), run.x_t)) for call in calls]
-        if len(outputs) == 2 and outputs[0].numel() and outputs[0].data_ptr() == outputs[1].data_ptr():
-            raise ValueError(
-                "with guidance the model is called twice a step, and its second output overwrote the first, got one "
-                "tensor from both calls: return a tensor of its own from each, for instance with .clone()"
-            )
-        called = time.perf_counter()
-        model_output, uncond = outputs if len(outputs) == 2 else (outputs[0], None)
-        scale = None if uncond is None else guidance_scale
-        thresholds = None
-        if self.thresholding:
-            thresholds = dynamic_thresholds(
-                run.x_t,
-                model_output,
-                step.coefficients,
-                self.dynamic_thresholding_ratio,
-                self.sample_max_value,
-                uncond,
-                scale,
-            )
-        noise = None
-        if run.noise is not None and step.std_dev_t > 0:
-            noise = run.noise.normal_(generator=run.generator)
-        x_t = run.x_t
-        run.x_t = ddim_step(
-            x_t,
-            model_output,
-            step.coefficients,
-            model_output_uncond=uncond,
-            guidance_scale=scale,
-            noise=noise,
-            seeds=run.seeds if step.std_dev_t > 0 else None,
-            noise_step=step.index,
-            noise_stream=NoiseStream.STEP,
-            thresholds=thresholds,
-            out=x_t if run.x_prev is None else run.x_prev,
-            x0_out=run.x0,
-            backend=backend,
-        )
-        if run.x_prev is not None:
-            run.x_prev = x_t  # the two buffers change places
-        timing.model_seconds += called - started
-        timing.update_seconds += time.perf_counter() - called
-        timing.steps += 1
-        return x_t, run.x0
+def _start(shape, seed, seeds, generator, x_T, device, dtype) -> tuple[Tensor, Tensor | None]:
+    """x_T and the seed of each sample. Outside inference mode, so that the caller gets ordinary tensors."""
+    if generator is not None and (seed is not None or seeds is not None):
+        raise ValueError("noise comes from one place: pass seed, seeds or generator, got generator and another")
+    per_sample = None if generator is not None else _per_sample_seeds(seed, seeds, shape[0]).to(device)
+    if x_T is not None:
+        return x_T.detach().clone(memory_format=torch.contiguous_format), per_sample
+    if generator is not None:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype), None
+    return normals(per_sample, shape[1:], 0, NoiseStream.INITIAL, dtype), per_sample
 
 
 def _or_one(clip_sample_range: float | None) -> float:
@@ -348,13 +292,6 @@ def _check_thresholding(clip_sample: bool | None, ratio: float, maximum: float) 
         raise ValueError(f"sample_max_value must be positive and finite, got {maximum}")
     if clip_sample is False:
         raise ValueError("thresholding clips x0, so clip_sample=False contradicts it: leave one of them out")
-
-
-def _apart_from(x_t: Tensor, model_output: Tensor) -> Tensor:
-    """A copy of a model's output that is another view of its input, since the update overwrites the input."""
-    shared = model_output.untyped_storage().data_ptr() == x_t.untyped_storage().data_ptr()
-    same = model_output.data_ptr() == x_t.data_ptr() and model_output.stride() == x_t.stride()
-    return model_output.clone() if shared and not same else model_output
 
 
 def _choose_timesteps(schedule: NoiseSchedule, count, timesteps, spacing: str, steps_offset: int) -> tuple[int, ...]:
@@ -422,16 +359,13 @@ def _integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an integer, got the {type(value).__name__} {value!r}") from None
 
 
-def _model_calls(
-    model: Model, conditioning, guidance_scale, unconditional_conditioning
-) -> list[Callable[[Tensor, Tensor], Any]]:
-    """The model calls of one step: one, or a conditional and an unconditional one."""
+def _conditionings(model: Model, conditioning, guidance_scale, unconditional_conditioning) -> list[Mapping[str, Any]]:
+    """The conditioning of each model call of a step: one, or a conditional and an unconditional one."""
     conditioning = dict(conditioning or {})
     if not callable(model):
         raise TypeError(f"model must be callable as model(x, t, **conditioning), got {type(model).__name__}")
-    calls = [lambda x, t: model(x, t, **conditioning)]
     if guidance_scale is None or guidance_scale == 1:
-        return calls
+        return [conditioning]
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
     if unconditional_conditioning is None:
@@ -441,5 +375,4 @@ def _model_calls(
                 f"guidance_scale={guidance_scale} needs the model's unconditional output, too: pass unconditional_conditioning"
             )
         unconditional_conditioning = unconditional(conditioning)
-    without = dict(unconditional_conditioning)
-    return [*calls, lambda x, t: model(x, t, **without)]
+    return [conditioning, dict(unconditional_conditioning)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from numbers import Integral, Real
 
@@ -61,6 +61,11 @@ class StepCoefficients:
                     f"every coefficient of a step must be finite in float32, got {name} = {value}: "
                     "this timestep has no such prediction (with alpha_bar_t = 0, use v_prediction or sample)"
                 )
+
+    @property
+    def columns(self) -> list[float]:
+        """The fields, in order."""
+        return [getattr(self, column.name) for column in fields(self)]
 
     @property
     def clipped(self) -> bool:

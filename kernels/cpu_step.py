@@ -38,7 +38,7 @@ def unsupported_reasons(inputs: StepInputs) -> list[str]:
         reasons.append(f"tensors are on {inputs.x_t.device}, it runs on cpu")
     if inputs.mask is not None:
         reasons.append("inpainting is not in this kernel")
-    return reasons + plain_memory_reasons(inputs, DTYPES)
+    return reasons + plain_memory_reasons(inputs)
 
 
 def run(inputs: StepInputs) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,11 @@ BACKENDS = {backend.name: backend for backend in (cpu_step, triton_backend, refe
 
 _run_plain = cpu_step.extension.step if cpu_step.extension is not None else None
 _is_inference_mode = torch.is_inference_mode_enabled
+# Whether torch.compile traces this, or a mode such as make_fx's or FakeTensorMode's looks at every operation: then a step is one operator.
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_modes_active = torch._C._len_torch_dispatch_stack
 _warned = False
+_NOISE_ONLY = StepCoefficients(0, 0, 0, 0, 0, 0, 0, prev_noise=1)
 
 
 def ddim_step(
@@ -63,6 +68,13 @@ def ddim_step(
     Raises:
         TypeError, ValueError: an argument breaks a rule; nothing has been written.
     """
+    if (_is_dynamo_compiling() or _modes_active()) and backend is None:
+        return _through_operator(
+            StepInputs(
+                x_t, model_output, coefficients, None, model_output_uncond, guidance_scale, noise, seeds, noise_step, noise_stream,
+                thresholds, mask, known_x0, known_noise, out, x0_out,
+            )
+        )  # fmt: skip
     plain = mask is None and known_x0 is None and known_noise is None
     if backend is None and plain and _run_plain is not None and forward_ad._current_level < 0:
         target = torch.empty_like(x_t) if out is None and isinstance(x_t, Tensor) else out
@@ -84,30 +96,13 @@ def ddim_step(
             if not _is_inference_mode():
                 _note_writes(out, x0_out)
             return result
-    inputs = StepInputs(
-        x_t,
-        model_output,
-        coefficients,
-        None,
-        model_output_uncond,
-        guidance_scale,
-        noise,
-        seeds,
-        noise_step,
-        noise_stream,
-        thresholds,
-        mask,
-        known_x0,
-        known_noise,
-        out,
-        x0_out,
-    )
-    check_inputs(inputs)
-    chosen = choose(inputs, backend)
-    result = chosen.run(inputs)
-    if chosen is not reference and not _is_inference_mode():
-        _note_writes(out, x0_out)
-    return result
+    return run(
+        StepInputs(
+            x_t, model_output, coefficients, None, model_output_uncond, guidance_scale, noise, seeds, noise_step, noise_stream,
+            thresholds, mask, known_x0, known_noise, out, x0_out,
+        ),
+        backend,
+    )  # fmt: skip
 
 
 def ddim_step_from_table(
@@ -141,50 +136,63 @@ def ddim_step_from_table(
     The other arguments, the result and the errors are those of ``ddim_step``.
     """
     inputs = StepInputs(
-        x_t,
-        model_output,
-        table,
-        index,
-        model_output_uncond,
-        None,
-        noise,
-        seeds,
-        noise_step,
-        noise_stream,
-        thresholds,
-        mask,
-        known_x0,
-        known_noise,
-        out,
-        x0_out,
-    )
+        x_t, model_output, table, index, model_output_uncond, None, noise, seeds, noise_step, noise_stream,
+        thresholds, mask, known_x0, known_noise, out, x0_out,
+    )  # fmt: skip
+    return _through_operator(inputs) if _is_dynamo_compiling() or _modes_active() else run_from_table(inputs)
+
+
+def run(inputs: StepInputs, backend: str | None = None) -> Tensor:
+    """Check the inputs, and run them by the backend of that name, or the first that can."""
+    check_inputs(inputs)
+    chosen = choose(inputs, backend)
+    result = chosen.run(inputs)
+    if chosen is not reference and not _is_inference_mode():
+        _note_writes(inputs.x_prev, inputs.x0)
+    return result
+
+
+def run_from_table(inputs: StepInputs) -> Tensor:
+    """``run`` for inputs whose coefficients are a table: on the device, or else with the row read from it."""
     check_inputs(inputs)
     if not triton_backend.unsupported_reasons(inputs):
-        result = triton_backend.run(inputs)
-        if not _is_inference_mode():
-            _note_writes(out, x0_out)
-        return result
-    row = int(index)
+        return run(inputs, "triton")
+    table, row = inputs.coefficients, int(inputs.index)
     if not 0 <= row < len(table.rows):
         raise ValueError(f"index must be at least 0 and less than the {len(table.rows)} rows of the table, got {row}")
     coefficients, guidance_scale = table.coefficients(row)
-    return ddim_step(
-        x_t,
-        model_output,
-        coefficients,
-        model_output_uncond=model_output_uncond,
-        guidance_scale=None if model_output_uncond is None else guidance_scale,
-        noise=noise,
-        seeds=seeds,
-        noise_step=noise_step + row,
-        noise_stream=noise_stream,
-        thresholds=thresholds,
-        mask=mask,
-        known_x0=known_x0,
-        known_noise=known_noise,
-        out=out,
-        x0_out=x0_out,
+    return run(
+        replace(
+            inputs,
+            coefficients=coefficients,
+            index=None,
+            guidance_scale=None if inputs.model_output_uncond is None else guidance_scale,
+            noise_step=inputs.noise_step + row,
+        )
     )
+
+
+def _through_operator(inputs: StepInputs) -> Tensor:
+    """The step as one operator of ``operators``. Differentiable inputs are left to the reference, which is traced itself."""
+    tensors = [t for _, t in inputs.reads]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return run(inputs, "reference")
+    i = inputs
+    x_prev = torch.empty_like(i.x_t) if i.x_prev is None else i.x_prev
+    x_t = None if i.x_prev is i.x_t else i.x_t
+    after = (i.noise, i.seeds, i.noise_step, i.noise_stream, i.thresholds, i.mask, i.known_x0, i.known_noise)
+    if isinstance(i.coefficients, StepTable):
+        c = i.coefficients
+        table = (c.rows, c.clipped, c.adds_noise, c.adds_known_noise)
+        torch.ops.ddim_fast.step_from_table_(
+            x_prev, i.x0, x_t, i.model_output, *table, i.index, i.model_output_uncond, *after
+        )
+    else:
+        row = i.coefficients.columns
+        torch.ops.ddim_fast.step_(
+            x_prev, i.x0, x_t, i.model_output, row, i.model_output_uncond, i.guidance_scale, *after
+        )
+    return x_prev
 
 
 def _note_writes(*written: Tensor | None) -> None:
@@ -215,5 +223,17 @@ def _warn_if_slow(backend, inputs: StepInputs) -> None:
     if backend is reference and not _warned and cpu_step.extension is None and inputs.x_t.device.type == "cpu":
         _warned = True
         warnings.warn(
-            f"ddim_fast computes with its PyTorch reference, which is slower: {cpu_step.missing_reason}", stacklevel=4
+            f"ddim_fast computes with its PyTorch reference, which is slower: {cpu_step.missing_reason}", stacklevel=5
         )
+
+
+def normals(
+    seeds: Tensor, shape: tuple[int, ...], step: int, stream: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Normals of the noise standard, rounded to ``dtype``: ``(len(seeds), *shape)`` on the device of ``seeds`` ``(B,)`` int64."""
+    if seeds.device.type == "cpu":
+        return cpu_step.normals(seeds, shape, step, stream).to(dtype)
+    # A step that is noise and nothing else.
+    zeros = torch.zeros((len(seeds), *shape), device=seeds.device, dtype=torch.float32)
+    z = ddim_step(zeros, zeros, _NOISE_ONLY, seeds=seeds, noise_step=step, noise_stream=stream)
+    return z.to(dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .contract import PER_ELEMENT, StepInputs
+
+DTYPES_OF_KERNELS = (torch.float32, torch.float16, torch.bfloat16)
+"""What kernels read and write; all compute in float32."""
 
 
 @dataclass
@@ -67,13 +69,13 @@ def _flat_order(inputs: StepInputs, tensors: list[Tensor]) -> bool:
     return dense and all(t.stride() == x_t.stride() for t in tensors)
 
 
-def plain_memory_reasons(inputs: StepInputs, dtypes: Collection[torch.dtype]) -> list[str]:
-    """Why a kernel that computes in float32 on plain memory of these types cannot run these inputs; empty if it can."""
+def plain_memory_reasons(inputs: StepInputs) -> list[str]:
+    """Why a kernel, which knows plain memory only, cannot run these inputs; empty if it can."""
     reasons = []
     x_t, m = inputs.x_t, inputs.model_output
-    if x_t.dtype not in dtypes:
+    if x_t.dtype not in DTYPES_OF_KERNELS:
         reasons.append(f"x_t is {x_t.dtype}, it takes float32, float16 and bfloat16")
-    elif m.dtype not in dtypes or x_t.dtype not in (m.dtype, torch.float32):
+    elif m.dtype not in DTYPES_OF_KERNELS or x_t.dtype not in (m.dtype, torch.float32):
         reasons.append(
             f"model_output is {m.dtype} beside an x_t of {x_t.dtype}, it takes the same dtype, or a half beside float32"
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .contract import StepCoefficients
+from . import triton_backend
+from .contract import StepCoefficients, StepInputs, StepTable
 
 
 def quantile_of_magnitude(x: Tensor, ratio: float) -> Tensor:
@@ -17,7 +18,7 @@ def quantile_of_magnitude(x: Tensor, ratio: float) -> Tensor:
     position = ratio * (magnitude.shape[1] - 1)
     below = int(position)
     low = magnitude.kthvalue(below + 1, dim=1).values
-    if below + 1 >= magnitude.shape[1]:
+    if position == below:
         return low
     high = magnitude.kthvalue(below + 2, dim=1).values
     return torch.lerp(low, high, position - below)
@@ -26,18 +27,30 @@ def quantile_of_magnitude(x: Tensor, ratio: float) -> Tensor:
 def dynamic_thresholds(
     x_t: Tensor,
     model_output: Tensor,
-    coefficients: StepCoefficients,
+    coefficients: StepCoefficients | StepTable,
     ratio: float,
     maximum: float,
     model_output_uncond: Tensor | None = None,
     guidance_scale: float | None = None,
+    index: Tensor | None = None,
 ) -> Tensor:
-    """Thresholds for ``ddim_step``, ``(B,)`` float32: each sample's quantile of |x0|, at least the clip range, at most ``maximum``."""
+    """Thresholds for ``ddim_step``, ``(B,)`` float32: each sample's quantile of |x0|, at least the clip range, at most ``maximum``.
+
+    With a ``StepTable`` and ``index``, thresholds for ``ddim_step_from_table``. On a GPU this is one launch, and nothing waits.
+    """
+    inputs = StepInputs(x_t, model_output, coefficients, index, model_output_uncond, guidance_scale)
+    if not triton_backend.unsupported_reasons(inputs):
+        return triton_backend.dynamic_thresholds(inputs, ratio, maximum)
+    if isinstance(coefficients, StepTable):
+        row = coefficients.rows.index_select(0, index)[0]
+        x0_x, x0_m, bound, guidance_scale = row[8], row[9], row[10], row[12]
+    else:
+        x0_x, x0_m, bound = coefficients.x0_x, coefficients.x0_m, coefficients.clip
     m = model_output.float()
     if model_output_uncond is not None:
         m = torch.lerp(model_output_uncond.float(), m, guidance_scale)
-    x0 = coefficients.x0_x * x_t.float() + coefficients.x0_m * m
-    bound = coefficients.clip
+    x0 = x0_x * x_t.float() + x0_m * m
     if x0.numel() == 0:
-        return torch.full((len(x0),), bound, device=x0.device)
-    return quantile_of_magnitude(x0, ratio).clamp(bound, max(maximum, bound))
+        return torch.full((len(x0),), float(bound), device=x0.device)
+    low = torch.as_tensor(bound, dtype=torch.float32, device=x0.device)
+    return torch.minimum(torch.maximum(quantile_of_magnitude(x0, ratio), low), low.clamp(min=maximum))

@@ -13,7 +13,6 @@ from .contract import StepCoefficients, StepInputs, StepTable
 from .layout import as_rows, plain_memory_reasons
 
 name = "triton"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def unsupported_reasons(inputs: StepInputs) -> list[str]:
@@ -23,7 +22,7 @@ def unsupported_reasons(inputs: StepInputs) -> list[str]:
         reasons.append("Triton is not installed: pip install triton")
     if inputs.x_t.device.type != "cuda":
         reasons.append(f"tensors are on {inputs.x_t.device}, it runs on cuda")
-    return reasons + plain_memory_reasons(inputs, DTYPES)
+    return reasons + plain_memory_reasons(inputs)
 
 
 @lru_cache(maxsize=4096)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
+from triton.runtime import driver
 
 from . import noise as standard
 from .contract import ROW_WIDTH, StepTable
@@ -76,8 +76,8 @@ def normals_exact(a, b):
 
 
 @triton.jit
-def normals_fast(a, b, NORMALS: tl.constexpr):
-    """Two words -> two normals (Box and Muller 1958), by the hardware's approximate log2, square root, sine and cosine.
+def normals_fast(a, b):
+    """Two words -> two normals (Box and Muller 1958), by NVIDIA hardware's approximate log2, square root, sine and cosine.
 
     Not the noise standard's bits, nor the same on every GPU; the words are the same.
     """
@@ -85,10 +85,7 @@ def normals_fast(a, b, NORMALS: tl.constexpr):
     angle = (
         b.to(tl.int32, bitcast=True).to(tl.float32) * _PI_OVER_2_31
     )  # in [-pi, pi], where the approximations are best
-    if NORMALS == "fast":
-        log2_u, sine, cosine = libdevice.fast_log2f(u), libdevice.fast_sinf(angle), libdevice.fast_cosf(angle)
-    else:
-        log2_u, sine, cosine = tl.log2(u), tl.sin(angle), tl.cos(angle)
+    log2_u, sine, cosine = libdevice.fast_log2f(u), libdevice.fast_sinf(angle), libdevice.fast_cosf(angle)
     radius = tl.sqrt(log2_u * _MINUS_TWO_LOG_OF_2)
     return radius * cosine, radius * sine
 
@@ -103,8 +100,8 @@ def _normals_of_counters(counters, seed, step, stream, NORMALS: tl.constexpr):
         z0, z1 = normals_exact(w0, w1)
         z2, z3 = normals_exact(w2, w3)
     else:
-        z0, z1 = normals_fast(w0, w1, NORMALS)
-        z2, z3 = normals_fast(w2, w3, NORMALS)
+        z0, z1 = normals_fast(w0, w1)
+        z2, z3 = normals_fast(w2, w3)
     return z0, z1, z2, z3
 
 
@@ -198,7 +195,7 @@ def ddim_step_kernel(
     BLOCK_SIZE: tl.constexpr,  # elements that one program computes
     VECTOR: tl.constexpr,  # elements that a thread loads at once: 16 bytes of x_t
     CLIPPED: tl.constexpr,  # whether the rows clip x0
-    NORMALS: tl.constexpr,  # "exact" (the noise standard), "fast" (NVIDIA), or "fast_amd"
+    NORMALS: tl.constexpr,  # "exact" (the noise standard) or "fast"
     KNOWN_REGION: tl.constexpr,  # the noise standard's stream of a known picture's noise
     WIDE_INDEX: tl.constexpr,  # whether n needs 64-bit offsets
     SAMPLE_AXIS: tl.constexpr,  # grid axis of the samples; the other counts blocks of a sample
@@ -263,12 +260,13 @@ def ddim_step_kernel(
 # ---- the launcher ----------------------------------------------------------------------------------------------------------------
 
 NORMALS = ("exact", "fast")
-"""Forms of in-register noise: the noise standard's bits, or the hardware's approximations."""
+"""Forms of in-register noise: the noise standard's bits, or (on NVIDIA) the hardware's approximations."""
 
 # (elements of all samples, at least; elements a program; warps a program). Eight or sixteen elements a thread: one or two accesses of
 # 16 bytes in half precision. The larger tile spends fewer instructions an element, the smaller one fills a GPU with less work.
 _TILES = ((1 << 20, 2048, 4), (0, 512, 2))
 _MOST_BLOCKS_Y = 65535  # CUDA's limit on the second axis of a grid
+_LARGEST_INT32 = 2**31 - 1
 
 
 def launch(
@@ -311,9 +309,9 @@ def launch(
         BLOCK_SIZE=block_size,
         VECTOR=16 // t["x_t"].element_size(),
         CLIPPED=table.clipped,
-        NORMALS="fast_amd" if normals == "fast" and torch.version.hip else normals,
+        NORMALS="exact" if normals == "fast" and _is_amd() else normals,
         KNOWN_REGION=int(standard.NoiseStream.KNOWN_REGION),
-        WIDE_INDEX=n + block_size > 2**31 - 1,
+        WIDE_INDEX=n + block_size > _LARGEST_INT32,
         SAMPLE_AXIS=sample_axis,
         ROW_WIDTH=ROW_WIDTH,
         num_warps=num_warps,
@@ -322,6 +320,11 @@ def launch(
 
 
 _TENSORS = ("x_t", "model_output", "model_output_uncond", "noise", "mask", "known_x0", "known_noise", "x_prev", "x0")
+
+
+def _is_amd() -> bool:
+    """There, library functions take three times the instructions of the exact formula: "fast" is the exact one."""
+    return driver.active.get_current_target().backend == "hip"
 
 
 def _as_int32(value: int) -> int:

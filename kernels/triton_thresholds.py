@@ -63,7 +63,7 @@ def thresholds_kernel(
     in_block = tl.arange(0, BLOCK_SIZE)
     n = n_elements.to(tl.int64) if WIDE_INDEX else n_elements
     found = 0  # the upper bits found so far, in place
-    same = n_elements.to(tl.int64)  # how many elements have them
+    same = tl.zeros_like(rank)  # how many elements have them
     for digit_index in tl.static_range(4):
         shift = 24 - 8 * digit_index
         histogram = tl.zeros((256,), tl.int64)
@@ -91,7 +91,9 @@ def thresholds_kernel(
     if above == 0x7FFFFFFF:
         above = found
     low, high = found.to(tl.float32, bitcast=True), above.to(tl.float32, bitcast=True)
-    threshold = tl.fma(weight, high - low, low)
+    threshold = low
+    if weight != 0:  # not with an infinite difference
+        threshold = tl.fma(weight, high - low, low)
     threshold = tl.clamp(threshold, bound, tl.maximum(maximum, bound), propagate_nan=tl.PropagateNan.ALL)
     tl.store(thresholds_ptr + sample, threshold)
 

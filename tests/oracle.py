@@ -131,6 +131,8 @@ def textbook_row(
         "prev_eps": math.sqrt(max(1 - alpha_bar_prev - std_dev_t**2, 0.0)),
         "prev_noise": std_dev_t,
         "clip": clip,
+        "known_x0": math.sqrt(alpha_bar_prev),
+        "known_noise": math.sqrt(1 - alpha_bar_prev),
     }
 
 
@@ -160,6 +162,9 @@ def row_step(
     guidance: float | None = None,
     noise: np.ndarray | None = None,
     thresholds: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    known_x0: np.ndarray | None = None,
+    known_noise: np.ndarray | None = None,
 ) -> Result:
     c, clip = row, row.get("clip", math.inf)
     x, m = np.asarray(x_t, np.float64), np.asarray(model_output, np.float64)
@@ -188,4 +193,13 @@ def row_step(
         fold_x = total * c["x0_x"] + c["prev_eps"] * c["eps_x"]
         fold_m = total * c["x0_m"] + c["prev_eps"] * c["eps_m"]
         terms = abs(fold_x) * x_size + abs(fold_m) * m_size + z_size
+    if mask is not None:
+        # The known picture at the noise level of x_prev (equation 4 of the paper), blended in.
+        mask, known = np.asarray(mask, np.float64), c["known_x0"] * np.asarray(known_x0, np.float64)
+        known_terms = np.abs(known)
+        if c["known_noise"] != 0:
+            known = known + c["known_noise"] * known_noise
+            known_terms = known_terms + np.abs(c["known_noise"] * known_noise)
+        x_prev = mask * known + (1 - mask) * x_prev
+        terms, long_terms = (np.abs(mask) * known_terms + (1 + np.abs(mask)) * t for t in (terms, long_terms))
     return Result(x_prev, terms, long_terms, x0, x0_terms)

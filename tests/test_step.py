@@ -18,6 +18,7 @@ from tolerances import assert_near, to_numpy
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
+KNOWN_REGION = 2  # the noise stream of a known picture
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PAIRS = [(d, d) for d in FLOATS] + [(torch.float32, torch.float16), (torch.float32, torch.bfloat16)]
 
@@ -62,12 +63,17 @@ per_simd = pytest.mark.parametrize("target", SIMD, ids=str)
 
 
 def row_of(**columns):
-    zero = dict.fromkeys(("x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps", "prev_noise"), 0.0)
+    zero = dict.fromkeys(("x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps", "prev_noise", "known_x0", "known_noise"), 0.0)
     return zero | {"clip": math.inf} | columns
 
 
 def normal(rng, shape, dtype=torch.float32, scale=1.0):
     return (torch.from_numpy(rng.standard_normal(shape)) * scale).to(dtype)
+
+
+def blend_weights(rng, shape, dtype):
+    """Mostly nothing and everything, and some between."""
+    return torch.from_numpy(np.clip(rng.uniform(-1, 2, shape), 0, 1)).to(dtype)
 
 
 def z_of(seeds, shape, step=0, stream=0):
@@ -277,6 +283,16 @@ def cases(draw, pairs):
     if row["clip"] != math.inf and draw(st.booleans()):
         keywords["thresholds"] = torch.from_numpy(rng.uniform(0.5, 5, shape[0])).float()
         for_oracle["thresholds"] = to_numpy(keywords["thresholds"])
+    if draw(st.integers(0, 3)) == 0:
+        keywords["known_x0"] = make("known_x0", state)
+        keywords["mask"] = make("mask", state, lambda rng, shape, dtype: blend_weights(rng, shape, dtype))
+        for_oracle |= {"known_x0": to_numpy(keywords["known_x0"]), "mask": to_numpy(keywords["mask"])}
+        if row["known_noise"]:
+            if kind == "seeds":
+                for_oracle["known_noise"] = z_of(keywords["seeds"], shape, keywords["noise_step"], KNOWN_REGION)
+            else:
+                keywords["known_noise"] = make("known_noise", state)
+                for_oracle["known_noise"] = to_numpy(keywords["known_noise"])
     targets = [name for name in buffers if tensors[name].dtype == state]
     places = [
         draw(st.sampled_from(["new", "separate", "separate", *targets])),

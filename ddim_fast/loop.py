@@ -1,0 +1,205 @@
+"""A run of the sampler as data: its tensors, allocated before the first step and reused in every one, and the step itself.
+
+The step comes in two forms that compute the same bits. ``planned_step`` knows which step it is. ``step_by_index`` does not: its row
+of coefficients, its timestep and its place in the noise are found by a number in device memory that it then advances, so it can be
+captured in a CUDA graph once and replayed for every step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels.contract import StepTable
+from .kernels.dispatch import ddim_step, ddim_step_from_table
+from .kernels.noise import NoiseStream
+from .kernels.thresholding import dynamic_thresholds
+from .models import Model, output_tensor
+from .plan import PlannedStep
+
+ModelCall = Callable[[Tensor, Tensor], Any]
+"""``call(x, t)``: the model with its conditioning."""
+
+
+@dataclass
+class Timing:
+    """Seconds spent in the model and in the update, filled in by ``sample(timing=...)``. On a GPU these are times to launch.
+
+    Replays of a captured loop do not tell the two apart: their time is in ``captured_seconds``.
+    """
+
+    model_seconds: float = 0.0
+    update_seconds: float = 0.0
+    captured_seconds: float = 0.0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Thresholding:
+    """Dynamic thresholding: the quantile of |x0| that x0 is scaled by, and its maximum."""
+
+    ratio: float
+    maximum: float
+
+
+@dataclass
+class Position:
+    """Where ``step_by_index`` is: everything it must not know from Python.
+
+    Attributes:
+        table: the coefficients of the steps.
+        index: ``(1,)`` int64: the number of the next step.
+        timesteps: ``(S, B)`` int64.
+        t: ``(1, B)`` int64: the timesteps of the step underway.
+    """
+
+    table: StepTable
+    index: Tensor
+    timesteps: Tensor
+    t: Tensor
+
+
+@dataclass
+class Loop:
+    """The tensors of a run, and what its steps need beside them.
+
+    Attributes:
+        x_t: ``(B, C, ...)`` the noisy samples; each step's result takes their place.
+        calls: the model calls of a step: one, or a conditional and an unconditional one.
+        seeds: ``(B,)`` int64, for in-register noise; or None.
+        noise: like ``x_t``: what a ``generator`` fills before each step that adds noise; or None.
+        model_input: like ``x_t``, in the model's dtype, where that differs; or None.
+        x_seen, x0: like ``x_t``, where the caller wants to see them: what the model saw, and what it predicted from it; or None.
+    """
+
+    x_t: Tensor
+    calls: Sequence[ModelCall]
+    guidance_scale: float | None
+    thresholding: Thresholding | None
+    seeds: Tensor | None
+    generator: torch.Generator | None
+    noise: Tensor | None
+    model_input: Tensor | None
+    x_seen: Tensor | None
+    x0: Tensor | None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.x_t.shape
+
+    def planned_step(self, step: PlannedStep, t: Tensor, timing: Timing, backend: str | None) -> None:
+        """Advance ``x_t`` by this step; ``t`` ``(B,)`` are its timesteps."""
+        started = time.perf_counter()
+        model_output, uncond = self._predict(t)
+        called = time.perf_counter()
+        x_t = self.x_t
+        scale = None if uncond is None else self.guidance_scale
+        thresholds = None
+        if self.thresholding is not None:
+            thresholds = dynamic_thresholds(
+                x_t, model_output, step.coefficients, self.thresholding.ratio, self.thresholding.maximum, uncond, scale
+            )
+        adds_noise = step.std_dev_t > 0
+        if adds_noise:
+            self.draw_noise()
+        # Where the caller wants to see what the model saw, the two buffers change places instead of a copy.
+        self.x_t = ddim_step(
+            x_t,
+            model_output,
+            step.coefficients,
+            model_output_uncond=uncond,
+            guidance_scale=scale,
+            noise=self.noise if adds_noise else None,
+            seeds=self.seeds if adds_noise else None,
+            noise_step=step.index,
+            noise_stream=NoiseStream.STEP,
+            thresholds=thresholds,
+            out=x_t if self.x_seen is None else self.x_seen,
+            x0_out=self.x0,
+            backend=backend,
+        )
+        if self.x_seen is not None:
+            self.x_seen = x_t
+        timing.model_seconds += called - started
+        timing.update_seconds += time.perf_counter() - called
+        timing.steps += 1
+
+    def step_by_index(self, position: Position) -> None:
+        """Advance ``x_t``, in place, by the step that ``position`` says, and the position by one.
+
+        Nothing waits for the device, nothing is allocated but by the model, and no Python number tells one step from another.
+        """
+        p = position
+        torch.index_select(p.timesteps, 0, p.index, out=p.t)
+        model_output, uncond = self._predict(p.t[0])
+        thresholds = None
+        if self.thresholding is not None:
+            thresholds = dynamic_thresholds(
+                self.x_t,
+                model_output,
+                p.table,
+                self.thresholding.ratio,
+                self.thresholding.maximum,
+                uncond,
+                index=p.index,
+            )
+        if self.x_seen is not None:
+            self.x_seen.copy_(self.x_t)
+        ddim_step_from_table(
+            self.x_t,
+            model_output,
+            p.table,
+            p.index,
+            model_output_uncond=uncond,
+            noise=self.noise,
+            seeds=self.seeds if self.noise is None else None,
+            noise_stream=NoiseStream.STEP,
+            thresholds=thresholds,
+            out=self.x_t,
+            x0_out=self.x0,
+        )
+        p.index.add_(1)
+
+    def draw_noise(self) -> None:
+        """Fill ``noise`` from the generator, where it comes from one."""
+        if self.noise is not None:
+            self.noise.normal_(generator=self.generator)
+
+    def _predict(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The model's output, and its unconditional output with guidance."""
+        x_t = self.x_t
+        model_input = x_t if self.model_input is None else self.model_input.copy_(x_t)
+        outputs = [_apart_from(x_t, output_tensor(call(model_input, t), x_t)) for call in self.calls]
+        if len(outputs) == 1:
+            return outputs[0], None
+        if outputs[0].numel() and _same_place(*outputs):
+            raise ValueError(
+                "with guidance the model is called twice a step, and its second output overwrote the first, got one "
+                "tensor from both calls: return a tensor of its own from each, for instance with .clone()"
+            )
+        return outputs[0], outputs[1]
+
+
+def model_calls(model: Model, conditionings: Sequence[Mapping[str, Any]]) -> list[ModelCall]:
+    """The calls of one step, each with its conditioning."""
+
+    def call_with(conditioning: Mapping[str, Any]) -> ModelCall:
+        return lambda x, t: model(x, t, **conditioning)
+
+    return [call_with(conditioning) for conditioning in conditionings]
+
+
+def _same_place(a: Tensor, b: Tensor) -> bool:
+    return torch._C._is_alias_of(a, b) and a.storage_offset() == b.storage_offset()
+
+
+def _apart_from(x_t: Tensor, model_output: Tensor) -> Tensor:
+    """A copy of a model's output that is another view of its input, since the update overwrites the input."""
+    shared = torch._C._is_alias_of(model_output, x_t)
+    same = shared and _same_place(model_output, x_t) and model_output.stride() == x_t.stride()
+    return model_output.clone() if shared and not same else model_output
