@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from ddim_fast.kernels import cpu_step
 from PIL import Image
 from safetensors.torch import load_file
 
 from ddim_fast import __version__, pictures
 from ddim_fast.cli import main
+from ddim_fast.kernels import cpu_step
 
 
 def run(*arguments, code=0):

@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+
 from ddim_fast.kernels import cpu_step, dispatch, reference
 from ddim_fast.kernels.contract import StepCoefficients, StepInputs, check_inputs
 from ddim_fast.kernels.dispatch import BACKENDS, choose, ddim_step

@@ -6,14 +6,14 @@ import linecache
 
 import pytest
 import torch
-from ddim_fast.kernels.contract import StepTable
-from ddim_fast.kernels.dispatch import ddim_step, ddim_step_from_table
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ddim_fast
 from ddim_fast.graphs import CaptureError
+from ddim_fast.kernels.contract import StepTable
+from ddim_fast.kernels.dispatch import ddim_step, ddim_step_from_table
 from ddim_fast.unet import SmallUNet
 from ddim_fast.verify.fake_cuda import SAMPLER, FakeGraphs, NotCapturable, Steady, fake_cuda
 

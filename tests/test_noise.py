@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import special, stats
+
 from ddim_fast.kernels import cpu_step, noise
 from ddim_fast.kernels.noise import (
     NoiseStream,
@@ -22,7 +24,6 @@ from ddim_fast.kernels.noise import (
     standard_normals,
     words_to_normals,
 )
-from scipy import special, stats
 
 INSTRUCTION_SETS = cpu_step.extension.instruction_sets() if cpu_step.extension is not None else []
 per_instruction_set = pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)

@@ -6,10 +6,10 @@ import re
 
 import numpy as np
 import pytest
-from ddim_fast.kernels.contract import StepCoefficients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ddim_fast.kernels.contract import StepCoefficients
 from ddim_fast.plan import ETA_SCALES, PREDICTION_TYPES, SamplingPlan
 from ddim_fast.schedule import NoiseSchedule
 from ddim_fast.timesteps import SPACINGS, select_timesteps

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from ddim_fast.kernels.contract import StepTable
-from ddim_fast.kernels.dispatch import ddim_step, ddim_step_from_table
 from torch import nn
 from triton.runtime.interpreter import InterpretedFunction
 
 import ddim_fast
 from ddim_fast.graphs import CaptureError, CudaGraphs
+from ddim_fast.kernels.contract import StepTable
+from ddim_fast.kernels.dispatch import ddim_step, ddim_step_from_table
 from ddim_fast.unet import SmallUNet
 from ddim_fast.verify.fake_cuda import NotCapturable
 from ddim_fast.verify.replay import RecordedGraph, RecordedGraphs, ReplayError

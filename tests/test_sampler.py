@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ddim_fast.kernels.noise import NoiseStream, sample_seeds, standard_normals
 
+from ddim_fast.kernels.noise import NoiseStream, sample_seeds, standard_normals
 from ddim_fast.plan import SamplingPlan
 from ddim_fast.sampler import DDIMSampler, Timing, Trajectory
 from ddim_fast.schedule import NoiseSchedule

@@ -9,12 +9,13 @@ import oracle
 import pytest
 import tolerances
 import torch
-from ddim_fast.kernels import cpu_step, noise
-from ddim_fast.kernels.contract import StepCoefficients, StepInputs
-from ddim_fast.kernels.dispatch import BACKENDS, ddim_step
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerances import assert_near, to_numpy
+
+from ddim_fast.kernels import cpu_step, noise
+from ddim_fast.kernels.contract import StepCoefficients, StepInputs
+from ddim_fast.kernels.dispatch import BACKENDS, ddim_step
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -619,6 +620,20 @@ def test_huge_and_subnormal(target, name):
                 target(x, m, StepCoefficients(**row), x0_out=x0), expected.x_prev, expected.terms, f"{dtype} {size}"
             )
             assert_near(x0, expected.x0, expected.x0_terms, f"x0 {dtype} {size}")
+
+
+@per_target
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
+def test_every_nan_stays_one(target, dtype):
+    """Whatever its other bits: rounding must not carry them into the exponent."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16)
+    every = (every.to(torch.int32) * 65536 + 0xFFFF if dtype == torch.float32 else every).view(dtype)
+    every = every[every.isnan()].unsqueeze(0)
+    zero, row = torch.zeros_like(every), StepCoefficients(**edge_rows()["clipped"])
+    assert target(every, zero, row).isnan().all()
+    assert target(zero, every, row).isnan().all()
+    threshold = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    assert target(zero, zero, row, thresholds=threshold).isnan().all()
 
 
 @per_target

@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from ddim_fast.kernels.contract import StepCoefficients
-from ddim_fast.kernels.thresholding import dynamic_thresholds, quantile_of_magnitude
 from hypothesis import given
 from hypothesis import strategies as st
+
+from ddim_fast.kernels.contract import StepCoefficients
+from ddim_fast.kernels.thresholding import dynamic_thresholds, quantile_of_magnitude
 
 RATIOS = (0.5, 0.731, 0.9, 0.995, 0.999, 1.0)
 

@@ -1,0 +1,67 @@
+"""What may be wrong with a PTX program: every error says the rule, the line, the instruction, the first thread at fault and its values."""
+
+from __future__ import annotations
+
+
+class PtxError(Exception):
+    """The base of all errors here.
+
+    Attributes:
+        rule: What is wrong, in one sentence with the values.
+        kernel, line, instruction: Where in the PTX text, as far as known.
+        cta, thread: ``(x, y, z)`` of the first CTA and thread at fault; None before anything runs.
+    """
+
+    def __init__(self, rule: str, *, lane: int | None = None):
+        super().__init__(rule)
+        self.rule = rule
+        self.lane = lane  # the thread at fault as a number within its chunk; the executor makes cta and thread of it
+        self.kernel: str | None = None
+        self.line: int | None = None
+        self.instruction: str | None = None
+        self.cta: tuple[int, int, int] | None = None
+        self.thread: tuple[int, int, int] | None = None
+
+    def __str__(self) -> str:
+        text = self.rule
+        if self.cta is not None:
+            text += f"; first at CTA {self.cta}, thread {self.thread}"
+        if self.line is not None:
+            text += f"\n  PTX line {self.line}: {self.instruction}"
+        return text + (f"\n  in kernel {self.kernel}" if self.kernel else "")
+
+
+class PtxSyntaxError(PtxError):
+    """The text is not PTX as the parser knows it."""
+
+
+class NotModelledError(PtxError):
+    """Something this emulator has no exact rule for. It is refused, never guessed."""
+
+
+class LaunchError(PtxError):
+    """The grid, the block or the arguments do not fit the kernel."""
+
+
+class AddressError(PtxError):
+    """An access outside the memory given to the launch, through a null pointer, misaligned, or a write to read-only memory."""
+
+
+class RaceError(PtxError):
+    """Two threads touch one byte, at least one writes, and nothing orders them."""
+
+
+class DivergenceError(PtxError):
+    """A barrier, or an instruction of a whole warp, that some of its threads do not reach."""
+
+
+class UnwrittenError(PtxError):
+    """A read of a register, or of shared or local memory, that nothing has written."""
+
+
+class UnspecifiedError(PtxError):
+    """PTX leaves the result open (an integer division by zero, a shuffle from a thread out of the mask)."""
+
+
+class EndlessError(PtxError):
+    """The program runs for more instructions than allowed, or waits for ever."""

@@ -1,0 +1,130 @@
+"""Calls of the Triton step for the tests: every option met with every other, few launches."""
+
+import itertools
+import math
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import oracle
+import torch
+from tolerances import to_numpy
+
+from ddim_fast.kernels import noise, triton_backend
+from ddim_fast.kernels.contract import StepCoefficients, StepInputs, check_inputs
+
+F, H, B = torch.float32, torch.float16, torch.bfloat16
+
+OPTIONS = {
+    "types": [(F, F), (H, H), (B, B), (F, H), (F, B)],
+    "prediction_type": ["epsilon", "sample", "v_prediction"],
+    "clip": [None, "clip", "rederived", "thresholds"],
+    "noise": [None, "given", "seeds"],
+    "guidance": [False, True],
+    "x0": [False, True],
+    "mask": [None, "given", "seeds"],
+    "learned_variance": [False, True],
+    "shape": [(1, 1), (2, 127), (3, 128), (2, 129), (1, 1025), (2, 3, 8, 8), (3, 2048), (1, 4100)],
+    "place": ["aligned", "unaligned"],
+    "in_place": [False, True],
+}
+_STEPS = [(0.98, 0.9995), (0.5, 0.6), (0.05, 0.09), (0.9999, 1.0)]
+
+
+def covering(seed: int, strength: int = 2) -> list[dict]:
+    """Choices of the options in which any two values of two options (three of three, ...) meet, found greedily."""
+    rng = random.Random(seed)
+    names = list(OPTIONS)
+
+    def met(choice: dict) -> set:
+        return {
+            tuple((n, OPTIONS[n].index(choice[n])) for n in group) for group in itertools.combinations(names, strength)
+        }
+
+    wanted = {
+        tuple(zip(group, values, strict=True))
+        for group in itertools.combinations(names, strength)
+        for values in itertools.product(*(range(len(OPTIONS[n])) for n in group))
+    }
+    chosen = []
+    while wanted:
+        start = dict(rng.choice(sorted(wanted)))
+        tries = [{n: OPTIONS[n][start.get(n, rng.randrange(len(OPTIONS[n])))] for n in names} for _ in range(30)]
+        best = max(tries, key=lambda choice: len(met(choice) & wanted))
+        wanted -= met(best)
+        chosen.append(best)
+    return chosen
+
+
+def name_of(choice: dict) -> str:
+    return "-".join(
+        str(v).replace("torch.", "").replace(" ", "") if not isinstance(v, bool) else f"{n}={v:d}"
+        for n, v in choice.items()
+    )
+
+
+@dataclass
+class Case:
+    inputs: StepInputs
+    expected: oracle.Result
+    row: dict
+
+
+def make(choice: dict, seed: int = 0) -> Case:
+    """Tensors for a choice of the options, and the float64 result. The outputs are full of NaN, or are the sample itself."""
+    rng = np.random.default_rng(seed)
+    state, output = choice["types"]
+    shape = choice["shape"]
+    clip = math.inf if choice["clip"] is None else 1.0
+    eta = 1.0 if choice["noise"] else 0.0
+    alpha_bars = _STEPS[rng.integers(len(_STEPS) - bool(choice["noise"] or choice["mask"]))]
+    row = oracle.textbook_row(
+        choice["prediction_type"], *alpha_bars, eta=eta, clip=clip, rederive=choice["clip"] == "rederived"
+    )
+
+    def tensor(dtype, values=None, channels_twice=False):
+        values = rng.standard_normal(shape) if values is None else values
+        full = torch.empty((shape[0], 2 * shape[1], *shape[2:]) if channels_twice else shape, dtype=dtype)
+        memory = torch.full((full.numel() + 80,), -77.0, dtype=dtype)
+        # 64 bytes is where torch aligns memory to; Triton asks for 16.
+        begin = -memory.data_ptr() // memory.element_size() % 32 + (3 if choice["place"] == "unaligned" else 0)
+        view = memory[begin : begin + full.numel()].view(full.shape)[:, : shape[1]]
+        return view.copy_(torch.from_numpy(np.asarray(values)))
+
+    x_t, m = tensor(state), tensor(output, channels_twice=choice["learned_variance"])
+    keywords, exact = {}, {}
+    seeds = torch.from_numpy(rng.integers(-(2**63), 2**63, shape[0]))
+    step = int(rng.integers(2**32))
+    if "seeds" in (choice["noise"], choice["mask"]):
+        keywords |= {"seeds": seeds, "noise_step": step}
+
+    def noise_from(kind, stream, name):
+        if kind == "given":
+            keywords[name] = tensor(state)
+            return to_numpy(keywords[name])
+        return noise.standard_normals(seeds.numpy(), math.prod(shape[1:]), step, stream).reshape(shape)
+
+    if choice["noise"]:
+        exact["noise"] = noise_from(choice["noise"], 0, "noise")
+    if choice["guidance"]:
+        keywords |= {"model_output_uncond": tensor(output), "guidance_scale": 2.5}
+        exact |= {"uncond": to_numpy(keywords["model_output_uncond"]), "guidance": 2.5}
+    if choice["clip"] == "thresholds":
+        keywords["thresholds"] = torch.from_numpy(rng.uniform(0.5, 3, shape[0])).float()
+        exact["thresholds"] = to_numpy(keywords["thresholds"])
+    if choice["mask"]:
+        keywords["mask"] = tensor(state, np.clip(rng.uniform(-1, 2, shape), 0, 1))
+        keywords["known_x0"] = tensor(state)
+        exact |= {"mask": to_numpy(keywords["mask"]), "known_x0": to_numpy(keywords["known_x0"])}
+        exact["known_noise"] = noise_from(choice["mask"], 2, "known_noise")
+    expected = oracle.row_step(row, to_numpy(x_t), to_numpy(m), **exact)
+    x_prev = x_t if choice["in_place"] else tensor(state, np.full(shape, math.nan))
+    x0 = tensor(state, np.full(shape, math.nan)) if choice["x0"] else None
+    inputs = StepInputs(x_t, m, StepCoefficients(**row), x_prev=x_prev, x0=x0, **keywords)
+    check_inputs(inputs)
+    return Case(inputs, expected, row)
+
+
+def run(inputs: StepInputs, normals: str = "exact") -> torch.Tensor:
+    """The step as the backend runs it on a GPU, wherever Triton runs now."""
+    return triton_backend.run(inputs, normals)
