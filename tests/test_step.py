@@ -64,7 +64,9 @@ per_simd = pytest.mark.parametrize("target", SIMD, ids=str)
 
 
 def row_of(**columns):
-    zero = dict.fromkeys(("x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps", "prev_noise", "known_x0", "known_noise"), 0.0)
+    zero = dict.fromkeys(
+        ("x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps", "prev_noise", "known_x0", "known_noise"), 0.0
+    )
     return zero | {"clip": math.inf} | columns
 
 

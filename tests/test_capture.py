@@ -1,0 +1,446 @@
+"""Captured loops: equal to eager, nothing stale, and capturable. Graphs are the recorded stand-in on the CPU, and the fake CUDA device.
+
+The stand-in freezes pointers and Python numbers as a CUDA graph does, so what holds with it is that nothing which changes between calls
+was baked in. What only a GPU shows is in ``test_gpu.py``.
+"""
+
+import gc
+import warnings
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import nn
+
+import ddim_fast as df
+from ddim_fast.capture import GraphCache
+from ddim_fast.graphs import CaptureError
+from ddim_fast.loop import Timing
+from ddim_fast.verify.fake_cuda import FakeGraphs, fake_cuda
+from ddim_fast.verify.replay import RecordedGraphs
+
+SHAPE = (2, 3, 8, 8)
+
+
+class Net(nn.Module):
+    """A small model that uses everything that it is given."""
+
+    prediction_type = "epsilon"
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.calls = 0
+
+    def forward(self, x, t, scale=None, name="a"):
+        self.calls += 1
+        y = torch.tanh(self.conv(x) + t.view(-1, 1, 1, 1).to(x.dtype) / 1000)
+        if scale is not None:
+            y = y * scale.view(-1, 1, 1, 1).to(x.dtype)
+        return y if name == "a" else -y
+
+    def unconditional(self, conditioning):
+        return {"scale": torch.zeros_like(conditioning["scale"])}
+
+
+@pytest.fixture
+def cache():
+    return GraphCache(maxsize=4, backend=lambda device: RecordedGraphs(), device_types=("cpu",))
+
+
+def sampler(cache, steps=5, eta=0.0, **options):
+    return df.DDIMSampler(df.NoiseSchedule.linear(), steps, eta, graphs=cache, **options)
+
+
+def scales(*values):
+    return {"scale": torch.tensor(values)}
+
+
+# --- equal to eager ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["step", "loop", "auto"])
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"clip_sample": True}, {"use_clipped_model_output": True, "clip_sample": True}, {"thresholding": True}],
+    ids=["folded", "clip", "rederived", "thresholds"],
+)
+def test_a_captured_loop_gives_the_bits_of_eager(cache, mode, eta, options):
+    model, s = Net(), sampler(cache, eta=eta, **options)
+    for guidance in (None, 2.0):
+        call = dict(shape=SHAPE, seed=3, conditioning=scales(1.0, 2.0), guidance_scale=guidance)
+        expected = s.sample(model, capture="off", **call)
+        for _ in range(2):
+            assert torch.equal(s.sample(model, capture=mode, **call), expected)
+    assert len(cache) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("state", ["same", "float32"])
+def test_half_precision(cache, dtype, state):
+    model, s = Net().to(dtype), sampler(cache, eta=1.0)
+    call = dict(shape=SHAPE, seed=3, dtype=dtype) if state == "same" else dict(shape=SHAPE, seed=3, model_dtype=dtype)
+    expected = s.sample(model, capture="off", **call)
+    for mode in ("step", "loop"):
+        assert torch.equal(s.sample(model, capture=mode, **call), expected)
+
+
+def test_noise_from_a_generator_is_drawn_between_replays(cache):
+    model, s = Net(), sampler(cache, eta=1.0)
+
+    def sample(mode, seed):
+        return s.sample(model, SHAPE, generator=torch.Generator().manual_seed(seed), capture=mode)
+
+    for seed in (1, 2):
+        assert torch.equal(sample("step", seed), sample("off", seed))
+    assert len(cache) == 1
+
+
+def test_callback_progress_and_trajectory_between_replays(cache, capsys):
+    model, s = Net(), sampler(cache, eta=0.5)
+    seen = {"off": [], "step": []}
+
+    def watch(mode):
+        return lambda step, t, x_t, x0: seen[mode].append((step, t, x_t.clone(), x0.clone()))
+
+    runs = {
+        mode: s.sample(model, SHAPE, seed=0, capture=mode, callback=watch(mode), return_trajectory=True, progress=True)
+        for mode in ("off", "step")
+    }
+    assert runs["off"].timesteps == runs["step"].timesteps
+    for name in ("x_t", "x0"):
+        for a, b in zip(getattr(runs["off"], name), getattr(runs["step"], name), strict=True):
+            assert torch.equal(a, b)
+    for a, b in zip(seen["off"], seen["step"], strict=True):
+        assert a[:2] == b[:2]
+        assert torch.equal(a[2], b[2])
+        assert torch.equal(a[3], b[3])
+    assert capsys.readouterr().err.count("sampling: 100%") == 2
+
+
+def test_a_callback_stops_a_captured_loop(cache):
+    model, s = Net(), sampler(cache)
+    stop = lambda step, t, x_t, x0: step == 2  # noqa: E731
+    expected = s.sample(model, SHAPE, seed=0, callback=stop, capture="off")
+    assert torch.equal(s.sample(model, SHAPE, seed=0, callback=stop, capture="step"), expected)
+    assert not torch.equal(expected, s.sample(model, SHAPE, seed=0, capture="step"))
+
+
+# --- nothing is stale ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["step", "loop"])
+def test_new_values_take_effect_in_the_same_graph(cache, mode):
+    model = Net()
+    for eta, schedule in [(0.3, df.NoiseSchedule.linear()), (0.9, df.NoiseSchedule.scaled_linear())]:
+        for spacing in ("leading", "trailing"):
+            s = df.DDIMSampler(schedule, 5, eta, timestep_spacing=spacing, graphs=cache)
+            for seed, guidance, scale in [(0, 2.0, 1.0), (1, 2.0, 1.0), (1, 3.5, 1.0), (1, 3.5, 0.5)]:
+                call = dict(shape=SHAPE, seed=seed, guidance_scale=guidance, conditioning=scales(scale, 2.0))
+                expected = s.sample(model, capture="off", **call)
+                assert torch.equal(s.sample(model, capture=mode, **call), expected), (eta, spacing, seed, guidance)
+    assert len(cache) == 1
+
+
+def test_any_number_of_steps_replays_the_graph_of_a_step(cache):
+    model = Net()
+    for steps in (1, 7, 3, 64):
+        s = sampler(cache, steps, eta=1.0 if steps > 1 else 0.0)
+        s = sampler(cache, steps)
+        assert torch.equal(
+            s.sample(model, SHAPE, seed=0, capture="step"), s.sample(model, SHAPE, seed=0, capture="off")
+        )
+    assert len(cache) == 1
+    s = sampler(cache, 65)
+    assert torch.equal(s.sample(model, SHAPE, seed=0, capture="step"), s.sample(model, SHAPE, seed=0, capture="off"))
+    assert len(cache) == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (dict(shape=SHAPE), dict(shape=(3, 3, 8, 8))),
+        (dict(shape=SHAPE), dict(shape=(2, 3, 8, 4))),
+        (dict(conditioning=scales(1.0, 2.0)), dict()),
+        (dict(conditioning=scales(1.0, 2.0)), dict(conditioning={"scale": torch.ones(2, dtype=torch.float64)})),
+        (dict(conditioning={"name": "a"}), dict(conditioning={"name": "b"})),
+        (dict(conditioning=scales(1.0, 2.0)), dict(conditioning=scales(1.0, 2.0), guidance_scale=2.0)),
+        (dict(), dict(return_trajectory=True)),
+    ],
+)
+def test_what_is_baked_in_means_another_graph(cache, first, second):
+    model, s = Net(), sampler(cache)
+    for options in (first, second, first, second):
+        call = dict(shape=SHAPE, seed=1) | options
+        got, expected = s.sample(model, capture="step", **call), s.sample(model, capture="off", **call)
+        if call.get("return_trajectory"):
+            got, expected = got.samples, expected.samples
+        assert torch.equal(got, expected)
+    assert len(cache) == 2
+
+
+def test_the_number_of_steps_of_a_whole_loop_is_baked_in(cache):
+    model = Net()
+    for steps in (3, 5, 3):
+        s = sampler(cache, steps)
+        assert torch.equal(
+            s.sample(model, SHAPE, seed=0, capture="loop"), s.sample(model, SHAPE, seed=0, capture="off")
+        )
+    assert len(cache) == 2
+
+
+def test_weights_changed_in_place_are_seen_and_moved_ones_mean_another_graph(cache):
+    model, s = Net().eval(), sampler(cache)
+
+    def check(graphs):
+        assert torch.equal(
+            s.sample(model, SHAPE, seed=0, capture="step"), s.sample(model, SHAPE, seed=0, capture="off")
+        )
+        assert len(cache) == graphs
+
+    check(1)
+    with torch.no_grad():
+        model.conv.weight.mul_(2)
+    check(1)
+    model.conv.weight = nn.Parameter(model.conv.weight.detach() * 0.5)
+    check(2)
+    model.train()
+    check(3)
+
+
+def test_a_python_number_of_the_step_would_be_stale():
+    """The stand-in shows the classic bug: the same loop with the step known to Python replays the step of the capture."""
+    model, s = Net(), sampler(None, steps=4, eta=1.0)
+    plan = s.plan(model)
+    x, seeds = torch.randn(SHAPE), torch.tensor([1, 2])
+    t = torch.tensor(plan.timesteps)
+    index = torch.zeros(1, dtype=torch.int64)
+    table = plan.table()
+    state = {"step": 0}
+
+    def honest(x):
+        df.ddim_step_from_table(x, model(x, t.index_select(0, index).expand(2)), table, index, seeds=seeds, out=x)
+        index.add_(1)
+
+    def baked(x):
+        step = plan.steps[state["step"]]
+        noise = seeds if step.std_dev_t else None
+        df.ddim_step(x, model(x, t[step.index].expand(2)), step.coefficients, seeds=noise, noise_step=step.index, out=x)
+        state["step"] += 1
+
+    results = {}
+    for name, function in {"honest": honest, "baked": baked}.items():
+        eager, replayed = x.clone(), x.clone()
+        with torch.inference_mode():
+            index.zero_()
+            state["step"] = 0
+            for _ in plan.steps:
+                function(eager)
+            index.zero_()
+            state["step"] = 0
+            graph = RecordedGraphs().capture(lambda function=function, replayed=replayed: function(replayed))
+            index.zero_()
+            for _ in plan.steps:
+                graph.replay()
+        results[name] = torch.equal(eager, replayed)
+    assert results == {"honest": True, "baked": False}
+
+
+def test_a_result_is_not_overwritten_by_the_next_call(cache):
+    model, s = Net(), sampler(cache)
+    first = s.sample(model, SHAPE, seed=0, capture="step")
+    copy = first.clone()
+    second = s.sample(model, SHAPE, seed=1, capture="step")
+    assert torch.equal(first, copy)
+    assert not torch.equal(first, second)
+    assert not first.is_inference()
+    reused = s.sample(model, SHAPE, seed=0, capture="step", reuse_output=True)
+    assert torch.equal(reused, copy)
+    s.sample(model, SHAPE, seed=1, capture="step")
+    assert torch.equal(reused, second)
+
+
+def test_a_given_start_is_not_changed(cache):
+    model, s = Net(), sampler(cache)
+    x_T = torch.randn(SHAPE)
+    before = x_T.clone()
+    s.sample(model, x_T=x_T, seed=0, capture="step")
+    s.sample(model, x_T=x_T, seed=0, capture="step")
+    assert torch.equal(x_T, before)
+
+
+# --- the cache ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_earliest_used_graph_is_freed_first(cache):
+    model, s = Net(), sampler(cache)
+    shapes = [(n, 3, 8, 8) for n in (1, 2, 3, 4)]
+    for shape in shapes:
+        s.sample(model, shape, seed=0, capture="step")
+    s.sample(model, shapes[0], seed=0, capture="step")
+    calls = model.calls
+    s.sample(model, (5, 3, 8, 8), seed=0, capture="step")  # frees that of two samples
+    assert len(cache) == 4
+    calls, model.calls = model.calls - calls, 0
+    s.sample(model, shapes[0], seed=0, capture="step")
+    assert model.calls == 0  # replayed
+    s.sample(model, shapes[1], seed=0, capture="step")
+    assert model.calls == calls > 0  # captured again
+
+
+def test_graphs_are_let_go_of(cache):
+    model, other, s = Net(), Net(1), sampler(cache)
+    for m in (model, other):
+        s.sample(m, SHAPE, seed=0, capture="step")
+        s.sample(m, SHAPE, seed=0, capture="loop")
+    cache.discard(model)
+    assert len(cache) == 2
+    cache.clear()
+    assert len(cache) == 0
+    gc.collect()
+    assert torch.equal(s.sample(model, SHAPE, seed=0, capture="step"), s.sample(model, SHAPE, seed=0, capture="off"))
+
+
+def test_a_cache_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="at least one graph, got maxsize=0"):
+        GraphCache(maxsize=0)
+
+
+def test_time_of_replays_is_told_apart(cache):
+    model, s = Net(), sampler(cache)
+    for mode in ("step", "loop"):
+        timing = Timing()
+        s.sample(model, SHAPE, seed=0, capture=mode, timing=timing)
+        assert timing.steps == 5
+        assert timing.captured_seconds > 0
+        assert timing.model_seconds == timing.update_seconds == 0
+
+
+# --- what cannot be captured -----------------------------------------------------------------------------------------------------
+
+
+class Syncs(nn.Module):
+    prediction_type = "epsilon"
+
+    def forward(self, x, t):
+        return x * 0.1 if x.abs().max().item() > 0 else x
+
+
+def test_a_model_that_cannot_be_captured_is_named_or_warned_about_once(cache):
+    model, s = Syncs(), sampler(cache)
+    for mode in ("step", "loop"):
+        with pytest.raises(CaptureError, match=r"(?s)_local_scalar_dense.*test_capture.py.*x\.abs\(\)"):
+            s.sample(model, SHAPE, seed=0, capture=mode)
+    expected = s.sample(model, SHAPE, seed=0, capture="off")
+    with pytest.warns(UserWarning, match="sampling without CUDA graphs: .*_local_scalar_dense") as caught:
+        assert torch.equal(s.sample(model, SHAPE, seed=0), expected)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(s.sample(model, SHAPE, seed=0), expected)
+    assert len(cache) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            dict(capture="loop", callback=lambda *a: None),
+            "cannot come between them, got a callback: use capture='step'",
+        ),
+        (dict(capture="loop", progress=True), "got progress"),
+        (dict(capture="loop", return_trajectory=True), "got return_trajectory"),
+        (dict(capture="loop", generator=torch.Generator(), seed=None), "got noise from a generator"),
+        (dict(capture="graph"), "capture must be one of auto, loop, step, off, got 'graph'"),
+        (
+            dict(capture="step", dtype=torch.float64),
+            "takes float32, float16 and bfloat16, and the samples are torch.float64",
+        ),
+        (dict(capture="step", backend="reference"), "backend='reference' was asked for"),
+    ],
+)
+def test_a_mode_that_cannot_be_is_refused_with_the_reason(cache, options, message):
+    s = sampler(cache, eta=1.0)
+    with pytest.raises(ValueError, match=message):
+        s.sample(Net(), SHAPE, **(dict(seed=0) | options))
+
+
+def test_on_a_cpu_there_is_nothing_to_capture():
+    s = sampler(None)
+    with pytest.raises(
+        ValueError, match="needs a CUDA device, and the samples are on cpu; use capture='off', or 'auto'"
+    ):
+        s.sample(Net(), SHAPE, seed=0, capture="step")
+    assert torch.equal(s.sample(Net(), SHAPE, seed=0), s.sample(Net(), SHAPE, seed=0, capture="off"))
+
+
+def test_conditioning_that_cannot_be_a_key_is_refused(cache):
+    with pytest.raises(TypeError, match="must be hashable, got a set"):
+        sampler(cache).sample(lambda x, t, what: x, SHAPE, seed=0, capture="step", conditioning={"what": {1, 2}})
+
+
+# --- the rules of a capture, on a fake CUDA device --------------------------------------------------------------------------------
+
+
+def _unet(kind, **options):
+    return kind(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+        attention_head_dim=4, **options,
+    )  # fmt: skip
+
+
+def unet2d():
+    blocks = dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+    return _unet(UNet2DModel, **blocks), {}
+
+
+def unet2d_condition():
+    down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+    model = _unet(UNet2DConditionModel, down_block_types=down, up_block_types=up, cross_attention_dim=6)
+    return model, {"encoder_hidden_states": torch.empty(2, 3, 6, device="cuda")}
+
+
+@pytest.mark.parametrize(
+    ("make", "eta", "options", "guidance"),
+    [
+        (unet2d, 0.0, {}, None),
+        (unet2d, 1.0, {"clip_sample": True}, None),
+        (unet2d, 0.0, {"thresholding": True}, None),
+        (unet2d_condition, 1.0, {}, 5.0),
+        (unet2d_condition, 0.0, {"thresholding": True}, 5.0),
+    ],
+)
+def test_a_step_launches_one_kernel_of_ours_waits_for_nothing_and_allocates_nothing(make, eta, options, guidance):
+    with fake_cuda() as device:
+        network, conditioning = make()
+        network = network.to("cuda").eval()
+        graphs = []
+
+        class Reporting(FakeGraphs):
+            def capture(self, function):
+                graphs.append(super().capture(function))
+                return graphs[-1]
+
+        cache = GraphCache(backend=lambda where: Reporting(device))
+        s = df.DDIMSampler(df.NoiseSchedule.linear(), 3, eta, graphs=cache, **options)
+        model = device.tagged("model", network)
+        call = dict(shape=(2, 4, 8, 8), seed=0, device="cuda", conditioning=conditioning, guidance_scale=guidance)
+        if guidance:
+            call["unconditional_conditioning"] = conditioning
+        s.sample(model, capture="step", **call)
+        s.sample(model, capture="loop", **call)
+    step, loop = graphs
+    ours = {"ddim_fast::ddim_step_kernel": 1}
+    if "thresholding" in options:
+        ours["ddim_fast::thresholds_kernel"] = 1
+    assert step.steady.region().own_launches == ours
+    # Beside ours: the timestep is looked up, and the counter moves on.
+    assert step.steady.region().launches.total() == 2 + sum(ours.values())
+    assert loop.steady.region().own_launches == dict.fromkeys(ours, 3)
+    for graph in graphs:
+        assert graph.steady.syncs == graph.steady.copies == graph.steady.others == []
+        if "thresholding" not in options:
+            assert graph.steady.region().allocations.total() == 0
