@@ -15,7 +15,7 @@ endif
 NATIVE := $(wildcard kernels/csrc/*)
 SAMPLE := --steps 20 -n 60 --seed 0
 
-.PHONY: help sample test test-slow bench lint wheel-check sanitize same-bits clean
+.PHONY: help sample test test-slow gpu predict bench lint wheel-check sanitize same-bits clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -32,11 +32,19 @@ sample: $(VENV)/.installed ## draw a labelled grid of pictures with the model th
 	mkdir -p $(OUT)
 	$(BIN)/ddim-fast sample $(SAMPLE) --out $(OUT)/grid.png --trajectory $(OUT)/trajectory.gif
 
-test: $(VENV)/.installed ## run the tests
-	$(BIN)/pytest
+test: $(VENV)/.installed ## run the tests, a process per processor
+	$(BIN)/pytest -n auto
 
 test-slow: $(VENV)/.installed ## run the long sweeps
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n auto
+
+gpu: $(VENV)/.installed ## run everything that needs a CUDA device, and time it: out/gpu.json
+	mkdir -p $(OUT)
+	DDIM_FAST_REQUIRE_GPU=1 $(BIN)/pytest -m gpu
+	DDIM_FAST_REQUIRE_GPU=1 $(BIN)/python -m benchmarks.gpu --json $(OUT)/gpu.json
+
+predict: $(VENV)/.installed ## count the GPU kernels' machine code, and predict their share of bandwidth: no GPU needed
+	$(BIN)/python -m ddim_fast.verify.machine_code
 
 bench: $(VENV)/.installed ## time the step against PyTorch, torch.compile and diffusers: out/bench.json
 	mkdir -p $(OUT)

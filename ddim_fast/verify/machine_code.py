@@ -21,10 +21,11 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -388,29 +389,44 @@ def _count_amd(kernel: Any, target: str, elements: int) -> MachineCode:
     )
 
 
-@click.command(help=__doc__.split("\n\n")[0] + "\n\n" + "Counts instructions and predicts bandwidth; measures nothing.")
-@click.option("--target", "targets", multiple=True, type=click.Choice(list(DEVICES)), help="Default: all.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def main(targets: tuple[str, ...], as_json: bool) -> None:
-    results = []
-    for target in targets or DEVICES:
-        if not as_json:
-            device = DEVICES[target]
-            click.echo(f"\n{target} ({device.name}): predicted, not measured")
-            click.echo(
-                f"{'variant':34}{'instr/elem':>11}{'bytes/elem':>11}{'registers':>10}{'spills':>7}{'bandwidth':>10}  accesses"
-            )
+# --- the table ----------------------------------------------------------------------------------------------------------------------
+
+
+def report(targets: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Every variant for each target, as plain data."""
+    for target in targets:
         for name, variant in VARIANTS.items():
             code = measure(variant, target)
-            share = predicted_share(variant, code)
-            results.append(asdict(code) | {"variant": name, "bytes": variant.bytes, "predicted_share": share})
-            if not as_json:
-                accesses = ", ".join(f"{count} x {bits}" for bits, count in sorted(code.access_bits.items()))
-                click.echo(
-                    f"{name:34}{code.per_element:11.1f}{variant.bytes:11}{code.registers:10}{code.spills:7}{share:10.0%}  {accesses}"
-                )
-    if as_json:
-        click.echo(json.dumps(results, indent=1))
+            numbers = {
+                "per_element": round(code.per_element, 2),
+                "predicted_share": round(predicted_share(variant, code), 3),
+            }
+            yield {"variant": name, "bytes": variant.bytes} | asdict(code) | numbers
+
+
+@click.command(
+    help=__doc__.split("\n\n")[0] + "\n\nThe share of bandwidth is a prediction from counts: nothing is measured."
+)
+@click.option("--target", "targets", multiple=True, type=click.Choice(list(DEVICES)), help="Default: all.")
+@click.option(
+    "--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write the counts to this file, too."
+)
+def main(targets: tuple[str, ...], path: Path | None) -> None:
+    results = []
+    for target in targets or DEVICES:
+        click.echo(f"\n{target} ({DEVICES[target].name}): predicted, not measured")
+        click.echo(
+            f"{'variant':34}{'instr/elem':>11}{'bytes/elem':>11}{'registers':>10}{'spills':>7}{'bandwidth':>10}  accesses"
+        )
+        for row in report([target]):
+            results.append(row)
+            accesses = ", ".join(f"{count} x {bits}" for bits, count in sorted(row["access_bits"].items()))
+            click.echo(
+                f"{row['variant']:34}{row['per_element']:11.1f}{row['bytes']:11}{row['registers']:10}{row['spills']:7}"
+                f"{row['predicted_share']:10.0%}  {accesses}"
+            )
+    if path is not None:
+        path.write_text(json.dumps({"triton": version("triton"), "kernels": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
