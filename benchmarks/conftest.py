@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddim_fast.kernels import cpu_step
 
 from ddim_fast import __version__
+from ddim_fast.kernels import cpu_step
 
 ROWS = pytest.StashKey[dict]()
 

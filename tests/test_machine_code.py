@@ -99,5 +99,5 @@ def test_the_longest_path_is_counted_around_slow_paths():
 
 
 def test_an_unknown_target_is_refused():
-    with pytest.raises(ValueError, match="target must be one of sm_80.*got 'sm_20'"):
+    with pytest.raises(ValueError, match=r"target must be one of sm_80.*got 'sm_20'"):
         measure(VARIANTS["folded, bfloat16"], "sm_20")
