@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from ddim_fast.kernels import cpu_step
 from interleaved import compare
 from step_case import NOISE_STEP, StepCase, assert_normal
 
 from ddim_fast import NoiseStream, standard_normals
+from ddim_fast.kernels import cpu_step
 
 SHAPES = [(1, 4, 64, 64), (64, 3, 32, 32)]
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import oracle
 import torch
-from ddim_fast.kernels import cpu_step
-from ddim_fast.kernels.contract import StepInputs
-from ddim_fast.kernels.dispatch import BACKENDS, choose
 from torch import Tensor
 
 import ddim_fast as df
+from ddim_fast.kernels import cpu_step
+from ddim_fast.kernels.contract import StepInputs
+from ddim_fast.kernels.dispatch import BACKENDS, choose
 
 T, T_PREV, NUM_INFERENCE_STEPS = 100, 80, 50
 NOISE_STEP = 44

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "step.h"
@@ -15,8 +16,15 @@ namespace {
 using F = __m256;
 using I = __m256i;
 
+// One vector after the other; or dealt: the elements with even numbers, and those with odd ones.
+struct Pair {
+  F a, b;
+};
+
 struct Isa {
   static constexpr int kLanes = 8;
+  static constexpr bool kNormalsInRegisters = true;
+  static constexpr int kGroups = 2;
 
   static DDIM_INLINE F set(float x) { return _mm256_set1_ps(x); }
   static DDIM_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
@@ -31,21 +39,47 @@ struct Isa {
   static DDIM_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
   static DDIM_INLINE F load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static DDIM_INLINE F load(const BFloat16* p) {
-    return floats(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+    // Each half of the vector moves four of the eight numbers into the upper halves of its elements; -1 puts zero in the lower ones.
+    const I both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const I places = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13,
+                                      -1, -1, 14, 15);
+    return floats(_mm256_shuffle_epi8(both, places));
   }
   static DDIM_INLINE void store(float* p, F a) { _mm256_storeu_ps(p, a); }
   static DDIM_INLINE void store(Float16* p, F a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
   }
-  static DDIM_INLINE void store(BFloat16* p, F a) {
-    // Round to nearest even on the lower 16 bits; a NaN is kept, made quiet.
-    const I x = bits(a);
-    const I odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), set32(1));
-    const I rounded = _mm256_srli_epi32(_mm256_add_epi32(x, _mm256_add_epi32(odd, set32(0x7fff))), 16);
-    const I quiet = _mm256_or_si256(_mm256_srli_epi32(x, 16), set32(0x40));
-    const I chosen = _mm256_blendv_epi8(rounded, quiet, bits(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
-    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(chosen), _mm256_extracti128_si256(chosen, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+
+  // bfloat16 is dealt out to two vectors: an even and an odd element fill 32 bits of memory together, the odd one in the upper half, where
+  // it has its value already. Nothing has to cross the vector, on the way in or out.
+  static constexpr bool kDealsBFloat16 = true;
+
+  static DDIM_INLINE Pair load_dealt(const BFloat16* p) {
+    const I both = load_i(p);
+    return {floats(lower_to_upper(both)), floats(_mm256_and_si256(both, set32(static_cast<int32_t>(0xffff0000))))};
+  }
+  static DDIM_INLINE Pair deal(Pair pair) {
+    const F low = _mm256_insertf128_ps(pair.a, _mm256_castps256_ps128(pair.b), 1);
+    const F high = _mm256_blend_ps(_mm256_castps128_ps256(_mm256_extractf128_ps(pair.a, 1)), pair.b, 0xf0);
+    return {_mm256_shuffle_ps(low, high, 0x88), _mm256_shuffle_ps(low, high, 0xdd)};
+  }
+  // Rounds to nearest even, sixteen numbers at a time: half a unit is added, which leaves zero in the lower half where the number was in
+  // the middle between two, and there the last bit is cleared. A NaN stays one: its lower half is zero (see Row), so that nothing carries.
+  static DDIM_INLINE void store_dealt(BFloat16* p, Pair pair) {
+    const I half = set32(0x8000);
+    const I even = _mm256_add_epi32(bits(pair.a), half), odd = _mm256_add_epi32(bits(pair.b), half);
+    const I upper = _mm256_blend_epi16(upper_to_lower(even), odd, 0xaa), lower = _mm256_blend_epi16(even, lower_to_upper(odd), 0xaa);
+    const I middle = _mm256_subs_epu16(_mm256_set1_epi16(1), lower);  // 1 where lower is zero, and 0 elsewhere
+    store_i(p, _mm256_andnot_si256(middle, upper));
+  }
+  // Byte shuffles rather than shifts: they run on more ports.
+  static DDIM_INLINE I lower_to_upper(I a) {
+    const I places = _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, -1, 0, 1, -1, -1, 4, 5, -1, -1, 8, 9, -1, -1, 12, 13));
+    return _mm256_shuffle_epi8(a, places);
+  }
+  static DDIM_INLINE I upper_to_lower(I a) {
+    const I places = _mm256_broadcastsi128_si256(_mm_setr_epi8(2, 3, -1, -1, 6, 7, -1, -1, 10, 11, -1, -1, 14, 15, -1, -1));
+    return _mm256_shuffle_epi8(a, places);
   }
 
   static DDIM_INLINE I bits(F a) { return _mm256_castps_si256(a); }

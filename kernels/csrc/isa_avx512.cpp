@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "step.h"
@@ -15,8 +16,16 @@ namespace {
 using F = __m512;
 using I = __m512i;
 
+// One vector after the other.
+struct Pair {
+  F a, b;
+};
+
 struct Isa {
   static constexpr int kLanes = 16;
+  static constexpr bool kNormalsInRegisters = true;
+  static constexpr bool kDealsBFloat16 = false;
+  static constexpr int kGroups = 2;
 
   static DDIM_INLINE F set(float x) { return _mm512_set1_ps(x); }
   static DDIM_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }

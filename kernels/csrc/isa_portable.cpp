@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "step.h"
@@ -17,8 +18,16 @@ struct I {
   uint64_t v[2];
 };
 
+// One vector after the other.
+struct Pair {
+  F a, b;
+};
+
 struct Isa {
   static constexpr int kLanes = 4;
+  static constexpr bool kNormalsInRegisters = false;
+  static constexpr bool kDealsBFloat16 = false;
+  static constexpr int kGroups = 1;
 
   template <typename Function>
   static DDIM_INLINE F each(Function f) {
@@ -83,12 +92,9 @@ struct Isa {
   }
   static DDIM_INLINE I set64(uint64_t x) { return {{x, x}}; }
   static DDIM_INLINE I set32(int32_t x) { return set64(uint64_t{static_cast<uint32_t>(x)} << 32 | static_cast<uint32_t>(x)); }
-  static DDIM_INLINE I load_i(const void* p) {
-    I r;
-    std::memcpy(r.v, p, sizeof r.v);
-    return r;
-  }
-  // 64-bit lanes to 32-bit words, low half first, whatever the byte order of the machine.
+  static DDIM_INLINE I load_i(const uint64_t* p) { return {{p[0], p[1]}}; }
+  // 64-bit lanes from and to 32-bit words, low half first, whatever the byte order of the machine.
+  static DDIM_INLINE I load_i(const uint32_t* p) { return {{uint64_t{p[1]} << 32 | p[0], uint64_t{p[3]} << 32 | p[2]}}; }
   static DDIM_INLINE void store_i(uint32_t* p, I a) {
     for (int i = 0; i < 4; ++i) p[i] = word(a, i);
   }

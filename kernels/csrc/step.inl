@@ -1,4 +1,4 @@
-// The whole DDIM update in one pass over memory, over the same vector type as noise.inl, whose normals() it uses.
+// The whole DDIM update in one pass over memory, over the same vector type as noise.inl, whose words it turns into normals as it goes.
 
 // Which columns of a clipped row are not zero. A zero column is no term at all, also where it would meet an infinity; and leaving it
 // out saves an operation where the loop is bound by them.
@@ -12,7 +12,9 @@ struct Row {
     Coefficients c = step.c;
     if (step.thresholds) {
       // Dynamic thresholding (Imagen, arXiv 2205.11487): x0 = clamp(x0, -s, s) / s * x0_bound, the division folded into the coefficients.
-      const float scale = c.x0_bound / step.thresholds[sample];
+      float scale = c.x0_bound / step.thresholds[sample];
+      // Storing bfloat16 counts on NaNs whose lower half is zero: those of bfloat16 tensors are such, and the processor's own.
+      if (std::isnan(scale)) scale = std::numeric_limits<float>::quiet_NaN();
       c.clip_x *= scale;
       c.clip_m *= scale;
       c.x0_x *= scale;
@@ -35,11 +37,16 @@ struct Row {
   }
 };
 
-// Normal is the type of the noise in memory, or void for none.
-template <typename State, typename Output, bool kGuided, Rest kRest, typename Normal, bool kWriteX0>
+// A word of the noise standard, on its way to a normal.
+struct Word {
+  uint32_t bits;
+};
+
+// Noise is the type of the noise in memory: that of a tensor, or Word where the normals are made here; void for none.
+template <typename State, typename Output, bool kGuided, Rest kRest, typename Noise, bool kWriteX0>
 struct Loop {
-  static constexpr bool kNoisy = !std::is_void_v<Normal>;
-  using NoiseType = std::conditional_t<kNoisy, Normal, float>;
+  static constexpr bool kNoisy = !std::is_void_v<Noise>;
+  using NoiseType = std::conditional_t<kNoisy, Noise, float>;
   struct Pointers {
     const State* x_t;
     const Output* m;
@@ -49,14 +56,21 @@ struct Loop {
     State* x0;
   };
 
-  static DDIM_INLINE void one(const Pointers& p, const Row& r, int64_t i) {
-    const F x = Isa::load(p.x_t + i);
-    F m = Isa::load(p.m + i);
-    if constexpr (kGuided) {
-      const F uncond = Isa::load(p.m_uncond + i);
-      m = Isa::fma(r.guidance, Isa::sub(m, uncond), uncond);
-    }
-    F sum;
+  static constexpr bool kMade = std::is_same_v<Noise, Word>;
+  // Whether a Pair is dealt: where the state's type is faster so. Then whatever stands beside the state is dealt, too.
+  static constexpr bool kDealt = Isa::kDealsBFloat16 && std::is_same_v<State, BFloat16>;
+  using Dealer = std::conditional_t<kDealt, Isa, void>;  // a name that waits for State: not every Isa can deal
+  static constexpr int kPair = 2 * Isa::kLanes;
+  static_assert(kPair == kGroup);
+
+  struct Results {
+    F x_prev, x0;
+  };
+
+  // x_prev of a vector of elements, and x0 where it is wanted.
+  static DDIM_INLINE Results compute(const Row& r, F x, F m, F uncond, F z) {
+    if constexpr (kGuided) m = Isa::fma(r.guidance, Isa::sub(m, uncond), uncond);
+    F sum, x0 = m;
     if constexpr (kRest == Rest::kNotClipped) {
       sum = Isa::fma(r.fold_x, x, Isa::mul(r.fold_m, m));
     } else {
@@ -66,63 +80,95 @@ struct Loop {
       if constexpr (kRest != Rest::kM) sum = Isa::fma(r.rest_x, x, sum);
       if constexpr (kRest != Rest::kX) sum = Isa::fma(r.rest_m, m, sum);
     }
-    if constexpr (kNoisy) sum = Isa::fma(r.noise, Isa::load(p.z + i), sum);
+    if constexpr (kNoisy) sum = Isa::fma(r.noise, z, sum);
     if constexpr (kWriteX0) {
-      F x0 = Isa::fma(r.x0_x, x, Isa::mul(r.x0_m, m));
+      x0 = Isa::fma(r.x0_x, x, Isa::mul(r.x0_m, m));
       if constexpr (kRest != Rest::kNotClipped) x0 = Isa::min(r.x0_bound, Isa::max(r.minus_x0_bound, x0));
-      Isa::store(p.x0 + i, x0);
     }
-    Isa::store(p.x_prev + i, sum);
+    return {sum, x0};
+  }
+
+  static DDIM_INLINE void vector(const Pointers& p, const Row& r, int64_t i, F z) {
+    const F m = Isa::load(p.m + i);
+    if constexpr (kNoisy && !kMade) z = Isa::load(p.z + i);
+    const Results results = compute(r, Isa::load(p.x_t + i), m, kGuided ? Isa::load(p.m_uncond + i) : m, z);
+    if constexpr (kWriteX0) Isa::store(p.x0 + i, results.x0);
+    Isa::store(p.x_prev + i, results.x_prev);
+  }
+
+  static DDIM_INLINE void dealt_pair(const Pointers& p, const Row& r, int64_t i, Pair z) {
+    const Pair x = Dealer::load_dealt(p.x_t + i), m = Dealer::load_dealt(p.m + i);
+    const Pair uncond = kGuided ? Dealer::load_dealt(p.m_uncond + i) : m;
+    if constexpr (kMade) z = Dealer::deal(z);
+    if constexpr (std::is_same_v<Noise, State>) z = Dealer::load_dealt(p.z + i);
+    const Results a = compute(r, x.a, m.a, uncond.a, z.a), b = compute(r, x.b, m.b, uncond.b, z.b);
+    if constexpr (kWriteX0) Dealer::store_dealt(p.x0 + i, {a.x0, b.x0});
+    Dealer::store_dealt(p.x_prev + i, {a.x_prev, b.x_prev});
+  }
+
+  template <int n>
+  static DDIM_INLINE void pairs(const Pointers& p, const Row& r, int64_t i) {
+    Pair z[n] = {};
+    if constexpr (kMade && n == 1) {
+      z[0] = normals_of_group(&p.z[i].bits);
+    } else if constexpr (kMade) {
+      box_muller(&p.z[i].bits, z);
+    }
+    DDIM_EACH(n) {
+      const int64_t at = i + k * kPair;
+      if constexpr (kDealt) {
+        dealt_pair(p, r, at, z[k]);
+      } else {
+        vector(p, r, at, z[k].a);
+        vector(p, r, at + Isa::kLanes, z[k].b);
+      }
+    }
   }
 
   static void run(const Pointers& p, const Row& row, int64_t n) {
     const Row r = row;  // a local copy: stores cannot alias it, so it stays in registers
-    constexpr int w = Isa::kLanes;
     int64_t i = 0;
-    for (; i + 4 * w <= n; i += 4 * w) {
-      one(p, r, i);
-      one(p, r, i + w);
-      one(p, r, i + 2 * w);
-      one(p, r, i + 3 * w);
-    }
-    for (; i + w <= n; i += w) one_out_of_line(p, row, i);
-    if (i < n) tail(p, row, i, n - i);
+    for (; i + kBlock <= n; i += kBlock) pairs<kGroups>(p, r, i);
+    for (; i < n; i += kPair) last_pair(p, row, i, std::min<int64_t>(kPair, n - i));
   }
 
-  static __attribute__((noinline)) void one_out_of_line(const Pointers& p, const Row& r, int64_t i) { one(p, r, i); }
-
-  // The last, partial vector goes through buffers of full width: nothing is read or written beyond the tensors.
-  static __attribute__((noinline)) void tail(const Pointers& p, const Row& r, int64_t i, int64_t n) {
-    constexpr int w = Isa::kLanes;
-    alignas(64) State x_t[w] = {}, x_prev[w], x0[w];
-    alignas(64) Output m[w] = {}, m_uncond[w] = {};
-    alignas(64) NoiseType z[w] = {};
+  // The last pair, maybe in part, goes through buffers: nothing is read or written beyond the tensors.
+  static __attribute__((noinline)) void last_pair(const Pointers& p, const Row& r, int64_t i, int64_t n) {
+    alignas(64) State x_t[kPair] = {}, x_prev[kPair], x0[kPair];
+    alignas(64) Output m[kPair] = {}, m_uncond[kPair] = {};
+    alignas(64) NoiseType z[kPair] = {};
     std::memcpy(x_t, p.x_t + i, n * sizeof(State));
     std::memcpy(m, p.m + i, n * sizeof(Output));
     if constexpr (kGuided) std::memcpy(m_uncond, p.m_uncond + i, n * sizeof(Output));
-    if constexpr (kNoisy) std::memcpy(z, p.z + i, n * sizeof(NoiseType));
-    one_out_of_line({x_t, m, m_uncond, z, x_prev, x0}, r, 0);
+    // Words are there for whole groups, and not in the order of the elements.
+    if constexpr (kNoisy) std::memcpy(z, p.z + i, (kMade ? kPair : n) * sizeof(NoiseType));
+    pairs<1>({x_t, m, m_uncond, z, x_prev, x0}, r, 0);
     std::memcpy(p.x_prev + i, x_prev, n * sizeof(State));
     if constexpr (kWriteX0) std::memcpy(p.x0 + i, x0, n * sizeof(State));
   }
 };
-
-constexpr int64_t kTile = 2048;  // elements of scratch normals: 8 KiB, well inside the first-level cache
 
 template <typename T>
 inline T* at(const Tensor& tensor, Range range) {
   return tensor.data ? static_cast<T*>(tensor.data) + range.sample * tensor.stride + range.begin : nullptr;
 }
 
-// The noise standard's normals are made tile by tile in the first-level cache, and read from there.
+// What noise made here is in memory. With normals in registers, every loop holds a Box-Muller of its own: that pays for wide vectors only.
+using Made = std::conditional_t<Isa::kNormalsInRegisters, Word, float>;
+
+inline void make(Philox& philox, Word* words, int64_t n) { make_words(philox, &words[0].bits, n); }
+inline void make(Philox& philox, float* z, int64_t n) { make_normals(philox, z, n); }
+
+// Noise made here, tile by tile in the first-level cache.
 template <typename L>
 void run_tiles(const Step& step, Range range, typename L::Pointers p, const Row& row) {
-  alignas(64) float z[kTile];
-  p.z = z;
+  alignas(64) Made tile[kTile];
+  p.z = tile;
+  Philox philox(step.seeds[range.sample], range.begin / 4, step.noise_step, step.noise_stream);
   const int64_t n = range.end - range.begin;
   for (int64_t begin = 0; begin < n; begin += kTile) {
     const int64_t count = std::min(kTile, n - begin);
-    normals(step.seeds[range.sample], range.begin + begin, step.noise_step, step.noise_stream, z, count);
+    make(philox, tile, count);
     L::run(p, row, count);
     p.x_t += count;
     p.m += count;
@@ -132,34 +178,35 @@ void run_tiles(const Step& step, Range range, typename L::Pointers p, const Row&
   }
 }
 
-template <typename State, typename Output, bool kGuided, Rest kRest, typename Normal, bool kWriteX0>
+template <typename State, typename Output, bool kGuided, Rest kRest, typename Noise, bool kWriteX0>
 void run_range(const Step& step, Range range) {
-  using L = Loop<State, Output, kGuided, kRest, Normal, kWriteX0>;
+  using L = Loop<State, Output, kGuided, kRest, Noise, kWriteX0>;
   const Row row(step, range.sample);
   typename L::Pointers p{at<const State>(step.x_t, range), at<const Output>(step.model_output, range),
                          at<const Output>(step.model_output_uncond, range), nullptr,
                          at<State>(step.x_prev, range), at<State>(step.x0, range)};
-  const int64_t n = range.end - range.begin;
-  if constexpr (L::kNoisy) {
-    p.z = at<const Normal>(step.noise, range);
-    if constexpr (std::is_same_v<Normal, float>) {
+  if constexpr (L::kMade) {
+    run_tiles<L>(step, range, p, row);
+  } else {
+    if constexpr (L::kNoisy) p.z = at<const Noise>(step.noise, range);
+    if constexpr (std::is_same_v<Noise, Made>) {
       if (!p.z) return run_tiles<L>(step, range, p, row);
     }
+    L::run(p, row, range.end - range.begin);
   }
-  L::run(p, row, n);
 }
 
 // From run-time options to the one loop that has them compiled in, an option at a time.
-template <typename State, typename Output, bool kGuided, Rest kRest, typename Normal>
+template <typename State, typename Output, bool kGuided, Rest kRest, typename Noise>
 void choose_x0(const Step& step, Range range) {
-  step.x0.data ? run_range<State, Output, kGuided, kRest, Normal, true>(step, range)
-               : run_range<State, Output, kGuided, kRest, Normal, false>(step, range);
+  step.x0.data ? run_range<State, Output, kGuided, kRest, Noise, true>(step, range)
+               : run_range<State, Output, kGuided, kRest, Noise, false>(step, range);
 }
 
 template <typename State, typename Output, bool kGuided, Rest kRest>
 void choose_noise(const Step& step, Range range) {
   if (step.noise.data) return choose_x0<State, Output, kGuided, kRest, State>(step, range);
-  if (step.seeds) return choose_x0<State, Output, kGuided, kRest, float>(step, range);
+  if (step.seeds) return choose_x0<State, Output, kGuided, kRest, Made>(step, range);
   return choose_x0<State, Output, kGuided, kRest, void>(step, range);
 }
 

@@ -7,6 +7,9 @@
 // The kernels are many small functions that must vanish into their loops; the compiler's own limits stop short of that.
 #define DDIM_INLINE inline __attribute__((always_inline))
 
+// A statement for k = 0 .. n - 1, unrolled: the same operation on vectors side by side.
+#define DDIM_EACH(n) _Pragma("GCC unroll 8") for (int k = 0; k < (n); ++k)
+
 namespace ddim {
 
 struct Float16 {
