@@ -98,7 +98,7 @@ class StepCoefficients:
         total, (fold_x, fold_m) = self.x0_total, self.folded
         bound = self.clip if self.clipped else 0.0
         return struct.pack(
-            "=12fI",
+            "=14fI",
             fold_x,
             fold_m,
             self.prev_noise,
@@ -111,6 +111,8 @@ class StepCoefficients:
             self.x0_m,
             bound,
             total,
+            self.known_x0,
+            self.known_noise,
             self.clipped,
         )
 
@@ -127,7 +129,7 @@ class StepCoefficients:
         if not clipped:
             bound, rest_x, rest_m = math.inf, fold_x - total * x0_x, fold_m - total * x0_m
         result = cls(x0_x, x0_m, rest_x, rest_m, 0.0, total, 1.0, noise, bound, known_x0, known_noise)
-        result.__dict__["packed"] = struct.pack("=12fI", *row[:12], clipped)
+        result.__dict__["packed"] = struct.pack("=14fI", *row[:12], known_x0, known_noise, clipped)
         return result
 
 
@@ -433,6 +435,8 @@ def _check_writable(name: str, written: Tensor) -> None:
 
 def _overlaps_itself(tensor: Tensor) -> bool:
     """Whether some dimension steps over less than the dimensions inside it span (as-strided views that interleave count, too)."""
+    if tensor.numel() == 0:
+        return False
     span = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride < span:

@@ -36,8 +36,6 @@ def unsupported_reasons(inputs: StepInputs) -> list[str]:
         reasons.append(missing_reason)
     if inputs.x_t.device.type != "cpu":
         reasons.append(f"tensors are on {inputs.x_t.device}, it runs on cpu")
-    if inputs.mask is not None:
-        reasons.append("inpainting is not in this kernel")
     return reasons + plain_memory_reasons(inputs)
 
 
@@ -72,11 +70,15 @@ def run(inputs: StepInputs) -> Tensor:
             describe("noise", inputs.adds_noise),
             describe("x_prev"),
             describe("x0"),
+            describe("mask"),
+            describe("known_x0"),
+            describe("known_noise", inputs.adds_known_noise),
         ),
         inputs.guidance_scale or 0.0,
         inputs.coefficients.packed,
         address(inputs.thresholds),
         address(inputs.seeds if inputs.adds_noise and inputs.noise is None else None),
+        address(inputs.seeds if inputs.adds_known_noise and inputs.known_noise is None else None),
         inputs.noise_step,
         inputs.noise_stream,
         torch.get_num_threads(),

@@ -163,7 +163,9 @@ def test_step_refuses_a_wrong_number_of_arguments():
 def test_run_refuses_bad_coefficients():
     tensor = (0, 0, 0)
     with pytest.raises(TypeError, match="packed coefficients"):
-        cpu_step.extension.run(1, 1, (tensor,) * 6, 0.0, b"short", 0, 0, 0, 0, 1)
+        cpu_step.extension.run(1, 1, (tensor,) * 9, 0.0, b"short", 0, 0, 0, 0, 0, 1)
+    with pytest.raises(TypeError, match="wants nine tensors"):
+        cpu_step.extension.run(1, 1, (tensor,) * 6, 0.0, bytes(60), 0, 0, 0, 0, 0, 1)
 
 
 def test_plain_call_declines_what_it_does_not_know():

@@ -42,8 +42,8 @@ std::vector<const Kernels*> usable_kernels() {
 constexpr int64_t kGrain = 32768, kNoiseGrain = 8192;
 
 bool one_row(const Step& s) {
-  if (s.seeds || s.thresholds) return false;
-  for (const Tensor* t : {&s.x_t, &s.model_output, &s.model_output_uncond, &s.noise, &s.x_prev, &s.x0})
+  if (s.seeds || s.known_seeds || s.thresholds) return false;
+  for (const Tensor* t : {&s.x_t, &s.model_output, &s.model_output_uncond, &s.noise, &s.x_prev, &s.x0, &s.mask, &s.known_x0, &s.known_noise})
     if (t->data && t->stride != s.n_elements) return false;
   return true;
 }
@@ -55,7 +55,7 @@ void run_step(Step s, int threads) {
     s.n_samples = 1;
   }
   // Parts begin at multiples of the grain within the flattened batch; within a sample at multiples of 4, where noise counters begin.
-  const int64_t grain = s.seeds ? kNoiseGrain : kGrain;
+  const int64_t grain = s.seeds || s.known_seeds ? kNoiseGrain : kGrain;
   parallel_for(s.n_samples * s.n_elements, grain, threads, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t sample = begin / s.n_elements, first = begin - sample * s.n_elements;
@@ -262,32 +262,37 @@ PyObject* py_step(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
   return a[kXPrev];
 }
 
-// run(n_samples, n_elements, tensors, guidance_scale, packed, thresholds, seeds, noise_step, noise_stream, threads); tensors is a
-// tuple of six (address, stride, dtype) for x_t, model_output, model_output_uncond, noise, x_prev, x0; address 0: not given.
+// run(n_samples, n_elements, tensors, guidance_scale, packed, thresholds, seeds, known_seeds, noise_step, noise_stream, threads); tensors
+// is a tuple of nine (address, stride, dtype) for x_t, model_output, model_output_uncond, noise, x_prev, x0, mask, known_x0, known_noise;
+// address 0: not given.
 PyObject* py_run(PyObject*, PyObject* arguments) {
   Step s{};
-  long long n_samples, n_elements, address[6], stride[6];
-  int dtype[6], threads;
+  Tensor* tensors[] = {&s.x_t, &s.model_output, &s.model_output_uncond, &s.noise, &s.x_prev, &s.x0, &s.mask, &s.known_x0, &s.known_noise};
+  long long n_samples, n_elements;
+  int threads;
   float guidance;
-  unsigned long long thresholds, seeds;
+  unsigned long long thresholds, seeds, known_seeds;
   unsigned int noise_step, noise_stream;
-  PyObject* packed;
-#define DDIM_T(i) &address[i], &stride[i], &dtype[i]
-  if (!PyArg_ParseTuple(arguments, "LL((LLi)(LLi)(LLi)(LLi)(LLi)(LLi))fOKKIIi", &n_samples, &n_elements, DDIM_T(0), DDIM_T(1), DDIM_T(2),
-                        DDIM_T(3), DDIM_T(4), DDIM_T(5), &guidance, &packed, &thresholds, &seeds, &noise_step, &noise_stream, &threads))
+  PyObject *packed, *described;
+  if (!PyArg_ParseTuple(arguments, "LLO!fOKKKIIi", &n_samples, &n_elements, &PyTuple_Type, &described, &guidance, &packed, &thresholds, &seeds,
+                        &known_seeds, &noise_step, &noise_stream, &threads))
     return nullptr;
-#undef DDIM_T
-  if (!read_coefficients(packed, &s)) {
-    PyErr_SetString(PyExc_TypeError, "run: packed coefficients of the wrong type or size");
+  if (PyTuple_Size(described) != static_cast<Py_ssize_t>(std::size(tensors)) || !read_coefficients(packed, &s)) {
+    PyErr_SetString(PyExc_TypeError, "run: wants nine tensors, and packed coefficients of the right type and size");
     return nullptr;
+  }
+  for (size_t i = 0; i < std::size(tensors); ++i) {
+    long long address, stride;
+    int dtype;
+    if (!PyArg_ParseTuple(PyTuple_GetItem(described, i), "LLi", &address, &stride, &dtype)) return nullptr;
+    *tensors[i] = {reinterpret_cast<void*>(address), stride, static_cast<DType>(dtype)};
   }
   s.n_samples = n_samples;
   s.n_elements = n_elements;
-  Tensor* tensors[] = {&s.x_t, &s.model_output, &s.model_output_uncond, &s.noise, &s.x_prev, &s.x0};
-  for (int i = 0; i < 6; ++i) *tensors[i] = {reinterpret_cast<void*>(address[i]), stride[i], static_cast<DType>(dtype[i])};
   s.guidance_scale = guidance;
   s.thresholds = reinterpret_cast<const float*>(thresholds);
   s.seeds = reinterpret_cast<const int64_t*>(seeds);
+  s.known_seeds = reinterpret_cast<const int64_t*>(known_seeds);
   s.noise_step = noise_step;
   s.noise_stream = noise_stream;
   run_unlocked(s, threads);

@@ -5,6 +5,8 @@
 
 namespace ddim {
 
+constexpr uint32_t kKnownRegion = 2;  // the noise standard's stream of a known picture's noise: NoiseStream.KNOWN_REGION
+
 enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kNumDTypes = 3 };
 
 // One step's row, rounded once from float64. Which columns are read depends on whether x0 is clipped:
@@ -17,6 +19,7 @@ struct Coefficients {
   float rest_x, rest_m;
   float x0_x, x0_m, x0_bound;  // x0 = clamp(x0_x * x_t + x0_m * m, -x0_bound, x0_bound), for the optional x0 output
   float clip_scale;            // coefficient of x0 in x_prev: per-sample bounds are multiplied by its magnitude
+  float known_x0, known_noise; // a known picture at the noise level of x_prev: known_x0 * picture + known_noise * z (inpainting)
 };
 
 // A batch of samples: sample i starts at data + i * stride elements, and its elements are contiguous. data may be null: not given.
@@ -29,10 +32,12 @@ struct Tensor {
 struct Step {
   int64_t n_samples, n_elements;  // samples, elements of each
   Tensor x_t, model_output, model_output_uncond, noise, x_prev, x0;
+  Tensor mask, known_x0, known_noise;  // inpainting, or null
   float guidance_scale;
   bool clipped;             // x0 is clipped
   const float* thresholds;  // per-sample bound of x0 (dynamic thresholding), or null
   const int64_t* seeds;     // per-sample 64-bit seed of in-register noise, or null
+  const int64_t* known_seeds;  // the same for the noise of known_x0, in the stream kKnownRegion
   uint32_t noise_step, noise_stream;
   Coefficients c;
 };

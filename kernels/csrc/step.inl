@@ -223,8 +223,11 @@ void choose_guidance(const Step& step, Range range) {
   step.model_output_uncond.data ? choose_rest<State, Output, true>(step, range) : choose_rest<State, Output, false>(step, range);
 }
 
+#include "inpaint.inl"
+
 // The state and the model's output have one type, or the state is float32 beside a half-precision model.
 void step(const Step& step, Range range) {
+  if (step.mask.data) return inpaint(step, range);
   switch (step.x_t.dtype) {
     case kFloat16: return choose_guidance<Float16, Float16>(step, range);
     case kBFloat16: return choose_guidance<BFloat16, BFloat16>(step, range);

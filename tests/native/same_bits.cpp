@@ -49,11 +49,11 @@ int steps(const Kernels& k) {
   std::normal_distribution<float> normal;
   int cases = 0;
   for (const auto& [state, output] : pairs)
-    for (int option = 0; option < 96; ++option)
+    for (int option = 0; option < 144; ++option)
       for (int64_t n : {0, 1, 3, 15, 16, 17, 63, 64, 65, 127, 129, 2047, 2049, 4100}) {
         const size_t bytes = static_cast<size_t>(n) * 4 + 64;
-        std::vector<unsigned char> x(bytes), m(bytes), u(bytes), z(bytes), out[2], x0[2];
-        fill(x, state), fill(m, output), fill(u, output), fill(z, state);
+        std::vector<unsigned char> x(bytes), m(bytes), u(bytes), z(bytes), mask(bytes), known(bytes), out[2], x0[2];
+        fill(x, state), fill(m, output), fill(u, output), fill(z, state), fill(mask, state), fill(known, state);
         const int64_t seed = static_cast<int64_t>(random_bits());
         const float threshold = 1.7f;
         Step s{};
@@ -66,8 +66,13 @@ int steps(const Kernels& k) {
         if (noise == 2) s.seeds = &seed, s.noise_step = static_cast<uint32_t>(option), s.noise_stream = 1;
         s.clipped = rest > 0;
         const float r[] = {normal(random_bits), normal(random_bits), normal(random_bits), normal(random_bits), normal(random_bits)};
-        s.c = {r[0], r[1], 0.3f, r[2], r[3], 0.9f, rest == 2 ? 0 : r[4], rest == 1 ? 0 : r[0], r[2], r[3], 1, 0.9f};
-        if (rest > 0 && option / 48) s.thresholds = &threshold;
+        s.c = {r[0], r[1], 0.3f, r[2], r[3], 0.9f, rest == 2 ? 0 : r[4], rest == 1 ? 0 : r[0], r[2], r[3], 1, 0.9f, 0.6f, 0.8f};
+        if (rest > 0 && option / 48 == 1) s.thresholds = &threshold;
+        if (option / 48 == 2) {  // inpainting, with the noise of the known picture given or made
+          s.mask = {mask.data(), n, state}, s.known_x0 = {known.data(), n, state};
+          if (option % 2) s.known_noise = {z.data(), n, state};
+          else s.known_seeds = &seed;
+        }
         for (int i = 0; i < 2; ++i) {
           out[i].assign(bytes, 0xa5), x0[i].assign(bytes, 0xa5);
           s.x_prev = {out[i].data(), n, state};
