@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from . import pictures
 from ._version import __version__
+from .capture import MODES
 from .kernels import cpu_step, dispatch
 from .kernels.contract import StepCoefficients, StepInputs
 from .kernels.noise import NOISE_STANDARD_VERSION, sample_seeds
@@ -129,6 +130,19 @@ def main() -> None:
     help="What computes the update.  [default: the fastest]",
 )
 @click.option(
+    "--device",
+    default=None,
+    metavar="DEVICE",
+    help="cpu, cuda or cuda:1.  [default: cuda where there is one, else cpu]",
+)
+@click.option(
+    "--capture",
+    type=click.Choice(MODES),
+    default="auto",
+    show_default=True,
+    help="On a CUDA device: replay the steps as CUDA graphs, one a step or one for the whole loop.",
+)
+@click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     default="grid.png",
@@ -166,6 +180,8 @@ def sample(
     batch_size: int,
     threads: int | None,
     backend: str | None,
+    device: str | None,
+    capture: str,
     out: Path,
     trajectory: Path | None,
     save: Path | None,
@@ -187,7 +203,7 @@ def sample(
     _check_outputs(out, trajectory, save)
     if threads is not None:
         torch.set_num_threads(threads)
-    model = load_model(model_name)
+    model = load_model(model_name).to(_device(device))
     labels = _labels(model, class_name, count)
     sampler = DDIMSampler(
         make_schedule(schedule),
@@ -205,7 +221,17 @@ def sample(
         )
     timing, started = Timing(), time.perf_counter()
     parts = _sample_in_batches(
-        sampler, model, labels, seed, guidance, batch_size, backend, timing, trajectory is not None, not quiet
+        sampler,
+        model,
+        labels,
+        seed,
+        batch_size,
+        keep_trajectory=trajectory is not None,
+        guidance_scale=guidance,
+        backend=backend,
+        capture=capture,
+        timing=timing,
+        progress=not quiet and capture != "loop",
     )
     seconds = time.perf_counter() - started
     images = torch.cat([part.samples for part in parts])
@@ -226,9 +252,27 @@ def sample(
     if not quiet:
         click.echo(
             f"{count} pictures in {seconds:.2f} s: {count / seconds:.1f} images/s, {sampler.num_inference_steps} steps; "
-            f"model {timing.model_seconds:.2f} s, update {timing.update_seconds * 1e3:.1f} ms "
-            f"({timing.update_seconds / (timing.model_seconds + timing.update_seconds):.2%}) -> {', '.join(map(str, written))}"
+            f"{_where_time_went(timing)} -> {', '.join(map(str, written))}"
         )
+
+
+def _where_time_went(timing: Timing) -> str:
+    if timing.captured_seconds:
+        return f"{timing.steps} steps replayed as CUDA graphs"
+    share = timing.update_seconds / (timing.model_seconds + timing.update_seconds)
+    return f"model {timing.model_seconds:.2f} s, update {timing.update_seconds * 1e3:.1f} ms ({share:.2%})"
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be a torch device such as cpu, cuda or cuda:1, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name} needs a CUDA device and a torch built for it, and torch finds none: use cpu")
+    return device
 
 
 def _check_outputs(out: Path, trajectory: Path | None, save: Path | None) -> None:
@@ -270,25 +314,32 @@ def _labels(model: ShippedModel, class_name: str | None, count: int) -> list[int
 
 
 def _sample_in_batches(
-    sampler, model, labels, seed, guidance, batch_size, backend, timing, keep_trajectory, progress
+    sampler: DDIMSampler,
+    model: ShippedModel,
+    labels: list[int],
+    seed: int,
+    batch_size: int,
+    keep_trajectory: bool,
+    **options,
 ) -> list[Trajectory]:
+    """The pictures of all labels, on the CPU, a batch at a time; a sample's seed does not depend on its batch."""
+    device = next(model.parameters()).device
     seeds = torch.from_numpy(sample_seeds(seed, len(labels)))
     parts = []
     for first in range(0, len(labels), batch_size):
         part = slice(first, first + batch_size)
-        batch_labels = torch.tensor(labels[part])
+        batch_labels = torch.tensor(labels[part], device=device)
         result = sampler.sample(
             model,
             (len(batch_labels), *model.sample_shape),
             seeds=seeds[part],
             conditioning={"class_labels": batch_labels},
-            guidance_scale=guidance,
-            backend=backend,
-            timing=timing,
             return_trajectory=keep_trajectory,
-            progress=progress,
+            device=device,
+            **options,
         )
-        parts.append(result if keep_trajectory else Trajectory(x_t=[result]))
+        run = result if keep_trajectory else Trajectory(x_t=[result])
+        parts.append(Trajectory(run.timesteps, [x.cpu() for x in run.x_t], [x.cpu() for x in run.x0]))
     return parts
 
 
