@@ -76,9 +76,9 @@ def step_of(variant: Variant, n: int) -> Callable[[], Any]:
         known_x0=tensor(variant.mask, variant.dtype),
         x_prev=x_t,
         x0=tensor(variant.x0, variant.dtype),
+        normals="fast" if variant.noise == "fast" else "exact",
     )
-    normals = variant.noise if variant.noise in ("exact", "fast") else "exact"
-    return lambda: run(inputs, normals)
+    return lambda: run(inputs)
 
 
 def bandwidth() -> list[dict[str, Any]]:

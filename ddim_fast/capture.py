@@ -255,6 +255,7 @@ def _key(mode: str, job: Job) -> Hashable:
         *(_tensor_key(getattr(loop, name)) for name in ("x_t", "seeds", "noise", "model_input", "x_seen", "x0")),
         len(loop.calls),
         loop.thresholding,
+        loop.normals,
         (table.clipped, table.adds_noise),
         str(structure),
         tuple(_leaf_key(leaf) for leaf in leaves),

@@ -73,6 +73,7 @@ class Loop:
         calls: the model calls of a step: one, or a conditional and an unconditional one.
         seeds: ``(B,)`` int64, for in-register noise; or None.
         noise: like ``x_t``: what a ``generator`` fills before each step that adds noise; or None.
+        normals: the form of in-register noise, one of ``kernels.contract.NORMALS``.
         model_input: like ``x_t``, in the model's dtype, where that differs; or None.
         x_seen, x0: like ``x_t``, where the caller wants to see them: what the model saw, and what it predicted from it; or None.
     """
@@ -87,6 +88,7 @@ class Loop:
     model_input: Tensor | None
     x_seen: Tensor | None
     x0: Tensor | None
+    normals: str = "exact"
 
     @property
     def shape(self) -> torch.Size:
@@ -119,6 +121,7 @@ class Loop:
             noise_step=step.index,
             noise_stream=NoiseStream.STEP,
             thresholds=thresholds,
+            normals=self.normals,
             out=x_t if self.x_seen is None else self.x_seen,
             x0_out=self.x0,
             backend=backend,
@@ -160,6 +163,7 @@ class Loop:
             seeds=self.seeds if self.noise is None else None,
             noise_stream=NoiseStream.STEP,
             thresholds=thresholds,
+            normals=self.normals,
             out=self.x_t,
             x0_out=self.x0,
         )

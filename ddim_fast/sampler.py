@@ -167,6 +167,7 @@ class DDIMSampler:
         return_trajectory: bool = False,
         timing: Timing | None = None,
         backend: str | None = None,
+        normals: str = "exact",
         capture: str = "auto",
         reuse_output: bool = False,
     ) -> Tensor | Trajectory:
@@ -190,6 +191,7 @@ class DDIMSampler:
             return_trajectory: return every state as a ``Trajectory`` instead of the samples.
             timing: filled in with the seconds spent in the model and in the update.
             backend: of the update, a name in ``kernels.dispatch.BACKENDS``.
+            normals: how seeds become the noise of steps: "exact", the same bits everywhere; or "fast" (see ``ddim_step``).
             capture: on a CUDA device, run the steps as CUDA graphs, captured in the first call and replayed in later ones (see
                 ``capture.GraphCache``): "step", one graph that is replayed for each step; "loop", all steps and model calls in one;
                 "off"; or "auto": "step" where the model can be captured, with one warning where it cannot. The model is called a
@@ -230,6 +232,7 @@ class DDIMSampler:
             model_input=torch.empty_like(x_t, dtype=model_dtype) if model_dtype not in (None, dtype) else None,
             x_seen=torch.empty_like(x_t) if watched else None,
             x0=torch.empty_like(x_t) if watched else None,
+            normals=normals,
         )
         job = Job(model, plan, loop, conditionings)
         captured = None

@@ -194,6 +194,8 @@ def _from_row(row: tuple[float, ...], clipped: bool) -> StepCoefficients:
 
 PER_ELEMENT = ("x_t", "model_output", "model_output_uncond", "noise", "mask", "known_x0", "known_noise")
 PER_SAMPLE = ("seeds", "thresholds")
+NORMALS = ("exact", "fast")
+"""Forms of in-register noise: the noise standard's bits, or on NVIDIA GPUs the hardware's approximations."""
 
 
 @dataclass
@@ -216,6 +218,7 @@ class StepInputs:
     known_noise: Tensor | None = None
     x_prev: Tensor | None = None
     x0: Tensor | None = None
+    normals: str = "exact"
     reads: list[tuple[str, Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -300,6 +303,8 @@ def _shape_hint(value: Tensor, x_t: Tensor) -> str:
 
 def _check_coefficients(inputs: StepInputs) -> None:
     coefficients, index = inputs.coefficients, inputs.index
+    if index is not None and not isinstance(coefficients, StepTable):
+        raise TypeError(f"table must be a StepTable, got {type(coefficients).__name__}: take one of SamplingPlan.table()")
     if isinstance(coefficients, StepCoefficients):
         return
     if not isinstance(coefficients, StepTable):
@@ -356,6 +361,8 @@ def _check_noise(inputs: StepInputs) -> None:
         )
     if inputs.noise is not None:
         _check_like("noise", inputs.noise, inputs.x_t, same_dtype=True)
+    if inputs.normals not in NORMALS:
+        raise ValueError(f"normals must be one of {', '.join(NORMALS)}, got {inputs.normals!r}")
     if inputs.seeds is None:
         return
     _check_per_sample("seeds", inputs.seeds, torch.int64, inputs.x_t)

@@ -39,6 +39,7 @@ def ddim_step(
     mask: Tensor | None = None,
     known_x0: Tensor | None = None,
     known_noise: Tensor | None = None,
+    normals: str = "exact",
     out: Tensor | None = None,
     x0_out: Tensor | None = None,
     backend: str | None = None,
@@ -58,6 +59,8 @@ def ddim_step(
         mask, known_x0: with both, inpainting: where the mask is 1, x_prev is ``known_x0`` (a clean picture) at the noise level of
             x_prev; between 0 and 1 it is a blend. Shape and dtype of ``x_t``.
         known_noise: standard normal noise for ``known_x0``; from ``seeds`` (in a stream of its own) if none.
+        normals: how ``seeds`` become noise: "exact", the noise standard's bits; or "fast", on NVIDIA GPUs the hardware's approximations
+            in their place, with fewer instructions (docs/GPU.md). The exact form is used wherever there is no other.
         out: where x_prev goes; may be ``x_t`` itself. A new tensor if none.
         x0_out: where the predicted (and clipped) x0 goes, in the dtype of ``x_t``; nowhere if none.
         backend: a name in ``BACKENDS``; the first that can if none.
@@ -72,10 +75,10 @@ def ddim_step(
         return _through_operator(
             StepInputs(
                 x_t, model_output, coefficients, None, model_output_uncond, guidance_scale, noise, seeds, noise_step, noise_stream,
-                thresholds, mask, known_x0, known_noise, out, x0_out,
+                thresholds, mask, known_x0, known_noise, out, x0_out, normals,
             )
         )  # fmt: skip
-    plain = mask is None and known_x0 is None and known_noise is None
+    plain = mask is None and known_x0 is None and known_noise is None and normals == "exact"
     if backend is None and plain and _run_plain is not None and forward_ad._current_level < 0:
         target = torch.empty_like(x_t) if out is None and isinstance(x_t, Tensor) else out
         result = _run_plain(
@@ -99,7 +102,7 @@ def ddim_step(
     return run(
         StepInputs(
             x_t, model_output, coefficients, None, model_output_uncond, guidance_scale, noise, seeds, noise_step, noise_stream,
-            thresholds, mask, known_x0, known_noise, out, x0_out,
+            thresholds, mask, known_x0, known_noise, out, x0_out, normals,
         ),
         backend,
     )  # fmt: skip
@@ -120,6 +123,7 @@ def ddim_step_from_table(
     mask: Tensor | None = None,
     known_x0: Tensor | None = None,
     known_noise: Tensor | None = None,
+    normals: str = "exact",
     out: Tensor | None = None,
     x0_out: Tensor | None = None,
 ) -> Tensor:
@@ -137,7 +141,7 @@ def ddim_step_from_table(
     """
     inputs = StepInputs(
         x_t, model_output, table, index, model_output_uncond, None, noise, seeds, noise_step, noise_stream,
-        thresholds, mask, known_x0, known_noise, out, x0_out,
+        thresholds, mask, known_x0, known_noise, out, x0_out, normals,
     )  # fmt: skip
     return _through_operator(inputs) if _is_dynamo_compiling() or _modes_active() else run_from_table(inputs)
 
@@ -180,7 +184,7 @@ def _through_operator(inputs: StepInputs) -> Tensor:
     i = inputs
     x_prev = torch.empty_like(i.x_t) if i.x_prev is None else i.x_prev
     x_t = None if i.x_prev is i.x_t else i.x_t
-    after = (i.noise, i.seeds, i.noise_step, i.noise_stream, i.thresholds, i.mask, i.known_x0, i.known_noise)
+    after = (i.noise, i.seeds, i.noise_step, i.noise_stream, i.thresholds, i.mask, i.known_x0, i.known_noise, i.normals)
     if isinstance(i.coefficients, StepTable):
         c = i.coefficients
         table = (c.rows, c.clipped, c.adds_noise, c.adds_known_noise)

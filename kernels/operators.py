@@ -31,6 +31,7 @@ def step_(
     mask: Tensor | None,
     known_x0: Tensor | None,
     known_noise: Tensor | None,
+    normals: str,
 ) -> None:
     """``ddim_step`` with the fields of ``StepCoefficients``, in order, as ``coefficients``."""
     inputs = StepInputs(
@@ -50,6 +51,7 @@ def step_(
         known_noise,
         x_prev,
         x0,
+        normals,
     )
     dispatch.run(inputs)
 
@@ -74,6 +76,7 @@ def step_from_table_(
     mask: Tensor | None,
     known_x0: Tensor | None,
     known_noise: Tensor | None,
+    normals: str,
 ) -> None:
     """``ddim_step_from_table`` with the fields of its ``StepTable``."""
     inputs = StepInputs(
@@ -93,6 +96,7 @@ def step_from_table_(
         known_noise,
         x_prev,
         x0,
+        normals,
     )
     dispatch.run_from_table(inputs)
 

@@ -30,7 +30,7 @@ def _one_row(coefficients: StepCoefficients, guidance_scale: float | None, devic
     return StepTable.of([coefficients], device, guidance_scale)
 
 
-def run(inputs: StepInputs, normals: str = "exact") -> Tensor:
+def run(inputs: StepInputs) -> Tensor:
     """Run checked inputs, in one launch. A row that is not in a table is copied to the device when it is first seen."""
     from . import triton_step
 
@@ -52,7 +52,7 @@ def run(inputs: StepInputs, normals: str = "exact") -> Tensor:
             thresholds=inputs.thresholds.contiguous() if inputs.thresholds is not None else None,
             noise_step=inputs.noise_step,
             noise_stream=inputs.noise_stream,
-            normals=normals,
+            normals=inputs.normals,
         )
     rows.copy_back()
     return result

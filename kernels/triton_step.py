@@ -259,9 +259,6 @@ def ddim_step_kernel(
 
 # ---- the launcher ----------------------------------------------------------------------------------------------------------------
 
-NORMALS = ("exact", "fast")
-"""Forms of in-register noise: the noise standard's bits, or (on NVIDIA) the hardware's approximations."""
-
 # (elements of all samples, at least; elements a program; warps a program). Eight or sixteen elements a thread: one or two accesses of
 # 16 bytes in half precision. The larger tile spends fewer instructions an element, the smaller one fills a GPU with less work.
 _TILES = ((1 << 20, 2048, 4), (0, 512, 2))
@@ -288,7 +285,7 @@ def launch(
         index: ``(1,)`` int64 in device memory: which row of the table this step is; row 0 if none.
         seeds, thresholds: ``(B,)``, see ``dispatch.ddim_step``.
         noise_step: added to the row's number, it is the noise's step.
-        normals: one of ``NORMALS``.
+        normals: one of ``contract.NORMALS``.
     """
     t, n = rows.tensors, rows.n_elements
     block_size, num_warps = next(tile[1:] for tile in _TILES if rows.n_samples * n >= tile[0])

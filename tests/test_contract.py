@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from ddim_fast.kernels import cpu_step, dispatch, reference
-from ddim_fast.kernels.contract import StepCoefficients, StepInputs, check_inputs
-from ddim_fast.kernels.dispatch import BACKENDS, choose, ddim_step
+from ddim_fast.kernels.contract import StepCoefficients, StepInputs, StepTable, check_inputs
+from ddim_fast.kernels.dispatch import BACKENDS, choose, ddim_step, ddim_step_from_table
 
 NAMES = ("x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps", "prev_noise")
 ON_CPU = [name for name in BACKENDS if name != "triton"]  # that one is held to the contract in test_triton.py
@@ -208,6 +208,25 @@ ERRORS = {
         {"coefficients": NOISY, "seeds": SEEDS, "noise_step": 1 << 32},
         ValueError,
         ["noise_step must be in [0, 2**32)", str(1 << 32)],
+    ),
+    "unknown normals": ({"normals": "quick"}, ValueError, ["normals must be one of exact, fast", "'quick'"]),
+    "a mask alone": ({"mask": sample(2)}, ValueError, ["both mask and known_x0", "got only mask"]),
+    "known_x0 alone": ({"known_x0": sample(2)}, ValueError, ["both mask and known_x0", "got only known_x0"]),
+    "known_noise alone": ({"known_noise": sample(2)}, ValueError, ["got no known_x0"]),
+    "mask shape": (
+        {"mask": sample(2, shape=(2, 3)), "known_x0": sample(3)},
+        ValueError,
+        ["mask must have the shape of x_t", "(2, 3)"],
+    ),
+    "mask dtype": (
+        {"mask": sample(2).bool(), "known_x0": sample(3)},
+        TypeError,
+        ["mask must have the dtype of x_t", "torch.bool"],
+    ),
+    "no noise for the known picture": (
+        {"coefficients": row(known_noise=0.5), "mask": sample(2), "known_x0": sample(3)},
+        ValueError,
+        ["known_x0 is brought to the noise level", "0.5", "pass known_noise, or seeds"],
     ),
     "noise_step below 0": (
         {"coefficients": NOISY, "seeds": SEEDS, "noise_step": -1},
@@ -584,3 +603,61 @@ def test_infinite_sample_does_not_depend_on_x0_out(backend):
     without = ddim_step(x, m, CLIPPED, backend=backend)
     with_x0 = ddim_step(x, m, CLIPPED, x0_out=torch.zeros(1, 4), backend=backend)
     torch.testing.assert_close(with_x0, without, rtol=0, atol=0, equal_nan=True)
+
+
+# --- A row of a table -------------------------------------------------------------------------------------------------
+
+
+TABLE = StepTable.of([PLAIN, row(x0_x=0.5)])
+TABLE_ERRORS = {
+    "no table": (
+        {"table": PLAIN, "index": torch.zeros(1, dtype=torch.int64)},
+        TypeError,
+        ["table must be a StepTable"],
+    ),
+    "index a number": ({"index": 0}, TypeError, ["index must be a torch.Tensor", "int"]),
+    "index dtype": ({"index": torch.zeros(1)}, ValueError, ["index must be one int64 number", "torch.float32"]),
+    "two indices": (
+        {"index": torch.zeros(2, dtype=torch.int64)},
+        ValueError,
+        ["index must be one int64 number", "(2,)"],
+    ),
+    "index too large": ({"index": torch.tensor([2])}, ValueError, ["less than the 2 rows", "got 2"]),
+    "index below 0": ({"index": torch.tensor([-1])}, ValueError, ["at least 0", "got -1"]),
+    "index elsewhere": (
+        {"index": torch.zeros(1, dtype=torch.int64, device="meta")},
+        ValueError,
+        ["index must be on", "meta"],
+    ),
+    "noise beyond 32 bits": (
+        {"index": torch.tensor([1]), "noise_step": 2**32 - 1, "seeds": SEEDS},
+        ValueError,
+        ["noise_step must be in [0, 2**32)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_ERRORS)
+def test_error_of_a_table_says_the_rule(name):
+    changed, error, parts = TABLE_ERRORS[name]
+    x, m = sample(), sample(1)
+    before = x.clone()
+    with pytest.raises(error) as caught:
+        ddim_step_from_table(x, m, **({"table": TABLE, "out": x} | changed))
+    for part in parts:
+        assert part in str(caught.value)
+    assert torch.equal(x, before)
+
+
+def test_a_table_is_of_one_kind():
+    with pytest.raises(ValueError, match="must all clip x0, or none, and be at least one, got 1 of 2"):
+        StepTable.of([PLAIN, row(clip=1.0)])
+    with pytest.raises(ValueError, match="got 0 of 0"):
+        StepTable.of([])
+
+
+def test_a_row_of_a_table_is_the_step():
+    x, m = sample(), sample(1)
+    for index, coefficients in enumerate([PLAIN, row(x0_x=0.5)]):
+        got = ddim_step_from_table(x, m, TABLE, torch.tensor([index]))
+        assert torch.equal(got, ddim_step(x, m, coefficients))

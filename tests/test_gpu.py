@@ -98,7 +98,7 @@ def test_fast_noise_is_normal():
 
     x = torch.zeros(4, 1 << 20, device="cuda")
     row = df.StepCoefficients(0, 0, 0, 0, 0, 0, 0, prev_noise=1)
-    z = run(StepInputs(x, x, row, seeds=torch.arange(4, device="cuda")), "fast").cpu().numpy().ravel()
+    z = run(StepInputs(x, x, row, seeds=torch.arange(4, device="cuda"), normals="fast")).cpu().numpy().ravel()
     assert stats.kstest(z, "norm").pvalue > 1e-3
     assert abs(z.mean()) < 5e-3
     assert abs(z.std() - 1) < 5e-3

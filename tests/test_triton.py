@@ -206,7 +206,7 @@ def test_fast_normals_of_a_step_are_normal():
     x = torch.zeros(2, 40_000)
     row = StepCoefficients(0, 0, 0, 0, 0, 0, 0, prev_noise=1)
     with emulated_gpu("sm_90"):
-        z = run(StepInputs(x, x, row, seeds=torch.tensor([1, 2])), "fast")
+        z = run(StepInputs(x, x, row, seeds=torch.tensor([1, 2]), normals="fast"))
     assert stats.kstest(z.numpy().ravel(), "norm").pvalue > 1e-3
     assert abs(np.corrcoef(z.numpy())[0, 1]) < 0.02
 

@@ -10,7 +10,7 @@ import oracle
 import torch
 from tolerances import to_numpy
 
-from ddim_fast.kernels import noise, triton_backend
+from ddim_fast.kernels import noise
 from ddim_fast.kernels.contract import StepCoefficients, StepInputs, check_inputs
 
 F, H, B = torch.float32, torch.float16, torch.bfloat16
@@ -123,8 +123,3 @@ def make(choice: dict, seed: int = 0) -> Case:
     inputs = StepInputs(x_t, m, StepCoefficients(**row), x_prev=x_prev, x0=x0, **keywords)
     check_inputs(inputs)
     return Case(inputs, expected, row)
-
-
-def run(inputs: StepInputs, normals: str = "exact") -> torch.Tensor:
-    """The step as the backend runs it on a GPU, wherever Triton runs now."""
-    return triton_backend.run(inputs, normals)

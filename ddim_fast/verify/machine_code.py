@@ -148,7 +148,7 @@ def measure(variant: Variant, target: str) -> MachineCode:
     if target not in DEVICES:
         raise ValueError(f"target must be one of {', '.join(DEVICES)}, got {target!r}")
     with _compiling_for(target) as compiled:
-        triton_backend.run(_inputs(variant), variant.noise if variant.noise in ("exact", "fast") else "exact")
+        triton_backend.run(_inputs(variant))
     kernel = compiled[-1]
     threads = kernel.metadata.num_warps * kernel.metadata.warp_size
     elements = kernel.src.constants[(kernel.src.fn.arg_names.index("BLOCK_SIZE"),)] // threads
@@ -184,6 +184,7 @@ def _inputs(variant: Variant) -> StepInputs:
         known_x0=tensor(variant.mask, variant.dtype),
         x_prev=x_t,
         x0=tensor(variant.x0, variant.dtype),
+        normals="fast" if variant.noise == "fast" else "exact",
     )
 
 
