@@ -1,0 +1,169 @@
+"""The step as torch operators: one node in what torch.compile, make_fx and torch.export see, with the bits of a direct call."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import ddim_fast as df
+from ddim_fast.kernels.dispatch import ddim_step, ddim_step_from_table
+
+# torch's own, when inductor is first used
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::DeprecationWarning:torch.*")
+PLAN = df.SamplingPlan(df.NoiseSchedule.linear(), (900, 500, 100), eta=1.0)
+ROW = PLAN.steps[0].coefficients
+OURS = ("ddim_fast.step_", "ddim_fast.step_from_table_")
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def m():
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+SEEDS = torch.tensor([1, -2])
+
+
+def ours(graph):
+    return [str(node.target) for node in graph.nodes if node.op == "call_function" and "ddim_fast" in str(node.target)]
+
+
+def test_make_fx_sees_one_operator(x, m):
+    traced = make_fx(lambda x, m: ddim_step(x, m, ROW, seeds=SEEDS))(x, m)
+    assert ours(traced.graph) == ["ddim_fast.step_.default"]
+    assert len([n for n in traced.graph.nodes if n.op == "call_function"]) == 2  # and memory for the result
+    for other in (x, 2 * x):
+        assert torch.equal(traced(other, m), ddim_step(other, m, ROW, seeds=SEEDS))
+
+
+def test_torch_compile_sees_no_break_and_gives_the_same_bits(x, m):
+    compiled = torch.compile(lambda x, m: ddim_step(x * 1, m, ROW, seeds=SEEDS) + 1, fullgraph=True)
+    with torch.inference_mode():
+        assert torch.equal(compiled(x, m), ddim_step(x, m, ROW, seeds=SEEDS) + 1)
+
+
+def test_in_place_under_torch_compile(x, m):
+    def function(x, m):
+        ddim_step(x, m, ROW, seeds=SEEDS, out=x)
+        return 2 * x
+
+    expected = ddim_step(x, m, ROW, seeds=SEEDS)
+    assert torch.equal(torch.compile(function, fullgraph=True)(x, m), 2 * expected)
+    assert torch.equal(x, expected)
+
+
+def test_outputs_that_are_written_are_seen_by_what_follows(x, m):
+    def function(x, m, out, x0):
+        before = out + 0
+        ddim_step(x, m, ROW, seeds=SEEDS, out=out, x0_out=x0)
+        return before, out + 1, x0 + 2
+
+    out, x0 = torch.zeros_like(x), torch.zeros_like(x)
+    got = torch.compile(function, fullgraph=True)(x, m, out, x0)
+    expected_x0 = torch.empty_like(x)
+    expected = ddim_step(x, m, ROW, seeds=SEEDS, x0_out=expected_x0)
+    assert torch.equal(got[0], torch.zeros_like(x))
+    assert torch.equal(got[1], expected + 1)
+    assert torch.equal(got[2], expected_x0 + 2)
+    assert torch.equal(out, expected)
+    assert torch.equal(x0, expected_x0)
+
+
+def test_a_loop_over_a_table_is_compiled_once_for_all_steps(x, m):
+    table, index = PLAN.table(), torch.zeros(1, dtype=torch.int64)
+    compilations = []
+
+    def count(graph, inputs):
+        compilations.append(graph)
+        return graph
+
+    def step(x, m, index):
+        ddim_step_from_table(x, m, table, index, seeds=SEEDS, out=x)
+        index.add_(1)
+        return x
+
+    compiled, expected = torch.compile(step, fullgraph=True, backend=count), x.clone()
+    for planned in PLAN.steps:
+        compiled(x, m, index)
+        seeds = SEEDS if planned.std_dev_t else None
+        ddim_step(expected, m, planned.coefficients, seeds=seeds, noise_step=planned.index, out=expected)
+        assert torch.equal(x, expected)
+    assert len(compilations) == 1
+    assert ours(compilations[0].graph) == ["ddim_fast.step_from_table_"]
+
+
+def test_torch_export_sees_one_operator(x, m):
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            table = PLAN.table()
+            self.register_buffer("rows", table.rows)
+            self.kind = (table.clipped, table.adds_noise, table.adds_known_noise)
+
+        def forward(self, x, m, index):
+            return ddim_step_from_table(x, m, df.StepTable(self.rows, *self.kind), index, seeds=SEEDS)
+
+    program = torch.export.export(Step(), (x, m, torch.zeros(1, dtype=torch.int64)))
+    assert ours(program.graph) == ["ddim_fast.step_from_table_.default"]
+    for step in PLAN.steps:
+        got = program.module()(x, m, torch.tensor([step.index]))
+        seeds = SEEDS if step.std_dev_t else None
+        assert torch.equal(got, ddim_step(x, m, step.coefficients, seeds=seeds, noise_step=step.index))
+
+
+def test_operators_keep_what_they_declare(x, m):
+    rest = (None, None, None, SEEDS, 3, 0, None, None, None, None, "exact")
+    torch.library.opcheck(torch.ops.ddim_fast.step_.default, (torch.empty_like(x), None, x, m, ROW.columns, *rest))
+    torch.library.opcheck(
+        torch.ops.ddim_fast.step_.default, (x.clone(), torch.empty_like(x), None, m, ROW.columns, *rest)
+    )
+    table = PLAN.table()
+    torch.library.opcheck(
+        torch.ops.ddim_fast.step_from_table_.default,
+        (
+            torch.empty_like(x), None, x, m, table.rows, table.clipped, table.adds_noise, table.adds_known_noise,
+            torch.tensor([1]), *rest[:1], *rest[2:],
+        ),
+    )  # fmt: skip
+
+
+def test_fake_tensors_pass(x, m):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(x)
+        assert ddim_step(fake, mode.from_tensor(m), ROW, seeds=mode.from_tensor(SEEDS)).shape == x.shape
+
+
+def test_every_option_travels_through_the_operator(x, m):
+    row = df.SamplingPlan(df.NoiseSchedule.linear(), (900, 500), eta=1.0, clip_sample_range=1.0).steps[0].coefficients
+    options = dict(
+        model_output_uncond=m.flip(0), guidance_scale=2.5, seeds=SEEDS, noise_step=5, noise_stream=1,
+        thresholds=torch.tensor([1.5, 0.75]), mask=torch.rand_like(x), known_x0=x.flip(0),
+    )  # fmt: skip
+    expected_x0, x0 = torch.empty_like(x), torch.empty_like(x)
+    expected = ddim_step(x, m, row, x0_out=expected_x0, **options)
+    got = torch.compile(lambda: ddim_step(x, m, row, x0_out=x0, **options), fullgraph=True, backend="eager")()
+    assert torch.equal(got, expected)
+    assert torch.equal(x0, expected_x0)
+    noises = dict(noise=m.flip(1), known_noise=x.flip(1), mask=torch.rand_like(x), known_x0=x.flip(0))
+    expected = ddim_step(x, m, row, **noises)
+    got = torch.compile(lambda: ddim_step(x, m, row, **noises), fullgraph=True, backend="eager")()
+    assert torch.equal(got, expected)
+
+
+def test_gradients_go_through_the_reference_where_they_are_wanted(x, m):
+    x.requires_grad_()
+    row = PLAN.steps[-1].coefficients
+
+    def loss(x):
+        return ddim_step(x, m, row).square().sum()
+
+    (expected,) = torch.autograd.grad(loss(x), x)
+    traced = make_fx(loss)(x)
+    assert ours(traced.graph) == []
+    (got,) = torch.autograd.grad(traced(x), x)
+    torch.testing.assert_close(got, expected)
