@@ -304,7 +304,9 @@ def _shape_hint(value: Tensor, x_t: Tensor) -> str:
 def _check_coefficients(inputs: StepInputs) -> None:
     coefficients, index = inputs.coefficients, inputs.index
     if index is not None and not isinstance(coefficients, StepTable):
-        raise TypeError(f"table must be a StepTable, got {type(coefficients).__name__}: take one of SamplingPlan.table()")
+        raise TypeError(
+            f"table must be a StepTable, got {type(coefficients).__name__}: take one of SamplingPlan.table()"
+        )
     if isinstance(coefficients, StepCoefficients):
         return
     if not isinstance(coefficients, StepTable):

@@ -79,7 +79,7 @@ void run_unlocked(const Step& s, int threads) {
 }
 
 // ------------------------------------------------------------------------------------------------------ what torch is asked
-PyObject *tensor_type, *get_num_threads, *s_requires_grad, *s_packed;
+PyObject *tensor_type, *get_num_threads, *modes_active, *s_requires_grad, *s_packed;
 const dlpack::ExchangeApi* exchange = nullptr;  // null before torch 2.10: then step() refuses, and Python checks at its own pace
 
 struct Reference {
@@ -245,6 +245,12 @@ bool read_step(PyObject* const* a, Step* s, int64_t* total) {
   return true;
 }
 
+// Whether a mode of torch looks at every operation, such as make_fx's: it would not see this one.
+bool is_watched() {
+  Reference count(PyObject_CallNoArgs(modes_active));
+  return !count.object || PyLong_AsLong(count.object) != 0;
+}
+
 PyObject* py_step(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
   if (n_arguments != kNumStepArguments) {
     PyErr_Format(PyExc_TypeError, "step takes %d arguments, got %zd", int{kNumStepArguments}, n_arguments);
@@ -252,7 +258,7 @@ PyObject* py_step(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
   }
   Step s{};
   int64_t total = 0;
-  if (!read_step(a, &s, &total)) {
+  if (is_watched() || !read_step(a, &s, &total)) {
     PyErr_Clear();  // whatever went wrong, the checks in Python will say it better
     Py_RETURN_NONE;
   }
@@ -385,6 +391,8 @@ bool import_torch_names() {
   if (!torch.object) return false;
   tensor_type = PyObject_GetAttrString(torch.object, "Tensor");
   get_num_threads = PyObject_GetAttrString(torch.object, "get_num_threads");
+  Reference inside(PyObject_GetAttrString(torch.object, "_C"));
+  modes_active = inside.object ? PyObject_GetAttrString(inside.object, "_len_torch_dispatch_stack") : nullptr;
   s_requires_grad = PyUnicode_InternFromString("requires_grad");
   s_packed = PyUnicode_InternFromString("packed");
   if (PyErr_Occurred()) return false;
