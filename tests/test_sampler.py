@@ -1144,7 +1144,11 @@ SAMPLE_REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "received"), SAMPLE_REFUSALS, ids=lambda v: str(v)[:70])
+@pytest.mark.parametrize(
+    ("arguments", "error", "received"),
+    SAMPLE_REFUSALS,
+    ids=lambda v: "-".join(map(str, v)) if isinstance(v, dict) else str(v)[:40],
+)
 def test_sample_refuses_and_says_what_it_received(arguments, error, received):
     with pytest.raises(error, match=received):
         DDIMSampler(LINEAR, 2, 1.0).sample(**{"model": wavy, "shape": SHAPE, **arguments})
