@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import ddim_fast
+import ddim_fast.verify.emulated_gpu
 from ddim_fast.kernels import cpu_step
 
 assert Path(ddim_fast.__file__).is_relative_to(sys.argv[1]), ddim_fast.__file__
