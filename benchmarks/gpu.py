@@ -66,7 +66,7 @@ def step_of(variant: Variant, n: int) -> Callable[[], Any]:
     inputs = StepInputs(
         x_t,
         tensor(True, variant.model_dtype),
-        StepTable.of([row], "cuda", 2.0),
+        StepTable.of([row], "cuda", 2.0 if variant.guidance else None),
         torch.zeros(1, dtype=torch.int64, device="cuda"),
         model_output_uncond=tensor(variant.guidance, variant.model_dtype),
         noise=tensor(variant.noise == "given", variant.dtype),
@@ -180,8 +180,9 @@ def loops() -> dict[str, float]:
     }
     reference = functions["diffusers, eager"]().float()
     for name, function in functions.items():
-        difference = (function().float() - reference).abs().mean().item()
-        if difference > 0.05:
+        # The samples of an untrained network grow large, and half precision adds up differently in each: compare by their size.
+        difference = ((function().float() - reference).abs().mean() / reference.abs().mean()).item()
+        if difference > 0.02:
             raise RuntimeError(f"{name} is not the same sampler: it differs by {difference}")
     found = {name: t * 1e3 for name, t in seconds(functions, 1).items()}
     click.echo(json.dumps(found, indent=1))

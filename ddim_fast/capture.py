@@ -7,18 +7,21 @@ which a graph is kept (``_key``), so that another value of it means another grap
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .graphs import CapturedGraph, CaptureError, CudaGraphs, GraphBackend
+from .graphs import CapturedGraph, CudaGraphs, GraphBackend
 from .kernels.layout import DTYPES_OF_KERNELS
 from .loop import Loop, Position, Timing, model_calls
 from .models import Model
@@ -47,11 +50,21 @@ class CapturedLoop:
     """Static tensors and the graph that works on them."""
 
     def __init__(self, mode: str, job: Job, graphs: GraphBackend):
-        loop, device = job.loop, job.loop.x_t.device
+        self.busy = False
         self._mode = mode
+        # Ordinary tensors, so that calls inside and outside of inference mode can share them.
+        with torch.inference_mode(False), torch.no_grad():
+            self._allocate(job)
+        self.load(job)
+        with torch.inference_mode():
+            graphs.warm_up(self._first_step)
+            self._graph: CapturedGraph = graphs.capture(self._all_steps if mode == "loop" else self._one_step)
+
+    def _allocate(self, job: Job) -> None:
+        loop, device, mode = job.loop, job.loop.x_t.device, self._mode
         self._steps = job.plan.num_inference_steps
         self._leaves, structure = tree_flatten(list(job.conditionings))
-        self._leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        self._leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         conditionings = tree_unflatten(self._leaves, structure)
         self.loop = replace(
             loop,
@@ -60,7 +73,7 @@ class CapturedLoop:
             **{name: _like(getattr(loop, name)) for name in ("x_t", "seeds", "noise", "model_input", "x_seen", "x0")},
         )
         capacity = _capacity(mode, self._steps)
-        table = job.plan.table(device)
+        table = job.plan.table(device, loop.guidance_scale)
         rows = torch.zeros((capacity, table.rows.shape[1]), dtype=torch.float32, device=device)
         batch_size = loop.shape[0]
         self._position = Position(
@@ -69,11 +82,8 @@ class CapturedLoop:
             torch.zeros((capacity, batch_size), dtype=torch.int64, device=device),
             torch.zeros((1, batch_size), dtype=torch.int64, device=device),
         )
-        self.load(job)
-        with torch.inference_mode():
-            graphs.warm_up(self._first_step)
-            self._graph: CapturedGraph = graphs.capture(self._all_steps if mode == "loop" else self._one_step)
 
+    @torch.inference_mode()
     def load(self, job: Job) -> None:
         """Make the static tensors those of another job, which has the same key."""
         count, device = job.plan.num_inference_steps, self.loop.x_t.device
@@ -128,6 +138,8 @@ class GraphCache:
 
     A graph holds its model and the memory of one call of it. ``clear`` and ``discard`` let go of them.
 
+    A loop that is in use, by another thread or by the sampler whose callback this is, is left alone: a second one is captured.
+
     Args:
         maxsize: how many graphs are kept.
         backend: makes what captures on a device.
@@ -146,52 +158,81 @@ class GraphCache:
         self.device_types = tuple(device_types)
         self._backend = backend
         self._captured: OrderedDict[Hashable, tuple[Model, CapturedLoop]] = OrderedDict()
-        self._failed: set[int] = set()
+        self._failed: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._captured)
 
-    def get(self, mode: str, job: Job) -> CapturedLoop:
+    @contextmanager
+    def use(self, mode: str, job: Job, optional: bool = False) -> Iterator[CapturedLoop | None]:
         """The captured loop for this job, with the job's values loaded; captured now if there is none.
+
+        Args:
+            optional: give None where it cannot be captured, with one warning, instead of an error.
 
         Raises:
             CaptureError: the model cannot be captured.
+            TypeError: conditioning is neither tensors nor plain values.
         """
-        key = _key(mode, job)
-        if key in self._captured:
-            self._captured.move_to_end(key)
-            captured = self._captured[key][1]
-            captured.load(job)
-            return captured
-        captured = CapturedLoop(mode, job, self._backend(job.loop.x_t.device))
-        captured.load(job)  # the warm-up has changed the samples
-        self._captured[key] = (job.model, captured)
-        while len(self._captured) > self.maxsize:
-            self._captured.popitem(last=False)[1][1].reset()
-        return captured
-
-    def get_or_none(self, mode: str, job: Job) -> CapturedLoop | None:
-        """``get``, or None with one warning for each model that cannot be captured."""
-        if id(job.model) in self._failed:
-            return None
+        captured = self._get_or_none(mode, job) if optional else self._get(mode, job)
         try:
-            return self.get(mode, job)
-        except CaptureError as error:
-            self._failed.add(id(job.model))
-            warnings.warn(f"sampling without CUDA graphs: {error}", stacklevel=3)
+            yield captured
+        finally:
+            if captured is not None:
+                captured.busy = False
+
+    def _get(self, mode: str, job: Job) -> CapturedLoop:
+        key = _key(mode, job)
+        with self._lock:
+            captured = self._captured[key][1] if key in self._captured else None
+            if captured is not None and not captured.busy:
+                captured.busy = True
+                self._captured.move_to_end(key)
+                captured.load(job)
+                return captured
+            fresh = CapturedLoop(mode, job, self._backend(job.loop.x_t.device))
+            fresh.load(job)  # the warm-up has changed the samples
+            fresh.busy = True
+            if captured is None:
+                self._captured[key] = (job.model, fresh)
+                while len(self._captured) > self.maxsize:
+                    _free(self._captured.popitem(last=False)[1][1])
+            return fresh
+
+    def _get_or_none(self, mode: str, job: Job) -> CapturedLoop | None:
+        """With whatever goes wrong: what is the model's own fault shows again without a graph."""
+        failed = self._failed.setdefault(job.model, set())
+        key = None
+        try:
+            key = _key(mode, job)
+            return None if key in failed else self._get(mode, job)
+        except Exception as error:
+            if None not in failed:
+                warnings.warn(f"sampling without CUDA graphs: {error}", stacklevel=5)
+            failed |= {key, None}
             return None
 
     def discard(self, model: Model) -> None:
         """Free every graph of this model, and let it be captured again, for instance after a change that graphs cannot see."""
-        self._failed.discard(id(model))
-        for key in [key for key, (owner, _) in self._captured.items() if owner is model]:
-            self._captured.pop(key)[1].reset()
+        with self._lock:
+            if isinstance(model, nn.Module):
+                self._failed.pop(model, None)
+            for key in [key for key, (owner, _) in self._captured.items() if owner is model]:
+                _free(self._captured.pop(key)[1])
 
     def clear(self) -> None:
         """Free every graph."""
-        self._failed.clear()
-        while self._captured:
-            self._captured.popitem()[1][1].reset()
+        with self._lock:
+            self._failed.clear()
+            while self._captured:
+                _free(self._captured.popitem()[1][1])
+
+
+def _free(captured: CapturedLoop) -> None:
+    """Free a graph now, or where it is in use, when its run lets go of it."""
+    if not captured.busy:
+        captured.reset()
 
 
 GRAPHS = GraphCache()
@@ -205,6 +246,7 @@ def choose_mode(
     dtype: torch.dtype,
     backend: str | None,
     between_steps: str | None,
+    model: Model,
 ) -> str:
     """The mode to sample in: "loop", "step" or "off".
 
@@ -232,7 +274,10 @@ def choose_mode(
         )
     if reason is not None or capture == "off":
         return "off"
-    return "step" if capture == "auto" else capture
+    if capture == "auto":
+        # What a function holds cannot be seen, and so neither that it has changed since the capture.
+        return "step" if isinstance(model, nn.Module) else "off"
+    return capture
 
 
 def _capacity(mode: str, steps: int) -> int:
@@ -246,7 +291,7 @@ def _like(tensor: Tensor | None) -> Tensor | None:
 
 def _key(mode: str, job: Job) -> Hashable:
     """Everything that a graph bakes in."""
-    loop, table = job.loop, job.plan.table()
+    loop, table = job.loop, job.plan.table("cpu", job.loop.guidance_scale)
     leaves, structure = tree_flatten(list(job.conditionings))
     return (
         mode,
@@ -261,33 +306,64 @@ def _key(mode: str, job: Job) -> Hashable:
         tuple(_leaf_key(leaf) for leaf in leaves),
         torch.is_autocast_enabled("cuda"),
         torch.get_autocast_dtype("cuda"),
-        torch.get_float32_matmul_precision(),
+        _precisions(),
     )
 
 
-def _model_key(model: Model) -> Hashable:
-    """The model and, of a module, where its weights are and whether it is in training: a replay reads the same addresses.
+def _precisions() -> Hashable:
+    """Which kernels torch chooses for matrices and convolutions."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn, getattr(torch.backends.cudnn, "conv", None))
+    chosen = [getattr(backend, "fp32_precision", None) for backend in backends]
+    if chosen[0] is None:  # torch before 2.9
+        chosen = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
+    return (*chosen, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
 
-    Weights changed in place are seen by a replay; weights put elsewhere (``.to()``, ``.half()``, a new adapter) mean another graph.
+
+def _model_key(model: Model) -> Hashable:
+    """The model and, of a module, what can be seen of what a replay would not follow.
+
+    That is where its weights are (weights changed in place are followed; moved ones are not), its modules, hooks, whether they are in
+    training, and their plain attributes. The model of a graph is kept alive, so an id is not used twice.
     """
     if not isinstance(model, nn.Module):
         return id(model)
-    weights = tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
-    return id(model), weights, tuple(module.training for module in model.modules())
+    weights = tuple(_place(t) for t in (*model.parameters(), *model.buffers()))
+    return id(model), weights, tuple(_module_key(module) for module in model.modules())
+
+
+def _module_key(module: nn.Module) -> Hashable:
+    hooks = tuple(map(id, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
+    attributes = []
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):
+            attributes.append((name, _place(value)))
+        elif isinstance(value, _PLAIN) and not name.startswith("_"):
+            attributes.append((name, _plain_key(value)))
+    return id(module), type(module), module.training, hooks, tuple(attributes)
+
+
+def _place(tensor: Tensor) -> Hashable:
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _tensor_key(tensor: Tensor | None) -> Hashable:
     return None if tensor is None else (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
 
+_PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
+
+
+def _plain_key(value: Any) -> Hashable:
+    """A plain value, told apart from equal ones of another type or sign: True and 1, 0.0 and -0.0; a NaN is equal to itself."""
+    return type(value), value.hex() if isinstance(value, float) else value
+
+
 def _leaf_key(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return _tensor_key(leaf)
-    try:
-        hash(leaf)
-    except TypeError:
+    if not isinstance(leaf, _PLAIN):
         raise TypeError(
-            "conditioning that is not a tensor is baked into a captured graph, so it must be hashable, got a "
+            "conditioning that is baked into a captured graph must be tensors and plain values (numbers, strings, None), got a "
             f"{type(leaf).__name__}: pass a tensor, or use capture='off'"
-        ) from None
-    return type(leaf), leaf
+        )
+    return _plain_key(leaf)

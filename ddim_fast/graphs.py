@@ -111,7 +111,8 @@ class CudaGraphs:
             current = torch.cuda.current_stream()
             side.wait_stream(current)
             try:
-                with torch.cuda.stream(side):
+                # What a model draws at random while it warms up is drawn again by the run.
+                with torch.cuda.stream(side), torch.random.fork_rng(devices=[side.device.index]):
                     for _ in range(times):
                         function()
             finally:

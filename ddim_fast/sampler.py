@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -194,8 +195,8 @@ class DDIMSampler:
             normals: how seeds become the noise of steps: "exact", the same bits everywhere; or "fast" (see ``ddim_step``).
             capture: on a CUDA device, run the steps as CUDA graphs, captured in the first call and replayed in later ones (see
                 ``capture.GraphCache``): "step", one graph that is replayed for each step; "loop", all steps and model calls in one;
-                "off"; or "auto": "step" where the model can be captured, with one warning where it cannot. The model is called a
-                few times more before the first capture.
+                "off"; or "auto": "step" for an ``nn.Module`` that can be captured, with one warning where it cannot. The model is
+                called a few times more before the first capture.
             reuse_output: with a captured loop, return its own memory, which the next call writes to, instead of a copy.
 
         Returns:
@@ -218,7 +219,8 @@ class DDIMSampler:
             "progress": progress,
             "noise from a generator": generator is not None and adds_noise,
         }
-        mode = choose_mode(capture, self.graphs, device, dtype, backend, next((w for w in between if between[w]), None))
+        first_between = next((what for what in between if between[what]), None)
+        mode = choose_mode(capture, self.graphs, device, dtype, backend, first_between, model)
         x_t, per_sample = _start(shape, seed, seeds, generator, x_T, device, dtype)
         watched = callback is not None or return_trajectory
         loop = Loop(
@@ -235,30 +237,30 @@ class DDIMSampler:
             normals=normals,
         )
         job = Job(model, plan, loop, conditionings)
-        captured = None
-        if mode != "off":
-            captured = self.graphs.get_or_none(mode, job) if capture == "auto" else self.graphs.get(mode, job)
         timing = Timing() if timing is None else timing
         trajectory = Trajectory()
         bar = tqdm(plan.steps, desc="sampling", unit="step", disable=not progress)
-        with torch.inference_mode(), bar:
+        using = nullcontext() if mode == "off" else self.graphs.use(mode, job, optional=capture == "auto")
+        with using as captured:
             if captured is not None:
                 loop = captured.loop
-            if captured is not None and mode == "loop":
-                captured.replay_all(timing)
-                bar = ()
             timesteps = torch.tensor(plan.timesteps, device=device)[:, None].expand(-1, shape[0])
-            for step in bar:
-                if captured is not None:
-                    captured.replay_step(step, timing)
-                else:
-                    loop.planned_step(step, timesteps[step.index], timing, backend)
-                if return_trajectory:
-                    trajectory.add(step.t, loop.x_seen, loop.x0)
-                if callback is not None and callback(step.index, step.t, loop.x_seen, loop.x0) is True:
-                    break
-        # A captured loop's tensors are its own: the next call writes to them.
-        x_t = loop.x_t if captured is None or reuse_output else loop.x_t.clone()
+            with torch.inference_mode(), bar:
+                if captured is not None and mode == "loop":
+                    captured.replay_all(timing)
+                    bar = ()
+                for step in bar:
+                    if captured is not None:
+                        captured.replay_step(step, timing)
+                    else:
+                        loop.planned_step(step, timesteps[step.index], timing, backend)
+                    if return_trajectory:
+                        trajectory.add(step.t, loop.x_seen, loop.x0)
+                    if callback is not None and callback(step.index, step.t, loop.x_seen, loop.x0) is True:
+                        break
+            # A captured loop's tensors are its own: the next call writes to them.
+            own = captured is None or (reuse_output and not return_trajectory)
+            x_t = loop.x_t if own else loop.x_t.clone()
         if return_trajectory:
             trajectory.x_t.append(x_t)
             return trajectory

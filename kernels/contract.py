@@ -152,12 +152,22 @@ class StepTable:
         rows: ``(S, ROW_WIDTH)`` float32 on the device of the samples; columns as ``StepCoefficients.row`` gives them.
         clipped: whether the rows clip x0. All do, or none: it is compiled into the kernel.
         adds_noise, adds_known_noise: whether some row does.
+        guided: whether the rows have a guidance scale: then a step needs ``model_output_uncond``, and otherwise has no use for it.
     """
 
     rows: Tensor
     clipped: bool
     adds_noise: bool
     adds_known_noise: bool
+    guided: bool = False
+
+    def __post_init__(self) -> None:
+        rows = self.rows
+        if rows.ndim != 2 or rows.shape[1] != ROW_WIDTH or rows.dtype != torch.float32 or not rows.is_contiguous():
+            raise ValueError(
+                f"a table has contiguous float32 rows (S, {ROW_WIDTH}), got {tuple(rows.shape)} of {rows.dtype} with strides "
+                f"{rows.stride()}: make it with SamplingPlan.table() or StepTable.of()"
+            )
 
     @classmethod
     def of(
@@ -166,8 +176,16 @@ class StepTable:
         """The table of these steps, copied to ``device``.
 
         Raises:
-            ValueError: there is no step, or some clip x0 and others do not.
+            TypeError: something is not a ``StepCoefficients``.
+            ValueError: there is no step, or some clip x0 and others do not, or the scale is not finite.
         """
+        if wrong := [step for step in steps if not isinstance(step, StepCoefficients)]:
+            raise TypeError(
+                f"a table is made of StepCoefficients, got a {type(wrong[0]).__name__}: "
+                "for instance [step.coefficients for step in plan.steps], or plan.table()"
+            )
+        if guidance_scale is not None:
+            _check_guidance_scale(guidance_scale)
         if len({step.clipped for step in steps}) != 1:
             raise ValueError(
                 "the steps of a table must all clip x0, or none, and be at least one, got "
@@ -175,10 +193,19 @@ class StepTable:
             )
         rows = torch.tensor([step.row(guidance_scale) for step in steps], dtype=torch.float32)
         noisy, known_noisy = any(step.adds_noise for step in steps), any(step.adds_known_noise for step in steps)
-        return cls(rows.to(device), steps[0].clipped, noisy, known_noisy)
+        return cls(rows.to(device), steps[0].clipped, noisy, known_noisy, guidance_scale is not None)
 
     def set_guidance_scale(self, guidance_scale: float) -> None:
-        """Another guidance scale for every step, written in place: it holds for graphs that were captured with this table, too."""
+        """Another guidance scale for every step, written in place: it holds for graphs that were captured with this table, too.
+
+        Raises:
+            TypeError, ValueError: the scale is not a finite number, or the table is one without guidance.
+        """
+        if not self.guided:
+            raise ValueError(
+                "a table without a guidance scale is for steps without guidance: make it with a scale first"
+            )
+        _check_guidance_scale(guidance_scale)
         self.rows[:, _GUIDANCE_COLUMN].fill_(guidance_scale)
 
     def coefficients(self, index: int) -> tuple[StepCoefficients, float]:
@@ -242,12 +269,7 @@ class StepInputs:
 
 def check_inputs(inputs: StepInputs) -> None:
     """Raise TypeError or ValueError with the rule, the value received and the remedy, or return having touched nothing."""
-    _check_sample(inputs.x_t)
-    _check_coefficients(inputs)
-    _check_like("model_output", inputs.model_output, inputs.x_t)
-    if not inputs.model_output.dtype.is_floating_point:
-        raise TypeError(f"model_output must be floating point, got {inputs.model_output.dtype}")
-    _check_guidance(inputs)
+    check_predictions(inputs)
     _check_noise(inputs)
     _check_thresholds(inputs)
     _check_mask(inputs)
@@ -259,6 +281,16 @@ def check_inputs(inputs: StepInputs) -> None:
                 _check_overlap(name, written, read_name, read, same_allowed=read_name not in PER_SAMPLE)
     if inputs.x_prev is not None and inputs.x0 is not None:
         _check_overlap("x0", inputs.x0, "x_prev", inputs.x_prev, same_allowed=False)
+
+
+def check_predictions(inputs: StepInputs) -> None:
+    """``check_inputs`` of what x0 is predicted from: the sample, the model's outputs, coefficients."""
+    _check_sample(inputs.x_t)
+    _check_coefficients(inputs)
+    _check_like("model_output", inputs.model_output, inputs.x_t)
+    if not inputs.model_output.dtype.is_floating_point:
+        raise TypeError(f"model_output must be floating point, got {inputs.model_output.dtype}")
+    _check_guidance(inputs)
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -309,7 +341,7 @@ def _check_coefficients(inputs: StepInputs) -> None:
         )
     if isinstance(coefficients, StepCoefficients):
         return
-    if not isinstance(coefficients, StepTable):
+    if index is None or not isinstance(coefficients, StepTable):
         raise TypeError(
             f"coefficients must be a StepCoefficients, got {type(coefficients).__name__}: take a row of a SamplingPlan"
         )
@@ -325,7 +357,13 @@ def _check_coefficients(inputs: StepInputs) -> None:
 
 def _check_guidance(inputs: StepInputs) -> None:
     if isinstance(inputs.coefficients, StepTable):
-        _check_uncond(inputs)  # the scale is in the table
+        _check_uncond(inputs)
+        if inputs.coefficients.guided != (inputs.model_output_uncond is not None):
+            raise ValueError(
+                "the table has a guidance scale, so a step needs model_output_uncond, got none: pass it, or make the table without"
+                if inputs.coefficients.guided
+                else "model_output_uncond needs a guidance scale, and the table has none: make it with plan.table(device, guidance_scale)"
+            )
         return
     if (inputs.model_output_uncond is None) != (inputs.guidance_scale is None):
         have, lack = ("guidance_scale", "model_output_uncond")
@@ -337,10 +375,14 @@ def _check_guidance(inputs: StepInputs) -> None:
     _check_uncond(inputs)
     if inputs.guidance_scale is None:
         return
-    if not isinstance(inputs.guidance_scale, Real):
-        raise TypeError(f"guidance_scale must be a number, got {inputs.guidance_scale!r}")
-    if not abs(inputs.guidance_scale) <= _FLOAT32_MAX:
-        raise ValueError(f"guidance_scale must be finite in float32, got {inputs.guidance_scale}")
+    _check_guidance_scale(inputs.guidance_scale)
+
+
+def _check_guidance_scale(scale: object) -> None:
+    if not isinstance(scale, Real):
+        raise TypeError(f"guidance_scale must be a number, got {scale!r}")
+    if not abs(scale) <= _FLOAT32_MAX:
+        raise ValueError(f"guidance_scale must be finite in float32, got {scale}")
 
 
 def _check_uncond(inputs: StepInputs) -> None:
@@ -365,15 +407,17 @@ def _check_noise(inputs: StepInputs) -> None:
         _check_like("noise", inputs.noise, inputs.x_t, same_dtype=True)
     if inputs.normals not in NORMALS:
         raise ValueError(f"normals must be one of {', '.join(NORMALS)}, got {inputs.normals!r}")
-    if inputs.seeds is None:
+    if inputs.seeds is None and not isinstance(inputs.coefficients, StepTable):
         return
-    _check_per_sample("seeds", inputs.seeds, torch.int64, inputs.x_t)
     for name in ("noise_step", "noise_stream"):
         value = getattr(inputs, name)
         if not isinstance(value, Integral):
             raise TypeError(f"{name} must be an integer, got {value!r}")
         if not 0 <= value < 1 << 32:
             raise ValueError(f"{name} must be in [0, 2**32), got {value}")
+    if inputs.seeds is None:
+        return
+    _check_per_sample("seeds", inputs.seeds, torch.int64, inputs.x_t)
     n_elements = math.prod(inputs.x_t.shape[1:])
     if n_elements > MAX_ELEMENTS:
         raise ValueError(
@@ -407,7 +451,7 @@ def _check_thresholds(inputs: StepInputs) -> None:
         )
     _check_per_sample("thresholds", inputs.thresholds, torch.float32, inputs.x_t)
     # Elsewhere than on the CPU, looking would wait for the device.
-    if inputs.thresholds.device.type == "cpu" and bool((inputs.thresholds <= 0).any()):
+    if inputs.thresholds.device.type == "cpu" and not bool((inputs.thresholds > 0).all()):
         raise ValueError(f"thresholds must be positive, got {inputs.thresholds.min().item()}")
 
 

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from . import cpu_step, reference, triton_backend
 from .contract import StepCoefficients, StepInputs, StepTable, check_inputs
+from .layout import is_wrapped
 
 BACKENDS = {backend.name: backend for backend in (cpu_step, triton_backend, reference)}
 """Modules, best first, each with ``name``, ``unsupported_reasons(inputs) -> list[str]`` and ``run(inputs) -> x_prev``."""
@@ -132,9 +133,9 @@ def ddim_step_from_table(
         table: the steps, for instance ``plan.table(device, guidance_scale)``. The guidance scale is part of it.
         index: one int64 number on the device of ``x_t``, at least 0 and less than the rows of the table: which step this is.
             (On a GPU, this is not checked.)
-        noise_step: added to ``index``, it is the noise's step.
+        noise_step: added to ``index``, modulo 2**32, it is the noise's step.
 
-    The other arguments, the result and the errors are those of ``ddim_step``.
+    The other arguments, the result and the errors are those of ``ddim_step``. Coefficients are float32, also for samples in float64.
     """
     inputs = StepInputs(
         x_t, model_output, table, index, model_output_uncond, None, noise, seeds, noise_step, noise_stream,
@@ -168,7 +169,7 @@ def run_from_table(inputs: StepInputs) -> Tensor:
             coefficients=coefficients,
             index=None,
             guidance_scale=None if inputs.model_output_uncond is None else guidance_scale,
-            noise_step=inputs.noise_step + row,
+            noise_step=(inputs.noise_step + row) & 0xFFFFFFFF,
         )
     )
 
@@ -179,7 +180,14 @@ def _through_operator(inputs: StepInputs, target: Tensor | None) -> Tensor:
     Differentiable inputs are left to the reference, which is traced itself.
     """
     tensors = [t for _, t in inputs.reads]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    wrapped = not _is_dynamo_compiling() and any(is_wrapped(t) for t in tensors)  # torch.compile cannot ask
+    if recorded or wrapped or forward_ad._current_level >= 0:
+        if isinstance(inputs.coefficients, StepTable):
+            raise ValueError(
+                "a step by a row of a table has no derivatives where it is traced, got tensors that record them: "
+                "use ddim_step with a row's coefficients, or torch.inference_mode()"
+            )
         return run(inputs, "reference")
     i = inputs
     x_prev = torch.empty_like(i.x_t) if target is None else target
@@ -187,7 +195,7 @@ def _through_operator(inputs: StepInputs, target: Tensor | None) -> Tensor:
     after = (i.noise, i.seeds, i.noise_step, i.noise_stream, i.thresholds, i.mask, i.known_x0, i.known_noise, i.normals)
     if isinstance(i.coefficients, StepTable):
         c = i.coefficients
-        table = (c.rows, c.clipped, c.adds_noise, c.adds_known_noise)
+        table = (c.rows, c.clipped, c.adds_noise, c.adds_known_noise, c.guided)
         torch.ops.ddim_fast.step_from_table_(
             x_prev, i.x0, x_t, i.model_output, *table, i.index, i.model_output_uncond, *after
         )

@@ -80,9 +80,9 @@ def plain_memory_reasons(inputs: StepInputs) -> list[str]:
             f"model_output is {m.dtype} beside an x_t of {x_t.dtype}, it takes the same dtype, or a half beside float32"
         )
     tensors = [t for _, t in inputs.reads]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        reasons.append("an input requires gradients, which only the reference computes: use torch.inference_mode()")
     written = [t for t in (inputs.x_prev, inputs.x0) if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *written)):
+        reasons.append("a tensor requires gradients, which only the reference computes: use torch.inference_mode()")
     if any(_is_wrapper(t) for t in (*tensors, *written)):
         reasons.append(
             "a tensor is a subclass, a lazy negative or inside a torch.func transform: it is no plain memory"
@@ -93,6 +93,9 @@ def plain_memory_reasons(inputs: StepInputs) -> list[str]:
 
 
 def _is_wrapper(tensor: Tensor) -> bool:
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_neg():
-        return True
+    return type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_neg() or is_wrapped(tensor)
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether it stands for another tensor inside a torch.func transform."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -66,6 +66,7 @@ def step_from_table_(
     clipped: bool,
     adds_noise: bool,
     adds_known_noise: bool,
+    guided: bool,
     index: Tensor,
     model_output_uncond: Tensor | None,
     noise: Tensor | None,
@@ -82,7 +83,7 @@ def step_from_table_(
     inputs = StepInputs(
         x_prev if x_t is None else x_t,
         model_output,
-        StepTable(rows, clipped, adds_noise, adds_known_noise),
+        StepTable(rows, clipped, adds_noise, adds_known_noise, guided),
         index,
         model_output_uncond,
         None,

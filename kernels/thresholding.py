@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from . import triton_backend
-from .contract import StepCoefficients, StepInputs, StepTable
+from .contract import StepCoefficients, StepInputs, StepTable, check_predictions
 
 
 def quantile_of_magnitude(x: Tensor, ratio: float) -> Tensor:
@@ -24,6 +26,18 @@ def quantile_of_magnitude(x: Tensor, ratio: float) -> Tensor:
     return torch.lerp(low, high, position - below)
 
 
+def _check(inputs: StepInputs, ratio: float, maximum: float) -> None:
+    check_predictions(inputs)
+    if not inputs.coefficients.clipped:
+        raise ValueError(
+            "dynamic thresholds are for coefficients that clip x0, got clip = inf: give the plan a clip_sample_range"
+        )
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio must be in [0, 1], got {ratio}")
+    if not 0 < maximum < math.inf:
+        raise ValueError(f"maximum must be positive and finite, got {maximum}")
+
+
 def dynamic_thresholds(
     x_t: Tensor,
     model_output: Tensor,
@@ -38,7 +52,9 @@ def dynamic_thresholds(
 
     With a ``StepTable`` and ``index``, thresholds for ``ddim_step_from_table``. On a GPU this is one launch, and nothing waits.
     """
+    # Noise is not looked at here: one row says nothing against it.
     inputs = StepInputs(x_t, model_output, coefficients, index, model_output_uncond, guidance_scale)
+    _check(inputs, ratio, maximum)
     if not triton_backend.unsupported_reasons(inputs):
         return triton_backend.dynamic_thresholds(inputs, ratio, maximum)
     if isinstance(coefficients, StepTable):

@@ -65,7 +65,7 @@ def dynamic_thresholds(inputs: StepInputs, ratio: float, maximum: float) -> Tens
     x_t, table = inputs.x_t, inputs.coefficients
     thresholds = torch.empty(len(x_t), dtype=torch.float32, device=x_t.device)
     if x_t.numel() == 0:
-        return thresholds.fill_(maximum)
+        return thresholds.fill_(1.0)  # of no elements: any will do
     if not isinstance(table, StepTable):
         table = _one_row(table, inputs.guidance_scale, x_t.device)
     inputs = replace(inputs, thresholds=thresholds)  # per sample: samples may not be joined into one row

@@ -326,4 +326,5 @@ def _is_amd() -> bool:
 
 def _as_int32(value: int) -> int:
     """The same 32 bits as a signed number: one type for all values, so that none makes Triton compile again."""
+    value = int(value)
     return value - (1 << 32) if value >= 1 << 31 else value

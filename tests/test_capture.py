@@ -31,10 +31,10 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.conv = nn.Conv2d(3, 3, 3, padding=1)
-        self.calls = 0
+        self.log = []
 
     def forward(self, x, t, scale=None, name="a"):
-        self.calls += 1
+        self.log.append(len(self.log))
         y = torch.tanh(self.conv(x) + t.view(-1, 1, 1, 1).to(x.dtype) / 1000)
         if scale is not None:
             y = y * scale.view(-1, 1, 1, 1).to(x.dtype)
@@ -210,6 +210,122 @@ def test_weights_changed_in_place_are_seen_and_moved_ones_mean_another_graph(cac
     check(3)
 
 
+class Layers(nn.Module):
+    prediction_type = "epsilon"
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh())
+        self.gain = 1.0
+        self.shift = torch.tensor(0.1)
+
+    def forward(self, x, t):
+        return self.gain * self.layers(x) + self.shift
+
+
+CHANGES = {
+    "a number": lambda m: setattr(m, "gain", 2.0),
+    "the sign of zero": lambda m: setattr(m, "gain", -0.0 if str(m.gain) == "0.0" else 0.0),
+    "a hook": lambda m: m.layers.register_forward_hook(lambda module, args, output: 2 * output),
+    "a module": lambda m: m.layers.__setitem__(1, nn.Sigmoid()),
+    "strides": lambda m: setattr(m.layers[0].weight, "data", m.layers[0].weight.data.transpose(2, 3)),
+    "a tensor that is no weight": lambda m: setattr(m, "shift", torch.tensor(0.3)),
+    "training": lambda m: m.eval(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_model_is_captured_anew(cache, name):
+    model, s = Layers(), sampler(cache)
+    for _ in range(2):
+        s.sample(model, SHAPE, seed=0)
+        assert len(cache) == 1
+    CHANGES[name](model)
+    assert torch.equal(s.sample(model, SHAPE, seed=0), s.sample(model, SHAPE, seed=0, capture="off"))
+    assert len(cache) == 2
+
+
+def test_thresholds_are_part_of_the_key(cache):
+    model = Net()
+    for ratio, maximum in [(0.9, 1.0), (0.5, 1.0), (0.5, 1.5)]:
+        s = sampler(cache, thresholding=True, dynamic_thresholding_ratio=ratio, sample_max_value=maximum)
+        call = dict(shape=SHAPE, seed=0)
+        assert torch.equal(s.sample(model, capture="step", **call), s.sample(model, capture="off", **call))
+    assert len(cache) == 3
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_inside_and_outside_of_inference_mode(cache, first):
+    model, s = Net(), sampler(cache)
+    expected = s.sample(model, SHAPE, seed=0, capture="off", conditioning=scales(1.0, 2.0))
+    for inside in (first, not first, first):
+        with torch.inference_mode(inside):
+            got = s.sample(model, SHAPE, seed=0, capture="step", conditioning=scales(1.0, 2.0))
+        assert torch.equal(got, expected)
+    assert len(cache) == 1
+
+
+def test_conditioning_with_a_history_is_not_kept(cache):
+    model, s = Net(), sampler(cache)
+    weight = torch.ones(2, requires_grad=True)
+    for _ in range(3):
+        got = s.sample(model, SHAPE, seed=0, capture="step", conditioning={"scale": weight * 2})
+    ((_, captured),) = cache._captured.values()
+    assert all(leaf.grad_fn is None for leaf in captured._leaves)
+    assert torch.equal(got, s.sample(model, SHAPE, seed=0, capture="off", conditioning=scales(2.0, 2.0)))
+
+
+def test_a_run_inside_a_run_has_a_graph_of_its_own(cache):
+    model, s = Net(), sampler(cache)
+    expected = [s.sample(model, SHAPE, seed=k, capture="off") for k in range(2)]
+    inner = []
+
+    def callback(step, t, x_t, x0):
+        if step == 1:
+            inner.append(s.sample(model, SHAPE, seed=1, capture="step", callback=lambda *a: None))
+            cache.clear()  # frees nothing that is in use
+
+    assert torch.equal(s.sample(model, SHAPE, seed=0, capture="step", callback=callback), expected[0])
+    assert torch.equal(inner[0], expected[1])
+
+
+def test_an_error_in_a_callback_leaves_the_graph_usable(cache):
+    model, s = Net(), sampler(cache)
+
+    def fails(step, t, x_t, x0):
+        raise KeyError("mine")
+
+    for _ in range(2):
+        with pytest.raises(KeyError, match="mine"):
+            s.sample(model, SHAPE, seed=0, capture="step", callback=fails)
+    assert len(cache) == 1
+    assert not next(iter(cache._captured.values()))[1].busy
+
+
+class Draws(nn.Module):
+    prediction_type = "epsilon"
+
+    def forward(self, x, t):
+        return 0.1 * torch.randn(x.shape)
+
+
+def test_warming_up_draws_nothing_from_the_callers_generator(cache):
+    s = sampler(cache, steps=1)
+    torch.manual_seed(5)
+    expected = s.sample(Draws(), SHAPE, seed=0, capture="off")
+    torch.manual_seed(5)
+    assert torch.equal(s.sample(Draws(), SHAPE, seed=0, capture="step"), expected)
+
+
+def test_a_trajectory_is_not_overwritten_either(cache):
+    model, s = Net(), sampler(cache)
+    run = s.sample(model, SHAPE, seed=0, capture="step", return_trajectory=True, reuse_output=True)
+    before = run.samples.clone()
+    s.sample(model, SHAPE, seed=1, capture="step", return_trajectory=True)
+    assert torch.equal(run.samples, before)
+
+
 def test_a_python_number_of_the_step_would_be_stale():
     """The stand-in shows the classic bug: the same loop with the step known to Python replays the step of the capture."""
     model, s = Net(), sampler(None, steps=4, eta=1.0)
@@ -280,14 +396,15 @@ def test_the_earliest_used_graph_is_freed_first(cache):
     for shape in shapes:
         s.sample(model, shape, seed=0, capture="step")
     s.sample(model, shapes[0], seed=0, capture="step")
-    calls = model.calls
+    model.log.clear()
     s.sample(model, (5, 3, 8, 8), seed=0, capture="step")  # frees that of two samples
     assert len(cache) == 4
-    calls, model.calls = model.calls - calls, 0
+    calls = len(model.log)
+    model.log.clear()
     s.sample(model, shapes[0], seed=0, capture="step")
-    assert model.calls == 0  # replayed
+    assert model.log == []  # replayed
     s.sample(model, shapes[1], seed=0, capture="step")
-    assert model.calls == calls > 0  # captured again
+    assert len(model.log) == calls > 0  # captured again
 
 
 def test_graphs_are_let_go_of(cache):
@@ -378,8 +495,29 @@ def test_on_a_cpu_there_is_nothing_to_capture():
 
 
 def test_conditioning_that_cannot_be_a_key_is_refused(cache):
-    with pytest.raises(TypeError, match="must be hashable, got a set"):
+    with pytest.raises(TypeError, match=r"must be tensors and plain values .*got a set"):
         sampler(cache).sample(lambda x, t, what: x, SHAPE, seed=0, capture="step", conditioning={"what": {1, 2}})
+
+
+class Takes(Net):
+    def forward(self, x, t, **conditioning):
+        return super().forward(x, t)
+
+
+def test_auto_does_without_a_graph_where_a_key_cannot_be_made(cache):
+    model, s = Takes(), sampler(cache)
+    with pytest.warns(UserWarning, match="got a set"):
+        got = s.sample(model, SHAPE, seed=0, conditioning={"what": {1, 2}})
+    assert torch.equal(got, s.sample(model, SHAPE, seed=0, capture="off"))
+    assert len(cache) == 0
+    s.sample(model, SHAPE, seed=0)  # without it, the same model is captured
+    assert len(cache) == 1
+
+
+def test_auto_leaves_functions_alone_since_what_they_hold_cannot_be_seen(cache):
+    net, s = Net(), sampler(cache)
+    s.sample(lambda x, t: net(x, t), SHAPE, seed=0)
+    assert len(cache) == 0
 
 
 # --- the rules of a capture, on a fake CUDA device --------------------------------------------------------------------------------

@@ -450,7 +450,7 @@ def test_gradient_inputs_go_to_the_reference(which):
     assert result.requires_grad
     result.sum().backward()
     assert tensors[which].grad is not None
-    with pytest.raises(ValueError, match="cpu: an input requires gradients, which only the reference computes"):
+    with pytest.raises(ValueError, match="cpu: a tensor requires gradients, which only the reference computes"):
         call("cpu")
     for off in (torch.no_grad, torch.inference_mode):
         with off():
@@ -629,10 +629,21 @@ TABLE_ERRORS = {
         ValueError,
         ["index must be on", "meta"],
     ),
-    "noise beyond 32 bits": (
-        {"index": torch.tensor([1]), "noise_step": 2**32 - 1, "seeds": SEEDS},
+    "noise_step": ({"index": torch.tensor([1]), "noise_step": 2**32}, ValueError, ["noise_step must be in [0, 2**32)"]),
+    "noise_step a word": (
+        {"index": torch.tensor([1]), "noise_step": "a"},
+        TypeError,
+        ["noise_step must be an integer"],
+    ),
+    "a scale and no output": (
+        {"index": torch.tensor([0]), "table": StepTable.of([PLAIN], guidance_scale=2.0)},
         ValueError,
-        ["noise_step must be in [0, 2**32)"],
+        ["the table has a guidance scale", "got none"],
+    ),
+    "an output and no scale": (
+        {"index": torch.tensor([0]), "model_output_uncond": sample(2)},
+        ValueError,
+        ["model_output_uncond needs a guidance scale", "the table has none"],
     ),
 }
 
@@ -647,6 +658,47 @@ def test_error_of_a_table_says_the_rule(name):
     for part in parts:
         assert part in str(caught.value)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    ("scale", "error"), [(math.nan, ValueError), (1e39, ValueError), ("2", TypeError), (math.inf, ValueError)]
+)
+def test_a_scale_of_a_table_is_a_finite_number(scale, error):
+    with pytest.raises(error, match="guidance_scale must be"):
+        StepTable.of([PLAIN], guidance_scale=scale)
+    with pytest.raises(error, match="guidance_scale must be"):
+        StepTable.of([PLAIN], guidance_scale=1.0).set_guidance_scale(scale)
+    with pytest.raises(ValueError, match="without a guidance scale"):
+        TABLE.set_guidance_scale(1.0)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [torch.zeros(2, 16).double(), torch.zeros(2, 32)[:, ::2], torch.zeros(16), torch.zeros(2, 15)],
+    ids=["float64", "strided", "1-d", "narrow"],
+)
+def test_rows_of_a_table_are_checked(rows):
+    with pytest.raises(ValueError, match="contiguous float32 rows"):
+        StepTable(rows, False, False, False)
+
+
+def test_the_place_in_the_noise_goes_round():
+    table, x, m = StepTable.of([NOISY, NOISY]), sample(), sample(1)
+    got = ddim_step_from_table(x, m, table, torch.tensor([1]), seeds=SEEDS, noise_step=2**32 - 1)
+    assert torch.equal(got, ddim_step(x, m, NOISY, seeds=SEEDS, noise_step=0))
+
+
+def test_an_output_with_a_history_keeps_its_gradients():
+    leaf = torch.ones(2, 4, requires_grad=True)
+    out = leaf * 2
+    ddim_step(torch.randn(2, 4), torch.randn(2, 4), PLAIN, out=out)
+    out.sum().backward()
+    assert torch.equal(leaf.grad, torch.zeros(2, 4))
+
+
+def test_a_table_is_made_of_coefficients():
+    with pytest.raises(TypeError, match="made of StepCoefficients, got a int"):
+        StepTable.of([1])
 
 
 def test_a_table_is_of_one_kind():

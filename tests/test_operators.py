@@ -103,7 +103,7 @@ def test_torch_export_sees_one_operator(x, m):
             super().__init__()
             table = PLAN.table()
             self.register_buffer("rows", table.rows)
-            self.kind = (table.clipped, table.adds_noise, table.adds_known_noise)
+            self.kind = (table.clipped, table.adds_noise, table.adds_known_noise, table.guided)
 
         def forward(self, x, m, index):
             return ddim_step_from_table(x, m, df.StepTable(self.rows, *self.kind), index, seeds=SEEDS)
@@ -126,7 +126,7 @@ def test_operators_keep_what_they_declare(x, m):
     torch.library.opcheck(
         torch.ops.ddim_fast.step_from_table_.default,
         (
-            torch.empty_like(x), None, x, m, table.rows, table.clipped, table.adds_noise, table.adds_known_noise,
+            torch.empty_like(x), None, x, m, table.rows, table.clipped, table.adds_noise, table.adds_known_noise, False,
             torch.tensor([1]), *rest[:1], *rest[2:],
         ),
     )  # fmt: skip
@@ -153,6 +153,25 @@ def test_every_option_travels_through_the_operator(x, m):
     expected = ddim_step(x, m, row, **noises)
     got = torch.compile(lambda: ddim_step(x, m, row, **noises), fullgraph=True, backend="eager")()
     assert torch.equal(got, expected)
+
+
+def test_known_noise_travels_through_the_table_operator(x, m):
+    table, index = PLAN.table("cpu", 2.0), torch.tensor([1])
+    options = dict(
+        model_output_uncond=m.flip(0), noise=m.flip(1), known_noise=x.flip(1), mask=torch.rand_like(x), known_x0=x.flip(0)
+    )  # fmt: skip
+    x0, expected_x0 = torch.empty_like(x), torch.empty_like(x)
+    expected = ddim_step_from_table(x, m, table, index, x0_out=expected_x0, **options)
+    function = torch.compile(
+        lambda: ddim_step_from_table(x, m, table, index, x0_out=x0, **options), backend="eager", fullgraph=True
+    )
+    assert torch.equal(function(), expected)
+    assert torch.equal(x0, expected_x0)
+
+
+def test_a_traced_table_says_that_it_has_no_derivatives(x, m):
+    with pytest.raises(ValueError, match="has no derivatives where it is traced"):
+        make_fx(lambda x: ddim_step_from_table(x, m, PLAN.table(), torch.tensor([2])))(x.requires_grad_())
 
 
 def test_gradients_go_through_the_reference_where_they_are_wanted(x, m):

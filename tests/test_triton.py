@@ -221,6 +221,7 @@ def test_the_step_is_the_row_that_the_index_says(clip):
     torch.manual_seed(0)
     x, m, uncond = torch.randn(3, 2, 515)
     x_t, expected, seeds = x.clone(), x.clone(), torch.tensor([3, -4])
+    table = plan.table("cpu", 1.0)
     table.set_guidance_scale(1.5)
     with emulated_gpu("sm_90") as gpu:
         for step in plan.steps:

@@ -9,7 +9,8 @@ that a step moves follows a **prediction**, no measurement, of the share of memo
     share                        = min(1, to move / to issue)
 
 The path counted is the longest one through the kernel that does not call the out-of-line slow paths of square root and division, which
-serve subnormal, infinite and NaN arguments. Latency, occupancy and the launch are not in the model: it is a bound for large tensors.
+serve subnormal, infinite and NaN arguments. (For AMD it is all code up to the end of the program: an upper bound.) Latency, occupancy and
+the launch are not in the model: it is a bound for large tensors.
 
     python -m ddim_fast.verify.machine_code --target sm_90
 """
@@ -174,7 +175,7 @@ def _inputs(variant: Variant) -> StepInputs:
     return StepInputs(
         x_t,
         tensor(True, variant.model_dtype),
-        StepTable.of([row], "meta"),
+        StepTable.of([row], "meta", 1.0 if variant.guidance else None),
         torch.empty(1, dtype=torch.int64, device="meta"),
         model_output_uncond=tensor(variant.guidance, variant.model_dtype),
         noise=tensor(variant.noise == "given", variant.dtype),
@@ -340,6 +341,8 @@ def _longest_path(instructions: list[_Instruction]) -> list[_Instruction]:
             i = instructions[k]
             if i.name == "CALL":
                 return None
+            if i.name in ("BRX", "JMP", "JMX", "WARPSYNC") or i.opcode.startswith("BRA.DIV"):
+                raise RuntimeError(f"the kernel has a {i.opcode}: where it goes is not known")
             if i.name in ("EXIT", "RET") and not i.conditional:
                 return k - start + 1, (start,)
             if i.branch_target is not None:
@@ -376,7 +379,9 @@ def _longest_path(instructions: list[_Instruction]) -> list[_Instruction]:
 
 def _count_amd(kernel: Any, target: str, elements: int) -> MachineCode:
     text = kernel.asm["amdgcn"]
-    body = text[: text.index("s_endpgm")]
+    body, _, after = text.partition("s_endpgm")
+    if re.search(r"^\t[vs]_\w+", after.partition("s_code_end")[0].partition(".section")[0], re.MULTILINE):
+        raise RuntimeError("code follows the end of the program: its count is not known")
     names = re.findall(r"^\t([a-z]\w+)\b", body, re.MULTILINE)
     widths = Counter(32 * int(w) for w in re.findall(r"\b(?:global|buffer)_(?:load|store)_dwordx(\d)", body))
     return MachineCode(

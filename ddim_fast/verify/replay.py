@@ -354,8 +354,9 @@ class RecordedGraphs:
         self._launchers, self._generators = launchers, generators
 
     def warm_up(self, function: Callable[[], Any], times: int = WARM_UP_CALLS) -> None:
-        for _ in range(times):
-            function()
+        with torch.random.fork_rng(devices=[]):  # as CudaGraphs does
+            for _ in range(times):
+                function()
 
     def capture(self, function: Callable[[], Any]) -> RecordedGraph:
         """Record one call. Nothing has changed afterwards but what Python itself remembers.
