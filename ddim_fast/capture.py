@@ -81,6 +81,7 @@ class CapturedLoop:
             torch.zeros(1, dtype=torch.int64, device=device),
             torch.zeros((capacity, batch_size), dtype=torch.int64, device=device),
             torch.zeros((1, batch_size), dtype=torch.int64, device=device),
+            torch.ones(batch_size, dtype=torch.float32, device=device),
         )
 
     @torch.inference_mode()

@@ -56,12 +56,14 @@ class Position:
         index: ``(1,)`` int64: the number of the next step.
         timesteps: ``(S, B)`` int64.
         t: ``(1, B)`` int64: the timesteps of the step underway.
+        thresholds: ``(B,)`` float32: its dynamic thresholds.
     """
 
     table: StepTable
     index: Tensor
     timesteps: Tensor
     t: Tensor
+    thresholds: Tensor
 
 
 @dataclass
@@ -150,6 +152,7 @@ class Loop:
                 self.thresholding.maximum,
                 uncond,
                 index=p.index,
+                out=p.thresholds,
             )
         if self.x_seen is not None:
             self.x_seen.copy_(self.x_t)

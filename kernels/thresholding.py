@@ -47,16 +47,18 @@ def dynamic_thresholds(
     model_output_uncond: Tensor | None = None,
     guidance_scale: float | None = None,
     index: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Thresholds for ``ddim_step``, ``(B,)`` float32: each sample's quantile of |x0|, at least the clip range, at most ``maximum``.
 
-    With a ``StepTable`` and ``index``, thresholds for ``ddim_step_from_table``. On a GPU this is one launch, and nothing waits.
+    With a ``StepTable`` and ``index``, thresholds for ``ddim_step_from_table``. On a GPU this is one launch, and nothing waits, nor is
+    anything allocated where ``out``, ``(B,)`` float32, is given for the result.
     """
     # Noise is not looked at here: one row says nothing against it.
     inputs = StepInputs(x_t, model_output, coefficients, index, model_output_uncond, guidance_scale)
     _check(inputs, ratio, maximum)
     if not triton_backend.unsupported_reasons(inputs):
-        return triton_backend.dynamic_thresholds(inputs, ratio, maximum)
+        return triton_backend.dynamic_thresholds(inputs, ratio, maximum, out)
     if isinstance(coefficients, StepTable):
         row = coefficients.rows.index_select(0, index)[0]
         x0_x, x0_m, bound, guidance_scale = row[8], row[9], row[10], row[12]
@@ -66,7 +68,7 @@ def dynamic_thresholds(
     if model_output_uncond is not None:
         m = torch.lerp(model_output_uncond.float(), m, guidance_scale)
     x0 = x0_x * x_t.float() + x0_m * m
-    if x0.numel() == 0:
-        return torch.full((len(x0),), float(bound), device=x0.device)
     low = torch.as_tensor(bound, dtype=torch.float32, device=x0.device)
-    return torch.minimum(torch.maximum(quantile_of_magnitude(x0, ratio), low), low.clamp(min=maximum))
+    quantile = quantile_of_magnitude(x0, ratio) if x0.numel() else low.expand(len(x0))
+    thresholds = torch.minimum(torch.maximum(quantile, low), low.clamp(min=maximum))
+    return thresholds if out is None else out.copy_(thresholds)

@@ -58,12 +58,12 @@ def run(inputs: StepInputs) -> Tensor:
     return result
 
 
-def dynamic_thresholds(inputs: StepInputs, ratio: float, maximum: float) -> Tensor:
+def dynamic_thresholds(inputs: StepInputs, ratio: float, maximum: float, out: Tensor | None = None) -> Tensor:
     """``thresholding.dynamic_thresholds`` of checked inputs, in one launch, without a copy of x0: ``(B,)`` float32."""
     from . import triton_thresholds
 
     x_t, table = inputs.x_t, inputs.coefficients
-    thresholds = torch.empty(len(x_t), dtype=torch.float32, device=x_t.device)
+    thresholds = torch.empty(len(x_t), dtype=torch.float32, device=x_t.device) if out is None else out
     if x_t.numel() == 0:
         return thresholds.fill_(1.0)  # of no elements: any will do
     if not isinstance(table, StepTable):

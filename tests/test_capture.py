@@ -580,5 +580,4 @@ def test_a_step_launches_one_kernel_of_ours_waits_for_nothing_and_allocates_noth
     assert loop.steady.region().own_launches == dict.fromkeys(ours, 3)
     for graph in graphs:
         assert graph.steady.syncs == graph.steady.copies == graph.steady.others == []
-        if "thresholding" not in options:
-            assert graph.steady.region().allocations.total() == 0
+        assert graph.steady.region().allocations.total() == 0
