@@ -451,7 +451,7 @@ def _check_thresholds(inputs: StepInputs) -> None:
         )
     _check_per_sample("thresholds", inputs.thresholds, torch.float32, inputs.x_t)
     # Elsewhere than on the CPU, looking would wait for the device.
-    if inputs.thresholds.device.type == "cpu" and not bool((inputs.thresholds > 0).all()):
+    if inputs.thresholds.device.type == "cpu" and bool((inputs.thresholds <= 0).any()):
         raise ValueError(f"thresholds must be positive, got {inputs.thresholds.min().item()}")
 
 

@@ -463,7 +463,7 @@ class Watched:
                 self.on.__exit__()
 
         class Device:
-            def __init__(self, device):
+            def __init__(self, device=None, devices=()):
                 pass
 
             def __enter__(self):
@@ -491,6 +491,7 @@ class Watched:
             "graph_pool_handle": lambda: (0, 7),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.random, "fork_rng", Device)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_pool, raising=False)
         monkeypatch.setattr(
             torch._C, "_cuda_releasePool", lambda device, pool: self.log.append(f"release {pool}"), raising=False
