@@ -20,7 +20,7 @@ from .kernels.contract import StepCoefficients, StepInputs
 from .kernels.noise import NOISE_STANDARD_VERSION, sample_seeds
 from .models import SHIPPED, ShippedModel, load_model
 from .plan import ETA_SCALES
-from .sampler import DDIMSampler, Timing, Trajectory
+from .sampler import DDIMSampler, Timing, Trajectory, usable_device
 from .schedule import SCHEDULES, make_schedule
 from .timesteps import SPACINGS
 
@@ -266,13 +266,7 @@ def _where_time_went(timing: Timing) -> str:
 def _device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device must be a torch device such as cpu, cuda or cuda:1, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name} needs a CUDA device and a torch built for it, and torch finds none: use cpu")
-    return device
+    return usable_device(name)
 
 
 def _check_outputs(out: Path, trajectory: Path | None, save: Path | None) -> None:

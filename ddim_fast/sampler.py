@@ -207,7 +207,7 @@ class DDIMSampler:
         """
         plan = self.plan(model)
         shape = _check_shape(shape, x_T)
-        device, dtype = (x_T.device, x_T.dtype) if x_T is not None else (torch.device(device), dtype)
+        device, dtype = (x_T.device, x_T.dtype) if x_T is not None else (usable_device(device), dtype)
         for name, value in {"dtype": dtype, "model_dtype": model_dtype}.items():
             if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
                 raise TypeError(f"{name} must be a floating-point torch.dtype such as torch.float16, got {value!r}")
@@ -265,6 +265,21 @@ class DDIMSampler:
             trajectory.x_t.append(x_t)
             return trajectory
         return x_t
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: there is no such name, or torch finds no CUDA device.
+    """
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be a torch device such as cpu, cuda or cuda:1, got {device!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} needs a CUDA device and a torch built for it, and torch finds none: use cpu")
+    return device
 
 
 def _start(shape, seed, seeds, generator, x_T, device, dtype) -> tuple[Tensor, Tensor | None]:

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddim_fast import __version__, pictures
+from ddim_fast import DDIMSampler, NoiseSchedule, __version__, pictures
 from ddim_fast.cli import main
 from ddim_fast.kernels import cpu_step
 
@@ -150,3 +150,15 @@ def test_colour_pictures_keep_their_channels():
     image = np.asarray(pictures.grid(samples, scale=1, columns=2))
     assert image[6, 6].tolist() == [0, 0, 0]
     assert image[6, 6 + 4 + 6].tolist() == [255, 0, 128]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("cuda", "torch finds none: use cpu"), ("foo", "device must be a torch device such as cpu")]
+)
+def test_a_device_that_is_not_there_is_refused(name, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        DDIMSampler(NoiseSchedule.linear(), 2).sample(lambda x, t: x, (1, 1, 4, 4), seed=0, device=name)
+    result = CliRunner().invoke(main, ["sample", "--device", name, "--out", str(tmp_path / "grid.png")])
+    assert result.exit_code != 0
+    assert message in result.output
