@@ -355,33 +355,30 @@ def test_quantiles_without_interpolation_are_elements():
 # --- wrong on purpose -------------------------------------------------------------------------------------------------------------------
 
 _NOISY = {
-    "types": (torch.bfloat16, torch.bfloat16), "prediction_type": "epsilon", "clip": "clip", "noise": "seeds", "guidance": True,
-    "x0": True, "mask": None, "learned_variance": False, "shape": (2, 301), "place": "aligned", "in_place": False,
+    "types": (torch.float32, torch.float32), "prediction_type": "epsilon", "clip": "clip", "noise": "seeds", "guidance": True,
+    "x0": True, "mask": None, "learned_variance": False, "shape": (4, 501), "place": "aligned", "in_place": False,
 }  # fmt: skip
-_PLAIN = _NOISY | {
-    "types": (torch.float32, torch.float32),
-    "clip": None,
-    "noise": None,
-    "guidance": False,
-    "shape": (1, 600),
-}
+_PLAIN = _NOISY | {"clip": None, "noise": None, "guidance": False, "shape": (1, 600)}
+_HALF = _NOISY | {"types": (torch.bfloat16, torch.bfloat16), "noise": None, "shape": (1, 600)}
 _MIXED = _PLAIN | {
     "types": (torch.float32, torch.bfloat16),
     "clip": "rederived",
     "shape": (1, 544),
 }  # through shared memory
 _HARD = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-40, -3e-40, 0.0])
-_ROUNDINGS = {"unfused", "truncating-conversion", "flushed-subnormals"}
+# One rounding more in one place can be the same number, and a clipped sum hides other operands in some places.
+_HIDDEN_IN_PLACES = {"unfused", "truncating-conversion", "flushed-subnormals", "swapped-fma-operands"}
 _ABSENT_HERE = {"dropped-warp-barrier", "dropped-wait"}  # our kernels have neither
 
 
 @functools.cache
 def _evidence(choice_name):
     """Inputs that show what a kernel does with every kind of number."""
-    inputs = triton_cases.make({"noisy": _NOISY, "plain": _PLAIN, "mixed": _MIXED}[choice_name]).inputs
+    inputs = triton_cases.make({"noisy": _NOISY, "plain": _PLAIN, "half": _HALF, "mixed": _MIXED}[choice_name]).inputs
     for k, tensor in enumerate((inputs.x_t, inputs.model_output)):
         tensor.view(-1)[8 * k : 8 * k + 6] = _HARD.to(tensor.dtype)
         tensor.view(-1)[100 + 8 * k : 106 + 8 * k] = _HARD.to(tensor.dtype)
+    inputs.x_t.view(-1)[200:216] = float("nan")  # for every number that a thread holds
     inputs.model_output.view(-1)[103:105] = 0  # beside subnormal numbers: nothing else
     return inputs
 
@@ -405,7 +402,8 @@ def _everywhere(mutant, ptx):
     return ptx if places else None
 
 
-_KERNELS = [("noisy", "step"), ("plain", "step"), ("mixed", "step"), ("noisy", "thresholds")]
+_STEPS = [("noisy", "step"), ("plain", "step"), ("half", "step"), ("mixed", "step")]
+_KERNELS = [*_STEPS, ("noisy", "thresholds")]
 
 
 @functools.cache
@@ -430,9 +428,8 @@ def test_mutants_of_our_kernels_are_caught(mutant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.name not in _ROUNDINGS], ids=lambda m: m.name)
-def test_mutants_are_caught_in_each_place(mutant):
-    """One place at a time. (One rounding more in one place can be the same number: those mutants are left out.)"""
-    for choice_name, kernel in _KERNELS:
-        for wrong in mutant.sites(_right(choice_name, kernel)[1]):
-            assert _caught(choice_name, kernel, wrong), (choice_name, kernel, wrong)
+@pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.name not in _HIDDEN_IN_PLACES], ids=lambda m: m.name)
+def test_mutants_of_the_noisy_step_are_caught_in_each_place(mutant):
+    """One place at a time."""
+    for wrong in mutant.sites(_right("noisy", "step")[1]):
+        assert _caught("noisy", "step", wrong), wrong
