@@ -22,9 +22,8 @@ import torch
 
 import ddim_fast as df
 from ddim_fast.capture import GraphCache
-from ddim_fast.kernels.contract import StepInputs, StepTable
 from ddim_fast.kernels.triton_backend import run
-from ddim_fast.verify.machine_code import VARIANTS, Variant
+from ddim_fast.verify.machine_code import VARIANTS, Variant, inputs_of
 
 SIZES = (1 << 14, 1 << 20, 1 << 24, 1 << 26)  # elements: 1x4x64x64 ... 67 million
 ROUNDS = 9
@@ -51,33 +50,7 @@ def seconds(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
 
 def step_of(variant: Variant, n: int) -> Callable[[], Any]:
     """One update of ``n`` elements, as the captured loop launches it."""
-    columns = dict.fromkeys(("x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps"), 0.25)
-    row = df.StepCoefficients(
-        **columns,
-        prev_noise=0.25 if variant.noise else 0.0,
-        clip=1.0 if variant.clip else float("inf"),
-        known_noise=0.25 if variant.mask else 0.0,
-    )
-
-    def tensor(wanted: bool, dtype: torch.dtype) -> torch.Tensor | None:
-        return torch.randn(4, n // 4, device="cuda").to(dtype) if wanted else None
-
-    x_t = tensor(True, variant.dtype)
-    inputs = StepInputs(
-        x_t,
-        tensor(True, variant.model_dtype),
-        StepTable.of([row], "cuda", 2.0 if variant.guidance else None),
-        torch.zeros(1, dtype=torch.int64, device="cuda"),
-        model_output_uncond=tensor(variant.guidance, variant.model_dtype),
-        noise=tensor(variant.noise == "given", variant.dtype),
-        seeds=torch.arange(4, device="cuda") if variant.noise in ("exact", "fast") or variant.mask else None,
-        thresholds=torch.ones(4, device="cuda") if variant.thresholds else None,
-        mask=tensor(variant.mask, variant.dtype),
-        known_x0=tensor(variant.mask, variant.dtype),
-        x_prev=x_t,
-        x0=tensor(variant.x0, variant.dtype),
-        normals="fast" if variant.noise == "fast" else "exact",
-    )
+    inputs = inputs_of(variant, "cuda", n // 4)
     return lambda: run(inputs)
 
 

@@ -149,38 +149,38 @@ def measure(variant: Variant, target: str) -> MachineCode:
     if target not in DEVICES:
         raise ValueError(f"target must be one of {', '.join(DEVICES)}, got {target!r}")
     with _compiling_for(target) as compiled:
-        triton_backend.run(_inputs(variant))
+        triton_backend.run(inputs_of(variant))
     kernel = compiled[-1]
     threads = kernel.metadata.num_warps * kernel.metadata.warp_size
     elements = kernel.src.constants[(kernel.src.fn.arg_names.index("BLOCK_SIZE"),)] // threads
     return _count_amd(kernel, target, elements) if target.startswith("gfx") else _count_nvidia(kernel, target, elements)
 
 
-def _inputs(variant: Variant) -> StepInputs:
-    """Tensors without memory behind them, large and aligned, as in a captured loop."""
-    samples, n_elements = 4, 1 << 20
+def inputs_of(variant: Variant, device: str = "meta", n_elements: int = 1 << 20) -> StepInputs:
+    """Four aligned samples of ``n_elements``, updated in place as in a captured loop; on "meta" there is no memory behind them."""
+    samples = 4
 
     def tensor(wanted: bool, dtype: torch.dtype) -> torch.Tensor | None:
-        return torch.empty((samples, n_elements), dtype=dtype, device="meta") if wanted else None
+        return torch.randn((samples, n_elements), device=device).to(dtype) if wanted else None
 
-    columns = dict.fromkeys(("x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps"), 0.5)
+    columns = dict.fromkeys(("x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps"), 0.25)
     row = StepCoefficients(
         **columns,
-        prev_noise=0.5 if variant.noise else 0.0,
+        prev_noise=0.25 if variant.noise else 0.0,
         clip=1.0 if variant.clip else float("inf"),
-        known_noise=0.5 if variant.mask else 0.0,
+        known_noise=0.25 if variant.mask else 0.0,
     )
     in_registers = variant.noise in ("exact", "fast") or variant.mask
     x_t = tensor(True, variant.dtype)
     return StepInputs(
         x_t,
         tensor(True, variant.model_dtype),
-        StepTable.of([row], "meta", 1.0 if variant.guidance else None),
-        torch.empty(1, dtype=torch.int64, device="meta"),
+        StepTable.of([row], device, 2.0 if variant.guidance else None),
+        torch.zeros(1, dtype=torch.int64, device=device),
         model_output_uncond=tensor(variant.guidance, variant.model_dtype),
         noise=tensor(variant.noise == "given", variant.dtype),
-        seeds=torch.empty(samples, dtype=torch.int64, device="meta") if in_registers else None,
-        thresholds=torch.empty(samples, device="meta") if variant.thresholds else None,
+        seeds=torch.arange(samples, device=device) if in_registers else None,
+        thresholds=torch.ones(samples, device=device) if variant.thresholds else None,
         mask=tensor(variant.mask, variant.dtype),
         known_x0=tensor(variant.mask, variant.dtype),
         x_prev=x_t,
