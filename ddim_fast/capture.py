@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .graphs import CapturedGraph, CudaGraphs, GraphBackend
+from .kernels.contract import StepTable
 from .kernels.layout import DTYPES_OF_KERNELS
 from .loop import Loop, Position, Timing, model_calls
 from .models import Model
@@ -29,6 +31,8 @@ from .plan import PlannedStep, SamplingPlan
 
 MODES = ("auto", "loop", "step", "off")
 """One graph for the whole loop, one for a step that is replayed for each, or none; "auto": "step" where it can be."""
+
+_TENSORS = ("x_t", "seeds", "noise", "model_input", "x_seen", "x0")  # of a Loop
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ class Job:
     plan: SamplingPlan
     loop: Loop
     conditionings: Sequence[Mapping[str, Any]]
+
+    @cached_property
+    def table(self) -> StepTable:
+        """The plan's steps, on the host."""
+        return self.plan.table("cpu", self.loop.guidance_scale)
 
 
 class CapturedLoop:
@@ -70,14 +79,13 @@ class CapturedLoop:
             loop,
             calls=model_calls(job.model, conditionings),
             generator=None,
-            **{name: _like(getattr(loop, name)) for name in ("x_t", "seeds", "noise", "model_input", "x_seen", "x0")},
+            **{name: _like(getattr(loop, name)) for name in _TENSORS},
         )
         capacity = _capacity(mode, self._steps)
-        table = job.plan.table(device, loop.guidance_scale)
-        rows = torch.zeros((capacity, table.rows.shape[1]), dtype=torch.float32, device=device)
+        rows = torch.zeros((capacity, job.table.rows.shape[1]), dtype=torch.float32, device=device)
         batch_size = loop.shape[0]
         self._position = Position(
-            replace(table, rows=rows),
+            replace(job.table, rows=rows),
             torch.zeros(1, dtype=torch.int64, device=device),
             torch.zeros((capacity, batch_size), dtype=torch.int64, device=device),
             torch.zeros((1, batch_size), dtype=torch.int64, device=device),
@@ -92,7 +100,7 @@ class CapturedLoop:
         if self.loop.seeds is not None:
             self.loop.seeds.copy_(job.loop.seeds)
         self.loop.generator = job.loop.generator
-        self._position.table.rows[:count].copy_(job.plan.table("cpu", job.loop.guidance_scale).rows)
+        self._position.table.rows[:count].copy_(job.table.rows)
         timesteps = torch.tensor(job.plan.timesteps)[:, None]
         self._position.timesteps[:count].copy_(timesteps.to(device).expand(-1, job.loop.shape[0]))
         self._position.index.zero_()
@@ -188,9 +196,9 @@ class GraphCache:
         with self._lock:
             captured = self._captured[key][1] if key in self._captured else None
             if captured is not None and not captured.busy:
-                captured.busy = True
                 self._captured.move_to_end(key)
                 captured.load(job)
+                captured.busy = True
                 return captured
             fresh = CapturedLoop(mode, job, self._backend(job.loop.x_t.device))
             fresh.load(job)  # the warm-up has changed the samples
@@ -292,17 +300,17 @@ def _like(tensor: Tensor | None) -> Tensor | None:
 
 def _key(mode: str, job: Job) -> Hashable:
     """Everything that a graph bakes in."""
-    loop, table = job.loop, job.plan.table("cpu", job.loop.guidance_scale)
+    loop = job.loop
     leaves, structure = tree_flatten(list(job.conditionings))
     return (
         mode,
         _capacity(mode, job.plan.num_inference_steps),
         _model_key(job.model),
-        *(_tensor_key(getattr(loop, name)) for name in ("x_t", "seeds", "noise", "model_input", "x_seen", "x0")),
+        *(_tensor_key(getattr(loop, name)) for name in _TENSORS),
         len(loop.calls),
         loop.thresholding,
         loop.normals,
-        (table.clipped, table.adds_noise),
+        (job.table.clipped, job.table.adds_noise),
         str(structure),
         tuple(_leaf_key(leaf) for leaf in leaves),
         torch.is_autocast_enabled("cuda"),
