@@ -208,6 +208,11 @@ class StepTable:
         _check_guidance_scale(guidance_scale)
         self.rows[:, _GUIDANCE_COLUMN].fill_(guidance_scale)
 
+    def prediction(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(x0_x, x0_m, clip, guidance scale) of a row, as numbers on the device: nothing waits."""
+        row = self.rows.index_select(0, index)[0]
+        return row[8], row[9], row[10], row[_GUIDANCE_COLUMN]
+
     def coefficients(self, index: int) -> tuple[StepCoefficients, float]:
         """A row's coefficients and guidance scale, on the host: waits for the device."""
         row = self.rows[index].tolist()

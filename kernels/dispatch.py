@@ -147,6 +147,10 @@ def ddim_step_from_table(
 def run(inputs: StepInputs, backend: str | None = None) -> Tensor:
     """Check the inputs, and run them by the backend of that name, or the first that can."""
     check_inputs(inputs)
+    return _run_checked(inputs, backend)
+
+
+def _run_checked(inputs: StepInputs, backend: str | None = None) -> Tensor:
     chosen = choose(inputs, backend)
     result = chosen.run(inputs)
     if chosen is not reference and not _is_inference_mode():
@@ -158,7 +162,7 @@ def run_from_table(inputs: StepInputs) -> Tensor:
     """``run`` for inputs whose coefficients are a table: on the device, or else with the row read from it."""
     check_inputs(inputs)
     if not triton_backend.unsupported_reasons(inputs):
-        return run(inputs, "triton")
+        return _run_checked(inputs, "triton")
     table, row = inputs.coefficients, int(inputs.index)
     if not 0 <= row < len(table.rows):
         raise ValueError(f"index must be at least 0 and less than the {len(table.rows)} rows of the table, got {row}")
@@ -235,7 +239,7 @@ def _warn_if_slow(backend, inputs: StepInputs) -> None:
     if backend is reference and not _warned and cpu_step.extension is None and inputs.x_t.device.type == "cpu":
         _warned = True
         warnings.warn(
-            f"ddim_fast computes with its PyTorch reference, which is slower: {cpu_step.missing_reason}", stacklevel=5
+            f"ddim_fast computes with its PyTorch reference, which is slower: {cpu_step.missing_reason}", stacklevel=6
         )
 
 

@@ -60,8 +60,7 @@ def dynamic_thresholds(
     if not triton_backend.unsupported_reasons(inputs):
         return triton_backend.dynamic_thresholds(inputs, ratio, maximum, out)
     if isinstance(coefficients, StepTable):
-        row = coefficients.rows.index_select(0, index)[0]
-        x0_x, x0_m, bound, guidance_scale = row[8], row[9], row[10], row[12]
+        x0_x, x0_m, bound, guidance_scale = coefficients.prediction(index)
     else:
         x0_x, x0_m, bound = coefficients.x0_x, coefficients.x0_m, coefficients.clip
     m = model_output.float()
