@@ -122,7 +122,7 @@ def test_callback_progress_and_trajectory_between_replays(cache, capsys):
 
 def test_a_callback_stops_a_captured_loop(cache):
     model, s = Net(), sampler(cache)
-    stop = lambda step, t, x_t, x0: step == 2  # noqa: E731
+    stop = lambda step, t, x_t, x0: step == 2  # noqa: E731 (a callback in a line)
     expected = s.sample(model, SHAPE, seed=0, callback=stop, capture="off")
     assert torch.equal(s.sample(model, SHAPE, seed=0, callback=stop, capture="step"), expected)
     assert not torch.equal(expected, s.sample(model, SHAPE, seed=0, capture="step"))

@@ -364,7 +364,7 @@ def test_warming_up_runs_for_real():
 class Launcher:
     """As in a module that launches kernels: while ``launchers`` holds something, it is called instead."""
 
-    launchers: list = []  # noqa: RUF012
+    launchers: list = []  # noqa: RUF012 (shared on purpose, as a module's list)
 
     @staticmethod
     def saxpy(out, x, tables, *, scale):

@@ -815,7 +815,7 @@ def test_no_guidance_calls_the_model_once(scale):
     model = Conditional()
     got = DDIMSampler(LINEAR, 5).sample(model, SHAPE, seed=0, conditioning={"label": 0.4}, guidance_scale=scale)
     assert model.calls == [{"label": 0.4}] * 5
-    shifted = lambda x, t: wavy(x, t) + 0.4 * torch.tanh(2 * x + 0.3)  # noqa: E731
+    shifted = lambda x, t: wavy(x, t) + 0.4 * torch.tanh(2 * x + 0.3)  # noqa: E731 (a model in a line)
     assert torch.equal(got, DDIMSampler(LINEAR, 5).sample(shifted, SHAPE, seed=0))
 
 

@@ -523,7 +523,7 @@ def _comparison(name: str, kind: str) -> Callable | None:
         return _ORDERED.get(name)
     if kind in UNSIGNED:
         return _ORDERED.get(_UNSIGNED_NAMES.get(name, name))
-    either_nan = lambda a, b: np.isnan(a) | np.isnan(b)  # noqa: E731
+    either_nan = lambda a, b: np.isnan(a) | np.isnan(b)  # noqa: E731 (a comparison, like those below)
     if name in ("num", "nan"):
         return either_nan if name == "nan" else lambda a, b: ~either_nan(a, b)
     if name in _ORDERED:  # false for NaN: only NumPy's != is true
@@ -546,7 +546,7 @@ def _setp(modifiers: _Modifiers) -> Operation:
         raise modifiers.refuse(f".{name} is no comparison of {element}")
     if element == "bf16":
         of_floats = compare
-        compare = lambda a, b: of_floats(floats.bf16_to_f32(a), floats.bf16_to_f32(b))  # noqa: E731
+        compare = lambda a, b: of_floats(floats.bf16_to_f32(a), floats.bf16_to_f32(b))  # noqa: E731 (one of those above, widened)
     if ftz:
         compare = _flushed_comparison(compare, element, modifiers)
     result, a, b, *others = modifiers.finish(4 if combine else 3)
