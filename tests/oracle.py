@@ -198,8 +198,10 @@ def row_step(
         mask, known = np.asarray(mask, np.float64), c["known_x0"] * np.asarray(known_x0, np.float64)
         known_terms = np.abs(known)
         if c["known_noise"] != 0:
-            known = known + c["known_noise"] * known_noise
-            known_terms = known_terms + np.abs(c["known_noise"] * known_noise)
+            noise_part = c["known_noise"] * np.asarray(
+                known_noise, np.float64
+            )  # never in the float32 of the noise standard
+            known, known_terms = known + noise_part, known_terms + np.abs(noise_part)
         x_prev = mask * known + (1 - mask) * x_prev
         terms, long_terms = (np.abs(mask) * known_terms + (1 + np.abs(mask)) * t for t in (terms, long_terms))
     return Result(x_prev, terms, long_terms, x0, x0_terms)
