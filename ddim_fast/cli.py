@@ -19,10 +19,10 @@ from .kernels import cpu_step, dispatch
 from .kernels.contract import StepCoefficients, StepInputs
 from .kernels.noise import NOISE_STANDARD_VERSION, sample_seeds
 from .models import SHIPPED, ShippedModel, load_model
-from .plan import ETA_SCALES
 from .sampler import DDIMSampler, Timing, Trajectory, usable_device
 from .schedule import SCHEDULES, make_schedule
 from .timesteps import SPACINGS
+from .update import ETA_SCALES
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _FRAMES = 60  # at most, in an animation

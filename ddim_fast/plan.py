@@ -7,7 +7,6 @@ prediction type, eta and clipping end here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -17,50 +16,10 @@ import torch
 
 from .kernels.contract import StepCoefficients, StepTable
 from .schedule import NoiseSchedule
+from .update import ETA_SCALES, PREDICTION_TYPES, ddim_coefficients, ddim_variance, ddpm_variance
 
 BEFORE_FIRST = -1
 """The timestep of clean data, after the last step."""
-
-
-def _epsilon(alpha_bar_t: float) -> tuple[float, float, float, float]:
-    """m = eps, so x0 = (x_t - sqrt(1 - alpha_bar_t) m) / sqrt(alpha_bar_t): equation 9 of the DDIM paper."""
-    if alpha_bar_t == 0:
-        raise ValueError(
-            "epsilon prediction cannot say what x0 is where alpha_bar_t = 0 (zero terminal SNR): "
-            "use a model with prediction_type 'v_prediction' or 'sample', or timesteps that leave the last one out"
-        )
-    return 1 / math.sqrt(alpha_bar_t), -math.sqrt(1 - alpha_bar_t) / math.sqrt(alpha_bar_t), 0.0, 1.0
-
-
-def _sample(alpha_bar_t: float) -> tuple[float, float, float, float]:
-    """m = x0, so eps = (x_t - sqrt(alpha_bar_t) m) / sqrt(1 - alpha_bar_t); where alpha_bar_t = 1 there is no noise to predict."""
-    if alpha_bar_t == 1:
-        return 0.0, 1.0, 0.0, 0.0
-    return 0.0, 1.0, 1 / math.sqrt(1 - alpha_bar_t), -math.sqrt(alpha_bar_t) / math.sqrt(1 - alpha_bar_t)
-
-
-def _v_prediction(alpha_bar_t: float) -> tuple[float, float, float, float]:
-    """m = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0 (Salimans and Ho 2022, arXiv 2202.00512), solved for x0 and eps."""
-    signal, noise = math.sqrt(alpha_bar_t), math.sqrt(1 - alpha_bar_t)
-    return signal, -noise, noise, signal
-
-
-PREDICTION_TYPES: dict[str, Callable[[float], tuple[float, float, float, float]]] = {
-    "epsilon": _epsilon,
-    "sample": _sample,
-    "v_prediction": _v_prediction,
-}
-"""What the model's output m means: alpha_bar_t -> (x0_x, x0_m, eps_x, eps_m) with x0 = x0_x x_t + x0_m m, eps = eps_x x_t + eps_m m."""
-
-ETA_SCALES = ("std_dev", "variance")
-"""What eta multiplies: the standard deviation of the noise (the paper, equation 16), or its variance (eta_variance = eta_paper^2)."""
-
-
-def ddpm_variance(alpha_bar_t: float, alpha_bar_prev: float) -> float:
-    """Variance of a step at eta = 1: (1 - alpha_bar_prev) / (1 - alpha_bar_t) beta_t, beta_t = 1 - alpha_bar_t / alpha_bar_prev."""
-    if alpha_bar_prev == 1:
-        return 0.0
-    return (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)
 
 
 @dataclass(frozen=True)
@@ -136,11 +95,6 @@ class SamplingPlan:
         return len(self.timesteps)
 
     @property
-    def _eta_for_variance(self) -> float:
-        """What multiplies DDPM's variance."""
-        return self.eta**2 if self.eta_scales == "std_dev" else self.eta
-
-    @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """(t, t_prev) of every step."""
         return tuple(zip(self.timesteps, (*self.timesteps[1:], BEFORE_FIRST), strict=True))
@@ -170,31 +124,18 @@ class SamplingPlan:
 
     def _step(self, index: int, t: int, t_prev: int) -> PlannedStep:
         alpha_bar_t, alpha_bar_prev = self._alpha_bars(t, t_prev)
-        scaled = ddpm_variance(alpha_bar_t, alpha_bar_prev) * self._eta_for_variance
-        # The largest eta leaves no room for eps; rounding must not make that negative.
-        prev_eps = math.sqrt(max(1 - alpha_bar_prev - scaled, 0.0))
-        std_dev_t = math.sqrt(scaled)
+        variance = ddim_variance(alpha_bar_t, alpha_bar_prev, self.eta, self.eta_scales)
+        std_dev_t = math.sqrt(variance)
         if self.sigma_hat and alpha_bar_prev < 1:  # clean data stays clean
             std_dev_t = math.sqrt(1 - alpha_bar_t / alpha_bar_prev)
-        x0_x, x0_m, eps_x, eps_m = PREDICTION_TYPES[self.prediction_type](alpha_bar_t)
-        eps_0 = 0.0
-        if self.use_clipped_model_output and alpha_bar_t < 1:
-            eps_x, eps_m = 1 / math.sqrt(1 - alpha_bar_t), 0.0
-            eps_0 = -math.sqrt(alpha_bar_t) / math.sqrt(1 - alpha_bar_t)
-        clip = math.inf if self.clip_sample_range is None else float(self.clip_sample_range)
-        prev_x0 = math.sqrt(alpha_bar_prev)
-        row = StepCoefficients(
-            x0_x,
-            x0_m,
-            eps_x,
-            eps_m,
-            eps_0,
-            prev_x0,
-            prev_eps,
-            std_dev_t,
-            clip,
-            known_x0=prev_x0,
-            known_noise=math.sqrt(1 - alpha_bar_prev),
+        row = ddim_coefficients(
+            alpha_bar_t,
+            alpha_bar_prev,
+            self.prediction_type,
+            variance=variance,
+            std_dev_added=std_dev_t,
+            clip_sample_range=self.clip_sample_range,
+            use_clipped_model_output=self.use_clipped_model_output,
         )
         return PlannedStep(index, t, t_prev, alpha_bar_t, alpha_bar_prev, std_dev_t, row)
 

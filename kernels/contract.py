@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from numbers import Integral, Real
 
@@ -237,7 +237,7 @@ class StepInputs:
     x_t: Tensor
     model_output: Tensor
     coefficients: StepCoefficients | StepTable
-    index: Tensor | None = None  # which row of a table
+    index: Tensor | None = None  # which row of a table: one number, or one for each sample
     model_output_uncond: Tensor | None = None
     guidance_scale: float | None = None
     noise: Tensor | None = None
@@ -265,10 +265,31 @@ class StepInputs:
         return self.mask is not None and self.coefficients.adds_known_noise
 
     @property
+    def row_per_sample(self) -> bool:
+        return self.index is not None and self.index.numel() != 1
+
+    @property
     def makes_noise(self) -> bool:
         """Whether normals of the noise standard are needed, which depend on an element's index."""
         return self.seeds is not None and (
             (self.adds_noise and self.noise is None) or (self.adds_known_noise and self.known_noise is None)
+        )
+
+    def sample(
+        self, i: int, coefficients: StepCoefficients, guidance_scale: float | None, noise_step: int
+    ) -> StepInputs:
+        """The inputs of sample ``i`` alone, with coefficients of its own."""
+        own = {
+            name: None if (t := getattr(self, name)) is None else t[i : i + 1]
+            for name in (*PER_ELEMENT, *PER_SAMPLE, "x_prev", "x0")
+        }
+        return replace(
+            self,
+            **own,
+            coefficients=coefficients,
+            index=None,
+            guidance_scale=guidance_scale,
+            noise_step=noise_step & 0xFFFFFFFF,
         )
 
 
@@ -351,8 +372,10 @@ def _check_coefficients(inputs: StepInputs) -> None:
             f"coefficients must be a StepCoefficients, got {type(coefficients).__name__}: take a row of a SamplingPlan"
         )
     _check_tensor("index", index)
-    if index.dtype != torch.int64 or index.numel() != 1:
-        raise ValueError(f"index must be one int64 number, got {tuple(index.shape)} of {index.dtype}")
+    if index.dtype != torch.int64 or (index.numel() != 1 and index.shape != inputs.x_t.shape[:1]):
+        raise ValueError(
+            f"index must be one int64 number, or one for each of the {len(inputs.x_t)} samples, got {tuple(index.shape)} of {index.dtype}"
+        )
     for name, tensor in {"index": index, "the table": coefficients.rows}.items():
         if tensor.device != inputs.x_t.device:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -131,8 +132,8 @@ def ddim_step_from_table(
 
     Args:
         table: the steps, for instance ``plan.table(device, guidance_scale)``. The guidance scale is part of it.
-        index: one int64 number on the device of ``x_t``, at least 0 and less than the rows of the table: which step this is.
-            (On a GPU, this is not checked.)
+        index: one int64 number on the device of ``x_t``, or ``(B,)``, one for each sample, at least 0 and less than the rows of the
+            table: which step this is. (On a GPU, this is not checked.)
         noise_step: added to ``index``, modulo 2**32, it is the noise's step.
 
     The other arguments, the result and the errors are those of ``ddim_step``. Coefficients are float32, also for samples in float64.
@@ -163,19 +164,43 @@ def run_from_table(inputs: StepInputs) -> Tensor:
     check_inputs(inputs)
     if not triton_backend.unsupported_reasons(inputs):
         return _run_checked(inputs, "triton")
-    table, row = inputs.coefficients, int(inputs.index)
-    if not 0 <= row < len(table.rows):
-        raise ValueError(f"index must be at least 0 and less than the {len(table.rows)} rows of the table, got {row}")
-    coefficients, guidance_scale = table.coefficients(row)
+    table, rows = inputs.coefficients, inputs.index.reshape(-1).tolist()
+    if wrong := [row for row in rows if not 0 <= row < len(table.rows)]:
+        raise ValueError(
+            f"index must be at least 0 and less than the {len(table.rows)} rows of the table, got {wrong[0]}"
+        )
+    found = [table.coefficients(row) for row in rows]
+    if inputs.row_per_sample:
+        return run_per_sample(inputs, *zip(*found, strict=True), [inputs.noise_step + row for row in rows])
+    coefficients, guidance_scale = found[0]
     return run(
         replace(
             inputs,
             coefficients=coefficients,
             index=None,
             guidance_scale=None if inputs.model_output_uncond is None else guidance_scale,
-            noise_step=(inputs.noise_step + row) & 0xFFFFFFFF,
+            noise_step=(inputs.noise_step + rows[0]) & 0xFFFFFFFF,
         )
     )
+
+
+def run_per_sample(
+    inputs: StepInputs,
+    coefficients: Sequence[StepCoefficients],
+    guidance_scales: Sequence[float | None],
+    noise_steps: Sequence[int],
+) -> Tensor:
+    """``run`` for samples that are each at a step of their own: a kernel call for each."""
+    guided = inputs.model_output_uncond is not None
+    x_prev = torch.empty_like(inputs.x_t) if inputs.x_prev is None else inputs.x_prev
+    inputs = replace(inputs, x_prev=x_prev)
+    steps = zip(coefficients, guidance_scales, noise_steps, strict=True)
+    each = [inputs.sample(i, row, scale if guided else None, step) for i, (row, scale, step) in enumerate(steps)]
+    for one in each:  # all of them before the first writes
+        check_inputs(one)
+    for one in each:
+        _run_checked(one)
+    return x_prev
 
 
 def _through_operator(inputs: StepInputs, target: Tensor | None) -> Tensor:

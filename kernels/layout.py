@@ -60,7 +60,7 @@ def _has_rows(tensor: Tensor) -> bool:
 
 def _flat_order(inputs: StepInputs, tensors: list[Tensor]) -> bool:
     x_t = inputs.x_t
-    if inputs.makes_noise or inputs.thresholds is not None:
+    if inputs.makes_noise or inputs.thresholds is not None or inputs.row_per_sample:
         return False
     dense = (
         torch._debug_has_internal_overlap(x_t) == 0

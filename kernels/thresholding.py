@@ -32,6 +32,10 @@ def _check(inputs: StepInputs, ratio: float, maximum: float) -> None:
         raise ValueError(
             "dynamic thresholds are for coefficients that clip x0, got clip = inf: give the plan a clip_sample_range"
         )
+    if inputs.row_per_sample:
+        raise ValueError(
+            f"dynamic thresholds take one index for all samples, got {inputs.index.numel()}: ask for each sample alone"
+        )
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio must be in [0, 1], got {ratio}")
     if not 0 < maximum < math.inf:

@@ -47,7 +47,7 @@ def run(inputs: StepInputs) -> Tensor:
         triton_step.launch(
             rows,
             table,
-            inputs.index,
+            None if inputs.index is None else inputs.index.contiguous(),
             seeds=inputs.seeds.contiguous() if inputs.makes_noise else None,
             thresholds=inputs.thresholds.contiguous() if inputs.thresholds is not None else None,
             noise_step=inputs.noise_step,

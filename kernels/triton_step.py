@@ -179,7 +179,7 @@ def ddim_step_kernel(
     x_prev_ptr,  # (B, n) like x_t: the result; may be x_t_ptr
     x0_ptr,  # (B, n) like x_t, or None: where the predicted x0 goes
     rows_ptr,  # (S, ROW_WIDTH) float32: the table, a step a row
-    index_ptr,  # one int64, or None for row 0: which row this step is
+    index_ptr,  # int64: which row this step is, one number or (B,); or None for row 0
     n_elements,  # n, elements of a sample
     x_t_stride,  # elements from one sample to the next, of each tensor
     model_output_stride,
@@ -198,6 +198,7 @@ def ddim_step_kernel(
     NORMALS: tl.constexpr,  # "exact" (the noise standard) or "fast"
     KNOWN_REGION: tl.constexpr,  # the noise standard's stream of a known picture's noise
     WIDE_INDEX: tl.constexpr,  # whether n needs 64-bit offsets
+    ROW_PER_SAMPLE: tl.constexpr,  # whether each sample has a row of its own
     SAMPLE_AXIS: tl.constexpr,  # grid axis of the samples; the other counts blocks of a sample
     ROW_WIDTH: tl.constexpr,
 ):
@@ -206,7 +207,7 @@ def ddim_step_kernel(
     offsets = tl.arange(0, BLOCK_SIZE) + (block.to(tl.int64) if WIDE_INDEX else block) * BLOCK_SIZE
     x = load(x_t_ptr, sample, x_t_stride, offsets, n_elements)
     m = load(model_output_ptr, sample, model_output_stride, offsets, n_elements)
-    index = tl.load(index_ptr) if index_ptr is not None else 0
+    index = tl.load(index_ptr + (sample if ROW_PER_SAMPLE else 0)) if index_ptr is not None else 0
     row_ptr = rows_ptr + index * ROW_WIDTH
     noise_step = (index + noise_step_offset).to(tl.uint32)
     first_counter = (block * (BLOCK_SIZE // 4)).to(tl.uint32)
@@ -282,7 +283,7 @@ def launch(
     Args:
         rows: the tensors; those that are not there are not given.
         table: the steps' coefficients.
-        index: ``(1,)`` int64 in device memory: which row of the table this step is; row 0 if none.
+        index: int64 in device memory, one number or ``(B,)``: which row of the table this step is; row 0 if none.
         seeds, thresholds: ``(B,)``, see ``dispatch.ddim_step``.
         noise_step: added to the row's number, it is the noise's step.
         normals: one of ``contract.NORMALS``.
@@ -309,6 +310,7 @@ def launch(
         NORMALS="exact" if normals == "fast" and _is_amd() else normals,
         KNOWN_REGION=int(standard.NoiseStream.KNOWN_REGION),
         WIDE_INDEX=n + block_size > _LARGEST_INT32,
+        ROW_PER_SAMPLE=index is not None and index.numel() != 1,
         SAMPLE_AXIS=sample_axis,
         ROW_WIDTH=ROW_WIDTH,
         num_warps=num_warps,

@@ -617,10 +617,10 @@ TABLE_ERRORS = {
     ),
     "index a number": ({"index": 0}, TypeError, ["index must be a torch.Tensor", "int"]),
     "index dtype": ({"index": torch.zeros(1)}, ValueError, ["index must be one int64 number", "torch.float32"]),
-    "two indices": (
-        {"index": torch.zeros(2, dtype=torch.int64)},
+    "five indices": (
+        {"index": torch.zeros(5, dtype=torch.int64)},
         ValueError,
-        ["index must be one int64 number", "(2,)"],
+        ["index must be one int64 number", "(5,)"],
     ),
     "index too large": ({"index": torch.tensor([2])}, ValueError, ["less than the 2 rows", "got 2"]),
     "index below 0": ({"index": torch.tensor([-1])}, ValueError, ["at least 0", "got -1"]),

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddim_fast.kernels.contract import StepCoefficients
-from ddim_fast.plan import ETA_SCALES, PREDICTION_TYPES, SamplingPlan
+from ddim_fast.plan import SamplingPlan
 from ddim_fast.schedule import NoiseSchedule
 from ddim_fast.timesteps import SPACINGS, select_timesteps
+from ddim_fast.update import ETA_SCALES, PREDICTION_TYPES
 
 BETAS = np.linspace(1e-4, 0.02, 1000)
 ALPHA_BAR = np.cumprod(1 - BETAS)

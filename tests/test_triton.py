@@ -235,6 +235,25 @@ def test_the_step_is_the_row_that_the_index_says(clip):
     assert len(gpu.launches) == len(plan.steps)
 
 
+@pytest.mark.parametrize("n_elements", [1, 129, 4000])
+@pytest.mark.parametrize("noise", ["none", "given", "seeds"])
+def test_each_sample_has_the_row_of_its_own_index(noise, n_elements):
+    plan = SamplingPlan(NoiseSchedule.linear(), (900, 500, 100, 0), eta=0.0 if noise == "none" else 1.0)
+    table, index = plan.table(), torch.tensor([3, 0, 2, 0, 1])
+    torch.manual_seed(0)
+    x, m, z = torch.randn(3, 5, n_elements)
+    options = {"none": {}, "given": {"noise": z}, "seeds": {"seeds": torch.arange(5), "noise_step": 2**32 - 2}}[noise]
+    with emulated_gpu("sm_90") as gpu:
+        got = run(StepInputs(x, m, table, index, x_prev=x.clone(), **options))
+    assert len(gpu.launches) == 1
+    assert same_bits(got, ddim_step_from_table(x, m, table, index, **options))  # on the CPU, a call for each sample
+    for i, row in enumerate(index.tolist()):
+        own = {name: value if name == "noise_step" else value[i : i + 1] for name, value in options.items()}
+        own["noise_step"] = (own.get("noise_step", 0) + row) % 2**32
+        expected = ddim_step(x[i : i + 1], m[i : i + 1], plan.steps[row].coefficients, backend="cpu", **own)
+        assert same_bits(got[i : i + 1], expected), i
+
+
 def test_noise_step_and_stream_have_32_bits():
     x = torch.zeros(1, 64)
     row = StepCoefficients(0, 0, 0, 0, 0, 0, 0, prev_noise=1)

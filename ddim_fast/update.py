@@ -1,0 +1,157 @@
+"""From noise levels to a row of coefficients: the one place where equation 12 of the DDIM paper becomes numbers, in float64.
+
+Nothing here knows a schedule or a timestep: a noise level is its alpha_bar. Plans and drop-ins look theirs up and come here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .kernels.contract import StepCoefficients
+
+
+class Prediction(NamedTuple):
+    """What a model's output m says of x_t: ``x0 = x0_x * x_t + x0_m * m`` and ``eps = eps_x * x_t + eps_m * m``."""
+
+    x0_x: float
+    x0_m: float
+    eps_x: float
+    eps_m: float
+
+
+def _epsilon(alpha_bar_t: float) -> Prediction:
+    """m = eps, so x0 = (x_t - sqrt(1 - alpha_bar_t) m) / sqrt(alpha_bar_t): equation 9 of the DDIM paper."""
+    if alpha_bar_t == 0:
+        raise ValueError(
+            "epsilon prediction cannot say what x0 is where alpha_bar_t = 0 (zero terminal SNR): "
+            "use a model with prediction_type 'v_prediction' or 'sample', or timesteps that leave the last one out"
+        )
+    return Prediction(1 / math.sqrt(alpha_bar_t), -math.sqrt(1 - alpha_bar_t) / math.sqrt(alpha_bar_t), 0.0, 1.0)
+
+
+def _sample(alpha_bar_t: float) -> Prediction:
+    """m = x0, so eps = (x_t - sqrt(alpha_bar_t) m) / sqrt(1 - alpha_bar_t); where alpha_bar_t = 1 there is no noise to predict."""
+    return Prediction(0.0, 1.0, *_eps_of_x0(alpha_bar_t))
+
+
+def _v_prediction(alpha_bar_t: float) -> Prediction:
+    """m = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0 (Salimans and Ho 2022, arXiv 2202.00512), solved for x0 and eps."""
+    signal, noise = math.sqrt(alpha_bar_t), math.sqrt(1 - alpha_bar_t)
+    return Prediction(signal, -noise, noise, signal)
+
+
+def _eps_of_x0(alpha_bar_t: float) -> tuple[float, float]:
+    """(a, b) of eps = a x_t + b x0."""
+    if alpha_bar_t == 1:
+        return 0.0, 0.0
+    return 1 / math.sqrt(1 - alpha_bar_t), -math.sqrt(alpha_bar_t) / math.sqrt(1 - alpha_bar_t)
+
+
+PREDICTION_TYPES: dict[str, Callable[[float], Prediction]] = {
+    "epsilon": _epsilon,
+    "sample": _sample,
+    "v_prediction": _v_prediction,
+}
+"""What the model's output m means at the noise level alpha_bar_t."""
+
+
+def previous_x_prediction(alpha_bar_t: float, alpha_bar_before: float) -> Prediction:
+    """m = the mean of q(x_before | x_t, x0) (equation 7 of DDPM, arXiv 2006.11239), solved for x0, and eps from x0.
+
+    Args:
+        alpha_bar_before: the noise level that the model was trained to predict, one timestep before ``alpha_bar_t``.
+    """
+    alpha = alpha_bar_t / alpha_bar_before
+    of_x0 = math.sqrt(alpha_bar_before) * (1 - alpha) / (1 - alpha_bar_t)
+    of_x_t = math.sqrt(alpha) * (1 - alpha_bar_before) / (1 - alpha_bar_t)
+    x0_x, x0_m = -of_x_t / of_x0, 1 / of_x0
+    eps_x, eps_0 = _eps_of_x0(alpha_bar_t)
+    return Prediction(x0_x, x0_m, eps_x + eps_0 * x0_x, eps_0 * x0_m)
+
+
+ETA_SCALES = ("std_dev", "variance")
+"""What eta multiplies: the standard deviation of the noise (the paper, equation 16), or its variance (eta_variance = eta_paper^2)."""
+
+
+def ddpm_variance(alpha_bar_t: float, alpha_bar_prev: float) -> float:
+    """Variance of a step at eta = 1: (1 - alpha_bar_prev) / (1 - alpha_bar_t) beta_t, beta_t = 1 - alpha_bar_t / alpha_bar_prev."""
+    if alpha_bar_prev == 1:
+        return 0.0
+    return (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)
+
+
+def ddim_variance(alpha_bar_t: float, alpha_bar_prev: float, eta: float, eta_scales: str = "std_dev") -> float:
+    """Variance of a step, std_dev_t^2: equation 16 of the DDIM paper, or with eta scaling the variance."""
+    return ddpm_variance(alpha_bar_t, alpha_bar_prev) * (eta**2 if eta_scales == "std_dev" else eta)
+
+
+def ddim_coefficients(
+    alpha_bar_t: float,
+    alpha_bar_prev: float,
+    prediction: str | Prediction = "epsilon",
+    *,
+    variance: float = 0.0,
+    std_dev_added: float | None = None,
+    clip_sample_range: float | None = None,
+    use_clipped_model_output: bool = False,
+) -> StepCoefficients:
+    """Equation 12 of the DDIM paper from one noise level to another, as a row. ``alpha_bar_prev`` may be the noisier one: then
+    this is a step of the encoding (equation 14).
+
+    Args:
+        prediction: a key of ``PREDICTION_TYPES``, or what the model's output means.
+        variance: std_dev_t^2, that of the noise the direction term makes room for: see ``ddim_variance``.
+        std_dev_added: the standard deviation of the noise that is added, where it is not std_dev_t (sigma-hat, a temperature).
+        clip_sample_range: x0 is clipped to [-range, range]; not at all if none.
+        use_clipped_model_output: derive eps again from the (clipped) x0.
+
+    Raises:
+        ValueError: there is no such prediction at this noise level, or a coefficient leaves float32.
+    """
+    at_t = PREDICTION_TYPES[prediction](alpha_bar_t) if isinstance(prediction, str) else prediction
+    eps_x, eps_m, eps_0 = at_t.eps_x, at_t.eps_m, 0.0
+    if use_clipped_model_output and alpha_bar_t < 1:
+        eps_m, (eps_x, eps_0) = 0.0, _eps_of_x0(alpha_bar_t)
+    return StepCoefficients(
+        at_t.x0_x,
+        at_t.x0_m,
+        eps_x,
+        eps_m,
+        eps_0,
+        prev_x0=math.sqrt(alpha_bar_prev),
+        # The largest variance leaves no room for eps; rounding must not make that negative.
+        prev_eps=math.sqrt(max(1 - alpha_bar_prev - variance, 0.0)),
+        prev_noise=math.sqrt(variance) if std_dev_added is None else std_dev_added,
+        clip=math.inf if clip_sample_range is None else float(clip_sample_range),
+        known_x0=math.sqrt(alpha_bar_prev),
+        known_noise=math.sqrt(1 - alpha_bar_prev),
+    )
+
+
+def noising_coefficients(alpha_bar_t: float) -> StepCoefficients:
+    """The forward process as a row (equation 4 of the DDIM paper): x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) z.
+
+    A step with this row is given x0 as ``x_t`` and as ``model_output``, which it does not use.
+    """
+    return StepCoefficients(1, 0, 0, 0, 0, math.sqrt(alpha_bar_t), 0, math.sqrt(1 - alpha_bar_t))
+
+
+def inversion_coefficients(
+    alpha_bar_t: float, alpha_bar_prev: float, prediction: str | Prediction = "epsilon"
+) -> StepCoefficients:
+    """One iteration towards the x_t that a deterministic step takes to a given x_prev, as a row.
+
+    Equation 12 with std_dev_t = 0, solved for x_t where the model's output is held fixed::
+
+        x_t    = signal * x_prev + (sqrt(1 - alpha_bar_t) - signal * sqrt(1 - alpha_bar_prev)) * eps
+        signal = sqrt(alpha_bar_t / alpha_bar_prev)
+
+    The output depends on x_t, so this is a fixed-point iteration: a step with this row is given the current guess as ``x_t``, the
+    model's output for it, and x_prev as ``noise``.
+    """
+    at_t = PREDICTION_TYPES[prediction](alpha_bar_t) if isinstance(prediction, str) else prediction
+    signal = math.sqrt(alpha_bar_t / alpha_bar_prev)
+    of_eps = math.sqrt(1 - alpha_bar_t) - signal * math.sqrt(1 - alpha_bar_prev)
+    return StepCoefficients(at_t.x0_x, at_t.x0_m, at_t.eps_x, at_t.eps_m, 0.0, 0.0, of_eps, signal)
