@@ -21,7 +21,7 @@ from tolerances import assert_near
 
 from ddim_fast.kernels import cpu_step, noise, triton_step
 from ddim_fast.kernels.contract import StepCoefficients, StepInputs
-from ddim_fast.kernels.dispatch import ddim_step
+from ddim_fast.kernels.dispatch import ddim_step, ddim_step_from_table
 from ddim_fast.kernels.thresholding import dynamic_thresholds, quantile_of_magnitude
 from ddim_fast.kernels.triton_backend import dynamic_thresholds as thresholds_by_triton
 from ddim_fast.kernels.triton_backend import run, unsupported_reasons
