@@ -155,3 +155,11 @@ def inversion_coefficients(
     signal = math.sqrt(alpha_bar_t / alpha_bar_prev)
     of_eps = math.sqrt(1 - alpha_bar_t) - signal * math.sqrt(1 - alpha_bar_prev)
     return StepCoefficients(at_t.x0_x, at_t.x0_m, at_t.eps_x, at_t.eps_m, 0.0, 0.0, of_eps, signal)
+
+
+def velocity_coefficients(alpha_bar_t: float) -> StepCoefficients:
+    """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0 (Salimans and Ho 2022, arXiv 2202.00512), as a row.
+
+    A step with this row is given x0 as ``x_t`` and eps as ``model_output``.
+    """
+    return StepCoefficients(0, 0, -math.sqrt(1 - alpha_bar_t), math.sqrt(alpha_bar_t), 0, 0, 1, 0)

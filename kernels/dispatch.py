@@ -107,6 +107,21 @@ def ddim_step(
     return run(inputs, backend)
 
 
+def plain_step(
+    x_t: Tensor, model_output: Tensor, coefficients: StepCoefficients, x_prev: Tensor, x0: Tensor | None
+) -> Tensor | None:
+    """``ddim_step`` without noise, guidance or thresholds into ``x_prev``, if these are plain CPU tensors that fit together.
+
+    None, and nothing is done, where there is more to look at; no errors. For callers that count microseconds.
+    """
+    if _run_plain is None or _is_dynamo_compiling() or forward_ad._current_level >= 0:
+        return None
+    result = _run_plain(x_t, model_output, coefficients, None, None, None, None, 0, 0, None, x_prev, x0)
+    if result is not None and not _is_inference_mode():
+        _note_writes(x_prev, x0)
+    return result
+
+
 def ddim_step_from_table(
     x_t: Tensor,
     model_output: Tensor,

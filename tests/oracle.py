@@ -45,7 +45,7 @@ def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
 
 def std_dev(alpha_bar_t: float, alpha_bar_prev: float, eta: float, convention: str = "std") -> float:
     """Equation 16 of arXiv 2010.02502 ("std"), or the same with the variance, not the standard deviation, scaled by eta."""
-    if alpha_bar_prev == 1:
+    if eta == 0 or alpha_bar_prev == 1:
         return 0.0
     if convention == "variance":
         return math.sqrt(eta * (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev))

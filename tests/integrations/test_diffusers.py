@@ -1,0 +1,743 @@
+"""The drop-ins for diffusers against the installed originals, over all config fields and arguments, and both against float64.
+
+The truth is the textbook step of ``oracle``, from the alphas_cumprod that the original holds: it shares nothing with either.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from diffusers import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tolerances import allowed_error, assert_near, to_numpy
+
+from ddim_fast.integrations.diffusers import FastDDIMInverseScheduler, FastDDIMParallelScheduler, FastDDIMScheduler
+from ddim_fast.kernels.noise import standard_normals
+
+PAIRS = {
+    DDIMScheduler: FastDDIMScheduler,
+    DDIMParallelScheduler: FastDDIMParallelScheduler,
+    DDIMInverseScheduler: FastDDIMInverseScheduler,
+}
+SAMPLING = [DDIMScheduler, DDIMParallelScheduler]
+SHAPE = (3, 2, 4, 4)
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.float64),
+    (torch.float16, torch.bfloat16),
+]
+
+betas = st.fixed_dictionaries(
+    {
+        "num_train_timesteps": st.sampled_from([1, 10, 100, 1000, 1000]),
+        "beta_start": st.sampled_from([1e-4, 0.00085, 0.001]),
+        "beta_end": st.sampled_from([0.012, 0.02]),
+        "beta_schedule": st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2"]),
+        "clip_sample": st.booleans(),
+        "clip_sample_range": st.sampled_from([1.0, 0.5, 3.0]),
+        "set_alpha_to_one": st.booleans(),
+        "steps_offset": st.sampled_from([0, 0, 1]),
+        "prediction_type": st.sampled_from(["epsilon", "sample", "v_prediction"]),
+        "rescale_betas_zero_snr": st.sampled_from([False, False, True]),
+    }
+).filter(
+    lambda config: config["num_train_timesteps"] > 1 or not config["rescale_betas_zero_snr"]
+)  # 0 / 0 in the original
+thresholding = st.one_of(
+    st.just({"thresholding": False}),
+    st.fixed_dictionaries(
+        {
+            "thresholding": st.just(True),
+            "dynamic_thresholding_ratio": st.sampled_from([0.995, 0.5, 0.0, 1.0]),
+            "sample_max_value": st.sampled_from([1.0, 1.5, 100.0, 0.5]),
+        }
+    ),
+)
+
+
+def explicit_betas(config):
+    count = config["num_train_timesteps"]
+    return config | {"trained_betas": np.linspace(1e-3, min(0.3, 15 / count), count).tolist()}
+
+
+configs = st.builds(
+    lambda a, b, c, d: d({**a, **b, "timestep_spacing": c}),
+    betas,
+    thresholding,
+    st.sampled_from(["leading", "trailing", "linspace"]),
+    st.sampled_from([lambda c: c, lambda c: c, explicit_betas]),
+)
+
+
+def tensors(rng, dtypes, shape=SHAPE, scale=1.0):
+    return [torch.from_numpy(rng.standard_normal(shape) * scale).to(dtype) for dtype in dtypes]
+
+
+def outcome(function):
+    """(result, None), or (None, error)."""
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+def same_error(original, fast):
+    assert type(fast) is type(original), (original, fast)
+    assert str(fast) == str(original)
+
+
+def truth(scheduler, t, x, m, eta, use_clipped_model_output, z):
+    """(x_prev, its terms, x0, its terms) in float64, or None where the step has no value."""
+    config = scheduler.config
+    prev = t - config.num_train_timesteps // scheduler.num_inference_steps
+    alpha_bars = scheduler.alphas_cumprod.double().numpy()
+    alpha_bar_t = float(alpha_bars[t])
+    alpha_bar_prev = float(alpha_bars[prev]) if prev >= 0 else float(scheduler.final_alpha_cumprod)
+    if alpha_bar_t == 0 and config.prediction_type == "epsilon":
+        return None
+    clip = 1.0 if config.thresholding else config.clip_sample_range if config.clip_sample else math.inf
+    row = oracle.textbook_row(
+        config.prediction_type, alpha_bar_t, alpha_bar_prev, eta=eta, clip=clip, rederive=use_clipped_model_output
+    )
+    options, more = {}, 1.0
+    if config.thresholding:
+        plain = oracle.row_step({**row, "clip": math.inf}, x, m, noise=z)
+        magnitude = np.abs(plain.x0).reshape(len(x), -1)
+        found = np.quantile(magnitude, config.dynamic_thresholding_ratio, axis=1)
+        s = np.minimum(np.maximum(found, 1.0), config.sample_max_value)
+        if config.sample_max_value < 1:
+            return None
+        options["thresholds"] = s
+        # A threshold has the rounding error of the x0 that it is, and passes it on to every element.
+        more = oracle.per_sample(1 + plain.x0_terms.reshape(len(x), -1).max(1) / s, x)
+    result = oracle.row_step(row, x, m, noise=z, **options)
+    # The oracle is exact for columns of any size; ours are float32 for half precision, as the original's are throughout.
+    return result.x_prev, result.long_terms * more, result.x0, result.x0_terms * more
+
+
+@pytest.mark.parametrize("original", SAMPLING)
+def test_step_is_the_originals_and_never_further_from_float64(original):
+    @settings(max_examples=350, suppress_health_check=list(HealthCheck))
+    @given(
+        config=configs,
+        steps=st.sampled_from([1, 2, 7, 10, 50, 1000]),
+        place=st.floats(0, 1),
+        dtypes=st.sampled_from(DTYPES),
+        eta=st.sampled_from([0.0, 0.0, 0.3, 1.0, 1]),
+        use_clipped_model_output=st.booleans(),
+        noise=st.sampled_from(["global", "generator", "generators", "one in a list", "given", "both"]),
+        kind_of_timestep=st.sampled_from(["int", "tensor", "int32", "numpy", "one element"]),
+        return_dict=st.booleans(),
+        scale=st.sampled_from([1.0, 30.0]),
+        seed=st.integers(0, 1000),
+    )
+    def check(
+        config, steps, place, dtypes, eta, use_clipped_model_output, noise, kind_of_timestep, return_dict, scale, seed
+    ):
+        schedulers = original(**config), PAIRS[original](**config)
+        first, second = (outcome(lambda s=s: s.set_timesteps(steps))[1] for s in schedulers)
+        if first is not None:
+            return same_error(first, second)
+        assert torch.equal(schedulers[0].timesteps, schedulers[1].timesteps)
+        rng = np.random.default_rng(seed)
+        x, m = tensors(rng, dtypes, scale=scale)
+        (z,) = tensors(rng, [m.dtype])
+        t = int(schedulers[0].timesteps[int(place * (len(schedulers[0].timesteps) - 1))])
+        timestep = {
+            "int": t,
+            "tensor": torch.tensor(t),
+            "int32": torch.tensor(t, dtype=torch.int32),
+            "numpy": np.int64(t),
+            "one element": torch.tensor([t]),
+        }[kind_of_timestep]
+        results, states = [], []
+        for scheduler in schedulers:
+            torch.manual_seed(seed)
+            generators = [torch.Generator().manual_seed(seed + i) for i in range(3)]
+            arguments = {
+                "global": {},
+                "generator": {"generator": generators[0]},
+                "generators": {"generator": generators},
+                "one in a list": {"generator": generators[:1]},
+                "given": {"variance_noise": z},
+                "both": {"variance_noise": z, "generator": generators[0]},
+            }[noise]
+            before = x.clone(), m.clone()
+            results.append(
+                outcome(
+                    lambda s=scheduler, a=arguments: s.step(
+                        m, timestep, x, eta, use_clipped_model_output, return_dict=return_dict, **a
+                    )
+                )
+            )
+            assert torch.equal(x, before[0])
+            assert torch.equal(m, before[1])
+            states.append([torch.get_rng_state(), *[g.get_state() for g in generators]])
+        for a, b in zip(*states, strict=True):
+            assert torch.equal(a, b), "the same numbers must be drawn from the same streams"
+        (expected, error), (got, fast_error) = results
+        if error is not None:
+            return same_error(error, fast_error)
+        assert fast_error is None, fast_error
+        assert type(got) is type(expected)
+        if return_dict:
+            assert list(got.keys()) == list(expected.keys())
+            assert got[0] is got.prev_sample
+            assert got["pred_original_sample"] is got.pred_original_sample
+        else:
+            assert len(got) == 2
+        for a, b in zip((expected[0], expected[1]), (got[0], got[1]), strict=True):
+            assert a.dtype == b.dtype
+            assert a.shape == b.shape
+        if t < 0:  # the original reads the last timestep: left to it
+            assert all(torch.equal(a, b) for a, b in zip((got[0], got[1]), (expected[0], expected[1]), strict=True))
+            return None
+        if eta and noise not in ("given",):
+            z = drawn(noise, m, seed)
+        if config["thresholding"] and torch.float64 in dtypes:  # thresholds are float32: left to the original
+            torch.testing.assert_close((got[0], got[1]), (expected[0], expected[1]), equal_nan=True)
+            return None
+        exact = truth(schedulers[0], t, to_numpy(x), to_numpy(m), float(eta), use_clipped_model_output, to_numpy(z))
+        if exact is None:
+            return None
+        for name, values, original_values, e, terms in (
+            ("prev_sample", got[0], expected[0], exact[0], exact[1]),
+            ("pred_original_sample", got[1], expected[1], exact[2], exact[3]),
+        ):
+            assert_near(values, e, terms, name)
+            worst, originals = (float(np.abs(to_numpy(v) - e).max()) for v in (values, original_values))
+            assert not worst > originals + float(allowed_error(values.dtype, terms).max()) + half_unit(values, e), name
+        return None
+
+    check()
+
+
+def half_unit(values, exact):
+    """Half a unit in the last place of the largest element, of half types: what one rounding of the exact result may cost."""
+    return float(np.abs(exact).max()) * torch.finfo(values.dtype).eps / 2 if values.dtype in HALF else 0.0
+
+
+def drawn(noise, m, seed):
+    """What the original draws."""
+    if noise == "generators":
+        return torch.cat(
+            [
+                torch.randn(1, *m.shape[1:], generator=torch.Generator().manual_seed(seed + i), dtype=m.dtype)
+                for i in range(3)
+            ]
+        )
+    return torch.randn(m.shape, generator=torch.Generator().manual_seed(seed), dtype=m.dtype)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_every_step_count_is_finite_where_the_original_may_not_be(spacing, eta):
+    """At eta = 1 and zero terminal SNR the original takes the square root of a rounding error, negative for some step counts."""
+    x = m = torch.full((1, 1, 2), 0.3)
+    config = {"timestep_spacing": spacing, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    original, fast = DDIMScheduler(**config), FastDDIMScheduler(**config)
+    nan = 0
+    for steps in [*range(1, 60), 62, 100, 250, 333, 500, 999, 1000]:
+        for scheduler in (original, fast):
+            scheduler.set_timesteps(steps)
+        for t in {int(fast.timesteps[0]), int(fast.timesteps[len(fast.timesteps) // 2]), int(fast.timesteps[-1])}:
+            if t < 0:
+                continue
+            z = torch.zeros_like(x)
+            expected = original.step(m, t, x, eta, variance_noise=z).prev_sample
+            got = fast.step(m, t, x, eta, variance_noise=z).prev_sample
+            assert got.isfinite().all(), (steps, t)
+            nan += int(expected.isnan().any())
+            if expected.isfinite().all():
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-4)
+    assert (nan > 0) == (eta == 1 and spacing != "leading"), (
+        "a flaw of the original: if it is mended, the documentation must say so"
+    )
+
+
+@pytest.mark.parametrize("original", SAMPLING)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"timestep": 1000},
+        {"timestep": 500.0},
+        {"timestep": None},
+        {"timestep": torch.tensor([1, 2, 3])},
+        {"sample": torch.zeros(3, 2, 4)},
+        {"sample": None},
+        {"model_output": torch.zeros(3, 2, 4, 4, dtype=torch.int64)},
+        {"eta": 0.5, "variance_noise": torch.zeros(2, 2, 4, 4)},
+        {"eta": 0.5, "variance_noise": torch.zeros(3, 2, 4, 4), "generator": torch.Generator()},
+        {"eta": 0.5, "generator": [torch.Generator()] * 2},
+        {"eta": -0.5},
+        {"eta": None},
+        {"eta": torch.tensor(0.5)},
+        {"use_clipped_model_output": 1},
+        {"sample": torch.zeros(1, 2, 4, 4)},
+        {"model_output": torch.zeros(())},
+    ],
+    ids=lambda arguments: ",".join(arguments),
+)
+def test_what_it_cannot_do_faster_is_left_to_the_original(original, arguments):
+    schedulers = original(), PAIRS[original]()
+    for scheduler in schedulers:
+        scheduler.set_timesteps(10)
+    defaults = {"model_output": torch.ones(SHAPE), "timestep": 500, "sample": torch.ones(SHAPE)}
+    results = []
+    for scheduler in schedulers:
+        torch.manual_seed(0)
+        results.append(outcome(lambda s=scheduler: s.step(**{**defaults, **arguments})))
+    (expected, error), (got, fast_error) = results
+    if error is not None:
+        return same_error(error, fast_error)
+    for a, b in zip(expected.values(), got.values(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+    return None
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_the_short_way_looks_at_its_arguments(kind):
+    """The second step at the same timestep goes a shorter way: it must still tell one call from another."""
+    original, fast = kind(clip_sample=False), PAIRS[kind](clip_sample=False)
+    rng = np.random.default_rng(0)
+    x, m = tensors(rng, [torch.float32] * 2)
+    for scheduler in (original, fast):
+        scheduler.set_timesteps(10)
+    t = int(fast.timesteps[3])
+    calls = [
+        lambda s: s.step(m, t, x),
+        lambda s: s.step(m, t, x),
+        lambda s: s.step(m, torch.tensor(t), x),
+        lambda s: s.step(m, float(t), x),
+        lambda s: s.step(m, torch.tensor(float(t)), x),
+        lambda s: s.step(m.half(), t, x.half()),
+        lambda s: s.step(m, t, x.half()),
+        lambda s: s.step(m.half(), t, x),
+        lambda s: s.step(m.double(), t, x.double()),
+        lambda s: s.step(m.transpose(2, 3), t, x.transpose(2, 3)),
+        lambda s: s.step(m[:0], t, x[:0]),
+        lambda s: s.step(m[:1, :1, :1, :1], t, x[:1, :1, :1, :1]),
+        lambda s: s.step(m[:, :1], t, x),
+        lambda s: s.step(m, t, x, return_dict=False),
+        lambda s: s.step(m, t + 1, x),
+    ]
+    if kind is not DDIMInverseScheduler:
+        calls += [
+            lambda s: s.step(m, t, x, use_clipped_model_output=True),
+            lambda s: s.step(m, t, x, 1.0, generator=torch.Generator().manual_seed(0)),
+        ]
+    for number, call in enumerate(calls):
+        (expected, error), (got, fast_error) = outcome(lambda c=call: c(original)), outcome(lambda c=call: c(fast))
+        if error is not None:
+            same_error(error, fast_error)
+            continue
+        for i in range(2):
+            assert got[i].dtype == expected[i].dtype, number
+            # The original's own precision: of what it was given, and of its coefficients.
+            tolerance = 200 * torch.finfo(torch.float16 if number in (5, 6, 7) else torch.float32).eps
+            torch.testing.assert_close(got[i], expected[i], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: setattr(s, "_internal_dict", type(s.config)({**s.config, "prediction_type": "v_prediction"})),
+        lambda s: s.register_to_config(clip_sample=True, clip_sample_range=0.1),
+        lambda s: setattr(s, "alphas_cumprod", s.alphas_cumprod**2),
+        lambda s: s.alphas_cumprod.mul_(0.5),
+        lambda s: s.set_timesteps(20),
+    ],
+    ids=["config replaced", "config changed", "levels replaced", "levels written", "other steps"],
+)
+def test_what_is_changed_after_construction_takes_effect(kind, change):
+    original, fast = kind(clip_sample=False), PAIRS[kind](clip_sample=False)
+    rng = np.random.default_rng(0)
+    x, m = tensors(rng, [torch.float32] * 2)
+    for scheduler in (original, fast):
+        scheduler.set_timesteps(10)
+        for _ in range(2):
+            before = scheduler.step(m, 300, x)[0]
+        change(scheduler)
+    expected, got = original.step(m, 300, x), fast.step(m, 300, x)
+    assert not torch.allclose(before, got[0], rtol=1e-3)
+    for i in range(2):
+        torch.testing.assert_close(got[i], expected[i], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", SAMPLING)
+def test_the_level_of_clean_data_may_be_changed(kind):
+    original, fast = kind(clip_sample=False), PAIRS[kind](clip_sample=False)
+    x, m = tensors(np.random.default_rng(0), [torch.float32] * 2)
+    for scheduler in (original, fast):
+        scheduler.set_timesteps(10)
+        scheduler.step(m, 0, x)
+        scheduler.final_alpha_cumprod = torch.tensor(0.99995)
+    torch.testing.assert_close(fast.step(m, 0, x)[0], original.step(m, 0, x)[0])
+
+
+# --- Being a scheduler of diffusers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_it_is_made_saved_and_loaded_like_the_original(kind, tmp_path):
+    config = {"num_train_timesteps": 100, "prediction_type": "v_prediction", "steps_offset": 1}
+    original = kind(**config)
+    fast = PAIRS[kind].from_config(original.config, explicit_pairs=True)
+    assert isinstance(fast, kind)
+    assert {k: v for k, v in fast.config.items() if not k.startswith("_")} == {
+        k: v
+        for k, v in {**original.config, "explicit_pairs": True, "philox_noise": False}.items()
+        if k in fast.config and not k.startswith("_")
+    }
+    fast.save_pretrained(tmp_path)
+    again = PAIRS[kind].from_pretrained(tmp_path)
+    assert again.config.explicit_pairs
+    assert again.config.prediction_type == "v_prediction"
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert saved["_class_name"] == PAIRS[kind].__name__
+    back = kind.from_config(fast.config)
+    assert type(back) is kind
+    assert back.config.steps_offset == 1
+    assert copy.deepcopy(fast).config == fast.config
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_pipelines_that_read_signatures_see_the_originals(kind):
+    fast = PAIRS[kind]
+    for name in ("step", "set_timesteps", "add_noise", "get_velocity"):
+        if hasattr(kind, name):
+            wanted = list(inspect.signature(getattr(kind, name)).parameters.values())
+            found = list(inspect.signature(getattr(fast, name)).parameters.values())
+            assert [(p.name, p.kind, p.default) for p in found] == [(p.name, p.kind, p.default) for p in wanted], name
+    wanted, found = (inspect.signature(c.__init__).parameters for c in (kind, fast))
+    assert [n for n in found if n in wanted] == list(wanted)
+    assert [n for n in found if n not in wanted] == [
+        "explicit_pairs",
+        *(["philox_noise"] if kind is not DDIMInverseScheduler else []),
+    ]
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("name", ["explicit_pairs", "philox_noise"])
+def test_a_flag_must_be_one(kind, name):
+    if kind is DDIMInverseScheduler and name == "philox_noise":
+        name = "explicit_pairs"
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got 'yes'"):
+        PAIRS[kind](**{name: "yes"})
+
+
+def test_positional_arguments_and_deprecated_ones_still_work():
+    assert FastDDIMScheduler(100, 0.001).config.beta_start == 0.001
+    assert FastDDIMScheduler(100, 0.001).config.num_train_timesteps == 100
+    with pytest.warns(FutureWarning, match="set_alpha_to_zero"):
+        inverse = FastDDIMInverseScheduler(set_alpha_to_zero=False)
+    assert inverse.initial_alpha_cumprod == inverse.alphas_cumprod[0]
+
+
+def test_it_is_differentiable_like_the_original():
+    gradients = []
+    for scheduler in (DDIMScheduler(clip_sample=False), FastDDIMScheduler(clip_sample=False)):
+        scheduler.set_timesteps(10)
+        x, m = (v.requires_grad_() for v in tensors(np.random.default_rng(0), [torch.float64] * 2))
+        for _ in range(2):
+            out = scheduler.step(m, 300, x)
+        gradients.append(torch.autograd.grad((out.prev_sample**2).sum() + out.pred_original_sample.sum(), (x, m)))
+    for expected, got in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+# --- Explicit pairs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_explicit_pairs_meet_at_every_timestep(kind, spacing):
+    """With eps and x0 known, a run ends where it should only if each step leaves from where the one before has arrived."""
+    fast = PAIRS[kind](clip_sample=False, timestep_spacing=spacing, explicit_pairs=True, steps_offset=1)
+    x0, eps = tensors(np.random.default_rng(0), [torch.float64] * 2)
+    for steps in (1, 2, 7, 50, 62, 333, 999, 1000):
+        fast.set_timesteps(steps)
+        timesteps = fast.timesteps.tolist()
+        assert len(set(timesteps)) == len(timesteps) == steps
+        assert min(timesteps) >= 0
+        assert timesteps == sorted(timesteps, reverse=kind is not DDIMInverseScheduler)
+        if kind is DDIMInverseScheduler:
+            x = x0
+        else:
+            alpha_bar = fast.alphas_cumprod[timesteps[0]].double()
+            x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+        for t in fast.timesteps:
+            x = fast.step(eps, t, x).prev_sample
+        if kind is DDIMInverseScheduler:
+            alpha_bar = fast.alphas_cumprod[timesteps[-1]].double()
+            torch.testing.assert_close(x, alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps)
+        else:
+            torch.testing.assert_close(x, x0, rtol=1e-9, atol=1e-9)
+
+
+def test_the_rule_of_the_original_is_wrong_for_most_step_counts():
+    """What explicit_pairs is for: these numbers stand in the documentation."""
+    wrong = {}
+    for spacing in ("leading", "linspace", "trailing"):
+        scheduler = DDIMScheduler(timestep_spacing=spacing)
+        wrong[spacing] = 0
+        for steps in range(1, 1001):
+            scheduler.set_timesteps(steps)
+            timesteps = scheduler.timesteps.tolist()
+            pairs = [(t, max(t - 1000 // steps, -1)) for t in timesteps]
+            wrong[spacing] += pairs != list(zip(timesteps, [*timesteps[1:], -1], strict=True))
+    assert wrong == {"leading": 0, "linspace": 998, "trailing": 984}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_with_explicit_pairs_only_timesteps_of_the_list_have_a_step(kind):
+    fast = PAIRS[kind](explicit_pairs=True)
+    fast.set_timesteps(10)
+    x = torch.zeros(SHAPE)
+    fast.step(x, 300, x)
+    with pytest.raises(ValueError, match=r"must be one of scheduler\.timesteps, got 301"):
+        fast.step(x, 301, x)
+
+
+def test_explicit_pairs_follow_a_list_of_the_users_own():
+    fast = FastDDIMScheduler(explicit_pairs=True, clip_sample=False)
+    fast.set_timesteps(3)
+    x, m = tensors(np.random.default_rng(0), [torch.float64] * 2)
+    fast.step(m, 333, x)
+    fast.timesteps = torch.tensor([900, 333, 100])
+    expected, _ = oracle.textbook_step(
+        "epsilon", x.numpy(), m.numpy(), float(fast.alphas_cumprod[333]), float(fast.alphas_cumprod[100])
+    )
+    np.testing.assert_allclose(fast.step(m, 333, x).prev_sample, expected, rtol=1e-12, atol=1e-12)
+
+
+# --- Noise that does not depend on the batch -------------------------------------------------------------------------
+
+
+def test_philox_noise_is_the_noise_standards_and_does_not_depend_on_the_batch():
+    fast = FastDDIMScheduler(clip_sample=False, philox_noise=True)
+    fast.set_timesteps(10)
+    x, m = tensors(np.random.default_rng(0), [torch.float32] * 2)
+    generators = [torch.Generator().manual_seed(s) for s in (5, 2**63 + 1, 7)]
+    together = fast.step(m, 300, x, 1.0, generator=generators).prev_sample
+    for i, generator in enumerate(generators):
+        alone = fast.step(m[i : i + 1], 300, x[i : i + 1], 1.0, generator=generator.clone_state()).prev_sample
+        if i == 0:
+            one = fast.step(m[:1], 300, x[:1], 1.0, generator=[generator]).prev_sample
+            assert torch.equal(one, alone)
+    plain = fast.step(m, 300, x, 1.0, variance_noise=torch.zeros_like(x)).prev_sample
+    std = float(fast._get_variance(300, 200)) ** 0.5
+    z = standard_normals(np.array([5, 2**63 + 1, 7], dtype=np.uint64), math.prod(SHAPE[1:]), 300).reshape(SHAPE)
+    np.testing.assert_allclose(((together - plain) / std).numpy(), z, atol=2e-5)
+    states = [g.get_state() for g in generators]
+    fast.step(m, 300, x, 1.0, generator=generators)
+    assert all(torch.equal(a, g.get_state()) for a, g in zip(states, generators, strict=True))
+    swapped = fast.step(m.flip(0), 300, x.flip(0), 1.0, generator=generators[::-1]).prev_sample
+    assert torch.equal(swapped.flip(0), together)
+
+
+@pytest.mark.parametrize(
+    ("generator", "words"),
+    [
+        (None, "needs|from the seed of a generator, got none"),
+        ([torch.Generator()] * 2, "one for each of the 3 samples, got 2"),
+    ],
+)
+def test_philox_noise_needs_seeds(generator, words):
+    fast = FastDDIMScheduler(philox_noise=True)
+    fast.set_timesteps(10)
+    x = torch.zeros(SHAPE)
+    with pytest.raises(ValueError, match=words):
+        fast.step(x, 300, x, 1.0, generator=generator)
+    fast.step(x, 300, x)  # no noise, no seeds
+
+
+def test_too_large_an_eta_is_an_error_where_the_original_returns_nan():
+    x = torch.ones(SHAPE)
+    original, fast = DDIMScheduler(), FastDDIMScheduler()
+    for scheduler in (original, fast):
+        scheduler.set_timesteps(10)
+    assert original.step(x, 100, x, 20.0).prev_sample.isnan().all()
+    with pytest.raises(ValueError, match=r"at timestep 100 eta may be at most .*, got 20"):
+        fast.step(x, 100, x, 20.0)
+
+
+# --- The other methods ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
+@pytest.mark.parametrize("kind", SAMPLING)
+def test_forward_process(kind, method):
+    @settings(max_examples=60)
+    @given(
+        config=betas,
+        dtypes=st.sampled_from(DTYPES),
+        timesteps=st.sampled_from(["one", "each", "int32", "number", "wrong count", "too large", "negative"]),
+        seed=st.integers(0, 100),
+    )
+    def check(config, dtypes, timesteps, seed):
+        last = config["num_train_timesteps"] - 1
+        rng = np.random.default_rng(seed)
+        x, z = tensors(rng, dtypes)
+        t = {
+            "one": torch.tensor([last // 2]),
+            "each": torch.tensor([last, last // 2, 0]),
+            "int32": torch.tensor([last, 0, 0], dtype=torch.int32),
+            "number": torch.tensor(last),
+            "wrong count": torch.tensor([0, 0]),
+            "too large": torch.tensor([0, last + 1, 0]),
+            "negative": torch.tensor([0, -1, 0]),
+        }[timesteps]
+        (expected, error), (got, fast_error) = (
+            outcome(lambda s=s: getattr(s, method)(x, z, t)) for s in (kind(**config), PAIRS[kind](**config))
+        )
+        if error is not None:
+            return same_error(error, fast_error)
+        assert got.dtype == expected.dtype
+        if timesteps == "negative":
+            return torch.testing.assert_close(got, expected)
+        levels = kind(**config).alphas_cumprod.double().numpy()[t.reshape(-1).numpy()].reshape(-1, 1, 1, 1)
+        a, b = (
+            (np.sqrt(levels), np.sqrt(1 - levels)) if method == "add_noise" else (-np.sqrt(1 - levels), np.sqrt(levels))
+        )
+        x, z = to_numpy(x), to_numpy(z)
+        assert_near(got, a * x + b * z, np.abs(a * x) + np.abs(b * z), method)
+        return None
+
+    check()
+
+
+def test_batch_step_no_noise():
+    @settings(max_examples=80)
+    @given(
+        config=configs,
+        steps=st.sampled_from([1, 10, 50]),
+        dtypes=st.sampled_from(DTYPES[:5]),
+        use_clipped_model_output=st.booleans(),
+        eta=st.sampled_from([0.0, 0.0, 0.0, 0.5]),
+        seed=st.integers(0, 100),
+    )
+    def check(config, steps, dtypes, use_clipped_model_output, eta, seed):
+        if config["rescale_betas_zero_snr"] and config["prediction_type"] == "epsilon":
+            return None  # 0 / 0 in the original
+        original, fast = DDIMParallelScheduler(**config), FastDDIMParallelScheduler(**config)
+        rng = np.random.default_rng(seed)
+        x, m = tensors(rng, dtypes)
+        t = torch.from_numpy(rng.integers(0, config["num_train_timesteps"], 3))
+        for scheduler in (original, fast):
+            if outcome(lambda s=scheduler: s.set_timesteps(steps))[1] is not None:
+                return None
+        arguments = (m, t, x, eta, use_clipped_model_output)
+        (expected, error), (got, fast_error) = (
+            outcome(lambda s=s: s.batch_step_no_noise(*arguments)) for s in (original, fast)
+        )
+        if error is not None:
+            return same_error(error, fast_error)
+        assert got.dtype == expected.dtype
+        if not (config["thresholding"] or x.dtype in HALF):
+            for i in range(3):
+                exact = truth_without_noise(
+                    original, int(t[i]), to_numpy(x[i : i + 1]), to_numpy(m[i : i + 1]), use_clipped_model_output
+                )
+                assert_near(got[i : i + 1], *exact)
+        return None
+
+    check()
+
+
+def truth_without_noise(scheduler, t, x, m, use_clipped_model_output):
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.final_alpha_cumprod = torch.tensor(1.0)  # whatever set_alpha_to_one says
+    return truth(scheduler, t, x, m, 0.0, use_clipped_model_output, None)[:2]
+
+
+def test_inverse_step():
+    @settings(max_examples=150)
+    @given(
+        config=betas,
+        spacing=st.sampled_from(["leading", "trailing"]),
+        steps=st.sampled_from([1, 7, 10, 50]),
+        place=st.floats(0, 1),
+        dtypes=st.sampled_from(DTYPES),
+        return_dict=st.booleans(),
+        seed=st.integers(0, 100),
+    )
+    def check(config, spacing, steps, place, dtypes, return_dict, seed):
+        config = {**config, "timestep_spacing": spacing}
+        original, fast = DDIMInverseScheduler(**config), FastDDIMInverseScheduler(**config)
+        errors = [outcome(lambda s=s: s.set_timesteps(steps))[1] for s in (original, fast)]
+        if errors[0] is not None:
+            return same_error(*errors)
+        assert torch.equal(original.timesteps, fast.timesteps)
+        rng = np.random.default_rng(seed)
+        x, m = tensors(rng, dtypes)
+        t = original.timesteps[int(place * (len(original.timesteps) - 1))]
+        (expected, error), (got, fast_error) = (
+            outcome(lambda s=s: s.step(m, t, x, return_dict=return_dict)) for s in (original, fast)
+        )
+        if error is not None:
+            return same_error(error, fast_error)
+        assert type(got) is type(expected)
+        number = int(t)
+        origin = min(number - config["num_train_timesteps"] // steps, config["num_train_timesteps"] - 1)
+        levels = original.alphas_cumprod.double().numpy()
+        alpha_bar_t = float(levels[origin]) if origin >= 0 else float(original.initial_alpha_cumprod)
+        divides_by_zero = {"epsilon": alpha_bar_t == 0, "sample": alpha_bar_t == 1}.get(
+            config["prediction_type"], False
+        )
+        if number < 0 or divides_by_zero:
+            return None
+        row = oracle.textbook_row(
+            config["prediction_type"], alpha_bar_t, float(levels[number]),
+            clip=config["clip_sample_range"] if config["clip_sample"] else math.inf,
+        )  # fmt: skip
+        exact = oracle.row_step(row, to_numpy(x), to_numpy(m))
+        assert got[0].dtype == expected[0].dtype
+        assert got[1].dtype == expected[1].dtype
+        assert_near(got[0], exact.x_prev, exact.long_terms, "prev_sample")
+        assert_near(got[1], exact.x0, exact.x0_terms, "pred_original_sample")
+        return None
+
+    check()
+
+
+# --- On a GPU nothing waits -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("thresholding", [False, True])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_with_a_timestep_on_the_device_nothing_waits(eta, thresholding):
+    from ddim_fast.verify.fake_cuda import fake_cuda
+
+    fast = FastDDIMScheduler(thresholding=thresholding, philox_noise=True)  # its levels are real numbers
+    fast.set_timesteps(10)
+    x = torch.zeros(1, 2)
+    fast.step(x, 0, x, eta, variance_noise=x)  # reads the levels: inside, they would not be real numbers
+    with fake_cuda() as device:
+        fast.timesteps = fast.timesteps.to("cuda")
+        x, m = (torch.empty(2, 4, 8, 8, device="cuda") for _ in range(2))
+        generators = [torch.Generator().manual_seed(i) for i in range(2)]
+        t = fast.timesteps[3]
+        fast.step(m, t, x, eta, generator=generators)  # the table is copied to the device once
+        with device.steady_state() as steady:
+            for t in fast.timesteps:
+                fast.step(m, t, x, eta, generator=generators)
+    launched = steady.region().own_launches
+    assert launched["ddim_fast::ddim_step_kernel"] == 10
+    assert launched.total() == (20 if thresholding else 10)
+    assert (steady.syncs, steady.copies) == ([], [])

@@ -1,0 +1,186 @@
+"""Real pipelines of diffusers, small and with random weights: the same pictures with the scheduler replaced, in one line."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMPipeline,
+    DDIMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from ddim_fast.integrations.diffusers import FastDDIMScheduler
+
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """A Stable Diffusion of a hundred thousand weights."""
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (16, 32), "norm_num_groups": 8}
+    unet = {
+        **blocks,
+        "layers_per_block": 1,
+        "sample_size": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 4,
+    }
+    ups = {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    return {
+        "unet": UNet2DConditionModel(**unet, **ups),
+        "inpainting_unet": UNet2DConditionModel(**unet, **ups, in_channels=9),
+        "controlnet": ControlNetModel(
+            **{k: v for k, v in unet.items() if k != "sample_size"}, conditioning_embedding_out_channels=(8, 16)
+        ),
+        "vae": AutoencoderKL(
+            **blocks,
+            sample_size=16,
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+        ),
+        "text_encoder": CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=50,
+                max_position_embeddings=8,
+            )
+        ),
+    }  # fmt: skip
+
+
+def stable_diffusion(kind, parts, *names, **more):
+    pipeline = kind(
+        vae=parts["vae"],
+        text_encoder=parts["text_encoder"],
+        tokenizer=None,
+        scheduler=DDIMScheduler(**SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **{name: parts[name] for name in names},
+        **more,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def prompt(parts):
+    with torch.no_grad():
+        encode = parts["text_encoder"]
+        return {
+            "prompt_embeds": encode(torch.tensor([[1, 2, 3, 4]]))[0],
+            "negative_prompt_embeds": encode(torch.tensor([[5, 5, 5, 5]]))[0],
+        }
+
+
+def picture(seed=0):
+    values = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((16, 16))
+
+
+def unconditional(parts, scheduler=None):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 16), norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+    )  # fmt: skip
+    pipeline = DDIMPipeline(unet, DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, {"batch_size": 2}
+
+
+def text_to_image(parts):
+    return stable_diffusion(StableDiffusionPipeline, parts, "unet"), {"height": 16, "width": 16, **prompt(parts)}
+
+
+def image_to_image(parts):
+    pipeline = stable_diffusion(StableDiffusionImg2ImgPipeline, parts, "unet")
+    return pipeline, {"image": picture(), "strength": 0.6, **prompt(parts)}
+
+
+def inpainting(parts):
+    pipeline = stable_diffusion(StableDiffusionInpaintPipeline, parts, unet=parts["inpainting_unet"])
+    mask = Image.fromarray(np.tri(16, dtype=np.uint8) * 255)
+    return pipeline, {"image": picture(), "mask_image": mask, "height": 16, "width": 16, **prompt(parts)}
+
+
+def inpainting_by_blending(parts):
+    """With a text-to-image U-Net the pipeline itself blends the known picture in."""
+    pipeline = stable_diffusion(StableDiffusionInpaintPipeline, parts, "unet")
+    mask = Image.fromarray(np.tri(16, dtype=np.uint8) * 255)
+    return pipeline, {"image": picture(), "mask_image": mask, "height": 16, "width": 16, **prompt(parts)}
+
+
+def controlnet(parts):
+    pipeline = stable_diffusion(StableDiffusionControlNetPipeline, parts, "unet", "controlnet")
+    return pipeline, {"image": picture(), **prompt(parts)}
+
+
+PIPELINES = {
+    f.__name__: f
+    for f in (unconditional, text_to_image, image_to_image, inpainting, inpainting_by_blending, controlnet)
+}
+
+
+def run(pipeline, arguments, **more):
+    generator = torch.Generator().manual_seed(3)
+    return pipeline(**arguments, generator=generator, num_inference_steps=8, output_type="np", **more).images
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_same_pictures(parts, name, eta):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers' own, of its own defaults
+        pipeline, arguments = PIPELINES[name](parts)
+        expected = run(pipeline, arguments, eta=eta)
+        pipeline.scheduler = FastDDIMScheduler.from_config(pipeline.scheduler.config)
+        got = run(pipeline, arguments, eta=eta)
+    assert type(pipeline.scheduler) is FastDDIMScheduler
+    assert np.ptp(expected) > 0.05, "these pictures must show something"
+    assert np.abs(got - expected).max() <= 1 / 255
+
+
+def test_a_run_without_the_noise_would_be_seen(parts):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline, arguments = text_to_image(parts)
+        assert np.abs(run(pipeline, arguments, eta=0.7) - run(pipeline, arguments, eta=0.6)).max() > 2 / 255
+
+
+def test_a_saved_pipeline_comes_back(parts, tmp_path):
+    """``model_index.json`` names our class; a process that has ddim_fast finds it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline, arguments = text_to_image(parts)
+        pipeline.scheduler = FastDDIMScheduler.from_config(pipeline.scheduler.config, explicit_pairs=True)
+        expected = run(pipeline, arguments)
+        pipeline.save_pretrained(tmp_path)
+        again = StableDiffusionPipeline.from_pretrained(tmp_path, tokenizer=None, local_files_only=True)
+        again.set_progress_bar_config(disable=True)
+        got = run(again, arguments)
+    assert type(again.scheduler) is FastDDIMScheduler
+    assert again.scheduler.config.explicit_pairs
+    np.testing.assert_array_equal(got, expected)
