@@ -48,7 +48,7 @@ predict: $(VENV)/.installed ## count the GPU kernels' machine code, and predict 
 
 bench: $(VENV)/.installed ## time the step against PyTorch, torch.compile and diffusers: out/bench.json
 	mkdir -p $(OUT)
-	$(BIN)/python -m pytest benchmarks --benchmark-json $(OUT)/bench.json
+	$(BIN)/pytest benchmarks --benchmark-json $(OUT)/bench.json
 
 lint: $(VENV)/.installed ## check style and formatting
 	$(BIN)/ruff check .

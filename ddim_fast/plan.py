@@ -10,13 +10,12 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from numbers import Real
 
 import torch
 
 from .kernels.contract import StepCoefficients, StepTable
 from .schedule import NoiseSchedule
-from .update import ETA_SCALES, PREDICTION_TYPES, ddim_coefficients, ddim_variance, ddpm_variance
+from .update import ETA_SCALES, PREDICTION_TYPES, check_eta, ddim_coefficients, ddim_variance, ddpm_variance
 
 BEFORE_FIRST = -1
 """The timestep of clean data, after the last step."""
@@ -69,7 +68,7 @@ class SamplingPlan:
     def __post_init__(self) -> None:
         _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
         _check_choice("eta_scales", self.eta_scales, ETA_SCALES)
-        _check_eta(self.eta)
+        check_eta(self.eta)
         if any(later >= earlier for earlier, later in pairwise(self.timesteps)) or not self.timesteps:
             raise ValueError(f"timesteps must be at least one, and strictly decreasing, got {self.timesteps}")
         if self.sigma_hat and self.eta != 1:
@@ -138,15 +137,6 @@ class SamplingPlan:
             use_clipped_model_output=self.use_clipped_model_output,
         )
         return PlannedStep(index, t, t_prev, alpha_bar_t, alpha_bar_prev, std_dev_t, row)
-
-
-def _check_eta(eta: object) -> None:
-    try:
-        valid = not isinstance(eta, bool) and isinstance(eta, Real) and 0 <= float(eta) < math.inf
-    except OverflowError:
-        valid = False
-    if not valid:
-        raise ValueError(f"eta must be a finite number, 0 (deterministic) or more, got {eta!r}")
 
 
 def _check_choice(name: str, value: object, choices) -> None:

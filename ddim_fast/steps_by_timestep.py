@@ -73,6 +73,10 @@ class StepsByTimestep:
                 return ddim_step_from_table(
                     x_t, model_output, table, t.reshape(-1), noise_step=noise_step, out=out, x0_out=x0_out, **tensors
                 )
+            if t.numel() != 1 and t.shape != x_t.shape[:1]:
+                raise ValueError(
+                    f"t must be one timestep, or one for each of the {len(x_t)} samples, got a tensor of shape {tuple(t.shape)}"
+                )
             numbers = t.reshape(-1).tolist()
             if len(set(numbers)) > 1:
                 rows = [self.row(number) for number in numbers]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import NamedTuple
 
 from .kernels.contract import StepCoefficients
@@ -85,6 +86,38 @@ def ddpm_variance(alpha_bar_t: float, alpha_bar_prev: float) -> float:
 def ddim_variance(alpha_bar_t: float, alpha_bar_prev: float, eta: float, eta_scales: str = "std_dev") -> float:
     """Variance of a step, std_dev_t^2: equation 16 of the DDIM paper, or with eta scaling the variance."""
     return ddpm_variance(alpha_bar_t, alpha_bar_prev) * (eta**2 if eta_scales == "std_dev" else eta)
+
+
+def check_eta(eta: object, name: str = "eta") -> None:
+    """Raise ValueError unless ``eta`` is a finite number, 0 or more."""
+    try:
+        valid = not isinstance(eta, bool) and isinstance(eta, Real) and 0 <= float(eta) < math.inf
+    except OverflowError:
+        valid = False
+    if not valid:
+        raise ValueError(f"{name} must be a finite number, 0 (deterministic) or more, got {eta!r}")
+
+
+def variance_with_room(alpha_bar_t: float, alpha_bar_prev: float, eta: float, at: str = "") -> float:
+    """``ddim_variance`` where x_prev has room for it. (Most implementations return NaN elsewhere.)
+
+    Args:
+        at: where this is, in words, for the error.
+
+    Raises:
+        ValueError: the noise would have more variance than x_prev holds, 1 - alpha_bar_prev.
+    """
+    if eta == 0:
+        return 0.0
+    variance, room = ddim_variance(alpha_bar_t, alpha_bar_prev, eta), 1 - alpha_bar_prev
+    if variance > room * (1 + 1e-9):
+        # Rounded down, so that the value named is one that is accepted.
+        most = math.floor(eta * math.sqrt(room / variance) * 1e6) / 1e6
+        raise ValueError(
+            f"a step cannot add more noise than its target holds: {at or f'at alpha_bar_t = {alpha_bar_t:.6g}'}, eta may be at most "
+            f"{most}, got {eta}"
+        )
+    return variance
 
 
 def ddim_coefficients(

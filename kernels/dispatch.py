@@ -209,12 +209,12 @@ def run_per_sample(
     guided = inputs.model_output_uncond is not None
     x_prev = torch.empty_like(inputs.x_t) if inputs.x_prev is None else inputs.x_prev
     inputs = replace(inputs, x_prev=x_prev)
-    steps = zip(coefficients, guidance_scales, noise_steps, strict=True)
-    each = [inputs.sample(i, row, scale if guided else None, step) for i, (row, scale, step) in enumerate(steps)]
-    for one in each:  # all of them before the first writes
-        check_inputs(one)
-    for one in each:
-        _run_checked(one)
+    each = zip(coefficients, guidance_scales, noise_steps, strict=True)
+    steps = [(row, scale if guided else None, noise_step) for row, scale, noise_step in each]
+    for i, step in enumerate(steps):  # all of them before the first writes
+        check_inputs(inputs.sample(i, *step))
+    for i, step in enumerate(steps):  # views are made between the writes, so that autograd sees those before
+        _run_checked(inputs.sample(i, *step))
     return x_prev
 
 

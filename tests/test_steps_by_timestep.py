@@ -72,6 +72,23 @@ def test_no_such_timestep(x, m, t):
         steps().step(x, m, t)
 
 
+@pytest.mark.parametrize(
+    "t", [torch.tensor([1, 2]), torch.tensor([1, 2, 3, 4]), torch.tensor([[1, 2, 3]])], ids=["2", "4", "1x3"]
+)
+def test_a_timestep_for_each_sample_no_more_no_less(x, m, t):
+    with pytest.raises(ValueError, match="one for each of the 3 samples, got a tensor of shape"):
+        steps().step(x, m, t)
+
+
+def test_derivatives_where_each_sample_has_its_timestep(x, m):
+    x, m = x.double().requires_grad_(), m.double().requires_grad_()
+    t = torch.tensor([5, 1, 5])
+    (got,) = torch.autograd.grad((steps().step(x, m, t) ** 2).sum(), x, retain_graph=True)
+    alone = [(steps().step(x[i : i + 1], m[i : i + 1], int(t[i])) ** 2).sum() for i in range(3)]
+    (expected,) = torch.autograd.grad(sum(alone), x)
+    torch.testing.assert_close(got, expected)
+
+
 def test_nothing_is_written_before_an_error(x, m):
     before = x.clone()
     with pytest.raises(ValueError, match="adds noise"):

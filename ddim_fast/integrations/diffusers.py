@@ -37,7 +37,7 @@ from ..kernels.noise import NoiseStream, sample_seeds
 from ..kernels.thresholding import dynamic_thresholds
 from ..steps_by_timestep import StepsByTimestep
 from ..timesteps import select_timesteps
-from ..update import ddim_coefficients, ddim_variance, noising_coefficients, velocity_coefficients
+from ..update import ddim_coefficients, noising_coefficients, variance_with_room, velocity_coefficients
 
 
 class _LeaveToOriginal(Exception):  # noqa: N818 (no error: a way out of the fast path)
@@ -270,15 +270,9 @@ def _sampling_row(scheduler: Any, eta: float, use_clipped_model_output: bool, t:
     """Equation 12 of the DDIM paper, for the step that is taken at ``t``."""
     alpha_bar_t, alpha_bar_prev = map(scheduler._alpha_bar, scheduler._pair(t))
     try:
-        variance = ddim_variance(alpha_bar_t, alpha_bar_prev, eta) if eta else 0.0
+        variance = variance_with_room(alpha_bar_t, alpha_bar_prev, eta, f"at timestep {t}")
     except ZeroDivisionError:
         raise _LeaveToOriginal from None
-    room = 1 - alpha_bar_prev
-    if variance > room * (1 + 1e-6):
-        raise ValueError(
-            f"a step cannot add more noise than its target holds: at timestep {t} eta may be at most "
-            f"{eta * math.sqrt(room / variance):.6g}, got {eta} (the original returns NaN)"
-        )
     return _row_between(
         scheduler, alpha_bar_t, alpha_bar_prev, variance=variance, use_clipped_model_output=use_clipped_model_output
     )

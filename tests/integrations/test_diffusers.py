@@ -573,7 +573,7 @@ def test_too_large_an_eta_is_an_error_where_the_original_returns_nan():
     for scheduler in (original, fast):
         scheduler.set_timesteps(10)
     assert original.step(x, 100, x, 20.0).prev_sample.isnan().all()
-    with pytest.raises(ValueError, match=r"at timestep 100 eta may be at most .*, got 20"):
+    with pytest.raises(ValueError, match=r"at timestep 100, eta may be at most .*, got 20"):
         fast.step(x, 100, x, 20.0)
 
 

@@ -1,0 +1,102 @@
+"""What a drop-in saves: diffusers' step with everything it does, and a pipeline of 50 steps, with the original and with ours."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from interleaved import compare
+
+from ddim_fast.integrations.diffusers import FastDDIMScheduler
+
+SHAPES = {"1x4x64x64": (1, 4, 64, 64), "64x3x32x32": (64, 3, 32, 32)}
+CONFIGS = {
+    "eta 0": ({"clip_sample": False}, 0.0),
+    "eta 0, clip": ({"clip_sample": True}, 0.0),
+    "eta 1": ({"clip_sample": False}, 1.0),
+}
+SCHEDULERS = {"diffusers": DDIMScheduler, "ours": FastDDIMScheduler}
+
+
+def steps(
+    shape: tuple[int, ...], config: dict[str, Any], eta: float, return_dict: bool
+) -> dict[str, Callable[[], Any]]:
+    """The step of each scheduler, as a pipeline calls it: its timestep is one of the tensor ``timesteps``."""
+    torch.manual_seed(0)
+    x, m = torch.randn(shape), torch.randn(shape)
+    found = {}
+    for name, kind in SCHEDULERS.items():
+        scheduler = kind(**config)
+        scheduler.set_timesteps(50)
+        t, generator = scheduler.timesteps[25], torch.Generator()
+
+        def step(scheduler=scheduler, t=t, generator=generator):
+            with torch.no_grad():  # as pipelines do
+                return scheduler.step(m, t, x, eta=eta, generator=generator, return_dict=return_dict)
+
+        found[name] = step
+    return found
+
+
+@pytest.mark.parametrize("return_dict", [False, True])
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_step_of_the_drop_in(settings, benchmark, show, shape, config, return_dict):
+    contenders = steps(SHAPES[shape], *CONFIGS[config], return_dict)
+
+    def check(name, _):
+        expected, got = (steps(SHAPES[shape], *CONFIGS[config], return_dict)[n]()[:2] for n in ("diffusers", name))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+    result = compare(contenders, check, baseline="ours", **settings.timing)
+    benchmark.extra_info.update(result.summary() | {"threads": settings.threads})
+    show(
+        "a step of diffusers, and of the drop-in",
+        shape=shape,
+        step=config,
+        returns="dataclass" if return_dict else "tuple",
+        diffusers_us=f"{result.seconds('diffusers') * 1e6:.1f}",
+        ours_us=f"{result.seconds('ours') * 1e6:.1f}",
+        ratio=f"{result.ratio('diffusers'):.1f}",
+    )
+    benchmark.group = "drop-ins"
+    benchmark.pedantic(contenders["ours"], rounds=20, iterations=100, warmup_rounds=1)
+
+
+def test_pipeline_of_50_steps(settings, benchmark, show):
+    """A U-Net as small as one can be, so that the scheduler's share of the time is as large as it can be."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    contenders, pictures = {}, {}
+    for name, kind in SCHEDULERS.items():
+        pipeline = DDIMPipeline(unet, DDIMScheduler())
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+
+        def run(pipeline=pipeline):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return pipeline(
+                    generator=torch.Generator().manual_seed(0), num_inference_steps=50, output_type="np"
+                ).images
+
+        contenders[name] = run
+        pictures[name] = run()
+    assert abs(pictures["ours"] - pictures["diffusers"]).max() <= 1 / 255
+    result = compare(contenders, lambda name, _: None, baseline="ours", **settings.timing)
+    benchmark.extra_info.update(result.summary() | {"threads": settings.threads})
+    show(
+        "a pipeline of 50 steps with a U-Net of 7,000 weights",
+        diffusers_ms=f"{result.seconds('diffusers') * 1e3:.1f}",
+        ours_ms=f"{result.seconds('ours') * 1e3:.1f}",
+        ratio=f"{result.ratio('diffusers'):.2f}",
+    )
+    benchmark.group = "drop-ins"
+    benchmark.pedantic(contenders["ours"], rounds=3, iterations=1, warmup_rounds=0)

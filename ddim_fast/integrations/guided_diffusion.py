@@ -1,0 +1,488 @@
+"""DDIM of guided-diffusion and improved-diffusion (OpenAI) with the update in one kernel.
+
+``diffusion = FastDiffusion(diffusion)`` is the whole change. The original object is wrapped, never imported: its methods, names, order of
+arguments and random numbers stay what they were.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..kernels.contract import StepCoefficients
+from ..steps_by_timestep import StepsByTimestep
+from ..update import check_eta, ddim_coefficients, previous_x_prediction, variance_with_room
+from .promotion import promoted_dtype
+
+_PREVIOUS_X = "previous_x"
+_PREDICTIONS = {"PREVIOUS_X": _PREVIOUS_X, "START_X": "sample", "EPSILON": "epsilon"}
+_LEARNS_VARIANCE = {"LEARNED": True, "LEARNED_RANGE": True, "FIXED_SMALL": False, "FIXED_LARGE": False}
+
+_ORIGINALS = ("GaussianDiffusion", "SpacedDiffusion")
+_REPLACED = (
+    "p_mean_variance",
+    "condition_score",
+    "_predict_xstart_from_eps",
+    "_predict_xstart_from_xprev",
+    "_predict_eps_from_xstart",
+    "ddim_sample",
+    "ddim_reverse_sample",
+    "ddim_sample_loop",
+    "ddim_sample_loop_progressive",
+)
+"""Methods of the originals that are not called any more: their work is done here."""
+
+_MOST_CACHED = 64
+
+
+class FastDiffusion:
+    """A ``GaussianDiffusion`` or ``SpacedDiffusion`` whose DDIM runs as fused steps. Everything else is the original's own.
+
+    A step is one kernel pass, which makes ``sample`` and ``pred_xstart`` together; a ``denoised_fn`` takes a second one (none for
+    START_X), a ``cond_fn`` another. Noise is drawn by ``torch.randn_like`` where the original draws it, needed or not, so that a seeded
+    run gives the same pictures and leaves the same random state.
+
+    Args:
+        diffusion: an object of guided-diffusion or improved-diffusion, or with their attributes. Its noise levels and types are read now:
+            they should not be changed later.
+
+    Raises:
+        TypeError: ``diffusion`` has no such attributes, or methods with other arguments.
+        ValueError: it has noise levels or types that DDIM has no formula for, or methods of its own in place of those taken over.
+    """
+
+    def __init__(self, diffusion: Any):
+        _check_unchanged(diffusion)
+        self.diffusion = diffusion
+        self._prediction = _choice(diffusion, "model_mean_type", _PREDICTIONS)
+        self._learns_variance = _choice(diffusion, "model_var_type", _LEARNS_VARIANCE)
+        self._alpha_bars = _levels(diffusion, "alphas_cumprod")
+        self._targets = {
+            "prev": _levels(diffusion, "alphas_cumprod_prev"),
+            "next": _levels(diffusion, "alphas_cumprod_next"),
+            "x0": np.ones_like(self._alpha_bars),
+            "eps": np.zeros_like(self._alpha_bars),
+        }
+        self._cached: dict[tuple, StepsByTimestep] = {}
+        if not (np.all(np.diff(self._alpha_bars) < 0) and 0 <= self._alpha_bars[-1] <= self._alpha_bars[0] < 1):
+            raise ValueError(
+                f"alphas_cumprod must decrease strictly from below 1 and not below 0, got {self._alpha_bars}: "
+                "make the diffusion from betas between 0 and 1"
+            )
+        # The noisiest timestep is the one that may say nothing of x0.
+        self._steps(self._prediction, "prev").row(len(self._alpha_bars) - 1)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "diffusion":  # not there yet, while this object is being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.diffusion, name)
+
+    def ddim_sample(
+        self,
+        model: Callable[..., Tensor],
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Callable[..., Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        eta: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """x_{t-1} from x_t (equation 12 of the DDIM paper, arXiv 2010.02502), with eps derived from the x0 that was clipped.
+
+        Gradients are recorded where the caller's mode says so, as in the original; PyTorch then computes the step.
+
+        Args:
+            model: ``model(x, timesteps, **model_kwargs)``: ``(B, C, ...)``, or ``(B, 2 C, ...)`` where the variance is learned, of which
+                the second half is not read. Timesteps are mapped and scaled as the original does.
+            x: ``(B, C, ...)``, any floating dtype.
+            t: ``(B,)`` integers, 0 to ``num_timesteps`` - 1: the timestep of each sample.
+            clip_denoised: clip x0 to [-1, 1].
+            denoised_fn: applied to x0 before it is clipped.
+            cond_fn: ``cond_fn(x, timesteps, **model_kwargs)``, the gradient of log p(y | x): added to the score, after clipping, by
+                algorithm 2 of arXiv 2105.05233. Works for improved-diffusion, too, which has no such argument.
+            eta: 0 is deterministic, 1 adds the noise of DDPM.
+
+        Returns:
+            ``sample`` and ``pred_xstart``, new tensors like ``x``; float32 where ``x`` is in half precision, as in the original.
+
+        Raises:
+            TypeError, ValueError: an argument breaks a rule; or what ``model``, ``denoised_fn`` or ``cond_fn`` returned does.
+        """
+        at = _timesteps(t, x)
+        steps = self._last_pass("prev", clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
+        _make_rows(steps, at)
+        return self._step("prev", steps, model, x, t, at, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+
+    def ddim_reverse_sample(
+        self,
+        model: Callable[..., Tensor],
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        eta: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """x_{t+1} from x_t (equation 14 of the DDIM paper). The last timestep goes to alpha_bar = 0, where there is nothing but eps.
+
+        Arguments, result and errors are those of ``ddim_sample``; ``eta`` must be 0.
+        """
+        at = _timesteps(t, x)
+        _check_deterministic(eta)
+        steps = self._last_pass("next", clip_denoised, denoised_fn, None, model_kwargs)
+        _make_rows(steps, at)
+        return self._step("next", steps, model, x, t, at, clip_denoised, denoised_fn, None, model_kwargs)
+
+    def ddim_sample_loop(
+        self,
+        model: Callable[..., Tensor],
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Callable[..., Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        device: str | torch.device | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+    ) -> Tensor:
+        """Samples from noise: ``ddim_sample`` at every timestep, the noisiest first, without gradients.
+
+        Args:
+            shape: ``(B, C, ...)``, a tuple or a list.
+            noise: x_T of that shape, not changed; ``torch.randn(*shape)`` if none.
+            device: where samples are made; the model's parameters' if none.
+            progress: show a bar.
+
+        The other arguments and the errors are those of ``ddim_sample``.
+
+        Returns:
+            ``shape``, the last ``sample``.
+        """
+        return _last_sample(
+            self.ddim_sample_loop_progressive(
+                model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta
+            )
+        )
+
+    def ddim_sample_loop_progressive(
+        self,
+        model: Callable[..., Tensor],
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Callable[..., Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        device: str | torch.device | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+    ) -> Iterator[dict[str, Tensor]]:
+        """``ddim_sample_loop`` that yields what ``ddim_sample`` returns at each timestep. A ``sample`` replaced there is gone on from."""
+        device = _check_start(model, shape, noise, device)
+        steps = self._last_pass("prev", clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
+        timesteps = range(len(self._alpha_bars))[::-1]
+        for i in timesteps:  # all of them, lest an error wait for the last
+            steps.row(i)
+        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs)
+
+        def run() -> Iterator[dict[str, Tensor]]:
+            x = torch.randn(*shape, device=device) if noise is None else noise
+            yield from self._loop("prev", steps, timesteps, model, x, options, progress)
+
+        return run()
+
+    def ddim_reverse_sample_loop(
+        self,
+        model: Callable[..., Tensor],
+        x: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+    ) -> Tensor:
+        """Encode: from clean samples ``x`` to the noise that ``ddim_sample_loop`` makes them from. The originals have no such loop.
+
+        ``ddim_reverse_sample`` at every timestep but the last, the cleanest first: a clean sample is taken for one at the first noise
+        level, and the result is at the last one, where ``ddim_sample_loop`` begins.
+
+        Args:
+            x: ``(B, C, ...)``, not changed.
+
+        The other arguments and the errors are those of ``ddim_reverse_sample``.
+
+        Returns:
+            The last ``sample``, for ``noise`` of ``ddim_sample_loop``.
+        """
+        return _last_sample(
+            self.ddim_reverse_sample_loop_progressive(model, x, clip_denoised, denoised_fn, model_kwargs, progress, eta)
+        )
+
+    def ddim_reverse_sample_loop_progressive(
+        self,
+        model: Callable[..., Tensor],
+        x: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+    ) -> Iterator[dict[str, Tensor]]:
+        """``ddim_reverse_sample_loop`` that yields what ``ddim_reverse_sample`` returns at each timestep."""
+        _check_samples(x)
+        _check_deterministic(eta)
+        steps = self._last_pass("next", clip_denoised, denoised_fn, None, model_kwargs)
+        timesteps = range(len(self._alpha_bars) - 1)
+        if not timesteps:
+            raise ValueError("encoding goes from a timestep to the next, got a diffusion with one: keep at least two")
+        options = (clip_denoised, denoised_fn, None, model_kwargs)
+        return self._loop("next", steps, timesteps, model, x, options, progress)
+
+    def _loop(
+        self,
+        target: str,
+        steps: StepsByTimestep,
+        timesteps: Sequence[int],
+        model: Callable[..., Tensor],
+        x: Tensor,
+        options: tuple,
+        progress: bool,
+    ) -> Iterator[dict[str, Tensor]]:
+        for i in tqdm(timesteps) if progress else timesteps:
+            with torch.no_grad():  # left before the yield: the caller's mode is the caller's
+                # The model reads timesteps on the device, the step a row on the host: nothing waits.
+                t = torch.full((len(x),), i, device=x.device)
+                out = self._step(target, steps, model, x, t, i, *options)
+            yield out
+            x = out["sample"]
+
+    def _last_pass(
+        self,
+        target: str,
+        clip_denoised: bool,
+        denoised_fn: Callable | None,
+        cond_fn: Callable | None,
+        model_kwargs: Mapping[str, Any] | None,
+        eta: float = 0.0,
+    ) -> StepsByTimestep:
+        """Check these arguments; the rows of the pass that makes the sample: from eps with guidance, else from x0 if it was denoised."""
+        check_eta(eta)
+        _check_callable("denoised_fn", denoised_fn)
+        _check_callable("cond_fn", cond_fn)
+        if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
+            raise TypeError(
+                f"model_kwargs must be a dict, got {type(model_kwargs).__name__}: where arguments are given by position, "
+                "cond_fn comes before model_kwargs, as in guided-diffusion"
+            )
+        if cond_fn is not None:
+            return self._steps("epsilon", target, float(eta))
+        return self._steps(
+            self._prediction if denoised_fn is None else "sample", target, float(eta), bool(clip_denoised)
+        )
+
+    def _step(
+        self,
+        target: str,
+        steps: StepsByTimestep,
+        model: Callable[..., Tensor],
+        x: Tensor,
+        t: Tensor,
+        at: int | Tensor,
+        clip_denoised: bool,
+        denoised_fn: Callable[[Tensor], Tensor] | None,
+        cond_fn: Callable[..., Tensor] | None,
+        model_kwargs: Mapping[str, Any] | None,
+    ) -> dict[str, Tensor]:
+        m = self._model_output(model, x, t, model_kwargs)
+        x_t, prediction = x.to(promoted_dtype(x, m)), self._prediction
+        if denoised_fn is not None:
+            if prediction != "sample":
+                m = self._steps(prediction, "x0").step(x_t, m, at)
+            m, prediction = _returned("denoised_fn", denoised_fn(m), x), "sample"
+        if cond_fn is not None:
+            gradient = _returned("cond_fn", self._call(cond_fn, x, t, model_kwargs), x).to(x_t.dtype)
+            m = self._steps(prediction, "eps", 0.0, bool(clip_denoised)).step(x_t, m, at, noise=gradient)
+        noise = torch.randn_like(x).to(x_t.dtype) if target == "prev" else None
+        pred_xstart = torch.empty_like(x_t)
+        sample = steps.step(x_t, m, at, noise=noise, x0_out=pred_xstart)
+        return {"sample": sample, "pred_xstart": pred_xstart}
+
+    def _model_output(
+        self, model: Callable[..., Tensor], x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None
+    ) -> Tensor:
+        """What the model predicts: the first half of its channels, as a view, where the second is a learned variance."""
+        channels = x.shape[1]
+        shape = (len(x), 2 * channels, *x.shape[2:]) if self._learns_variance else x.shape
+        remedy = f" (model_var_type {self.diffusion.model_var_type})"
+        return _returned("model", self._call(model, x, t, model_kwargs), x, shape, remedy)[:, :channels]
+
+    def _call(
+        self, function: Callable[..., Tensor], x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None
+    ) -> Any:
+        """``function`` at the timesteps that the original gives it: respaced by its wrapper, or scaled."""
+        wrap = getattr(self.diffusion, "_wrap_model", None)
+        scale = getattr(self.diffusion, "_scale_timesteps", None)
+        function = function if wrap is None else wrap(function)
+        return function(x, t if scale is None else scale(t), **(model_kwargs or {}))
+
+    def _steps(self, prediction: str, target: str, eta: float = 0.0, clip: bool = False) -> StepsByTimestep:
+        key = (prediction, target, eta, clip)
+        if key not in self._cached:
+            if len(self._cached) >= _MOST_CACHED:  # somebody sweeps over eta
+                self._cached.clear()
+            self._cached[key] = StepsByTimestep(len(self._alpha_bars), partial(self._row, *key))
+        return self._cached[key]
+
+    def _row(self, prediction: str, target: str, eta: float, clip: bool, t: int) -> StepCoefficients:
+        """The step from timestep ``t`` to the level ``target``; to "x0" and to "eps" it is the step to no noise, and to nothing else."""
+        alpha_bar_t, alpha_bar_target = float(self._alpha_bars[t]), float(self._targets[target][t])
+        if prediction == _PREVIOUS_X:
+            prediction = previous_x_prediction(alpha_bar_t, float(self._targets["prev"][t]))
+        variance = variance_with_room(alpha_bar_t, alpha_bar_target, eta, f"at timestep {t}")
+        return ddim_coefficients(
+            alpha_bar_t,
+            alpha_bar_target,
+            prediction,
+            variance=variance,
+            # There, cond_fn's gradient is read in the place of the noise: eps - sqrt(1 - alpha_bar_t) * gradient.
+            std_dev_added=-math.sqrt(1 - alpha_bar_t) if target == "eps" else None,
+            clip_sample_range=1.0 if clip else None,
+            use_clipped_model_output=clip,
+        )
+
+
+def _attribute(diffusion: Any, name: str) -> Any:
+    if not hasattr(diffusion, name):
+        raise TypeError(
+            f"diffusion must be a GaussianDiffusion or SpacedDiffusion of guided-diffusion or improved-diffusion, "
+            f"got {type(diffusion).__name__}, which has no {name}"
+        )
+    return getattr(diffusion, name)
+
+
+def _choice(diffusion: Any, name: str, choices: Mapping[str, Any]) -> Any:
+    kind = _attribute(diffusion, name)
+    if getattr(kind, "name", None) not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {kind}")
+    return choices[kind.name]
+
+
+def _levels(diffusion: Any, name: str) -> np.ndarray:
+    levels = np.array(_attribute(diffusion, name), dtype=np.float64)
+    if levels.shape != (_attribute(diffusion, "num_timesteps"),):
+        raise ValueError(
+            f"{name} must have one level for each of the {diffusion.num_timesteps} timesteps, got shape {levels.shape}"
+        )
+    return levels
+
+
+def _check_unchanged(diffusion: Any) -> None:
+    """Refuse a diffusion that does something else in the methods taken over: it would be ignored."""
+    for name in _REPLACED:
+        owner = next((cls.__name__ for cls in type(diffusion).__mro__ if name in vars(cls)), None)
+        if owner not in (*_ORIGINALS, None) or name in getattr(diffusion, "__dict__", {}):
+            raise ValueError(
+                f"{name} is computed by fused steps and must be the original's, got one of {type(diffusion).__name__}'s own, "
+                "which would be ignored: wrap a diffusion without it"
+            )
+    for name in ("ddim_sample", "ddim_sample_loop"):
+        if hasattr(diffusion, name):
+            expected = list(inspect.signature(getattr(FastDiffusion, name)).parameters)[1:]
+            found = list(inspect.signature(getattr(diffusion, name)).parameters)
+            if found not in (expected, [p for p in expected if p != "cond_fn"]):
+                raise TypeError(
+                    f"{name} must have the original's arguments ({', '.join(expected)}; cond_fn may be missing), "
+                    f"got {', '.join(found)}: this is another library's"
+                )
+
+
+def _check_samples(x: object) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(
+            f"x must be a floating point torch.Tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
+        )
+    if x.ndim < 2:
+        raise ValueError(f"x must have a batch and a channel dimension, (B, C, ...), got shape {tuple(x.shape)}")
+
+
+def _timesteps(t: object, x: object) -> Tensor:
+    """``t`` as int64, checked."""
+    _check_samples(x)
+    if not isinstance(t, Tensor) or t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+        raise TypeError(
+            f"t must be a torch.Tensor of integers, got {t.dtype if isinstance(t, Tensor) else type(t).__name__}: "
+            "for instance torch.full((B,), 7)"
+        )
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"t must have one timestep per sample, shape {tuple(x.shape[:1])}, got {tuple(t.shape)}")
+    return t.long()
+
+
+def _make_rows(steps: StepsByTimestep, at: Tensor) -> None:
+    """What ``steps`` needs for these timesteps, so that an error comes before the model is called."""
+    if at.device.type != "cpu":
+        steps.table(at.device)
+        return
+    for t in set(at.tolist()):
+        steps.row(t)
+
+
+def _check_deterministic(eta: float) -> None:
+    if eta != 0:
+        raise ValueError(f"the reverse process is deterministic: eta must be 0, got {eta}")
+
+
+def _check_callable(name: str, function: object) -> None:
+    if function is not None and not callable(function):
+        raise TypeError(
+            f"{name} must be a function or None, got {type(function).__name__}: where arguments are given by position, "
+            "cond_fn comes before model_kwargs, as in guided-diffusion"
+        )
+
+
+def _check_start(model: Any, shape: object, noise: object, device: str | torch.device | None) -> torch.device:
+    """Check what a loop starts from. Returns the device to sample on."""
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"shape must be a tuple or a list, (B, C, ...), got {type(shape).__name__}")
+    if len(shape) < 2:
+        raise ValueError(f"shape must have a batch and a channel dimension, (B, C, ...), got {tuple(shape)}")
+    if device is None:
+        parameter = next(iter(model.parameters()), None) if hasattr(model, "parameters") else None
+        if parameter is None:
+            raise ValueError(
+                "without a device, samples are made on that of the model's parameters, got a model with none: pass device"
+            )
+        device = parameter.device
+    device = torch.device(device)
+    if noise is not None:
+        _check_samples(noise)
+        if noise.shape != tuple(shape):
+            raise ValueError(f"noise must be of the shape asked for, {tuple(shape)}, got {tuple(noise.shape)}")
+        if noise.device.type != device.type:
+            raise ValueError(f"noise must be on the device to sample on, {device}, got {noise.device}: move it")
+    return device
+
+
+def _returned(name: str, value: object, x: Tensor, shape: Sequence[int] | None = None, remedy: str = "") -> Tensor:
+    shape = x.shape if shape is None else shape
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must return a torch.Tensor, got {type(value).__name__}")
+    if value.shape != shape:
+        raise ValueError(f"{name} must return shape {tuple(shape)}{remedy}, got {tuple(value.shape)}")
+    return value
+
+
+def _last_sample(steps: Iterable[dict[str, Tensor]]) -> Tensor:
+    for out in steps:
+        last = out["sample"]
+    return last

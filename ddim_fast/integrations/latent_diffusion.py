@@ -1,0 +1,599 @@
+"""The DDIM sampler of latent-diffusion and stable-diffusion (``ldm/models/diffusion/ddim.py``) with the update in one kernel.
+
+``from ddim_fast.integrations.latent_diffusion import DDIMSampler`` instead of ``from ldm.models.diffusion.ddim import DDIMSampler``
+is the whole change. Interface and behaviour of CompVis/latent-diffusion, CompVis/stable-diffusion and Stability-AI/stablediffusion.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..kernels.contract import StepCoefficients
+from ..kernels.dispatch import ddim_step
+from ..steps_by_timestep import StepsByTimestep
+from ..update import (
+    check_eta,
+    ddim_coefficients,
+    ddim_variance,
+    inversion_coefficients,
+    noising_coefficients,
+    variance_with_room,
+)
+from .promotion import promoting_step
+
+PARAMETERIZATIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+"""The prediction type of a model's ``parameterization``."""
+
+
+class DDIMSampler:
+    """DDIM (arXiv 2010.02502) for a ``LatentDiffusion`` model.
+
+    Args:
+        model: with ``num_timesteps``, ``betas``, ``alphas_cumprod`` and ``alphas_cumprod_prev`` ``(T,)``, ``device``,
+            ``apply_model(x, t, c)``; with ``q_sample(x0, t)`` for inpainting and ``first_stage_model.quantize`` for ``quantize_x0``.
+            ``parameterization`` is a key of ``PARAMETERIZATIONS``, "eps" if it has none.
+        schedule: kept as an attribute; the noise levels are those of the model.
+        device: of the buffers that ``make_schedule`` registers; that of the model if none.
+
+    Raises:
+        ValueError: the model's parameterization is unknown.
+    """
+
+    def __init__(self, model: Any, schedule: str = "linear", device: torch.device | str | None = None, **kwargs: Any):
+        _warn_of_unused(kwargs, stacklevel=3)
+        _prediction_type(model)
+        self.model = model
+        self.ddpm_num_timesteps = model.num_timesteps
+        self.schedule = schedule
+        self.device = device
+        self._levels: dict[bool, list[tuple[float, float]]] = {}
+        self._rows: dict[tuple[bool, int, float], StepCoefficients] = {}
+        self._noising: dict[bool, StepsByTimestep] = {}
+
+    def register_buffer(self, name: str, attr: Any) -> None:
+        """Set an attribute; tensors are moved to ``device``, or that of the model."""
+        if isinstance(attr, Tensor):
+            attr = attr.to(self.model.device if self.device is None else self.device)
+        setattr(self, name, attr)
+
+    def make_schedule(
+        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = True
+    ) -> None:
+        """Choose the timesteps and work out their coefficients.
+
+        Sets ``ddim_timesteps`` (NumPy), ``ddim_alphas``, ``ddim_alphas_prev`` (NumPy float64), ``ddim_sigmas`` (float64),
+        ``ddim_sqrt_one_minus_alphas``, ``ddim_sigmas_for_original_num_steps``, and ``betas``, ``alphas_cumprod`` and what is derived from
+        it, float32. They are to be read: steps do not follow changes of them.
+
+        Raises:
+            ValueError: no such discretization or timesteps, see ``make_ddim_timesteps``; eta adds more noise than a step has room for.
+        """
+        total = self.ddpm_num_timesteps
+        timesteps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, total, verbose=verbose)
+        check_eta(ddim_eta)
+        if tuple(self.model.alphas_cumprod.shape) != (total,):
+            raise ValueError(
+                f"model.alphas_cumprod must have one entry per timestep, {total}, got shape {tuple(self.model.alphas_cumprod.shape)}"
+            )
+        alphas_cumprod = self.model.alphas_cumprod.detach().cpu().double()
+        alphas = alphas_cumprod[timesteps].tolist()
+        # The step to clean data stops at the first noise level, alpha_bar of timestep 0.
+        alphas_prev = [float(alphas_cumprod[0]), *alphas[:-1]]
+        alphas_cumprod_prev = self.model.alphas_cumprod_prev.detach().cpu().double()
+        levels = {
+            False: list(zip(alphas, alphas_prev, strict=True)),
+            True: list(zip(alphas_cumprod.tolist(), alphas_cumprod_prev.tolist(), strict=True)),
+        }
+        # Worked out now, so that errors come here, before anything has changed.
+        rows = {(False, i, 1.0): _step_row(self.model, *pair, ddim_eta, 1.0) for i, pair in enumerate(levels[False])}
+        self._levels, self._rows, self._noising, self._eta = levels, rows, {}, float(ddim_eta)
+        self.ddim_timesteps = timesteps
+        self._register_buffers(alphas_cumprod)
+        if verbose:
+            print(f"DDIM with eta = {ddim_eta}: alphas {alphas}, alphas_prev {alphas_prev}, sigmas {self.ddim_sigmas}")
+
+    def _register_buffers(self, alphas_cumprod: Tensor) -> None:
+        sigmas = {
+            use_original_steps: [math.sqrt(ddim_variance(*pair, self._eta)) for pair in levels]
+            for use_original_steps, levels in self._levels.items()
+        }
+        alphas, alphas_prev = torch.tensor(self._levels[False], dtype=torch.float64).T.contiguous()
+        float32 = {
+            "betas": self.model.betas.detach(),
+            "alphas_cumprod": alphas_cumprod,
+            "alphas_cumprod_prev": self.model.alphas_cumprod_prev.detach(),
+            "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
+            "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
+            "log_one_minus_alphas_cumprod": (1 - alphas_cumprod).log(),
+            "sqrt_recip_alphas_cumprod": (1 / alphas_cumprod).sqrt(),
+            "sqrt_recipm1_alphas_cumprod": (1 / alphas_cumprod - 1).sqrt(),
+            "ddim_alphas": alphas,
+            "ddim_sqrt_one_minus_alphas": (1 - alphas).sqrt(),
+            "ddim_sigmas_for_original_num_steps": torch.tensor(sigmas[True], dtype=torch.float64),
+        }
+        for name, attr in float32.items():
+            self.register_buffer(name, attr.to(torch.float32, copy=True))
+        self.register_buffer("ddim_sigmas", torch.tensor(sigmas[False], dtype=torch.float64))
+        self.register_buffer("ddim_alphas_prev", alphas_prev.numpy())
+
+    @torch.no_grad()
+    def sample(
+        self,
+        S: int,
+        batch_size: int,
+        shape: Sequence[int],
+        conditioning: Any = None,
+        callback: Callable[[int], Any] | None = None,
+        normals_sequence: Any = None,
+        img_callback: Callable[[Tensor, int], Any] | None = None,
+        quantize_x0: bool = False,
+        eta: float = 0.0,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: Any = None,
+        corrector_kwargs: dict[str, Any] | None = None,
+        verbose: bool = True,
+        x_T: Tensor | None = None,
+        log_every_t: int = 100,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Any = None,
+        dynamic_threshold: None = None,
+        ucg_schedule: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """``make_schedule``, uniform, and ``ddim_sampling``.
+
+        Args:
+            S: number of steps. Where it does not divide T, another number is run: see ``make_ddim_timesteps``.
+            shape: ``(C, H, W)`` of a sample.
+            conditioning: what ``apply_model`` takes as c: a tensor ``(B, ...)``, a list, or a dict of tensors or lists.
+            normals_sequence, kwargs: not used, with a warning.
+            quantize_x0: pass the predicted x0 through ``first_stage_model.quantize``. Such a step takes two passes.
+            verbose: print the schedule.
+
+        The other arguments, the result and the errors are those of ``ddim_sampling``.
+        """
+        unused = {
+            **kwargs,
+            **({"normals_sequence": normals_sequence} if normals_sequence is not None else {}),
+            **({"x0 (without mask)": x0} if x0 is not None and mask is None else {}),
+        }
+        if unconditional_conditioning is None and (unconditional_guidance_scale != 1 or ucg_schedule is not None):
+            unused["unconditional_guidance_scale or ucg_schedule (without unconditional_conditioning)"] = None
+        _warn_of_unused(unused, stacklevel=4)
+        _warn_of_batch_size(conditioning, batch_size, stacklevel=4)
+        self.make_schedule(S, ddim_eta=eta, verbose=verbose)
+        size = (batch_size, *shape)
+        if verbose:
+            print(f"DDIM: samples of shape {size}, {len(self.ddim_timesteps)} steps")
+        return self.ddim_sampling(
+            conditioning,
+            size,
+            callback=callback,
+            img_callback=img_callback,
+            quantize_denoised=quantize_x0,
+            mask=mask,
+            x0=x0,
+            ddim_use_original_steps=False,
+            noise_dropout=noise_dropout,
+            temperature=temperature,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+            x_T=x_T,
+            log_every_t=log_every_t,
+            unconditional_guidance_scale=unconditional_guidance_scale,
+            unconditional_conditioning=unconditional_conditioning,
+            dynamic_threshold=dynamic_threshold,
+            ucg_schedule=ucg_schedule,
+        )
+
+    @torch.no_grad()
+    def ddim_sampling(
+        self,
+        cond: Any,
+        shape: Sequence[int],
+        x_T: Tensor | None = None,
+        ddim_use_original_steps: bool = False,
+        callback: Callable[[int], Any] | None = None,
+        timesteps: int | None = None,
+        quantize_denoised: bool = False,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        img_callback: Callable[[Tensor, int], Any] | None = None,
+        log_every_t: int = 100,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: Any = None,
+        corrector_kwargs: dict[str, Any] | None = None,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Any = None,
+        dynamic_threshold: None = None,
+        ucg_schedule: Sequence[float] | None = None,
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """The loop over the steps.
+
+        Args:
+            shape: ``(B, C, ...)``.
+            x_T: start from this noise; from ``torch.randn`` if none.
+            ddim_use_original_steps: visit all timesteps, not those of ``make_schedule``.
+            callback: ``callback(i)`` after step i. img_callback: ``img_callback(pred_x0, i)``.
+            timesteps: only the last ``timesteps`` - 1 steps, as the original counts them (all T: exactly so many).
+            mask, x0: inpainting: before each model call, x_t is ``model.q_sample(x0, t)`` where the mask is 1.
+            log_every_t: steps whose number from the end divides by this are kept in the intermediates, and the first.
+            temperature: what the noise is multiplied by. noise_dropout: dropout of the noise, 0 to 1.
+            score_corrector: ``score_corrector.modify_score(model, e_t, x, t, c, **corrector_kwargs)`` takes the place of e_t.
+            unconditional_guidance_scale, unconditional_conditioning: classifier-free guidance by one batched model call, the
+                unconditional half first. None where the scale is 1.
+            dynamic_threshold: must be None, as in the original.
+            ucg_schedule: a guidance scale for each step.
+
+        Returns:
+            The samples, and ``{"x_inter": [...], "pred_x0": [...]}``, each list beginning with x_T.
+
+        Raises:
+            TypeError, ValueError: an argument breaks a rule; the model has not been called.
+        """
+        self._check_step(noise_dropout, temperature, score_corrector, dynamic_threshold)
+        visited = self._visited(ddim_use_original_steps, timesteps)
+        _check_loop(mask, x0, log_every_t, ucg_schedule, len(visited))
+        device = self.model.betas.device
+        img = torch.randn(tuple(shape), device=device) if x_T is None else x_T
+        intermediates = {"x_inter": [img], "pred_x0": [img]}
+        for i, step in enumerate(tqdm(np.flip(visited), desc="DDIM Sampler")):
+            index = len(visited) - i - 1
+            ts = torch.full((shape[0],), int(step), device=device, dtype=torch.long)
+            if mask is not None:
+                img = self.model.q_sample(x0, ts) * mask + (1.0 - mask) * img
+            img, pred_x0 = self.p_sample_ddim(
+                img,
+                cond,
+                ts,
+                index=index,
+                use_original_steps=ddim_use_original_steps,
+                quantize_denoised=quantize_denoised,
+                temperature=temperature,
+                noise_dropout=noise_dropout,
+                score_corrector=score_corrector,
+                corrector_kwargs=corrector_kwargs,
+                unconditional_guidance_scale=unconditional_guidance_scale if ucg_schedule is None else ucg_schedule[i],
+                unconditional_conditioning=unconditional_conditioning,
+            )
+            if callback:
+                callback(i)
+            if img_callback:
+                img_callback(pred_x0, i)
+            if index % log_every_t == 0 or i == 0:
+                intermediates["x_inter"].append(img)
+                intermediates["pred_x0"].append(pred_x0)
+        return img, intermediates
+
+    @torch.no_grad()
+    def p_sample_ddim(
+        self,
+        x: Tensor,
+        c: Any,
+        t: Tensor,
+        index: int,
+        repeat_noise: bool = False,
+        use_original_steps: bool = False,
+        quantize_denoised: bool = False,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: Any = None,
+        corrector_kwargs: dict[str, Any] | None = None,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Any = None,
+        dynamic_threshold: None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One step: a model call, and one kernel pass for x_prev and the predicted x0 together (two with ``quantize_denoised``).
+
+        Args:
+            x: ``(B, C, ...)``. Half precision comes out as float32.
+            t: ``(B,)`` int64, what the model is told. index: the step's number, which alone says the noise levels.
+            repeat_noise: the same noise for all samples.
+
+        The other arguments and the errors are those of ``ddim_sampling``.
+
+        Returns:
+            x_prev and the predicted x0.
+        """
+        self._check_step(noise_dropout, temperature, score_corrector, dynamic_threshold)
+        row = self._row(index, use_original_steps, temperature)
+        e_t, guidance = self._predict(x, t, c, unconditional_guidance_scale, unconditional_conditioning)
+        if score_corrector is not None:
+            e_t, guidance = _guided(e_t, **guidance), {}
+            e_t = score_corrector.modify_score(self.model, e_t, x, t, c, **(corrector_kwargs or {}))
+        if quantize_denoised:
+            # x0 has to leave the kernel and come back: eps and x0 in one pass, the rest of the step, given both, in another.
+            only_eps = replace(row, prev_x0=0.0, prev_eps=1.0, prev_noise=0.0)
+            e_t, pred_x0 = promoting_step(x, e_t, only_eps, None, **guidance)
+            x, _, *_ = self.model.first_stage_model.quantize(pred_x0)
+            row, guidance = replace(row, x0_x=1.0, x0_m=0.0, eps_x=0.0, eps_m=1.0), {}
+        return promoting_step(x, e_t, row, _draw_noise(x, repeat_noise, noise_dropout), **guidance)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        x0: Tensor,
+        c: Any,
+        t_enc: int,
+        use_original_steps: bool = False,
+        return_intermediates: int | None = None,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Any = None,
+        callback: Callable[[int], Any] | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """From clean data to the noise that ``decode`` takes back to it (nearly): ``t_enc`` deterministic steps upwards.
+
+        Each step is the first iteration of the deterministic step's inversion: the model sees x_prev, and is told the timestep of x_t.
+
+        Args:
+            x0: ``(B, C, ...)``.
+            return_intermediates: about how many of the states to return; none if None.
+
+        Returns:
+            The encoded latents, and ``{"x_encoded", "intermediate_steps"}``, with ``return_intermediates`` also ``"intermediates"``.
+
+        Raises:
+            ValueError: an argument breaks a rule; the model has not been called.
+        """
+        levels = self._levels_of(use_original_steps)
+        if not 0 <= t_enc <= len(levels):
+            raise ValueError(f"t_enc must be 0 to the {len(levels)} steps of the schedule, got {t_enc}")
+        if return_intermediates and not 0 < return_intermediates <= max(t_enc, 1):
+            raise ValueError(f"return_intermediates must be at most t_enc, {t_enc}, got {return_intermediates}")
+        if unconditional_guidance_scale != 1 and unconditional_conditioning is None:
+            raise ValueError(
+                f"unconditional_guidance_scale={unconditional_guidance_scale} needs unconditional_conditioning, got None: pass it"
+            )
+        rows = [inversion_coefficients(*pair, _prediction_type(self.model)) for pair in levels[:t_enc]]
+        x_next, intermediates, inter_steps = x0, [], []
+        for i, step in enumerate(tqdm(self._visited(use_original_steps)[:t_enc], desc="Encoding image")):
+            t = torch.full((x0.shape[0],), int(step), device=self.model.device, dtype=torch.long)
+            model_output, guidance = self._predict(
+                x_next, t, c, unconditional_guidance_scale, unconditional_conditioning
+            )
+            # The original's coefficients have no dimensions here, so that, other than in p_sample_ddim, half precision stays.
+            x_next = x_next.to(torch.promote_types(x_next.dtype, model_output.dtype))
+            x_next = ddim_step(x_next, model_output, rows[i], noise=x_next, **guidance)
+            if return_intermediates and (i % (t_enc // return_intermediates) == 0 or i >= t_enc - 2):
+                intermediates.append(x_next)
+                inter_steps.append(i)
+            if callback:
+                callback(i)
+        out = {"x_encoded": x_next, "intermediate_steps": inter_steps}
+        return x_next, out | ({"intermediates": intermediates} if return_intermediates else {})
+
+    @torch.no_grad()
+    def stochastic_encode(
+        self, x0: Tensor, t: Tensor, use_original_steps: bool = False, noise: Tensor | None = None
+    ) -> Tensor:
+        """The forward process (equation 4 of arXiv 2010.02502) to the noise level of step ``t``, in one pass.
+
+        Args:
+            x0: ``(B, C, ...)``. Half precision comes out as float32.
+            t: ``(B,)`` int64, or one number: a step's index, not a timestep (the same with ``use_original_steps``).
+            noise: like ``x0``; drawn from torch's generator if none.
+
+        Raises:
+            ValueError: no such step.
+        """
+        if not isinstance(t, Tensor) or t.dtype != torch.int64 or (t.numel() != 1 and t.shape != x0.shape[:1]):
+            raise ValueError(f"t must be int64, one number or one for each of the {len(x0)} samples, got {t!r}")
+        key = bool(use_original_steps)
+        levels = self._levels_of(key)
+        if key not in self._noising:
+            self._noising[key] = StepsByTimestep(len(levels), lambda index: noising_coefficients(levels[index][0]))
+        noise = torch.randn_like(x0) if noise is None else noise
+        x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
+        return self._noising[key].step(x0, x0, t, noise=noise.to(x0.dtype))
+
+    @torch.no_grad()
+    def decode(
+        self,
+        x_latent: Tensor,
+        cond: Any,
+        t_start: int,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Any = None,
+        use_original_steps: bool = False,
+        callback: Callable[[int], Any] | None = None,
+    ) -> Tensor:
+        """The last ``t_start`` steps, from ``x_latent`` ``(B, C, ...)``; eta is that of ``make_schedule``."""
+        visited = self._visited(use_original_steps)[:t_start]
+        x_dec = x_latent
+        for i, step in enumerate(tqdm(np.flip(visited), desc="Decoding image")):
+            ts = torch.full((x_latent.shape[0],), int(step), device=x_latent.device, dtype=torch.long)
+            x_dec, _ = self.p_sample_ddim(
+                x_dec,
+                cond,
+                ts,
+                index=len(visited) - i - 1,
+                use_original_steps=use_original_steps,
+                unconditional_guidance_scale=unconditional_guidance_scale,
+                unconditional_conditioning=unconditional_conditioning,
+            )
+            if callback:
+                callback(i)
+        return x_dec
+
+    def _levels_of(self, use_original_steps: bool) -> list[tuple[float, float]]:
+        """(alpha_bar_t, alpha_bar_prev) of each step, the least noisy first."""
+        if not self._levels:
+            raise ValueError(
+                "there is no schedule yet: call make_schedule first, for instance sampler.make_schedule(ddim_num_steps=50)"
+            )
+        return self._levels[bool(use_original_steps)]
+
+    def _visited(self, use_original_steps: bool, timesteps: int | None = None) -> np.ndarray:
+        """Timesteps, increasing: all, or as many as the original takes ``timesteps`` to mean."""
+        count = len(self._levels_of(use_original_steps))
+        if timesteps is not None and not 1 <= timesteps <= (count if use_original_steps else math.inf):
+            raise ValueError(f"timesteps must be 1 to the {count} steps of the schedule, got {timesteps}")
+        if use_original_steps:
+            return np.arange(count if timesteps is None else timesteps)
+        # The original's own rounding: one step fewer than asked.
+        return self.ddim_timesteps[: None if timesteps is None else int(min(timesteps / count, 1) * count) - 1]
+
+    def _row(self, index: int, use_original_steps: bool, temperature: float = 1.0) -> StepCoefficients:
+        key = bool(use_original_steps), operator.index(index), float(temperature)
+        if key not in self._rows:
+            levels = self._levels_of(use_original_steps)
+            if not 0 <= index < len(levels):
+                raise ValueError(f"index must be 0 to {len(levels) - 1}, that of a step of the schedule, got {index}")
+            self._rows[key] = _step_row(self.model, *levels[index], self._eta, float(temperature))
+        return self._rows[key]
+
+    def _predict(
+        self, x: Tensor, t: Tensor, c: Any, guidance_scale: float, unconditional_conditioning: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The model's output, and what ``ddim_step`` needs for guidance."""
+        if unconditional_conditioning is None or guidance_scale == 1:
+            return self.model.apply_model(x, t, c), {}
+        both = _one_batch(unconditional_conditioning, c)
+        uncond, cond = self.model.apply_model(torch.cat([x] * 2), torch.cat([t] * 2), both).chunk(2)
+        return cond, {"model_output_uncond": uncond, "guidance_scale": float(guidance_scale)}
+
+    def _check_step(self, noise_dropout: float, temperature: float, score_corrector, dynamic_threshold) -> None:
+        if not 0 <= noise_dropout <= 1:
+            raise ValueError(f"noise_dropout is a probability and must be 0 to 1, got {noise_dropout}")
+        if not math.isfinite(temperature):
+            raise ValueError(f"temperature must be finite, got {temperature}")
+        if score_corrector is not None and _prediction_type(self.model) != "epsilon":
+            raise ValueError(
+                "a score_corrector corrects predicted noise: it needs a model with parameterization 'eps', "
+                f"got {self.model.parameterization!r}"
+            )
+        if dynamic_threshold is not None:
+            raise ValueError(f"dynamic_threshold must be None, the original has none either, got {dynamic_threshold!r}")
+
+
+def make_ddim_timesteps(
+    ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = True
+) -> np.ndarray:
+    """Timesteps, increasing, one later than their spacing says: "uniform", every (T // S)-th, or "quad", quadratic up to 0.8 T.
+
+    "uniform" gives S timesteps only where S divides T, more elsewhere; "quad" repeats some.
+
+    Raises:
+        ValueError: no such method; a timestep is T, which does not exist ("uniform": where T // S divides T - 1).
+    """
+    count, total = operator.index(num_ddim_timesteps), num_ddpm_timesteps
+    if ddim_discr_method == "uniform":
+        if not 1 <= count <= total:
+            raise ValueError(f"ddim_num_steps must be 1 to the model's {total} timesteps, got {count}")
+        steps = np.arange(0, total, total // count)
+    elif ddim_discr_method == "quad":
+        if count < 1:
+            raise ValueError(f"ddim_num_steps must be at least 1, got {count}")
+        steps = (np.linspace(0, math.sqrt(total * 0.8), count) ** 2).astype(int)
+    else:
+        raise ValueError(f"ddim_discretize must be 'uniform' or 'quad', got {ddim_discr_method!r}")
+    steps = steps + 1
+    if steps[-1] >= total:
+        fewer = next(s for s in range(min(count, total), 0, -1) if s == 1 or (total - 1) % (total // s))
+        raise ValueError(
+            f"{ddim_discr_method} timesteps for ddim_num_steps={count} end with {steps[-1]}, and the last of the model is {total - 1}: "
+            f"take {fewer} steps"
+        )
+    if verbose:
+        print(f"DDIM timesteps: {steps}")
+    return steps
+
+
+def _step_row(
+    model: Any, alpha_bar_t: float, alpha_bar_prev: float, eta: float, temperature: float
+) -> StepCoefficients:
+    variance = variance_with_room(alpha_bar_t, alpha_bar_prev, eta)
+    return ddim_coefficients(
+        alpha_bar_t,
+        alpha_bar_prev,
+        _prediction_type(model),
+        variance=variance,
+        std_dev_added=math.sqrt(variance) * temperature,
+    )
+
+
+def _prediction_type(model: Any) -> str:
+    parameterization = getattr(model, "parameterization", "eps")
+    if parameterization not in PARAMETERIZATIONS:
+        raise ValueError(
+            f"model.parameterization must be one of {', '.join(PARAMETERIZATIONS)}, got {parameterization!r}"
+        )
+    return PARAMETERIZATIONS[parameterization]
+
+
+def _check_loop(mask, x0, log_every_t: int, ucg_schedule, num_steps: int) -> None:
+    if mask is not None and x0 is None:
+        raise ValueError("mask says where x0 is known, got no x0: pass x0, too")
+    if log_every_t < 1:
+        raise ValueError(f"log_every_t must be at least 1, got {log_every_t}")
+    if ucg_schedule is not None and len(ucg_schedule) != num_steps:
+        raise ValueError(f"ucg_schedule must have one scale for each of the {num_steps} steps, got {len(ucg_schedule)}")
+
+
+def _draw_noise(x: Tensor, repeat_noise: bool, noise_dropout: float) -> Tensor:
+    """Noise like ``x`` in the default dtype. Drawn where a step adds none, too: the random stream must be the original's."""
+    if repeat_noise:
+        noise = torch.randn((1, *x.shape[1:]), device=x.device).expand(x.shape).contiguous()
+    else:
+        noise = torch.randn(x.shape, device=x.device)
+    return torch.nn.functional.dropout(noise, p=noise_dropout) if noise_dropout > 0 else noise
+
+
+def _guided(e_t: Tensor, model_output_uncond: Tensor | None = None, guidance_scale: float = 1.0) -> Tensor:
+    """The guided output as a tensor, for a score corrector to see; without one, it exists in registers only."""
+    return e_t if model_output_uncond is None else torch.lerp(model_output_uncond, e_t, guidance_scale)
+
+
+def _one_batch(uncond: Any, cond: Any) -> Any:
+    """Tensors, and those in lists and dicts, with ``uncond`` before ``cond`` in the batch."""
+    if isinstance(cond, dict) and isinstance(uncond, dict) and cond.keys() == uncond.keys():
+        return {key: _one_batch(uncond[key], cond[key]) for key in cond}
+    if isinstance(cond, list) and isinstance(uncond, list) and len(cond) == len(uncond):
+        return [_one_batch(u, c) for u, c in zip(uncond, cond, strict=True)]
+    if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
+        return torch.cat([uncond, cond])
+    raise ValueError(
+        "unconditional_conditioning must be built as conditioning is: tensors, lists as long, dicts with the same keys, "
+        f"got {_outline(uncond)} beside {_outline(cond)}"
+    )
+
+
+def _outline(conditioning: Any) -> str:
+    if isinstance(conditioning, dict):
+        return f"a dict with the keys {list(conditioning)}"
+    return f"a list of {len(conditioning)}" if isinstance(conditioning, list) else f"a {type(conditioning).__name__}"
+
+
+def _batch_sizes(conditioning: Any) -> Iterable[int]:
+    if isinstance(conditioning, (dict, list)):
+        for part in conditioning.values() if isinstance(conditioning, dict) else conditioning:
+            yield from _batch_sizes(part)
+    elif isinstance(conditioning, Tensor):
+        yield conditioning.shape[0]
+
+
+def _warn_of_batch_size(conditioning: Any, batch_size: int, stacklevel: int) -> None:
+    if wrong := sorted(set(_batch_sizes(conditioning)) - {batch_size}):
+        warnings.warn(f"batch_size is {batch_size}, got conditioning for {wrong[0]} samples", stacklevel=stacklevel)
+
+
+def _warn_of_unused(arguments: dict[str, Any], stacklevel: int) -> None:
+    if arguments:
+        warnings.warn(
+            f"the sampler has no use for {', '.join(arguments)}, as the original has none: leave it out",
+            stacklevel=stacklevel,
+        )

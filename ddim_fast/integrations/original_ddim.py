@@ -1,0 +1,123 @@
+"""The samplers of the original DDIM repository (ermongroup/ddim, ``functions/denoising.py``) with the update in one kernel.
+
+``from ddim_fast.integrations.original_ddim import generalized_steps, ddpm_steps`` is the whole change.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..kernels.contract import StepCoefficients
+from ..update import check_eta, ddim_coefficients, ddpm_variance, variance_with_room
+from .promotion import promoting_step
+
+Model = Callable[[Tensor, Tensor], Tensor]
+"""``model(x, t)``: x ``(B, C, ...)`` and its timesteps ``(B,)`` float32 to the predicted noise, like x."""
+
+
+def compute_alpha(beta: Tensor, t: Tensor) -> Tensor:
+    """alpha_bar of timesteps: the product of 1 - beta up to t, and 1 where t = -1.
+
+    Args:
+        beta: ``(T,)``.
+        t: ``(B,)`` int64, -1 to T - 1.
+
+    Returns:
+        ``(B, 1, 1, 1)`` in the dtype and on the device of ``beta``; multiplied in float64.
+    """
+    alpha_bars = torch.tensor(_alpha_bars(beta), dtype=beta.dtype, device=beta.device)
+    return alpha_bars.index_select(0, t + 1).view(-1, 1, 1, 1)
+
+
+@torch.no_grad()
+def generalized_steps(
+    x: Tensor, seq: Sequence[int], model: Model, b: Tensor, *, eta: float = 0.0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """DDIM: equations 12 and 16 of arXiv 2010.02502.
+
+    Args:
+        x: x_T ``(B, C, ...)``. The steps run where it is; float32, where it is of half precision, too.
+        seq: timesteps to visit, increasing, for instance ``range(0, 1000, 20)``.
+        model: see ``Model``.
+        b: ``(T,)`` betas, on any device.
+        eta: 0 is deterministic, 1 adds as much noise as DDPM.
+
+    Returns:
+        ``xs``: x_T as given, and each x_prev; ``x0_preds``: the x0 predicted in each step. Results are moved to the CPU.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule; the model has not been called.
+    """
+
+    def row(t: int, alpha_bar_t: float, alpha_bar_next: float) -> StepCoefficients:
+        return ddim_coefficients(
+            alpha_bar_t, alpha_bar_next, variance=variance_with_room(alpha_bar_t, alpha_bar_next, eta)
+        )
+
+    check_eta(eta)
+    # The original draws like x_T in every step, even where x_t has become float32.
+    return _sample(x, _steps(seq, b, row), model, lambda x_t: torch.randn_like(x))
+
+
+@torch.no_grad()
+def ddpm_steps(x: Tensor, seq: Sequence[int], model: Model, b: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """DDPM between the timesteps of ``seq``: x0 clipped to [-1, 1], the posterior mean, and the larger noise, of variance beta_t.
+
+    The mean (equation 7 of arXiv 2006.11239) is that of a DDIM step with eta = 1 whose eps is derived again from the clipped x0
+    (equation 7 of arXiv 2010.02502). beta_t is 1 - alpha_bar_t / alpha_bar_prev; the step from t = 0 adds no noise.
+
+    Arguments, results and errors are those of ``generalized_steps``.
+    """
+
+    def row(t: int, alpha_bar_t: float, alpha_bar_prev: float) -> StepCoefficients:
+        return ddim_coefficients(
+            alpha_bar_t,
+            alpha_bar_prev,
+            variance=ddpm_variance(alpha_bar_t, alpha_bar_prev),
+            std_dev_added=math.sqrt(1 - alpha_bar_t / alpha_bar_prev) if t != 0 else 0.0,
+            clip_sample_range=1.0,
+            use_clipped_model_output=True,
+        )
+
+    return _sample(x, _steps(seq, b, row), model, torch.randn_like)
+
+
+def _alpha_bars(b: Tensor) -> list[float]:
+    """alpha_bar from t = -1 to T - 1."""
+    return [1.0, *(1 - b.detach().cpu().double()).cumprod(0).tolist()]
+
+
+def _steps(
+    seq: Sequence[int], b: Tensor, row: Callable[[int, float, float], StepCoefficients]
+) -> list[tuple[int, StepCoefficients]]:
+    """(t, row) of each step, the noisiest first; ``row(t, alpha_bar_t, alpha_bar_prev)``."""
+    alpha_bars = _alpha_bars(b)
+    try:
+        timesteps = [operator.index(t) for t in seq]
+    except TypeError:
+        raise TypeError(f"seq must be integers, got {seq!r}: round them, for instance with int(t)") from None
+    pairs = list(pairwise([-1, *timesteps]))
+    for t_prev, t in pairs:
+        # A timestep twice is allowed: the original's quadratic sequences have some.
+        if not max(t_prev, 0) <= t < len(b):
+            raise ValueError(f"seq must be increasing, from 0 to {len(b) - 1} at most, got {t} after {t_prev}")
+    return [(t, row(t, alpha_bars[t + 1], alpha_bars[t_prev + 1])) for t_prev, t in reversed(pairs)]
+
+
+def _sample(
+    x: Tensor, steps: list[tuple[int, StepCoefficients]], model: Model, draw_noise: Callable[[Tensor], Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    x_t, xs, x0_preds = x, [x], []
+    for t, row in steps:
+        model_output = model(x_t, torch.full((x.size(0),), t, dtype=torch.float32, device=x.device))
+        # Drawn where a step adds none, too: what follows in the random stream must be what it was.
+        x_t, x0 = promoting_step(x_t, model_output, row, draw_noise(x_t))
+        xs.append(x_t.to("cpu"))
+        x0_preds.append(x0.to("cpu"))
+    return xs, x0_preds
