@@ -110,16 +110,18 @@ def ddim_step(
 def plain_step(
     x_t: Tensor, model_output: Tensor, coefficients: StepCoefficients, x_prev: Tensor, x0: Tensor | None
 ) -> Tensor | None:
-    """``ddim_step`` without noise, guidance or thresholds into ``x_prev``, if these are plain CPU tensors that fit together.
+    """``ddim_step`` without noise, guidance or thresholds, where these are plain CPU tensors that fit together. For callers that
+    count microseconds.
 
-    None, and nothing is done, where there is more to look at; no errors. For callers that count microseconds.
+    Args:
+        x_prev, x0: new tensors: autograd is not told that they were written to.
+
+    Returns:
+        ``x_prev``, or None where there is more to look at: then nothing was done, and there is no error.
     """
     if _run_plain is None or _is_dynamo_compiling() or forward_ad._current_level >= 0:
         return None
-    result = _run_plain(x_t, model_output, coefficients, None, None, None, None, 0, 0, None, x_prev, x0)
-    if result is not None and not _is_inference_mode():
-        _note_writes(x_prev, x0)
-    return result
+    return _run_plain(x_t, model_output, coefficients, None, None, None, None, 0, 0, None, x_prev, x0)
 
 
 def ddim_step_from_table(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,3 +186,13 @@ def test_a_saved_pipeline_comes_back(parts, tmp_path):
     assert type(again.scheduler) is FastDDIMScheduler
     assert again.scheduler.config.explicit_pairs
     np.testing.assert_array_equal(got, expected)
+
+
+def test_the_example_of_the_documentation_runs():
+    page = Path(__file__).parents[2] / "docs" / "drop_ins" / "diffusers.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(code, names)
+    assert names["images"].shape == (1, 16, 16, 3)
