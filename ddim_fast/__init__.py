@@ -8,6 +8,7 @@ images = sampler.sample(model, shape=(64, 1, 28, 28), seed=0)
 """
 
 from ._version import __version__
+from .editing import slerp
 from .kernels import operators as _operators  # noqa: F401 (registers them with torch)
 from .kernels.contract import StepCoefficients, StepTable
 from .kernels.dispatch import ddim_step, ddim_step_from_table
@@ -38,5 +39,6 @@ __all__ = [
     "respaced_timesteps",
     "sample_seeds",
     "select_timesteps",
+    "slerp",
     "standard_normals",
 ]

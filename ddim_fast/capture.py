@@ -1,12 +1,13 @@
 """The sampling loop as CUDA graphs: captured once, replayed by every later call that differs in values only.
 
 A graph bakes in addresses, shapes and every Python number. Here all that changes between calls lies in static tensors that the
-captured work reads: samples, seeds, timesteps, coefficients, guidance scale, conditioning. What is baked in is part of the key under
-which a graph is kept (``_key``), so that another value of it means another graph, never a stale one.
+captured work reads: samples, seeds, timesteps, coefficients, guidance scales, conditioning, known regions. What is baked in is part of
+the key under which a graph is kept (``_key``), so that another value of it means another graph, never a stale one.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import warnings
@@ -32,7 +33,9 @@ from .plan import PlannedStep, SamplingPlan
 MODES = ("auto", "loop", "step", "off")
 """One graph for the whole loop, one for a step that is replayed for each, or none; "auto": "step" where it can be."""
 
-_TENSORS = ("x_t", "seeds", "noise", "model_input", "x_seen", "x0")  # of a Loop
+_PACKAGE = __name__.partition(".")[0]
+_LOADED = ("x_t", "seeds", "mask", "known_x0")  # tensors of a Loop that a call brings
+_SCRATCH = ("noise", "known_noise", "model_input", "x_seen", "x0")  # and that a step fills
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,10 @@ class Job:
 
     @cached_property
     def table(self) -> StepTable:
-        """The plan's steps, on the host."""
-        return self.plan.table("cpu", self.loop.guidance_scale)
+        """The plan's steps, on the host, each with its guidance scale."""
+        table = self.plan.table("cpu", self.loop.guidance_scales)
+        # Where the guided output is rescaled, the step is given that one output, and the scale is looked up before it.
+        return replace(table, guided=table.guided and not self.loop.guidance_rescale)
 
 
 class CapturedLoop:
@@ -79,7 +84,7 @@ class CapturedLoop:
             loop,
             calls=model_calls(job.model, conditionings),
             generator=None,
-            **{name: _like(getattr(loop, name)) for name in _TENSORS},
+            **{name: _like(getattr(loop, name)) for name in (*_LOADED, *_SCRATCH)},
         )
         capacity = _capacity(mode, self._steps)
         rows = torch.zeros((capacity, job.table.rows.shape[1]), dtype=torch.float32, device=device)
@@ -96,9 +101,9 @@ class CapturedLoop:
     def load(self, job: Job) -> None:
         """Make the static tensors those of another job, which has the same key."""
         count, device = job.plan.num_inference_steps, self.loop.x_t.device
-        self.loop.x_t.copy_(job.loop.x_t)
-        if self.loop.seeds is not None:
-            self.loop.seeds.copy_(job.loop.seeds)
+        for name in _LOADED:
+            if (static := getattr(self.loop, name)) is not None:
+                static.copy_(getattr(job.loop, name))
         self.loop.generator = job.loop.generator
         self._position.table.rows[:count].copy_(job.table.rows)
         timesteps = torch.tensor(job.plan.timesteps)[:, None]
@@ -112,8 +117,7 @@ class CapturedLoop:
     def replay_step(self, step: PlannedStep, timing: Timing) -> None:
         """The next step of the loop, which is this one."""
         started = time.perf_counter()
-        if step.std_dev_t > 0:
-            self.loop.draw_noise()
+        self.loop.draw_noise(step)
         self._replay(timing, started, 1)
 
     def replay_all(self, timing: Timing) -> None:
@@ -218,7 +222,7 @@ class GraphCache:
             return None if key in failed else self._get(mode, job)
         except Exception as error:
             if None not in failed:
-                warnings.warn(f"sampling without CUDA graphs: {error}", stacklevel=5)
+                warnings.warn(f"sampling without CUDA graphs: {error}", stacklevel=_callers_level())
             failed |= {key, None}
             return None
 
@@ -236,6 +240,17 @@ class GraphCache:
             self._failed.clear()
             while self._captured:
                 _free(self._captured.popitem()[1][1])
+
+
+def _callers_level() -> int:
+    """``stacklevel`` of the line outside of this package that called the sampler."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        _PACKAGE,
+        "contextlib",
+    ):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _free(captured: CapturedLoop) -> None:
@@ -256,24 +271,27 @@ def choose_mode(
     backend: str | None,
     between_steps: str | None,
     model: Model,
+    not_captured: str | None = None,
 ) -> str:
     """The mode to sample in: "loop", "step" or "off".
 
     Args:
         between_steps: what the host has to do between two steps, in words; None for nothing.
+        not_captured: why no step of this call can be captured; None if nothing is in the way.
 
     Raises:
         ValueError: the mode asked for is unknown, or cannot be; the message has the reason.
     """
     if capture not in MODES:
         raise ValueError(f"capture must be one of {', '.join(MODES)}, got {capture!r}")
-    reason = None
     if device.type not in cache.device_types:
         reason = f"it needs a CUDA device, and the samples are on {device}"
     elif dtype not in DTYPES_OF_KERNELS:
         reason = f"its kernel takes float32, float16 and bfloat16, and the samples are {dtype}"
     elif backend not in (None, "triton"):
         reason = f"it is the Triton kernel that is captured, and backend={backend!r} was asked for"
+    else:
+        reason = not_captured
     if capture in ("loop", "step") and reason is not None:
         raise ValueError(f"capture={capture!r} cannot be used: {reason}; use capture='off', or 'auto'")
     if capture == "loop" and between_steps is not None:
@@ -306,11 +324,12 @@ def _key(mode: str, job: Job) -> Hashable:
         mode,
         _capacity(mode, job.plan.num_inference_steps),
         _model_key(job.model),
-        *(_tensor_key(getattr(loop, name)) for name in _TENSORS),
+        *(_tensor_key(getattr(loop, name)) for name in (*_LOADED, *_SCRATCH)),
         len(loop.calls),
         loop.thresholding,
         loop.normals,
-        (job.table.clipped, job.table.adds_noise),
+        (job.table.clipped, job.table.adds_noise, loop.mask is not None and job.table.adds_known_noise),
+        loop.guidance_rescale,
         str(structure),
         tuple(_leaf_key(leaf) for leaf in leaves),
         torch.is_autocast_enabled("cuda"),

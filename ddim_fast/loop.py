@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .guidance import ClassifierGuidance, guided_output
 from .kernels.contract import StepTable
 from .kernels.dispatch import ddim_step, ddim_step_from_table
 from .kernels.noise import NoiseStream
@@ -73,16 +74,20 @@ class Loop:
     Attributes:
         x_t: ``(B, C, ...)`` the noisy samples; each step's result takes their place.
         calls: the model calls of a step: one, or a conditional and an unconditional one.
+        guidance_scales: one for each step, where there are two calls; or None.
         seeds: ``(B,)`` int64, for in-register noise; or None.
         noise: like ``x_t``: what a ``generator`` fills before each step that adds noise; or None.
         normals: the form of in-register noise, one of ``kernels.contract.NORMALS``.
         model_input: like ``x_t``, in the model's dtype, where that differs; or None.
         x_seen, x0: like ``x_t``, where the caller wants to see them: what the model saw, and what it predicted from it; or None.
+        guidance_rescale: phi of ``guided_output``; 0 leaves guidance to the step's kernel.
+        mask, known_x0: like ``x_t``: the known region (1) and the picture there; or None.
+        known_noise: like ``x_t``: what a ``generator`` fills before each step whose known region has noise; or None.
     """
 
     x_t: Tensor
     calls: Sequence[ModelCall]
-    guidance_scale: float | None
+    guidance_scales: Sequence[float] | None
     thresholding: Thresholding | None
     seeds: Tensor | None
     generator: torch.Generator | None
@@ -91,6 +96,11 @@ class Loop:
     x_seen: Tensor | None
     x0: Tensor | None
     normals: str = "exact"
+    guidance_rescale: float = 0.0
+    classifier: ClassifierGuidance | None = None
+    mask: Tensor | None = None
+    known_x0: Tensor | None = None
+    known_noise: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -99,18 +109,23 @@ class Loop:
     def planned_step(self, step: PlannedStep, t: Tensor, timing: Timing, backend: str | None) -> None:
         """Advance ``x_t`` by this step; ``t`` ``(B,)`` are its timesteps."""
         started = time.perf_counter()
-        model_output, uncond = self._predict(t)
-        called = time.perf_counter()
         x_t = self.x_t
-        scale = None if uncond is None else self.guidance_scale
+        model_output, uncond = self._predict(t)
+        scale = None if uncond is None else self.guidance_scales[step.index]
+        if uncond is not None and (self.guidance_rescale or self.classifier is not None):
+            model_output = guided_output(model_output, uncond, scale, self.guidance_rescale, x_t.dtype)
+            uncond = scale = None
+        if self.classifier is not None:
+            model_output = self.classifier.shifted(model_output, x_t, t, step.index)
+        called = time.perf_counter()
         thresholds = None
         if self.thresholding is not None:
             thresholds = dynamic_thresholds(
                 x_t, model_output, step.coefficients, self.thresholding.ratio, self.thresholding.maximum, uncond, scale
             )
-        adds_noise = step.std_dev_t > 0
-        if adds_noise:
-            self.draw_noise()
+        self.draw_noise(step)
+        adds_noise = step.coefficients.adds_noise
+        makes_noise = adds_noise or (self.mask is not None and step.coefficients.adds_known_noise)
         # Where the caller wants to see what the model saw, the two buffers change places instead of a copy.
         self.x_t = ddim_step(
             x_t,
@@ -119,10 +134,13 @@ class Loop:
             model_output_uncond=uncond,
             guidance_scale=scale,
             noise=self.noise if adds_noise else None,
-            seeds=self.seeds if adds_noise else None,
+            seeds=self.seeds if makes_noise else None,
             noise_step=step.index,
             noise_stream=NoiseStream.STEP,
             thresholds=thresholds,
+            mask=self.mask,
+            known_x0=self.known_x0,
+            known_noise=self.known_noise,
             normals=self.normals,
             out=x_t if self.x_seen is None else self.x_seen,
             x0_out=self.x0,
@@ -142,6 +160,10 @@ class Loop:
         p = position
         torch.index_select(p.timesteps, 0, p.index, out=p.t)
         model_output, uncond = self._predict(p.t[0])
+        if uncond is not None and self.guidance_rescale:
+            scale = p.table.prediction(p.index)[3]
+            model_output = guided_output(model_output, uncond, scale, self.guidance_rescale, self.x_t.dtype)
+            uncond = None
         thresholds = None
         if self.thresholding is not None:
             thresholds = dynamic_thresholds(
@@ -163,19 +185,24 @@ class Loop:
             p.index,
             model_output_uncond=uncond,
             noise=self.noise,
-            seeds=self.seeds if self.noise is None else None,
+            seeds=self.seeds,
             noise_stream=NoiseStream.STEP,
             thresholds=thresholds,
+            mask=self.mask,
+            known_x0=self.known_x0,
+            known_noise=self.known_noise,
             normals=self.normals,
             out=self.x_t,
             x0_out=self.x0,
         )
         p.index.add_(1)
 
-    def draw_noise(self) -> None:
-        """Fill ``noise`` from the generator, where it comes from one."""
-        if self.noise is not None:
+    def draw_noise(self, step: PlannedStep) -> None:
+        """Fill what this step takes from the generator: first the noise that it adds, then that of the known region."""
+        if self.noise is not None and step.coefficients.adds_noise:
             self.noise.normal_(generator=self.generator)
+        if self.known_noise is not None and step.coefficients.adds_known_noise:
+            self.known_noise.normal_(generator=self.generator)
 
     def _predict(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
         """The model's output, and its unconditional output with guidance."""

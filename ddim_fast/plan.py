@@ -7,6 +7,7 @@ prediction type, eta and clipping end here.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -117,7 +118,9 @@ class SamplingPlan:
     def steps(self) -> tuple[PlannedStep, ...]:
         return tuple(self._step(i, t, t_prev) for i, (t, t_prev) in enumerate(self.pairs))
 
-    def table(self, device: torch.device | str = "cpu", guidance_scale: float | None = None) -> StepTable:
+    def table(
+        self, device: torch.device | str = "cpu", guidance_scale: float | Sequence[float] | None = None
+    ) -> StepTable:
         """All steps as one table in device memory, for ``ddim_step_from_table``."""
         return StepTable.of([step.coefficients for step in self.steps], device, guidance_scale)
 

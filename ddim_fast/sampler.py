@@ -5,19 +5,29 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .capture import GRAPHS, GraphCache, Job, choose_mode
-from .kernels.dispatch import normals
-from .kernels.noise import NoiseStream, sample_seeds
+from .capture import GRAPHS, CapturedLoop, GraphCache, Job, choose_mode
+from .editing import (
+    blend_known_region,
+    check_alike,
+    check_samples,
+    img2img,
+    inpaint,
+    interpolate,
+    known_region,
+    seeds_of_samples,
+    start,
+)
+from .guidance import GuidanceScale, check_rescale, classifier_guidance, guidance_scales
 from .loop import Loop, Thresholding, Timing, model_calls
 from .models import Model
 from .plan import SamplingPlan
@@ -158,8 +168,12 @@ class DDIMSampler:
         generator: torch.Generator | None = None,
         x_T: Tensor | None = None,
         conditioning: Mapping[str, Any] | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: GuidanceScale | None = None,
         unconditional_conditioning: Mapping[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        cond_fn: Callable[..., Tensor] | None = None,
+        mask: Tensor | None = None,
+        known_x0: Tensor | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         model_dtype: torch.dtype | None = None,
@@ -176,7 +190,7 @@ class DDIMSampler:
 
         Args:
             model: any callable, see ``models.Model``. Called under ``torch.inference_mode()``.
-            shape: ``(B, C, ...)``. May be left out where ``x_T`` is given.
+            shape: ``(B, C, ...)``. May be left out where ``x_T`` or ``known_x0`` is given, whose device and dtype the samples have.
             seed: one number for the run; sample i gets its own seed from it (``sample_seeds``).
             seeds: instead: one 64-bit seed per sample. A sample depends on its seed alone, not on the others.
             generator: instead: noise from this ``torch.Generator``, by torch's own randn.
@@ -184,7 +198,18 @@ class DDIMSampler:
             x_T: start from this noise ``(B, C, ...)`` (it is not changed).
             conditioning: passed to the model by name, for instance ``{"class_labels": labels}``.
             guidance_scale: classifier-free guidance (arXiv 2207.12598), 1 for none: the model is called twice per step, with
-                ``unconditional_conditioning`` too, or with what ``model.unconditional(conditioning)`` gives.
+                ``unconditional_conditioning`` too, or with what ``model.unconditional(conditioning)`` gives. A number, one number
+                for each step in order, or a function of the timestep.
+            guidance_rescale: from 0 to 1, how far the guided output's standard deviation over each sample is brought back to that of
+                the conditional one (phi of arXiv 2305.08891, section 3.4). Guidance is then a few operations of torch before the step.
+            cond_fn: classifier guidance (arXiv 2105.05233): ``cond_fn(x_t, t, **conditioning)`` gives the gradient of log p(y | x_t) by
+                x_t, times a scale if wanted, like x_t. Called with gradients enabled, and a copy of x_t::
+
+                    def cond_fn(x_t, t, y):
+                        log_p = classifier(x_t.requires_grad_(), t).log_softmax(-1)[range(len(y)), y]
+                        return torch.autograd.grad(log_p.sum(), x_t)[0]
+
+            mask, known_x0: with both, inpainting, see ``inpaint``. ``x_T`` is blended with the known picture, too.
             dtype: of the samples. Half precision is computed in float32 and stored in half.
             model_dtype: of what the model is given, where it differs: a half-precision model beside float32 samples.
             progress: show a progress bar.
@@ -196,7 +221,7 @@ class DDIMSampler:
             capture: on a CUDA device, run the steps as CUDA graphs, captured in the first call and replayed in later ones (see
                 ``capture.GraphCache``): "step", one graph that is replayed for each step; "loop", all steps and model calls in one;
                 "off"; or "auto": "step" for an ``nn.Module`` that can be captured, with one warning where it cannot. The model is
-                called a few times more before the first capture.
+                called a few times more before the first capture. With ``cond_fn`` there is no capture.
             reuse_output: with a captured loop, return its own memory, which the next call writes to, instead of a copy.
 
         Returns:
@@ -206,65 +231,110 @@ class DDIMSampler:
             TypeError, ValueError: an argument breaks a rule, or the model returns the wrong thing.
         """
         plan = self.plan(model)
-        shape = _check_shape(shape, x_T)
-        device, dtype = (x_T.device, x_T.dtype) if x_T is not None else (usable_device(device), dtype)
+        rows = [step.coefficients for step in plan.steps]
+        mask, known_x0 = known_region(mask, known_x0)
+        shape, device, dtype = _place(shape, device, dtype, x_T=x_T, known_x0=known_x0)
         for name, value in {"dtype": dtype, "model_dtype": model_dtype}.items():
             if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
                 raise TypeError(f"{name} must be a floating-point torch.dtype such as torch.float16, got {value!r}")
-        conditionings = _conditionings(model, conditioning, guidance_scale, unconditional_conditioning)
-        adds_noise = any(step.std_dev_t > 0 for step in plan.steps)
+        check_rescale(guidance_rescale, guidance_scale)
+        scales = guidance_scales(guidance_scale, plan.timesteps)
+        conditionings = _conditionings(model, conditioning, scales, unconditional_conditioning)
+        adds_noise = any(row.adds_noise for row in rows)
+        adds_known_noise = mask is not None and any(row.adds_known_noise for row in rows)
         between = {
             "a callback": callback is not None,
             "return_trajectory": return_trajectory,
             "progress": progress,
-            "noise from a generator": generator is not None and adds_noise,
+            "noise from a generator": generator is not None and (adds_noise or adds_known_noise),
         }
         first_between = next((what for what in between if between[what]), None)
-        mode = choose_mode(capture, self.graphs, device, dtype, backend, first_between, model)
-        x_t, per_sample = _start(shape, seed, seeds, generator, x_T, device, dtype)
+        gradients = None if cond_fn is None else "cond_fn takes gradients, which a captured step does not"
+        mode = choose_mode(capture, self.graphs, device, dtype, backend, first_between, model, gradients)
+        classifier = classifier_guidance(cond_fn, conditionings[0], plan)
+        per_sample = seeds_of_samples(seed, seeds, generator, shape[0])
+        per_sample = None if per_sample is None else per_sample.to(device)
+        x_t = start(shape, x_T, per_sample, generator, device, dtype)
+        if mask is not None:
+            blend_known_region(x_t, mask, known_x0, plan.steps[0].alpha_bar_t, per_sample, generator, backend)
         watched = callback is not None or return_trajectory
+
+        def like_x_t(wanted: bool, dtype: torch.dtype = dtype) -> Tensor | None:
+            return torch.empty_like(x_t, dtype=dtype) if wanted else None
+
         loop = Loop(
             x_t=x_t,
             calls=model_calls(model, conditionings),
-            guidance_scale=guidance_scale if len(conditionings) == 2 else None,
+            guidance_scales=scales,
             thresholding=self.thresholding,
-            seeds=per_sample if adds_noise else None,
+            seeds=per_sample if adds_noise or adds_known_noise else None,
             generator=generator,
-            noise=torch.empty_like(x_t) if generator is not None and adds_noise else None,
-            model_input=torch.empty_like(x_t, dtype=model_dtype) if model_dtype not in (None, dtype) else None,
-            x_seen=torch.empty_like(x_t) if watched else None,
-            x0=torch.empty_like(x_t) if watched else None,
+            noise=like_x_t(generator is not None and adds_noise),
+            model_input=like_x_t(model_dtype not in (None, dtype), model_dtype),
+            x_seen=like_x_t(watched),
+            x0=like_x_t(watched),
             normals=normals,
+            guidance_rescale=0.0 if scales is None else float(guidance_rescale),
+            classifier=classifier,
+            mask=mask,
+            known_x0=known_x0,
+            known_noise=like_x_t(generator is not None and adds_known_noise),
         )
         job = Job(model, plan, loop, conditionings)
-        timing = Timing() if timing is None else timing
-        trajectory = Trajectory()
-        bar = tqdm(plan.steps, desc="sampling", unit="step", disable=not progress)
         using = nullcontext() if mode == "off" else self.graphs.use(mode, job, optional=capture == "auto")
-        with using as captured:
-            if captured is not None:
-                loop = captured.loop
-            timesteps = torch.tensor(plan.timesteps, device=device)[:, None].expand(-1, shape[0])
-            with torch.inference_mode(), bar:
-                if captured is not None and mode == "loop":
-                    captured.replay_all(timing)
-                    bar = ()
-                for step in bar:
-                    if captured is not None:
-                        captured.replay_step(step, timing)
-                    else:
-                        loop.planned_step(step, timesteps[step.index], timing, backend)
-                    if return_trajectory:
-                        trajectory.add(step.t, loop.x_seen, loop.x0)
-                    if callback is not None and callback(step.index, step.t, loop.x_seen, loop.x0) is True:
-                        break
-            # A captured loop's tensors are its own: the next call writes to them.
-            own = captured is None or (reuse_output and not return_trajectory)
-            x_t = loop.x_t if own else loop.x_t.clone()
-        if return_trajectory:
-            trajectory.x_t.append(x_t)
-            return trajectory
-        return x_t
+        bar = tqdm(plan.steps, desc="sampling", unit="step", disable=not progress)
+        timing = Timing() if timing is None else timing
+        return _run(job, mode, using, bar, timing, backend, callback, return_trajectory, reuse_output)
+
+    # Functions of ``editing``: what they are given first is this sampler.
+    img2img = img2img
+    inpaint = inpaint
+    interpolate = interpolate
+
+    def last_steps(self, count: int) -> DDIMSampler:
+        """This sampler with the last ``count`` of its steps alone."""
+        shorter = copy(self)
+        shorter.timesteps = self.timesteps[-count:]
+        shorter._plan = _with_timesteps(self._plan, shorter.timesteps)
+        return shorter
+
+
+def _run(
+    job: Job,
+    mode: str,
+    using: AbstractContextManager[CapturedLoop | None],
+    bar: tqdm,
+    timing: Timing,
+    backend: str | None,
+    callback: Callback | None,
+    return_trajectory: bool,
+    reuse_output: bool,
+) -> Tensor | Trajectory:
+    """All steps of a job, by the captured loop that ``using`` gives, or one by one."""
+    trajectory = Trajectory()
+    with using as captured:
+        loop = job.loop if captured is None else captured.loop
+        timesteps = torch.tensor(job.plan.timesteps, device=loop.x_t.device)[:, None].expand(-1, loop.shape[0])
+        with torch.inference_mode(), bar:
+            if captured is not None and mode == "loop":
+                captured.replay_all(timing)
+                bar = ()
+            for step in bar:
+                if captured is not None:
+                    captured.replay_step(step, timing)
+                else:
+                    loop.planned_step(step, timesteps[step.index], timing, backend)
+                if return_trajectory:
+                    trajectory.add(step.t, loop.x_seen, loop.x0)
+                if callback is not None and callback(step.index, step.t, loop.x_seen, loop.x0) is True:
+                    break
+        # A captured loop's tensors are its own: the next call writes to them.
+        own = captured is None or (reuse_output and not return_trajectory)
+        x_t = loop.x_t if own else loop.x_t.clone()
+    if return_trajectory:
+        trajectory.x_t.append(x_t)
+        return trajectory
+    return x_t
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -280,18 +350,6 @@ def usable_device(device: str | torch.device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device} needs a CUDA device and a torch built for it, and torch finds none: use cpu")
     return device
-
-
-def _start(shape, seed, seeds, generator, x_T, device, dtype) -> tuple[Tensor, Tensor | None]:
-    """x_T and the seed of each sample. Outside inference mode, so that the caller gets ordinary tensors."""
-    if generator is not None and (seed is not None or seeds is not None):
-        raise ValueError("noise comes from one place: pass seed, seeds or generator, got generator and another")
-    per_sample = None if generator is not None else _per_sample_seeds(seed, seeds, shape[0]).to(device)
-    if x_T is not None:
-        return x_T.detach().clone(memory_format=torch.contiguous_format), per_sample
-    if generator is not None:
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype), None
-    return normals(per_sample, shape[1:], 0, NoiseStream.INITIAL, dtype), per_sample
 
 
 def _or_one(clip_sample_range: float | None) -> float:
@@ -331,17 +389,33 @@ def _choose_timesteps(schedule: NoiseSchedule, count, timesteps, spacing: str, s
 
 
 @lru_cache(maxsize=64)
+def _with_timesteps(plan: SamplingPlan, timesteps: tuple[int, ...]) -> SamplingPlan:
+    return replace(plan, timesteps=timesteps)
+
+
+@lru_cache(maxsize=64)
 def _finished_plan(plan: SamplingPlan, prediction_type: str, clip_sample_range: float | None) -> SamplingPlan:
     return replace(plan, prediction_type=prediction_type, clip_sample_range=clip_sample_range)
 
 
-def _check_shape(shape: Sequence[int] | None, x_T: Tensor | None) -> tuple[int, ...]:
-    if x_T is not None:
-        if not isinstance(x_T, Tensor) or not x_T.dtype.is_floating_point or x_T.ndim < 2:
-            raise TypeError(f"x_T must be a floating-point tensor (B, C, ...), got {x_T!r:.80}")
-        if shape is not None and tuple(shape) != tuple(x_T.shape):
-            raise ValueError(f"shape must be that of x_T, {tuple(x_T.shape)}, or left out, got {tuple(shape)}")
-        return tuple(x_T.shape)
+def _place(
+    shape: Sequence[int] | None, device: str | torch.device, dtype: torch.dtype, **given: Tensor | None
+) -> tuple[tuple[int, ...], torch.device, torch.dtype]:
+    """Shape, device and dtype of the samples: of the tensors given, or else as asked for."""
+    given = {name: tensor for name, tensor in given.items() if tensor is not None}
+    for name, tensor in given.items():
+        check_samples(name, tensor)
+        if shape is not None and tuple(shape) != tuple(tensor.shape):
+            raise ValueError(f"shape must be that of {name}, {tuple(tensor.shape)}, or left out, got {tuple(shape)}")
+    if not given:
+        return _check_shape(shape), usable_device(device), dtype
+    (first_name, first), *others = given.items()
+    for name, tensor in others:
+        check_alike(name, tensor, first_name, first)
+    return tuple(first.shape), first.device, first.dtype
+
+
+def _check_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
     if shape is None:
         raise ValueError("shape is needed, for instance shape=(16, 3, 32, 32), where no x_T is given")
     try:
@@ -353,46 +427,18 @@ def _check_shape(shape: Sequence[int] | None, x_T: Tensor | None) -> tuple[int, 
     return shape
 
 
-def _per_sample_seeds(seed: int | None, seeds, batch_size: int) -> Tensor:
-    """``(B,)`` int64 from one seed, a list of seeds, or torch's global generator."""
-    if seed is not None and seeds is not None:
-        raise ValueError("noise comes from one place: pass seed or seeds, got both")
-    if seeds is None:
-        seed = int(torch.randint(2**63 - 1, ())) if seed is None else _integer("seed", seed)
-        return torch.from_numpy(sample_seeds(seed, batch_size))
-    if isinstance(seeds, (Tensor, np.ndarray)):
-        seeds = seeds.tolist()
-    if not isinstance(seeds, Sequence):
-        raise TypeError(f"seeds must be a list of integers, one per sample, got {seeds!r}: for one number use seed")
-    if len(seeds) != batch_size:
-        raise ValueError(f"seeds must have one entry per sample, {batch_size}, got {len(seeds)}")
-    seeds = [_integer("a seed", s) for s in seeds]
-    if bad := [s for s in seeds if not -(1 << 63) <= s < 1 << 64]:
-        raise ValueError(f"a seed must fit in 64 bits, got {bad[0]}")
-    return torch.tensor([s - (1 << 64) if s >= 1 << 63 else s for s in seeds], dtype=torch.int64)
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got the {type(value).__name__} {value!r}") from None
-
-
-def _conditionings(model: Model, conditioning, guidance_scale, unconditional_conditioning) -> list[Mapping[str, Any]]:
+def _conditionings(model: Model, conditioning, scales, unconditional_conditioning) -> list[Mapping[str, Any]]:
     """The conditioning of each model call of a step: one, or a conditional and an unconditional one."""
     conditioning = dict(conditioning or {})
     if not callable(model):
         raise TypeError(f"model must be callable as model(x, t, **conditioning), got {type(model).__name__}")
-    if guidance_scale is None or guidance_scale == 1:
+    if scales is None:
         return [conditioning]
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale must be finite, got {guidance_scale}")
     if unconditional_conditioning is None:
         unconditional = getattr(model, "unconditional", None)
         if unconditional is None:
             raise ValueError(
-                f"guidance_scale={guidance_scale} needs the model's unconditional output, too: pass unconditional_conditioning"
+                f"guidance_scale={scales[0]} needs the model's unconditional output, too: pass unconditional_conditioning"
             )
         unconditional_conditioning = unconditional(conditioning)
     return [conditioning, dict(unconditional_conditioning)]

@@ -171,6 +171,29 @@ def noising_coefficients(alpha_bar_t: float) -> StepCoefficients:
     return StepCoefficients(1, 0, 0, 0, 0, math.sqrt(alpha_bar_t), 0, math.sqrt(1 - alpha_bar_t))
 
 
+def known_region_coefficients(alpha_bar_t: float) -> StepCoefficients:
+    """A step that goes nowhere, as a row: x_t stays as it is, but for a known region, which is put in at the noise level of x_t."""
+    return StepCoefficients(
+        1, 0, 0, 0, 0, 1, 0, 0, known_x0=math.sqrt(alpha_bar_t), known_noise=math.sqrt(1 - alpha_bar_t)
+    )
+
+
+def classifier_guidance_weight(alpha_bar_t: float, prediction_type: str) -> float:
+    """What a model's output changes by where the classifier's gradient is 1: what moves eps by -sqrt(1 - alpha_bar_t) at a given x_t
+    (algorithm 2 of Dhariwal and Nichol 2021, arXiv 2105.05233).
+
+    Raises:
+        ValueError: alpha_bar_t = 0, where x_t is noise and no output moves eps.
+    """
+    if alpha_bar_t == 0:
+        raise ValueError(
+            "classifier guidance cannot act where alpha_bar_t = 0 (zero terminal SNR): use timesteps that leave the last one out"
+        )
+    if alpha_bar_t == 1:
+        return 0.0
+    return -math.sqrt(1 - alpha_bar_t) / PREDICTION_TYPES[prediction_type](alpha_bar_t).eps_m
+
+
 def inversion_coefficients(
     alpha_bar_t: float, alpha_bar_prev: float, prediction: str | Prediction = "epsilon"
 ) -> StepCoefficients:

@@ -171,27 +171,39 @@ class StepTable:
 
     @classmethod
     def of(
-        cls, steps: Sequence[StepCoefficients], device: torch.device | str = "cpu", guidance_scale: float | None = None
+        cls,
+        steps: Sequence[StepCoefficients],
+        device: torch.device | str = "cpu",
+        guidance_scale: float | Sequence[float] | None = None,
     ) -> StepTable:
         """The table of these steps, copied to ``device``.
 
+        Args:
+            guidance_scale: one number for all steps, or one for each; None for steps without guidance.
+
         Raises:
             TypeError: something is not a ``StepCoefficients``.
-            ValueError: there is no step, or some clip x0 and others do not, or the scale is not finite.
+            ValueError: there is no step, or some clip x0 and others do not, or a scale is not finite or missing.
         """
         if wrong := [step for step in steps if not isinstance(step, StepCoefficients)]:
             raise TypeError(
                 f"a table is made of StepCoefficients, got a {type(wrong[0]).__name__}: "
                 "for instance [step.coefficients for step in plan.steps], or plan.table()"
             )
-        if guidance_scale is not None:
-            _check_guidance_scale(guidance_scale)
+        scales = list(guidance_scale) if isinstance(guidance_scale, Sequence) else [guidance_scale] * len(steps)
+        if len(scales) != len(steps):
+            raise ValueError(
+                f"guidance_scale must be one number, or one for each of the {len(steps)} steps, got {len(scales)}"
+            )
+        for scale in scales if guidance_scale is not None else ():
+            _check_guidance_scale(scale)
         if len({step.clipped for step in steps}) != 1:
             raise ValueError(
                 "the steps of a table must all clip x0, or none, and be at least one, got "
                 f"{sum(step.clipped for step in steps)} of {len(steps)} that clip: make a table of each kind"
             )
-        rows = torch.tensor([step.row(guidance_scale) for step in steps], dtype=torch.float32)
+        rows = [step.row(scale) for step, scale in zip(steps, scales, strict=True)]
+        rows = torch.tensor(rows, dtype=torch.float32)
         noisy, known_noisy = any(step.adds_noise for step in steps), any(step.adds_known_noise for step in steps)
         return cls(rows.to(device), steps[0].clipped, noisy, known_noisy, guidance_scale is not None)
 

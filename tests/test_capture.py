@@ -128,6 +128,51 @@ def test_a_callback_stops_a_captured_loop(cache):
     assert not torch.equal(expected, s.sample(model, SHAPE, seed=0, capture="step"))
 
 
+RUNS = {
+    "img2img": lambda s, model, x0, **call: s.img2img(model, x0, 0.6, **call),
+    "inpaint": lambda s, model, x0, **call: s.inpaint(model, x0, MASK, **call),
+    "inpaint from x0": lambda s, model, x0, **call: s.inpaint(model, x0, MASK, strength=0.6, **call),
+    "interpolate": lambda s, model, x0, **call: s.interpolate(model, x0, x0.flip(0), [0.1, 0.7], **call),
+}
+MASK = torch.linspace(0, 1, 8).round(decimals=1)
+
+
+def picture(seed, shape=SHAPE):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [{}, dict(guidance_scale=lambda t: 1 + t / 300), dict(guidance_scale=3.1, guidance_rescale=0.7)],
+    ids=["none", "by timestep", "rescaled"],
+)
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("how", RUNS)
+def test_what_begins_with_a_picture_gives_the_bits_of_eager(cache, how, eta, guidance):
+    model, x0 = Net(), picture(0)
+    call = dict(seed=3, conditioning=scales(1.0, 2.0), **guidance)
+    for s in (sampler(cache, eta=eta), sampler(cache, eta=eta, thresholding=True)):
+        expected = RUNS[how](s, model, x0, capture="off", **call)
+        for mode in ("step", "loop", "auto"):
+            for _ in range(2):
+                assert torch.equal(RUNS[how](s, model, x0, capture=mode, **call), expected)
+        assert torch.equal(RUNS[how](s, model, x0, capture="step", return_trajectory=True, **call).samples, expected)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_the_known_parts_noise_from_a_generator_is_drawn_between_replays(cache, eta):
+    model, s, x0 = Net(), sampler(cache, eta=eta), picture(0)
+
+    def inpaint(mode, seed):
+        return s.inpaint(model, x0, MASK, generator=torch.Generator().manual_seed(seed), capture=mode)
+
+    for seed in (1, 2):
+        assert torch.equal(inpaint("step", seed), inpaint("off", seed))
+    assert len(cache) == 1
+    with pytest.raises(ValueError, match="got noise from a generator"):
+        inpaint("loop", 1)
+
+
 # --- nothing is stale ----------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +187,36 @@ def test_new_values_take_effect_in_the_same_graph(cache, mode):
                 expected = s.sample(model, capture="off", **call)
                 assert torch.equal(s.sample(model, capture=mode, **call), expected), (eta, spacing, seed, guidance)
     assert len(cache) == 1
+
+
+@pytest.mark.parametrize("mode", ["step", "loop"])
+@pytest.mark.parametrize("rescale", [0.0, 0.4])
+def test_new_pictures_masks_strengths_and_scales_take_effect_in_the_same_graph(cache, mode, rescale):
+    model, results = Net(), []
+    five, six = sampler(cache, 5, eta=0.7), sampler(cache, 6, eta=0.3)
+    first = dict(s=five, x0=picture(0), mask=MASK, strength=0.6, guidance_scale=[1.1, 2.3, 0.7], seed=1)
+    for change in (
+        {},
+        dict(x0=picture(1)),
+        dict(mask=1 - MASK),
+        dict(mask=MASK[:, None]),
+        dict(strength=0.55),
+        dict(s=six, strength=0.5),
+        dict(guidance_scale=[1.1, 2.3, 0.8]),
+        dict(guidance_scale=lambda t: t / 100),
+        dict(guidance_scale=3.1),
+        dict(seed=2),
+    ):
+        call = first | change
+        s = call.pop("s")
+        call |= dict(model=model, conditioning=scales(1.0, 2.0), guidance_rescale=rescale)
+        expected = s.inpaint(capture="off", **call)
+        assert torch.equal(s.inpaint(capture=mode, **call), expected), change
+        results.append(expected)
+    assert len(cache) == 1
+    assert (
+        sum(torch.equal(result, results[0]) for result in results) == 2
+    )  # itself, and the other strength of three steps
 
 
 def test_any_number_of_steps_replays_the_graph_of_a_step(cache):
@@ -168,6 +243,15 @@ def test_any_number_of_steps_replays_the_graph_of_a_step(cache):
         (dict(conditioning={"name": "a"}), dict(conditioning={"name": "b"})),
         (dict(conditioning=scales(1.0, 2.0)), dict(conditioning=scales(1.0, 2.0), guidance_scale=2.0)),
         (dict(), dict(return_trajectory=True)),
+        (dict(), dict(mask=MASK.expand(SHAPE), known_x0=picture(0))),
+        (
+            dict(conditioning=scales(1.0, 2.0), guidance_scale=2.0),
+            dict(conditioning=scales(1.0, 2.0), guidance_scale=2.0, guidance_rescale=0.5),
+        ),
+        (
+            dict(conditioning=scales(1.0, 2.0), guidance_scale=2.0, guidance_rescale=0.2),
+            dict(conditioning=scales(1.0, 2.0), guidance_scale=2.0, guidance_rescale=0.5),
+        ),
     ],
 )
 def test_what_is_baked_in_means_another_graph(cache, first, second):
@@ -178,6 +262,15 @@ def test_what_is_baked_in_means_another_graph(cache, first, second):
         if call.get("return_trajectory"):
             got, expected = got.samples, expected.samples
         assert torch.equal(got, expected)
+    assert len(cache) == 2
+
+
+def test_one_step_of_inpainting_which_makes_no_noise_has_a_graph_of_its_own(cache):
+    model, x0 = Net(), picture(0)
+    for steps in (1, 3, 1):
+        s = sampler(cache, steps)
+        call = dict(x0=x0, mask=MASK, seed=0)
+        assert torch.equal(s.inpaint(model, capture="step", **call), s.inpaint(model, capture="off", **call))
     assert len(cache) == 2
 
 
@@ -461,6 +554,13 @@ def test_a_model_that_cannot_be_captured_is_named_or_warned_about_once(cache):
     assert len(cache) == 0
 
 
+def test_the_warning_names_the_line_that_called_whichever_method(cache):
+    for run in RUNS.values():
+        with pytest.warns(UserWarning, match="sampling without CUDA graphs") as caught:
+            run(sampler(cache), Syncs(), picture(0), seed=0)
+        assert [warning.filename for warning in caught] == [__file__]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -477,6 +577,8 @@ def test_a_model_that_cannot_be_captured_is_named_or_warned_about_once(cache):
             "takes float32, float16 and bfloat16, and the samples are torch.float64",
         ),
         (dict(capture="step", backend="reference"), "backend='reference' was asked for"),
+        (dict(capture="step", cond_fn=lambda x, t: x), "cond_fn takes gradients, which a captured step does not; use"),
+        (dict(capture="loop", cond_fn=lambda x, t: x), "capture='loop' cannot be used: cond_fn takes gradients"),
     ],
 )
 def test_a_mode_that_cannot_be_is_refused_with_the_reason(cache, options, message):
@@ -492,6 +594,12 @@ def test_on_a_cpu_there_is_nothing_to_capture():
     ):
         s.sample(Net(), SHAPE, seed=0, capture="step")
     assert torch.equal(s.sample(Net(), SHAPE, seed=0), s.sample(Net(), SHAPE, seed=0, capture="off"))
+
+
+def test_auto_does_without_a_graph_where_gradients_are_taken(cache):
+    model, s, call = Net(), sampler(cache), dict(shape=SHAPE, seed=0, cond_fn=lambda x, t: torch.sin(x))
+    assert torch.equal(s.sample(model, **call), s.sample(model, capture="off", **call))
+    assert len(cache) == 0
 
 
 def test_conditioning_that_cannot_be_a_key_is_refused(cache):
@@ -549,6 +657,7 @@ def unet2d_condition():
         (unet2d, 0.0, {"thresholding": True}, None),
         (unet2d_condition, 1.0, {}, 5.0),
         (unet2d_condition, 0.0, {"thresholding": True}, 5.0),
+        (unet2d, 1.0, {"mask": True, "thresholding": True}, None),
     ],
 )
 def test_a_step_launches_one_kernel_of_ours_waits_for_nothing_and_allocates_nothing(make, eta, options, guidance):
@@ -563,9 +672,13 @@ def test_a_step_launches_one_kernel_of_ours_waits_for_nothing_and_allocates_noth
                 return graphs[-1]
 
         cache = GraphCache(backend=lambda where: Reporting(device))
-        s = df.DDIMSampler(df.NoiseSchedule.linear(), 3, eta, graphs=cache, **options)
+        own = {name: value for name, value in options.items() if name != "mask"}
+        s = df.DDIMSampler(df.NoiseSchedule.linear(), 3, eta, graphs=cache, **own)
         model = device.tagged("model", network)
         call = dict(shape=(2, 4, 8, 8), seed=0, device="cuda", conditioning=conditioning, guidance_scale=guidance)
+        if "mask" in options:
+            known = torch.empty(2, 4, 8, 8, device="cuda")
+            call |= dict(mask=known[0, 0], known_x0=known)
         if guidance:
             call["unconditional_conditioning"] = conditioning
         s.sample(model, capture="step", **call)
@@ -581,3 +694,18 @@ def test_a_step_launches_one_kernel_of_ours_waits_for_nothing_and_allocates_noth
     for graph in graphs:
         assert graph.steady.syncs == graph.steady.copies == graph.steady.others == []
         assert graph.steady.region().allocations.total() == 0
+
+
+def test_a_rescaled_output_waits_for_nothing():
+    """A few operations of torch before the one kernel, whose scale is looked up on the device."""
+    with fake_cuda() as device:
+        cache = GraphCache(backend=lambda where: FakeGraphs(device))
+        s, model = sampler(cache, 3, 1.0), Net().to("cuda")
+        call = dict(shape=SHAPE, seed=0, device="cuda", conditioning={"scale": torch.empty(2, device="cuda")})
+        call |= dict(guidance_scale=[5.0, 3.0, 1.0], guidance_rescale=0.7)
+        for mode in ("step", "loop"):
+            s.sample(model, capture=mode, **call)
+        steady = [captured._graph.steady for _, captured in cache._captured.values()]
+    assert [graph.region().own_launches["ddim_fast::ddim_step_kernel"] for graph in steady] == [1, 3]
+    for graph in steady:
+        assert graph.syncs == graph.copies == graph.others == []

@@ -713,3 +713,15 @@ def test_a_row_of_a_table_is_the_step():
     for index, coefficients in enumerate([PLAIN, row(x0_x=0.5)]):
         got = ddim_step_from_table(x, m, TABLE, torch.tensor([index]))
         assert torch.equal(got, ddim_step(x, m, coefficients))
+
+
+def test_a_table_may_have_a_guidance_scale_for_each_step():
+    rows = [StepCoefficients(1, 0, 0, 1, 0, 1, 0, 0)] * 3
+    table = StepTable.of(rows, "cpu", [1.0, 2.5, -1.0])
+    assert table.guided
+    assert [table.coefficients(i)[1] for i in range(3)] == [1.0, 2.5, -1.0]
+    assert torch.equal(StepTable.of(rows, "cpu", 2.0).rows, StepTable.of(rows, "cpu", [2.0] * 3).rows)
+    with pytest.raises(ValueError, match="one for each of the 3 steps, got 2"):
+        StepTable.of(rows, "cpu", [1.0, 2.0])
+    with pytest.raises(ValueError, match="finite"):
+        StepTable.of(rows, "cpu", [1.0, 2.0, float("nan")])

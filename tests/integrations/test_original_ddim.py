@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddim_fast.integrations import original_ddim, promotion
+from ddim_fast.integrations import promotion
 from ddim_fast.integrations.original_ddim import compute_alpha, ddpm_steps, generalized_steps
 
 BETAS = torch.linspace(1e-4, 0.09, 60)
