@@ -13,8 +13,8 @@ from .kernels import operators as _operators  # noqa: F401 (registers them with 
 from .kernels.contract import StepCoefficients, StepTable
 from .kernels.dispatch import ddim_step, ddim_step_from_table
 from .kernels.noise import NoiseStream, sample_seeds, standard_normals
+from .loading import LoadedModel, load_model, load_model_from
 from .loop import Timing
-from .models import load_model
 from .plan import PlannedStep, SamplingPlan
 from .sampler import DDIMSampler, Trajectory
 from .schedule import NoiseSchedule, make_schedule
@@ -22,6 +22,7 @@ from .timesteps import explicit_timesteps, respaced_timesteps, select_timesteps
 
 __all__ = [
     "DDIMSampler",
+    "LoadedModel",
     "NoiseSchedule",
     "NoiseStream",
     "PlannedStep",
@@ -35,6 +36,7 @@ __all__ = [
     "ddim_step_from_table",
     "explicit_timesteps",
     "load_model",
+    "load_model_from",
     "make_schedule",
     "respaced_timesteps",
     "sample_seeds",

@@ -123,7 +123,7 @@ class ShippedModel(nn.Module):
         return {**conditioning, "class_labels": None}
 
 
-def load_model(
+def load_shipped_model(
     name: str = "fashion", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> ShippedModel:
     """The model that ships with the package, in eval mode, its weights frozen.

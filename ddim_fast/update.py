@@ -163,6 +163,39 @@ def ddim_coefficients(
     )
 
 
+def mean_coefficients(
+    alpha_t: float, sigma_t: float, alpha_s: float, sigma_s: float, eta: float = 0.0
+) -> StepCoefficients:
+    """A step by a model that predicts the mean m of x, from x_t = alpha_t x + sigma_t z to x_s, as a row::
+
+        x_s = alpha_s m + sigma_s sqrt(1 - tau) (x_t - alpha_t m) / sigma_t + sigma_s sqrt(tau) z
+        tau = clip(eta (1 - (alpha_t sigma_s / (alpha_s sigma_t))^2), 0, 1)
+
+    Equation 12 of the DDIM paper without its alpha^2 + sigma^2 = 1, with ``prediction_type`` "sample" and eta scaling the variance.
+
+    Raises:
+        ValueError: ``sigma_t`` is not positive, another scale is negative, or a coefficient leaves float32.
+    """
+    if not sigma_t > 0 or not min(alpha_t, alpha_s, sigma_s) >= 0:
+        raise ValueError(
+            "a step needs alpha_t, alpha_s and sigma_s of at least 0, and noise to take away, sigma_t > 0, got "
+            f"alpha_t = {alpha_t}, sigma_t = {sigma_t}, alpha_s = {alpha_s}, sigma_s = {sigma_s}: change start, or the schedule"
+        )
+    # Towards more noise the bracket is negative, and at alpha_s = 0 it is minus infinity: no noise is added there.
+    tau = 0.0 if alpha_s == 0 else eta * (1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2)
+    tau = min(max(tau, 0.0), 1.0)
+    return StepCoefficients(
+        x0_x=0.0,
+        x0_m=1.0,
+        eps_x=1 / sigma_t,
+        eps_m=-alpha_t / sigma_t,
+        eps_0=0.0,
+        prev_x0=alpha_s,
+        prev_eps=sigma_s * math.sqrt(1 - tau),
+        prev_noise=sigma_s * math.sqrt(tau),
+    )
+
+
 def noising_coefficients(alpha_bar_t: float) -> StepCoefficients:
     """The forward process as a row (equation 4 of the DDIM paper): x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) z.
 

@@ -197,3 +197,61 @@ def test_the_step_is_one_operator_for_torch_compile():
         compiled = torch.compile(two_steps, fullgraph=True, mode="reduce-overhead")
         for _ in range(4):
             assert torch.equal(compiled(x, m, index.clone()), expected)
+
+
+@pytest.mark.parametrize("guidance_rescale", [0.0, 0.7])
+def test_inpainting_with_a_scale_for_each_step_is_captured(cache, guidance_rescale):
+    model = df.load_model("fashion", "cuda")
+    sampler = df.DDIMSampler(model.schedule, 6, eta=0.5, graphs=cache)
+    x0 = torch.rand(SHAPE, device="cuda") * 2 - 1
+    mask = torch.zeros(28, 28)
+    mask[:14] = 1
+    options = {
+        "seed": 3,
+        "conditioning": {"class_labels": torch.arange(4, device="cuda")},
+        "guidance_scale": [1.0, 3.0, 2.0, 1.5, 1.0, 0.5],
+        "guidance_rescale": guidance_rescale,
+    }
+    expected, *others = (
+        sampler.inpaint(model, x0, mask, capture=capture, **options) for capture in ("off", "step", "loop")
+    )
+    assert torch.equal(expected[:, :, :14], x0[:, :, :14])
+    for got in others:
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("noise", ["none", "given", "seeds"])
+def test_each_sample_by_a_row_of_its_own(noise):
+    plan = df.SamplingPlan(df.NoiseSchedule.linear(), (900, 500, 100, 0), eta=0.0 if noise == "none" else 1.0)
+    x, m, z = torch.randn(3, 5, 4001)
+    index = torch.tensor([3, 0, 2, 0, 1])
+    options = {"none": {}, "given": {"noise": z}, "seeds": {"seeds": torch.arange(5)}}[noise]
+    expected = df.ddim_step_from_table(x, m, plan.table(), index, **options)
+    options = {name: value.cuda() for name, value in options.items()}
+    got = df.ddim_step_from_table(x.cuda(), m.cuda(), plan.table("cuda"), index.cuda(), **options)
+    assert same_bits(got, expected)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("thresholding", [False, True])
+def test_the_drop_in_for_diffusers_does_not_wait(eta, thresholding):
+    from diffusers import DDIMScheduler
+
+    from ddim_fast.integrations.diffusers import FastDDIMScheduler
+
+    original, fast = (kind(thresholding=thresholding) for kind in (DDIMScheduler, FastDDIMScheduler))
+    x, m = torch.randn(2, 2, 4, 64, 64, device="cuda")
+    results = []
+    for scheduler in (original, fast):
+        scheduler.set_timesteps(10, device="cuda")
+        generator = torch.Generator("cuda").manual_seed(0)
+        scheduler.step(m, scheduler.timesteps[0], x, eta, generator=generator)  # the table is copied once
+        torch.cuda.set_sync_debug_mode("error" if scheduler is fast else "default")
+        try:
+            results.append(
+                [scheduler.step(m, t, x, eta, generator=generator).prev_sample for t in scheduler.timesteps.unbind()]
+            )
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ddim_fast
-from ddim_fast.models import SHIPPED, WEIGHTS, ShippedModel, load_model, output_tensor
+from ddim_fast.models import SHIPPED, WEIGHTS, ShippedModel, load_shipped_model, output_tensor
 from ddim_fast.sampler import DDIMSampler
 from ddim_fast.schedule import NoiseSchedule
 from ddim_fast.unet import SmallUNet, timestep_embedding
@@ -19,7 +19,7 @@ from ddim_fast.unet import SmallUNet, timestep_embedding
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model("fashion")
+    return load_shipped_model("fashion")
 
 
 def pictures(count, seed=0):
@@ -49,7 +49,7 @@ def test_it_says_what_the_sampler_needs_to_know(model):
 
 
 def test_loading_twice_gives_two_models_with_the_same_output(model):
-    again = load_model("fashion")
+    again = load_shipped_model("fashion")
     assert again is not model
     x, t = pictures(2), torch.tensor([7, 900])
     assert torch.equal(again(x, t), model(x, t))
@@ -59,14 +59,14 @@ def test_loading_twice_gives_two_models_with_the_same_output(model):
 
 def test_loading_draws_no_random_numbers():
     before = torch.get_rng_state()
-    load_model("fashion")
+    load_shipped_model("fashion")
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("name", ["cifar", "", "fashion.safetensors", "../fashion", "FASHION"])
 def test_an_unknown_model_is_refused(name):
     with pytest.raises(ValueError, match=f"fashion, got {name!r}|one of fashion.*{name!r}"):
-        load_model(name)
+        load_shipped_model(name)
 
 
 def test_the_weights_are_small_and_match_the_network(model):
@@ -78,7 +78,7 @@ def test_the_weights_are_small_and_match_the_network(model):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_it_can_be_loaded_in_another_dtype(model, dtype):
-    other = load_model("fashion", dtype=dtype)
+    other = load_shipped_model("fashion", dtype=dtype)
     x, t = pictures(2), torch.tensor([7, 900])
     y = other(x.to(dtype), t, torch.tensor([1, 2]))
     assert y.dtype == dtype
@@ -106,7 +106,7 @@ def test_it_loads_without_the_repository_on_the_path(tmp_path):
         timeout=120,
     )
     assert found.returncode == 0, found.stderr
-    here = DDIMSampler(NoiseSchedule.linear(), 2).sample(load_model(), (2, 1, 28, 28), seed=5)
+    here = DDIMSampler(NoiseSchedule.linear(), 2).sample(load_shipped_model(), (2, 1, 28, 28), seed=5)
     assert float(found.stdout.split()[1]) == pytest.approx(float(here.double().sum()), abs=0.05)
     assert Path(ddim_fast.__file__).is_relative_to(WEIGHTS.parent)
 

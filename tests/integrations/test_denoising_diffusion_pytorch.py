@@ -1,0 +1,425 @@
+"""The drop-in for denoising-diffusion-pytorch against its loops, restated here in float64 from the objects' interface."""
+
+import copy
+import math
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from ddim_fast.integrations import denoising_diffusion_pytorch as drop_in
+from ddim_fast.integrations.denoising_diffusion_pytorch import (
+    ddim_sample,
+    ddim_sample_1d,
+    use_fast_ddim,
+    use_original_ddim,
+)
+
+OBJECTIVES = ("pred_noise", "pred_x0", "pred_v")
+DTYPES = [torch.float64, torch.float32]
+TOLERANCE = 400
+"""In eps of the dtype, of the largest sample: full loops of a model that amplifies are up to 80 off."""
+
+
+@pytest.fixture(autouse=True)
+def _restored_state():
+    state, dtype = torch.get_rng_state(), torch.get_default_dtype()
+    yield
+    torch.set_rng_state(state)
+    torch.set_default_dtype(dtype)
+
+
+class Net(nn.Module):
+    """A small model that mixes channels, depends on t and on the self-conditioning, and goes beyond [-1, 1]."""
+
+    def __init__(self, self_condition=False, memory_format=torch.contiguous_format):
+        super().__init__()
+        self.channels = self.out_dim = 2
+        self.self_condition = self_condition
+        self.memory_format = memory_format
+        self.weight = nn.Parameter(torch.tensor([[0.6, -0.4], [0.3, 0.8]], dtype=torch.float64))
+
+    def forward(self, x, t, x_self_cond=None, bias=0.0):
+        assert t.dtype == torch.int64
+        assert t.shape == x.shape[:1]
+        x = x if x_self_cond is None else x + 0.7 * x_self_cond
+        mixed = torch.einsum("oc,bc...->bo...", self.weight.to(x.dtype), x + bias)
+        t = t.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+        return (1.4 * torch.tanh(mixed * (0.4 + t / 700))).contiguous(memory_format=self.memory_format)
+
+
+class Restated(nn.Module):
+    """What the two diffusions share: their attributes, and x0 and eps by objective, all in float64 from ``exact``."""
+
+    def __init__(self, model, *, timesteps=1000, sampling_timesteps=7, objective="pred_noise", ddim_sampling_eta=0.0,
+                 auto_normalize=True, buffers=torch.float32):  # fmt: skip
+        super().__init__()
+        self.model, self.self_condition = model, model.self_condition
+        self.num_timesteps, self.sampling_timesteps = timesteps, sampling_timesteps
+        self.objective, self.ddim_sampling_eta = objective, ddim_sampling_eta
+        self.is_ddim_sampling = sampling_timesteps < timesteps
+        betas = torch.linspace(0.1 / timesteps, 20 / timesteps, timesteps, dtype=torch.float64)
+        self.exact = torch.cumprod(1 - betas, 0).tolist()
+        ab = torch.tensor(self.exact, dtype=torch.float64)
+        for name, value in {
+            "betas": betas,
+            "alphas_cumprod": ab,
+            "sqrt_one_minus_alphas_cumprod": torch.sqrt(1 - ab),
+        }.items():
+            self.register_buffer(name, value.to(buffers))
+        self.unnormalize = (lambda x: (x + 1) / 2) if auto_normalize else (lambda x: x)
+
+    def predict_start_from_noise(self, x, t, noise):
+        return (x - math.sqrt(1 - self.exact[t]) * noise) / math.sqrt(self.exact[t])
+
+    def predict_start_from_v(self, x, t, v):
+        return math.sqrt(self.exact[t]) * x - math.sqrt(1 - self.exact[t]) * v
+
+    def predict_noise_from_start(self, x, t, x0):
+        return (x - math.sqrt(self.exact[t]) * x0) / math.sqrt(1 - self.exact[t])
+
+    def predictions(self, x, t, m, clip, rederive):
+        """(eps, x0)"""
+        x0 = {
+            "pred_noise": lambda: self.predict_start_from_noise(x, t, m),
+            "pred_x0": lambda: m,
+            "pred_v": lambda: self.predict_start_from_v(x, t, m),
+        }[self.objective]()
+        if clip:
+            x0 = x0.clamp(-1, 1)
+        if self.objective == "pred_noise" and not (clip and rederive):
+            return m, x0
+        return self.predict_noise_from_start(x, t, x0), x0
+
+    def loop(self, shape, call, clip, rederive):
+        """Every state, in float64; draws in torch's default dtype, in the layout that the expressions give."""
+        S, T = self.sampling_timesteps, self.num_timesteps
+        times = torch.linspace(-1, T - 1, steps=S + 1).int().tolist()[::-1]
+        img = torch.randn(shape).double()
+        states, x0 = [img], None
+        for i in range(S):
+            t, t_next = times[i], times[i + 1]
+            m = call(img, torch.full((shape[0],), t), x0 if self.self_condition else None)
+            eps, x0 = self.predictions(img, t, m, clip, rederive)
+            if t_next < 0:
+                img = x0
+            else:
+                a, a_next = self.exact[t], self.exact[t_next]
+                sigma = self.ddim_sampling_eta * math.sqrt((1 - a / a_next) * (1 - a_next) / (1 - a))
+                z = torch.randn_like(img, dtype=torch.get_default_dtype()).double()
+                img = x0 * math.sqrt(a_next) + math.sqrt(max(1 - a_next - sigma**2, 0)) * eps + sigma * z
+            states.append(img)
+        return states
+
+
+class GaussianDiffusion(Restated):
+    @torch.no_grad()
+    def ddim_sample(self, shape, return_all_timesteps=False):
+        states = self.loop(shape, self.model, True, True)
+        return self.unnormalize(torch.stack(states, 1) if return_all_timesteps else states[-1])
+
+    def model_predictions(self, x, t, x_self_cond=None, clip_x_start=False, rederive_pred_noise=False):
+        raise NotImplementedError
+
+    predict_start_from_noise = Restated.predict_start_from_noise
+    predict_start_from_v = Restated.predict_start_from_v
+    predict_noise_from_start = Restated.predict_noise_from_start
+
+    def sample(self, batch_size=16, return_all_timesteps=False):
+        return self.ddim_sample((batch_size, 2, 3, 4), return_all_timesteps=return_all_timesteps)
+
+
+class GaussianDiffusion1D(Restated):
+    @torch.no_grad()
+    def ddim_sample(self, shape, clip_denoised=True, model_forward_kwargs=dict(), return_noise=False):  # noqa: B006
+        def call(x, t, x0):
+            return self.model(x, t, **model_forward_kwargs, **({} if x0 is None else {"x_self_cond": x0}))
+
+        states = self.loop(shape, call, clip_denoised, False)
+        return (self.unnormalize(states[-1]), states[0]) if return_noise else self.unnormalize(states[-1])
+
+    def model_predictions(
+        self, x, t, x_self_cond=None, clip_x_start=False, rederive_pred_noise=False, model_forward_kwargs=None
+    ):
+        raise NotImplementedError
+
+    predict_start_from_noise = Restated.predict_start_from_noise
+    predict_start_from_v = Restated.predict_start_from_v
+    predict_noise_from_start = Restated.predict_noise_from_start
+
+    def sample(self, batch_size=16, return_noise=False, model_forward_kwargs=dict()):  # noqa: B006
+        return self.ddim_sample(
+            (batch_size, 2, 5), return_noise=return_noise, model_forward_kwargs=model_forward_kwargs
+        )
+
+
+def both(diffusion, run, *, dtype=torch.float32):
+    """What ``run(diffusion)`` gives by the restated loop and by ours, from one seed; the generator ends alike."""
+    torch.set_default_dtype(dtype)
+    torch.manual_seed(11)
+    expected = run(diffusion)
+    after = torch.get_rng_state()
+    torch.manual_seed(11)
+    got = run(use_fast_ddim(diffusion))
+    assert torch.equal(torch.get_rng_state(), after)
+    use_original_ddim(diffusion)
+    return got, expected
+
+
+def assert_near(got, expected, dtype):
+    assert got.dtype == dtype
+    assert got.shape == expected.shape
+    assert not got.requires_grad
+    allowed = TOLERANCE * torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), expected, rtol=allowed, atol=allowed * float(expected.abs().max()))
+
+
+# --- The loops --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("self_condition", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_pictures(objective, self_condition, eta, dtype):
+    for count in (1, 7, 26):  # 26: the float32 linspace rounds below an integer
+        diffusion = GaussianDiffusion(
+            Net(self_condition),
+            objective=objective,
+            ddim_sampling_eta=eta,
+            sampling_timesteps=count,
+            buffers=dtype,
+        )
+        got, expected = both(diffusion, lambda d: d.sample(3, return_all_timesteps=True), dtype=dtype)
+        assert got.shape == (3, count + 1, 2, 3, 4)
+        assert_near(got, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("clip_denoised", [True, False])
+@pytest.mark.parametrize("self_condition", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_sequences(objective, self_condition, clip_denoised, dtype):
+    diffusion = GaussianDiffusion1D(
+        Net(self_condition),
+        objective=objective,
+        ddim_sampling_eta=0.6,
+        auto_normalize=clip_denoised,
+        buffers=dtype,
+    )
+    kwargs = {"clip_denoised": clip_denoised, "model_forward_kwargs": {"bias": 0.3}}
+    got, expected = both(diffusion, lambda d: d.ddim_sample((3, 2, 5), **kwargs), dtype=dtype)
+    assert_near(got, expected, dtype)
+    without = both(diffusion, lambda d: d.ddim_sample((3, 2, 5), clip_denoised), dtype=dtype)
+    assert_near(*without, dtype)
+    assert (without[0] - got).abs().max() > 0.01  # so the bias matters
+
+
+def test_float32_buffers_give_the_schedule_that_was_rounded():
+    diffusion = GaussianDiffusion(Net(), sampling_timesteps=250, ddim_sampling_eta=1.0)
+    got, expected = both(diffusion, lambda d: d.sample(3))
+    assert_near(got, expected, torch.float32)
+    alpha_bars, exact = drop_in._alpha_bars(diffusion), torch.tensor(diffusion.exact, dtype=torch.float64).numpy()
+    eps = 2 * torch.finfo(torch.float32).eps
+    assert abs(alpha_bars / exact - 1).max() < eps
+    assert abs((1 - alpha_bars) / (1 - exact) - 1).max() < eps
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_noise_is_drawn_in_the_layout_of_the_original(objective):
+    """A model in channels_last makes the original's samples channels_last with pred_x0, and torch draws in the order of memory."""
+    net = Net(memory_format=torch.channels_last)
+    diffusion = GaussianDiffusion(net, objective=objective, ddim_sampling_eta=1.0)
+    got, expected = both(diffusion, lambda d: d.sample(3))
+    assert_near(got, expected, torch.float32)
+    assert got.stride() == expected.stride()
+
+
+def test_the_noise_returned_is_where_sampling_started():
+    diffusion = GaussianDiffusion1D(Net())
+    (got, noise), (expected, x_T) = both(diffusion, lambda d: d.sample(3, return_noise=True))
+    assert torch.equal(noise.double(), x_T)
+    assert_near(got, expected, torch.float32)
+
+
+def test_all_timesteps_may_be_visited():
+    diffusion = GaussianDiffusion(Net(), timesteps=60, sampling_timesteps=60, auto_normalize=False)
+    torch.manual_seed(0)
+    expected = diffusion.sample(2)
+    torch.manual_seed(0)
+    assert_near(ddim_sample(diffusion, (2, 2, 3, 4), progress=False), expected, torch.float32)
+
+
+def test_settings_are_read_in_each_call():
+    diffusion = GaussianDiffusion(Net())
+    use_fast_ddim(diffusion)
+    diffusion.sample(1)
+    diffusion.sampling_timesteps, diffusion.ddim_sampling_eta = 5, 0.8
+    use_original_ddim(diffusion)
+    assert_near(*both(diffusion, lambda d: d.sample(3)), torch.float32)
+
+
+def test_half_precision_models():
+    """As under autocast: the model's output is half, the samples are float32. One step, since an output may round the other way."""
+
+    class Half(Net):
+        def forward(self, x, t, x_self_cond=None):
+            return super().forward(x.float(), t, x_self_cond).bfloat16()
+
+    diffusion = GaussianDiffusion(Half(), objective="pred_v", sampling_timesteps=1)
+    torch.manual_seed(0)
+    got = ddim_sample(diffusion, (2, 2, 3, 4), progress=False)
+    torch.manual_seed(0)
+    assert_near(got, diffusion.ddim_sample((2, 2, 3, 4)), torch.float32)
+
+
+def test_one_pass_per_step(monkeypatch):
+    calls = []
+    step = drop_in.ddim_step
+    monkeypatch.setattr(drop_in, "ddim_step", lambda *a, **k: calls.append(k["x0_out"]) or step(*a, **k))
+    for self_condition in (False, True):
+        calls.clear()
+        ddim_sample(GaussianDiffusion(Net(self_condition)), (2, 2, 3, 4), progress=False)
+        assert len(calls) == 7
+        assert all((x0 is not None) == self_condition for x0 in calls)
+
+
+# --- The object -------------------------------------------------------------------------------------------------------
+
+
+def test_it_can_be_undone():
+    diffusion = GaussianDiffusion(Net())
+    keys = list(diffusion.state_dict())
+    assert use_fast_ddim(use_fast_ddim(diffusion)) is diffusion
+    assert diffusion.ddim_sample.__func__ is ddim_sample
+    assert list(diffusion.state_dict()) == keys
+    assert use_original_ddim(use_original_ddim(diffusion)) is diffusion
+    assert diffusion.ddim_sample.__func__ is GaussianDiffusion.ddim_sample
+    assert use_fast_ddim(GaussianDiffusion1D(Net())).ddim_sample.__func__ is ddim_sample_1d
+
+
+def test_a_copy_is_fast_with_weights_of_its_own():
+    """A trainer samples from a deep copy, whose weights are a moving average."""
+    diffusion = use_fast_ddim(GaussianDiffusion(Net()))
+    diffusion.unnormalize = torch.abs  # a lambda is no state of its own, either
+    average = copy.deepcopy(diffusion)
+    with torch.no_grad():
+        average.model.weight.neg_()
+    torch.manual_seed(0)
+    got = average.sample(2)
+    torch.manual_seed(0)
+    assert_near(got, use_original_ddim(average).sample(2), torch.float32)
+    assert average is not diffusion.ddim_sample.__self__ is diffusion
+
+
+def test_the_progress_bar(monkeypatch):
+    shown = []
+    monkeypatch.setattr(drop_in, "tqdm", lambda it, desc, disable: shown.append((desc, disable)) or it)
+    diffusion = GaussianDiffusion(Net())
+    use_fast_ddim(diffusion).sample(1)
+    ddim_sample(diffusion, (1, 2, 3, 4), progress=False)
+    ddim_sample_1d(GaussianDiffusion1D(Net()), (1, 2, 5), progress=False)
+    name = "sampling loop time step"
+    assert shown == [(name, False), (name, True), (name, True)]
+
+
+def test_the_page_runs(monkeypatch):
+    def of_page(model, image_size, **kwargs):
+        assert image_size == 16
+        return GaussianDiffusion(model, **kwargs)
+
+    library = SimpleNamespace(GaussianDiffusion=of_page, Unet=lambda dim, dim_mults, channels: Net())
+    monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch", library)
+    page = Path(__file__).parents[2] / "docs" / "drop_ins" / "denoising_diffusion_pytorch.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names = {}
+    exec(block, names)
+    assert len(names["pictures"]) == 4
+    assert names["diffusion"].ddim_sample.__func__ is ddim_sample
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+
+class Learned(GaussianDiffusion):
+    def model_predictions(self, x, t, x_self_cond=None, clip_x_start=False, rederive_pred_noise=False):
+        raise NotImplementedError
+
+
+class OwnLoop(GaussianDiffusion):
+    def ddim_sample(self, shape, return_all_timesteps=False):
+        raise NotImplementedError
+
+
+class Classes(GaussianDiffusion):
+    def ddim_sample(self, classes, shape, cond_scale=6.0, rescaled_phi=0.7, clip_denoised=True):
+        raise NotImplementedError
+
+
+class Older(GaussianDiffusion):
+    ddim_sample = GaussianDiffusion.ddim_sample
+
+    def model_predictions(self, x, t, x_self_cond=None, clip_x_start=False):
+        raise NotImplementedError
+
+
+class Repaint(GaussianDiffusion):
+    def sample(self, batch_size=16, return_all_timesteps=False, gt=None, mask=None):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Net(), TypeError, "must be a GaussianDiffusion or GaussianDiffusion1D.*got .*Net"),
+        (lambda: Learned(Net()), TypeError, "got a model_predictions of its own"),
+        (lambda: OwnLoop(Net()), TypeError, "the step of .*OwnLoop must be that of OwnLoop"),
+        (lambda: Classes(Net()), TypeError, r"ddim_sample\(classes, shape, cond_scale"),
+        (lambda: Older(Net()), TypeError, "version 2"),
+        (lambda: Repaint(Net()), TypeError, "never uses ddim_sample"),
+        (lambda: GaussianDiffusion(Net(), sampling_timesteps=1000), ValueError, "got 1000 and 1000: make"),
+    ],
+)
+def test_what_cannot_be_replaced(make, error, message):
+    diffusion = make()
+    with pytest.raises(error, match=message):
+        use_fast_ddim(diffusion)
+    assert "ddim_sample" not in vars(diffusion)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "error", "message"),
+    [
+        ("ddim_sampling_eta", -0.1, ValueError, "0 .deterministic. or more, got -0.1"),
+        ("ddim_sampling_eta", math.nan, ValueError, "finite number.* got nan"),
+        ("ddim_sampling_eta", None, ValueError, "finite number.* got None"),
+        ("ddim_sampling_eta", 40.0, ValueError, r"in the step from 999 to 856 .ddim_sampling_eta., eta may be at most"),
+        ("objective", "pred_score", ValueError, "one of pred_noise, pred_x0, pred_v, got 'pred_score'"),
+        ("sampling_timesteps", 0, ValueError, "1 to 1000, got 0"),
+        ("sampling_timesteps", 1001, ValueError, "1 to 1000, got 1001"),
+        (
+            "alphas_cumprod",
+            torch.ones(1000, dtype=torch.float16),
+            TypeError,
+            "got torch.float16.*diffusion.model alone",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_honoured(setting, value, error, message):
+    diffusion = GaussianDiffusion(Net())
+    setattr(diffusion, setting, value)
+    state = torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        ddim_sample(diffusion, (1, 2, 3, 4), progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_other_variant_is_named():
+    with pytest.raises(TypeError, match="ddim_sample got a GaussianDiffusion1D: use ddim_sample_1d"):
+        ddim_sample(GaussianDiffusion1D(Net()), (1, 2, 5))
+    with pytest.raises(TypeError, match="ddim_sample_1d got a GaussianDiffusion: use ddim_sample"):
+        ddim_sample_1d(GaussianDiffusion(Net()), (1, 2, 3, 4))
