@@ -101,7 +101,13 @@ class BuildWithNinja(build_ext):
 setup(
     version=re.search(r'__version__ = "(.+)"', (ROOT / "ddim_fast/_version.py").read_text()).group(1),
     # The folder kernels/ is installed as ddim_fast.kernels, so every package is named.
-    packages=["ddim_fast", "ddim_fast.integrations", "ddim_fast.kernels", "ddim_fast.verify"],
+    packages=[
+        "ddim_fast",
+        "ddim_fast.commands",
+        "ddim_fast.integrations",
+        "ddim_fast.kernels",
+        "ddim_fast.verify",
+    ],
     package_dir={"ddim_fast": "ddim_fast", "ddim_fast.kernels": "kernels"},
     include_package_data=False,  # the sources of the kernel stay in the sdist
     package_data={"ddim_fast": ["py.typed", "weights/*.safetensors", "weights/*.md"]},

@@ -14,9 +14,9 @@ from .kernels.contract import StepCoefficients, StepTable
 from .kernels.dispatch import ddim_step, ddim_step_from_table
 from .kernels.noise import NoiseStream, sample_seeds, standard_normals
 from .loading import LoadedModel, load_model, load_model_from
-from .loop import Timing
+from .loop import Timing, Trajectory
 from .plan import PlannedStep, SamplingPlan
-from .sampler import DDIMSampler, Trajectory
+from .sampler import DDIMSampler
 from .schedule import NoiseSchedule, make_schedule
 from .timesteps import explicit_timesteps, respaced_timesteps, select_timesteps
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .models import SHIPPED, ShippedModel, load_shipped_model, output_tensor
-from .sampler import usable_device
 from .schedule import NoiseSchedule, make_schedule
+from .start import usable_device
 from .update import PREDICTION_TYPES
 
 

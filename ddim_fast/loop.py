@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,32 @@ class Timing:
     update_seconds: float = 0.0
     captured_seconds: float = 0.0
     steps: int = 0
+
+
+@dataclass
+class Trajectory:
+    """Every state of a run.
+
+    Attributes:
+        timesteps: S timesteps visited.
+        x_t: S + 1 tensors ``(B, ...)``: the noisy samples before each step, and the result.
+        x0: S tensors ``(B, ...)``: the prediction of the clean samples at each step.
+    """
+
+    timesteps: list[int] = field(default_factory=list)
+    x_t: list[Tensor] = field(default_factory=list)
+    x0: list[Tensor] = field(default_factory=list)
+
+    @property
+    def samples(self) -> Tensor:
+        return self.x_t[-1]
+
+    def add(self, t: int, x_t: Tensor, x0: Tensor) -> None:
+        """Keep copies, as ordinary tensors also where inference mode is on."""
+        with torch.inference_mode(False):
+            self.timesteps.append(t)
+            self.x_t.append(x_t.clone())
+            self.x0.append(x0.clone())
 
 
 @dataclass(frozen=True)

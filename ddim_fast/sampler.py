@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,52 +15,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .capture import GRAPHS, CapturedLoop, GraphCache, Job, choose_mode
-from .editing import (
-    blend_known_region,
-    check_alike,
-    check_samples,
-    img2img,
-    inpaint,
-    interpolate,
-    known_region,
-    seeds_of_samples,
-    start,
-)
+from .editing import img2img, inpaint, interpolate
 from .guidance import GuidanceScale, check_rescale, classifier_guidance, guidance_scales
-from .loop import Loop, Thresholding, Timing, model_calls
+from .inversion import invert, reconstruct
+from .loop import Loop, Thresholding, Timing, Trajectory, model_calls
 from .models import Model
+from .parallel import sample_parallel
 from .plan import SamplingPlan
 from .schedule import NoiseSchedule
+from .start import blend_known_region, conditionings_of, known_region, place, seeds_of_samples, start
 from .timesteps import explicit_timesteps, respaced_timesteps, select_timesteps
 
 Callback = Callable[[int, int, Tensor, Tensor], Any]
 """``callback(step, t, x_t, x0)``: the step's number, its timestep, the noisy samples the model saw, and what it predicted from them."""
-
-
-@dataclass
-class Trajectory:
-    """Every state of a run.
-
-    Attributes:
-        timesteps: S timesteps visited.
-        x_t: S + 1 tensors ``(B, ...)``: the noisy samples before each step, and the result.
-        x0: S tensors ``(B, ...)``: the prediction of the clean samples at each step.
-    """
-
-    timesteps: list[int] = field(default_factory=list)
-    x_t: list[Tensor] = field(default_factory=list)
-    x0: list[Tensor] = field(default_factory=list)
-
-    @property
-    def samples(self) -> Tensor:
-        return self.x_t[-1]
-
-    def add(self, t: int, x_t: Tensor, x0: Tensor) -> None:
-        """Keep copies, as ordinary tensors also where inference mode is on."""
-        with torch.inference_mode(False):
-            self.timesteps.append(t)
-            self.x_t.append(x_t.clone())
-            self.x0.append(x0.clone())
 
 
 class DDIMSampler:
@@ -233,13 +199,13 @@ class DDIMSampler:
         plan = self.plan(model)
         rows = [step.coefficients for step in plan.steps]
         mask, known_x0 = known_region(mask, known_x0)
-        shape, device, dtype = _place(shape, device, dtype, x_T=x_T, known_x0=known_x0)
+        shape, device, dtype = place(shape, device, dtype, x_T=x_T, known_x0=known_x0)
         for name, value in {"dtype": dtype, "model_dtype": model_dtype}.items():
             if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
                 raise TypeError(f"{name} must be a floating-point torch.dtype such as torch.float16, got {value!r}")
         check_rescale(guidance_rescale, guidance_scale)
         scales = guidance_scales(guidance_scale, plan.timesteps)
-        conditionings = _conditionings(model, conditioning, scales, unconditional_conditioning)
+        conditionings = conditionings_of(model, conditioning, scales, unconditional_conditioning)
         adds_noise = any(row.adds_noise for row in rows)
         adds_known_noise = mask is not None and any(row.adds_known_noise for row in rows)
         between = {
@@ -286,10 +252,13 @@ class DDIMSampler:
         timing = Timing() if timing is None else timing
         return _run(job, mode, using, bar, timing, backend, callback, return_trajectory, reuse_output)
 
-    # Functions of ``editing``: what they are given first is this sampler.
+    # Functions of their own files: what they are given first is this sampler.
     img2img = img2img
     inpaint = inpaint
     interpolate = interpolate
+    invert = invert
+    reconstruct = reconstruct
+    sample_parallel = sample_parallel
 
     def last_steps(self, count: int) -> DDIMSampler:
         """This sampler with the last ``count`` of its steps alone."""
@@ -337,21 +306,6 @@ def _run(
     return x_t
 
 
-def usable_device(device: str | torch.device) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        ValueError: there is no such name, or torch finds no CUDA device.
-    """
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device must be a torch device such as cpu, cuda or cuda:1, got {device!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device} needs a CUDA device and a torch built for it, and torch finds none: use cpu")
-    return device
-
-
 def _or_one(clip_sample_range: float | None) -> float:
     return 1.0 if clip_sample_range is None else clip_sample_range
 
@@ -396,49 +350,3 @@ def _with_timesteps(plan: SamplingPlan, timesteps: tuple[int, ...]) -> SamplingP
 @lru_cache(maxsize=64)
 def _finished_plan(plan: SamplingPlan, prediction_type: str, clip_sample_range: float | None) -> SamplingPlan:
     return replace(plan, prediction_type=prediction_type, clip_sample_range=clip_sample_range)
-
-
-def _place(
-    shape: Sequence[int] | None, device: str | torch.device, dtype: torch.dtype, **given: Tensor | None
-) -> tuple[tuple[int, ...], torch.device, torch.dtype]:
-    """Shape, device and dtype of the samples: of the tensors given, or else as asked for."""
-    given = {name: tensor for name, tensor in given.items() if tensor is not None}
-    for name, tensor in given.items():
-        check_samples(name, tensor)
-        if shape is not None and tuple(shape) != tuple(tensor.shape):
-            raise ValueError(f"shape must be that of {name}, {tuple(tensor.shape)}, or left out, got {tuple(shape)}")
-    if not given:
-        return _check_shape(shape), usable_device(device), dtype
-    (first_name, first), *others = given.items()
-    for name, tensor in others:
-        check_alike(name, tensor, first_name, first)
-    return tuple(first.shape), first.device, first.dtype
-
-
-def _check_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
-    if shape is None:
-        raise ValueError("shape is needed, for instance shape=(16, 3, 32, 32), where no x_T is given")
-    try:
-        shape = tuple(operator.index(size) for size in shape)
-    except TypeError:
-        raise TypeError(f"shape must be integers (batch, channels, ...), got {shape!r}") from None
-    if len(shape) < 2 or min(shape) < 0:
-        raise ValueError(f"shape must be (batch, channels, ...) with no negative size, got {shape}")
-    return shape
-
-
-def _conditionings(model: Model, conditioning, scales, unconditional_conditioning) -> list[Mapping[str, Any]]:
-    """The conditioning of each model call of a step: one, or a conditional and an unconditional one."""
-    conditioning = dict(conditioning or {})
-    if not callable(model):
-        raise TypeError(f"model must be callable as model(x, t, **conditioning), got {type(model).__name__}")
-    if scales is None:
-        return [conditioning]
-    if unconditional_conditioning is None:
-        unconditional = getattr(model, "unconditional", None)
-        if unconditional is None:
-            raise ValueError(
-                f"guidance_scale={scales[0]} needs the model's unconditional output, too: pass unconditional_conditioning"
-            )
-        unconditional_conditioning = unconditional(conditioning)
-    return [conditioning, dict(unconditional_conditioning)]

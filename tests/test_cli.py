@@ -102,7 +102,7 @@ def test_quiet_says_nothing(tmp_path):
 
 
 def test_other_schedule_is_noted(tmp_path):
-    assert "trained with the linear schedule" in sample(tmp_path, "--schedule", "cosine")
+    assert "trained with another schedule" in sample(tmp_path, "--schedule", "cosine")
 
 
 def test_info_names_versions_backends_and_instruction_set():

@@ -1,0 +1,1 @@
+"""The commands of ``ddim-fast``, a file for each group of them; ``cli`` puts them together."""

@@ -1,0 +1,228 @@
+"""``ddim-fast img2img``, ``inpaint``, ``interpolate`` and ``reconstruct``: what else people do with a DDIM sampler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..inversion import reconstruction_error
+from ..kernels.dispatch import normals
+from ..kernels.noise import NoiseStream
+from .options import Run, noise_options, read_samples, takes_run
+
+_PICTURES = click.argument(
+    "paths",
+    nargs=-1,
+    required=True,
+    metavar="PICTURES...",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+)
+_STRENGTH = "how much is made anew, in (0, 1]: the share of the steps that is run"
+
+
+def _read(run: Run, paths: tuple[Path, ...]) -> tuple[Tensor, list[str], list[int] | None]:
+    """The pictures on the model's device, their names, and their classes where one was asked for."""
+    x0, names = read_samples(paths, run.model.sample_shape)
+    labels = None if run.class_name is None else run.labels(len(x0))
+    return x0.to(run.where), names, labels
+
+
+def _write_pairs(run: Run, before: Tensor, after: Tensor, names: list[str], title: str, labels=None) -> None:
+    """A grid of each picture beside what became of it."""
+    both = torch.stack([before.cpu(), after.cpu()], 1).flatten(0, 1)
+    under = [text for name in names for text in (name, "->")]
+    columns = 2 * min(len(names), max(1, round(len(names) ** 0.5)))
+    written = run.write(both, under, title, columns, labels, samples=after)
+    run.say(f"{len(names)} pictures: {title} -> {', '.join(map(str, written))}")
+
+
+@click.command()
+@_PICTURES
+@takes_run(
+    *noise_options,
+    click.option("--strength", type=float, default=0.6, show_default=True, help=f"{_STRENGTH.capitalize()}."),
+)
+def img2img(run: Run, paths: tuple[Path, ...], strength: float) -> None:
+    """Make pictures anew from rough ones: noise them, and sample from there.
+
+    PICTURES are image files, or samples that --save wrote (.npz, .safetensors).
+
+    \b
+    Examples:
+      ddim-fast sample --class Sneaker -n 4 --save sneakers.npz
+      ddim-fast img2img sneakers.npz --class "Ankle boot" --strength 0.7
+    """
+    run.prepare()
+    x0, names, labels = _read(run, paths)
+    sampler, seeds = run.sampler(), run.seeds(len(x0))
+
+    def draw(part: slice):
+        return sampler.img2img(
+            run.model,
+            x0[part],
+            strength,
+            seeds=seeds[part],
+            conditioning=run.conditioning(labels, part),
+            guidance_scale=run.guidance,
+            backend=run.backend,
+            capture=run.capture,
+            progress=not run.quiet and run.capture != "loop",
+        )
+
+    images = torch.cat([part.samples for part in run.in_batches(len(x0), draw)])
+    title = f"{run.model_name}: strength {strength:g}, {sampler.num_inference_steps} steps, eta {run.eta:g}, seed {run.seed}"
+    _write_pairs(run, x0, images, names, title, labels)
+
+
+_KEPT = {
+    "left": lambda y, x: x < 0.5,
+    "right": lambda y, x: x >= 0.5,
+    "top": lambda y, x: y < 0.5,
+    "bottom": lambda y, x: y >= 0.5,
+    "border": lambda y, x: (abs(x - 0.5) >= 0.25) | (abs(y - 0.5) >= 0.25),
+    "centre": lambda y, x: (abs(x - 0.5) < 0.25) & (abs(y - 0.5) < 0.25),
+}
+
+
+def _mask(keep: str, sample_shape: tuple[int, ...]) -> Tensor:
+    """``(H, W)``: 1 where the picture is kept."""
+    _, height, width = sample_shape
+    if keep in _KEPT:
+        y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
+        return torch.from_numpy(_KEPT[keep](y, x).astype(np.float32))
+    path = Path(keep)
+    if not path.is_file():
+        raise ValueError(f"--keep must be one of {', '.join(_KEPT)}, or an image file, got {keep!r}")
+    (mask,), _ = read_samples((path,), (1, height, width))
+    return (mask[0] + 1) / 2
+
+
+@click.command()
+@_PICTURES
+@takes_run(
+    *noise_options,
+    click.option(
+        "--keep",
+        required=True,
+        metavar="PART|FILE",
+        help=f"What is kept: {', '.join(_KEPT)}, or an image file, white where the picture is kept.",
+    ),
+    click.option(
+        "--strength", type=float, default=1.0, show_default=True, help=f"Of the part that is drawn: {_STRENGTH}."
+    ),
+)
+def inpaint(run: Run, paths: tuple[Path, ...], keep: str, strength: float) -> None:
+    """Keep a part of pictures, and draw the rest to fit.
+
+    PICTURES are image files, or samples that --save wrote (.npz, .safetensors).
+
+    \b
+    Examples:
+      ddim-fast sample --class Sneaker -n 4 --save sneakers.npz
+      ddim-fast inpaint sneakers.npz --keep left --class Sneaker
+    """
+    run.prepare()
+    x0, names, labels = _read(run, paths)
+    mask = _mask(keep, run.model.sample_shape)
+    sampler, seeds = run.sampler(), run.seeds(len(x0))
+
+    def draw(part: slice):
+        return sampler.inpaint(
+            run.model,
+            x0[part],
+            mask,
+            strength=strength,
+            seeds=seeds[part],
+            conditioning=run.conditioning(labels, part),
+            guidance_scale=run.guidance,
+            backend=run.backend,
+            capture=run.capture,
+            progress=not run.quiet and run.capture != "loop",
+        )
+
+    images = torch.cat([part.samples for part in run.in_batches(len(x0), draw)])
+    title = f"{run.model_name}: {keep} kept, {sampler.num_inference_steps} steps, eta {run.eta:g}, seed {run.seed}"
+    shown = x0 * mask.to(x0) - (1 - mask.to(x0))  # what is not kept in black
+    _write_pairs(run, shown, images, names, title, labels)
+
+
+@click.command()
+@takes_run(
+    click.option("--from-seed", type=click.IntRange(0), default=0, show_default=True, help="The first sample's seed."),
+    click.option("--to-seed", type=click.IntRange(0), default=1, show_default=True, help="The last sample's seed."),
+    click.option("--frames", type=click.IntRange(2), default=11, show_default=True, help="How many, with both ends."),
+    click.option(
+        "-n", "--rows", type=click.IntRange(1), default=5, show_default=True, help="How many pairs, a row for each."
+    ),
+)
+def interpolate(run: Run, from_seed: int, to_seed: int, frames: int, rows: int) -> None:
+    """Draw what lies between two samples, by spherical interpolation of their noise (section 5.3 of the DDIM paper).
+
+    \b
+    Example:
+      ddim-fast interpolate --from-seed 3 --to-seed 8 --frames 9 -n 10
+    """
+    run.prepare()
+    labels, sampler = run.labels(rows), run.sampler()
+    starts = []
+    for run.seed in (from_seed, to_seed):
+        starts.append(normals(run.seeds(rows).to(run.where), run.model.sample_shape, 0, NoiseStream.INITIAL))
+    samples = sampler.interpolate(
+        run.model,
+        *starts,
+        torch.linspace(0, 1, frames),
+        seed=from_seed,
+        conditioning=run.conditioning(labels),
+        guidance_scale=run.guidance,
+        backend=run.backend,
+        progress=not run.quiet,
+    ).view(frames, rows, *run.model.sample_shape)
+    images = samples.transpose(0, 1).flatten(0, 1).cpu()
+    weights = [f"{weight:.2f}" for weight in torch.linspace(0, 1, frames).tolist()]
+    title = f"{run.model_name}: from seed {from_seed} to seed {to_seed}, {sampler.num_inference_steps} steps"
+    written = run.write(images, weights * rows, title, frames)
+    run.say(f"{rows} rows of {frames} pictures -> {', '.join(map(str, written))}")
+
+
+@click.command()
+@_PICTURES
+@takes_run(
+    click.option(
+        "--iterations",
+        type=click.IntRange(1),
+        default=5,
+        show_default=True,
+        help="Model calls for each step back. 1: the plain inversion.",
+    ),
+)
+def reconstruct(run: Run, paths: tuple[Path, ...], iterations: int) -> None:
+    """Find the noise that pictures come from, and sample them again from it: how much is lost.
+
+    PICTURES are image files, or samples that --save wrote (.npz, .safetensors). Nothing is clipped: see docs/INVERSION.md.
+
+    \b
+    Examples:
+      ddim-fast sample --class Bag -n 4 --save bags.npz
+      ddim-fast reconstruct bags.npz --class Bag --steps 50 --iterations 5
+    """
+    run.prepare()
+    x0, names, labels = _read(run, paths)
+    sampler = run.sampler(clip_sample=False)
+
+    def draw(part: slice):
+        options = {
+            "conditioning": run.conditioning(labels, part),
+            "guidance_scale": run.guidance,
+            "backend": run.backend,
+        }
+        x_T = sampler.invert(run.model, x0[part], iterations=iterations, progress=not run.quiet, **options)
+        return sampler.sample(run.model, x_T=x_T, seed=0, progress=not run.quiet, **options)
+
+    images = torch.cat([part.samples for part in run.in_batches(len(x0), draw)])
+    error = reconstruction_error(x0.cpu(), images).mean()
+    title = f"{run.model_name}: {sampler.num_inference_steps} steps, {iterations} iterations, mean squared error {error:.2e}"
+    _write_pairs(run, x0, images, names, title, labels)

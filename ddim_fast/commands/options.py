@@ -1,0 +1,359 @@
+"""What several commands have in common: their options, and what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .. import pictures
+from ..capture import MODES
+from ..kernels import dispatch
+from ..kernels.noise import sample_seeds
+from ..loading import load_model
+from ..loop import Trajectory
+from ..models import SHIPPED
+from ..sampler import DDIMSampler
+from ..schedule import SCHEDULES, make_schedule
+from ..start import usable_device
+from ..timesteps import SPACINGS
+from ..update import ETA_SCALES
+
+FRAMES = 60  # at most, in an animation
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+NUMBER_SUFFIXES = (".npz", ".safetensors")
+
+
+# --- Options ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """The options that every command that samples has, by their names, and what follows from them."""
+
+    model_name: str = "fashion"
+    class_name: str | None = None
+    guidance: float = 1.0
+    steps: int | None = None
+    timesteps: str | None = None
+    eta: float = 0.0
+    eta_scales: str = "std_dev"
+    sigma_hat: bool = False
+    spacing: str | None = None
+    schedule: str | None = None
+    seed: int = 0
+    batch_size: int = 64
+    threads: int | None = None
+    backend: str | None = None
+    device: str | None = None
+    capture: str = "auto"
+    out: Path = Path("grid.png")
+    save: Path | None = None
+    quiet: bool = False
+    model: nn.Module = field(init=False)
+
+    def prepare(self) -> None:
+        """Refuse what could not be written, before anything is computed; then load the model."""
+        check_output(self.out, PICTURE_SUFFIXES)
+        check_output(self.save, NUMBER_SUFFIXES)
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        device = usable_device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = load_model(self.model_name, device)
+        if self.model.sample_shape is None:
+            raise ValueError(
+                f"the command line needs a model whose files say the size of its samples, got {self.model_name}: use it from Python"
+            )
+
+    @property
+    def where(self) -> torch.device:
+        return next(iter(self.model.parameters()), torch.empty(0)).device
+
+    def sampler(self, **more: Any) -> DDIMSampler:
+        """The sampler asked for: what is not said is the model's, or the sampler's own default."""
+        trained = self.model.schedule
+        schedule = trained if self.schedule is None else make_schedule(self.schedule)
+        if schedule is None:
+            raise ValueError(f"the files of {self.model_name} name no noise schedule: name it with --schedule")
+        if trained is not None and schedule != trained and not self.quiet:
+            click.echo(
+                f"note: the {self.model_name} model was trained with another schedule; with {self.schedule} its pictures will be wrong",
+                err=True,
+            )
+        options = dict(getattr(self.model, "sampler_options", {}))
+        if self.spacing is not None:
+            options["timestep_spacing"] = self.spacing
+        return DDIMSampler(
+            schedule,
+            self.steps,
+            self.eta,
+            timesteps=parse_timesteps(self.timesteps),
+            eta_scales=self.eta_scales,
+            sigma_hat=self.sigma_hat,
+            **options,
+            **more,
+        )
+
+    def labels(self, count: int) -> list[int] | None:
+        """The class of every picture: one for all, or each in turn; None for a model without classes."""
+        names = getattr(self.model, "class_names", None)
+        if names is None:
+            if self.class_name is not None:
+                raise ValueError(f"--class is for models with named classes, got {self.model_name}: leave it out")
+            return None
+        if self.class_name is None:
+            return [i % len(names) for i in range(count)]
+        lower = [name.lower() for name in names]
+        if self.class_name.lower() in lower:
+            return [lower.index(self.class_name.lower())] * count
+        if self.class_name.isdigit() and int(self.class_name) < len(names):
+            return [int(self.class_name)] * count
+        raise ValueError(
+            f"--class must be one of {', '.join(names)}, or 0 to {len(names) - 1}, got {self.class_name!r}"
+        )
+
+    def names(self, labels: list[int] | None, count: int) -> list[str]:
+        """What stands under each picture."""
+        return [str(i) for i in range(count)] if labels is None else [self.model.class_names[label] for label in labels]
+
+    def columns(self, count: int) -> int | None:
+        """A column for each class, where all are drawn in turn."""
+        classes = len(getattr(self.model, "class_names", ()))
+        return classes if classes and self.class_name is None and count >= classes else None
+
+    def conditioning(self, labels: list[int] | None, part: slice = slice(None)) -> dict[str, Tensor] | None:
+        return None if labels is None else {"class_labels": torch.tensor(labels[part], device=self.where)}
+
+    def seeds(self, count: int) -> Tensor:
+        return torch.from_numpy(sample_seeds(self.seed, count))
+
+    def in_batches(self, count: int, draw: Callable[[slice], Tensor | Trajectory]) -> list[Trajectory]:
+        """What ``draw`` makes of each batch, on the CPU. A sample's seed does not depend on its batch."""
+        parts = []
+        for first in range(0, count, self.batch_size):
+            result = draw(slice(first, min(first + self.batch_size, count)))
+            run = result if isinstance(result, Trajectory) else Trajectory(x_t=[result])
+            parts.append(Trajectory(run.timesteps, [x.cpu() for x in run.x_t], [x.cpu() for x in run.x0]))
+        return parts
+
+    def write(
+        self,
+        images: Tensor,
+        names: list[str],
+        title: str,
+        columns: int | None,
+        labels: list[int] | None = None,
+        samples: Tensor | None = None,
+    ) -> list[Path]:
+        """The grid of these images, and where asked for, the samples as numbers: the images if none."""
+        pictures.grid(images, names, title, columns=columns).save(self.out)
+        if self.save is None:
+            return [self.out]
+        save_samples(images if samples is None else samples, labels, self.save)
+        return [self.out, self.save]
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            click.echo(text)
+
+
+_OPTIONS = (
+    click.option(
+        "--model",
+        "model_name",
+        default="fashion",
+        show_default=True,
+        metavar="NAME|PATH",
+        help=f"The model that ships ({', '.join(SHIPPED)}), a diffusers directory, or a TorchScript or torch.export archive.",
+    ),
+    click.option("--class", "class_name", default=None, metavar="NAME", help="Only this class: a name or number."),
+    click.option(
+        "--guidance",
+        type=float,
+        default=1.0,
+        show_default=True,
+        help="Classifier-free guidance: above 1, more typical of the class.",
+    ),
+    click.option(
+        "--steps",
+        type=click.IntRange(1),
+        default=None,
+        help="How many timesteps to visit: more is better and slower.  [default: 50]",
+    ),
+    click.option(
+        "--timesteps",
+        default=None,
+        metavar="LIST",
+        help='Instead of --steps: "ddim50", sections "10,15,20", or a list "[900,600,300,0]".',
+    ),
+    click.option(
+        "--spacing",
+        type=click.Choice(sorted(SPACINGS)),
+        default=None,
+        help="How the timesteps are spread.  [default: the model's, or leading]",
+    ),
+    click.option(
+        "--schedule",
+        type=click.Choice(sorted(SCHEDULES)),
+        default=None,
+        help="The noise schedule, for a model whose files do not say.  [default: the model's]",
+    ),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(1),
+        default=64,
+        show_default=True,
+        help="Pictures at a time; changes speed only.",
+    ),
+    click.option("--threads", type=click.IntRange(1), default=None, help="Processor threads.  [default: torch's]"),
+    click.option(
+        "--backend",
+        type=click.Choice(list(dispatch.BACKENDS)),
+        default=None,
+        help="What computes the update.  [default: the fastest]",
+    ),
+    click.option(
+        "--device",
+        default=None,
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:1.  [default: cuda where there is one, else cpu]",
+    ),
+    click.option(
+        "--out",
+        type=click.Path(dir_okay=False, path_type=Path),
+        default="grid.png",
+        show_default=True,
+        help="The labelled grid (PNG, JPEG, WebP).",
+    ),
+    click.option(
+        "--save",
+        type=click.Path(dir_okay=False, path_type=Path),
+        default=None,
+        metavar="FILE",
+        help="Also the samples as numbers: .npz or .safetensors.",
+    ),
+    click.option("--quiet", is_flag=True, help="No progress bar and no summary."),
+)
+
+noise_options = (
+    click.option(
+        "--eta", type=float, default=0.0, show_default=True, help="0: deterministic DDIM. 1: as much noise as DDPM."
+    ),
+    click.option(
+        "--eta-scales",
+        type=click.Choice(ETA_SCALES),
+        default="std_dev",
+        show_default=True,
+        help="What eta multiplies; the paper's is std_dev.",
+    ),
+    click.option("--sigma-hat", is_flag=True, help="The paper's larger DDPM noise; needs --eta 1."),
+    click.option(
+        "--seed", type=click.IntRange(0), default=0, show_default=True, help="The same seed gives the same pictures."
+    ),
+    click.option(
+        "--capture",
+        type=click.Choice(MODES),
+        default="auto",
+        show_default=True,
+        help="On a CUDA device: replay the steps as CUDA graphs, one a step or one for the whole loop.",
+    ),
+)
+
+
+def takes_run(*more: Callable) -> Callable:
+    """Decorator: the common options, and these, gathered in a ``Run`` that the command gets first."""
+    names = {f.name for f in fields(Run) if f.init}
+
+    def decorate(command: Callable) -> Callable:
+        @wraps(command)
+        def with_run(**given: Any) -> None:
+            run = Run(**{name: given.pop(name) for name in list(given) if name in names})
+            command(run, **given)
+
+        for option in reversed((*more, *_OPTIONS)):
+            with_run = option(with_run)
+        return with_run
+
+    return decorate
+
+
+def parse_timesteps(text: str | None) -> list[int] | str | None:
+    if text is None or not text.startswith("["):
+        return text
+    try:
+        return [int(t) for t in text.strip("[] ").split(",")]
+    except ValueError:
+        raise ValueError(f'a list of timesteps looks like "[900,600,300,0]", got {text!r}') from None
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def check_output(path: Path | None, suffixes: tuple[str, ...]) -> None:
+    """Raise ValueError where a file could not be written."""
+    if path is None:
+        return
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"the file name must end in {' or '.join(suffixes)}, got {path}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"the folder of {path} does not exist: make it first")
+
+
+def save_samples(images: Tensor, labels: list[int] | None, path: Path) -> None:
+    if path.suffix.lower() == ".npz":
+        arrays = {} if labels is None else {"labels": np.array(labels)}
+        np.savez_compressed(path, samples=images.numpy(), **arrays)
+    else:
+        tensors = {} if labels is None else {"labels": torch.tensor(labels)}
+        save_file({"samples": images.contiguous(), **tensors}, path)
+
+
+def read_samples(paths: tuple[Path, ...], sample_shape: tuple[int, ...]) -> tuple[Tensor, list[str]]:
+    """Pictures, and samples that ``--save`` wrote, as one batch ``(B, C, H, W)`` in [-1, 1], with a name for each.
+
+    Pictures are made as large as the model's samples, and grey where it has one channel.
+
+    Raises:
+        ValueError: a file is neither, or its samples have another shape.
+    """
+    samples, names = [], []
+    for path in paths:
+        found = _read_numbers(path) if path.suffix.lower() in NUMBER_SUFFIXES else _read_picture(path, sample_shape)
+        if found.ndim != 4 or tuple(found.shape[1:]) != tuple(sample_shape):
+            raise ValueError(
+                f"samples must be (B, {', '.join(map(str, sample_shape))}) for this model, got {tuple(found.shape)} in {path}"
+            )
+        samples.append(found)
+        names += [path.stem if len(found) == 1 else f"{path.stem} {i}" for i in range(len(found))]
+    return torch.cat(samples), names
+
+
+def _read_numbers(path: Path) -> Tensor:
+    try:
+        if path.suffix.lower() == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                return torch.from_numpy(file["samples"]).float()
+        return load_file(path)["samples"].float()
+    except KeyError:
+        raise ValueError(f"{path} must hold an array called samples, as --save writes it") from None
+
+
+def _read_picture(path: Path, sample_shape: tuple[int, ...]) -> Tensor:
+    channels, height, width = sample_shape
+    if channels not in (1, 3):
+        raise ValueError(
+            f"pictures are for models with 1 or 3 channels, got one with {channels}: give samples as numbers (.npz)"
+        )
+    with Image.open(path) as image:
+        image = image.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.LANCZOS)
+        pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels)
+    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
