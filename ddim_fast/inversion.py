@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from .loop import Loop, Trajectory, model_calls
 from .models import Model
 from .plan import PlannedStep, SamplingPlan
 from .start import check_alike, check_samples, conditionings_of
-from .update import ddim_coefficients, inversion_coefficients
+from .update import ddim_coefficients, inversion_coefficients, newton_coefficients
 
 if TYPE_CHECKING:
     from .sampler import DDIMSampler
@@ -174,32 +174,8 @@ class _Rows:
         return cls(
             inversion_coefficients(step.alpha_bar_t, step.alpha_bar_prev, plan.prediction_type),
             ddim_coefficients(step.alpha_bar_prev, step.alpha_bar_t, plan.prediction_type),
-            _newton_coefficients(step, "epsilon" if plan.prediction_type == "epsilon" else "v_prediction"),
+            newton_coefficients(step.alpha_bar_t, step.alpha_bar_prev, plan.prediction_type),
         )
-
-
-def _newton_coefficients(step: PlannedStep, constant: str) -> StepCoefficients:
-    """x_t + (x_prev - step(x_t)) / slope: its fixed point is where the step leads to x_prev, whatever the slope.
-
-    The slope is that of a step for which one prediction does not depend on x_t. That of the model's own kind is safe where a model is
-    not consistent near pure noise; x0 will not do, whose slope is 0 in a step to clean data.
-    """
-    slope, _ = ddim_coefficients(step.alpha_bar_t, step.alpha_bar_prev, constant).folded
-    if slope == 0:
-        raise ValueError(
-            "a step from pure noise to clean data has no inverse: use more timesteps, "
-            f"got one from t = {step.t}, where alpha_bar_t = 0, to t = {step.t_prev}"
-        )
-    of_x_t, of_m = step.coefficients.folded
-    return replace(
-        step.coefficients,
-        eps_x=1 - of_x_t / slope,
-        eps_m=-of_m / slope,
-        eps_0=0.0,
-        prev_x0=0.0,
-        prev_eps=1.0,
-        prev_noise=1 / slope,
-    )
 
 
 @dataclass
@@ -235,15 +211,15 @@ class _Search:
             self._step(self.x_prev, rows.encoding, loop.x_t)
         row = rows.plain if self.iterations == 1 else rows.newton
         for _ in range(self.iterations):
-            self._predict(index, t)
+            self.predict(index, t)
             if self.tolerance is None:
                 self._step(loop.x_t, row, loop.x_t, noise=self.x_prev)
             elif self._change(row) <= self.tolerance:
                 break
         loop.x_t, self.x_prev = self.x_prev, loop.x_t
 
-    def _predict(self, index: int, t: Tensor) -> None:
-        model_output, uncond = self.loop._predict(t)
+    def predict(self, index: int, t: Tensor) -> None:
+        model_output, uncond = self.loop.predict(t)
         scale = None if uncond is None else self.loop.guidance_scales[index]
         self.outputs = {"model_output": model_output, "model_output_uncond": uncond, "guidance_scale": scale}
 

@@ -136,7 +136,7 @@ class Loop:
         """Advance ``x_t`` by this step; ``t`` ``(B,)`` are its timesteps."""
         started = time.perf_counter()
         x_t = self.x_t
-        model_output, uncond = self._predict(t)
+        model_output, uncond = self.predict(t)
         scale = None if uncond is None else self.guidance_scales[step.index]
         if uncond is not None and (self.guidance_rescale or self.classifier is not None):
             model_output = guided_output(model_output, uncond, scale, self.guidance_rescale, x_t.dtype)
@@ -185,7 +185,7 @@ class Loop:
         """
         p = position
         torch.index_select(p.timesteps, 0, p.index, out=p.t)
-        model_output, uncond = self._predict(p.t[0])
+        model_output, uncond = self.predict(p.t[0])
         if uncond is not None and self.guidance_rescale:
             scale = p.table.prediction(p.index)[3]
             model_output = guided_output(model_output, uncond, scale, self.guidance_rescale, self.x_t.dtype)
@@ -230,7 +230,7 @@ class Loop:
         if self.known_noise is not None and step.coefficients.adds_known_noise:
             self.known_noise.normal_(generator=self.generator)
 
-    def _predict(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
+    def predict(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
         """The model's output, and its unconditional output with guidance."""
         x_t = self.x_t
         model_input = x_t if self.model_input is None else self.model_input.copy_(x_t)

@@ -24,7 +24,7 @@ from .loop import Loop, ModelCall, Timing, model_calls
 from .models import Model
 from .plan import PlannedStep
 from .start import conditionings_of, place, repeat_conditioning, seeds_of_samples, start
-from .update import PREDICTION_TYPES
+from .update import weight_at_constant_v
 
 if TYPE_CHECKING:
     from .sampler import DDIMSampler
@@ -120,7 +120,7 @@ def sample_parallel(
         x0=None,
     )
     timesteps = torch.tensor(plan.timesteps, device=device)[:, None].expand(-1, shape[0])
-    weights = [_weight_at_constant_v(step.alpha_bar_t, plan.prediction_type) for step in plan.steps]
+    weights = [weight_at_constant_v(step.alpha_bar_t, plan.prediction_type) for step in plan.steps]
     variances = 1 - torch.tensor([step.alpha_bar_prev for step in plan.steps], dtype=torch.float64)
     limits = tolerance**2 * math.prod(shape[1:]) * variances.to(device)[:, None]
     run = _Window(plan.steps, weights, loop, timesteps, limits, guesses, torch.empty_like(guesses), backend)
@@ -144,7 +144,7 @@ class _Window:
     """A window of states, from the first that is not done.
 
     Attributes:
-        weights: for each step, see ``_weight_at_constant_v``.
+        weights: for each step, see ``weight_at_constant_v``.
         loop: what takes one step; its model calls are answered from those of the whole window.
         timesteps: ``(S, B)`` int64.
         limits: ``(S, 1)`` float64: the largest squared change, summed over a sample, of a state that is done, after each step.
@@ -169,7 +169,7 @@ class _Window:
         self.loop.x_t, self.loop.calls = self.guesses[:count].flatten(0, 1), calls
         outputs = [
             None if m is None else m.unflatten(0, (count, batch_size))
-            for m in self.loop._predict(self.timesteps[inside].flatten())
+            for m in self.loop.predict(self.timesteps[inside].flatten())
         ]
         self._take_steps(inside, outputs)
         # An output of the next iteration differs from one of this only where the state that the model is given does.
@@ -200,13 +200,6 @@ class _Window:
         if j == 0 or weight == 0:
             return model_output
         return torch.add(model_output.to(x.dtype), x - self.guesses[j], alpha=weight)
-
-
-def _weight_at_constant_v(alpha_bar_t: float, prediction_type: str) -> float:
-    """How a model's output changes with x_t where v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0 does not."""
-    at_t = PREDICTION_TYPES[prediction_type](alpha_bar_t)
-    of_eps, of_x0 = math.sqrt(alpha_bar_t), -math.sqrt(1 - alpha_bar_t)
-    return -(of_eps * at_t.eps_x + of_x0 * at_t.x0_x) / (of_eps * at_t.eps_m + of_x0 * at_t.x0_m)
 
 
 def _answer(model_output: Tensor) -> ModelCall:

@@ -246,6 +246,36 @@ def inversion_coefficients(
     return StepCoefficients(at_t.x0_x, at_t.x0_m, at_t.eps_x, at_t.eps_m, 0.0, 0.0, of_eps, signal)
 
 
+def newton_coefficients(alpha_bar_t: float, alpha_bar_prev: float, prediction_type: str) -> StepCoefficients:
+    """One simplified Newton iteration towards the x_t that a deterministic step takes to a given x_prev, as a row.
+
+    x_t + (x_prev - step(x_t)) / slope, given as to a row of ``inversion_coefficients``: its fixed point is where the step leads to x_prev,
+    whatever the slope. The slope is that of a step for which one prediction does not depend on x_t: eps for epsilon prediction, and v
+    for the others, which is safe where a model is not consistent near pure noise. (x0 will not do: its slope is 0 in a step to clean
+    data.)
+
+    Raises:
+        ValueError: the slope is 0, in a step from pure noise to clean data.
+    """
+    constant = "epsilon" if prediction_type == "epsilon" else "v_prediction"
+    slope, _ = ddim_coefficients(alpha_bar_t, alpha_bar_prev, constant).folded
+    if slope == 0:
+        raise ValueError(
+            f"a step from pure noise to clean data has no inverse, got one from alpha_bar_t = {alpha_bar_t} to {alpha_bar_prev}: "
+            "use more timesteps"
+        )
+    step = ddim_coefficients(alpha_bar_t, alpha_bar_prev, prediction_type)
+    of_x_t, of_m = step.folded
+    return StepCoefficients(step.x0_x, step.x0_m, 1 - of_x_t / slope, -of_m / slope, 0.0, 0.0, 1.0, 1 / slope)
+
+
+def weight_at_constant_v(alpha_bar_t: float, prediction_type: str) -> float:
+    """How a model's output changes with x_t where v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0 does not."""
+    at_t = PREDICTION_TYPES[prediction_type](alpha_bar_t)
+    of_eps, of_x0 = math.sqrt(alpha_bar_t), -math.sqrt(1 - alpha_bar_t)
+    return -(of_eps * at_t.eps_x + of_x0 * at_t.x0_x) / (of_eps * at_t.eps_m + of_x0 * at_t.x0_m)
+
+
 def velocity_coefficients(alpha_bar_t: float) -> StepCoefficients:
     """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0 (Salimans and Ho 2022, arXiv 2202.00512), as a row.
 
