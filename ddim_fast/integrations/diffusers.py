@@ -444,6 +444,7 @@ class FastDDIMParallelScheduler(_FastDenoising, DDIMParallelScheduler):
     """``diffusers.DDIMParallelScheduler`` with its updates in one kernel. Arguments as ``FastDDIMScheduler``."""
 
     _output_kind = DDIMParallelSchedulerOutput
+    _compatibles = [*DDIMParallelScheduler._compatibles, "DDIMParallelScheduler"]  # noqa: RUF012
 
     @_also_takes(DDIMParallelScheduler)
     def __init__(self, *args: Any, explicit_pairs: bool = False, philox_noise: bool = False, **kwargs: Any):
