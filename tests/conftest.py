@@ -6,7 +6,9 @@ from hypothesis import Phase, settings
 
 settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
 settings.register_profile("explore", deadline=None, max_examples=3000)  # pytest --hypothesis-profile=explore
-settings.register_profile("quick", deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
+settings.register_profile(
+    "quick", deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile("fixed")
 
 
