@@ -22,6 +22,13 @@ CONFIGS = {
 SCHEDULERS = {"diffusers": DDIMScheduler, "ours": FastDDIMScheduler}
 
 
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    """As in a pipeline's call."""
+    with torch.no_grad():
+        yield
+
+
 def steps(
     shape: tuple[int, ...], config: dict[str, Any], eta: float, return_dict: bool
 ) -> dict[str, Callable[[], Any]]:
@@ -35,8 +42,7 @@ def steps(
         t, generator = scheduler.timesteps[25], torch.Generator()
 
         def step(scheduler=scheduler, t=t, generator=generator):
-            with torch.no_grad():  # as pipelines do
-                return scheduler.step(m, t, x, eta=eta, generator=generator, return_dict=return_dict)
+            return scheduler.step(m, t, x, eta=eta, generator=generator, return_dict=return_dict)
 
         found[name] = step
     return found
