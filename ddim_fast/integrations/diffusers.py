@@ -12,6 +12,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -33,11 +35,18 @@ except ImportError as error:
 
 from ..kernels.contract import StepCoefficients
 from ..kernels.dispatch import ddim_step, plain_step
+from ..kernels.layout import is_wrapped
 from ..kernels.noise import NoiseStream, sample_seeds
 from ..kernels.thresholding import dynamic_thresholds
 from ..steps_by_timestep import StepsByTimestep
 from ..timesteps import select_timesteps
-from ..update import ddim_coefficients, noising_coefficients, variance_with_room, velocity_coefficients
+from ..update import (
+    PREDICTION_TYPES,
+    ddim_coefficients,
+    noising_coefficients,
+    variance_with_room,
+    velocity_coefficients,
+)
 
 
 class _LeaveToOriginal(Exception):  # noqa: N818 (no error: a way out of the fast path)
@@ -60,6 +69,10 @@ def _also_takes(original: type) -> Any:
     return decorate
 
 
+_MOST_CACHED = 64
+_ROW_FIELDS = ("num_train_timesteps", "prediction_type", "clip_sample", "clip_sample_range", "explicit_pairs")
+
+
 class _FastSteps:
     """What the fast schedulers share: rows by timestep, made again when what they depend on is no longer what it was.
 
@@ -67,6 +80,11 @@ class _FastSteps:
     """
 
     _known: _Known | None = None
+    _row_fields = staticmethod(attrgetter(*_ROW_FIELDS))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the rows, which are made by this scheduler: a copy makes its own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_known", "_seeds_of")}
 
     def _alpha_bar_outside(self) -> Tensor:
         """alpha_bar of the timestep below 0: of clean data."""
@@ -83,6 +101,8 @@ class _FastSteps:
             known = self._known = _Known(self)
         found = known.rows.get((kind, options))
         if found is None:
+            if len(known.rows) >= _MOST_CACHED:  # somebody sweeps over eta
+                known.rows.clear()
             found = known.rows[kind, options] = StepsByTimestep(len(known.alpha_bars), partial(kind, self, *options))
         return found
 
@@ -90,33 +110,43 @@ class _FastSteps:
         return self._known.alpha_bars[t] if t >= 0 else self._known.alpha_bar_outside
 
     def _stride(self) -> int:
-        return self._internal_dict["num_train_timesteps"] // self.num_inference_steps
+        return self._internal_dict.num_train_timesteps // self.num_inference_steps
 
     def _visited(self) -> tuple[int, ...]:
         """The timesteps from the noisiest to the cleanest."""
         return self._known.visited
 
     def _check_visited(self, t: int) -> None:
-        if self._internal_dict["explicit_pairs"] and t not in self._known.visited:
+        if self._internal_dict.explicit_pairs and t not in self._known.visited:
             raise ValueError(
                 f"with explicit_pairs a timestep must be one of scheduler.timesteps, got {t}: set_timesteps sets them"
             )
+
+    def _refuse_what_the_original_ignores(self, *fields: str) -> None:
+        for field in fields:
+            if getattr(self._internal_dict, field, False) and self.num_inference_steps is not None:
+                raise ValueError(
+                    f"{field} is only for steps in one kernel, and there is none for this call: pass a timestep that is an int (or an "
+                    "int32 or int64 tensor without dimensions), floating-point tensors of one shape, noise of their dtype and eta as a "
+                    "float; without thresholding in float64 or sample_max_value below 1, and without epsilon prediction at "
+                    f"alpha_bar = 0. Or make the scheduler with {field}=False"
+                )
 
     def _explicit_timesteps(self, num_inference_steps: int) -> tuple[int, ...]:
         config = self._internal_dict
         return select_timesteps(
             num_inference_steps,
-            config["num_train_timesteps"],
-            config["timestep_spacing"],
-            steps_offset=config["steps_offset"],
+            config.num_train_timesteps,
+            config.timestep_spacing,
+            steps_offset=config.steps_offset,
         )
 
     def _bound(self) -> float | None:
         """What x0 is clipped to. (Dynamic thresholding always scales to [-1, 1].)"""
         config = self._internal_dict
-        if config.get("thresholding"):
+        if getattr(config, "thresholding", False):
             return 1.0
-        return config["clip_sample_range"] if config["clip_sample"] else None
+        return float(config.clip_sample_range) if config.clip_sample else None
 
     def _fused(
         self,
@@ -133,7 +163,7 @@ class _FastSteps:
                 a generator must not be asked twice.
         """
         config, on_host = self._internal_dict, type(t) is int
-        predicts_x0 = config["prediction_type"] == "sample"
+        predicts_x0 = config.prediction_type == "sample"
         if on_host:
             self._check_visited(t)
             if not 0 <= t < steps.num_timesteps:
@@ -143,7 +173,8 @@ class _FastSteps:
             row = steps.table(t.device)
         if sample.dtype != model_output.dtype:
             sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
-        thresholds = _thresholds(config, row, model_output, t, sample) if config.get("thresholding") else None
+        thresholded = getattr(config, "thresholding", False)
+        thresholds = _thresholds(config, row, model_output, t, sample) if thresholded else None
         # Where the model predicts x0 and nothing clips it, its output is x0.
         x0_out = None if predicts_x0 and not row.clipped else torch.empty_like(sample)
         arguments = {} if noise is None else noise()
@@ -181,14 +212,20 @@ class _Known:
     """Rows of a scheduler, and what they were made of."""
 
     def __init__(self, scheduler: _FastSteps):
-        self._config = scheduler._internal_dict
+        self._fields = scheduler._row_fields(scheduler._internal_dict)
         self._alphas_cumprod = scheduler.alphas_cumprod
-        self._counts_writes = not self._alphas_cumprod.is_inference()
-        self._writes = self._alphas_cumprod._version if self._counts_writes else 0
+        if not isinstance(self._alphas_cumprod, Tensor):
+            raise _LeaveToOriginal
         self._outside = scheduler._alpha_bar_outside()
         self._num_inference_steps = scheduler.num_inference_steps
-        self._explicit = self._config["explicit_pairs"]
+        self._explicit = scheduler._internal_dict.explicit_pairs
         self._timesteps = scheduler.timesteps
+        self._counted = [
+            tensor
+            for tensor in (self._alphas_cumprod, self._outside, *([self._timesteps] if self._explicit else []))
+            if isinstance(tensor, Tensor) and not tensor.is_inference()  # whose writes nobody counts
+        ]
+        self._writes = [tensor._version for tensor in self._counted]
         self.alpha_bars = self._alphas_cumprod.tolist()
         self.alpha_bar_outside = float(self._outside)
         self.visited = tuple(sorted(self._timesteps.tolist(), reverse=True)) if self._explicit else ()
@@ -196,14 +233,13 @@ class _Known:
         self.plain: dict[int, StepCoefficients] = {}  # by timestep: steps that are nothing but their row
 
     def holds(self, scheduler: _FastSteps) -> bool:
-        alphas_cumprod = scheduler.alphas_cumprod
         return (
-            self._config is scheduler._internal_dict
-            and self._alphas_cumprod is alphas_cumprod
+            self._alphas_cumprod is scheduler.alphas_cumprod
             and self._num_inference_steps == scheduler.num_inference_steps
             and self._outside is scheduler._alpha_bar_outside()
-            and (not self._counts_writes or self._writes == alphas_cumprod._version)
+            and self._fields == scheduler._row_fields(scheduler._internal_dict)
             and (not self._explicit or self._timesteps is scheduler.timesteps)
+            and self._writes == [tensor._version for tensor in self._counted]
         )
 
 
@@ -217,6 +253,7 @@ def _check_tensors(sample: Any, model_output: Any) -> None:
         or not model_output.dtype.is_floating_point
         or sample.device != model_output.device
         or sample.ndim == 0
+        or (not torch.compiler.is_dynamo_compiling() and (is_wrapped(sample) or is_wrapped(model_output)))
     ):
         raise _LeaveToOriginal
 
@@ -247,6 +284,8 @@ def _number_on_host(timestep: Any) -> int | None:
 def _batch_of_timesteps(timesteps: Any, samples: Any, noise: Any, num_timesteps: int) -> Tensor:
     """One timestep, or one for each sample, on the samples' device."""
     _check_tensors(samples, noise)
+    if samples.device.type == "meta":  # has no table to look rows up in
+        raise _LeaveToOriginal
     if not isinstance(timesteps, Tensor) or timesteps.dtype not in _INTEGERS:
         raise _LeaveToOriginal
     if timesteps.numel() != 1 and timesteps.shape != samples.shape[:1]:
@@ -258,7 +297,9 @@ def _batch_of_timesteps(timesteps: Any, samples: Any, noise: Any, num_timesteps:
 
 
 def _thresholds(config: Any, row: Any, model_output: Tensor, t: int | Tensor, sample: Tensor) -> Tensor:
-    ratio, maximum = config["dynamic_thresholding_ratio"], config["sample_max_value"]
+    ratio, maximum = config.dynamic_thresholding_ratio, config.sample_max_value
+    if not (isinstance(ratio, (int, float)) and isinstance(maximum, (int, float))):
+        raise _LeaveToOriginal
     # Thresholds are float32. A maximum below 1 would scale x0 up.
     if sample.dtype == torch.float64 or sample.ndim < 2 or not (0 <= ratio <= 1 and 1 <= maximum < math.inf):
         raise _LeaveToOriginal
@@ -283,7 +324,7 @@ def _row_between(scheduler: Any, alpha_bar_t: float, alpha_bar_prev: float, **op
         return ddim_coefficients(
             alpha_bar_t,
             alpha_bar_prev,
-            scheduler.config["prediction_type"],
+            PREDICTION_TYPES[scheduler._internal_dict.prediction_type](alpha_bar_t),
             clip_sample_range=scheduler._bound(),
             **options,
         )
@@ -312,6 +353,7 @@ class _FastDenoising(_FastSteps):
     """``step`` of the two schedulers that sample."""
 
     _output_kind: type
+    _row_fields = staticmethod(attrgetter(*_ROW_FIELDS, "thresholding"))
 
     def _alpha_bar_outside(self) -> Tensor:
         return self.final_alpha_cumprod
@@ -363,6 +405,8 @@ class _FastDenoising(_FastSteps):
             steps, t = self._rows(_sampling_row, float(eta), bool(use_clipped_model_output)), _timestep(timestep)
             found = self._fused(steps, model_output, t, sample, noise)
         except _LeaveToOriginal:
+            draws = variance_noise is None and isinstance(eta, (Real, Tensor)) and eta > 0
+            self._refuse_what_the_original_ignores("explicit_pairs", *(["philox_noise"] if draws else []))
             return super().step(
                 model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
             )
@@ -372,7 +416,7 @@ class _FastDenoising(_FastSteps):
 
     def _is_plain(self) -> bool:
         """Whether a step is nothing but its row: then the next one at the same timestep can take the short way."""
-        return not self._internal_dict["thresholding"] and self._internal_dict["prediction_type"] != "sample"
+        return not self._internal_dict.thresholding and self._internal_dict.prediction_type != "sample"
 
     def _noise(
         self, model_output: Tensor, sample: Tensor, generator: Any, variance_noise: Tensor | None
@@ -384,8 +428,10 @@ class _FastDenoising(_FastSteps):
                 raise _LeaveToOriginal
             if variance_noise.shape != sample.shape or variance_noise.device != sample.device:
                 raise _LeaveToOriginal
+            if torch.promote_types(variance_noise.dtype, dtype) != dtype:  # the result is of that dtype
+                raise _LeaveToOriginal
             return lambda: {"noise": variance_noise.to(dtype)}
-        if self._internal_dict["philox_noise"]:
+        if self._internal_dict.philox_noise:
             seeds = self._seeds(generator, sample)
             return lambda: {"seeds": seeds, "noise_stream": NoiseStream.STEP}
 
@@ -461,7 +507,7 @@ class FastDDIMParallelScheduler(_FastDenoising, DDIMParallelScheduler):
     ) -> Tensor:
         """The original's: each sample by the step of its own timestep, without noise. After the last one alpha_bar is always 1."""
         try:
-            if eta != 0 or self.num_inference_steps is None or self._internal_dict["thresholding"]:
+            if eta != 0 or self.num_inference_steps is None or self._internal_dict.thresholding:
                 raise _LeaveToOriginal
             t = _batch_of_timesteps(timesteps, sample, model_output, len(self.alphas_cumprod))
             if t.numel() != len(sample):
@@ -472,6 +518,7 @@ class FastDDIMParallelScheduler(_FastDenoising, DDIMParallelScheduler):
             )
             return self._rows(_parallel_row, bool(use_clipped_model_output)).step(sample.to(dtype), model_output, t)
         except _LeaveToOriginal:
+            self._refuse_what_the_original_ignores("explicit_pairs")
             return super().batch_step_no_noise(model_output, timesteps, sample, eta, use_clipped_model_output)
 
 
@@ -506,7 +553,7 @@ class FastDDIMInverseScheduler(_FastSteps, DDIMInverseScheduler):
     def _pair(self, t: int) -> tuple[int, int]:
         visited = self._visited()
         if t not in visited:
-            return min(t - self._stride(), self._internal_dict["num_train_timesteps"] - 1), t
+            return min(t - self._stride(), self._internal_dict.num_train_timesteps - 1), t
         return (*visited, -1)[visited.index(t) + 1], t
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
@@ -526,6 +573,7 @@ class FastDDIMInverseScheduler(_FastSteps, DDIMInverseScheduler):
                 raise _LeaveToOriginal
             found = self._fused(self._rows(_sampling_row, 0.0, False), model_output, _timestep(timestep), sample)
         except _LeaveToOriginal:
+            self._refuse_what_the_original_ignores("explicit_pairs")
             return super().step(model_output, timestep, sample, return_dict)
         return _output(DDIMInverseSchedulerOutput, *found) if return_dict else found
 

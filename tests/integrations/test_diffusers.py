@@ -300,6 +300,7 @@ def test_every_step_count_is_finite_where_the_original_may_not_be(spacing, eta):
         {"model_output": torch.ones(SHAPE, device="meta")},
         {"eta": 0.5, "variance_noise": torch.ones(SHAPE, device="meta")},
         {"eta": 0.5, "variance_noise": 2.0},
+        {"eta": 0.5, "variance_noise": torch.ones(SHAPE, dtype=torch.float64)},
         {"eta": math.inf},
     ],
     ids=lambda arguments: ",".join(arguments),
@@ -335,7 +336,9 @@ def test_before_set_timesteps_there_is_the_originals_error(kind):
 
 @pytest.mark.parametrize("kind", PAIRS)
 @pytest.mark.parametrize(
-    "config", [{"prediction_type": "flow"}, {"clip_sample_range": [1.0]}], ids=lambda c: next(iter(c))
+    "config",
+    [{"prediction_type": "flow"}, {"prediction_type": None}, {"clip_sample_range": [1.0]}, {"clip_sample_range": None}],
+    ids=lambda c: next(iter(c)),
 )
 def test_a_config_that_makes_no_sense_is_the_originals_error(kind, config):
     schedulers = kind(**config), PAIRS[kind](**config)
@@ -368,9 +371,10 @@ def test_levels_that_make_no_sense_are_the_originals_nan(level, after, eta):
         ({"dynamic_thresholding_ratio": 1.5}, SHAPE),
         ({"sample_max_value": math.inf}, SHAPE),
         ({"sample_max_value": 0.5}, SHAPE),
+        ({"sample_max_value": None}, SHAPE),
+        ({"dynamic_thresholding_ratio": None}, SHAPE),
         ({}, (6,)),
     ],
-    ids=["ratio", "no maximum", "maximum below 1", "no channels"],
 )
 def test_thresholding_that_it_cannot_do_is_left_to_the_original(config, shape):
     x, m = tensors(np.random.default_rng(0), [torch.float32] * 2, shape)
@@ -459,12 +463,23 @@ def test_the_second_step_at_a_timestep_goes_the_short_way(kind, monkeypatch):
     [
         lambda s: setattr(s, "_internal_dict", type(s.config)({**s.config, "prediction_type": "v_prediction"})),
         lambda s: s.register_to_config(clip_sample=True, clip_sample_range=0.1),
+        lambda s: setattr(s.config, "prediction_type", "v_prediction"),
+        lambda s: (setattr(s.config, "clip_sample", True), setattr(s.config, "clip_sample_range", 0.1)),
         lambda s: s.register_to_config(num_train_timesteps=500),
         lambda s: setattr(s, "alphas_cumprod", s.alphas_cumprod**2),
         lambda s: s.alphas_cumprod.mul_(0.5),
         lambda s: s.set_timesteps(20),
     ],
-    ids=["config replaced", "config changed", "other rule", "levels replaced", "levels written", "other steps"],
+    ids=[
+        "config replaced",
+        "config changed",
+        "prediction written",
+        "clipping written",
+        "other rule",
+        "levels replaced",
+        "levels written",
+        "other steps",
+    ],
 )
 def test_what_is_changed_after_construction_takes_effect(kind, change):
     original, fast = kind(clip_sample=False), PAIRS[kind](clip_sample=False)
@@ -503,6 +518,9 @@ def test_the_level_of_clean_data_may_be_changed(kind):
         scheduler.set_timesteps(10)
         scheduler.step(m, 0, x)
         scheduler.final_alpha_cumprod = torch.tensor(0.99995)
+    torch.testing.assert_close(fast.step(m, 0, x)[0], original.step(m, 0, x)[0])
+    for scheduler in (original, fast):
+        scheduler.final_alpha_cumprod.copy_(0.99999)
     torch.testing.assert_close(fast.step(m, 0, x)[0], original.step(m, 0, x)[0])
 
 
@@ -916,3 +934,60 @@ def test_a_step_by_the_table_that_a_gpu_reads_is_the_one_by_a_number(monkeypatch
 
 def step_from_table(steps, x_t, model_output, t, **arguments):
     return ddim_step_from_table(x_t, model_output, steps.table(t.device), t.reshape(-1), **arguments)
+
+
+# --- to be added with the patch ---
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_shallow_copy_makes_rows_of_its_own(kind):
+    fast, original = PAIRS[kind](clip_sample=False), kind(clip_sample=False)
+    x, m = tensors(np.random.default_rng(0), [torch.float32] * 2)
+    for scheduler in (fast, original):
+        scheduler.set_timesteps(10)
+        scheduler.step(m, 300, x)
+    copied = copy.copy(fast)
+    fast.set_timesteps(50)
+    fast.step(m, 300, x)
+    for t in (300, 310):  # known, and not yet
+        torch.testing.assert_close(copied.step(m, t, x)[0], original.step(m, t, x)[0])
+
+
+@pytest.mark.parametrize(
+    ("flag", "arguments"),
+    [
+        ("explicit_pairs", {"timestep": torch.tensor([333])}),
+        ("explicit_pairs", {"eta": np.float32(0.5)}),
+        ("explicit_pairs", {"eta": 0.5, "variance_noise": torch.ones(1, 1, 1, 1)}),
+        ("philox_noise", {"eta": 0.5, "timestep": torch.tensor([333])}),
+        ("philox_noise", {"eta": torch.tensor(0.5)}),
+    ],
+)
+@pytest.mark.parametrize("kind", SAMPLING)
+def test_what_would_be_left_to_the_original_is_refused_where_it_would_ignore_a_flag(kind, flag, arguments):
+    fast = PAIRS[kind](**{flag: True}, timestep_spacing="linspace")
+    call = {"model_output": torch.ones(SHAPE), "timestep": 333, "sample": torch.ones(SHAPE), **arguments}
+    if "variance_noise" not in call:
+        call["generator"] = torch.Generator()
+    with pytest.raises(ValueError, match="Number of inference steps is 'None'"):
+        fast.step(**call)
+    fast.set_timesteps(4)
+    with pytest.raises(ValueError, match=f"{flag} is only for steps in one kernel"):
+        fast.step(**call)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad"])
+def test_inside_transforms_of_torch_func(transform):
+    x, m = tensors(np.random.default_rng(0), [torch.float32] * 2)
+    results = []
+    for kind in (DDIMScheduler, FastDDIMScheduler):
+        scheduler = kind(clip_sample=False)
+        scheduler.set_timesteps(10)
+        scheduler.step(m, 300, x)
+        results.append(
+            {
+                "vmap": lambda s=scheduler: torch.func.vmap(lambda a, b: s.step(a, 300, b).prev_sample)(m, x),
+                "grad": lambda s=scheduler: torch.func.grad(lambda a: s.step(a, 300, x).prev_sample.square().sum())(m),
+            }[transform]()
+        )
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
