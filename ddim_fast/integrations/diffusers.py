@@ -79,6 +79,7 @@ class _FastSteps:
     Pipelines write to a scheduler after it was made: to its config, to ``alphas_cumprod``, to ``timesteps``.
     """
 
+    _noisiest_first = True  # the order of timesteps
     _known: _Known | None = None
     _row_fields = staticmethod(attrgetter(*_ROW_FIELDS))
 
@@ -112,10 +113,6 @@ class _FastSteps:
     def _stride(self) -> int:
         return self._internal_dict.num_train_timesteps // self.num_inference_steps
 
-    def _visited(self) -> tuple[int, ...]:
-        """The timesteps from the noisiest to the cleanest."""
-        return self._known.visited
-
     def _check_visited(self, t: int) -> None:
         if self._internal_dict.explicit_pairs and t not in self._known.visited:
             raise ValueError(
@@ -132,14 +129,20 @@ class _FastSteps:
                     f"alpha_bar = 0. Or make the scheduler with {field}=False"
                 )
 
-    def _explicit_timesteps(self, num_inference_steps: int) -> tuple[int, ...]:
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """As the original's; with ``explicit_pairs``, always exactly ``num_inference_steps`` distinct timesteps of the training's."""
         config = self._internal_dict
-        return select_timesteps(
+        if not config.explicit_pairs:
+            return super().set_timesteps(num_inference_steps, device)
+        timesteps = select_timesteps(
             num_inference_steps,
             config.num_train_timesteps,
             config.timestep_spacing,
             steps_offset=config.steps_offset,
         )
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = torch.tensor(timesteps if self._noisiest_first else timesteps[::-1], device=device)
+        return None
 
     def _bound(self) -> float | None:
         """What x0 is clipped to. (Dynamic thresholding always scales to [-1, 1].)"""
@@ -228,6 +231,7 @@ class _Known:
         self._writes = [tensor._version for tensor in self._counted]
         self.alpha_bars = self._alphas_cumprod.tolist()
         self.alpha_bar_outside = float(self._outside)
+        # Timesteps from the noisiest to the cleanest, where pairs are explicit.
         self.visited = tuple(sorted(self._timesteps.tolist(), reverse=True)) if self._explicit else ()
         self.rows: dict[Any, StepsByTimestep] = {}
         self.plain: dict[int, StepCoefficients] = {}  # by timestep: steps that are nothing but their row
@@ -359,19 +363,10 @@ class _FastDenoising(_FastSteps):
         return self.final_alpha_cumprod
 
     def _pair(self, t: int) -> tuple[int, int]:
-        visited = self._visited()
+        visited = self._known.visited
         if t not in visited:
             return t, t - self._stride()
         return t, (*visited, -1)[visited.index(t) + 1]
-
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """As the original's; with ``explicit_pairs``, always exactly ``num_inference_steps`` distinct timesteps of the training's."""
-        if not self.config.explicit_pairs:
-            return super().set_timesteps(num_inference_steps, device)
-        timesteps = self._explicit_timesteps(num_inference_steps)
-        self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.tensor(timesteps, device=device)
-        return None
 
     def step(
         self,
@@ -393,7 +388,7 @@ class _FastDenoising(_FastSteps):
         known = self._known
         if known is not None and eta == 0 and use_clipped_model_output is False and known.holds(self):
             row = known.plain.get(timestep if type(timestep) is int else _number_on_host(timestep))
-            if row is not None:
+            if row is not None and isinstance(sample, Tensor):
                 x_prev, x0 = torch.empty_like(sample), torch.empty_like(sample)
                 if plain_step(sample, model_output, row, x_prev, x0) is not None:
                     return _output(self._output_kind, x_prev, x0) if return_dict else (x_prev, x0)
@@ -490,7 +485,7 @@ class FastDDIMParallelScheduler(_FastDenoising, DDIMParallelScheduler):
     """``diffusers.DDIMParallelScheduler`` with its updates in one kernel. Arguments as ``FastDDIMScheduler``."""
 
     _output_kind = DDIMParallelSchedulerOutput
-    _compatibles = [*DDIMParallelScheduler._compatibles, "DDIMParallelScheduler"]  # noqa: RUF012
+    _compatibles = [*DDIMParallelScheduler._compatibles, "DDIMParallelScheduler"]  # noqa: RUF012 (as diffusers' classes have it)
 
     @_also_takes(DDIMParallelScheduler)
     def __init__(self, *args: Any, explicit_pairs: bool = False, philox_noise: bool = False, **kwargs: Any):
@@ -510,8 +505,6 @@ class FastDDIMParallelScheduler(_FastDenoising, DDIMParallelScheduler):
             if eta != 0 or self.num_inference_steps is None or self._internal_dict.thresholding:
                 raise _LeaveToOriginal
             t = _batch_of_timesteps(timesteps, sample, model_output, len(self.alphas_cumprod))
-            if t.numel() != len(sample):
-                raise _LeaveToOriginal
             # The original's coefficients are a tensor with dimensions here, which half precision gives way to.
             dtype = torch.promote_types(
                 torch.promote_types(sample.dtype, model_output.dtype), self.alphas_cumprod.dtype
@@ -540,6 +533,7 @@ class FastDDIMInverseScheduler(_FastSteps, DDIMInverseScheduler):
     All other arguments are the original's.
     """
 
+    _noisiest_first = False
     _compatibles = ["DDIMInverseScheduler"]  # noqa: RUF012 (as diffusers' classes have it)
 
     @_also_takes(DDIMInverseScheduler)
@@ -551,19 +545,10 @@ class FastDDIMInverseScheduler(_FastSteps, DDIMInverseScheduler):
         return self.initial_alpha_cumprod
 
     def _pair(self, t: int) -> tuple[int, int]:
-        visited = self._visited()
+        visited = self._known.visited
         if t not in visited:
-            return min(t - self._stride(), self._internal_dict.num_train_timesteps - 1), t
+            return t - self._stride(), t
         return (*visited, -1)[visited.index(t) + 1], t
-
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """As the original's; with ``explicit_pairs``, always exactly ``num_inference_steps`` distinct timesteps of the training's."""
-        if not self.config.explicit_pairs:
-            return super().set_timesteps(num_inference_steps, device)
-        timesteps = self._explicit_timesteps(num_inference_steps)
-        self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.tensor(timesteps[::-1], device=device)
-        return None
 
     def step(self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True) -> Any:
         """The original's ``step``, in one pass: ``sample`` to the noise level of ``timestep``."""

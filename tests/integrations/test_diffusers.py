@@ -329,7 +329,7 @@ def test_before_set_timesteps_there_is_the_originals_error(kind):
     if kind is DDIMParallelScheduler:
         calls.append(lambda s: s.batch_step_no_noise(x, torch.tensor([300] * 3), x))
     for call in calls:
-        errors = [outcome(lambda: call(s))[1] for s in (kind(), PAIRS[kind]())]  # noqa: B023
+        errors = [outcome(lambda: call(s))[1] for s in (kind(), PAIRS[kind]())]  # noqa: B023 (called within the loop)
         assert errors[0] is not None
         same_error(*errors)
 
@@ -422,6 +422,7 @@ def test_the_short_way_looks_at_its_arguments(kind, config):
         "small": lambda s, t: s.step(m[:1, :1, :1, :1], t, x[:1, :1, :1, :1]),
         "other shape": lambda s, t: s.step(m[:, :1], t, x),
         "tuple": lambda s, t: s.step(m, t, x, return_dict=False),
+        "no sample": lambda s, t: s.step(m, t, None),
         "tuple, one element": lambda s, t: s.step(m, torch.tensor([t]), x, return_dict=False),
         "next timestep": lambda s, t: s.step(m, t + 1, x),
     }
@@ -435,7 +436,7 @@ def test_the_short_way_looks_at_its_arguments(kind, config):
     for name, call in calls.items():
         t += 10  # a timestep of its own: before there is a short way, and after
         for turn in (call, calls["plain"], call):
-            (expected, error), (got, fast_error) = (outcome(lambda: turn(s, t)) for s in (original, fast))  # noqa: B023
+            (expected, error), (got, fast_error) = (outcome(lambda: turn(s, t)) for s in (original, fast))  # noqa: B023 (called within the loop)
             if error is not None:
                 same_error(error, fast_error)
                 continue
