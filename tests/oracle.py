@@ -61,6 +61,16 @@ def per_sample(values: np.ndarray, like: np.ndarray) -> np.ndarray:
     return np.asarray(values, np.float64).reshape(-1, *[1] * (like.ndim - 1))
 
 
+def split(kind, x_t, m, alpha_bar_t):
+    """(x0, eps) that the model's output m means."""
+    signal, spread = math.sqrt(alpha_bar_t), math.sqrt(1 - alpha_bar_t)
+    if kind == "epsilon":
+        return (x_t - spread * m) / signal, m
+    if kind == "sample":
+        return m, (x_t - signal * m) / spread
+    return signal * x_t - spread * m, spread * x_t + signal * m
+
+
 def textbook_step(
     prediction_type: str,
     x_t: np.ndarray,

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from oracle import split
 from torch import nn
 
 from ddim_fast.editing import slerp
@@ -55,16 +56,6 @@ def cond_fn(x_t, t, label):
 
 def gradient_of_cond_fn(x_t, t, label):
     return label * t / 1000 * np.sin(x_t)
-
-
-def split(kind, x_t, m, alpha_bar_t):
-    """(x0, eps) that the model's output m means."""
-    signal, spread = math.sqrt(alpha_bar_t), math.sqrt(1 - alpha_bar_t)
-    if kind == "epsilon":
-        return (x_t - spread * m) / signal, m
-    if kind == "sample":
-        return m, (x_t - signal * m) / spread
-    return signal * x_t - spread * m, spread * x_t + signal * m
 
 
 def at_level(x0, alpha_bar, z):

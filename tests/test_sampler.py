@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from oracle import split
 
 from ddim_fast.kernels.noise import NoiseStream, sample_seeds, standard_normals
 from ddim_fast.plan import SamplingPlan
@@ -36,16 +37,6 @@ def _restored_state():
 
 def tilde_beta(alpha_bar_t, alpha_bar_prev):
     return (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)
-
-
-def split(kind, x_t, m, alpha_bar_t):
-    """(x0, eps) that the model's output m means."""
-    signal, spread = math.sqrt(alpha_bar_t), math.sqrt(1 - alpha_bar_t)
-    if kind == "epsilon":
-        return (x_t - spread * m) / signal, m
-    if kind == "sample":
-        return m, (x_t - signal * m) / spread
-    return signal * x_t - spread * m, spread * x_t + signal * m
 
 
 def pairs_of(timesteps, alpha_bar=ALPHA_BAR, final=1.0):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..inversion import reconstruction_error
 from ..kernels.dispatch import normals
-from ..kernels.noise import NoiseStream
+from ..kernels.noise import NoiseStream, sample_seeds
 from .options import Run, noise_options, read_samples, takes_run
 
 _PICTURES = click.argument(
@@ -65,12 +65,7 @@ def img2img(run: Run, paths: tuple[Path, ...], strength: float) -> None:
             run.model,
             x0[part],
             strength,
-            seeds=seeds[part],
-            conditioning=run.conditioning(labels, part),
-            guidance_scale=run.guidance,
-            backend=run.backend,
-            capture=run.capture,
-            progress=not run.quiet and run.capture != "loop",
+            **run.options(labels, seeds, part),
         )
 
     images = torch.cat([part.samples for part in run.in_batches(len(x0), draw)])
@@ -136,12 +131,7 @@ def inpaint(run: Run, paths: tuple[Path, ...], keep: str, strength: float) -> No
             x0[part],
             mask,
             strength=strength,
-            seeds=seeds[part],
-            conditioning=run.conditioning(labels, part),
-            guidance_scale=run.guidance,
-            backend=run.backend,
-            capture=run.capture,
-            progress=not run.quiet and run.capture != "loop",
+            **run.options(labels, seeds, part),
         )
 
     images = torch.cat([part.samples for part in run.in_batches(len(x0), draw)])
@@ -168,13 +158,15 @@ def interpolate(run: Run, from_seed: int, to_seed: int, frames: int, rows: int) 
     """
     run.prepare()
     labels, sampler = run.labels(rows), run.sampler()
+    weights = torch.linspace(0, 1, frames).tolist()
     starts = []
-    for run.seed in (from_seed, to_seed):
-        starts.append(normals(run.seeds(rows).to(run.where), run.model.sample_shape, 0, NoiseStream.INITIAL))
+    for seed in (from_seed, to_seed):
+        seeds = torch.from_numpy(sample_seeds(seed, rows)).to(run.where)
+        starts.append(normals(seeds, run.model.sample_shape, 0, NoiseStream.INITIAL))
     samples = sampler.interpolate(
         run.model,
         *starts,
-        torch.linspace(0, 1, frames),
+        weights,
         seed=from_seed,
         conditioning=run.conditioning(labels),
         guidance_scale=run.guidance,
@@ -182,9 +174,8 @@ def interpolate(run: Run, from_seed: int, to_seed: int, frames: int, rows: int) 
         progress=not run.quiet,
     ).view(frames, rows, *run.model.sample_shape)
     images = samples.transpose(0, 1).flatten(0, 1).cpu()
-    weights = [f"{weight:.2f}" for weight in torch.linspace(0, 1, frames).tolist()]
     title = f"{run.model_name}: from seed {from_seed} to seed {to_seed}, {sampler.num_inference_steps} steps"
-    written = run.write(images, weights * rows, title, frames)
+    written = run.write(images, [f"{weight:.2f}" for weight in weights] * rows, title, frames)
     run.say(f"{rows} rows of {frames} pictures -> {', '.join(map(str, written))}")
 
 

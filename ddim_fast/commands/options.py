@@ -136,6 +136,17 @@ class Run:
     def seeds(self, count: int) -> Tensor:
         return torch.from_numpy(sample_seeds(self.seed, count))
 
+    def options(self, labels: list[int] | None, seeds: Tensor, part: slice) -> dict[str, Any]:
+        """What each of the sampler's methods is told for one batch."""
+        return {
+            "seeds": seeds[part],
+            "conditioning": self.conditioning(labels, part),
+            "guidance_scale": self.guidance,
+            "backend": self.backend,
+            "capture": self.capture,
+            "progress": not self.quiet and self.capture != "loop",
+        }
+
     def in_batches(self, count: int, draw: Callable[[slice], Tensor | Trajectory]) -> list[Trajectory]:
         """What ``draw`` makes of each batch, on the CPU. A sample's seed does not depend on its batch."""
         parts = []

@@ -49,15 +49,10 @@ def sample(run: Run, count: int, trajectory: Path | None) -> None:
         return sampler.sample(
             run.model,
             (part.stop - part.start, *run.model.sample_shape),
-            seeds=seeds[part],
-            conditioning=run.conditioning(labels, part),
-            guidance_scale=run.guidance,
             return_trajectory=trajectory is not None,
             device=run.where,
-            backend=run.backend,
-            capture=run.capture,
             timing=timing,
-            progress=not run.quiet and run.capture != "loop",
+            **run.options(labels, seeds, part),
         )
 
     parts = run.in_batches(count, draw)

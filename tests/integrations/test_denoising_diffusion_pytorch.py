@@ -135,7 +135,7 @@ class GaussianDiffusion(Restated):
 
 class GaussianDiffusion1D(Restated):
     @torch.no_grad()
-    def ddim_sample(self, shape, clip_denoised=True, model_forward_kwargs=dict(), return_noise=False):  # noqa: B006
+    def ddim_sample(self, shape, clip_denoised=True, model_forward_kwargs=dict(), return_noise=False):  # noqa: B006 (the original's)
         def call(x, t, x0):
             return self.model(x, t, **model_forward_kwargs, **({} if x0 is None else {"x_self_cond": x0}))
 
@@ -151,7 +151,7 @@ class GaussianDiffusion1D(Restated):
     predict_start_from_v = Restated.predict_start_from_v
     predict_noise_from_start = Restated.predict_noise_from_start
 
-    def sample(self, batch_size=16, return_noise=False, model_forward_kwargs=dict()):  # noqa: B006
+    def sample(self, batch_size=16, return_noise=False, model_forward_kwargs=dict()):  # noqa: B006 (the original's)
         return self.ddim_sample(
             (batch_size, 2, 5), return_noise=return_noise, model_forward_kwargs=model_forward_kwargs
         )

@@ -575,7 +575,7 @@ def test_everything_else_is_the_originals():
     assert fast.num_timesteps == len(KEPT)
     assert torch.equal(fast.q_sample(x, t, noise=x), diffusion.q_sample(x, t, noise=x))
     with pytest.raises(AttributeError, match="no_such_method"):
-        fast.no_such_method  # noqa: B018
+        fast.no_such_method  # noqa: B018 (looked up, that is all)
     model = model_of(diffusion)
     fast.ddim_sample(model, x, t)
     for twin in (copy.copy(fast), copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
