@@ -107,6 +107,7 @@ setup(
         "ddim_fast.integrations",
         "ddim_fast.kernels",
         "ddim_fast.verify",
+        "ddim_fast.verify.checks",
     ],
     package_dir={"ddim_fast": "ddim_fast", "ddim_fast.kernels": "kernels"},
     include_package_data=False,  # the sources of the kernel stay in the sdist

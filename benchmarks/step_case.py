@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import oracle
 import torch
 from torch import Tensor
 
@@ -22,6 +21,7 @@ import ddim_fast as df
 from ddim_fast.kernels import cpu_step
 from ddim_fast.kernels.contract import StepInputs
 from ddim_fast.kernels.dispatch import BACKENDS, choose
+from ddim_fast.verify import oracle
 
 T, T_PREV, NUM_INFERENCE_STEPS = 100, 80, 50
 NOISE_STEP = 44

@@ -7,13 +7,13 @@ import re
 import warnings
 
 import numpy as np
-import oracle
 import pytest
 import torch
 
 from ddim_fast.kernels import cpu_step, dispatch, reference
 from ddim_fast.kernels.contract import StepCoefficients, StepInputs, StepTable, check_inputs
 from ddim_fast.kernels.dispatch import BACKENDS, choose, ddim_step, ddim_step_from_table
+from ddim_fast.verify import oracle
 
 NAMES = ("x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps", "prev_noise")
 ON_CPU = [name for name in BACKENDS if name != "triton"]  # that one is held to the contract in test_triton.py

@@ -11,15 +11,15 @@ import time
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from tolerances import assert_near, to_numpy
 
 from ddim_fast.kernels import cpu_step
 from ddim_fast.kernels.contract import StepCoefficients
 from ddim_fast.kernels.dispatch import ddim_step
 from ddim_fast.kernels.noise import philox_words, standard_normals, words_to_normals
+from ddim_fast.verify import oracle
+from ddim_fast.verify.tolerances import assert_near, to_numpy
 
 ROOT = Path(__file__).parents[1]
 INSTRUCTION_SETS = cpu_step.extension.instruction_sets() if cpu_step.extension is not None else []
@@ -309,7 +309,7 @@ EDGES = """
 import ctypes, math, mmap, sys, torch
 import numpy as np
 sys.path.insert(0, {tests!r})
-import oracle
+from ddim_fast.verify import oracle
 from ddim_fast.kernels import cpu_step
 from ddim_fast.kernels.contract import StepCoefficients
 from ddim_fast.kernels.dispatch import ddim_step

@@ -3,14 +3,14 @@
 import math
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from tolerances import to_numpy
 
 from ddim_fast.kernels.contract import StepCoefficients
 from ddim_fast.kernels.dispatch import ddim_step
 from ddim_fast.kernels.reference import ddim_step_paper, std_dev_paper
+from ddim_fast.verify import oracle
+from ddim_fast.verify.tolerances import to_numpy
 
 BETAS = {
     "linear": np.linspace(1e-4, 0.02, 1000),

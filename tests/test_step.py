@@ -5,17 +5,16 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-import oracle
 import pytest
-import tolerances
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerances import assert_near, to_numpy
 
 from ddim_fast.kernels import cpu_step, noise
 from ddim_fast.kernels.contract import StepCoefficients, StepInputs
 from ddim_fast.kernels.dispatch import BACKENDS, ddim_step
+from ddim_fast.verify import oracle, tolerances
+from ddim_fast.verify.tolerances import assert_near, to_numpy
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 

@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 import triton_cases
-from tolerances import assert_near
 
 from ddim_fast.kernels import cpu_step, noise, triton_step
 from ddim_fast.kernels.contract import StepCoefficients, StepInputs
@@ -30,6 +29,7 @@ from ddim_fast.schedule import NoiseSchedule
 from ddim_fast.verify.emulated_gpu import emulated_gpu
 from ddim_fast.verify.mutants import MUTANTS
 from ddim_fast.verify.ptx_errors import PtxError
+from ddim_fast.verify.tolerances import assert_near
 
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 per_target = pytest.mark.parametrize("target", TARGETS)

@@ -6,12 +6,12 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
-import oracle
 import torch
-from tolerances import to_numpy
 
 from ddim_fast.kernels import noise
 from ddim_fast.kernels.contract import StepCoefficients, StepInputs, check_inputs
+from ddim_fast.verify import oracle
+from ddim_fast.verify.tolerances import to_numpy
 
 F, H, B = torch.float32, torch.float16, torch.bfloat16
 

@@ -11,19 +11,19 @@ import json
 import math
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerances import allowed_error, assert_near, to_numpy
 
 from ddim_fast.integrations import diffusers as diffusers_drop_in
 from ddim_fast.integrations.diffusers import FastDDIMInverseScheduler, FastDDIMParallelScheduler, FastDDIMScheduler
 from ddim_fast.kernels.dispatch import ddim_step_from_table
 from ddim_fast.kernels.noise import sample_seeds, standard_normals
 from ddim_fast.steps_by_timestep import StepsByTimestep
+from ddim_fast.verify import oracle
+from ddim_fast.verify.tolerances import allowed_error, assert_near, to_numpy
 
 PAIRS = {
     DDIMScheduler: FastDDIMScheduler,

@@ -1,7 +1,8 @@
-"""The DDIM step in float64 NumPy, written from the papers alone: nothing here comes from ddim_fast, so nothing is shared but the truth.
+"""The DDIM step in float64 NumPy, written from the papers alone: nothing here comes from the rest of ddim_fast, so that nothing is
+shared but the truth.
 
 ``textbook_step`` has one formula per prediction type. ``row_step`` evaluates any row of coefficients, and says beside each result
-how large the terms were that make it up: the scale that rounding errors are measured in (see tolerances.py).
+how large the terms were that make it up: the scale that rounding errors are measured in (see ``tolerances``).
 """
 
 from __future__ import annotations
@@ -38,6 +39,44 @@ def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
     upper = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16
     result = upper.astype(np.uint32).view(np.float32).astype(np.float64)
     return np.where(np.isnan(x), np.nan, result)
+
+
+# --- Noise schedules and timesteps --------------------------------------------------------------------------------------
+
+
+def alphas_cumprod(schedule: str = "linear", num_train_timesteps: int = 1000) -> np.ndarray:
+    """Cumulative products of 1 - beta: DDPM's linear schedule, Stable Diffusion's, or the cosine one (equation 17 of arXiv 2102.09672)."""
+    total = num_train_timesteps
+    if schedule == "linear":
+        betas = np.linspace(1e-4, 0.02, total)
+    elif schedule == "scaled_linear":
+        betas = np.linspace(math.sqrt(0.00085), math.sqrt(0.012), total) ** 2
+    elif schedule == "cosine":
+        f = np.cos((np.arange(total + 1) / total + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
+    else:
+        raise ValueError(schedule)
+    return np.cumprod(1 - betas)
+
+
+def zero_terminal_snr(alpha_bars: np.ndarray) -> np.ndarray:
+    """Algorithm 1 of arXiv 2305.08891: sqrt(alpha_bar) shifted and scaled so that the last is 0 and the first stays."""
+    root = np.sqrt(alpha_bars)
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+
+def timesteps(spacing: str, count: int, total: int) -> list[int]:
+    """Table 2 of arXiv 2305.08891, for counts that divide the timesteps: what every convention of rounding agrees on."""
+    if total % count or (spacing == "linspace" and (total - 1) % max(count - 1, 1)):
+        raise ValueError(f"{count} does not divide {total}")
+    stride = total // count
+    if spacing == "leading":
+        return [i * stride for i in range(count)][::-1]
+    if spacing == "trailing":
+        return [total - 1 - i * stride for i in range(count)]
+    if spacing == "linspace":
+        return [i * (total - 1) // max(count - 1, 1) for i in range(count)][::-1]
+    raise ValueError(spacing)
 
 
 # --- The paper --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,233 @@
+"""Whether a step is right: its distance from equation 12 in float64, and the smallest case that shows where it is not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .. import oracle
+from ..cases import Level, StepCase, StepResult
+from ..subject import Subject
+from ..tolerances import COMPUTED_IN, SCALED_EPS, allowed_error, coefficient_spread, spread_of_result, to_numpy
+from .base import CheckFailedError, Context
+
+_MOST_TRIES = 60  # to make a failing case smaller
+_SIMPLE = (0.0, 1.0, 0.5)
+
+
+@dataclass
+class Verdict:
+    """How far a step's result is from the truth. ``share``: the largest error as a share of what is allowed there (infinity for NaN)."""
+
+    share: float
+    place: tuple[int, ...]
+    what: str
+    got: float
+    exact: float
+    allowed: float
+
+
+def verdict(subject: Subject, case: StepCase, level: Level, before: StepCase, result: StepResult) -> Verdict:
+    """Compare x_prev, and x0 where there is one, with equation 12 in float64.
+
+    Args:
+        before: the case as it was before the step, which may have written over its samples.
+    """
+    setting, x, m = case.setting, to_numpy(before.x_t), to_numpy(before.model_output)
+    convention = {"std_dev": "std", "variance": "variance"}[subject.eta_scales]
+    row = oracle.textbook_row(
+        setting.prediction_type,
+        level.alpha_bar_t,
+        level.alpha_bar_prev,
+        eta=setting.eta,
+        convention=convention,
+        clip=math.inf if setting.clip_sample_range is None else setting.clip_sample_range,
+        rederive=setting.use_clipped_model_output,
+    )
+    more = {k: to_numpy(v) if isinstance(v, torch.Tensor) else v for k, v in before.more.items()}
+    names = {"model_output_uncond": "uncond", "guidance_scale": "guidance"}
+    z = np.zeros_like(x) if before.noise is None else to_numpy(before.noise)
+    exact = oracle.row_step(row, x, m, noise=z, **{names.get(k, k): v for k, v in more.items()})
+    allowed = _allowed(subject, case, level, row, x, m, z, exact)
+    verdicts = [_compare("x_prev", result.x_prev, exact.x_prev, allowed, case.dtype)]
+    if result.x0 is not None:
+        of_x0 = _allowed_x0(subject, case, level, x, m, exact)
+        verdicts.append(_compare("x0", result.x0, exact.x0, of_x0, case.dtype))
+    return max(verdicts, key=lambda v: v.share)
+
+
+def _allowed(subject, case, level, row, x, m, z, exact: oracle.Result) -> np.ndarray:
+    """The largest error before the result is rounded to its type."""
+    if subject.arithmetic == "exact":
+        return allowed_error(case.dtype, exact.terms)
+    spread = _spread(subject, case, level)
+    off = spread_of_result(row, spread, x, m, z, exact)
+    scaled = SCALED_EPS[COMPUTED_IN[case.dtype]] * torch.finfo(case.dtype).eps
+    return np.where(np.isfinite(off), off, np.inf) + scaled * exact.long_terms
+
+
+def _allowed_x0(subject, case, level, x, m, exact: oracle.Result) -> np.ndarray:
+    if subject.arithmetic == "exact":
+        return allowed_error(case.dtype, exact.x0_terms)
+    spread = _spread(subject, case, level)
+    scaled = SCALED_EPS[COMPUTED_IN[case.dtype]] * torch.finfo(case.dtype).eps
+    return spread["x0_x"] * np.abs(x) + spread["x0_m"] * np.abs(m) + scaled * exact.x0_terms
+
+
+def _spread(subject, case, level) -> dict[str, float]:
+    setting = case.setting
+    eps = torch.finfo(torch.float32).eps
+    eta = setting.eta if subject.eta_scales == "std_dev" else math.sqrt(setting.eta)
+    return coefficient_spread(
+        setting.prediction_type, level.alpha_bar_t, level.alpha_bar_prev, eta, setting.use_clipped_model_output, eps
+    )
+
+
+def _compare(what: str, got: torch.Tensor, exact: np.ndarray, allowed: np.ndarray, dtype: torch.dtype) -> Verdict:
+    if tuple(got.shape) != exact.shape or got.dtype != dtype:
+        found = f"{what} must have the shape and dtype of x_t, {exact.shape} and {dtype}, got {tuple(got.shape)} and {got.dtype}"
+        raise CheckFailedError(found)
+    if exact.size == 0:
+        return Verdict(0.0, (), what, 0.0, 0.0, 0.0)
+    values = to_numpy(got)
+    rounding = torch.finfo(dtype).eps / 2 * np.abs(exact) + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    allowed = allowed + rounding
+    share = np.abs(values - exact) / allowed
+    share = np.where(np.isfinite(values), share, np.inf)
+    place = tuple(int(i) for i in np.unravel_index(np.argmax(share), share.shape))
+    return Verdict(float(share[place]), place, what, float(values[place]), float(exact[place]), float(allowed[place]))
+
+
+def judge(context: Context, case: StepCase) -> StepResult:
+    """Make a step and compare it.
+
+    Raises:
+        CheckFailedError: it is too far from equation 12, with the smallest failing case that was found.
+    """
+    level = context.levels(case.setting)[case.index]
+    before = _copied(case)
+    result = context.step(case)
+    found = verdict(context.subject, case, level, before, result)
+    context.measured(found.share)
+    if not found.share <= 1:
+        raise _failure(context, before, found)
+    return result
+
+
+def _failure(context: Context, case: StepCase, found: Verdict) -> CheckFailedError:
+    case, found = _smallest(context, case, found)
+    level = context.subject.levels(case.setting)[case.index]
+    message = (
+        f"{found.what} must be that of equation 12 within {found.allowed:.3g}, got {found.got!r} where it is {found.exact!r} "
+        f"({found.share:.3g} times what is allowed), from alpha_bar_t = {level.alpha_bar_t:.9g} to alpha_bar_prev = "
+        f"{level.alpha_bar_prev:.9g} with {_described(case)}"
+    )
+    return CheckFailedError(message, code_of(context.subject, case, found))
+
+
+def _described(case: StepCase) -> str:
+    setting = case.setting
+    named = {
+        "prediction_type": setting.prediction_type,
+        "eta": setting.eta,
+        "clip_sample_range": setting.clip_sample_range,
+        "use_clipped_model_output": setting.use_clipped_model_output or None,
+        "in_place": case.in_place or None,
+        "dtype": case.dtype,
+        "shape": tuple(case.x_t.shape),
+    }
+    return ", ".join(f"{name} = {value}" for name, value in named.items() if value is not None)
+
+
+def _copied(case: StepCase) -> StepCase:
+    return case.but(x_t=case.x_t.clone(), model_output=case.model_output.clone())
+
+
+def _smallest(context: Context, case: StepCase, found: Verdict) -> tuple[StepCase, Verdict]:
+    """A simpler case that fails, too: each simplification is kept if it does."""
+    tries = 0
+    progress = True
+    while progress and tries < _MOST_TRIES:
+        progress = False
+        for simpler in _simpler(case, found):
+            tries += 1
+            verdict_of_simpler = _try(context.subject, simpler)
+            if verdict_of_simpler is not None and not verdict_of_simpler.share <= 1:
+                case, found, progress = simpler, verdict_of_simpler, True
+                break
+            if tries >= _MOST_TRIES:
+                break
+    return case, found
+
+
+def _try(subject: Subject, case: StepCase) -> Verdict | None:
+    try:
+        level = subject.levels(case.setting)[case.index]
+        given = _copied(case)
+        return verdict(subject, case, level, case, subject.step(given))
+    except Exception:  # a simplification that the subject does not take is none
+        return None
+
+
+def _simpler(case: StepCase, found: Verdict) -> Iterator[StepCase]:
+    setting = case.setting
+    if case.x_t.numel() > 1 and not case.more:
+        one = tuple(slice(i, i + 1) for i in found.place)
+
+        def only(tensor):
+            return None if tensor is None else tensor[one].reshape(1, 1).clone()
+
+        yield case.but(x_t=only(case.x_t), model_output=only(case.model_output), noise=only(case.noise))
+    if setting.eta and case.noise is None and case.source is None:
+        yield case.but(setting=setting.but(eta=0.0), noise=None)
+    if setting.use_clipped_model_output:
+        yield case.but(setting=setting.but(use_clipped_model_output=False))
+    if setting.clip_sample_range is not None:
+        yield case.but(setting=setting.but(clip_sample_range=None, use_clipped_model_output=False))
+    if setting.alpha_bars is None and setting.timesteps is None:
+        for count in (1, 2, 3, 5, 10, setting.num_inference_steps // 2, setting.num_inference_steps - 1):
+            if 0 < count < setting.num_inference_steps:
+                for index in {0, count // 2, count - 1}:
+                    yield case.but(setting=setting.but(num_inference_steps=count), index=index)
+    if setting.alpha_bars is not None and len(setting.alpha_bars) > 1:
+        yield case.but(setting=setting.but(alpha_bars=(setting.alpha_bars[case.index],)), index=0)
+    for name in ("x_t", "model_output", "noise"):
+        tensor = getattr(case, name)
+        if tensor is not None and tensor.numel() == 1 and float(tensor) not in _SIMPLE:
+            for value in _SIMPLE:
+                yield case.but(**{name: torch.full_like(tensor, value)})
+
+
+def code_of(subject: Subject, case: StepCase, found: Verdict) -> str:
+    """The case as Python that raises AssertionError while the subject is wrong."""
+    tensors = [f"{name} = {_literal(getattr(case, name))}" for name in ("x_t", "model_output", "noise")]
+    more = "more = {" + ", ".join(f"{k!r}: {_literal(v)}" for k, v in case.more.items()) + "}"
+    try:
+        call = subject.code(case)
+    except NotImplementedError:
+        return ""
+    got = {"x_prev": "x_prev", "x0": "x0"}[found.what]
+    if got == "x0":  # the call's text keeps x_prev alone
+        return ""
+    place = ", ".join(map(str, found.place))
+    return "\n".join(
+        [
+            "import torch",
+            "",
+            *tensors,
+            more,
+            call,
+            f"got, exact = float(x_prev[{place}]), {found.exact!r}  # equation 12 of arXiv 2010.02502 in float64",
+            f"assert abs(got - exact) <= {found.allowed!r}, f'x_prev is {{got!r}}, should be {{exact!r}}'",
+        ]
+    )
+
+
+def _literal(value: object) -> str:
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    return f"torch.tensor({value.double().tolist()!r}, dtype={value.dtype})"
