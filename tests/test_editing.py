@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracle import split
 from torch import nn
 
 from ddim_fast.editing import slerp
@@ -13,6 +12,7 @@ from ddim_fast.kernels.noise import NoiseStream, standard_normals
 from ddim_fast.sampler import DDIMSampler
 from ddim_fast.schedule import NoiseSchedule
 from ddim_fast.update import classifier_guidance_weight
+from ddim_fast.verify.oracle import split
 
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 LINEAR = NoiseSchedule.from_alphas_cumprod(ALPHA_BAR)

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from oracle import split
 
 from ddim_fast.kernels.noise import NoiseStream, sample_seeds, standard_normals
 from ddim_fast.plan import SamplingPlan
 from ddim_fast.sampler import DDIMSampler, Timing, Trajectory
 from ddim_fast.schedule import NoiseSchedule
 from ddim_fast.timesteps import respaced_timesteps, select_timesteps
+from ddim_fast.verify.oracle import split
 
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 LINEAR = NoiseSchedule.from_alphas_cumprod(ALPHA_BAR)
