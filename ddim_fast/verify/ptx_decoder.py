@@ -7,7 +7,7 @@ Instructions".
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -162,8 +162,10 @@ class Decoder:
         self.shared_bytes = self.local_bytes = self._end_of_dynamic = 0
         self.constants: list[Region] = []
         self._constant_names: dict[str, Region] = {}
-        self.contractible: set[str] = set()
-        self.approximate: set[str] = set()
+        # What is the same in every launch of the kernel: names, and instructions that see registers alone, by their index.
+        self.contractible: set[str] = self._once("contractible", set)
+        self.approximate: set[str] = self._once("approximate", set)
+        self._runs: dict[int, Callable] = self._once("runs", dict)
 
     # --- variables and parameters ---
 
@@ -234,6 +236,16 @@ class Decoder:
 
     def granules(self) -> dict[str, int]:
         """The smallest access to each space."""
+        return self._once("granules", self._granules)
+
+    def _once(self, key: object, make: Callable[[], Any]) -> Any:
+        """What is the same in every launch of the kernel, made by the first."""
+        cache = self.kernel.cache
+        if key not in cache:
+            cache[key] = make()
+        return cache[key]
+
+    def _granules(self) -> dict[str, int]:
         sizes: dict[str, list[int]] = {"global": [], "shared": [], "local": []}
         for instruction in self.kernel.instructions:
             words = instruction.modifiers
@@ -250,6 +262,9 @@ class Decoder:
 
     def registers(self) -> dict[str, np.dtype]:
         """Every register that an instruction names."""
+        return self._once("registers", self._registers)
+
+    def _registers(self) -> dict[str, np.dtype]:
         found = {operations.CARRY.name: np.dtype(np.bool_)}
         left = [x for i in self.kernel.instructions for x in (i.guard, *i.operands)]
         while left:
@@ -265,11 +280,15 @@ class Decoder:
     # --- instructions ---
 
     def steps(self) -> list[Step]:
-        return [self._step(instruction) for instruction in self.kernel.instructions]
+        runs = self._runs
+        return [
+            Step(instruction, runs[i]) if i in runs else self._step(i, instruction)
+            for i, instruction in enumerate(self.kernel.instructions)
+        ]
 
-    def _step(self, instruction: Instruction) -> Step:
+    def _step(self, index: int, instruction: Instruction) -> Step:
         try:
-            step = self._decode(instruction)
+            step = self._decode(index, instruction)
         except PtxError as error:
             error.line, error.instruction = instruction.line, instruction.text
             raise
@@ -279,10 +298,13 @@ class Decoder:
             raise wrong from None
         return step
 
-    def _decode(self, instruction: Instruction) -> Step:
+    def _decode(self, index: int, instruction: Instruction) -> Step:
         operation = operations.decode(instruction)
         if operation is not None:
-            return Step(instruction, self._on_registers(instruction, operation))
+            run = self._on_registers(instruction, operation)
+            if not any(isinstance(operand, Symbol) for operand, _ in operation.sources):  # its address is the launch's
+                self._runs[index] = run
+            return Step(instruction, run)
         special = {
             "bra": self._branch,
             "ret": self._end,

@@ -11,7 +11,7 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .ptx_errors import NotModelledError, PtxError, PtxSyntaxError
 
@@ -117,6 +117,9 @@ class Kernel:
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # to the index of the next instruction
     variables: dict[str, Variable] = field(default_factory=dict)
+    cache: dict[object, Any] = field(
+        default_factory=dict, compare=False, repr=False
+    )  # what is the same in every launch
 
 
 @dataclass
