@@ -109,9 +109,19 @@ setup(
         "ddim_fast.verify",
         "ddim_fast.verify.checks",
     ],
+    py_modules=["pytest_ddim_fast"],  # outside the package: see there
     package_dir={"ddim_fast": "ddim_fast", "ddim_fast.kernels": "kernels"},
     include_package_data=False,  # the sources of the kernel stay in the sdist
-    package_data={"ddim_fast": ["py.typed", "weights/*.safetensors", "weights/*.md"]},
+    package_data={
+        "ddim_fast": ["py.typed", "weights/*.safetensors", "weights/*.md"],
+        "ddim_fast.verify": [
+            "report.schema.json",
+            "report.html.jinja",
+            "report.css",
+            "report.js",
+            "golden_trajectories.json",
+        ],
+    },
     ext_modules=[
         Extension(
             "ddim_fast.kernels._cpu_step",

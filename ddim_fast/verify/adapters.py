@@ -38,17 +38,31 @@ class Scheduler(Subject):
         features = {"step", "timesteps", "epsilon", "torch", "half"}
         features |= {"eta"} if "eta" in step else set()
         features |= {"given_noise"} if "variance_noise" in step else set()
+        features |= (
+            {"draws_noise"} if "eta" in step and ("generator" in step or "variance_noise" not in step) else set()
+        )
         features |= {"x0"} if "return_dict" in step else set()
         features |= {"sample", "v_prediction"} if "prediction_type" in self._free else set()
         features |= {"clip"} if "clip_sample" in self._free else set()
+        features |= {"clip_range"} if {"clip_sample", "clip_sample_range"} <= self._free else set()
         features |= {"rederive"} if "use_clipped_model_output" in step else set()
         features |= {"zero_terminal_snr"} if "rescale_betas_zero_snr" in self._free else set()
+        features |= {"num_train_timesteps"} if "num_train_timesteps" in self._free else set()
         self.features = frozenset(features)
+        self.spacings = self.spacings if "timestep_spacing" in self._free else ()
+        self.schedules = self._schedules()
+        self.steps_offset = int(self.base.get("steps_offset", 0))
+        self.ends_clean = bool(self.base.get("set_alpha_to_one", True))
         self._step_takes = frozenset(step)
 
     @property
     def _free(self) -> frozenset[str]:
         return self._fields - frozenset(self.base)
+
+    def _schedules(self) -> tuple[str, ...]:
+        if self.base.get("trained_betas") is not None or not {"beta_start", "beta_end"} <= self._free:
+            return ()
+        return self.schedules if "beta_schedule" in self._free else ("linear",)
 
     def config(self, setting: Setting) -> dict[str, Any]:
         """The fields of its class for a setting, by diffusers' names; only those that it has."""
@@ -77,10 +91,11 @@ class Scheduler(Subject):
         scheduler.set_timesteps(setting.num_inference_steps)
         return scheduler
 
+    @lru_cache(maxsize=512)  # noqa: B019
     def levels(self, setting: Setting) -> tuple[Level, ...]:
         scheduler = self.built(setting.but(eta=0.0, use_clipped_model_output=False))
         bars = np.asarray(scheduler.alphas_cumprod, dtype=np.float64)
-        timesteps = [int(t) for t in scheduler.timesteps]
+        timesteps = torch.as_tensor(scheduler.timesteps).double().tolist()
         return setting.levels(timesteps, bars, float(getattr(scheduler, "final_alpha_cumprod", 1.0)))
 
     def step(self, case: StepCase) -> StepResult:
@@ -143,12 +158,14 @@ class StepFunction(Subject):
             "eta": {"eta"},
             "noise": {"given_noise"},
             "prediction_type": {"sample", "v_prediction"},
-            "clip_sample_range": {"clip"},
+            "clip_sample_range": {"clip", "clip_range"},
             "use_clipped_model_output": {"rederive"},
             "out": {"in_place"},
         }
         for parameter, offered in by_parameter.items():
             features |= offered if parameter in self._takes else set()
+        if "eta" in self._takes and ("generator" in self._takes or "noise" not in self._takes):
+            features |= {"draws_noise"}
         self.features = frozenset(features)
 
     def step(self, case: StepCase) -> StepResult:
@@ -211,10 +228,14 @@ class SamplerFunction(Subject):
         features = {"epsilon", "half"}
         features |= {"timesteps"} if "num_inference_steps" in self._takes else set()
         features |= {"explicit_timesteps"} if "timesteps" in self._takes else set()
-        features |= {"eta"} if "eta" in self._takes else set()
+        features |= {"eta", "draws_noise"} if "eta" in self._takes else set()
         features |= {"seeds"} if "seeds" in self._takes else set()
         features |= {"sample", "v_prediction"} if "prediction_type" in self._takes else set()
+        features |= {"num_train_timesteps"} if "alphas_cumprod" in self._takes else set()
         self.features = frozenset(features)
+        self.spacings = ()
+        self.own_alphas_cumprod = "alphas_cumprod" not in self._takes
+        self.schedules = () if self.own_alphas_cumprod else self.schedules
 
     def source(self, seed: int, batch_size: int) -> Any:
         torch.manual_seed(seed)
@@ -223,20 +244,20 @@ class SamplerFunction(Subject):
         return torch.Generator().manual_seed(seed) if "generator" in self._takes else None
 
     def sample(self, setting: Setting, model: Model, x_T: Tensor, source: Any) -> Tensor:
-        asked = [int(level.t) for level in setting.levels()]
         offered = {
             "alphas_cumprod": torch.from_numpy(setting.alphas_cumprod()),
-            "timesteps": asked,
-            "num_inference_steps": len(asked),
+            "num_inference_steps": setting.steps,
             "eta": setting.eta,
             "generator": source,
             "seeds": source,
             "prediction_type": setting.prediction_type,
         }
+        if "timesteps" in self._takes:
+            offered["timesteps"] = [int(level.t) for level in setting.levels()]
         return self.function(model, x_T, **{name: value for name, value in offered.items() if name in self._takes})
 
     def levels_seen(self, setting: Setting, timesteps: list[float]) -> tuple[Level, ...]:
-        return setting.levels([round(t) for t in timesteps])
+        return setting.levels(timesteps)
 
 
 # --- Finding the adapter ----------------------------------------------------------------------------------------------

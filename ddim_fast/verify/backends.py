@@ -23,12 +23,16 @@ class Backend(Subject):
     """One of the backends of ``ddim_fast``, through ``ddim_step`` and ``DDIMSampler``."""
 
     arithmetic = "exact"
-    features = frozenset(FEATURES) - {"float64", "torch"}
+    features = frozenset(FEATURES) - {"float64", "torch", "no_waiting", "no_allocation"}
 
     def __init__(self, name: str):
         self.name = self.backend = name
         if name == "reference":
             self.features |= {"float64"}
+        else:
+            self.features |= {"no_allocation"}
+        if name == "triton":
+            self.features |= {"no_waiting"}
 
     def levels(self, setting: Setting) -> tuple[Level, ...]:
         if setting.alpha_bars is not None:
@@ -37,7 +41,7 @@ class Backend(Subject):
         return tuple(Level(s.t, s.t_prev, s.alpha_bar_t, s.alpha_bar_prev) for s in steps)
 
     def step(self, case: StepCase) -> StepResult:
-        x0 = torch.empty_like(case.x_t)
+        x0 = None if case.in_place else torch.empty_like(case.x_t)  # in place, nothing is to be allocated
         noise_from = dict(noise=case.noise)
         if case.noise is None and case.source is not None:
             noise_from = dict(seeds=case.source, noise_step=case.index)
@@ -107,7 +111,7 @@ def _coefficients(alpha_bar_t: float, alpha_bar_prev: float, setting: Setting, e
     )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=320)
 def _our_sampler(setting: Setting, eta_scales: str):
     schedule = make_schedule(setting.schedule, setting.num_train_timesteps)
     if setting.zero_terminal_snr:
@@ -135,6 +139,8 @@ class EmulatedTriton(Backend):
 
     features = Backend.features - {"invert"}
 
+    slow = True
+
     def __init__(self, target: str = "sm_90"):
         super().__init__("triton")
         self.target = target
@@ -153,6 +159,9 @@ class EmulatedTriton(Backend):
 
     def sample(self, setting: Setting, model: Model, x_T: Tensor, source: Tensor) -> Tensor:
         return Subject.sample(self, setting, model, x_T, source)
+
+    def on_gpu(self) -> Subject:
+        return Backend("triton")
 
 
 def backend_subject(name: str, device: torch.device | str = "cpu") -> Backend:

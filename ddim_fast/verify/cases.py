@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -61,9 +62,9 @@ class Setting:
         return oracle.zero_terminal_snr(found) if self.zero_terminal_snr else found
 
     def levels(
-        self, timesteps: list[int] | None = None, alphas_cumprod: np.ndarray | None = None, final: float = 1.0
+        self, timesteps: list[float] | None = None, alphas_cumprod: np.ndarray | None = None, final: float = 1.0
     ) -> tuple[Level, ...]:
-        """Each step to the next of these timesteps, the last to clean data.
+        """Each step to the next of these timesteps, the last to clean data. alpha_bar is NaN where there is no such timestep.
 
         Args:
             timesteps: those that the setting names, if none.
@@ -78,7 +79,9 @@ class Setting:
         if timesteps is None:
             timesteps = oracle.timesteps(self.timestep_spacing, self.num_inference_steps, self.num_train_timesteps)
         bars = self.alphas_cumprod() if alphas_cumprod is None else alphas_cumprod
-        bar = [float(bars[t]) for t in timesteps] + [final]
+        known = [0 <= t < len(bars) and float(t).is_integer() for t in timesteps]
+        bar = [float(bars[int(t)]) if exists else math.nan for t, exists in zip(timesteps, known, strict=True)]
+        bar.append(final)
         pairs = zip(timesteps, [*timesteps[1:], CLEAN], strict=True)
         return tuple(Level(*pair, bar[i], bar[i + 1]) for i, pair in enumerate(pairs))
 

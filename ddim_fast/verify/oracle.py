@@ -145,7 +145,7 @@ def textbook_step(
     if rederive:
         eps = (x_t - signal * x0) / spread
     std_dev_t = std_dev(alpha_bar_t, alpha_bar_prev, eta, convention)
-    x_prev = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(max(1 - alpha_bar_prev - std_dev_t**2, 0.0)) * eps
+    x_prev = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(max(1 - alpha_bar_prev - std_dev_t * std_dev_t, 0.0)) * eps
     return (x_prev if std_dev_t == 0 else x_prev + std_dev_t * noise), x0
 
 
@@ -177,12 +177,22 @@ def textbook_row(
         "eps_m": eps_m,
         "eps_0": eps_0,
         "prev_x0": math.sqrt(alpha_bar_prev),
-        "prev_eps": math.sqrt(max(1 - alpha_bar_prev - std_dev_t**2, 0.0)),
+        "prev_eps": math.sqrt(max(1 - alpha_bar_prev - std_dev_t * std_dev_t, 0.0)),
         "prev_noise": std_dev_t,
         "clip": clip,
         "known_x0": math.sqrt(alpha_bar_prev),
         "known_noise": math.sqrt(1 - alpha_bar_prev),
     }
+
+
+def ddpm_posterior(alpha_bar_t: float, alpha_bar_s: float) -> tuple[float, float, float]:
+    """(a, b, variance) of q(x_s | x_t, x0) = N(a x0 + b x_t, variance): equations 6 and 7 of arXiv 2006.11239 with the beta_t of
+    the pair, for any two noise levels of a Markov chain."""
+    beta_t = 1 - alpha_bar_t / alpha_bar_s
+    alpha_t = 1 - beta_t
+    of_x0 = math.sqrt(alpha_bar_s) * beta_t / (1 - alpha_bar_t)
+    of_x_t = math.sqrt(alpha_t) * (1 - alpha_bar_s) / (1 - alpha_bar_t)
+    return of_x0, of_x_t, (1 - alpha_bar_s) / (1 - alpha_bar_t) * beta_t
 
 
 # --- Any row ----------------------------------------------------------------------------------------------------------

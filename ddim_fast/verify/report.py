@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from enum import Enum
 from typing import Any
 
@@ -59,8 +60,10 @@ class Report:
     """All results, and what they were found with.
 
     Args:
-        complete: False where the run was ended before its last check.
         required: names of checks that must have run.
+        complete: False where the run was ended before its last check.
+        ended_by: what ended it.
+        made_at: when, UTC, as ISO 8601 has it.
     """
 
     subject: str
@@ -74,6 +77,7 @@ class Report:
     complete: bool = True
     ended_by: str = ""
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    made_at: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
 
     def of(self, outcome: Outcome) -> list[CheckResult]:
         return [result for result in self.results if result.outcome is outcome]
@@ -87,11 +91,18 @@ class Report:
     @property
     def exit_code(self) -> int:
         """0: right. 1: wrong. 2: it could not run to its end. 3: something that was required was skipped."""
+        if not self.complete or not self.results:
+            return 2
         if self.of(Outcome.FAILED):
             return 1
-        if self.of(Outcome.ERROR) or not self.complete or not self.results:
+        if self.of(Outcome.ERROR):
             return 2
         return 3 if self.missing else 0
+
+    @property
+    def seconds(self) -> float:
+        """That all checks took."""
+        return sum(result.seconds for result in self.results)
 
     @property
     def passed(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import traceback
 import zlib
@@ -12,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..update import ETA_SCALES
 from .adapters import subject_of
 from .checks import CHECKS, Check, CheckFailedError, CheckSkippedError, Context, SubjectRaisedError
 from .report import CheckResult, Outcome, Report
-from .subject import Subject
+from .subject import ARITHMETIC, Subject
 
 REQUIRED = ("update",)
 """What must have run, unless told otherwise."""
@@ -29,6 +31,8 @@ def verify(
     seed: int = 0,
     device: str | torch.device = "cpu",
     required: Sequence[str] | None = None,
+    eta_scales: str | None = None,
+    arithmetic: str | None = None,
     on_result: Callable[[CheckResult], None] | None = None,
 ) -> Report:
     """Hold a sampler against the DDIM paper.
@@ -40,6 +44,7 @@ def verify(
         seed: of all that is random in the checks. Another seed asks other questions; right subjects pass with any.
         device: where the tensors are.
         required: checks that must have run for the report to pass; "update" if none, or all of ``checks``.
+        eta_scales, arithmetic: what the subject is held to, keys of ``update.ETA_SCALES`` and ``subject.ARITHMETIC``; its own if none.
         on_result: called with each result as it comes.
 
     Raises:
@@ -48,7 +53,7 @@ def verify(
     chosen = choose_checks(checks, full)
     required = tuple(checks or REQUIRED) if required is None else tuple(required)
     choose_checks(required or None, full=True)
-    subject = subject_of(subject, device)
+    subject = prepared_subject(subject, device, eta_scales, arithmetic)
     results = []
     for one in chosen:
         results.append(run_check(one, subject, full, seed, torch.device(device)))
@@ -71,15 +76,36 @@ def choose_checks(names: Iterable[str] | None, full: bool) -> list[Check]:
     return [one for one in CHECKS.values() if one.name in names]
 
 
+def prepared_subject(
+    value: Any, device: torch.device | str = "cpu", eta_scales: str | None = None, arithmetic: str | None = None
+) -> Subject:
+    """The subject that a value is, held to these conventions; to its own where none is given.
+
+    Raises:
+        ValueError, TypeError: a convention is unknown, or see ``subject_of``.
+    """
+    for name, given, known in (("eta_scales", eta_scales, ETA_SCALES), ("arithmetic", arithmetic, ARITHMETIC)):
+        if given is not None and given not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
+    subject = subject_of(value, device)
+    if eta_scales is not None or arithmetic is not None:
+        subject = copy.copy(subject)
+        subject.eta_scales = eta_scales or subject.eta_scales
+        subject.arithmetic = arithmetic or subject.arithmetic
+    return subject
+
+
 def report_of(subject: Subject, results: Sequence[CheckResult], **more: Any) -> Report:
     conventions = {"eta scales": subject.eta_scales, "arithmetic": subject.arithmetic}
+    if not subject.ends_clean:
+        conventions["last step"] = "to alpha_bar_0, not to clean data"
     return Report(subject.name, tuple(results), tuple(sorted(subject.features)), conventions, **more)
 
 
 def run_check(one: Check, subject: Subject, full: bool, seed: int, device: torch.device) -> CheckResult:
     """One check on one subject. Whatever is raised becomes a result."""
     if lacking := sorted(one.needs - subject.features):
-        return _result(one, Outcome.NOT_APPLICABLE, f"the subject does not offer {', '.join(lacking)}")
+        return result_of(one, Outcome.NOT_APPLICABLE, f"the subject does not offer {', '.join(lacking)}")
     rng = np.random.default_rng([seed, zlib.crc32(one.name.encode())])
     context = Context(subject, rng, full, device)
     began = time.perf_counter()
@@ -100,7 +126,7 @@ def run_check(one: Check, subject: Subject, full: bool, seed: int, device: torch
         outcome, message = Outcome.ERROR, "the check looked at nothing: it must count its cases"
     if outcome is Outcome.FAILED and not code:
         code = _again(one, subject, full, seed)
-    return _result(
+    return result_of(
         one,
         outcome,
         message,
@@ -112,7 +138,8 @@ def run_check(one: Check, subject: Subject, full: bool, seed: int, device: torch
     )
 
 
-def _result(one: Check, outcome: Outcome, message: str, **more: Any) -> CheckResult:
+def result_of(one: Check, outcome: Outcome, message: str, **more: Any) -> CheckResult:
+    """A check's result, with what is written about the check."""
     return CheckResult(
         one.name,
         outcome,
@@ -127,11 +154,14 @@ def _result(one: Check, outcome: Outcome, message: str, **more: Any) -> CheckRes
 
 def _again(one: Check, subject: Subject, full: bool, seed: int) -> str:
     """Python that repeats a check which has no smaller case."""
+    name = getattr(subject, "backend", subject.name)
+    held = [f"{c}={getattr(subject, c)!r}" for c in ("eta_scales", "arithmetic") if c in vars(subject)]
+    options = ", ".join([f"checks=[{one.name!r}]", f"full={full}", f"seed={seed}", *held])
     return "\n".join(
         [
             "from ddim_fast.verify import verify",
             "",
-            f"report = verify({subject.name!r}, checks=[{one.name!r}], full={full}, seed={seed})",
+            f"report = verify({name!r}, {options})",
             "assert report.passed, report.results[0].message",
         ]
     )
@@ -141,6 +171,8 @@ def _again(one: Check, subject: Subject, full: bool, seed: int) -> str:
 def _own_random_state():
     """What a check draws from torch's and NumPy's global generators leaves no trace."""
     numpy_state = np.random.get_state()  # noqa: NPY002 (that of others, kept)
-    with torch.random.fork_rng():
-        yield
-    np.random.set_state(numpy_state)  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        np.random.set_state(numpy_state)  # noqa: NPY002

@@ -17,15 +17,18 @@ FEATURES = {
     "step": "single steps can be made, in any order",
     "levels": "steps between any two noise levels, not only those of a schedule",
     "timesteps": "it chooses the timesteps, from their number and spacing",
+    "num_train_timesteps": "schedules may have any number of timesteps, not only 1000",
     "explicit_timesteps": "it takes a list of timesteps",
     "eta": "it can add noise",
     "given_noise": "noise can be given as a tensor",
+    "draws_noise": "it draws its noise itself, from a seed",
     "seeds": "a sample's noise depends on its own seed",
     "x0": "a step tells the predicted x0",
     "epsilon": "models that predict eps",
     "sample": "models that predict x0",
     "v_prediction": "models that predict v",
     "clip": "the predicted x0 can be clipped",
+    "clip_range": "to another bound than 1, too",
     "rederive": "eps can be derived again from the clipped x0",
     "zero_terminal_snr": "schedules that end in pure noise",
     "in_place": "the result can be written over the samples",
@@ -36,6 +39,8 @@ FEATURES = {
     "half": "takes float16 and bfloat16",
     "invert": "finds the noise that a sample comes from",
     "torch": "is made of torch's operators, so that a fake device can run it",
+    "no_waiting": "steps on a GPU never wait for it, and copy nothing between host and device",
+    "no_allocation": "steps in place allocate nothing",
 }
 """What a subject may offer."""
 
@@ -54,12 +59,24 @@ class Subject:
         features: keys of ``FEATURES``.
         arithmetic: a key of ``ARITHMETIC``.
         eta_scales: what its eta multiplies: "std_dev" (the paper), or "variance".
+        ends_clean: its last step goes to clean data; False for one that goes to alpha_bar_0 (``set_alpha_to_one=False``).
+        spacings: the values of ``Setting.timestep_spacing`` that it can be asked for; none where it has one of its own.
+        schedules: likewise of ``Setting.schedule``; none where it has one of its own.
+        steps_offset: what it adds to the timesteps of "leading".
+        slow: a step takes 10 ms or more: the quick set makes fewer.
+        own_alphas_cumprod: it works with a table of its own, in float32, which ``levels`` cannot tell exactly.
     """
 
     name = "subject"
     features: frozenset[str] = frozenset()
     arithmetic = "float32"
     eta_scales = "std_dev"
+    ends_clean = True
+    spacings: tuple[str, ...] = ("leading", "trailing", "linspace")
+    schedules: tuple[str, ...] = ("linear", "scaled_linear", "cosine")
+    steps_offset = 0
+    slow = False
+    own_alphas_cumprod = False
 
     def levels(self, setting: Setting) -> tuple[Level, ...]:
         """The steps of a setting: the timesteps that the subject chooses, each to the next, and its own alpha_bar of each."""
@@ -85,14 +102,16 @@ class Subject:
         """x_T of clean samples. Needed for the feature "invert"."""
         raise NotImplementedError
 
+    def on_gpu(self) -> Subject:
+        """The subject for tensors on a GPU, which may be a pretended one."""
+        return self
+
     def code(self, case: StepCase) -> str:
         """Python that makes the step of a case and leaves ``x_prev``; it finds torch and the case's tensors defined."""
         raise NotImplementedError
 
-    def observe(self, setting: Setting, model: Model, x_T: Tensor, source: Any = None) -> list[Observed]:
+    def observe(self, setting: Setting, model: Model, x_T: Tensor, source: Any) -> list[Observed]:
         """A whole run, watched through the calls of its model."""
-        if source is None:
-            source = self.source(0, len(x_T))
         seen, outputs = [], []
 
         def watched(x_t: Tensor, t: Tensor) -> Tensor:

@@ -47,15 +47,20 @@ def allowed_error(dtype: torch.dtype, terms: np.ndarray) -> np.ndarray:
 
 def assert_near(actual: torch.Tensor, exact: np.ndarray, terms: np.ndarray, what: str = "result") -> None:
     """Each element of ``actual`` is one that its type may have, for finite ``exact``."""
-    got, allowed = to_numpy(actual), allowed_error(actual.dtype, terms)
-    rounded = ROUND[actual.dtype]
+    assert_within(actual, exact, allowed_error(actual.dtype, terms), what)
+
+
+def assert_within(actual: torch.Tensor, exact: np.ndarray, allowed: np.ndarray, what: str = "result") -> None:
+    """Each element of ``actual`` is the rounding to its type of a number no further from ``exact`` than ``allowed``."""
+    got, rounded = to_numpy(actual), ROUND[actual.dtype]
     lowest, highest = (rounded(bound).reshape(exact.shape) for bound in (exact - allowed, exact + allowed))
     wrong = ~((lowest <= got) & (got <= highest))  # NaN is wrong, too
     if wrong.any():
-        i = tuple(np.argwhere(wrong)[0])
+        off = np.where(np.isfinite(got), np.abs(got - exact) - allowed, np.inf)
+        i = np.unravel_index(np.argmax(np.where(wrong, off, -np.inf)), wrong.shape)
         raise AssertionError(
-            f"{what}: {wrong.sum()} of {wrong.size} elements too far from float64; first at {tuple(map(int, i))}: "
-            f"got {got[i]!r}, exact {exact[i]!r}, terms {terms[i]!r}, allowed {lowest[i]!r} to {highest[i]!r}"
+            f"{what}: {wrong.sum()} of {wrong.size} elements too far from float64; worst at {tuple(map(int, i))}: "
+            f"got {float(got[i])!r}, exact {float(exact[i])!r}, allowed {float(lowest[i])!r} to {float(highest[i])!r}"
         )
 
 
@@ -108,11 +113,24 @@ class Interval:
 
 
 def coefficient_spread(
-    prediction_type: str, alpha_bar_t: float, alpha_bar_prev: float, eta: float, rederive: bool, eps: float
+    prediction_type: str,
+    alpha_bar_t: float,
+    alpha_bar_prev: float,
+    eta: float,
+    rederive: bool,
+    eps: float,
+    alpha_eps: tuple[float, float] = (0.0, 0.0),
 ) -> dict[str, float]:
-    """How far each column of a row may be off where the textbook's formulas are evaluated with relative precision ``eps``."""
+    """How far each column of a row may be off where the textbook's formulas are evaluated with relative precision ``eps``.
+
+    Args:
+        alpha_eps: the relative errors that alpha_bar_t and alpha_bar_prev have already.
+    """
     one, zero = Interval.exact(1.0, eps), Interval.exact(0.0, eps)
-    bar_t, bar_prev = Interval.exact(alpha_bar_t, eps), Interval.exact(alpha_bar_prev, eps)
+    bar_t, bar_prev = (
+        Interval(value * (1 - off), min(value * (1 + off), 1.0), eps)
+        for value, off in zip((alpha_bar_t, alpha_bar_prev), alpha_eps, strict=True)
+    )
     signal, noise = bar_t.sqrt(), (one - bar_t).sqrt()
     columns = {
         "epsilon": lambda: (one / signal, zero - noise / signal, zero, one),

@@ -61,6 +61,9 @@ class Check:
     false_alarm_rate: float = 0.0
 
 
+_NEW = object()
+"""Asks for a source of noise made for the call. (None is a source, too: that of subjects which draw from torch's own generator.)"""
+
 CHECKS: dict[str, Check] = {}
 """Every check by its name, in the order in which they run. ``checks`` fills it."""
 
@@ -111,6 +114,11 @@ class Context:
     def offers(self, *features: str) -> bool:
         return set(features) <= self.subject.features
 
+    @property
+    def few(self) -> bool:
+        """Whether to look at few cases: in the quick set, where the subject is slow."""
+        return self.subject.slow and not self.full
+
     def measured(self, share: float) -> None:
         """Count a case whose error was this share of what is allowed."""
         self.cases += 1
@@ -135,13 +143,13 @@ class Context:
     def source(self, batch_size: int, seed: int | None = None) -> Any:
         return self.subject.source(self.seed() if seed is None else seed, batch_size)
 
-    def sample(self, setting: Setting, model: Model, x_T: Tensor, source: Any = None) -> Tensor:
+    def sample(self, setting: Setting, model: Model, x_T: Tensor, source: Any = _NEW) -> Tensor:
         with _subject(f"a run of {setting}"):
-            return self.subject.sample(setting, model, x_T, self.source(len(x_T)) if source is None else source)
+            return self.subject.sample(setting, model, x_T, self.source(len(x_T)) if source is _NEW else source)
 
-    def observe(self, setting: Setting, model: Model, x_T: Tensor, source: Any = None) -> list[Observed]:
+    def observe(self, setting: Setting, model: Model, x_T: Tensor, source: Any = _NEW) -> list[Observed]:
         with _subject(f"a run of {setting}"):
-            return self.subject.observe(setting, model, x_T, self.source(len(x_T)) if source is None else source)
+            return self.subject.observe(setting, model, x_T, self.source(len(x_T)) if source is _NEW else source)
 
     def invert(self, setting: Setting, model: Model, x0: Tensor) -> Tensor:
         with _subject(f"the inversion of {setting}"):
@@ -152,5 +160,5 @@ class Context:
 def _subject(doing: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SubjectRaisedError(f"{doing} raised {type(error).__name__}: {error}") from error

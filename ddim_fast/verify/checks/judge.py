@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from .. import oracle
-from ..cases import Level, StepCase, StepResult
+from ..cases import Level, Observed, Setting, StepCase, StepResult
 from ..subject import Subject
 from ..tolerances import COMPUTED_IN, SCALED_EPS, allowed_error, coefficient_spread, spread_of_result, to_numpy
 from .base import CheckFailedError, Context
@@ -37,7 +38,24 @@ def verdict(subject: Subject, case: StepCase, level: Level, before: StepCase, re
     Args:
         before: the case as it was before the step, which may have written over its samples.
     """
-    setting, x, m = case.setting, to_numpy(before.x_t), to_numpy(before.model_output)
+    true = truth(subject, before, level)
+    verdicts = [_compare("x_prev", result.x_prev, true.exact.x_prev, true.allowed, case.dtype)]
+    if result.x0 is not None:
+        verdicts.append(_compare("x0", result.x0, true.exact.x0, true.allowed_x0, case.dtype))
+    return max(verdicts, key=lambda v: v.share)
+
+
+class Truth(NamedTuple):
+    """A step's exact result, and how far x_prev and x0 may be off before they are rounded to the type of the samples."""
+
+    exact: oracle.Result
+    allowed: np.ndarray
+    allowed_x0: np.ndarray
+
+
+def truth(subject: Subject, before: StepCase, level: Level) -> Truth:
+    """Equation 12 in float64, and what a subject of this arithmetic may be off."""
+    setting, x, m = before.setting, to_numpy(before.x_t), to_numpy(before.model_output)
     convention = {"std_dev": "std", "variance": "variance"}[subject.eta_scales]
     row = oracle.textbook_row(
         setting.prediction_type,
@@ -48,16 +66,14 @@ def verdict(subject: Subject, case: StepCase, level: Level, before: StepCase, re
         clip=math.inf if setting.clip_sample_range is None else setting.clip_sample_range,
         rederive=setting.use_clipped_model_output,
     )
-    more = {k: to_numpy(v) if isinstance(v, torch.Tensor) else v for k, v in before.more.items()}
     names = {"model_output_uncond": "uncond", "guidance_scale": "guidance"}
+    more = {names.get(k, k): to_numpy(v) if isinstance(v, torch.Tensor) else v for k, v in before.more.items()}
     z = np.zeros_like(x) if before.noise is None else to_numpy(before.noise)
-    exact = oracle.row_step(row, x, m, noise=z, **{names.get(k, k): v for k, v in more.items()})
-    allowed = _allowed(subject, case, level, row, x, m, z, exact)
-    verdicts = [_compare("x_prev", result.x_prev, exact.x_prev, allowed, case.dtype)]
-    if result.x0 is not None:
-        of_x0 = _allowed_x0(subject, case, level, x, m, exact)
-        verdicts.append(_compare("x0", result.x0, exact.x0, of_x0, case.dtype))
-    return max(verdicts, key=lambda v: v.share)
+    exact = oracle.row_step(row, x, m, noise=z, **more)
+    if "uncond" in more:
+        m = np.abs(more["uncond"]) + abs(more["guidance"]) * (np.abs(m) + np.abs(more["uncond"]))
+    allowed = _allowed(subject, before, level, row, x, m, z, exact)
+    return Truth(exact, allowed, _allowed_x0(subject, before, level, x, m, exact))
 
 
 def _allowed(subject, case, level, row, x, m, z, exact: oracle.Result) -> np.ndarray:
@@ -82,9 +98,16 @@ def _spread(subject, case, level) -> dict[str, float]:
     setting = case.setting
     eps = torch.finfo(torch.float32).eps
     eta = setting.eta if subject.eta_scales == "std_dev" else math.sqrt(setting.eta)
-    return coefficient_spread(
-        setting.prediction_type, level.alpha_bar_t, level.alpha_bar_prev, eta, setting.use_clipped_model_output, eps
-    )
+    bars = level.alpha_bar_t, level.alpha_bar_prev
+    off = tuple(_alpha_eps(subject, t, bar) for t, bar in zip((level.t, level.t_prev), bars, strict=True))
+    return coefficient_spread(setting.prediction_type, *bars, eta, setting.use_clipped_model_output, eps, off)
+
+
+def _alpha_eps(subject: Subject, t: float, alpha_bar: float) -> float:
+    """How far alpha_bar may be off in the subject's own float32, relatively: rounded once, or made of t + 1 betas there."""
+    if subject.own_alphas_cumprod:
+        return 2 * (t + 1) * torch.finfo(torch.float32).eps
+    return 0.0 if float(np.float32(alpha_bar)) == alpha_bar else torch.finfo(torch.float32).eps
 
 
 def _compare(what: str, got: torch.Tensor, exact: np.ndarray, allowed: np.ndarray, dtype: torch.dtype) -> Verdict:
@@ -102,8 +125,15 @@ def _compare(what: str, got: torch.Tensor, exact: np.ndarray, allowed: np.ndarra
     return Verdict(float(share[place]), place, what, float(values[place]), float(exact[place]), float(allowed[place]))
 
 
-def judge(context: Context, case: StepCase) -> StepResult:
+Explain = Callable[[StepCase, Verdict], str]
+"""What a check knows of the reason for which a case fails: sentences, or nothing."""
+
+
+def judge(context: Context, case: StepCase, explain: Explain = lambda case, found: "") -> StepResult:
     """Make a step and compare it.
+
+    Args:
+        explain: asked about the smallest failing case; its answer begins the message.
 
     Raises:
         CheckFailedError: it is too far from equation 12, with the smallest failing case that was found.
@@ -114,19 +144,41 @@ def judge(context: Context, case: StepCase) -> StepResult:
     found = verdict(context.subject, case, level, before, result)
     context.measured(found.share)
     if not found.share <= 1:
-        raise _failure(context, before, found)
+        raise _failure(context, before, found, explain)
     return result
 
 
-def _failure(context: Context, case: StepCase, found: Verdict) -> CheckFailedError:
+def judge_observed(
+    context: Context, setting: Setting, index: int, seen: Observed, noise: torch.Tensor | None = None, where: str = ""
+) -> None:
+    """Compare a step of a run that was watched.
+
+    Args:
+        where: what the message begins with.
+
+    Raises:
+        CheckFailedError: it is too far from equation 12.
+    """
+    case = StepCase(setting, index, seen.x_t, seen.model_output, noise)
+    found = verdict(context.subject, case, seen.level, case, StepResult(seen.x_prev, seen.x0))
+    context.measured(found.share)
+    if not found.share <= 1:
+        raise CheckFailedError(f"{where}step {index} of a run: {_message(case, seen.level, found)}")
+
+
+def _failure(context: Context, case: StepCase, found: Verdict, explain: Explain) -> CheckFailedError:
     case, found = _smallest(context, case, found)
     level = context.subject.levels(case.setting)[case.index]
-    message = (
+    message = " ".join(filter(None, (explain(case, found), _message(case, level, found))))
+    return CheckFailedError(message, code_of(context.subject, case, found))
+
+
+def _message(case: StepCase, level: Level, found: Verdict) -> str:
+    return (
         f"{found.what} must be that of equation 12 within {found.allowed:.3g}, got {found.got!r} where it is {found.exact!r} "
         f"({found.share:.3g} times what is allowed), from alpha_bar_t = {level.alpha_bar_t:.9g} to alpha_bar_prev = "
         f"{level.alpha_bar_prev:.9g} with {_described(case)}"
     )
-    return CheckFailedError(message, code_of(context.subject, case, found))
 
 
 def _described(case: StepCase) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
 
-from ..cases import Setting, StepCase
-from .base import Context, check
-from .judge import judge
+from ..cases import Level, Model, Setting, StepCase
+from .base import CheckFailedError, Context, check
+from .judge import Verdict, judge, judge_observed
 
 SIZES = ((1, 1), (2, 1, 3, 5), (1, 127), (3, 128), (2, 129), (0, 4), (1, 3, 33, 31))
 EXTREMES = (0.0, -0.0, 1.0, -1.0, 1e-6, 30.0, -30.0, 1e-30)
+TOLERANCE = "4 eps of the sum of the terms' magnitudes, and what float32 coefficients may be off where the subject claims no more"
 
 
 def settings_of(context: Context, eta: float = 0.0) -> Iterator[Setting]:
@@ -25,7 +27,8 @@ def settings_of(context: Context, eta: float = 0.0) -> Iterator[Setting]:
         if context.offers("clip"):
             yield base.but(clip_sample_range=1.0)
         if context.offers("clip", "rederive"):
-            yield base.but(clip_sample_range=1.0, use_clipped_model_output=True)
+            bound = 0.8 if context.offers("clip_range") else 1.0
+            yield base.but(clip_sample_range=bound, use_clipped_model_output=True)
 
 
 def random_step(
@@ -40,15 +43,121 @@ def random_step(
     "update",
     proves="A deterministic step is equation 12 for every prediction type, with and without clipping, at every size.",
     source="equations 9 and 12 of arXiv 2010.02502; v: arXiv 2202.00512, section 2.4",
-    tolerance="4 eps of the sum of the terms' magnitudes, and what float32 coefficients may be off where the subject claims no more",
+    tolerance=TOLERANCE,
     needs="step epsilon",
 )
 def update(context: Context) -> None:
     for setting, shape in itertools.product(settings_of(context), SIZES):
-        for index in _some_steps(context, setting):
+        for index in some_steps(context, setting):
             judge(context, random_step(context, setting, index, shape))
+    for setting in settings_of(context):
+        x_t, output = torch.tensor(list(itertools.product(EXTREMES, EXTREMES)), device=context.device).T.unsqueeze(1)
+        for index in some_steps(context, setting):
+            judge(context, StepCase(setting, index, x_t, output))
 
 
-def _some_steps(context: Context, setting: Setting) -> range | list[int]:
+def some_steps(context: Context, setting: Setting) -> list[int]:
+    """The first, the middle and the last; all in the full set."""
     count = len(context.levels(setting))
-    return range(count) if context.full else sorted({0, count // 2, count - 1})
+    return list(range(count)) if context.full else sorted({0, count // 2, count - 1})
+
+
+@check(
+    "observed-update",
+    proves="Each step of a whole run, watched through the calls of its model, is equation 12 between its own noise levels.",
+    source="equation 12 of arXiv 2010.02502",
+    tolerance=TOLERANCE,
+    needs="epsilon",
+)
+def observed_update(context: Context) -> None:
+    for setting in runs_of(context):
+        seen = context.observe(setting, random_model(context), context.normal(2, 3, 5))
+        if len(seen) != setting.steps:
+            found = f"{setting.steps} steps are asked for, and the model is called {len(seen)} times: {setting}"
+            raise CheckFailedError(found)
+        if setting.timesteps and [one.level.t for one in seen] != list(setting.timesteps):
+            found = f"the timesteps asked for are {list(setting.timesteps)}, got {[one.level.t for one in seen]}"
+            raise CheckFailedError(found)
+        for index, one in enumerate(seen):
+            judge_observed(context, setting, index, one)
+
+
+def runs_of(context: Context) -> Iterator[Setting]:
+    """Deterministic runs: few and many steps, every prediction, and irregular timesteps."""
+    for setting in settings_of(context):
+        yield setting.but(num_inference_steps=4) if context.few else setting
+    for count in (1, 2) if context.few else (1, 2, 50):
+        yield Setting(num_inference_steps=count)
+    if context.offers("explicit_timesteps"):
+        for count in (1, 3) if context.few else (1, 2, 3, 7, 20):
+            chosen = context.rng.choice(1000, count, replace=False)
+            yield Setting(timesteps=tuple(sorted((int(t) for t in chosen), reverse=True)))
+        yield Setting(timesteps=(999, 998, 997, 2, 1, 0))
+
+
+def random_model(context: Context) -> Model:
+    """Says something else at each call, whatever it is asked."""
+    return lambda x_t, t: context.normal(*x_t.shape).to(x_t)
+
+
+# --- Where a step starts and ends -------------------------------------------------------------------------------------
+
+
+@check(
+    "endpoints",
+    proves="A step to alpha_bar_prev = 1 gives the predicted x0 and adds no noise, at any eta, and so does the last step of a run; "
+    "a step to its own noise level changes nothing.",
+    source="equations 12 and 16 of arXiv 2010.02502 at alpha_bar_prev = 1 (std_dev_t = 0) and alpha_bar_prev = alpha_bar_t",
+    tolerance=TOLERANCE,
+    needs="epsilon",
+)
+def endpoints(context: Context) -> None:
+    for eta in (0.0, 0.5, 1.0) if context.offers("eta") else (0.0,):
+        for setting in settings_of(context, eta):
+            if context.offers("step"):
+                _last_steps(context, setting)
+        for count in (1, 4):
+            _last_of_run(context, Setting(count, eta=eta))
+    if context.offers("step", "levels"):
+        for setting in settings_of(context):
+            if setting.clip_sample_range is None:  # clipping changes x0, and so x_t
+                for alpha_bar in (0.9999, 0.7, 1e-4):
+                    at = setting.but(alpha_bars=((alpha_bar, alpha_bar),))
+                    judge(context, random_step(context, at, 0, (2, 3, 5)), _changed)
+
+
+def _last_steps(context: Context, setting: Setting) -> None:
+    to_clean = [setting.but(alpha_bars=((a, 1.0),)) for a in (0.9999, 0.03)] if context.offers("levels") else []
+    for to in [setting, *to_clean]:
+        last = len(context.levels(to)) - 1
+        if context.levels(to)[last].alpha_bar_prev == 1:
+            source = context.source(2) if context.offers("draws_noise") and not context.offers("given_noise") else None
+            judge(context, random_step(context, to, last, (2, 3, 5)).but(source=source), _not_x0)
+
+
+def _last_of_run(context: Context, setting: Setting) -> None:
+    if setting.eta and not context.offers("draws_noise"):
+        return
+    seen = context.observe(setting, random_model(context), context.normal(2, 3, 5))
+    if seen and seen[-1].level.alpha_bar_prev != 1 and context.subject.ends_clean:
+        raise CheckFailedError(_noise_left(seen[-1].level))
+    if seen and (context.subject.ends_clean or not setting.eta):
+        judge_observed(context, setting, len(seen) - 1, seen[-1], where="the last step: ")
+
+
+def _noise_left(level: Level) -> str:
+    return (
+        f"the last step must go to clean data, alpha_bar_prev = 1, got alpha_bar_prev = {level.alpha_bar_prev:.9g} from t = {level.t:g}: "
+        f"noise of standard deviation {math.sqrt(1 - level.alpha_bar_prev):.3g} is left where the paper defines alpha_0 = 1. A subject "
+        "that means to (set_alpha_to_one=False) declares it by ends_clean = False"
+    )
+
+
+def _not_x0(case: StepCase, found: Verdict) -> str:
+    return (
+        f"A step to alpha_bar_prev = 1 must give the predicted x0 and add no noise, at eta = {case.setting.eta}, too."
+    )
+
+
+def _changed(case: StepCase, found: Verdict) -> str:
+    return "A step to alpha_bar_prev = alpha_bar_t must give x_t back."

@@ -1,0 +1,271 @@
+"""How much noise a step adds: equation 16, the two conventions of eta, and DDPM."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+
+from .. import oracle, statistics
+from ..cases import Level, Observed, Setting, StepCase
+from ..tolerances import to_numpy
+from .base import CheckFailedError, Context, check
+from .judge import Verdict, code_of, judge, truth, verdict
+from .update import TOLERANCE, random_step, settings_of, some_steps
+
+RATE = 1e-8
+"""Of false alarms of each check of chance here, divided among its tests."""
+CONVENTIONS = {"std_dev": "std", "variance": "variance"}
+FEW_SIZES = ((1, 1), (2, 1, 3, 5), (2, 129))
+DRAWN = (4, 2**14)
+"""Samples whose noise is measured: a variance 4 % off is found."""
+
+
+@check(
+    "update-with-noise",
+    proves="A step with noise is equation 12, its std_dev_t that of equation 16, for every prediction type.",
+    source="equations 12 and 16 of arXiv 2010.02502",
+    tolerance=TOLERANCE,
+    needs="step epsilon eta given_noise",
+)
+def update_with_noise(context: Context) -> None:
+    explain = partial(_other_convention, context)
+    for eta in (float(context.rng.uniform(0.3, 1)), 1.0):
+        for setting in settings_of(context, eta):
+            for shape in FEW_SIZES:
+                for index in some_steps(context, setting):
+                    judge(context, random_step(context, setting, index, shape), explain)
+
+
+def _other_convention(context: Context, case: StepCase, found: Verdict) -> str:
+    """Says so, where the case is right by the other meaning of eta."""
+    subject = context.subject
+    other = copy.copy(subject)
+    other.eta_scales = "std_dev" if subject.eta_scales == "variance" else "variance"
+    level = subject.levels(case.setting)[case.index]
+    given = case.but(x_t=case.x_t.clone(), model_output=case.model_output.clone())
+    right = verdict(other, case, level, case, subject.step(given)).share <= 1
+    return _declare(other.eta_scales) if right and case.setting.eta not in (0, 1) else ""
+
+
+def _declare(eta_scales: str) -> str:
+    what = {
+        "variance": "the variance of the noise is scaled by eta",
+        "std_dev": "the standard deviation is scaled by eta",
+    }
+    paper = {"variance": ", where in equation 16 the standard deviation is", "std_dev": ", as in equation 16"}
+    return (
+        f"This is right in the other convention: {what[eta_scales]}{paper[eta_scales]}. "
+        f'If that is meant, declare it: eta_scales="{eta_scales}".'
+    )
+
+
+# --- The two conventions of eta ---------------------------------------------------------------------------------------
+
+
+@check(
+    "eta-convention",
+    proves="The noise has the standard deviation of equation 16 in the declared convention: eta scales it, or its variance.",
+    source="equation 16 of arXiv 2010.02502; with eta scaling the variance: eta_variance = eta**2",
+    tolerance="given noise: 4 eps and what float32 coefficients may be off; drawn noise: its variance within the chi-square bounds",
+    needs="eta epsilon",
+    false_alarm_rate=RATE,
+)
+def eta_convention(context: Context) -> None:
+    settings = [
+        Setting(num_inference_steps=5, eta=eta) for eta in ((0.1, 0.25, 0.5, 0.8) if context.full else (0.25, 0.5))
+    ]
+    if context.offers("step", "given_noise"):
+        for setting in settings:
+            for index, level in enumerate(context.levels(setting)):
+                _given_noise(context, setting, index, level)
+    if context.offers("draws_noise"):
+        steps = [one for setting in settings for one in _pure_noise(context, setting)]
+        for setting, one in steps:
+            _drawn_noise(context, setting.eta, one, RATE / len(steps))
+
+
+def _given_noise(context: Context, setting: Setting, index: int, level: Level) -> None:
+    """From x_t = 0 by an output of 0, only the noise is left."""
+    zero = torch.zeros(2, 16, device=context.device)
+    case = StepCase(setting, index, zero, zero.clone(), context.normal(2, 16))
+    result = context.step(case.but(x_t=zero.clone(), model_output=zero.clone()))
+    found = verdict(context.subject, case, level, case, result)
+    context.measured(found.share)
+    if not found.share <= 1:
+        scale = to_numpy(result.x_prev) / to_numpy(case.noise)
+        message = _wrong_std_dev(context, setting.eta, level, float(np.median(scale)), 1e-3)
+        raise CheckFailedError(message, code_of(context.subject, case, found))
+
+
+def _pure_noise(context: Context, setting: Setting) -> Iterator[tuple[Setting, Observed]]:
+    """Steps from an output of 0 that draw their noise: eps = 0, so that x_prev is the scaled x_t and noise, in any convention."""
+    x_t = torch.zeros(DRAWN, device=context.device)
+    for one in drawn_steps(context, setting, lambda level, x: torch.zeros_like(x), x_t):
+        if one.level.alpha_bar_t < one.level.alpha_bar_prev < 1:  # some schedulers end in a step to where it started
+            yield setting, one
+
+
+def _drawn_noise(context: Context, eta: float, one: Observed, rate: float) -> None:
+    level = one.level
+    left = to_numpy(one.x_prev) - math.sqrt(level.alpha_bar_prev / level.alpha_bar_t) * to_numpy(one.x_t)
+    expected = std_dev_of(context, level, eta)
+    found = statistics.variance(left / expected, rate)
+    context.measured(found.share)
+    if not found.passed:
+        measured = math.sqrt(found.found) * expected
+        raise CheckFailedError(_wrong_std_dev(context, eta, level, measured, 2 * found.threshold))
+
+
+def std_dev_of(context: Context, level: Level, eta: float) -> float:
+    """Equation 16 in the subject's convention."""
+    return oracle.std_dev(level.alpha_bar_t, level.alpha_bar_prev, eta, CONVENTIONS[context.subject.eta_scales])
+
+
+def _wrong_std_dev(context: Context, eta: float, level: Level, measured: float, near: float) -> str:
+    bars = level.alpha_bar_t, level.alpha_bar_prev
+    expected = std_dev_of(context, level, eta)
+    declared = context.subject.eta_scales
+    other = "std_dev" if declared == "variance" else "variance"
+    full, beta = oracle.std_dev(*bars, 1.0), 1 - bars[0] / bars[1]
+    known = {
+        _declare(other): oracle.std_dev(*bars, eta, CONVENTIONS[other]),
+        "It is the variance of equation 16: a square root is missing.": expected**2,
+        "It does not depend on eta.": full,
+        "No noise is added.": 0.0,
+        "It is eta sqrt(beta_t), the larger of DDPM's two choices.": eta * math.sqrt(beta),
+    }
+    fitting = (text for text, value in known.items() if abs(abs(measured) - value) <= near * expected)
+    text = (
+        f'the standard deviation of the noise must be that of equation 16 (eta_scales="{declared}") at eta = {eta}, {expected:.6g}, '
+        f"got {measured:.6g} = {measured / full:.4g} times that of eta = 1, in the step from t = {level.t:g} "
+        f"(alpha_bar_t = {bars[0]:.6g}) to alpha_bar_prev = {bars[1]:.6g}."
+    )
+    return " ".join([text, *list(fitting)[:1]])
+
+
+def drawn_steps(context: Context, setting: Setting, model, x_t: torch.Tensor) -> Iterator[Observed]:
+    """Steps that draw their own noise, each from these samples where single steps can be made, and otherwise those of a run.
+
+    Args:
+        model: ``model(level, x_t)``.
+    """
+    if context.offers("step"):
+        for index, level in enumerate(context.levels(setting)):
+            output = model(level, x_t)
+            case = StepCase(setting, index, x_t.clone(), output.clone(), source=context.source(len(x_t)))
+            yield Observed(level, x_t, output, context.step(case).x_prev)
+        return
+    bars = setting.alphas_cumprod()
+
+    def called(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        now = round(float(t.reshape(-1)[0]))
+        return model(Level(now, math.nan, float(bars[now]), math.nan), x)
+
+    yield from context.observe(setting, called, x_t)
+
+
+# --- DDPM -------------------------------------------------------------------------------------------------------------
+
+
+@check(
+    "ddpm",
+    proves="At eta = 1 a step is DDPM's: the mean and the variance of q(x_s | x_t, x0), for any two noise levels.",
+    source="equations 6 and 7 of arXiv 2006.11239 with beta_t = 1 - alpha_bar_t / alpha_bar_s; arXiv 2010.02502, section 4.1",
+    tolerance="given noise: 4 eps and what float32 coefficients may be off; drawn noise: exact tests of mean, variance and correlation",
+    needs="eta epsilon",
+    false_alarm_rate=RATE,
+)
+def ddpm(context: Context) -> None:
+    if context.offers("step", "given_noise"):
+        for setting in _ddpm_settings(context):
+            for index in some_steps(context, setting):
+                _given_posterior(context, setting, index)
+    if context.offers("draws_noise"):
+        steps = list(_steps_of_ddpm(context))
+        for one in steps:
+            _drawn_posterior(context, one, RATE / len(steps))
+
+
+def _ddpm_settings(context: Context) -> Iterator[Setting]:
+    """Every prediction, with strides and in steps of 1, where beta_t is that of the schedule."""
+    for setting in settings_of(context, eta=1.0):
+        if setting.clip_sample_range is None:
+            yield setting
+            if context.offers("timesteps") and not context.full:
+                yield setting.but(num_inference_steps=setting.num_train_timesteps)
+    if context.offers("levels"):
+        bars = np.sort(context.rng.uniform(0.001, 0.999, 12))
+        yield Setting(eta=1.0, alpha_bars=tuple(zip(bars[:-1].tolist(), bars[1:].tolist(), strict=True)))
+
+
+def _given_posterior(context: Context, setting: Setting, index: int) -> None:
+    level = context.levels(setting)[index]
+    of_x0, of_x_t, variance = oracle.ddpm_posterior(level.alpha_bar_t, level.alpha_bar_prev)
+    full = random_step(context, setting, index, (2, 3, 5))
+    zero = torch.zeros_like(full.x_t)
+    cases = {
+        "mean": full.but(noise=zero),
+        "standard deviation": full.but(x_t=zero, model_output=zero),
+    }
+    for what, case in cases.items():
+        x_t, output, z = (to_numpy(a) for a in (case.x_t, case.model_output, case.noise))
+        x0, _ = oracle.split(setting.prediction_type, x_t, output, level.alpha_bar_t)
+        exact = of_x0 * x0 + of_x_t * x_t + math.sqrt(variance) * z
+        allowed = truth(context.subject, case, level).allowed + np.finfo(np.float32).eps * np.abs(exact) + 1e-37
+        got = to_numpy(context.step(case.but(x_t=case.x_t.clone(), model_output=case.model_output.clone())).x_prev)
+        share = np.abs(got - exact) / allowed
+        share = np.where(np.isfinite(got), share, np.inf)
+        context.measured(float(share.max()))
+        if not share.max() <= 1:
+            i = np.unravel_index(np.argmax(share), share.shape)
+            found = Verdict(
+                float(share[i]), tuple(map(int, i)), "x_prev", float(got[i]), float(exact[i]), float(allowed[i])
+            )
+            raise CheckFailedError(_not_ddpm(what, setting, level, found), code_of(context.subject, case, found))
+
+
+def _not_ddpm(what: str, setting: Setting, level: Level, found: Verdict) -> str:
+    return (
+        f"the {what} at eta = 1 must be that of DDPM's q(x_s | x_t, x0) within {found.allowed:.3g}, got {found.got!r} where it is "
+        f"{found.exact!r}, from alpha_bar_t = {level.alpha_bar_t:.6g} to alpha_bar_s = {level.alpha_bar_prev:.6g} with "
+        f"prediction_type = {setting.prediction_type}"
+    )
+
+
+def _steps_of_ddpm(context: Context) -> Iterator[Observed]:
+    def model(level: Level, x_t: torch.Tensor) -> torch.Tensor:
+        """eps whose x0 is about 1 in size, and not a multiple of x_t."""
+        x0 = math.sqrt(1 - level.alpha_bar_t) * context.normal(*x_t.shape) + math.sqrt(level.alpha_bar_t) * x_t
+        return (x_t - math.sqrt(level.alpha_bar_t) * x0) / math.sqrt(1 - level.alpha_bar_t)
+
+    for count in (5, 20) if context.full else (5,):
+        setting = Setting(num_inference_steps=count, eta=1.0)
+        for one in drawn_steps(context, setting, model, context.normal(*DRAWN)):
+            if one.level.alpha_bar_t < one.level.alpha_bar_prev < 1:
+                yield one
+
+
+def _drawn_posterior(context: Context, one: Observed, rate: float) -> None:
+    level = one.level
+    of_x0, of_x_t, variance = oracle.ddpm_posterior(level.alpha_bar_t, level.alpha_bar_prev)
+    x_t = to_numpy(one.x_t)
+    x0, _ = oracle.split("epsilon", x_t, to_numpy(one.model_output), level.alpha_bar_t)
+    z = (to_numpy(one.x_prev) - of_x0 * x0 - of_x_t * x_t) / math.sqrt(variance)
+    tests = {
+        "mean": statistics.mean(z, rate / 4),
+        "variance": statistics.variance(z, rate / 4),
+        "part of x_t in the mean": statistics.correlation(z, x_t, rate / 4),
+        "part of x0 in the mean": statistics.correlation(z, x0, rate / 4),
+    }
+    for what, found in tests.items():
+        context.measured(found.share)
+        if not found.passed:
+            raise CheckFailedError(
+                f"the {what} at eta = 1 must be that of DDPM's q(x_s | x_t, x0): of (x_s - mean) / standard deviation, {found}, "
+                f"in the step from t = {level.t:g} to t = {level.t_prev:g}"
+            )

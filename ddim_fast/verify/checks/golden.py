@@ -1,0 +1,202 @@
+"""The recorded runs: whether a sampler's numbers are still those that were written down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import oracle
+from ..cases import Level, Setting, StepCase
+from ..golden import GOLDEN_VERSION, GoldenRun, golden_runs
+from ..subject import Subject
+from ..tolerances import coefficient_spread, spread_of_result, to_numpy
+from .base import CheckFailedError, CheckSkippedError, Context, check
+from .judge import truth
+
+
+@check(
+    "golden",
+    proves="Complete runs give the numbers on record, at every step: a change of speed has changed no result.",
+    source="golden_trajectories.json, written by tools/golden_trajectories.py from equation 12 in float64",
+    tolerance="what each step may be off, carried through the steps that follow; and what the subject's own table of alpha_bar is off",
+    needs="epsilon",
+)
+def golden(context: Context) -> None:
+    posed_runs = [(run, posed(context.subject, run)) for run in golden_runs() if context.full or run.quick]
+    runs = [(run, setting) for run, setting in posed_runs if setting is not None]
+    if not runs:
+        raise CheckSkippedError("no run on record can be put to this subject: it takes none of their timesteps")
+    dtypes = (torch.float32, torch.float64) if context.offers("float64") else (torch.float32,)
+    changed = []
+    for run, setting in runs:
+        for dtype in dtypes:
+            found = _difference(context, run, setting, dtype)
+            if found:
+                changed.append((run.name, found))
+                break
+    context.details.update(version=GOLDEN_VERSION, runs=len(runs), changed=[name for name, _ in changed])
+    if changed:
+        names = "".join(f"\n  {name}" for name, _ in changed)
+        raise CheckFailedError(
+            f"{changed[0][1]}. This is no rounding: the results are not those on record (version {GOLDEN_VERSION}). "
+            f"{len(changed)} of {len(runs)} runs differ:{names}"
+        )
+
+
+def posed(subject: Subject, run: GoldenRun) -> Setting | None:
+    """A run as a setting that the subject takes; none where it takes none such."""
+    if not _needed(run) <= subject.features:
+        return None
+    if 0 < run.setting.eta < 1 and run.eta_scales != subject.eta_scales:
+        return None
+    of_schedule = run.setting.schedule in subject.schedules
+    spacing = run.setting.timestep_spacing
+    if of_schedule and not run.irregular and "timesteps" in subject.features and spacing in subject.spacings:
+        offset = subject.steps_offset and spacing == "leading"
+        return None if offset else run.setting.but(timesteps=None)
+    if of_schedule and "explicit_timesteps" in subject.features:
+        return run.setting
+    if "levels" in subject.features:
+        pairs = zip(run.alpha_bars.tolist(), run.alpha_bars[1:].tolist(), strict=False)
+        return run.setting.but(alpha_bars=tuple(pairs), timesteps=None)
+    return None
+
+
+def _needed(run: GoldenRun) -> set[str]:
+    setting = run.setting
+    needed = {setting.prediction_type}
+    needed |= {"eta", "given_noise", "step"} if setting.eta else set()
+    needed |= {"clip"} if setting.clip_sample_range is not None else set()
+    needed |= {"rederive"} if setting.use_clipped_model_output else set()
+    needed |= {"zero_terminal_snr"} if setting.zero_terminal_snr else set()
+    needed |= {"num_train_timesteps"} if setting.num_train_timesteps != 1000 else set()
+    return needed
+
+
+@dataclass
+class Seen:
+    """What a subject did: its steps as it says, and x_prev of each."""
+
+    levels: list[Level]
+    states: list[Tensor]
+
+
+def _difference(context: Context, run: GoldenRun, setting: Setting, dtype: torch.dtype) -> str:
+    """Where a subject's run leaves the one on record; empty if nowhere."""
+    where = f"the run on record with {run.name}, in {str(dtype).removeprefix('torch.')},"
+    seen = _run(context, run, setting, dtype)
+    asked = list(run.setting.timesteps)
+    visited = asked if setting.alpha_bars is not None else [round(level.t) for level in seen.levels]
+    if visited != asked or len(seen.states) != len(asked):
+        context.measured(np.inf)
+        return f"{where} visits the timesteps {asked}; the subject makes {len(seen.states)} steps, at {visited}"
+    compared = len(asked)
+    if (
+        seen.levels[-1].alpha_bar_prev != 1
+    ):  # it says that it ends short of clean data: the check "endpoints" judges that
+        compared -= 1
+    allowed = _allowed(context.subject, run, setting, seen.levels, dtype)
+    for i in range(compared):
+        at = f"{where} differs in step {i}, from timestep {asked[i]} to {asked[i + 1] if i + 1 < len(asked) else 'clean data'}"
+        recorded, got = run.states[i], to_numpy(seen.states[i])
+        if got.shape != recorded.shape or seen.states[i].dtype != dtype:
+            context.measured(np.inf)
+            return f"{at}: it has the shape {got.shape} and is {seen.states[i].dtype}, recorded as {recorded.shape}"
+        share = np.abs(got - recorded) / allowed[i]
+        share = np.where(np.isfinite(share), share, np.inf)
+        place = tuple(int(j) for j in np.unravel_index(np.argmax(share), share.shape))
+        context.measured(float(share[place]))
+        if share[place] > 1:
+            low, high = recorded[place] - allowed[i][place], recorded[place] + allowed[i][place]
+            return (
+                f"{at}: at {place} it is {float(got[place])!r}, recorded as {float(recorded[place])!r}, "
+                f"allowed from {float(low)!r} to {float(high)!r}"
+            )
+    return ""
+
+
+def _run(context: Context, run: GoldenRun, setting: Setting, dtype: torch.dtype) -> Seen:
+    """As a whole, where no noise has to be given; otherwise step by step."""
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(dtype).to(context.device)
+
+    if not setting.eta:
+        outputs = iter([*run.model_outputs, *([run.model_outputs[-1]] * len(run.model_outputs))])
+        steps = context.observe(setting, lambda x_t, t: tensor(next(outputs)), tensor(run.x_T))
+        return Seen([step.level for step in steps], [step.x_prev for step in steps])
+    levels = list(context.levels(setting))
+    x_t, states = tensor(run.x_T), []
+    for i in range(min(len(levels), len(run.states))):
+        case = StepCase(setting, i, x_t, tensor(run.model_outputs[i]), tensor(run.noise[i]))
+        x_t = context.step(case).x_prev
+        states.append(x_t.clone())
+    return Seen(levels, states)
+
+
+def _allowed(
+    subject: Subject, run: GoldenRun, setting: Setting, levels: list[Level], dtype: torch.dtype
+) -> list[np.ndarray]:
+    """How far each state may be from the one on record: the errors of all steps up to there, each grown by the slope of the steps after
+    it; and what it makes in float64 that the subject's own alpha_bars are off, by rounding alone (see ``_rounded_only``)."""
+    x = own_x = run.x_T
+    error, found = np.zeros_like(x), []
+    for i, (bars, own) in enumerate(zip(_pairs(run), levels, strict=True)):
+        level = own._replace(alpha_bar_t=bars[0], alpha_bar_prev=bars[1])
+        own = _rounded_only(own, *bars, subject, run)
+        m, z = run.model_outputs[i], run.noise[i]
+        row = _row(subject, setting, own)
+        case = StepCase(setting, i, *(torch.from_numpy(array).to(dtype) for array in (own_x, m, z)))
+        exact = oracle.row_step(row, own_x, m, noise=z)
+        off = truth(subject, case, own).allowed + _recorded_off(subject, setting, own, row, own_x, m, z, exact)
+        slope = abs(row["prev_x0"] + row["prev_eps"] * row["eps_0"]) * abs(row["x0_x"]) + abs(
+            row["prev_eps"] * row["eps_x"]
+        )
+        x = oracle.row_step(_row(subject, setting, level), x, m, noise=z).x_prev
+        own_x = exact.x_prev
+        error = slope * error + off + torch.finfo(dtype).eps / 2 * np.abs(own_x)
+        found.append(error + np.abs(own_x - x) + torch.finfo(dtype).smallest_normal)
+    return found
+
+
+def _row(subject: Subject, setting: Setting, level: Level) -> dict[str, float]:
+    return oracle.textbook_row(
+        setting.prediction_type,
+        level.alpha_bar_t,
+        level.alpha_bar_prev,
+        eta=setting.eta,
+        convention={"std_dev": "std", "variance": "variance"}[subject.eta_scales],
+        clip=np.inf if setting.clip_sample_range is None else setting.clip_sample_range,
+        rederive=setting.use_clipped_model_output,
+    )
+
+
+def _recorded_off(subject, setting, level, row, x, m, z, exact: oracle.Result) -> np.ndarray:
+    """How far the record may be off itself: float64, too, rounds its coefficients, and at eta = 1 most of one's digits cancel."""
+    eta = setting.eta if subject.eta_scales == "std_dev" else setting.eta**0.5
+    bars, eps = (level.alpha_bar_t, level.alpha_bar_prev), torch.finfo(torch.float64).eps
+    spread = coefficient_spread(setting.prediction_type, *bars, eta, setting.use_clipped_model_output, eps)
+    off = spread_of_result(row, spread, x, m, z, exact)
+    return np.where(np.isfinite(off), off, 0.0)
+
+
+def _pairs(run: GoldenRun) -> list[tuple[float, float]]:
+    return list(zip(run.alpha_bars.tolist(), run.alpha_bars[1:].tolist(), strict=False))
+
+
+def _rounded_only(level: Level, alpha_bar_t: float, alpha_bar_prev: float, subject: Subject, run: GoldenRun) -> Level:
+    """The subject's own alpha_bars where they are the recorded ones but for rounding, and the recorded ones elsewhere."""
+    eps = torch.finfo(torch.float64 if subject.arithmetic == "exact" else torch.float32).eps
+    most = run.setting.num_train_timesteps * eps
+
+    def near(own: float, recorded: float) -> float:
+        # Zero terminal SNR shifts the roots: there their error is absolute.
+        off = abs(own**0.5 - recorded**0.5) if run.setting.zero_terminal_snr else abs(own / recorded - 1)
+        return own if off <= most else recorded
+
+    return level._replace(
+        alpha_bar_t=near(level.alpha_bar_t, alpha_bar_t), alpha_bar_prev=near(level.alpha_bar_prev, alpha_bar_prev)
+    )

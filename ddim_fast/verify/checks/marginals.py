@@ -1,0 +1,320 @@
+"""What comes out of whole runs: the distribution of samples of data whose exact model has a closed form.
+
+Points lie along the channels: a batch ``(B, C, n)`` is B x n points of C coordinates, so that runs of few samples have many points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+from scipy import special
+from torch import Tensor
+
+from .. import oracle, statistics
+from ..cases import CLEAN, Level, Model, Setting, StepCase
+from ..statistics import Test
+from ..tolerances import to_numpy
+from .base import CheckFailedError, Context, check
+from .noise import bar_at, bars_by_timestep, hold
+
+RATE = 1e-8
+TOLERANCE = "a right subject fails once in 1e8 verifications: exact or bounded tests, the rate divided among them"
+ETAS = (0.0, 0.5, 1.0)
+
+
+# --- Data with an exact model -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Normal distributions of diagonal covariance, mixed: weights ``(k,)``, means and std_devs ``(k, d)``. With k = 1, a Gaussian."""
+
+    weights: np.ndarray
+    means: np.ndarray
+    std_devs: np.ndarray
+
+    def eps(self, points: np.ndarray, alpha_bar: float) -> np.ndarray:
+        """E[eps | x_t] of points ``(n, d)`` in float64."""
+        per_variance = 1 / (alpha_bar * self.std_devs**2 + 1 - alpha_bar)
+        means = math.sqrt(alpha_bar) * self.means
+        log = points @ (means * per_variance).T - points**2 @ per_variance.T / 2
+        log += np.log(self.weights) + np.log(per_variance).sum(1) / 2 - (means**2 * per_variance).sum(1) / 2
+        share = np.exp(log - log.max(1, keepdims=True))
+        share /= share.sum(1, keepdims=True)
+        return math.sqrt(1 - alpha_bar) * (points * (share @ per_variance) - share @ (means * per_variance))
+
+    def cdf_along(self, direction: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        """The distribution of the points' projection to a direction."""
+        means, std_devs = self.means @ direction, np.sqrt(self.std_devs**2 @ direction**2)
+
+        def cdf(x: np.ndarray) -> np.ndarray:
+            return sum(w * special.ndtr((x - m) / s) for w, m, s in zip(self.weights, means, std_devs, strict=True))
+
+        return cdf
+
+    @property
+    def dimensions(self) -> int:
+        return self.means.shape[1]
+
+
+@lru_cache
+def mixture(dimensions: int) -> Mixture:
+    """Clusters of several sizes: fixed, because the bias of ``DISCRETISATION`` is measured on them."""
+    rng = np.random.default_rng([2010, 2502, dimensions])
+    count = 5
+    means = rng.uniform(-1.5, 1.5, (count, dimensions))
+    return Mixture(np.array([0.35, 0.25, 0.2, 0.12, 0.08]), means, rng.uniform(0.2, 0.6, (count, dimensions)))
+
+
+def as_model(data: Mixture, setting: Setting) -> Model:
+    """The exact model, its output as the setting's prediction type says, worked out in float64 and rounded to the samples' dtype."""
+    bars = bars_by_timestep(setting)
+
+    def model(x_t: Tensor, t: Tensor) -> Tensor:
+        alpha_bar = bar_at(bars, t)
+        signal, spread = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        points = _points(x_t)
+        eps = data.eps(points, alpha_bar)
+        x0 = (points - spread * eps) / signal
+        output = {"epsilon": lambda: eps, "sample": lambda: x0, "v_prediction": lambda: signal * eps - spread * x0}
+        return _samples(output[setting.prediction_type](), x_t)
+
+    return model
+
+
+# --- Runs of the subject and of the truth -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """The clean points ``(n, d)`` of a run in float64, and its steps, their alpha_bar the truth's."""
+
+    points: np.ndarray
+    levels: tuple[Level, ...]
+
+
+def run_of(context: Context, setting: Setting, model: Model, dimensions: int, count: int, batch: int = 16) -> Run:
+    """About ``count`` points, from x_T drawn here.
+
+    Raises:
+        CheckFailedError: the samples have another shape, or are not finite.
+    """
+    x_T = context.normal(batch, dimensions, -(-count // batch))
+    called = []
+
+    def watched(x_t: Tensor, t: Tensor) -> Tensor:
+        called.append(float(t.reshape(-1)[0]))
+        return model(x_t, t)
+
+    x0 = _sampled(context, setting, watched, x_T)
+    if x0.shape != x_T.shape:
+        raise CheckFailedError(
+            f"a run must give samples of the shape of x_T, {tuple(x_T.shape)}, got {tuple(x0.shape)}"
+        )
+    if not bool(torch.isfinite(x0).all()):
+        raise CheckFailedError(f"the samples of a run must be finite, they are not for {setting}")
+    levels = true_levels(setting, context.subject.levels_seen(setting, called))
+    return Run(_points(x0), levels)
+
+
+def _sampled(context: Context, setting: Setting, model: Model, x_T: Tensor) -> Tensor:
+    """A run; with noise given at each step, where the subject draws none itself."""
+    if setting.eta == 0 or context.offers("draws_noise"):
+        return context.sample(setting, model, x_T.clone())
+    x_t = x_T
+    for index, level in enumerate(context.levels(setting)):
+        output = model(x_t, torch.full((len(x_t),), level.t, device=x_t.device))
+        x_t = context.step(StepCase(setting, index, x_t, output, noise=context.normal(*x_t.shape))).x_prev
+    return x_t
+
+
+def _points(x: Tensor) -> np.ndarray:
+    found = to_numpy(x)
+    return np.moveaxis(found, 1, -1).reshape(-1, found.shape[1])
+
+
+def _samples(points: np.ndarray, like: Tensor) -> Tensor:
+    """Points ``(n, d)`` as a batch ``(B, d, ...)``."""
+    batch, d, *rest = like.shape
+    found = np.moveaxis(points.reshape(batch, *rest, d), -1, 1)
+    return torch.from_numpy(np.ascontiguousarray(found)).to(like.dtype).to(like.device)
+
+
+def true_levels(setting: Setting, levels: tuple[Level, ...]) -> tuple[Level, ...]:
+    """The same steps with the truth's alpha_bar. Clean data stays what the subject takes it for."""
+    bars = bars_by_timestep(setting)
+
+    def bar(t: float, own: float) -> float:
+        return own if round(t) == CLEAN else bars.get(round(t), own)
+
+    found = (Level(v.t, v.t_prev, bar(v.t, v.alpha_bar_t), bar(v.t_prev, v.alpha_bar_prev)) for v in levels)
+    # Clean data may be timestep 0 again, which the subject's own rounding can put behind the truth's.
+    return tuple(v._replace(alpha_bar_prev=max(v.alpha_bar_t, v.alpha_bar_prev)) for v in found)
+
+
+def exact_run(
+    data: Mixture, levels: tuple[Level, ...], count: int, setting: Setting, eta_scales: str, rng: np.random.Generator
+) -> np.ndarray:
+    """Points of these steps in float64, from x_T and noise of its own."""
+    x_t = rng.standard_normal((count, data.dimensions))
+    for level in levels:
+        eps = data.eps(x_t, level.alpha_bar_t)
+        x_t, _ = oracle.textbook_step(
+            "epsilon",
+            x_t,
+            eps,
+            level.alpha_bar_t,
+            level.alpha_bar_prev,
+            eta=setting.eta,
+            convention=CONVENTION[eta_scales],
+            noise=rng.standard_normal(x_t.shape),
+        )
+    return x_t
+
+
+CONVENTION = {"std_dev": "std", "variance": "variance"}
+
+
+def gaussian_after(
+    data: Mixture, levels: tuple[Level, ...], eta: float, eta_scales: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation, ``(d,)`` each, of each coordinate after these steps from x_T ~ N(0, I): exact, for any number of steps.
+
+    The exact eps of N(mu, s^2) is linear in x_t, so a step is x_prev = a x_t + b + std_dev_t z: mean -> a mean + b, and
+    variance -> a^2 variance + std_dev_t^2.
+    """
+    mu, s = data.means[0], data.std_devs[0]
+    mean, variance = np.zeros_like(mu), np.ones_like(mu)
+    for level in levels:
+        bar, bar_prev = level.alpha_bar_t, level.alpha_bar_prev
+        std_dev_t = oracle.std_dev(bar, bar_prev, eta, CONVENTION[eta_scales])
+        direction = math.sqrt(max(1 - bar_prev - std_dev_t**2, 0.0))
+        slope = math.sqrt(1 - bar) / (bar * s**2 + 1 - bar)  # eps = slope (x_t - sqrt(bar) mu)
+        of_eps = direction - math.sqrt(bar_prev) * math.sqrt(1 - bar) / math.sqrt(bar)
+        a = math.sqrt(bar_prev) / math.sqrt(bar) + of_eps * slope
+        b = -of_eps * slope * math.sqrt(bar) * mu
+        mean, variance = a * mean + b, a**2 * variance + std_dev_t**2
+    return mean, np.sqrt(variance)
+
+
+def settings_of(context: Context, steps: int) -> list[Setting]:
+    """Every eta that the subject takes; every prediction type, with every eta if there is time."""
+    kinds = [kind for kind in ("epsilon", "v_prediction", "sample") if context.offers(kind)]
+    etas = ETAS if context.offers("eta") else (0.0,)
+    base = Setting(num_inference_steps=steps)
+    if context.full:
+        return [base.but(eta=eta, prediction_type=kind) for eta in etas for kind in kinds]
+    return [base.but(eta=eta, prediction_type=kinds[i % len(kinds)]) for i, eta in enumerate(etas)]
+
+
+def _named(setting: Setting) -> str:
+    return f"at eta = {setting.eta:g}, {setting.prediction_type}"
+
+
+# --- The checks -------------------------------------------------------------------------------------------------------
+
+
+@check(
+    "gaussian-marginals",
+    proves="With the exact model of Gaussian data, runs give the Gaussian that theory gives for their steps, at any eta.",
+    source="equation 12 of arXiv 2010.02502 with the eps of N(mu, s^2), which is linear: a recursion of mean and variance in float64",
+    tolerance=TOLERANCE,
+    needs="epsilon",
+    false_alarm_rate=RATE,
+)
+def gaussian_marginals(context: Context) -> None:
+    tests: dict[str, Test] = {}
+    for setting in settings_of(context, 20 if context.full else 5):
+        d = 4
+        data = Mixture(
+            np.ones(1), context.rng.uniform(-1.5, 1.5, (1, d)), np.exp(context.rng.uniform(-1.5, 0.7, (1, d)))
+        )
+        run = run_of(context, setting, as_model(data, setting), d, 2**18 if context.full else 2**16)
+        mean, std_dev = gaussian_after(data, run.levels, setting.eta, context.subject.eta_scales)
+        white, named = (run.points - mean) / std_dev, _named(setting)
+        for i in range(d):
+            tests[f"of coordinate {i} (in standard deviations) {named}"] = partial(statistics.mean, white[:, i])
+        tests[f"(of coordinates in standard deviations) {named}"] = partial(
+            statistics.covariance, white, np.zeros(d), np.eye(d)
+        )
+        tests[f"of all coordinates {named}"] = partial(statistics.kolmogorov_smirnov, white, special.ndtr)
+    hold(
+        context,
+        "samples from the exact model of N(mu, s^2) must have the mean and covariance of the exact recursion",
+        tests,
+    )
+
+
+DISCRETISATION = {(0.0, 50): 0.018, (1.0, 50): 0.035, (0.0, 200): 0.006, (1.0, 200): 0.011}
+"""By eta and steps: how far the distribution of exact runs on ``mixture(2)`` may be from the data's, as the largest Kolmogorov-Smirnov
+distance along any of 64 directions: that measured in 2^18 points or more, and a third more. The tests measure it again."""
+
+
+def some_directions(context: Context, d: int) -> np.ndarray:
+    return statistics.directions(context.rng, 64 if context.full else 16, d)
+
+
+@check(
+    "mixture-marginals",
+    proves="With the exact model of a mixture of Gaussians, runs give the distribution of float64 runs of the same steps.",
+    source="equations 12 and 16 of arXiv 2010.02502; the score of a mixture of Gaussians is a closed form",
+    tolerance=TOLERANCE,
+    needs="epsilon",
+    false_alarm_rate=RATE,
+)
+def mixture_marginals(context: Context) -> None:
+    tests: dict[str, Test] = {}
+    settings = settings_of(context, 20 if context.full else 5)
+    chosen = [(settings[0], 2), (settings[-1], 8)]
+    if context.full:
+        chosen = [(setting, 2) for setting in settings] + [(setting, 8) for setting in settings]
+    for setting, d in chosen:
+        data = mixture(d)
+        run = run_of(context, setting, as_model(data, setting), d, 2**16 if context.full else 2**15)
+        exact = exact_run(data, run.levels, len(run.points), setting, context.subject.eta_scales, context.rng)
+        along = some_directions(context, d)
+        tests[f"between {d}-D samples and those of float64, {_named(setting)},"] = partial(
+            statistics.sliced_two, run.points, exact, along
+        )
+    hold(
+        context,
+        "samples from the exact model of a mixture must be distributed as those of a float64 run of the same steps",
+        tests,
+    )
+
+
+@check(
+    "data-marginals",
+    proves="In many steps, runs with the exact model of a mixture of Gaussians give samples of the data's own distribution.",
+    source="section 4 and theorem 1 of arXiv 2010.02502: with the exact model and small steps, x_0 is distributed as the data",
+    tolerance=TOLERANCE + "; and the discretisation's bias, measured in float64: see ``DISCRETISATION``",
+    needs="epsilon timesteps",
+    false_alarm_rate=RATE,
+)
+def data_marginals(context: Context) -> None:
+    tests: dict[str, Test] = {}
+    data = mixture(2)
+    etas = (0.0, 1.0) if context.full else (1.0,)
+    for eta in etas if context.offers("eta") else (0.0,):
+        setting = Setting(num_inference_steps=200 if context.full else 50, eta=eta)
+        bias = DISCRETISATION[eta, setting.steps]
+        run = run_of(context, setting, as_model(data, setting), 2, 2**16 if context.full else 2**14, batch=4)
+        tests[f"from the data, {_named(setting)}, {setting.steps} steps,"] = partial(
+            statistics.sliced, run.points, some_directions(context, 2), partial(_from_data, data, bias)
+        )
+    hold(context, "samples of many steps from the exact model of a mixture must be distributed as the data", tests)
+
+
+def _from_data(data: Mixture, bias: float, projected: np.ndarray, direction: np.ndarray, rate: float):
+    """Kolmogorov-Smirnov against the data, less the distance that the discretisation may make: the distances of three distributions
+    obey the triangle inequality."""
+    found = statistics.kolmogorov_smirnov(projected, data.cdf_along(direction), rate)
+    left = max(0.0, found.statistic - bias)
+    return replace(
+        found, threshold=found.threshold + bias, p_value=float(special.kolmogorov(math.sqrt(len(projected)) * left))
+    )

@@ -1,0 +1,338 @@
+"""Where a step reads and writes: in place, in any layout, every element and nothing else, without waiting or allocating."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..cases import Setting, StepCase
+from .base import CheckFailedError, CheckSkippedError, Context, check
+from .compare import allowed_of, kept, same_bits, same_numbers, same_results
+from .judge import judge
+from .runs import GaussianModel, float64_run
+from .safety import a_step
+
+# --- In place ---------------------------------------------------------------------------------------------------------
+
+SIZES_IN_PLACE = (0, 1, 127, 128, 129, 4097)
+
+
+@check(
+    "in-place",
+    proves="A step that writes over x_t gives the bits of one that does not, at every size.",
+    source="equation 12 of arXiv 2010.02502, element for element",
+    tolerance="none: every bit",
+    needs="step in_place epsilon",
+)
+def in_place(context: Context) -> None:
+    settings = [Setting()]
+    settings += [Setting(clip_sample_range=1.0)] if context.offers("clip") else []
+    settings += [Setting(eta=1.0)] if context.offers("eta", "given_noise") else []
+    for setting in settings:
+        for size in SIZES_IN_PLACE if context.full or setting == settings[0] else SIZES_IN_PLACE[-2:]:
+            case = a_step(context, setting, 4, (1, size))
+            expected = kept(context.step(case))
+            over = case.but(x_t=case.x_t.clone(), in_place=True)
+            result = context.step(over)
+            rule = f"a step in place must give the bits of one that is not, for {size} elements"
+            same_results(context, rule, result, expected)
+            same_bits(context, f"{rule}: what is in the place of x_t", over.x_t, expected.x_prev)
+
+
+# --- Layout -----------------------------------------------------------------------------------------------------------
+
+IMAGES = (2, 4, 6, 5)
+
+
+class Place(NamedTuple):
+    """Memory, and the part of it that a tensor is."""
+
+    memory: Tensor
+    part: Tensor
+
+
+def _of_twice(shape: tuple[int, ...], dtype: torch.dtype, dim: int) -> Tensor:
+    return torch.full([n * 2 if i == dim else n for i, n in enumerate(shape)], 7.5, dtype=dtype)
+
+
+def _place(memory: Tensor, view: Callable[[Tensor], Tensor]) -> Place:
+    return Place(memory, view(memory))
+
+
+LAYOUTS: dict[str, Callable[[tuple[int, ...], torch.dtype], Place]] = {
+    "the first half of twice the channels": lambda s, d: _place(_of_twice(s, d, 1), lambda t: t[:, : s[1]]),
+    "the second half of twice the channels": lambda s, d: _place(_of_twice(s, d, 1), lambda t: t[:, s[1] :]),
+    "every other element of its rows": lambda s, d: _place(_of_twice(s, d, 3), lambda t: t[..., ::2]),
+    "every other sample of a batch": lambda s, d: _place(_of_twice(s, d, 0), lambda t: t[1::2]),
+    "transposed": lambda s, d: _place(torch.full((s[0], s[3], s[2], s[1]), 7.5, dtype=d), lambda t: t.transpose(1, 3)),
+    "channels_last": lambda s, d: _place(
+        torch.full(s, 7.5, dtype=d).contiguous(memory_format=torch.channels_last), lambda t: t
+    ),
+    "one element past an aligned address": lambda s, d: _place(
+        torch.full((s.numel() + 1,), 7.5, dtype=d), lambda t: t[1:].view(s)
+    ),
+}
+
+
+def _laid_out(name: str, values: Tensor) -> Place:
+    """The same values in another layout, on the same device."""
+    place = LAYOUTS[name](values.shape, values.dtype)
+    if values.device.type != "cpu":
+        offset, strides = place.part.storage_offset(), place.part.stride()
+        memory = torch.empty_strided(
+            place.memory.shape, place.memory.stride(), dtype=values.dtype, device=values.device
+        )
+        place = Place(memory.fill_(7.5), memory.as_strided(values.shape, strides, offset))
+    place.part.copy_(values)
+    return place
+
+
+@check(
+    "layout",
+    proves="The result does not depend on how tensors lie in memory: sliced, transposed, expanded, unaligned, channels_last.",
+    source="equation 12 of arXiv 2010.02502, element for element; torch's tensors are views of memory",
+    tolerance="every bit where the arithmetic is exact; else what the update may be off",
+    needs="epsilon",
+)
+def layout(context: Context) -> None:
+    if context.offers("step"):
+        noisy = [Setting(eta=1.0)] if context.offers("eta", "given_noise") and context.full else []
+        for setting in [Setting(), *noisy]:
+            _steps_by_layout(context, a_step(context, setting, 4, IMAGES))
+    _runs_by_layout(context)
+
+
+def _steps_by_layout(context: Context, case: StepCase) -> None:
+    expected, allowed = kept(judge(context, case)), allowed_of(context, case)
+    names = ["x_t", "model_output"] + (["noise"] if case.noise is not None else [])
+    groups = [[name] for name in names] + [names]
+    for number, layout_name in enumerate(LAYOUTS):
+        for group in groups if context.full else [groups[number % len(groups)]]:
+            changed = {name: _laid_out(layout_name, getattr(case, name)).part for name in group}
+            found = context.step(case.but(**changed)).x_prev
+            rule = f"x_prev must not depend on the layout of {' and '.join(group)} ({layout_name})"
+            same_numbers(context, rule, found, expected.x_prev, allowed)
+        if context.offers("in_place"):
+            _in_place_by_layout(context, case, layout_name, expected.x_prev)
+    _expanded(context, case)
+
+
+def _in_place_by_layout(context: Context, case: StepCase, layout_name: str, expected: Tensor) -> None:
+    place = _laid_out(layout_name, case.x_t)
+    inside = _laid_out(layout_name, torch.full_like(case.x_t, 1.0)).memory == 1.0
+    before = place.memory.clone()
+    context.step(case.but(x_t=place.part, in_place=True))
+    rule = f"a step in place must give the bits of one that is not ({layout_name})"
+    same_numbers(context, rule, place.part, expected, allowed_of(context, case))
+    rule = f"a step in place must write to x_t alone, not to the memory around it ({layout_name})"
+    same_bits(context, rule, place.memory[~inside], before[~inside])
+
+
+def _expanded(context: Context, case: StepCase) -> None:
+    """One sample or one channel that stands for all, without memory of its own for each."""
+    for name in ("x_t", "model_output"):
+        for dim in (0, 1):
+            one = getattr(case, name).narrow(dim, 0, 1)
+            given = case.but(**{name: one.expand(case.x_t.shape)})
+            copied = case.but(**{name: one.expand(case.x_t.shape).contiguous()})
+            found, expected = context.step(given).x_prev, context.step(copied).x_prev
+            rule = f"x_prev must not depend on whether {name} is expanded over dimension {dim}"
+            same_numbers(context, rule, found, expected, allowed_of(context, copied))
+
+
+def _runs_by_layout(context: Context) -> None:
+    setting, x_T = Setting(num_inference_steps=2 if context.full else 1), context.normal(*IMAGES)
+    levels = context.levels(setting)
+    model = GaussianModel(levels)
+    expected = context.sample(setting, model, x_T).clone()
+    allowed = float64_run(context.subject, setting, levels, model, x_T).allowed
+    for name in LAYOUTS:
+        found = context.sample(setting, model, _laid_out(name, x_T).part)
+        same_numbers(context, f"the samples must not depend on the layout of x_T ({name})", found, expected, allowed)
+
+        def laid_out_model(x_t: Tensor, t: Tensor, name: str = name) -> Tensor:
+            return _laid_out(name, model(x_t, t)).part
+
+        found = context.sample(setting, laid_out_model, x_T)
+        rule = f"the samples must not depend on the layout of the model's output ({name})"
+        same_numbers(context, rule, found, expected, allowed)
+
+
+# --- Every element ----------------------------------------------------------------------------------------------------
+
+SIZES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025, 4097)
+FEW_SIZES = (1, 3, 8, 17, 33, 127, 257, 1025, 4097)
+
+
+@contextlib.contextmanager
+def nan_in_new_memory() -> Iterator[None]:
+    """What torch allocates is full of NaN until it is written."""
+    mode = torch.get_deterministic_debug_mode()  # (torch.use_deterministic_algorithms would import a compiler)
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("warn")
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@check(
+    "every-element",
+    proves="Every element of a result is written, whatever its size: no tail is forgotten.",
+    source="equation 12 of arXiv 2010.02502, for each element; new memory is filled with NaN here",
+    tolerance="none: no NaN",
+    needs="epsilon",
+)
+def every_element(context: Context) -> None:
+    dtypes = [torch.float32] + ([torch.float16, torch.bfloat16] if context.offers("half") and context.full else [])
+    sizes = SIZES if context.full or context.subject.on_gpu() is context.subject else FEW_SIZES
+    setting = Setting(num_inference_steps=2)
+    with nan_in_new_memory():
+        for dtype in dtypes:
+            for size in sizes:
+                if context.offers("step"):
+                    result = context.step(a_step(context, setting, 0, (1, size), dtype))
+                    _no_nan(context, f"x_prev of {size} elements in {dtype}", result.x_prev)
+                    if result.x0 is not None:
+                        _no_nan(context, f"x0 of {size} elements in {dtype}", result.x0)
+                else:
+                    end = context.sample(setting, lambda x_t, t: x_t * 0.4, context.normal(1, size, dtype=dtype))
+                    _no_nan(context, f"a run's samples of {size} elements in {dtype}", end)
+
+
+def _no_nan(context: Context, what: str, tensor: Tensor) -> None:
+    missing = tensor.isnan().reshape(-1).nonzero().reshape(-1).tolist()
+    context.measured(0.0)
+    if missing:
+        raise CheckFailedError(
+            f"every element of {what} must be written, got NaN, which all new memory was filled with, in {len(missing)} of them: "
+            f"from element {missing[0]} to {missing[-1]}"
+        )
+
+
+# --- Speed that is claimed --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _pretended_gpu() -> Iterator:
+    with contextlib.ExitStack() as stack:
+        try:
+            from ..fake_cuda import fake_cuda
+
+            device = stack.enter_context(fake_cuda())
+        except (ImportError, RuntimeError) as error:
+            raise CheckSkippedError(f"this machine has no pretended GPU: {error}") from error
+        yield device
+
+
+def _on_gpu(context: Context, in_place: bool) -> tuple[Context, list[StepCase]]:
+    """A context for the subject on a pretended GPU, and steps there; to be used inside one."""
+    eta = 1.0 if context.offers("eta", "given_noise") else 0.0
+    subject = context.subject.on_gpu()
+    there = Context(subject, context.rng, context.full, torch.device("cuda"))
+    cases = []
+    for setting in (Setting(), Setting(eta=eta)):
+        x_t, m, z = (torch.empty(IMAGES, device="cuda") for _ in range(3))
+        cases += [StepCase(setting, i, x_t, m, z if setting.eta else None, in_place=in_place) for i in (0, 4)]
+    return there, cases
+
+
+@check(
+    "no-waiting",
+    proves="A step on a GPU neither waits for it nor copies anything between host and device.",
+    source="CUDA C++ programming guide, stream capture: what waits or copies from the host cannot be captured. It is about speed alone",
+    tolerance="none: no wait, no copy",
+    needs="step no_waiting epsilon",
+)
+def no_waiting(context: Context) -> None:
+    _rehearse(context)
+    with _pretended_gpu() as device:
+        there, cases = _on_gpu(context, in_place=False)
+        for case in cases:
+            with device.steady_state(refuse=False):
+                there.step(case)  # what is made once, such as a table of coefficients on the device, is made now
+            with device.steady_state(refuse=False) as steady:
+                there.step(case)
+            context.measured(0.0)
+            if found := [*steady.syncs, *steady.copies]:
+                raise CheckFailedError(
+                    f"a step on a GPU must not wait for it, nor copy between host and device, got {len(found)} that do, the first: "
+                    f"{found[0]}"
+                )
+
+
+def _rehearse(context: Context) -> None:
+    """The same steps on the host: what a subject reads from its tables once, it can read here, where they hold numbers."""
+    eta = 1.0 if context.offers("eta", "given_noise") else 0.0
+    for setting in (Setting(), Setting(eta=eta)):
+        context.levels(setting)
+        for index in (0, 4):
+            context.step(a_step(context, setting, index, IMAGES))
+
+
+_WRAPPED_NUMBER = 64  # bytes at most: torch makes tensors of Python numbers for its operators
+
+
+@check(
+    "no-allocation",
+    proves="A step in place allocates no tensor.",
+    source="what the subject says of itself. It is about speed alone",
+    tolerance=f"none; what is not larger than {_WRAPPED_NUMBER} bytes on a CPU is one of torch's wrapped numbers",
+    needs="step in_place no_allocation epsilon",
+)
+def no_allocation(context: Context) -> None:
+    _rehearse(context)
+    if context.subject.on_gpu() is not context.subject:
+        with _pretended_gpu() as device:
+            there, cases = _on_gpu(context, in_place=True)
+            for case in cases:
+                with device.steady_state(refuse=False):
+                    there.step(case)
+                with device.steady_state(refuse=False) as steady:
+                    there.step(case)
+                _allocated_nothing(
+                    context, {name: n for r in steady.regions.values() for name, n in r.allocations.items()}
+                )
+        return
+    for index in (0, 4):
+        case = a_step(context, Setting(), index, IMAGES).but(in_place=True)
+        context.step(case)
+        _allocated_nothing(context, _allocations(lambda case=case: context.step(case), context.device))
+
+
+def _allocations(call: Callable[[], object], device: torch.device) -> dict[str, int]:
+    """Bytes that torch's allocators gave out, by the operator that asked."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_stats(device)["allocated_bytes.all.allocated"]
+        call()
+        more = torch.cuda.memory_stats(device)["allocated_bytes.all.allocated"] - before
+        return {"the CUDA allocator": more} if more else {}
+    try:
+        from torch.autograd import profiler_legacy
+    except ImportError as error:
+        raise CheckSkippedError(f"this torch does not tell what it allocates on a CPU: {error}") from error
+    with profiler_legacy.profile(
+        profile_memory=True
+    ) as profiler:  # torch.profiler writes lines of its own to the terminal
+        call()
+    found: dict[str, int] = {}
+    for event in profiler.function_events:
+        if event.cpu_memory_usage > _WRAPPED_NUMBER:
+            found[event.name] = found.get(event.name, 0) + event.cpu_memory_usage
+    return found
+
+
+def _allocated_nothing(context: Context, found: dict[str, int]) -> None:
+    context.measured(0.0)
+    if found:
+        listed = ", ".join(f"{name} ({count})" for name, count in found.items())
+        raise CheckFailedError(f"a step in place must allocate no tensor, got {listed}")
+
+
+__all__ = ["every_element", "in_place", "layout", "no_allocation", "no_waiting"]

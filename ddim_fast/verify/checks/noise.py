@@ -1,0 +1,298 @@
+"""The noise of a run: normal, independent in every direction, and decided by the seed.
+
+It is found by watching runs at eta = 1, where both conventions of eta mean the same: z = (x_prev - the deterministic part) / std_dev_t in
+float64, by equations 12 and 16, at the steps whose noise is large enough for float32 to tell. The model is exact for data N(0, 1), so that
+all samples stay near 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from scipy import special
+
+from .. import oracle, statistics
+from ..cases import Level, Model, Observed, Setting
+from ..statistics import Finding, Test
+from ..tolerances import to_numpy
+from .base import CheckFailedError, Context, check
+
+LARGE = 0.1
+"""Noise of this standard deviation and more is looked at: float32 then tells z to 1e-5, far below what any test here can see."""
+SOURCE = "equations 12 and 16 of arXiv 2010.02502: z is standard Gaussian noise, independent of x_t, drawn anew for each step"
+TOLERANCE = "a right subject fails once in 1e8 verifications: exact or bounded tests, the rate divided among them"
+RATE = 1e-8
+
+
+# --- Noise from runs --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NoisyStep:
+    """The noise of one step, ``(B, C, H, W)`` in float64, and the samples before it."""
+
+    level: Level
+    x_t: np.ndarray
+    z: np.ndarray
+
+
+def setting_of(context: Context) -> Setting:
+    return Setting(num_inference_steps=20 if context.full else 5, eta=1.0)
+
+
+def bars_by_timestep(setting: Setting) -> dict[int, float]:
+    """alpha_bar of each timestep that the model may be called with: the truth, or the levels that the setting itself gives."""
+    if setting.alpha_bars is not None:
+        return {round(level.t): level.alpha_bar_t for level in setting.levels()}
+    return dict(enumerate(setting.alphas_cumprod().tolist()))
+
+
+def bar_at(bars: dict[int, float], t: torch.Tensor) -> float:
+    """alpha_bar of the timestep of a model's call.
+
+    Raises:
+        CheckFailedError: there is no such timestep.
+    """
+    timestep = round(float(t.reshape(-1)[0]))
+    if timestep not in bars:
+        found = f"the model must be called with timesteps in [{min(bars)}, {max(bars)}], got {timestep}"
+        raise CheckFailedError(found)
+    return bars[timestep]
+
+
+def unit_model(setting: Setting) -> Model:
+    """The exact eps for data N(0, 1): sqrt(1 - alpha_bar_t) x_t."""
+    bars = bars_by_timestep(setting)
+    return lambda x_t, t: math.sqrt(1 - bar_at(bars, t)) * x_t
+
+
+def watch(context: Context, shape: tuple[int, ...]) -> list[Observed]:
+    """A run from new samples of this shape."""
+    setting = setting_of(context)
+    return context.observe(setting, unit_model(setting), context.normal(*shape))
+
+
+def noise_of(run: list[Observed]) -> list[NoisyStep]:
+    """The noise of each step that adds much.
+
+    Raises:
+        CheckFailedError: there is none, or it is not finite.
+    """
+    found = []
+    for step in run:
+        bars = step.level.alpha_bar_t, step.level.alpha_bar_prev
+        std_dev_t = oracle.std_dev(*bars, 1.0)
+        if not std_dev_t >= LARGE:
+            continue
+        x_t, output = to_numpy(step.x_t), to_numpy(step.model_output)
+        mean, _ = oracle.textbook_step("epsilon", x_t, output, *bars, eta=1.0, noise=np.zeros_like(x_t))
+        z = (to_numpy(step.x_prev) - mean) / std_dev_t
+        if not np.isfinite(z).all():
+            raise CheckFailedError(
+                f"x_prev must be finite at eta = 1, it is not after the step from t = {step.level.t:g}"
+            )
+        found.append(NoisyStep(step.level, x_t, z))
+    if not found:
+        pairs = ", ".join(f"{s.level.t:g} -> {s.level.t_prev:g}" for s in run)
+        raise CheckFailedError(f"a run at eta = 1 must have steps that add noise, got the steps {pairs}")
+    return found
+
+
+def noise_of_at_least(context: Context, numbers: int, channels: int = 4, side: int = 32) -> np.ndarray:
+    """``(steps, B, C, H, W)``: noise of as many numbers, whatever number of steps the subject makes."""
+    steps = len(noise_of(watch(context, (1, channels, 2, 2))))
+    batch = max(2, -(-numbers // (steps * channels * side * side)))
+    return np.stack([step.z for step in noise_of(watch(context, (batch, channels, side, side)))])
+
+
+def hold(context: Context, rule: str, tests: dict[str, Test], rate: float = RATE) -> None:
+    """Make all tests at their shares of the rate.
+
+    Raises:
+        CheckFailedError: some fail, with the rule and what each found.
+    """
+    found = statistics.every(tests, rate)
+    for one in found:
+        context.measured(one.share)
+    wrong = sorted((one for one in found if not one.passed), key=lambda one: -one.share)
+    if wrong:
+        raise CheckFailedError(f"{rule}: {_listed(wrong)}")
+
+
+def _listed(wrong: list[Finding]) -> str:
+    more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+    return "; ".join(map(str, wrong[:4])) + more
+
+
+# --- The checks -------------------------------------------------------------------------------------------------------
+
+
+@check(
+    "noise-normal",
+    proves="The noise that a step adds is standard normal: mean, variance, distribution, tails, in every channel and step.",
+    source=SOURCE,
+    tolerance=TOLERANCE + "; 1 % of the variance is found in 2^21 numbers",
+    needs="epsilon eta draws_noise",
+    false_alarm_rate=RATE,
+)
+def noise_normal(context: Context) -> None:
+    z = noise_of_at_least(context, 2**24 if context.full else 2**21)
+    tests: dict[str, Test] = {
+        "of all noise": partial(statistics.variance, z),
+        "of noise": partial(statistics.mean, z),
+        "": partial(statistics.kolmogorov_smirnov, z, special.ndtr),
+        "of the noise": partial(statistics.skewness, z),
+        "of noise (0 for a normal)": partial(statistics.kurtosis, z),
+    }
+    tests |= {f"(beyond {k})": partial(statistics.tails, z, float(k)) for k in (3, 4)}
+    tests |= {f"in step {i}": partial(statistics.variance, z[i]) for i in range(len(z))}
+    tests |= {f"in channel {c}": partial(statistics.variance, z[:, :, c]) for c in range(z.shape[2])}
+    tests |= {f"over channel {c}": partial(statistics.mean, z[:, :, c]) for c in range(z.shape[2])}
+    tests |= {
+        "of a sample, the most unequal": partial(_group_variances, z.transpose(1, 0, 2, 3, 4).reshape(z.shape[1], -1)),
+        "at a place, the most unequal": partial(_group_variances, z.reshape(-1, math.prod(z.shape[2:])).T),
+    }
+    hold(context, "the noise of each step must be standard normal", tests)
+
+
+def _group_variances(rows: np.ndarray, rate: float) -> Finding:
+    """The variance of each row; the worst."""
+    if rows.shape[1] < 2:
+        return statistics.variance(rows, rate)
+    spread = np.mean(np.square(rows), axis=1)
+    extremes = {int(np.argmin(spread)), int(np.argmax(spread))}
+    found = statistics.worst_of(statistics.variance(rows[i], rate / len(rows)) for i in extremes)
+    return found
+
+
+@check(
+    "noise-within-sample",
+    proves="The noise of one element tells nothing of another's in the same sample: near it, in its row, in another channel.",
+    source=SOURCE,
+    tolerance=TOLERANCE + "; a correlation of 0.01 is found",
+    needs="epsilon eta draws_noise",
+    false_alarm_rate=RATE,
+)
+def noise_within_sample(context: Context) -> None:
+    z = noise_of_at_least(context, 2**22 if context.full else 2**20)
+    steps, batch, channels, side, _ = z.shape
+    rows = z.reshape(steps * batch, -1)
+    lags = (1, 2, 3, 4, 8, 16, side, side + 1, side - 1, 2 * side, side * side)
+    tests: dict[str, Test] = {f"within a sample ({k})": partial(statistics.lag, rows, k) for k in lags}
+    tests |= {f"of sizes within a sample ({k})": partial(_lag_of_sizes, rows, k) for k in lags[:6]}
+    tests["within a sample"] = partial(statistics.any_lag, rows)
+    for a in range(channels):
+        for b in range(a):
+            one, other = z[:, :, a], z[:, :, b]
+            tests[f"between channels {b} and {a}"] = partial(statistics.correlation, one, other)
+    tests["of the sums of samples"] = partial(_variance_of_sums, rows)
+    hold(context, "the noise of a sample's elements must be independent", tests)
+
+
+def _lag_of_sizes(rows: np.ndarray, distance: int, rate: float) -> Finding:
+    """The correlation of |z|, made normal again by its own distribution: an element whose size, not sign, follows another's."""
+    normal = _ranked_sizes(rows)
+    return statistics.lag(normal, distance, rate)
+
+
+def _ranked_sizes(rows: np.ndarray) -> np.ndarray:
+    """|z| mapped to what would be standard normal."""
+    return special.ndtri(np.clip(special.erf(np.abs(rows) / math.sqrt(2)), 1e-12, 1 - 1e-12))
+
+
+def _variance_of_sums(rows: np.ndarray, rate: float) -> Finding:
+    """Sums over n independent numbers, divided by sqrt(n), are standard normal: a small common part adds up in them."""
+    sums = rows.sum(axis=1) / math.sqrt(rows.shape[1] * np.mean(np.square(rows)))
+    return statistics.variance(sums, rate)
+
+
+@check(
+    "noise-between-samples",
+    proves="Each sample of a batch has noise of its own: no two are equal, correlated, or the same numbers at another place.",
+    source=SOURCE,
+    tolerance=TOLERANCE
+    + "; any two samples with a correlation of 0.05, or a common part of 0.1 % of the variance, are found",
+    needs="epsilon eta draws_noise",
+    false_alarm_rate=RATE,
+)
+def noise_between_samples(context: Context) -> None:
+    shape = (256 if context.full else 64, 4, 32, 32)
+    found = noise_of(watch(context, shape))
+    rows = np.concatenate([step.z.reshape(shape[0], -1) for step in found], axis=1)
+    first = found[0].z.reshape(1, -1)
+    tests: dict[str, Test] = {
+        "of a batch": partial(statistics.pairs, rows),
+        "of the sums over the batch": partial(_variance_of_sums, rows.T),
+        "over the whole batch": partial(statistics.any_lag, first),
+    }
+    hold(context, "the samples of a batch must have independent noise", tests)
+
+
+@check(
+    "noise-between-steps",
+    proves="Each step draws its noise anew: none is used again, none comes from x_T or from the samples.",
+    source=SOURCE,
+    tolerance=TOLERANCE + "; a correlation of 0.02 is found",
+    needs="epsilon eta draws_noise",
+    false_alarm_rate=RATE,
+)
+def noise_between_steps(context: Context) -> None:
+    run = watch(context, (128 if context.full else 32, 4, 32, 32))
+    found, x_T = noise_of(run), to_numpy(run[0].x_t)
+    found = found[:12]
+    names = [f"from t = {step.level.t:g}" for step in found]
+    tests: dict[str, Test] = {}
+    for i, step in enumerate(found):
+        tests[f"of the noise {names[i]} with x_T"] = partial(statistics.correlation, step.z, x_T)
+        if i or step.level != run[0].level:
+            tests[f"of the noise {names[i]} with x_t"] = partial(statistics.correlation, step.z, step.x_t)
+        for j in range(i):
+            both = f"of the noise {names[j]} and {names[i]}"
+            tests[both] = partial(statistics.correlation, found[j].z, step.z)
+    for i in range(len(found) - 1):
+        before, after = found[i].z, found[i + 1].z
+        whole = (1, before.size)
+        tests[f"of the noise {names[i]} and {names[i + 1]} at other places"] = partial(
+            statistics.any_lag, before.reshape(whole), y=after.reshape(whole)
+        )
+    hold(context, "the steps of a run must have independent noise", tests)
+
+
+@check(
+    "noise-between-seeds",
+    proves="A run is decided by its seed: the same seed gives the same bits, another seed other noise.",
+    source=SOURCE,
+    tolerance="the same seed: none; another: " + TOLERANCE,
+    needs="epsilon eta draws_noise",
+    false_alarm_rate=RATE,
+)
+def noise_between_seeds(context: Context) -> None:
+    shape = (16, 4, 16, 16)
+    setting = setting_of(context)
+    x_T, model = context.normal(*shape), unit_model(setting)
+    seed = context.seed() >> 31  # in 31 bits: every generator takes it
+
+    def run(seed: int) -> list[Observed]:
+        return context.observe(setting, model, x_T, context.source(len(x_T), seed))
+
+    one, neighbour, far, again = run(seed), run(seed + 1), run(seed ^ 0x5A5A5A5A), run(seed)
+    if wrong := [a for a, b in zip(one, again, strict=True) if not torch.equal(a.x_prev, b.x_prev)]:
+        apart = (len(wrong), len(one), wrong[0].level.t)
+        raise CheckFailedError(
+            "two runs with the same seed must give the same bits, they differ after {} of {} steps, first after the step from "
+            "t = {:g} (the seed goes to the generator or the seeds that the subject takes; where it takes neither, to torch's "
+            "global generator)".format(*apart)
+        )
+    context.measured(0.0)
+    runs = {f"seed {seed}": one, f"seed {seed + 1}": neighbour, f"seed {seed ^ 0x5A5A5A5A}": far}
+    noise = {name: np.stack([step.z for step in noise_of(run)]) for name, run in runs.items()}
+    names = list(noise)
+    tests: dict[str, Test] = {}
+    for i, name in enumerate(names):
+        for other in names[:i]:
+            tests[f"between {other} and {name}"] = partial(statistics.correlation, noise[name], noise[other])
+    hold(context, "runs of other seeds must have independent noise", tests)

@@ -1,0 +1,87 @@
+"""What the checks of whole runs share: a model whose exact answer is known, and where float64 ends with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import oracle
+from ..cases import Level, Setting, StepCase
+from ..subject import Subject
+from ..tolerances import to_numpy
+from .judge import truth
+
+
+class GaussianModel:
+    """The exact eps of data that are N(mean, std_dev^2) in each dimension: linear in x_t, smooth in t.
+
+    Args:
+        levels: the steps of the run, which say the alpha_bar of each timestep; clean data are at timestep -1.
+        mean, std_dev: numbers.
+    """
+
+    def __init__(self, levels: Sequence[Level], mean: float = 0.3, std_dev: float = 0.5):
+        self.mean, self.std_dev = mean, std_dev
+        self._alpha_bars = {round(level.t): level.alpha_bar_t for level in levels}
+        self._alpha_bars |= {round(level.t_prev): level.alpha_bar_prev for level in levels}
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        slope, offset = self.line(self._alpha_bar(float(t.reshape(-1)[0])))
+        return (slope * x_t.double() + offset).to(x_t.dtype)
+
+    def line(self, alpha_bar: float) -> tuple[float, float]:
+        """(slope, offset) of eps = slope * x_t + offset."""
+        spread = math.sqrt(1 - alpha_bar)
+        slope = spread / (alpha_bar * self.std_dev**2 + spread**2)
+        return slope, -slope * math.sqrt(alpha_bar) * self.mean
+
+    def x_t(self, normals: Tensor, alpha_bar: float) -> Tensor:
+        """Samples at a noise level of which ``normals`` are the standard scores: the flow keeps these."""
+        std_dev = math.sqrt(alpha_bar * self.std_dev**2 + 1 - alpha_bar)
+        return (math.sqrt(alpha_bar) * self.mean + std_dev * normals.double()).to(normals.dtype)
+
+    def _alpha_bar(self, t: float) -> float:
+        found = self._alpha_bars.get(round(t))
+        if found is None:
+            known = ", ".join(map(str, sorted(self._alpha_bars, reverse=True)))
+            raise ValueError(f"the model must be asked at the timesteps of the run ({known}), got {t:g}")
+        return found
+
+
+class Run(NamedTuple):
+    """Where a run at eta = 0 ends in float64, and how far rounding may have taken a subject from there."""
+
+    x_0: np.ndarray
+    allowed: np.ndarray
+
+
+def float64_run(subject: Subject, setting: Setting, levels: Sequence[Level], model: GaussianModel, x_T: Tensor) -> Run:
+    """Equation 12, step by step; samples and outputs are kept in the type of ``x_T``, which is part of what is allowed."""
+    eps = torch.finfo(x_T.dtype).eps
+    x, off = x_T, np.zeros(x_T.shape)
+    end = to_numpy(x_T)
+    for index, level in enumerate(levels):
+        slope, offset = model.line(level.alpha_bar_t)
+        m = (slope * x.double() + offset).to(x.dtype)
+        true = truth(subject, StepCase(setting, index, x, m), level)
+        of_x, of_m = _derivatives(level)
+        # What there was of error, both roundings of the model's output, those of the step, and both of its result.
+        off = abs(of_x + of_m * slope) * off + abs(of_m) * eps * np.abs(to_numpy(m)) + true.allowed
+        end = true.exact.x_prev
+        off = off + eps * np.abs(end)
+        x = torch.from_numpy(end).to(x_T.device, x_T.dtype)
+    return Run(end, off)
+
+
+def _derivatives(level: Level) -> tuple[float, float]:
+    """Of x_prev by x_t, and by the eps that is predicted."""
+    row = oracle.textbook_row("epsilon", level.alpha_bar_t, level.alpha_bar_prev)
+    return row["prev_x0"] * row["x0_x"], row["prev_x0"] * row["x0_m"] + row["prev_eps"]
+
+
+__all__ = ["GaussianModel", "Run", "float64_run"]

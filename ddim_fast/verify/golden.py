@@ -1,0 +1,84 @@
+"""The recorded runs: what a DDIM sampler gives from given samples, model outputs and noise, number by number.
+
+``golden_trajectories.json`` beside this file is written by ``tools/golden_trajectories.py`` from the float64 oracle alone. It is
+versioned: a recorded number that changes is a new version.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .cases import Setting
+
+GOLDEN_VERSION = 1
+"""Of the recorded numbers."""
+
+PATH = Path(__file__).with_name("golden_trajectories.json")
+
+
+@dataclass(frozen=True)
+class GoldenRun:
+    """A complete run.
+
+    Args:
+        name: what is special about it.
+        setting: with its timesteps; ``timestep_spacing`` and ``num_inference_steps`` choose the same ones, unless ``irregular``.
+        eta_scales: what eta multiplies, see ``Subject``.
+        quick: one of the few that between them use every option of a sampler.
+        irregular: its timesteps are those of no spacing.
+        alpha_bars: of each timestep, and of clean data at the end: ``(S + 1,)``.
+        x_T, model_outputs, noise, states: float64, ``(B, C)`` and ``(S, B, C)``; ``states[i]`` is x_prev of step i.
+    """
+
+    name: str
+    setting: Setting
+    eta_scales: str
+    quick: bool
+    irregular: bool
+    alpha_bars: np.ndarray
+    x_T: np.ndarray  # noqa: N815 (the paper's)
+    model_outputs: np.ndarray
+    noise: np.ndarray
+    states: np.ndarray
+
+
+@lru_cache
+def golden_runs() -> tuple[GoldenRun, ...]:
+    """The runs that come with this version.
+
+    Raises:
+        ValueError: the file is not of this version.
+    """
+    return runs_of(json.loads(PATH.read_text()))
+
+
+def runs_of(data: dict[str, Any]) -> tuple[GoldenRun, ...]:
+    if data.get("version") != GOLDEN_VERSION:
+        raise ValueError(
+            f"the recorded runs must be of version {GOLDEN_VERSION}, got {data.get('version')!r}: {PATH.name} and this code "
+            "must come from one release"
+        )
+    return tuple(_run(entry, data["inputs"]) for entry in data["runs"])
+
+
+def _run(entry: dict[str, Any], inputs: dict[str, Any]) -> GoldenRun:
+    states = np.array(entry["states"], np.float64)
+    setting = Setting(**entry["setting"] | {"timesteps": tuple(entry["setting"]["timesteps"])})
+    return GoldenRun(
+        entry["name"],
+        setting,
+        entry["eta_scales"],
+        entry["quick"],
+        entry["irregular"],
+        np.array(entry["alpha_bars"], np.float64),
+        np.array(inputs["x_T"], np.float64),
+        np.array(inputs["model_outputs"], np.float64)[: len(states)],
+        np.array(inputs["noise"], np.float64)[: len(states)],
+        states,
+    )
