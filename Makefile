@@ -15,7 +15,7 @@ endif
 NATIVE := $(wildcard kernels/csrc/*)
 SAMPLE := --steps 20 -n 60 --seed 0
 
-.PHONY: help sample test test-slow gpu predict bench lint wheel-check sanitize same-bits clean
+.PHONY: help sample verify test test-slow gpu predict bench lint wheel-check sanitize same-bits clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,12 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE) | $(BIN)/p
 sample: $(VENV)/.installed ## draw a labelled grid of pictures with the model that ships here: out/grid.png
 	mkdir -p $(OUT)
 	$(BIN)/ddim-fast sample $(SAMPLE) --out $(OUT)/grid.png --trajectory $(OUT)/trajectory.gif
+
+verify: $(VENV)/.installed ## hold every backend against the paper, Triton's without a GPU: out/verify-*.html
+	mkdir -p $(OUT)
+	failed=0; for backend in cpu reference triton; do \
+	  $(BIN)/ddim-fast verify $$backend --json $(OUT)/verify-$$backend.json --html $(OUT)/verify-$$backend.html || failed=1; \
+	done; exit $$failed
 
 test: $(VENV)/.installed ## run the tests, a process per processor
 	$(BIN)/pytest -n auto

@@ -1,0 +1,342 @@
+"""``ddim-fast verify``."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import shutil
+import signal
+import textwrap
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ..kernels.contract import StepCoefficients, StepInputs
+from ..kernels.dispatch import BACKENDS
+from ..start import usable_device
+from ..update import ETA_SCALES
+
+NEEDED = ("scipy", "rich", "jinja2")
+_REPORT = click.Path(path_type=Path)
+
+
+class _CouldNotRunError(click.ClickException):
+    """Exit code 2: nothing is known of the subject."""
+
+    exit_code = 2
+
+
+@dataclass
+class _Request:
+    """The options, by their names."""
+
+    subject: str | None
+    against: str | None
+    device: str
+    full: bool
+    check: tuple[str, ...]
+    require: tuple[str, ...]
+    seed: int
+    timeout: float | None
+    eta_scales: str | None
+    arithmetic: str | None
+    junit: Path | None
+    json: Path | None
+    html: Path | None
+    list_: bool
+    golden: bool
+    quiet: bool
+
+
+@click.command()
+@click.argument("subject", required=False)
+@click.option("--against", metavar="SUBJECT", help="Run the same checks on a second subject, and show both.")
+@click.option(
+    "--device", default="cpu", show_default=True, metavar="DEVICE", help="Where the tensors are: cpu, cuda or cuda:1."
+)
+@click.option(
+    "--quick/--full", "quick", default=True, show_default=True, help="A look in seconds, or a thorough one in minutes."
+)
+@click.option("--check", multiple=True, metavar="NAME", help="Only this check; may be repeated.")
+@click.option(
+    "--require",
+    multiple=True,
+    metavar="NAME",
+    help="This check must have run, or the exit code is 3; may be repeated.  [default: update, or what --check names]",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of all that is random in the checks. A right sampler passes with any.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="For each check.  [default: 300, with --full 1800]",
+)
+@click.option(
+    "--eta-scales",
+    type=click.Choice(ETA_SCALES),
+    help="What the subject's eta multiplies; the paper's is std_dev.  [default: what the subject says]",
+)
+@click.option(
+    "--arithmetic",
+    type=click.Choice(("exact", "float32")),
+    help="How exact it must be: coefficients in float64, or in float32.  [default: what the subject says]",
+)
+@click.option("--junit", type=_REPORT, metavar="FILE.xml", help="Write JUnit XML, which CI systems show.")
+@click.option("--json", type=_REPORT, metavar="FILE.json", help="Write everything that was found, as JSON.")
+@click.option("--html", type=_REPORT, metavar="FILE.html", help="Write a page to look at: one file, no network.")
+@click.option(
+    "--list", "list_", is_flag=True, help="Say what each check proves, where it is written, and its tolerance."
+)
+@click.option("--golden", is_flag=True, help="Only the check against the stored results of a standard run.")
+@click.option("--quiet", is_flag=True, help="Say nothing but what is wrong.")
+@click.pass_context
+def verify(context: click.Context, quick: bool, **options: Any) -> None:
+    """Hold a DDIM sampler, ours or anyone's, against the paper.
+
+    \b
+    SUBJECT is one of
+      cpu, triton, reference  a backend of this package; if none is named, that
+                              which runs here. triton needs no GPU: its machine
+                              code is executed on the CPU.
+      MODULE:ATTRIBUTE        imported from this folder or what is installed:
+        a scheduler             a class or object with set_timesteps and step
+        a step                  step(x_t, model_output, alpha_bar_t,
+                                     alpha_bar_prev, ...)
+        a sampler               sample(model, x_T, ...)
+        a Subject               of ddim_fast.verify: an adapter of your own
+
+    It runs in a process of its own: a crash, or a call that never returns, costs
+    one check.
+
+    \b
+    Examples:
+      ddim-fast verify                                  this package, here
+      ddim-fast verify diffusers:DDIMScheduler --full   another's, thoroughly
+      ddim-fast verify mine:step --check update         one check, of mine.py
+      ddim-fast verify mine:step --against cpu          beside one that is right
+      ddim-fast verify mine:step --junit report.xml     in a CI job
+      ddim-fast verify --list                           what is checked
+
+    \b
+    Exit codes:
+      0  it is right
+      1  it is wrong: each failure is shown with Python that fails
+      2  it could not be verified to the end: no such subject, a crash, a
+         timeout, Ctrl-C
+      3  what is required was skipped, or does not apply to it
+    """
+    request = _Request(full=not quick, **options)
+    try:
+        with _ended_by_signals():
+            code = _verify(request)
+    except click.ClickException:
+        raise
+    except KeyboardInterrupt as ended:
+        click.echo(f"ended by {_name(ended)} before any check ran", err=True)
+        code = 2
+    except BrokenPipeError:  # whoever read the output has seen enough; nothing more can be said
+        code = 2
+    except Exception:  # 1 would say that the subject is wrong
+        click.echo(f"ddim-fast verify itself went wrong:\n{traceback.format_exc()}", err=True)
+        code = 2
+    context.exit(code)
+
+
+def _verify(request: _Request) -> int:
+    """Everything that can be refused is refused before the first check runs."""
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise _CouldNotRunError(
+            f"verify needs {', '.join(missing)}, not installed here: pip install 'ddim-fast[verify]'"
+        )
+    if request.list_:
+        _list_checks()
+        return 0
+    from ..verify.isolate import SubjectRefusedError
+
+    try:
+        checks, required = _chosen_checks(request)
+        usable_device(request.device)
+        _check_outputs(request)
+    except ValueError as error:
+        raise _CouldNotRunError(str(error)) from error
+    names = [request.subject or _backend_here(request.device)]
+    names += [request.against] if request.against is not None else []
+    try:
+        return _run(request, names, checks, required)
+    except SubjectRefusedError as error:
+        _write(request, names, [_refused(request, names[0], required, str(error))])
+        raise _CouldNotRunError(str(error)) from error
+    except KeyboardInterrupt as ended:  # while the subject was imported
+        _write(request, names, [_refused(request, names[0], required, _name(ended))])
+        raise
+
+
+def _run(request: _Request, names: list[str], checks: Sequence[Any], required: tuple[str, ...]) -> int:
+    from ..verify.isolate import IsolatedSubject
+    from ..verify.show import display_for
+
+    number = "1 check" if len(checks) == 1 else f"{len(checks)} checks"
+    heading = f"{number}, {'full' if request.full else 'quick'}, seed {request.seed}, on {request.device}"
+    display = display_for(names, checks, heading, request.quiet)
+    results: list[list[Any]] = [[] for _ in names]
+    ended_by = ""
+    with contextlib.ExitStack() as stack:
+        # All are imported before the first check: one that cannot be had costs no waiting.
+        subjects = [stack.enter_context(_isolated(IsolatedSubject, request, name)) for name in names]
+        try:
+            with display:
+                for number, subject in enumerate(subjects):
+                    for one in checks:
+                        display.started(number, one)
+                        results[number].append(subject.run(one))
+                        display.finished(number, results[number][-1])
+        except KeyboardInterrupt as ended:
+            ended_by = _name(ended)
+    reports = [
+        subject.report(found, required=required, complete=len(found) == len(checks), ended_by=ended_by)
+        for subject, found in zip(subjects, results, strict=True)
+    ]
+    written = _write(request, names, reports)
+    display.ended(reports, names, written)
+    return 2 if ended_by else reports[0].exit_code
+
+
+def _isolated(isolated: Any, request: _Request, name: str) -> Any:
+    return isolated(
+        name,
+        full=request.full,
+        seed=request.seed,
+        device=request.device,
+        eta_scales=request.eta_scales,
+        arithmetic=request.arithmetic,
+        timeout=request.timeout,
+    )
+
+
+# --- What is asked for ------------------------------------------------------------------------------------------------
+
+
+def _chosen_checks(request: _Request) -> tuple[list[Any], tuple[str, ...]]:
+    """The checks to run, and the names of those that must have."""
+    from ..verify.run import REQUIRED, choose_checks
+
+    if request.golden and request.check:
+        raise ValueError("--golden is a check by itself: leave out --check")
+    named = ("golden",) if request.golden else request.check
+    checks = choose_checks(named or None, request.full)
+    required = request.require or named or REQUIRED
+    choose_checks(required, full=True)
+    if left_out := [name for name in required if name not in [one.name for one in checks]]:
+        raise ValueError(f"{left_out[0]} is required but would not run: name it with --check too, or use --full")
+    return checks, tuple(dict.fromkeys(required))
+
+
+def _check_outputs(request: _Request) -> None:
+    from ..verify.write import check_writable
+
+    paths = [path for path in (request.junit, request.json, request.html) if path is not None]
+    for path in paths:
+        check_writable(path)
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError("each report needs a file of its own: two have the same name")
+
+
+def _backend_here(device: str) -> str:
+    """The backend that steps on this device would run on."""
+    x = torch.zeros(1, 4, device=device)
+    inputs = StepInputs(x, x, StepCoefficients(1, 0, 0, 1, 0, 1, 0, 0))
+    return next(name for name, backend in BACKENDS.items() if not backend.unsupported_reasons(inputs))
+
+
+def _list_checks() -> None:
+    from ..verify.checks import CHECKS
+
+    paragraph = textwrap.TextWrapper(
+        min(shutil.get_terminal_size().columns, 110),
+        initial_indent="  ",
+        subsequent_indent="    ",
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+    for one in CHECKS.values():
+        only = " (only with --full)" if one.full_only else ""
+        click.echo(click.style(one.name, bold=True) + only)
+        lines = {"": one.proves, "tolerance": one.tolerance, "source": one.source}
+        lines["applies to"] = f"subjects that offer {', '.join(sorted(one.needs))}" if one.needs else "every subject"
+        if one.false_alarm_rate:
+            lines["false alarms"] = f"{one.false_alarm_rate:g} of right subjects"
+        for title, text in lines.items():
+            click.echo(paragraph.fill(f"{title}: {text}" if title else text))
+        click.echo()
+
+
+# --- What comes of it -------------------------------------------------------------------------------------------------
+
+
+def _refused(request: _Request, name: str, required: tuple[str, ...], why: str) -> Any:
+    """The report of a run without results, so that none of an earlier run is taken for this one's."""
+    from ..verify.report import Report
+
+    return Report(
+        name,
+        (),
+        full=request.full,
+        seed=request.seed,
+        device=request.device,
+        required=required,
+        complete=False,
+        ended_by=why,
+    )
+
+
+def _write(request: _Request, names: list[str], reports: list[Any]) -> list[str]:
+    """The reports asked for; the names of their files."""
+    from ..verify.write import json_text, junit_text, write_text
+    from ..verify.write_html import html_text
+
+    against = reports[1] if len(reports) > 1 else None
+    texts = {
+        request.junit: lambda: junit_text(reports[0]),
+        request.json: lambda: json_text(reports[0], against),
+        request.html: lambda: html_text(reports[0], against, names[0]),
+    }
+    wanted = {path: text for path, text in texts.items() if path is not None}
+    try:
+        for path, text in wanted.items():
+            write_text(path, text())
+    except OSError as error:
+        raise _CouldNotRunError(f"a report could not be written: {error}") from error
+    return [str(path) for path in wanted]
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM, by which CI systems end a job, ends it as Ctrl-C does: with the reports written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _name(ended: KeyboardInterrupt) -> str:
+    return str(ended) or "Ctrl-C"

@@ -1,0 +1,301 @@
+"""The checks in a process of their own: a subject that crashes, ends the process or never returns costs one check, and not the rest.
+
+with IsolatedSubject("diffusers:DDIMScheduler", timeout=60) as subject:
+    results = [subject.run(one) for one in choose_checks(None, full=False)]
+report = subject.report(results)
+
+One process runs all checks, since importing torch takes seconds; after a crash or a timeout a new one goes on. It is started afresh
+rather than by ``multiprocessing``, which would run the caller's main module in it once more and let it write to the caller's terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from ..kernels.contract import StepCoefficients, StepInputs
+from ..kernels.dispatch import BACKENDS
+from .backends import Backend, EmulatedTriton
+from .checks import CHECKS, Check
+from .report import CheckResult, Outcome, Report
+from .run import choose_checks, prepared_subject, report_of, result_of, run_check
+
+TIMEOUTS = {False: 300.0, True: 1800.0}
+"""Seconds for one check, quick and full."""
+
+STARTING = 120.0
+"""Seconds at least for importing the subject."""
+
+_MOST_OUTPUT = 16 << 20  # bytes kept of what a process writes
+_SHOWN_LINES, _SHOWN_WIDTH = 30, 200
+_TICK = 0.1  # s
+
+
+class SubjectRefusedError(Exception):
+    """There is no such subject, or it could not be imported. The message says why."""
+
+
+class _EndedError(Exception):
+    """The process can run no more checks; the message says what became of it."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the process is told first."""
+
+    subject: str
+    device: str
+    full: bool
+    seed: int
+    eta_scales: str | None
+    arithmetic: str | None
+
+
+# --- The caller's side ------------------------------------------------------------------------------------------------
+
+
+class IsolatedSubject:
+    """A subject in a process of its own, as a context manager: leaving it ends the process, whatever it does.
+
+    Args:
+        name: a backend, or ``"module:attribute"``: it is imported in the process only.
+        timeout: seconds for each check; ``TIMEOUTS`` if none. To import the subject it has ``STARTING``, or as much if that is more.
+        full, seed, device, eta_scales, arithmetic: as for ``verify``.
+
+    Raises, when entered:
+        SubjectRefusedError: there is no such subject, or its import failed, crashed or took too long.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        full: bool = False,
+        seed: int = 0,
+        device: str = "cpu",
+        eta_scales: str | None = None,
+        arithmetic: str | None = None,
+        timeout: float | None = None,
+    ):
+        self.name, self.timeout = name, TIMEOUTS[full] if timeout is None else timeout
+        self._job = _Job(name, device, full, seed, eta_scales, arithmetic)
+        self._process: subprocess.Popen | None = None
+        self._empty: Report | None = None
+
+    def __enter__(self) -> IsolatedSubject:
+        self._start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._end()
+
+    def run(self, one: Check) -> CheckResult:
+        """The result of one check, "error" where the process did not survive it."""
+        began = time.perf_counter()
+        try:
+            if self._process is None:
+                self._start()
+            self._written_before = os.fstat(self._output.fileno()).st_size
+            try:
+                self._pipe.send(one.name)
+            except OSError:
+                raise _EndedError(self._how_it_ended()) from None
+            return self._receive(self.timeout)
+        except _EndedError as error:
+            self._end()
+            message = f"the subject's process {error}"
+        except SubjectRefusedError as error:
+            message = f"after an earlier crash the subject could not be imported again: {error}"
+        return result_of(one, Outcome.ERROR, message, seconds=time.perf_counter() - began, code=self._command(one))
+
+    def report(self, results: Sequence[CheckResult], **more: Any) -> Report:
+        """These results with all that is known of the subject."""
+        return replace(self._empty, results=tuple(results), **more)
+
+    def _command(self, one: Check) -> str:
+        job = self._job
+        options = {"checks": [one.name], "full": job.full, "seed": job.seed, "device": job.device}
+        options |= {"eta_scales": job.eta_scales, "arithmetic": job.arithmetic}
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
+        return f"from ddim_fast.verify import verify\n\nverify({self.name!r}, {given})  # ends this process, or hangs"
+
+    def _start(self) -> None:
+        self._pipe, theirs = Pipe()
+        self._output = tempfile.TemporaryFile("a+b")  # noqa: SIM115 (closed by _end); appending, so that it can be cut
+        self._written_before = 0
+        command = f"import sys; sys.path[:] = {sys.path!r}; from ddim_fast.verify import isolate; isolate.serve({theirs.fileno()})"
+        self._process = subprocess.Popen(
+            [sys.executable, "-u", "-c", command],
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=self._output,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # a Ctrl-C is the caller's; what the subject starts is ended with it
+        )
+        theirs.close()
+        try:
+            self._pipe.send(self._job)
+            answer = self._receive(max(self.timeout, STARTING))
+        except (_EndedError, OSError) as error:
+            ended = error if isinstance(error, _EndedError) else self._how_it_ended()
+            self._end()
+            raise SubjectRefusedError(f"the process that imports {self.name!r} {ended}") from None
+        except BaseException:
+            self._end()
+            raise
+        if isinstance(answer, str):
+            self._end()
+            raise SubjectRefusedError(answer)
+        self._empty = answer
+
+    def _receive(self, timeout: float) -> Any:
+        """The process's next answer.
+
+        Raises:
+            _EndedError: it ended, or took too long.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                if self._pipe.poll(_TICK):
+                    return self._pipe.recv()
+            except Exception:  # the end of the pipe, or something on it that is no answer
+                raise _EndedError(self._how_it_ended()) from None
+            if self._process.poll() is not None and not self._pipe.poll():
+                raise _EndedError(self._how_it_ended())
+            if time.monotonic() > deadline:
+                with contextlib.suppress(OSError):
+                    self._process.send_signal(signal.SIGUSR1)  # it writes down where it is, see serve
+                    time.sleep(3 * _TICK)
+                raise _EndedError(f"did not answer within {timeout:g} s and was ended.{self._last_words()}")
+            if os.fstat(self._output.fileno()).st_size > _MOST_OUTPUT:
+                os.ftruncate(self._output.fileno(), 0)
+                self._written_before = 0
+
+    def _how_it_ended(self) -> str:
+        try:
+            status = self._process.wait(20 * _TICK)
+        except subprocess.TimeoutExpired:
+            return f"closed the pipe that it answers through and was ended.{self._last_words()}"
+        if status < 0:
+            number = -status
+            name = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
+            why = " (often: no memory was left)" if number == signal.SIGKILL else ""
+            return f"was ended by {name}: {signal.strsignal(number)}{why}.{self._last_words()}"
+        return f"ended itself with status {status}, as os._exit does.{self._last_words()}"
+
+    def _last_words(self) -> str:
+        self._output.seek(self._written_before)
+        lines = self._output.read().decode(errors="replace").strip().splitlines()
+        lines = [line for line in lines if line and not line.startswith("Extension modules:")][-_SHOWN_LINES:]
+        if not lines:
+            return " It wrote nothing."
+        return "\n".join([" It wrote last:", *(f"  {line[:_SHOWN_WIDTH]}" for line in lines)])
+
+    def _end(self) -> None:
+        if self._process is None:
+            return
+        with contextlib.suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+        self._pipe.close()
+        self._output.close()
+
+
+def verify_isolated(
+    name: str,
+    *,
+    checks: Sequence[str] | None = None,
+    on_start: Callable[[Check], None] | None = None,
+    full: bool = False,
+    **options: Any,
+) -> Iterator[CheckResult]:
+    """Each check's result as it comes.
+
+    Args:
+        name, full, options: see ``IsolatedSubject``.
+        checks: names of checks; all if none.
+        on_start: called with each check before it runs.
+
+    Raises:
+        ValueError: a check is unknown.
+        SubjectRefusedError: the subject cannot be had.
+    """
+    chosen = choose_checks(checks, full)
+    with IsolatedSubject(name, full=full, **options) as subject:
+        for one in chosen:
+            if on_start is not None:
+                on_start(one)
+            yield subject.run(one)
+
+
+# --- The process ------------------------------------------------------------------------------------------------------
+
+
+def serve(descriptor: int) -> None:
+    """Run the checks whose names come through the pipe with this descriptor."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    _end_with_parent()
+    pipe = Connection(descriptor)
+    job: _Job = pipe.recv()
+    try:
+        subject = prepared_subject(job.subject, job.device, job.eta_scales, job.arithmetic)
+        if reasons := _reasons_against(subject, job.device):
+            raise ValueError(f"the backend {job.subject} does not run here: {'; '.join(reasons)}")
+    except BaseException as error:  # the subject's module may raise anything, SystemExit too
+        known = isinstance(error, (ValueError, TypeError))
+        pipe.send(str(error) if known else f"importing {job.subject!r} raised {type(error).__name__}: {error}")
+        return
+    pipe.send(report_of(subject, (), full=job.full, seed=job.seed, device=job.device))
+    while True:
+        try:
+            one = CHECKS[pipe.recv()]
+        except EOFError:
+            return
+        try:
+            result = run_check(one, subject, job.full, job.seed, torch.device(job.device))
+        except BaseException as error:
+            result = result_of(one, Outcome.ERROR, f"the subject raised {type(error).__name__}: {error}")
+        _send(pipe, result)
+
+
+def _send(pipe: Connection, result: CheckResult) -> None:
+    try:
+        pipe.send(result)
+    except Exception:  # a number of the check's own that cannot be pickled
+        pipe.send(replace(result, details={str(name): repr(value) for name, value in result.details.items()}))
+
+
+def _reasons_against(subject: Any, device: str) -> list[str]:
+    """Why a backend cannot run here; nothing for other subjects."""
+    if isinstance(subject, EmulatedTriton):
+        missing = importlib.util.find_spec("triton") is None
+        return ["triton is not installed: pip install 'ddim-fast[triton]'"] if missing else []
+    if not isinstance(subject, Backend):
+        return []
+    x = torch.zeros(1, 4, device=device)
+    return BACKENDS[subject.backend].unsupported_reasons(StepInputs(x, x, StepCoefficients(1, 0, 0, 1, 0, 1, 0, 0)))
+
+
+def _end_with_parent() -> None:
+    """Linux ends this process when its parent dies, even where it hangs."""
+    set_parent_death_signal = 1
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
