@@ -23,5 +23,11 @@ assert cpu_step.extension is not None, "the wheel has no C++ kernel"
 sampler = ddim_fast.DDIMSampler(ddim_fast.NoiseSchedule.linear(), num_inference_steps=2)
 pictures = sampler.sample(ddim_fast.load_model("fashion"), shape=(1, 1, 28, 28), seed=0)
 assert pictures.isfinite().all()
+from ddim_fast.verify.write import schema
+from ddim_fast.verify.write_html import html_text
+
+report = ddim_fast.verify.verify("cpu", checks=["update", "golden"])
+assert report.passed, report.results
+assert schema() and "<html" in html_text(report)
 print("the wheel works outside the repository:", ", ".join(p.name for p in Path("dist").iterdir()))
 PY

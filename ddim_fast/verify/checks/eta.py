@@ -15,7 +15,7 @@ from ..cases import Level, Observed, Setting, StepCase
 from ..tolerances import to_numpy
 from .base import CheckFailedError, Context, check
 from .judge import Verdict, code_of, judge, truth, verdict
-from .update import TOLERANCE, random_step, settings_of, some_steps
+from .update import TOLERANCE, random_step, settings_of, some_steps, with_sizes
 
 RATE = 1e-8
 """Of false alarms of each check of chance here, divided among its tests."""
@@ -35,10 +35,9 @@ DRAWN = (4, 2**14)
 def update_with_noise(context: Context) -> None:
     explain = partial(_other_convention, context)
     for eta in (float(context.rng.uniform(0.3, 1)), 1.0):
-        for setting in settings_of(context, eta):
-            for shape in FEW_SIZES:
-                for index in some_steps(context, setting):
-                    judge(context, random_step(context, setting, index, shape), explain)
+        for setting, shape in with_sizes(context, settings_of(context, eta), FEW_SIZES):
+            for index in some_steps(context, setting):
+                judge(context, random_step(context, setting, index, shape), explain)
 
 
 def _other_convention(context: Context, case: StepCase, found: Verdict) -> str:

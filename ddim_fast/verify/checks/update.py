@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -47,13 +47,22 @@ def random_step(
     needs="step epsilon",
 )
 def update(context: Context) -> None:
-    for setting, shape in itertools.product(settings_of(context), SIZES):
+    for setting, shape in with_sizes(context, settings_of(context), SIZES):
         for index in some_steps(context, setting):
             judge(context, random_step(context, setting, index, shape))
     for setting in settings_of(context):
         x_t, output = torch.tensor(list(itertools.product(EXTREMES, EXTREMES)), device=context.device).T.unsqueeze(1)
         for index in some_steps(context, setting):
             judge(context, StepCase(setting, index, x_t, output))
+
+
+def with_sizes(
+    context: Context, settings: Iterable[Setting], sizes: Sequence[tuple[int, ...]]
+) -> Iterator[tuple[Setting, tuple[int, ...]]]:
+    """Each setting at every size; where few are made, the first at every size, and each of the others at one of them in turn."""
+    for number, setting in enumerate(settings):
+        in_turn = (sizes[number % len(sizes)],)
+        yield from ((setting, size) for size in (in_turn if context.few and number else sizes))
 
 
 def some_steps(context: Context, setting: Setting) -> list[int]:

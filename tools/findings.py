@@ -1,0 +1,440 @@
+"""The numbers of docs/FINDINGS.md: the harness on the DDIM samplers of other libraries.
+
+The libraries are kept out of this project's environment; `prepare` makes one beside it that has both.
+
+\b
+python tools/findings.py prepare /tmp/wild
+/tmp/wild/bin/python tools/findings.py run
+python tools/findings.py render
+"""
+
+import importlib.metadata
+import json
+import math
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).resolve().parents[1]
+JSON_FILE, DOCUMENT = ROOT / "docs" / "findings.json", ROOT / "docs" / "FINDINGS.md"
+BEGIN, END = "<!-- findings: begin -->", "<!-- findings: end -->"
+IN_THE_WILD = "ddim_fast.verify.in_the_wild:"
+
+SUBJECTS = {
+    "DDIMScheduler": (f"{IN_THE_WILD}Diffusers", "diffusers"),
+    "DDIMScheduler, set_alpha_to_one=False": (f"{IN_THE_WILD}DiffusersFinalAlpha", "diffusers"),
+    "DDIMScheduler, set_alpha_to_one=False, steps_offset=1": (f"{IN_THE_WILD}DiffusersOffset", "diffusers"),
+    "DDIMScheduler with DDIMInverseScheduler": (f"{IN_THE_WILD}DiffusersInversion", "diffusers"),
+    "DDIMParallelScheduler.step": (f"{IN_THE_WILD}DiffusersParallel", "diffusers"),
+    "DDIMParallelScheduler.batch_step_no_noise": (f"{IN_THE_WILD}DiffusersBatch", "diffusers"),
+    "DDIMParallelScheduler.batch_step_no_noise, set_alpha_to_one=False": (
+        f"{IN_THE_WILD}DiffusersBatchFinalAlpha",
+        "diffusers",
+    ),
+    "DDIMSampler": (f"{IN_THE_WILD}Azula", "azula"),
+    "GaussianDiffusion.ddim_sample": (f"{IN_THE_WILD}DenoisingDiffusionPytorch", "denoising-diffusion-pytorch"),
+    "GaussianDiffusion.ddim_sample, clipping": (
+        f"{IN_THE_WILD}DenoisingDiffusionPytorchClipped",
+        "denoising-diffusion-pytorch",
+    ),
+    "sample_euler, sample_euler_ancestral": (f"{IN_THE_WILD}KDiffusion", "k-diffusion"),
+    "FastDDIMScheduler (ours)": ("ddim_fast.integrations.diffusers:FastDDIMScheduler", "ddim-fast"),
+    "FastDDIMScheduler (ours), set_alpha_to_one=False": (f"{IN_THE_WILD}FastDiffusersFinalAlpha", "ddim-fast"),
+}
+"""What is verified: its name in the table, its name for ``verify``, and the package that it comes from."""
+
+SPACINGS = ("leading", "trailing", "linspace")
+
+FULL = ("DDIMScheduler", "DDIMSampler", "GaussianDiffusion.ddim_sample", "sample_euler, sample_euler_ancestral")
+"""Verified with the full set, too."""
+
+# --- What a failure means ---------------------------------------------------------------------------------------------
+
+KINDS = {
+    "wrong result": "the samples are not those of the algorithm",
+    "intended": "upstream does this on purpose, or offers it as an option",
+    "approximation": "as exact as its method, which is not exact",
+    "type": "the values are right, in another type than the samples",
+    "side effect": "the samples are right; something else is touched",
+    "compatibility": "ours does as the library does, so that results stay the same",
+}
+
+SCHEDULERS = tuple(label for label, (_, package) in SUBJECTS.items() if package == "diffusers")
+BATCH = tuple(label for label in SCHEDULERS if "batch_step" in label)
+BATCH_FINAL = BATCH[1]
+OURS = tuple(label for label, (_, package) in SUBJECTS.items() if package == "ddim-fast")
+FINAL_ALPHA = tuple(label for label in SUBJECTS if "set_alpha_to_one=False" in label)
+OFFSET = "DDIMScheduler, set_alpha_to_one=False, steps_offset=1"
+INVERSION = "DDIMScheduler with DDIMInverseScheduler"
+
+MEANINGS: dict[tuple[str, str], tuple[str, str]] = {}
+"""By subject and check: a key of KINDS, and what it means to a user. Every failure must have one."""
+
+
+def meaning(checks: str, kind: str, text: str, *subjects: str) -> None:
+    """What a failure of any of these checks, separated by spaces, means for these subjects."""
+    for subject in subjects:
+        MEANINGS.update({(subject, check): (kind, " ".join(text.split())) for check in checks.split()})
+
+
+meaning(
+    "previous-timestep golden",
+    "wrong result",
+    """With `timestep_spacing` "trailing" or "linspace", a step goes to the noise level of `t - T // N`, which is not the
+    next timestep visited unless N divides T ("trailing"), or at all ("linspace", from 2 steps on). The next call of
+    the model is told another noise level than its samples have. The default, "leading", is not affected. Cause:
+    `DDIMScheduler.step` and `_get_variance` (`schedulers/scheduling_ddim.py`, and likewise
+    `scheduling_ddim_parallel.py`) compute `prev_timestep` from the numbers alone; `DDPMScheduler` looks it up.
+    Reported upstream as huggingface/diffusers issues 11347 and 12633. With the exact model of data of standard
+    deviation 0.5, 50 steps of "linspace" give 0.484 where "leading" gives 0.477, 2 steps 0.97 (table above).""",
+    *SCHEDULERS,
+)
+meaning(
+    "timesteps",
+    "wrong result",
+    """With "trailing", some numbers of steps give one timestep too many, the last of them -1. The model is asked at
+    timestep -1, and the step from there reads the noise level of the last timestep, as negative indices count from
+    the end: the nearly clean sample is treated as pure noise. Cause: `DDIMScheduler.set_timesteps` counts down to 0
+    with `np.arange` and a step that is not an integer; rounding can leave one more element. Up to 1000 steps, 62
+    numbers are affected, 61 the smallest; none of those that divide 1000.""",
+    *SCHEDULERS,
+)
+meaning(
+    "timesteps ddpm",
+    "wrong result",
+    """`steps_offset=1` with as many steps as there are training timesteps starts at timestep 1000, which does not exist:
+    the first step raises IndexError. Cause: `DDIMScheduler.set_timesteps` adds the offset without a bound. Only N =
+    1000 is affected. Reported upstream as huggingface/diffusers issue 10003. The counts of "trailing" above are wrong
+    here, too.""",
+    OFFSET,
+)
+meaning(
+    "zero-terminal-snr",
+    "wrong result",
+    """With `rescale_betas_zero_snr=True` and eta = 1, the first step from timestep 999 gives NaN for some numbers of
+    steps (with the linear schedule and "trailing": for 54 of the 104 numbers 1 to 100, 250, 333, 500 and 1000; 3, 4,
+    6, 8 and 9 are the first). The cosine schedule does it without rescaling at 5 steps. There 1 - alpha_bar_prev -
+    std_dev_t^2 is 0 or nearly so, and float32 makes it slightly negative before its square root is taken. Cause:
+    `DDIMScheduler.step`, where the coefficient of `pred_epsilon` is computed. At eta = 0 the results are right.""",
+    *SCHEDULERS,
+)
+meaning(
+    "finite",
+    "wrong result",
+    """The same, without rescaling: one step of "trailing" from timestep 999 to the noise level of timestep 0 at eta = 1
+    gives NaN with `set_alpha_to_one=False`, where what is left for `pred_epsilon` is 4e-18.""",
+    "DDIMScheduler, set_alpha_to_one=False",
+    OFFSET,
+)
+meaning(
+    "update observed-update endpoints whole-run zero-terminal-snr previous-timestep",
+    "wrong result",
+    """`batch_step_no_noise` goes to alpha_bar = 1 in the last step even with `set_alpha_to_one=False`, where `step` of
+    the same object goes to the noise level of timestep 0. The two differ in the last step alone, by about 1 % of the
+    predicted noise. Cause: `DDIMParallelScheduler.batch_step_no_noise` (`schedulers/scheduling_ddim_parallel.py`)
+    writes 1 where it should take `final_alpha_cumprod`, which it moves to the device just before. The spacings above
+    are wrong here, too.""",
+    BATCH_FINAL,
+)
+meaning(
+    "no-stale-state half-precision",
+    "type",
+    """`batch_step_no_noise` gives float32 for float16 and bfloat16 samples, where `step` keeps the type. Its
+    coefficients are float32 tensors with a dimension for each sample, which promote; those of `step` have none, and
+    do not. The next call of a model in half precision gets float32.""",
+    *BATCH,
+)
+meaning(
+    "inversion",
+    "approximation",
+    """`DDIMInverseScheduler` inverts each step with the model's output at the sample it has, not at the one it is
+    looking for, as the paper and most code do. Inverted and sampled again, a sample comes back up to an error that
+    falls in proportion to the number of steps (root mean square, data of standard deviation 0.5: 0.143 after 10
+    steps, 0.0154 after 100, 0.0031 after 500). The check asks for what an inversion by fixed-point iteration gives.""",
+    INVERSION,
+)
+meaning(
+    "draws-nothing",
+    "side effect",
+    """At eta = 0, normal numbers are drawn from torch's global generator and multiplied by 0, or not used. The samples
+    do not depend on them; what else draws from that generator gets other numbers, and the drawing takes time. Cause:
+    `DDIMSampler.step` (`azula/sample.py`), `GaussianDiffusion.ddim_sample` (`denoising_diffusion_pytorch.py`) and
+    `sample_euler` (`k_diffusion/sampling.py`) call `torch.randn_like` in every step.""",
+    *(label for label, (_, package) in SUBJECTS.items() if package not in ("diffusers", "ddim-fast")),
+)
+meaning(
+    "timesteps previous-timestep golden",
+    "compatibility",
+    """`FastDDIMScheduler` is a drop-in for `DDIMScheduler`: it visits the same timesteps and makes the same steps, those
+    of the findings above included, so that exchanging one for the other changes no picture. `ddim_fast.DDIMSampler`
+    has none of them.""",
+    *OURS,
+)
+
+# --- Running ----------------------------------------------------------------------------------------------------------
+
+
+def version_of(package: str) -> str:
+    return importlib.metadata.version(package)
+
+
+def verified(subject: str, full: bool, seed: int = 0) -> list[dict]:
+    """Each check's outcome on a subject; where it fails, with message and code."""
+    from ddim_fast.verify import verify
+
+    report = verify(subject, full=full, seed=seed, required=())
+    kept = ("name", "outcome", "message", "code")
+    return [{k: v for k, v in result.items() if k in kept and v} for result in report.to_dict()["results"]]
+
+
+def spacing_sweep() -> list[dict]:
+    """diffusers' timesteps for every number of steps from 1 to 1000, by arithmetic alone: what is visited and where steps go."""
+    from diffusers import DDIMScheduler
+
+    rows = []
+    for spacing in SPACINGS:
+        scheduler = DDIMScheduler(timestep_spacing=spacing)
+        count = {
+            "number of timesteps": [],
+            "a timestep below 0": [],
+            "previous timestep": [],
+            "end above clean data": [],
+        }
+        for steps in range(1, 1001):
+            scheduler.set_timesteps(steps)
+            visited = scheduler.timesteps.tolist()
+            goes_to = [max(t - 1000 // steps, -1) for t in visited]
+            wrong = {
+                "number of timesteps": len(visited) != steps,
+                "a timestep below 0": min(visited) < 0,
+                "previous timestep": any(a != b for a, b in zip(goes_to, [*visited[1:], -1], strict=True)),
+                "end above clean data": goes_to[-1] != -1,
+            }
+            for name, is_wrong in wrong.items():
+                count[name] += [steps] if is_wrong else []
+        rows.append({"spacing": spacing} | {k: {"counts": len(v), "first": v[:6]} for k, v in count.items()})
+    return rows
+
+
+def samples_by_spacing() -> list[dict]:
+    """(mean, standard deviation) of diffusers' samples of N(0.3, 0.5^2) from its exact model, at eta = 0."""
+    import torch
+    from diffusers import DDIMScheduler
+
+    rows = []
+    for steps in (2, 10, 50, 60, 61, 206):
+        row: dict = {"steps": steps}
+        for spacing in SPACINGS:
+            scheduler = DDIMScheduler(timestep_spacing=spacing, clip_sample=False)
+            scheduler.set_timesteps(steps)
+            x = torch.randn(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+            for t in scheduler.timesteps:
+                alpha_bar = float(scheduler.alphas_cumprod[t])
+                eps = math.sqrt(1 - alpha_bar) * (x - math.sqrt(alpha_bar) * 0.3) / (alpha_bar * 0.25 + 1 - alpha_bar)
+                x = scheduler.step(eps, t, x).prev_sample
+            row[spacing] = [round(x.mean().item(), 3), round(x.std().item(), 3)]
+        rows.append(row)
+    return rows
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
+
+
+def rendered(found: dict) -> str:
+    """What stands between the markers: tables, then each failure."""
+    return "\n\n".join([_table(found), _sweep(found["spacings"]), _samples(found["samples"]), *_failures(found)])
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _table(found: dict) -> str:
+    lines = [_row("library", "sampler", "checks that fail", "pass", "do not apply"), _row(*["---"] * 5)]
+    for one in found["subjects"]:
+        outcomes = [check["outcome"] for check in one["checks"]]
+        failed = [check["name"] for check in one["checks"] if check["outcome"] == "failed"]
+        names = ", ".join(f"`{name}`" for name in failed) or "none"
+        lines.append(
+            _row(
+                f"{one['package']} {one['version']}",
+                f"{one['label']}{' (full set)' if one['full'] else ''}",
+                names,
+                outcomes.count("passed"),
+                outcomes.count("not applicable"),
+            )
+        )
+    return "\n".join(lines)
+
+
+def _sweep(rows: list[dict]) -> str:
+    names = [name for name in rows[0] if name != "spacing"]
+    lines = [_row("`timestep_spacing`", *names), _row(*["---"] * (len(names) + 1))]
+    for row in rows:
+        cells = []
+        for name in names:
+            first = ", ".join(map(str, row[name]["first"]))
+            more = ", ..." if row[name]["counts"] > len(row[name]["first"]) else ""
+            cells.append(f"{row[name]['counts']} ({first}{more})" if row[name]["counts"] else "0")
+        lines.append(_row(f"`{row['spacing']}`", *cells))
+    title = (
+        "Of the numbers of steps from 1 to 1000, how many diffusers' `DDIMScheduler` gets wrong, and the first of them:"
+    )
+    return f"{title}\n\n" + "\n".join(lines)
+
+
+def _samples(rows: list[dict]) -> str:
+    lines = [_row("steps", *(f"`{spacing}`" for spacing in SPACINGS)), _row(*["---"] * 4)]
+    for row in rows:
+        lines.append(_row(row["steps"], *("{:.3f}, {:.3f}".format(*row[spacing]) for spacing in SPACINGS)))
+    return (
+        "What that does to samples: data N(0.3, 0.5^2), its exact model, eta = 0, 20 000 samples in float64, "
+        "the mean and the standard deviation of the result. A right sampler's standard deviation comes near "
+        "0.5 from below as steps are added. At 61 and 206 steps of `trailing` the model is asked at timestep "
+        "-1; the exact model used here answers for the noise level that the scheduler reads there, that of "
+        "timestep 999, and all variety is lost. What another model answers at timestep -1 depends on the "
+        "model.\n\n" + "\n".join(lines)
+    )
+
+
+def _failures(found: dict) -> list[str]:
+    """Those of a meaning together, with the first's case."""
+    groups: dict[tuple, list] = {}
+    for one in found["subjects"]:
+        for check in one["checks"]:
+            if check["outcome"] == "failed":
+                groups.setdefault((check["name"], *MEANINGS[one["label"], check["name"]]), []).append((one, check))
+    texts = []
+    for (name, kind, text), cases in groups.items():
+        one, check = cases[0]
+        subjects = dict.fromkeys(f"{one['package']} {one['label']}" for one, _ in cases)
+        texts.append(f"### `{name}`: {', '.join(subjects)}\n\n**{kind.capitalize()}** ({KINDS[kind]}). {text}")
+        texts.append(f"> {_one_line(check['message'])}")
+        texts.append(f"```python\n{check['code']}\n```")
+    return texts
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def unexplained(found: dict) -> list[str]:
+    return [
+        f"{one['label']}: {check['name']}: {check['message']}"
+        for one in found["subjects"]
+        for check in one["checks"]
+        if check["outcome"] == "failed" and (one["label"], check["name"]) not in MEANINGS
+    ]
+
+
+def with_findings(document: str, found: dict) -> str:
+    before, _, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise click.ClickException(f"{DOCUMENT} must have the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{rendered(found)}\n\n{END}{after}"
+
+
+def render(found: dict) -> None:
+    if missing := unexplained(found):
+        raise click.ClickException("each failure needs a meaning:\n" + "\n".join(missing))
+    DOCUMENT.write_text(with_findings(DOCUMENT.read_text(), found))
+
+
+# --- Commands ---------------------------------------------------------------------------------------------------------
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command("run", help="Verify all subjects that are installed here, and write docs/findings.json and the document.")
+@click.option("--only", multiple=True, help="Only subjects of this package; the others' results stay.")
+@click.option("--quick", is_flag=True, help="The quick set only; what the full set found stays.")
+@click.option("--full", is_flag=True, help="The full set only.")
+def run_command(only: tuple[str, ...], quick: bool, full: bool) -> None:
+    from tqdm.auto import tqdm
+
+    before = json.loads(JSON_FILE.read_text()) if JSON_FILE.exists() else {"subjects": [], "spacings": []}
+    kept = {(one["label"], one["full"]): one for one in before["subjects"]}
+    wanted = [(label, False) for label in SUBJECTS] + [(label, True) for label in FULL]
+    for label, thorough in tqdm(
+        [w for w in wanted if not (quick and w[1]) and not (full and not w[1])], unit="subject"
+    ):
+        name, package = SUBJECTS[label]
+        if only and package not in only:
+            continue
+        one = {"label": label, "subject": name, "package": package, "version": version_of(package), "full": thorough}
+        kept[label, thorough] = one | {"checks": verified(name, thorough)}
+    found = {"subjects": [kept[key] for key in wanted if key in kept], "spacings": spacing_sweep()}
+    found["samples"] = samples_by_spacing()
+    found["versions"] = {p: version_of(p) for p in ("torch", "numpy")}
+    JSON_FILE.write_text(json.dumps(found, indent=1) + "\n")
+    render(found)
+
+
+@main.command("render", help="Write the document again from docs/findings.json.")
+def render_command() -> None:
+    render(json.loads(JSON_FILE.read_text()))
+
+
+PACKAGES = ("azula==0.11.1", "denoising-diffusion-pytorch==2.3.4", "k-diffusion==0.1.1.post1")
+NEEDED = ("einops", "ema-pytorch", "torchdiffeq", "torchsde", "trampoline", "boltons")
+STANDING_IN = "torchvision accelerate pytorch_fid skimage cleanfid clip dctorch jsonmerge kornia wandb"
+"""What the libraries import for training, data and pictures alone. Their samplers use nothing of it, so that empty modules do."""
+
+_STAND_INS = f'''
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+NAMES = "{STANDING_IN}".split()
+
+
+class StandIn(ModuleType):
+    __path__ = []
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {{}})
+
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return ModuleSpec(name, Finder, is_package=True) if name.partition(".")[0] in NAMES else None
+
+    @staticmethod
+    def create_module(spec):
+        return StandIn(spec.name)
+
+    @staticmethod
+    def exec_module(module):
+        pass
+
+
+sys.meta_path.append(Finder)
+'''
+
+
+@main.command("prepare", help="Make an environment in FOLDER that has the libraries, and all of this one.")
+@click.argument("folder", type=click.Path(path_type=Path, exists=False))
+def prepare_command(folder: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = folder / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *PACKAGES, *NEEDED], check=True)
+    where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    there = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip())
+    here = sysconfig.get_path("purelib")
+    (there / "stand_ins_for_training.py").write_text(_STAND_INS.lstrip())
+    (there / "zz_this_environment.pth").write_text(f"import site; site.addsitedir({here!r})\n")
+    (there / "zzz_stand_ins.pth").write_text("import stand_ins_for_training\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""The table of checks in docs/VERIFY.md, from the checks themselves: ``python tools/list_checks.py``."""
+
+from pathlib import Path
+
+from ddim_fast.verify.checks import CHECKS
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "VERIFY.md"
+BEGIN, END = "<!-- checks: begin -->", "<!-- checks: end -->"
+
+
+def table() -> str:
+    """Markdown: what each check proves, its source and tolerance, and what a subject must offer for it."""
+    lines = ["| check | proves | source | tolerance | applies to |", "|---|---|---|---|---|"]
+    for check in CHECKS.values():
+        needs = ", ".join(f"`{feature}`" for feature in sorted(check.needs)) or "all"
+        name = f"`{check.name}`" + (" (full)" if check.full_only else "")
+        cells = (name, check.proves, check.source, check.tolerance, needs)
+        escaped = [cell.replace("|", "\\|") for cell in cells]
+        lines.append(f"| {' | '.join(escaped)} |")
+    return "\n".join(lines)
+
+
+def rewritten(text: str) -> str:
+    """The document with the table as it should be."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(rewritten(DOCUMENT.read_text()))
