@@ -18,6 +18,7 @@ BACKENDS = {backend.name: backend for backend in (cpu_step, triton_backend, refe
 """Modules, best first, each with ``name``, ``unsupported_reasons(inputs) -> list[str]`` and ``run(inputs) -> x_prev``."""
 
 _run_plain = cpu_step.extension.step if cpu_step.extension is not None else None
+_run_plain_to_new = cpu_step.extension.step_to_new if cpu_step.extension is not None else None
 _is_inference_mode = torch.is_inference_mode_enabled
 # Whether torch.compile traces this, or a mode such as make_fx's or FakeTensorMode's looks at every operation: then a step is one operator.
 # (The C++ step declines by itself where a mode is active: asking here first would cost it a tenth of a microsecond more.)
@@ -108,20 +109,22 @@ def ddim_step(
 
 
 def plain_step(
-    x_t: Tensor, model_output: Tensor, coefficients: StepCoefficients, x_prev: Tensor, x0: Tensor | None
-) -> Tensor | None:
+    x_t: Tensor, model_output: Tensor, rows: dict[int, StepCoefficients], t: int | Tensor
+) -> tuple[Tensor, Tensor] | None:
     """``ddim_step`` without noise, guidance or thresholds, where these are plain CPU tensors that fit together. For callers that
-    count microseconds.
+    count microseconds: the row is looked up, and memory for the results taken, without a call of Python's.
 
     Args:
-        x_prev, x0: new tensors: autograd is not told that they were written to.
+        rows: rows that add no noise, by number.
+        t: the number of the row, or an int64 tensor with it.
 
     Returns:
-        ``x_prev``, or None where there is more to look at: then nothing was done, and there is no error.
+        ``(x_prev, x0)`` in new tensors, or None where there is no such row, or more to look at: then nothing was done, and there is
+        no error. The tensors own their memory as those from ``torch.from_dlpack`` do: ``resize_`` cannot enlarge them.
     """
-    if _run_plain is None or _is_dynamo_compiling() or forward_ad._current_level >= 0:
+    if _run_plain_to_new is None or _is_dynamo_compiling() or forward_ad._current_level >= 0:
         return None
-    return _run_plain(x_t, model_output, coefficients, None, None, None, None, 0, 0, None, x_prev, x0)
+    return _run_plain_to_new(x_t, model_output, rows, t)
 
 
 def ddim_step_from_table(

@@ -278,13 +278,6 @@ def _timestep(timestep: Any) -> int | Tensor:
 _INTEGERS = (torch.int64, torch.int32)
 
 
-def _number_on_host(timestep: Any) -> int | None:
-    """A timestep from a loop over ``scheduler.timesteps`` on the CPU; None for anything else."""
-    if type(timestep) is Tensor and timestep.dtype is torch.int64 and timestep.ndim == 0 and timestep.is_cpu:
-        return timestep.item()
-    return None
-
-
 def _batch_of_timesteps(timesteps: Any, samples: Any, noise: Any, num_timesteps: int) -> Tensor:
     """One timestep, or one for each sample, on the samples' device."""
     _check_tensors(samples, noise)
@@ -387,11 +380,9 @@ class _FastDenoising(_FastSteps):
         """
         known = self._known
         if known is not None and eta == 0 and use_clipped_model_output is False and known.holds(self):
-            row = known.plain.get(timestep if type(timestep) is int else _number_on_host(timestep))
-            if row is not None and isinstance(sample, Tensor):
-                x_prev, x0 = torch.empty_like(sample), torch.empty_like(sample)
-                if plain_step(sample, model_output, row, x_prev, x0) is not None:
-                    return _output(self._output_kind, x_prev, x0) if return_dict else (x_prev, x0)
+            found = plain_step(sample, model_output, known.plain, timestep)
+            if found is not None:
+                return _output(self._output_kind, *found) if return_dict else found
         try:
             _check_tensors(sample, model_output)
             if not isinstance(eta, (int, float)) or not 0 <= eta < math.inf or self.num_inference_steps is None:

@@ -1,5 +1,6 @@
-// The part of the DLPack 1.3 standard that reads a tensor object without copying, locking or keeping it: its C exchange interface,
-// which array libraries publish as the capsule `__dlpack_c_exchange_api__` on their tensor type. Layouts as the standard gives them.
+// The part of the DLPack 1.3 standard that reads a tensor object without copying, locking or keeping it, and makes one from memory: its
+// C exchange interface, which array libraries publish as the capsule `__dlpack_c_exchange_api__` on their tensor type. Layouts as the
+// standard gives them.
 #pragma once
 #include <cstdint>
 
@@ -32,12 +33,21 @@ struct Tensor {
   uint64_t byte_offset;
 };
 
+// A tensor with the memory that it owns.
+struct ManagedTensor {
+  Version version;
+  void* manager_context;
+  void (*deleter)(ManagedTensor* self);
+  uint64_t flags;
+  Tensor tensor;
+};
+
 struct ExchangeApi {
   Version version;
   void* previous;
   void* managed_tensor_allocator;
   void* managed_tensor_from_object;
-  void* managed_tensor_to_object;
+  int (*managed_tensor_to_object)(ManagedTensor* tensor, void** out_object);  // the object owns the tensor from then on
   int (*tensor_from_object)(void* object, Tensor* out);  // borrows: valid while the object lives and is not changed
   void* current_work_stream;
 };

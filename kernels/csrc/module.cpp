@@ -1,7 +1,8 @@
-// The Python module: chooses an instruction set when it is loaded, splits the work over threads, and has two ways in.
+// The Python module: chooses an instruction set when it is loaded, splits the work over threads, and has three ways in.
 //
 //   step(...)      takes tensors, and runs if they are plain: CPU, contiguous, equal shapes, known types, no gradient. Otherwise
 //                  it returns None without touching anything, and Python looks closer and finds the words for an error.
+//   step_to_new(...)  the same for a step that is nothing but its row, with the row looked up and both results made here.
 //   run(...)       takes addresses and strides that Python has checked.
 //
 // Python's limited API only, no torch headers: one build serves every Python from 3.10 and every torch.
@@ -12,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "dlpack.h"
@@ -80,6 +82,7 @@ void run_unlocked(const Step& s, int threads) {
 
 // ------------------------------------------------------------------------------------------------------ what torch is asked
 PyObject *tensor_type, *get_num_threads, *modes_active, *s_requires_grad, *s_packed;
+PyCFunction is_negated;                         // torch.Tensor.is_neg, called without looking it up
 const dlpack::ExchangeApi* exchange = nullptr;  // null before torch 2.10: then step() refuses, and Python checks at its own pace
 
 struct Reference {
@@ -92,7 +95,9 @@ struct Reference {
 
 bool read_any(PyObject* object, dlpack::Tensor* t) {
   if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != tensor_type) return false;
-  return exchange->tensor_from_object(object, t) == 0 && t->device.type == dlpack::kCpu;
+  if (exchange->tensor_from_object(object, t) != 0 || t->device.type != dlpack::kCpu) return false;
+  Reference negated(is_negated(object, nullptr));  // its memory has the other sign
+  return negated.object == Py_False;
 }
 
 void* address_of(const dlpack::Tensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
@@ -177,25 +182,26 @@ int thread_count(int64_t n, bool noise) {
 enum StepArgument { kXt, kModelOutput, kCoefficients, kUncond, kGuidance, kNoiseTensor, kSeeds, kNoiseStep, kNoiseStream, kThresholds, kXPrev, kX0,
                     kNumStepArguments };
 
+// Reads what every step has. `like`: the layout of x_t, which the others share.
+bool read_plain(PyObject* x_t, PyObject* model_output, PyObject* coefficients, Step* s, dlpack::Tensor* like) {
+  if (!exchange || !read_tensor(x_t, nullptr, 0, &s->x_t, like) || like->ndim < 1) return false;
+  s->n_samples = like->shape[0];
+  s->n_elements = 1;
+  for (int32_t d = 1; d < like->ndim; ++d) s->n_elements *= like->shape[d];
+  s->x_t.stride = s->n_elements;
+  if (!read_tensor(model_output, like, s->n_elements, &s->model_output)) return false;
+  if (s->model_output.dtype != s->x_t.dtype && s->x_t.dtype != kFloat32) return false;
+  if (!without_gradient(x_t) || !without_gradient(model_output)) return false;
+  Reference packed(PyObject_GetAttr(coefficients, s_packed));
+  return packed.object && read_coefficients(packed.object, s);
+}
+
 bool read_step(PyObject* const* a, Step* s, int64_t* total) {
   dlpack::Tensor like;
   const void *seeds = nullptr, *thresholds = nullptr;
-  if (!exchange || !read_tensor(a[kXt], nullptr, 0, &s->x_t, &like) || like.ndim < 1) return false;
-  s->n_samples = like.shape[0];
-  s->n_elements = 1;
-  for (int32_t d = 1; d < like.ndim; ++d) s->n_elements *= like.shape[d];
+  if (!read_plain(a[kXt], a[kModelOutput], a[kCoefficients], s, &like)) return false;
   const int64_t stride = s->n_elements;
   *total = s->n_samples * s->n_elements;
-  // A lazily negated view has a stride, and so is not contiguous, unless it is a single element: that one is left to Python.
-  if (*total <= 1) return false;
-  s->x_t.stride = stride;
-  if (!read_tensor(a[kModelOutput], &like, stride, &s->model_output)) return false;
-  if (s->model_output.dtype != s->x_t.dtype && s->x_t.dtype != kFloat32) return false;
-  if (!without_gradient(a[kXt]) || !without_gradient(a[kModelOutput])) return false;
-  {
-    Reference packed(PyObject_GetAttr(a[kCoefficients], s_packed));
-    if (!packed.object || !read_coefficients(packed.object, s)) return false;
-  }
   if (a[kUncond] != Py_None) {
     if (!read_tensor(a[kUncond], &like, stride, &s->model_output_uncond) || !without_gradient(a[kUncond])) return false;
     if (s->model_output_uncond.dtype != s->model_output.dtype) return false;
@@ -266,6 +272,69 @@ PyObject* py_step(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
   if (PyErr_Occurred()) return nullptr;
   Py_INCREF(a[kXPrev]);
   return a[kXPrev];
+}
+
+// A new tensor in the layout of another, which owns its memory: this, and the elements after it.
+struct alignas(64) NewTensor {
+  static constexpr int32_t kMostDimensions = 8;
+  dlpack::ManagedTensor managed;
+  int64_t shape[kMostDimensions], strides[kMostDimensions];
+
+  // Null where there is no memory, or there are too many dimensions.
+  static NewTensor* like(const dlpack::Tensor& t, size_t bytes) {
+    if (t.ndim > kMostDimensions) return nullptr;
+    void* memory = ::operator new(sizeof(NewTensor) + bytes, std::align_val_t{alignof(NewTensor)}, std::nothrow);
+    if (!memory) return nullptr;
+    auto* made = new (memory) NewTensor;
+    std::copy_n(t.shape, t.ndim, made->shape);
+    std::copy_n(t.strides, t.ndim, made->strides);
+    made->managed = {exchange->version, nullptr, destroy, 0, {made + 1, t.device, t.ndim, t.dtype, made->shape, made->strides, 0}};
+    return made;
+  }
+
+  static void destroy(dlpack::ManagedTensor* managed) { ::operator delete(managed, std::align_val_t{alignof(NewTensor)}); }
+
+  PyObject* to_python() {
+    void* object = nullptr;
+    return exchange->managed_tensor_to_object(&managed, &object) == 0 ? static_cast<PyObject*>(object) : nullptr;
+  }
+};
+
+// The row of timestep t in a dictionary of rows by number, borrowed; t may be in an int64 tensor without dimensions.
+PyObject* find_row(PyObject* rows, PyObject* t) {
+  if (PyLong_CheckExact(t)) return PyDict_GetItemWithError(rows, t);
+  dlpack::Tensor number;
+  if (!exchange || !read_any(t, &number) || number.ndim != 0) return nullptr;
+  if (number.dtype.code != dlpack::kInt || number.dtype.bits != 64 || number.dtype.lanes != 1) return nullptr;
+  Reference key(PyLong_FromLongLong(*static_cast<const int64_t*>(address_of(number))));
+  return key.object ? PyDict_GetItemWithError(rows, key.object) : nullptr;
+}
+
+// step_to_new(x_t, model_output, rows, t): (x_prev, x0) in new tensors, or None. The rows add no noise.
+PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
+  if (n_arguments != 4 || !PyDict_Check(a[2])) {
+    PyErr_SetString(PyExc_TypeError, "step_to_new takes x_t, model_output, a dictionary of rows, and a timestep");
+    return nullptr;
+  }
+  Step s{};
+  dlpack::Tensor like;
+  PyObject* row = is_watched() ? nullptr : find_row(a[2], a[3]);
+  NewTensor *x_prev = nullptr, *x0 = nullptr;
+  if (row && read_plain(a[0], a[1], row, &s, &like) && s.c.noise == 0) {
+    const size_t bytes = s.n_samples * s.n_elements * kItemSize[s.x_t.dtype];
+    x_prev = NewTensor::like(like, bytes);
+    x0 = x_prev ? NewTensor::like(like, bytes) : nullptr;
+  }
+  if (!x0) {
+    if (x_prev) NewTensor::destroy(&x_prev->managed);
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
+  s.x_prev = {x_prev + 1, s.x_t.stride, s.x_t.dtype};
+  s.x0 = {x0 + 1, s.x_t.stride, s.x_t.dtype};
+  run_unlocked(s, thread_count(s.n_samples * s.n_elements, false));
+  Reference first(x_prev->to_python()), second(x0->to_python());
+  return first.object && second.object ? PyTuple_Pack(2, first.object, second.object) : nullptr;
 }
 
 // run(n_samples, n_elements, tensors, guidance_scale, packed, thresholds, seeds, known_seeds, noise_step, noise_stream, threads); tensors
@@ -375,6 +444,7 @@ PyObject* py_selected(PyObject*, PyObject*) { return PyUnicode_FromString(kernel
 
 PyMethodDef methods[] = {
     {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_step)), METH_FASTCALL, nullptr},
+    {"step_to_new", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_step_to_new)), METH_FASTCALL, nullptr},
     {"run", py_run, METH_VARARGS, nullptr},
     {"normals", py_normals, METH_VARARGS, nullptr},
     {"words", py_words, METH_VARARGS, nullptr},
@@ -399,7 +469,10 @@ bool import_torch_names() {
   Reference capsule(PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__"));
   const auto* api = static_cast<const dlpack::ExchangeApi*>(
       capsule.object ? PyCapsule_GetPointer(capsule.object, "dlpack_exchange_api") : nullptr);
-  if (api && api->version.major == 1) exchange = api;
+  Reference example(PyObject_CallMethod(torch.object, "empty", "i", 0));
+  Reference method(example.object ? PyObject_GetAttrString(example.object, "is_neg") : nullptr);
+  if (method.object && PyCFunction_GetFlags(method.object) == METH_NOARGS) is_negated = PyCFunction_GetFunction(method.object);
+  if (api && api->version.major == 1 && is_negated) exchange = api;
   PyErr_Clear();
   return true;
 }
