@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,16 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # codes of csr
 
 if extension is not None and (wanted := os.environ.get("DDIM_FAST_INSTRUCTION_SET")):
     extension.select(wanted)
+
+
+def _unchanged(values: tuple[tuple[dict, str, Any], ...], writes: tuple[tuple[Tensor, int], ...]) -> bool:
+    """Whether each dictionary still has that very value for its key, and each tensor has counted no more writes than that."""
+    return all(found.get(key) is value for found, key, value in values) and all(
+        tensor._version == count for tensor, count in writes
+    )
+
+
+unchanged = _unchanged if extension is None else extension.unchanged
 
 
 def unsupported_reasons(inputs: StepInputs) -> list[str]:

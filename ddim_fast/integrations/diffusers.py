@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ except ImportError as error:
     ) from error
 
 from ..kernels.contract import StepCoefficients
+from ..kernels.cpu_step import unchanged
 from ..kernels.dispatch import ddim_step, plain_step
 from ..kernels.layout import is_wrapped
 from ..kernels.noise import NoiseStream, sample_seeds
@@ -81,15 +81,12 @@ class _FastSteps:
 
     _noisiest_first = True  # the order of timesteps
     _known: _Known | None = None
-    _row_fields = staticmethod(attrgetter(*_ROW_FIELDS))
+    _row_fields: tuple[str, ...] = _ROW_FIELDS
+    _alpha_bar_outside: str  # the attribute that is alpha_bar of the timestep below 0: of clean data
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the rows, which are made by this scheduler: a copy makes its own."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_known", "_seeds_of")}
-
-    def _alpha_bar_outside(self) -> Tensor:
-        """alpha_bar of the timestep below 0: of clean data."""
-        raise NotImplementedError
 
     def _pair(self, t: int) -> tuple[int, int]:
         """The timesteps (from, to) of the step that is taken at ``t``; one below 0 is clean data."""
@@ -98,7 +95,7 @@ class _FastSteps:
     def _rows(self, kind: Callable[..., StepCoefficients], *options: Any) -> StepsByTimestep:
         """The steps whose rows are ``kind(scheduler, *options, t)``."""
         known = self._known
-        if known is None or not known.holds(self):
+        if known is None or not unchanged(known.values, known.writes):
             known = self._known = _Known(self)
         found = known.rows.get((kind, options))
         if found is None:
@@ -215,36 +212,29 @@ class _Known:
     """Rows of a scheduler, and what they were made of."""
 
     def __init__(self, scheduler: _FastSteps):
-        self._fields = scheduler._row_fields(scheduler._internal_dict)
-        self._alphas_cumprod = scheduler.alphas_cumprod
-        if not isinstance(self._alphas_cumprod, Tensor):
+        config, explicit = scheduler._internal_dict, scheduler._internal_dict.explicit_pairs
+        levels, outside = scheduler.alphas_cumprod, getattr(scheduler, scheduler._alpha_bar_outside)
+        if not isinstance(levels, Tensor):
             raise _LeaveToOriginal
-        self._outside = scheduler._alpha_bar_outside()
-        self._num_inference_steps = scheduler.num_inference_steps
-        self._explicit = scheduler._internal_dict.explicit_pairs
-        self._timesteps = scheduler.timesteps
-        self._counted = [
-            tensor
-            for tensor in (self._alphas_cumprod, self._outside, *([self._timesteps] if self._explicit else []))
+        attributes = ["alphas_cumprod", scheduler._alpha_bar_outside, "num_inference_steps", "_internal_dict"]
+        if explicit:
+            attributes.append("timesteps")
+        self.values = tuple(
+            (vars(owner), name, getattr(owner, name))
+            for owner, names in ((scheduler, attributes), (config, scheduler._row_fields))
+            for name in names
+        )
+        self.writes = tuple(
+            (tensor, tensor._version)
+            for tensor in (levels, outside, *([scheduler.timesteps] if explicit else []))
             if isinstance(tensor, Tensor) and not tensor.is_inference()  # whose writes nobody counts
-        ]
-        self._writes = [tensor._version for tensor in self._counted]
-        self.alpha_bars = self._alphas_cumprod.tolist()
-        self.alpha_bar_outside = float(self._outside)
+        )
+        self.alpha_bars = levels.tolist()
+        self.alpha_bar_outside = float(outside)
         # Timesteps from the noisiest to the cleanest, where pairs are explicit.
-        self.visited = tuple(sorted(self._timesteps.tolist(), reverse=True)) if self._explicit else ()
+        self.visited = tuple(sorted(scheduler.timesteps.tolist(), reverse=True)) if explicit else ()
         self.rows: dict[Any, StepsByTimestep] = {}
         self.plain: dict[int, StepCoefficients] = {}  # by timestep: steps that are nothing but their row
-
-    def holds(self, scheduler: _FastSteps) -> bool:
-        return (
-            self._alphas_cumprod is scheduler.alphas_cumprod
-            and self._num_inference_steps == scheduler.num_inference_steps
-            and self._outside is scheduler._alpha_bar_outside()
-            and self._fields == scheduler._row_fields(scheduler._internal_dict)
-            and (not self._explicit or self._timesteps is scheduler.timesteps)
-            and self._writes == [tensor._version for tensor in self._counted]
-        )
 
 
 def _check_tensors(sample: Any, model_output: Any) -> None:
@@ -340,20 +330,22 @@ def _velocity_row(scheduler: Any, t: int) -> StepCoefficients:
 def _output(kind: type, prev_sample: Tensor, pred_original_sample: Tensor) -> Any:
     """``kind(prev_sample=..., pred_original_sample=...)`` without its checks, which take longer than a small step."""
     output = OrderedDict.__new__(kind)
-    for name, value in (("prev_sample", prev_sample), ("pred_original_sample", pred_original_sample)):
-        OrderedDict.__setitem__(output, name, value)
-        output.__dict__[name] = value
+    _set_item(output, "prev_sample", prev_sample)
+    _set_item(output, "pred_original_sample", pred_original_sample)
+    attributes = output.__dict__
+    attributes["prev_sample"], attributes["pred_original_sample"] = prev_sample, pred_original_sample
     return output
+
+
+_set_item = OrderedDict.__setitem__
 
 
 class _FastDenoising(_FastSteps):
     """``step`` of the two schedulers that sample."""
 
     _output_kind: type
-    _row_fields = staticmethod(attrgetter(*_ROW_FIELDS, "thresholding"))
-
-    def _alpha_bar_outside(self) -> Tensor:
-        return self.final_alpha_cumprod
+    _row_fields = (*_ROW_FIELDS, "thresholding")
+    _alpha_bar_outside = "final_alpha_cumprod"
 
     def _pair(self, t: int) -> tuple[int, int]:
         visited = self._known.visited
@@ -379,7 +371,7 @@ class _FastDenoising(_FastSteps):
                 ``explicit_pairs``, the timestep is not one of ``timesteps``. And the original's errors.
         """
         known = self._known
-        if known is not None and eta == 0 and use_clipped_model_output is False and known.holds(self):
+        if known is not None and eta == 0 and use_clipped_model_output is False and unchanged(known.values, known.writes):
             found = plain_step(sample, model_output, known.plain, timestep)
             if found is not None:
                 return _output(self._output_kind, *found) if return_dict else found
@@ -525,15 +517,13 @@ class FastDDIMInverseScheduler(_FastSteps, DDIMInverseScheduler):
     """
 
     _noisiest_first = False
+    _alpha_bar_outside = "initial_alpha_cumprod"
     _compatibles = ["DDIMInverseScheduler"]  # noqa: RUF012 (as diffusers' classes have it)
 
     @_also_takes(DDIMInverseScheduler)
     def __init__(self, *args: Any, explicit_pairs: bool = False, **kwargs: Any):
         _check_flags(explicit_pairs=explicit_pairs)
         super().__init__(*args, **kwargs)
-
-    def _alpha_bar_outside(self) -> Tensor:
-        return self.initial_alpha_cumprod
 
     def _pair(self, t: int) -> tuple[int, int]:
         visited = self._known.visited

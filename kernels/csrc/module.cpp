@@ -5,6 +5,8 @@
 //   step_to_new(...)  the same for a step that is nothing but its row, with the row looked up and both results made here.
 //   run(...)       takes addresses and strides that Python has checked.
 //
+// And unchanged(...), by which a caller of step_to_new knows that its rows are still right.
+//
 // Python's limited API only, no torch headers: one build serves every Python from 3.10 and every torch.
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
@@ -81,7 +83,7 @@ void run_unlocked(const Step& s, int threads) {
 }
 
 // ------------------------------------------------------------------------------------------------------ what torch is asked
-PyObject *tensor_type, *get_num_threads, *modes_active, *s_requires_grad, *s_packed;
+PyObject *tensor_type, *get_num_threads, *modes_active, *s_requires_grad, *s_packed, *s_version;
 PyCFunction is_negated;                         // torch.Tensor.is_neg, called without looking it up
 const dlpack::ExchangeApi* exchange = nullptr;  // null before torch 2.10: then step() refuses, and Python checks at its own pace
 
@@ -337,6 +339,30 @@ PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) 
   return first.object && second.object ? PyTuple_Pack(2, first.object, second.object) : nullptr;
 }
 
+// unchanged(values, writes): whether each (dictionary, key, value) of a tuple still has that very value, and each (tensor, number) that _version.
+PyObject* py_unchanged(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
+  if (n_arguments != 2 || !PyTuple_Check(a[0]) || !PyTuple_Check(a[1])) {
+    PyErr_SetString(PyExc_TypeError, "unchanged takes a tuple of (dictionary, key, value) and one of (tensor, number)");
+    return nullptr;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_Size(a[0]); ++i) {
+    PyObject* entry = PyTuple_GetItem(a[0], i);
+    PyObject* value = PyTuple_GetItem(entry, 2);
+    if (!value) return nullptr;
+    if (PyDict_GetItemWithError(PyTuple_GetItem(entry, 0), PyTuple_GetItem(entry, 1)) == value) continue;
+    return PyErr_Occurred() ? nullptr : PyBool_FromLong(0);
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_Size(a[1]); ++i) {
+    PyObject* entry = PyTuple_GetItem(a[1], i);
+    PyObject* known = PyTuple_GetItem(entry, 1);
+    if (!known) return nullptr;
+    Reference version(PyObject_GetAttr(PyTuple_GetItem(entry, 0), s_version));
+    const int same = version.object ? PyObject_RichCompareBool(version.object, known, Py_EQ) : -1;
+    if (same != 1) return same < 0 ? nullptr : PyBool_FromLong(0);
+  }
+  return PyBool_FromLong(1);
+}
+
 // run(n_samples, n_elements, tensors, guidance_scale, packed, thresholds, seeds, known_seeds, noise_step, noise_stream, threads); tensors
 // is a tuple of nine (address, stride, dtype) for x_t, model_output, model_output_uncond, noise, x_prev, x0, mask, known_x0, known_noise;
 // address 0: not given.
@@ -445,6 +471,7 @@ PyObject* py_selected(PyObject*, PyObject*) { return PyUnicode_FromString(kernel
 PyMethodDef methods[] = {
     {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_step)), METH_FASTCALL, nullptr},
     {"step_to_new", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_step_to_new)), METH_FASTCALL, nullptr},
+    {"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_unchanged)), METH_FASTCALL, nullptr},
     {"run", py_run, METH_VARARGS, nullptr},
     {"normals", py_normals, METH_VARARGS, nullptr},
     {"words", py_words, METH_VARARGS, nullptr},
@@ -465,6 +492,7 @@ bool import_torch_names() {
   modes_active = inside.object ? PyObject_GetAttrString(inside.object, "_len_torch_dispatch_stack") : nullptr;
   s_requires_grad = PyUnicode_InternFromString("requires_grad");
   s_packed = PyUnicode_InternFromString("packed");
+  s_version = PyUnicode_InternFromString("_version");
   if (PyErr_Occurred()) return false;
   Reference capsule(PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__"));
   const auto* api = static_cast<const dlpack::ExchangeApi*>(
