@@ -18,10 +18,9 @@ BACKENDS = {backend.name: backend for backend in (cpu_step, triton_backend, refe
 """Modules, best first, each with ``name``, ``unsupported_reasons(inputs) -> list[str]`` and ``run(inputs) -> x_prev``."""
 
 _run_plain = cpu_step.extension.step if cpu_step.extension is not None else None
-_run_plain_to_new = cpu_step.extension.step_to_new if cpu_step.extension is not None else None
 _is_inference_mode = torch.is_inference_mode_enabled
 # Whether torch.compile traces this, or a mode such as make_fx's or FakeTensorMode's looks at every operation: then a step is one operator.
-# (The C++ step declines by itself where a mode is active: asking here first would cost it a tenth of a microsecond more.)
+# (The C++ step declines by itself where a mode is active, or forward-mode derivatives are taken: asking here first would cost more.)
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _modes_active = torch._C._len_torch_dispatch_stack
 _warned = False
@@ -78,7 +77,7 @@ def ddim_step(
     target = out
     traced = _is_dynamo_compiling()
     plain = mask is None and known_x0 is None and known_noise is None and normals == "exact" and backend is None
-    if plain and not traced and _run_plain is not None and forward_ad._current_level < 0:
+    if plain and not traced and _run_plain is not None:
         if out is None and isinstance(x_t, Tensor):
             target = torch.empty_like(x_t)
         result = _run_plain(
@@ -106,25 +105,6 @@ def ddim_step(
     if backend is None and (traced or _modes_active()):
         return _through_operator(inputs, target)
     return run(inputs, backend)
-
-
-def plain_step(
-    x_t: Tensor, model_output: Tensor, rows: dict[int, StepCoefficients], t: int | Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """``ddim_step`` without noise, guidance or thresholds, where these are plain CPU tensors that fit together. For callers that
-    count microseconds: the row is looked up, and memory for the results taken, without a call of Python's.
-
-    Args:
-        rows: rows that add no noise, by number.
-        t: the number of the row, or an int64 tensor with it.
-
-    Returns:
-        ``(x_prev, x0)`` in new tensors, or None where there is no such row, or more to look at: then nothing was done, and there is
-        no error. The tensors own their memory as those from ``torch.from_dlpack`` do: ``resize_`` cannot enlarge them.
-    """
-    if _run_plain_to_new is None or _is_dynamo_compiling() or forward_ad._current_level >= 0:
-        return None
-    return _run_plain_to_new(x_t, model_output, rows, t)
 
 
 def ddim_step_from_table(

@@ -33,8 +33,8 @@ except ImportError as error:
     ) from error
 
 from ..kernels.contract import StepCoefficients
-from ..kernels.cpu_step import unchanged
-from ..kernels.dispatch import ddim_step, plain_step
+from ..kernels.cpu_step import plain_step, unchanged
+from ..kernels.dispatch import ddim_step
 from ..kernels.layout import is_wrapped
 from ..kernels.noise import NoiseStream, sample_seeds
 from ..kernels.thresholding import dynamic_thresholds

@@ -83,7 +83,7 @@ void run_unlocked(const Step& s, int threads) {
 }
 
 // ------------------------------------------------------------------------------------------------------ what torch is asked
-PyObject *tensor_type, *get_num_threads, *modes_active, *s_requires_grad, *s_packed, *s_version;
+PyObject *tensor_type, *get_num_threads, *grad_enabled, *modes_active, *forward_ad, *s_requires_grad, *s_packed, *s_version, *s_current_level;
 PyCFunction is_negated;                         // torch.Tensor.is_neg, called without looking it up
 const dlpack::ExchangeApi* exchange = nullptr;  // null before torch 2.10: then step() refuses, and Python checks at its own pace
 
@@ -136,8 +136,14 @@ bool read_tensor(PyObject* object, const dlpack::Tensor* like, int64_t stride, T
   return read_tensor(object, like, stride, out, &t);
 }
 
-// The kernels record no gradients: a tensor that may want one is left to Python to judge.
-bool without_gradient(PyObject* object) {
+// Whether torch records gradients. The kernels record none: a tensor that may want one is then left to Python to judge.
+bool is_recording() {
+  Reference enabled(PyObject_CallNoArgs(grad_enabled));
+  return enabled.object != Py_False;
+}
+
+bool without_gradient(PyObject* object, bool recording) {
+  if (!recording) return true;
   Reference attribute(PyObject_GetAttr(object, s_requires_grad));
   return attribute.object == Py_False;
 }
@@ -185,7 +191,7 @@ enum StepArgument { kXt, kModelOutput, kCoefficients, kUncond, kGuidance, kNoise
                     kNumStepArguments };
 
 // Reads what every step has. `like`: the layout of x_t, which the others share.
-bool read_plain(PyObject* x_t, PyObject* model_output, PyObject* coefficients, Step* s, dlpack::Tensor* like) {
+bool read_plain(PyObject* x_t, PyObject* model_output, PyObject* coefficients, bool recording, Step* s, dlpack::Tensor* like) {
   if (!exchange || !read_tensor(x_t, nullptr, 0, &s->x_t, like) || like->ndim < 1) return false;
   s->n_samples = like->shape[0];
   s->n_elements = 1;
@@ -193,7 +199,7 @@ bool read_plain(PyObject* x_t, PyObject* model_output, PyObject* coefficients, S
   s->x_t.stride = s->n_elements;
   if (!read_tensor(model_output, like, s->n_elements, &s->model_output)) return false;
   if (s->model_output.dtype != s->x_t.dtype && s->x_t.dtype != kFloat32) return false;
-  if (!without_gradient(x_t) || !without_gradient(model_output)) return false;
+  if (!without_gradient(x_t, recording) || !without_gradient(model_output, recording)) return false;
   Reference packed(PyObject_GetAttr(coefficients, s_packed));
   return packed.object && read_coefficients(packed.object, s);
 }
@@ -201,11 +207,12 @@ bool read_plain(PyObject* x_t, PyObject* model_output, PyObject* coefficients, S
 bool read_step(PyObject* const* a, Step* s, int64_t* total) {
   dlpack::Tensor like;
   const void *seeds = nullptr, *thresholds = nullptr;
-  if (!read_plain(a[kXt], a[kModelOutput], a[kCoefficients], s, &like)) return false;
+  const bool recording = is_recording();
+  if (!read_plain(a[kXt], a[kModelOutput], a[kCoefficients], recording, s, &like)) return false;
   const int64_t stride = s->n_elements;
   *total = s->n_samples * s->n_elements;
   if (a[kUncond] != Py_None) {
-    if (!read_tensor(a[kUncond], &like, stride, &s->model_output_uncond) || !without_gradient(a[kUncond])) return false;
+    if (!read_tensor(a[kUncond], &like, stride, &s->model_output_uncond) || !without_gradient(a[kUncond], recording)) return false;
     if (s->model_output_uncond.dtype != s->model_output.dtype) return false;
     s->guidance_scale = static_cast<float>(PyFloat_AsDouble(a[kGuidance]));
     if (PyErr_Occurred() || !std::isfinite(s->guidance_scale)) return false;
@@ -217,7 +224,7 @@ bool read_step(PyObject* const* a, Step* s, int64_t* total) {
   if ((given && seeded) || (wanted && !given && !seeded)) return false;
   if (given) {
     if (!read_tensor(a[kNoiseTensor], &like, stride, &s->noise) || s->noise.dtype != s->x_t.dtype) return false;
-    if (!without_gradient(a[kNoiseTensor])) return false;
+    if (!without_gradient(a[kNoiseTensor], recording)) return false;
     if (!wanted) s->noise.data = nullptr;
   }
   if (seeded) {
@@ -229,16 +236,16 @@ bool read_step(PyObject* const* a, Step* s, int64_t* total) {
     if (wanted) s->seeds = static_cast<const int64_t*>(seeds);
   }
   if (a[kThresholds] != Py_None) {
-    if (!s->clipped || !without_gradient(a[kThresholds])) return false;
+    if (!s->clipped || !without_gradient(a[kThresholds], recording)) return false;
     if (!read_per_sample(a[kThresholds], dlpack::kFloat, 32, s->n_samples, &thresholds)) return false;
     s->thresholds = static_cast<const float*>(thresholds);
     for (int64_t i = 0; i < s->n_samples; ++i)
       if (s->thresholds[i] <= 0) return false;
   }
   if (!read_tensor(a[kXPrev], &like, stride, &s->x_prev) || s->x_prev.dtype != s->x_t.dtype) return false;
-  if (a[kXPrev] != a[kXt] && !without_gradient(a[kXPrev])) return false;
+  if (a[kXPrev] != a[kXt] && !without_gradient(a[kXPrev], recording)) return false;
   if (a[kX0] != Py_None) {
-    if (!read_tensor(a[kX0], &like, stride, &s->x0) || s->x0.dtype != s->x_t.dtype || !without_gradient(a[kX0])) return false;
+    if (!read_tensor(a[kX0], &like, stride, &s->x0) || s->x0.dtype != s->x_t.dtype || !without_gradient(a[kX0], recording)) return false;
     if (s->x0.data == s->x_prev.data || !safe_to_write(s->x0, s->x_prev, *total)) return false;
   }
   for (const Tensor* written : {&s->x_prev, &s->x0}) {
@@ -253,8 +260,10 @@ bool read_step(PyObject* const* a, Step* s, int64_t* total) {
   return true;
 }
 
-// Whether a mode of torch looks at every operation, such as make_fx's: it would not see this one.
+// Whether a mode of torch looks at every operation, such as make_fx's, or forward-mode derivatives are taken: they would not see this one.
 bool is_watched() {
+  PyObject* level = PyDict_GetItemWithError(forward_ad, s_current_level);
+  if (!level || PyLong_AsLong(level) >= 0) return true;
   Reference count(PyObject_CallNoArgs(modes_active));
   return !count.object || PyLong_AsLong(count.object) != 0;
 }
@@ -322,7 +331,7 @@ PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) 
   dlpack::Tensor like;
   PyObject* row = is_watched() ? nullptr : find_row(a[2], a[3]);
   NewTensor *x_prev = nullptr, *x0 = nullptr;
-  if (row && read_plain(a[0], a[1], row, &s, &like) && s.c.noise == 0) {
+  if (row && read_plain(a[0], a[1], row, is_recording(), &s, &like) && s.c.noise == 0) {
     const size_t bytes = s.n_samples * s.n_elements * kItemSize[s.x_t.dtype];
     x_prev = NewTensor::like(like, bytes);
     x0 = x_prev ? NewTensor::like(like, bytes) : nullptr;
@@ -488,18 +497,22 @@ bool import_torch_names() {
   if (!torch.object) return false;
   tensor_type = PyObject_GetAttrString(torch.object, "Tensor");
   get_num_threads = PyObject_GetAttrString(torch.object, "get_num_threads");
+  grad_enabled = PyObject_GetAttrString(torch.object, "is_grad_enabled");
   Reference inside(PyObject_GetAttrString(torch.object, "_C"));
   modes_active = inside.object ? PyObject_GetAttrString(inside.object, "_len_torch_dispatch_stack") : nullptr;
+  Reference derivatives(PyImport_ImportModule("torch.autograd.forward_ad"));
+  forward_ad = derivatives.object ? PyObject_GetAttrString(derivatives.object, "__dict__") : nullptr;
   s_requires_grad = PyUnicode_InternFromString("requires_grad");
-  s_packed = PyUnicode_InternFromString("packed");
   s_version = PyUnicode_InternFromString("_version");
+  s_packed = PyUnicode_InternFromString("packed");
+  s_current_level = PyUnicode_InternFromString("_current_level");
+  Reference example(PyObject_CallMethod(torch.object, "empty", "i", 0));
+  Reference method(example.object ? PyObject_GetAttrString(example.object, "is_neg") : nullptr);
   if (PyErr_Occurred()) return false;
+  if (PyCFunction_GetFlags(method.object) == METH_NOARGS) is_negated = PyCFunction_GetFunction(method.object);
   Reference capsule(PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__"));
   const auto* api = static_cast<const dlpack::ExchangeApi*>(
       capsule.object ? PyCapsule_GetPointer(capsule.object, "dlpack_exchange_api") : nullptr);
-  Reference example(PyObject_CallMethod(torch.object, "empty", "i", 0));
-  Reference method(example.object ? PyObject_GetAttrString(example.object, "is_neg") : nullptr);
-  if (method.object && PyCFunction_GetFlags(method.object) == METH_NOARGS) is_negated = PyCFunction_GetFunction(method.object);
   if (api && api->version.major == 1 && is_negated) exchange = api;
   PyErr_Clear();
   return true;
