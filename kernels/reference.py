@@ -108,6 +108,6 @@ def _noise(inputs: StepInputs, given: Tensor | None, stream: int) -> Tensor:
         return given
     x_t = inputs.x_t
     n_elements = math.prod(x_t.shape[1:])
-    seeds = inputs.seeds.cpu().numpy()
+    seeds = inputs.seeds.cpu().resolve_neg().numpy()
     z = standard_normals(np.asarray(seeds), n_elements, inputs.noise_step, stream)
     return torch.from_numpy(z).view(x_t.shape).to(x_t.device)

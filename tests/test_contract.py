@@ -506,12 +506,6 @@ def test_lazy_negation_is_honoured(backend):
     x, m = sample(), sample(1)
     expected = ddim_step(-x, m, PLAIN, backend="reference")
     out = torch._neg_view(torch.zeros_like(x))
-    if backend is None:
-        # Public views with the bit are strided, which the plain call leaves to the checks in Python; but for a single element.
-        x, m = torch.tensor([[1 + 2j]]).conj().imag, torch.ones(1, 1)
-        assert x.is_neg()
-        torch.testing.assert_close(ddim_step(x, m, PLAIN), ddim_step(x.clone(), m, PLAIN, backend="reference"))
-        return
     if backend == "cpu":  # may refuse either
         for arguments in ((torch._neg_view(x), None), (-x, out)):
             if error_of(ddim_step, arguments[0], m, PLAIN, out=arguments[1], backend=backend) is None:
@@ -520,6 +514,37 @@ def test_lazy_negation_is_honoured(backend):
     torch.testing.assert_close(ddim_step(torch._neg_view(x), m, PLAIN, backend=backend), expected)
     ddim_step(-x, m, PLAIN, out=out, backend=backend)
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize(
+    "negated", ["x_t", "model_output", "model_output_uncond", "noise", "seeds", "thresholds", "out", "x0_out"]
+)
+def test_lazy_negation_of_dense_memory_is_honoured(negated):
+    """The plain call of C++ reads memory as it is: it must leave such a tensor to others, whichever argument it is."""
+    dense = {
+        "x_t": sample(), "model_output": sample(1), "model_output_uncond": sample(2), "out": sample(4), "x0_out": sample(5),
+        "thresholds": torch.tensor([1.5, 0.75]),
+        **({"noise": sample(3)} if negated == "noise" else {"seeds": torch.tensor([3, -4])}),
+    }  # fmt: skip
+    row = StepCoefficients(**oracle.textbook_row("epsilon", 0.5, 0.6, eta=1.0, clip=1.0))
+    results = []
+    for backend, arguments in (
+        ("reference", {name: t.clone() for name, t in dense.items()}),
+        (None, {name: t.clone() for name, t in dense.items()} | {negated: torch._neg_view(-dense[negated])}),
+    ):
+        assert backend or arguments[negated].is_neg()
+        assert arguments[negated].is_contiguous()
+        prev = ddim_step(coefficients=row, guidance_scale=2.0, backend=backend, **arguments)
+        results.append((prev.resolve_neg(), arguments["x0_out"].resolve_neg()))
+    torch.testing.assert_close(*results)
+
+
+def test_lazy_negation_of_a_conjugate_is_honoured():
+    x, m = torch.tensor([[1 + 2j, 3 - 1j]]).conj().imag, torch.ones(1, 2)
+    assert x.is_neg()
+    for some in (slice(0, 2), slice(0, 1)):  # strided, and a single element, which is dense
+        got = ddim_step(x[:, some], m[:, some], PLAIN)
+        torch.testing.assert_close(got, ddim_step(x[:, some].clone(), m[:, some], PLAIN, backend="reference"))
 
 
 # --- Dispatch -------------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """The C++ extension as a guest in a process: threads, forks, memory's edges and size; and the folder that is named kernels."""
 
+import copy
 import ctypes
 import importlib.util
 import math
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -192,6 +194,108 @@ def test_plain_call_declines_what_it_does_not_know():
                 if isinstance(bad, float):
                     continue
             assert cpu_step.extension.step(*arguments) is None, (i, bad)
+
+
+# --- A step into new tensors ---------------------------------------------------------------------------------------------------
+
+ROW = StepCoefficients(**NOISY | {"prev_noise": 0.0})
+
+
+def to_new(x, m, t=7, rows=None, values=(), writes=()):
+    return cpu_step.extension.step_to_new(x, m, {7: ROW} if rows is None else rows, t, values, writes)
+
+
+@pytest.mark.parametrize("state", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (1,) * 8, (2, 40000)], ids=str)
+def test_a_step_into_new_tensors_is_the_step(shape, state):
+    rng = np.random.default_rng(0)
+    x, m = (torch.from_numpy(rng.standard_normal(shape)).to(state) for _ in range(2))
+    expected_x0 = torch.empty_like(x)
+    expected = ddim_step(x, m, ROW, x0_out=expected_x0)
+    for t in (7, torch.tensor(7)):
+        got = to_new(x, m, t)
+        assert isinstance(got, tuple)
+        for result, wanted in zip(got, (expected, expected_x0), strict=True):
+            assert torch.equal(result, wanted)
+            assert (result.dtype, result.stride()) == (wanted.dtype, wanted.stride())
+            assert not result.requires_grad
+            assert not result.is_inference()
+            assert result.data_ptr() % 64 == 0
+
+
+def test_new_tensors_are_like_any():
+    x, m = torch.ones(2, 3), torch.full((2, 3), 0.5)
+    expected = ddim_step(x, m, ROW)
+    prev, x0 = to_new(x, m)
+    del x0  # the memory of one is not that of the other
+    assert torch.equal(copy.deepcopy(prev), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(prev)), expected)
+    assert torch.equal(torch.from_numpy(prev.numpy().copy()), expected)
+    weight = torch.ones(3, requires_grad=True)
+    product = prev * weight
+    prev.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+    assert torch.equal(prev, 2 * expected)
+    prev.share_memory_()
+    assert torch.equal(prev, 2 * expected)
+    with torch.inference_mode():
+        assert to_new(x, m)[0].is_inference()
+
+
+def test_new_tensors_give_their_memory_back():
+    x = torch.ones(1, 1 << 20)
+    code = f"""
+import resource, torch
+from ddim_fast.kernels import cpu_step
+from ddim_fast.kernels.contract import StepCoefficients
+x, row = torch.ones(1, 1 << 20), StepCoefficients(*{ROW.columns[:8]})
+for i in range(60):
+    assert cpu_step.extension.step_to_new(x, x, {{7: row}}, 7, (), ()) is not None
+    assert cpu_step.extension.step_to_new(x, x.double(), {{7: row}}, 7, (), ()) is None
+    if i == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+assert grown < 100_000, grown  # kilobytes; all of it would be {50 * 2 * x.nbytes // 1000}
+"""
+    # (AddressSanitizer, where it is there, keeps what was freed for a while.)
+    assert_runs(code, ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0:quarantine_size_mb=1")
+
+
+def test_a_step_into_new_tensors_declines_what_it_does_not_know():
+    x, config = torch.zeros(2, 3), {"name": ROW}
+    levels = torch.ones(3)
+    good = {
+        "x": x, "m": x, "t": 7, "rows": {7: ROW}, "values": ((config, "name", ROW),), "writes": ((levels, levels._version),),
+    }  # fmt: skip
+    assert to_new(**good) is not None
+    bad_tensors = [
+        "text", 3.5, None, x.double(), torch.zeros(3, 2).T, torch.zeros(1, 3), torch.nn.Parameter(x), torch._neg_view(x),
+        torch.zeros(2, 3, requires_grad=True), torch.zeros((1,) * 9), torch.zeros(()), torch.zeros(2, 3, device="meta"),
+    ]  # fmt: skip
+    bad = {
+        "x": bad_tensors,
+        "m": bad_tensors,
+        "t": [8, -1, True, 7.0, None, 1 << 70, np.int64(7), torch.tensor(8), torch.tensor([7]), torch.tensor(7.0),
+              torch.tensor(7, dtype=torch.int32), torch._neg_view(torch.tensor(7))],
+        "rows": [{}, {8: ROW}, {7: None}, {7: StepCoefficients(**NOISY)}],
+        "values": [None, [], (None,), ((),), ((config, "name"),), ((config, "other", ROW),), ((config, "name", None),),
+                   ((None, "name", ROW),), ((config, [], ROW),)],
+        "writes": [None, [], (None,), ((),), ((levels,),), ((levels, levels._version + 1),), ((None, 0),)],
+    }  # fmt: skip
+    for name, values in bad.items():
+        for value in values:
+            assert to_new(**good | {name: value}) is None, (name, value)
+    for both in (torch.zeros((1,) * 9), torch.zeros(2, 0)):  # there is room for eight dimensions
+        assert to_new(**good | {"x": both, "m": both}) is None
+    levels.mul_(2)
+    assert to_new(**good) is None
+    with pytest.raises(TypeError, match="step_to_new takes x_t"):
+        cpu_step.extension.step_to_new(x, x)
+    with torch.autograd.forward_ad.dual_level():
+        assert to_new(x, x) is None
+    with torch.no_grad():
+        assert to_new(torch.zeros(2, 3, requires_grad=True), x) is not None
 
 
 # --- Threads and forks ------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ except ImportError as error:
     ) from error
 
 from ..kernels.contract import StepCoefficients
-from ..kernels.cpu_step import plain_step, unchanged
+from ..kernels.cpu_step import plain_step
 from ..kernels.dispatch import ddim_step
 from ..kernels.layout import is_wrapped
 from ..kernels.noise import NoiseStream, sample_seeds
@@ -69,6 +69,7 @@ def _also_takes(original: type) -> Any:
     return decorate
 
 
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _MOST_CACHED = 64
 _ROW_FIELDS = ("num_train_timesteps", "prediction_type", "clip_sample", "clip_sample_range", "explicit_pairs")
 
@@ -95,7 +96,7 @@ class _FastSteps:
     def _rows(self, kind: Callable[..., StepCoefficients], *options: Any) -> StepsByTimestep:
         """The steps whose rows are ``kind(scheduler, *options, t)``."""
         known = self._known
-        if known is None or not unchanged(known.values, known.writes):
+        if known is None or not known.holds():
             known = self._known = _Known(self)
         found = known.rows.get((kind, options))
         if found is None:
@@ -106,6 +107,10 @@ class _FastSteps:
 
     def _alpha_bar(self, t: int) -> float:
         return self._known.alpha_bars[t] if t >= 0 else self._known.alpha_bar_outside
+
+    def _visited(self) -> tuple[int, ...]:
+        """Timesteps from the noisiest to the cleanest, where pairs are explicit."""
+        return self._known.visited if self._internal_dict.explicit_pairs else ()
 
     def _stride(self) -> int:
         return self._internal_dict.num_train_timesteps // self.num_inference_steps
@@ -188,6 +193,49 @@ class _FastSteps:
             return prev_sample, model_output
         return prev_sample, x0_out.to(model_output.dtype) if predicts_x0 else x0_out
 
+    def _between_levels(
+        self,
+        model_output: Tensor,
+        t: int | Tensor,
+        sample: Tensor,
+        eta: float,
+        use_clipped_model_output: bool,
+        noise: Callable[[], dict[str, Any]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """``_fused`` by the row for this eta. Traced by ``torch.compile``, one operator, which looks the levels up when it runs.
+
+        Where there is no such operator, the graph breaks, or what is differentiated is left to the original.
+        """
+        config = self._internal_dict
+        only_fused = ("explicit_pairs", "philox_noise", "thresholding")
+        if not _is_dynamo_compiling() or any(getattr(config, field, False) for field in only_fused):
+            return self._fused(self._rows(_sampling_row, eta, use_clipped_model_output), model_output, t, sample, noise)
+        if torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad):
+            raise _LeaveToOriginal
+        if (
+            type(t) is not int
+            or not 0 <= t < config.num_train_timesteps
+            or config.prediction_type not in PREDICTION_TYPES
+        ):
+            raise _LeaveToOriginal
+        if sample.dtype != model_output.dtype:
+            sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
+        prev_sample, x0 = _step_between_levels(
+            sample,
+            model_output,
+            None if noise is None else noise()["noise"],
+            self.alphas_cumprod,
+            getattr(self, self._alpha_bar_outside),
+            *self._pair(t),
+            config.prediction_type,
+            self._bound(),
+            eta,
+            use_clipped_model_output,
+        )
+        if config.prediction_type != "sample":
+            return prev_sample, x0
+        return prev_sample, x0.to(model_output.dtype) if config.clip_sample else model_output
+
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The forward process (equation 4 of the DDIM paper), as the original's ``add_noise``."""
         try:
@@ -231,10 +279,15 @@ class _Known:
         )
         self.alpha_bars = levels.tolist()
         self.alpha_bar_outside = float(outside)
-        # Timesteps from the noisiest to the cleanest, where pairs are explicit.
         self.visited = tuple(sorted(scheduler.timesteps.tolist(), reverse=True)) if explicit else ()
         self.rows: dict[Any, StepsByTimestep] = {}
         self.plain: dict[int, StepCoefficients] = {}  # by timestep: steps that are nothing but their row
+
+    def holds(self) -> bool:
+        """As ``plain_step`` looks for itself."""
+        return all(found.get(name) is value for found, name, value in self.values) and all(
+            tensor._version == count for tensor, count in self.writes
+        )
 
 
 def _check_tensors(sample: Any, model_output: Any) -> None:
@@ -247,7 +300,7 @@ def _check_tensors(sample: Any, model_output: Any) -> None:
         or not model_output.dtype.is_floating_point
         or sample.device != model_output.device
         or sample.ndim == 0
-        or (not torch.compiler.is_dynamo_compiling() and (is_wrapped(sample) or is_wrapped(model_output)))
+        or (not _is_dynamo_compiling() and (is_wrapped(sample) or is_wrapped(model_output)))
     ):
         raise _LeaveToOriginal
 
@@ -319,6 +372,38 @@ def _row_between(scheduler: Any, alpha_bar_t: float, alpha_bar_prev: float, **op
         raise _LeaveToOriginal from None
 
 
+@torch.library.custom_op("ddim_fast::step_between_levels", mutates_args=())
+def _step_between_levels(
+    sample: Tensor,
+    model_output: Tensor,
+    noise: Tensor | None,
+    alphas_cumprod: Tensor,
+    alpha_bar_outside: Tensor,
+    origin: int,
+    target: int,
+    prediction_type: str,
+    clip_sample_range: float | None,
+    eta: float,
+    use_clipped_model_output: bool,
+) -> tuple[Tensor, Tensor]:
+    """(prev_sample, pred_original_sample) of the step from one timestep to another; one below 0 is ``alpha_bar_outside``."""
+    levels = [float(alphas_cumprod[t] if t >= 0 else alpha_bar_outside) for t in (origin, target)]
+    row = ddim_coefficients(
+        *levels,
+        prediction_type,
+        variance=variance_with_room(*levels, eta, f"at timestep {origin}"),
+        clip_sample_range=clip_sample_range,
+        use_clipped_model_output=use_clipped_model_output,
+    )
+    prev_sample, x0 = torch.empty_like(sample), torch.empty_like(sample)
+    return ddim_step(sample, model_output, row, noise=noise, out=prev_sample, x0_out=x0), x0
+
+
+@_step_between_levels.register_fake
+def _(sample, *others):
+    return torch.empty_like(sample), torch.empty_like(sample)
+
+
 def _noising_row(scheduler: Any, t: int) -> StepCoefficients:
     return noising_coefficients(scheduler._alpha_bar(t))
 
@@ -327,8 +412,11 @@ def _velocity_row(scheduler: Any, t: int) -> StepCoefficients:
     return velocity_coefficients(scheduler._alpha_bar(t))
 
 
-def _output(kind: type, prev_sample: Tensor, pred_original_sample: Tensor) -> Any:
+def _output(kind: type, found: tuple[Tensor, Tensor]) -> Any:
     """``kind(prev_sample=..., pred_original_sample=...)`` without its checks, which take longer than a small step."""
+    if _is_dynamo_compiling():
+        return kind(*found)
+    prev_sample, pred_original_sample = found
     output = OrderedDict.__new__(kind)
     _set_item(output, "prev_sample", prev_sample)
     _set_item(output, "pred_original_sample", pred_original_sample)
@@ -348,7 +436,7 @@ class _FastDenoising(_FastSteps):
     _alpha_bar_outside = "final_alpha_cumprod"
 
     def _pair(self, t: int) -> tuple[int, int]:
-        visited = self._known.visited
+        visited = self._visited()
         if t not in visited:
             return t, t - self._stride()
         return t, (*visited, -1)[visited.index(t) + 1]
@@ -370,18 +458,18 @@ class _FastDenoising(_FastSteps):
             ValueError: ``eta`` asks for more noise than the step has room for; with ``philox_noise``, there is no generator; with
                 ``explicit_pairs``, the timestep is not one of ``timesteps``. And the original's errors.
         """
-        known = self._known
-        if known is not None and eta == 0 and use_clipped_model_output is False and unchanged(known.values, known.writes):
-            found = plain_step(sample, model_output, known.plain, timestep)
+        known = None if _is_dynamo_compiling() else self._known
+        if known is not None and eta == 0 and use_clipped_model_output is False:
+            found = plain_step(sample, model_output, known.plain, timestep, known.values, known.writes)
             if found is not None:
-                return _output(self._output_kind, *found) if return_dict else found
+                return _output(self._output_kind, found) if return_dict else found
         try:
             _check_tensors(sample, model_output)
             if not isinstance(eta, (int, float)) or not 0 <= eta < math.inf or self.num_inference_steps is None:
                 raise _LeaveToOriginal
             noise = self._noise(model_output, sample, generator, variance_noise) if eta > 0 else None
-            steps, t = self._rows(_sampling_row, float(eta), bool(use_clipped_model_output)), _timestep(timestep)
-            found = self._fused(steps, model_output, t, sample, noise)
+            t = _timestep(timestep)
+            found = self._between_levels(model_output, t, sample, float(eta), bool(use_clipped_model_output), noise)
         except _LeaveToOriginal:
             draws = variance_noise is None and isinstance(eta, (Real, Tensor)) and eta > 0
             self._refuse_what_the_original_ignores("explicit_pairs", *(["philox_noise"] if draws else []))
@@ -389,11 +477,13 @@ class _FastDenoising(_FastSteps):
                 model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
             )
         if eta == 0 and use_clipped_model_output is False and type(t) is int and self._is_plain():
-            self._known.plain[t] = steps.row(t)
-        return _output(self._output_kind, *found) if return_dict else found
+            self._known.plain[t] = self._rows(_sampling_row, 0.0, False).row(t)
+        return _output(self._output_kind, found) if return_dict else found
 
     def _is_plain(self) -> bool:
         """Whether a step is nothing but its row: then the next one at the same timestep can take the short way."""
+        if _is_dynamo_compiling():
+            return False
         return not self._internal_dict.thresholding and self._internal_dict.prediction_type != "sample"
 
     def _noise(
@@ -526,7 +616,7 @@ class FastDDIMInverseScheduler(_FastSteps, DDIMInverseScheduler):
         super().__init__(*args, **kwargs)
 
     def _pair(self, t: int) -> tuple[int, int]:
-        visited = self._known.visited
+        visited = self._visited()
         if t not in visited:
             return t - self._stride(), t
         return (*visited, -1)[visited.index(t) + 1], t
@@ -537,11 +627,11 @@ class FastDDIMInverseScheduler(_FastSteps, DDIMInverseScheduler):
             _check_tensors(sample, model_output)
             if self.num_inference_steps is None:
                 raise _LeaveToOriginal
-            found = self._fused(self._rows(_sampling_row, 0.0, False), model_output, _timestep(timestep), sample)
+            found = self._between_levels(model_output, _timestep(timestep), sample, 0.0, False)
         except _LeaveToOriginal:
             self._refuse_what_the_original_ignores("explicit_pairs")
             return super().step(model_output, timestep, sample, return_dict)
-        return _output(DDIMInverseSchedulerOutput, *found) if return_dict else found
+        return _output(DDIMInverseSchedulerOutput, found) if return_dict else found
 
 
 def _check_flags(**flags: Any) -> None:

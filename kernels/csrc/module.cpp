@@ -2,10 +2,9 @@
 //
 //   step(...)      takes tensors, and runs if they are plain: CPU, contiguous, equal shapes, known types, no gradient. Otherwise
 //                  it returns None without touching anything, and Python looks closer and finds the words for an error.
-//   step_to_new(...)  the same for a step that is nothing but its row, with the row looked up and both results made here.
+//   step_to_new(...)  the same for a step that is nothing but its row, with the row looked up and both results made here, if what
+//                  the rows were made of is unchanged.
 //   run(...)       takes addresses and strides that Python has checked.
-//
-// And unchanged(...), by which a caller of step_to_new knows that its rows are still right.
 //
 // Python's limited API only, no torch headers: one build serves every Python from 3.10 and every torch.
 #define PY_SSIZE_T_CLEAN
@@ -321,15 +320,32 @@ PyObject* find_row(PyObject* rows, PyObject* t) {
   return key.object ? PyDict_GetItemWithError(rows, key.object) : nullptr;
 }
 
-// step_to_new(x_t, model_output, rows, t): (x_prev, x0) in new tensors, or None. The rows add no noise.
+// Whether each (dictionary, key, value) of a tuple still has that very value, and each (tensor, number) of another that _version.
+bool unchanged(PyObject* values, PyObject* writes) {
+  if (!PyTuple_Check(values) || !PyTuple_Check(writes)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_Size(values); ++i) {
+    PyObject* entry = PyTuple_GetItem(values, i);
+    PyObject* value = PyTuple_GetItem(entry, 2);
+    if (!value || PyDict_GetItemWithError(PyTuple_GetItem(entry, 0), PyTuple_GetItem(entry, 1)) != value) return false;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_Size(writes); ++i) {
+    PyObject* entry = PyTuple_GetItem(writes, i);
+    PyObject* known = PyTuple_GetItem(entry, 1);
+    Reference version(known ? PyObject_GetAttr(PyTuple_GetItem(entry, 0), s_version) : nullptr);
+    if (!version.object || PyObject_RichCompareBool(version.object, known, Py_EQ) != 1) return false;
+  }
+  return true;
+}
+
+// step_to_new(x_t, model_output, rows, t, values, writes): (x_prev, x0) in new tensors, or None. The rows add no noise.
 PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
-  if (n_arguments != 4 || !PyDict_Check(a[2])) {
-    PyErr_SetString(PyExc_TypeError, "step_to_new takes x_t, model_output, a dictionary of rows, and a timestep");
+  if (n_arguments != 6 || !PyDict_Check(a[2])) {
+    PyErr_SetString(PyExc_TypeError, "step_to_new takes x_t, model_output, a dictionary of rows, a timestep, values and writes");
     return nullptr;
   }
   Step s{};
   dlpack::Tensor like;
-  PyObject* row = is_watched() ? nullptr : find_row(a[2], a[3]);
+  PyObject* row = is_watched() || !unchanged(a[4], a[5]) ? nullptr : find_row(a[2], a[3]);
   NewTensor *x_prev = nullptr, *x0 = nullptr;
   if (row && read_plain(a[0], a[1], row, is_recording(), &s, &like) && s.c.noise == 0) {
     const size_t bytes = s.n_samples * s.n_elements * kItemSize[s.x_t.dtype];
@@ -346,30 +362,6 @@ PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) 
   run_unlocked(s, thread_count(s.n_samples * s.n_elements, false));
   Reference first(x_prev->to_python()), second(x0->to_python());
   return first.object && second.object ? PyTuple_Pack(2, first.object, second.object) : nullptr;
-}
-
-// unchanged(values, writes): whether each (dictionary, key, value) of a tuple still has that very value, and each (tensor, number) that _version.
-PyObject* py_unchanged(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
-  if (n_arguments != 2 || !PyTuple_Check(a[0]) || !PyTuple_Check(a[1])) {
-    PyErr_SetString(PyExc_TypeError, "unchanged takes a tuple of (dictionary, key, value) and one of (tensor, number)");
-    return nullptr;
-  }
-  for (Py_ssize_t i = 0; i < PyTuple_Size(a[0]); ++i) {
-    PyObject* entry = PyTuple_GetItem(a[0], i);
-    PyObject* value = PyTuple_GetItem(entry, 2);
-    if (!value) return nullptr;
-    if (PyDict_GetItemWithError(PyTuple_GetItem(entry, 0), PyTuple_GetItem(entry, 1)) == value) continue;
-    return PyErr_Occurred() ? nullptr : PyBool_FromLong(0);
-  }
-  for (Py_ssize_t i = 0; i < PyTuple_Size(a[1]); ++i) {
-    PyObject* entry = PyTuple_GetItem(a[1], i);
-    PyObject* known = PyTuple_GetItem(entry, 1);
-    if (!known) return nullptr;
-    Reference version(PyObject_GetAttr(PyTuple_GetItem(entry, 0), s_version));
-    const int same = version.object ? PyObject_RichCompareBool(version.object, known, Py_EQ) : -1;
-    if (same != 1) return same < 0 ? nullptr : PyBool_FromLong(0);
-  }
-  return PyBool_FromLong(1);
 }
 
 // run(n_samples, n_elements, tensors, guidance_scale, packed, thresholds, seeds, known_seeds, noise_step, noise_stream, threads); tensors
@@ -480,7 +472,6 @@ PyObject* py_selected(PyObject*, PyObject*) { return PyUnicode_FromString(kernel
 PyMethodDef methods[] = {
     {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_step)), METH_FASTCALL, nullptr},
     {"step_to_new", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_step_to_new)), METH_FASTCALL, nullptr},
-    {"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_unchanged)), METH_FASTCALL, nullptr},
     {"run", py_run, METH_VARARGS, nullptr},
     {"normals", py_normals, METH_VARARGS, nullptr},
     {"words", py_words, METH_VARARGS, nullptr},

@@ -525,6 +525,88 @@ def test_the_level_of_clean_data_may_be_changed(kind):
     torch.testing.assert_close(fast.step(m, 0, x)[0], original.step(m, 0, x)[0])
 
 
+# --- Inside torch.compile ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind_of_timestep", "return_dict"),
+    [("eager", int, False), ("aot_eager", int, True), ("eager", torch.tensor, True)],
+)
+@pytest.mark.parametrize(
+    ("kind", "config", "arguments"),
+    [
+        (DDIMScheduler, {"clip_sample": False}, {}),
+        (DDIMParallelScheduler, {"clip_sample_range": 0.5}, {"use_clipped_model_output": True}),
+        (DDIMScheduler, {"prediction_type": "sample", "clip_sample": False, "set_alpha_to_one": False}, {}),
+        (DDIMScheduler, {"prediction_type": "v_prediction"}, {"eta": 1.0}),
+        (DDIMInverseScheduler, {"prediction_type": "sample", "set_alpha_to_one": False}, {}),
+    ],
+    ids=["plain", "clipped again", "sample", "noise", "inverse"],
+)
+def test_a_step_is_traced_in_one_graph_for_all_timesteps(
+    backend, kind_of_timestep, return_dict, kind, config, arguments
+):
+    """More timesteps than torch.compile would compile a function for."""
+    torch.compiler.reset()
+    fast = PAIRS[kind](**config)
+    fast.set_timesteps(10)
+
+    def step(m, t, x):
+        return fast.step(m, t, x, **arguments, return_dict=return_dict)
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    x, m = tensors(np.random.default_rng(0), [torch.float32] * 2)
+    first = []
+    for _ in range(2):
+        for t in fast.timesteps.tolist():
+            results = []
+            for function in (step, compiled):
+                torch.manual_seed(t)
+                results.append(function(m, kind_of_timestep(t), x))
+            expected, got = results
+            assert type(got) is type(expected)
+            assert torch.equal(got[0], expected[0])
+            assert torch.equal(got[1], expected[1])
+            if t == fast.timesteps[0]:
+                first.append(got[0])
+        fast.alphas_cumprod.mul_(0.5)  # what the steps are made of is not in the graph
+    assert not torch.equal(*first)
+
+
+def test_what_is_traced_and_differentiated_is_left_to_the_original():
+    torch.compiler.reset()
+    gradients = []
+    for kind in (DDIMScheduler, FastDDIMScheduler):
+        scheduler = kind(clip_sample=False)
+        scheduler.set_timesteps(10)
+        x, m = (v.requires_grad_() for v in tensors(np.random.default_rng(0), [torch.float32] * 2))
+        compiled = torch.compile(lambda m, x, s=scheduler: s.step(m, 300, x), fullgraph=True, backend="aot_eager")
+        out = compiled(m, x)
+        gradients.append(torch.autograd.grad((out.prev_sample**2).sum() + out.pred_original_sample.sum(), (x, m)))
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_operator_of_a_traced_step_keeps_what_it_declares():
+    x, m = tensors(np.random.default_rng(0), [torch.float32] * 2)
+    scheduler = DDIMScheduler()
+    levels = scheduler.alphas_cumprod, scheduler.final_alpha_cumprod
+    arguments = (x, m, m.flip(0), *levels, 300, 200, "epsilon", 1.0, 1.0, False)
+    torch.library.opcheck(torch.ops.ddim_fast.step_between_levels.default, arguments)
+
+
+@pytest.mark.parametrize("flag", ["explicit_pairs", "philox_noise"])
+@pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning")
+def test_what_no_operator_does_breaks_the_graph(flag):
+    torch.compiler.reset()
+    x, m = tensors(np.random.default_rng(0), [torch.float32] * 2)
+    fast = FastDDIMScheduler(**{flag: True}, timestep_spacing="linspace")
+    fast.set_timesteps(7)
+    t = int(fast.timesteps[3])
+    with torch.no_grad():
+        got = torch.compile(lambda m, x: fast.step(m, t, x), backend="eager")(m, x)
+    assert torch.equal(got.prev_sample, fast.step(m, t, x).prev_sample)
+
+
 # --- Being a scheduler of diffusers -----------------------------------------------------------------------------------
 
 
