@@ -104,6 +104,7 @@ setup(
     packages=[
         "ddim_fast",
         "ddim_fast.commands",
+        "ddim_fast.generation",
         "ddim_fast.integrations",
         "ddim_fast.kernels",
         "ddim_fast.verify",

@@ -6,6 +6,7 @@ import click
 
 from ._version import __version__
 from .commands.edit import img2img, inpaint, interpolate, reconstruct
+from .commands.generate import generate
 from .commands.info import info
 from .commands.sample import sample
 from .commands.verify import verify
@@ -33,12 +34,13 @@ def main() -> None:
       ddim-fast sample                     64 pictures from the model that ships with the package
       ddim-fast sample --steps 10 --eta 1  fewer steps, with DDPM's noise
       ddim-fast interpolate                from one sample to another
+      ddim-fast generate -n 50000          a set of samples as files, by any number of processes
       ddim-fast verify                     whether a sampler is right, ours or anyone's
       ddim-fast info                       what runs on this machine, and why something does not
     """
 
 
-for _command in (sample, img2img, inpaint, interpolate, reconstruct, verify, info):
+for _command in (sample, img2img, inpaint, interpolate, reconstruct, generate, verify, info):
     main.add_command(_command)
 
 if __name__ == "__main__":

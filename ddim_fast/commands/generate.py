@@ -1,0 +1,242 @@
+"""``ddim-fast generate``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import click
+import torch
+from tqdm.auto import tqdm
+
+from ..generation import Conditioning, EveryClass, Generated, OneClass, Table, check_set
+from ..generation import generate as generate_set
+from ..generation.directory import read_manifest
+from ..generation.formats import FORMATS
+from ..generation.run import COMPUTE_BATCH_SIZE, SHARD_SIZE
+from ..generation.settings import file_digest
+from ..loading import load_model
+from ..models import SHIPPED
+from ..start import usable_device
+from .options import Run, noise_options, takes_run
+
+_INTERRUPTED = 130
+_NOT_HERE = ("out", "save", "threads")  # options that this command has in a form of its own, or not at all
+
+
+@click.command()
+@takes_run(
+    *noise_options,
+    click.option(
+        "-n",
+        "--count",
+        type=click.IntRange(1),
+        default=None,
+        help="How many samples.  [default: the rows of --conditioning]",
+    ),
+    click.option(
+        "--out",
+        "directory",
+        type=click.Path(file_okay=False, path_type=Path),
+        default="samples",
+        show_default=True,
+        metavar="DIR",
+        help="A new or empty directory; with --resume, that of the set to continue.",
+    ),
+    click.option(
+        "--format",
+        type=click.Choice(list(FORMATS)),
+        default="safetensors",
+        show_default=True,
+        help="safetensors: the numbers. npz: pictures for FID tools. webdataset: tars of PNG.",
+    ),
+    click.option(
+        "--conditioning",
+        "table",
+        type=click.Path(path_type=Path),
+        default=None,
+        metavar="FILE",
+        help="A row for each sample: .jsonl, .csv or .parquet.  [default: each class in turn]",
+    ),
+    click.option("--resume", is_flag=True, help="Continue or mend what is in --out."),
+    click.option(
+        "--check",
+        "checked",
+        type=click.Path(path_type=Path),
+        default=None,
+        metavar="DIR",
+        help="Only verify a finished set.",
+    ),
+    click.option(
+        "--shard-size", type=click.IntRange(1), default=SHARD_SIZE, show_default=True, help="Samples in a file."
+    ),
+    click.option(
+        "--compute-batch-size",
+        type=click.IntRange(1),
+        default=COMPUTE_BATCH_SIZE,
+        show_default=True,
+        help="Samples in a call of the model; changes the last bits, so it belongs to the set.",
+    ),
+    click.option(
+        "--threads",
+        "threads_each",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Threads of each process; start as many processes as there are cores instead.",
+    ),
+    click.option(
+        "--patience",
+        type=float,
+        default=None,
+        metavar="SECONDS",
+        help="After so long an idle process makes a slice that another holds.  [default: 3 times its slowest]",
+    ),
+    click.option("--no-space-check", is_flag=True, help="Begin even where the disk may be too small."),
+    click.option(
+        "--trust-pickle",
+        is_flag=True,
+        help="Load a model that can run code: TorchScript, torch.export, weights in a .bin.",
+    ),
+)
+def generate(
+    run: Run,
+    count: int | None,
+    directory: Path,
+    format: str,
+    table: Path | None,
+    resume: bool,
+    checked: Path | None,
+    shard_size: int,
+    compute_batch_size: int,
+    threads_each: int,
+    patience: float | None,
+    no_space_check: bool,
+    trust_pickle: bool,
+) -> None:
+    """Draw any number of samples to files: by many processes, to be continued after any interruption, always the same bytes.
+
+    \b
+    Examples:
+      ddim-fast generate -n 50000 --steps 20 --seed 0 --out DIR --format npz
+      torchrun --nproc-per-node 8 -m ddim_fast generate -n 1000000 --out DIR
+      torchrun --nproc-per-node 4 -m ddim_fast generate -n 1000000 --out DIR --resume
+      ddim-fast generate --check DIR
+    """
+    if checked is not None:
+        _check(checked, run)
+        return
+    run.model = _model(run, trust_pickle)
+    conditioning, count = _conditioning(run, table, count)
+    # torchrun ends the others so when one has died: they then stop as they do at Ctrl-C.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        done = generate_set(
+            run.model,
+            run.sampler(),
+            count,
+            directory,
+            seed=run.seed,
+            conditioning=conditioning,
+            guidance_scale=None if run.guidance == 1 else run.guidance,
+            format=format,
+            shard_size=shard_size,
+            batch_size=run.batch_size,
+            compute_batch_size=compute_batch_size,
+            resume=resume,
+            device=run.where,
+            backend=run.backend,
+            capture=run.capture,
+            threads=threads_each,
+            model_id=_model_id(run),
+            patience=patience,
+            check_space=not no_space_check,
+            progress=not run.quiet,
+        )
+    except KeyboardInterrupt:
+        click.echo(f"stopped; every shard that has its name is whole. {_how_to_resume()}", err=True)
+        sys.exit(_INTERRUPTED)
+    except (OSError, RuntimeError) as error:
+        raise click.ClickException(f"{error}\n{_how_to_resume()}") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if done.rank == 0:
+        _report(run, done, count)
+
+
+# The common options, without those that make no sense here.
+generate.params = [parameter for parameter in generate.params if parameter.name not in _NOT_HERE]
+
+
+def _model(run: Run, trust_pickle: bool):
+    device = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    usable = usable_device(device)
+    if usable.type == "cuda":
+        torch.cuda.set_device(usable)
+    if os.path.isfile(run.model_name) and not trust_pickle:
+        raise ValueError(
+            f"a model must have its weights in safetensors, got the archive {run.model_name}, which holds a program and pickles and can "
+            "run code: pass --trust-pickle if you trust where it came from"
+        )
+    model = load_model(run.model_name, usable, trust_pickle=trust_pickle)
+    if model.sample_shape is None:
+        raise ValueError(
+            f"the command line needs a model whose files say the size of its samples, got {run.model_name}: use it from Python"
+        )
+    return model
+
+
+def _model_id(run: Run) -> str | None:
+    """An archive's program is not in its weights: it is the file that counts."""
+    return (
+        file_digest(Path(run.model_name)) if os.path.isfile(run.model_name) and run.model_name not in SHIPPED else None
+    )
+
+
+def _conditioning(run: Run, table: Path | None, count: int | None) -> tuple[Conditioning | None, int]:
+    if table is not None:
+        if run.class_name is not None:
+            raise ValueError(
+                f"--class and --conditioning both say what a sample is of, got {run.class_name!r} and {table}"
+            )
+        rows = Table(table)
+        return rows, len(rows) if count is None else count
+    if count is None:
+        raise ValueError("-n says how many samples to draw: give it, or --conditioning with a row for each")
+    labels = run.labels(1)
+    if labels is None:
+        return None, count
+    return OneClass(labels[0]) if run.class_name is not None else EveryClass(len(run.model.class_names)), count
+
+
+def _how_to_resume() -> str:
+    words = ["ddim-fast", *sys.argv[1:]]
+    command = shlex.join(words if "--resume" in words else [*words, "--resume"])
+    started = "" if os.environ.get("WORLD_SIZE", "1") == "1" else ", by torchrun with any number of processes"
+    return f"Continue with: {command}{started}"
+
+
+def _report(run: Run, done: Generated, count: int) -> None:
+    found = f", {done.found} were there" if done.found else ""
+    run.say(
+        f"{count} samples in {done.shards} files: {done.made} made in {done.seconds:.1f} s "
+        f"({done.made / done.seconds:.1f} samples/s){found} -> {done.out}"
+    )
+    if done.non_finite:
+        click.echo(
+            f"warning: {done.non_finite} samples hold NaN or infinity; the manifest says in which files", err=True
+        )
+
+
+def _check(path: Path, run: Run) -> None:
+    manifest = read_manifest(path)
+    with tqdm(total=manifest["settings"].get("count"), desc="checking", unit="sample", disable=run.quiet) as bar:
+        problems = check_set(path, bar.update)
+    if problems:
+        raise click.ClickException(f"{path} is not whole:\n  " + "\n  ".join(problems))
+    run.say(f"{path} is whole: {manifest['settings']['count']} samples in {len(manifest['shards'])} files")

@@ -1,0 +1,7 @@
+"""Sets of samples of any size: by many processes, on many machines, nothing lost, the same bits. See docs/GENERATE.md."""
+
+from .conditioning import Conditioning, EveryClass, OneClass, Table
+from .directory import check_set
+from .run import Generated, generate
+
+__all__ = ["Conditioning", "EveryClass", "Generated", "OneClass", "Table", "check_set", "generate"]

@@ -1,0 +1,215 @@
+"""The conditioning of sample i: a function of i alone, by a rule or by row i of a file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .settings import file_digest
+
+LABELS = "class_labels"
+KEY = "key"
+"""The column of a file that names samples in a tar, instead of their numbers."""
+
+_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(/[A-Za-z0-9_][A-Za-z0-9_-]*)*")
+_LONGEST_KEY = 96  # a tar's names have 100 bytes
+_ROWS_AT_A_TIME = 1 << 16
+
+
+class Conditioning(Protocol):
+    """What ``generate`` asks of a rule."""
+
+    def settings(self) -> dict[str, Any]:
+        """What tells this rule from another, as JSON."""
+        ...
+
+    def rows(self, first: int, count: int) -> dict[str, Tensor]:
+        """The conditioning of the samples ``first .. first + count - 1``: for each name a tensor ``(count, ...)``."""
+        ...
+
+
+class EveryClass:
+    """Sample i is of class ``i mod num_classes``."""
+
+    def __init__(self, num_classes: int, name: str = LABELS):
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        self.num_classes, self.name = num_classes, name
+
+    def settings(self) -> dict[str, Any]:
+        return {"rule": "every class in turn", "num_classes": self.num_classes, "name": self.name}
+
+    def rows(self, first: int, count: int) -> dict[str, Tensor]:
+        return {self.name: torch.arange(first, first + count) % self.num_classes}
+
+
+class OneClass:
+    """Every sample is of class ``label``."""
+
+    def __init__(self, label: int, name: str = LABELS):
+        self.label, self.name = int(label), name
+
+    def settings(self) -> dict[str, Any]:
+        return {"rule": "one class", "label": self.label, "name": self.name}
+
+    def rows(self, first: int, count: int) -> dict[str, Tensor]:
+        return {self.name: torch.full((count,), self.label)}
+
+
+class Table:
+    """Sample i has row i of a file: JSON lines, CSV with a first line of names, or Parquet (which needs pyarrow).
+
+    Each column is an argument of the model. Whole numbers become int64, others float32; a list of numbers in JSON or Parquet is a row of
+    a matrix. A column called ``key`` names the samples in a tar instead. All rows are held in memory: 8 bytes a whole number.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: Parquet needs pyarrow.
+        ValueError: the file's rows are not alike, or hold something that is no number; or a key could leave the directory, or comes twice.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if self.path.suffix.lower() not in _READERS:
+            raise ValueError(f"a file of conditioning must end in {', '.join(_READERS)}, got {self.path}")
+        if not self.path.is_file():
+            raise FileNotFoundError(f"a file of conditioning must be there, and there is none at {self.path}")
+        rows = _READERS[self.path.suffix.lower()](self.path)
+        self.columns, self.keys = _columns(rows, self.path)
+        self._sha256 = file_digest(self.path)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()))) if self.columns else len(self.keys)
+
+    def settings(self) -> dict[str, Any]:
+        return {"rule": "a row of a file", "sha256": self._sha256, "rows": len(self)}
+
+    def rows(self, first: int, count: int) -> dict[str, Tensor]:
+        """Past the last row, from the first again: a batch may be filled up with samples that nobody keeps."""
+        index = np.arange(first, first + count) % len(self)
+        return {name: torch.from_numpy(column[index]) for name, column in self.columns.items()}
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def _read_json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number} of {path} must be JSON, and is not: {error}") from error
+            if not isinstance(row, Mapping):
+                raise ValueError(f"line {number} of {path} must be a JSON object, got {type(row).__name__}")
+            yield row
+
+
+def _read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file, strict=True):
+            yield {name: value if name == KEY else _number(value) for name, value in row.items()}
+
+
+def _number(text: Any) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except (TypeError, ValueError):
+            pass
+    return text
+
+
+def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ImportError(
+            f"a Parquet file is read by pyarrow, which is missing ({error}): pip install pyarrow, or write JSON lines"
+        ) from error
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(_ROWS_AT_A_TIME):
+            yield from batch.to_pylist()
+
+
+_READERS = {".jsonl": _read_json_lines, ".csv": _read_csv, ".parquet": _read_parquet}
+
+
+def _columns(rows: Iterator[Mapping[str, Any]], path: Path) -> tuple[dict[str, np.ndarray], list[str] | None]:
+    """Columns of numbers, and the keys, or None; a bounded number of rows as Python objects at a time."""
+    names: list[str] | None = None
+    parts: dict[str, list[np.ndarray]] = {}
+    keys: list[str] = []
+    start = 1
+    while some := list(islice(rows, _ROWS_AT_A_TIME)):
+        names = names or list(some[0])
+        for number, row in enumerate(some, start):
+            if row.keys() != set(names):
+                raise ValueError(
+                    f"row {number} of {path} must have the columns of the first, {', '.join(map(str, names))}, got "
+                    f"{', '.join(map(str, row))}"
+                )
+        for name in names:
+            values = [row[name] for row in some]
+            if name == KEY:
+                keys += values
+            else:
+                parts.setdefault(name, []).append(_numbers(values, name, start, path))
+        start += len(some)
+    if names is None:
+        raise ValueError(f"a file of conditioning must have a row for each sample, got none in {path}")
+    if KEY in names:
+        _check_keys(keys, path)
+    return {name: _joined(arrays, name, path) for name, arrays in parts.items()}, keys if KEY in names else None
+
+
+def _numbers(values: Sequence[Any], name: str, start: int, path: Path) -> np.ndarray:
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        array = np.asarray(values, dtype=object)
+    if array.dtype.kind == "i":
+        return array.astype(np.int64)
+    if array.dtype.kind == "f" and np.isfinite(array).all():
+        return array
+    bad = next((i for i, value in enumerate(values) if not _is_number(value)), 0)
+    raise ValueError(
+        f"column {name!r} of {path} must hold finite numbers (or lists of them, of one length), got {values[bad]!r} in row {start + bad}"
+    )
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_number, value))
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def _joined(arrays: Sequence[np.ndarray], name: str, path: Path) -> np.ndarray:
+    if len({array.shape[1:] for array in arrays}) > 1:
+        raise ValueError(f"column {name!r} of {path} must hold lists of one length")
+    whole = all(array.dtype == np.int64 for array in arrays)
+    return np.concatenate([array.astype(np.int64 if whole else np.float32) for array in arrays])
+
+
+def _check_keys(keys: Sequence[Any], path: Path) -> None:
+    seen = set()
+    for number, key in enumerate(keys, 1):
+        if not isinstance(key, str) or not _KEY.fullmatch(key) or len(key) > _LONGEST_KEY:
+            raise ValueError(
+                f"a key must be a relative name of at most {_LONGEST_KEY} letters, digits, _ and -, with / between folders, so that it "
+                f"stays within its directory, got {key!r} in row {number} of {path}"
+            )
+        if key in seen:
+            raise ValueError(f"a key must name one sample, got {key!r} a second time in row {number} of {path}")
+        seen.add(key)

@@ -1,0 +1,355 @@
+"""A set of samples on disk: a manifest, shards, and, while it is made, a record beside each shard that is safe.
+
+    manifest.json               settings; when the set is whole, its state "finished" and every shard's checksum
+    samples-000000.npz ...      shards
+    .unfinished/                while the set is made: samples-000000.json (a shard's record), lock, files being written
+
+A file gets its name only when all of it is on the disk: it is written under another name, fsynced and renamed, and the directory is
+fsynced. A shard's record is written after the shard. So whatever stops a run, a shard that has a record is whole, unless the disk lies;
+and ``verified`` finds that out.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .settings import LAYOUT_VERSION, as_json, differences, file_digest
+
+MANIFEST = "manifest.json"
+UNFINISHED, FINISHED = "unfinished", "finished"
+_SCRATCH = ".unfinished"
+_VISIBLE_WITHIN = 60.0  # seconds in which a network file system shows one machine's file to another
+
+AGAIN = "What is written is safe: run the same command with --resume (resume=True), with as many processes as you like"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Which samples make one shard: ``first .. first + count - 1``."""
+
+    index: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Slices:
+    """A run cut into shards of one size; the last may be smaller."""
+
+    count: int
+    size: int
+
+    def __len__(self) -> int:
+        return -(-self.count // self.size)
+
+    def __getitem__(self, index: int) -> Slice:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        first = index * self.size
+        return Slice(index, first, min(self.size, self.count - first))
+
+
+@dataclass
+class SetDirectory:
+    """The directory of one set.
+
+    Attributes:
+        path: where it is.
+        suffix: of its shards.
+        old_records: what the manifest of a finished set says of its shards.
+    """
+
+    path: Path
+    suffix: str
+    old_records: dict[int, Any] = field(default_factory=dict)
+    _lock: Any = None
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / MANIFEST
+
+    @property
+    def scratch(self) -> Path:
+        return self.path / _SCRATCH
+
+    def shard_name(self, index: int) -> str:
+        return f"samples-{index:06d}{self.suffix}"
+
+    def shard(self, index: int) -> Path:
+        return self.path / self.shard_name(index)
+
+    def record_path(self, index: int) -> Path:
+        return self.scratch / f"samples-{index:06d}.json"
+
+    def begin(self, settings: Mapping[str, Any], resume: bool) -> None:
+        """Make the directory, or find that it belongs to these settings: done by one process, before any other goes on.
+
+        Raises:
+            ValueError: the directory holds something else, or a set of other settings, or there is a set and no ``resume``.
+            OSError: another run is at work here.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"out must be a directory, and {self.path} is a file: name another")
+        found = read_manifest(self.path) if self.manifest.is_file() else None
+        if found is None:
+            _refuse_strangers(self.path)
+        elif not resume:
+            raise ValueError(
+                f"{self.path} holds a set already ({found['state']}): pass --resume (resume=True) to continue or mend it, or name "
+                "another directory"
+            )
+        else:
+            _refuse_others(found["settings"], settings, self.path)
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        for leftover in self.scratch.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+        if found is None or found["state"] == FINISHED:  # a finished set that is looked at again is not, until it was
+            self.write(self.manifest, _manifest(UNFINISHED, settings, None if found is None else found["shards"]))
+        self.read_old_records(found or {})
+
+    def join(self, settings: Mapping[str, Any]) -> None:
+        """Find what another process has begun.
+
+        Raises:
+            FileNotFoundError: this process sees another directory.
+        """
+        give_up = time.monotonic() + _VISIBLE_WITHIN
+        while not self.manifest.is_file():
+            if time.monotonic() > give_up:
+                raise FileNotFoundError(
+                    f"every process must see the same directory, and there is no {self.manifest} here: put out on a shared file system"
+                )
+            time.sleep(0.05)
+        found = read_manifest(self.path)
+        _refuse_others(found["settings"], settings, self.path)
+        self.read_old_records(found)
+
+    def read_old_records(self, found: Mapping[str, Any]) -> None:
+        self.old_records = dict(enumerate(found.get("shards", [])))
+
+    def _take_lock(self) -> None:
+        """One run at a time, where the file system has locks. The lock ends with the process, however that ends."""
+        self._lock = open(self.scratch / "lock", "w")  # noqa: SIM115 (held until close)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                self.close()
+                raise OSError(
+                    f"another run is at work in {self.path}: wait for it, or end it (it may be stopped)"
+                ) from error
+
+    def is_finished(self) -> bool:
+        try:
+            return read_manifest(self.path)["state"] == FINISHED
+        except (OSError, ValueError):
+            return False
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # --- Files --------------------------------------------------------------------------------------------------------
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Write a file that is there wholly or not at all, and stays there."""
+        temporary = self.scratch / f"{path.name}.{uuid.uuid4().hex}.tmp"
+        try:
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _fsync_directory(path.parent)
+
+    def save(self, part: Slice, content: bytes, extra: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a shard, then its record, which is returned.
+
+        Raises:
+            RuntimeError: the shard was there before with other bytes, under the same settings.
+        """
+        record = {
+            "name": self.shard_name(part.index),
+            "first": part.first,
+            "count": part.count,
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            **extra,
+        }
+        self._check_same(part, record)
+        self.write(self.shard(part.index), content)
+        self.write(self.record_path(part.index), as_json(record).encode())
+        return record
+
+    def _check_same(self, part: Slice, record: Mapping[str, Any]) -> None:
+        """A shard made again must have the bytes that its record promised; a record that alone is damaged counts for nothing."""
+        old = self.record(part)
+        if old is None or old["sha256"] == record["sha256"] or self._digest(part) == record["sha256"]:
+            return
+        raise RuntimeError(
+            f"{self.shard_name(part.index)} must have the SHA-256 that was recorded, {old['sha256']}, and came out with {record['sha256']} "
+            "though the settings are the same: the machine, its libraries or the model compute otherwise than before. Make the set anew "
+            f"in another directory, or delete {self.manifest} and {self.scratch}"
+        )
+
+    def _digest(self, part: Slice) -> str | None:
+        try:
+            return file_digest(self.shard(part.index))
+        except FileNotFoundError:
+            return None
+
+    def record(self, part: Slice) -> dict[str, Any] | None:
+        """What is known of a shard that was written, or None. A record that is damaged is none."""
+        try:
+            record = json.loads(self.record_path(part.index).read_bytes())
+        except (OSError, ValueError):
+            record = self.old_records.get(part.index)
+        return record if _is_record(record, part, self.shard_name(part.index)) else None
+
+    def verified(self, part: Slice) -> dict[str, Any] | None:
+        """The record of a shard whose bytes are those recorded, or None."""
+        record = self.record(part)
+        return record if record is not None and self._digest(part) == record["sha256"] else None
+
+    def finish(self, settings: Mapping[str, Any], records: list[Mapping[str, Any]]) -> None:
+        """The set is whole: write the manifest, and take away what is not part of it. May be done twice."""
+        self.write(self.manifest, _manifest(FINISHED, settings, records))
+        self.close()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def check_space(self, needed: int) -> None:
+        """Raise OSError where the disk has less room than ``needed`` bytes, an upper bound."""
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"the samples to make may take up to {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: make room, name another "
+                "directory, or pass --no-space-check (check_space=False)",
+                str(self.path),
+            )
+
+
+def _manifest(state: str, settings: Mapping[str, Any], records: list[Mapping[str, Any]] | None = None) -> bytes:
+    shards = {} if records is None else {"shards": records}
+    return as_json({"layout": LAYOUT_VERSION, "state": state, "settings": settings, **shards}).encode() + b"\n"
+
+
+def _fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_record(record: Any, part: Slice, name: str) -> bool:
+    """Whether a record from a file is one of this shard: no name in it is ever used as a path."""
+    wanted = {"name": name, "first": part.first, "count": part.count}
+    return (
+        isinstance(record, Mapping)
+        and all(record.get(key) == value for key, value in wanted.items())
+        and isinstance(record.get("sha256"), str)
+        and isinstance(record.get("bytes"), int)
+    )
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a set.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or of another version.
+    """
+    manifest = path / MANIFEST
+    if not manifest.is_file():
+        raise FileNotFoundError(f"a set of samples has a {MANIFEST}, and there is none in {path}")
+    try:
+        found = json.loads(manifest.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{manifest} must be JSON, and is not: {error}") from error
+    if not isinstance(found, dict) or found.get("layout") != LAYOUT_VERSION:
+        raise ValueError(f"{manifest} must be of layout {LAYOUT_VERSION}, which this version of ddim_fast writes")
+    shards = found.get("shards", [])
+    states = (UNFINISHED, FINISHED)
+    if found.get("state") not in states or not isinstance(found.get("settings"), dict) or not isinstance(shards, list):
+        raise ValueError(f"{manifest} must hold a state, settings and shards: it is damaged")
+    return found
+
+
+def _refuse_strangers(path: Path) -> None:
+    # What is in the scratch folder alone was made before a manifest could be.
+    if path.is_dir() and (others := sorted(child.name for child in path.iterdir() if child.name != _SCRATCH)):
+        raise ValueError(
+            f"out must be a directory that is new, empty or made by this command, and {path} holds {others[0]}: name another"
+        )
+
+
+def _refuse_others(there: Mapping[str, Any], here: Mapping[str, Any], path: Path) -> None:
+    if lines := differences(there, here, "there", "here"):
+        listed = "\n  ".join(lines)
+        raise ValueError(
+            f"{path} holds a set of other settings, so its samples would be others:\n  {listed}\n"
+            "Run with the settings it was begun with, or name another directory"
+        )
+
+
+# --- Checking ---------------------------------------------------------------------------------------------------------
+
+
+def check_set(path: str | os.PathLike[str], progress: Callable[[int], Any] = lambda count: None) -> list[str]:
+    """What is wrong with a set: nothing where it is finished, and every shard is there, with the bytes that its manifest says.
+
+    Args:
+        progress: called with the number of samples of each shard that was read.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no set, or its manifest is damaged.
+    """
+    from .formats import FORMATS
+
+    path = Path(path)
+    found = read_manifest(path)
+    if found["state"] != FINISHED:
+        return [f"the set is not finished. {AGAIN}"]
+    settings = found["settings"]
+    try:
+        directory = SetDirectory(path, FORMATS[settings["format"]].suffix)
+        slices = Slices(settings["count"], settings["shard_size"])
+        directory.read_old_records(found)
+        wanted = {directory.shard_name(i) for i in range(len(slices))}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path / MANIFEST} must hold the settings of a run: it is damaged ({error!r})") from error
+    problems = []
+    if len(found.get("shards", [])) != len(slices):
+        problems.append(f"the manifest must list {len(slices)} shards, and lists {len(found.get('shards', []))}")
+    for part in slices:
+        name = directory.shard_name(part.index)
+        # Of a finished set, the manifest alone counts.
+        record = directory.old_records.get(part.index)
+        if not _is_record(record, part, name):
+            problems.append(f"{name}: the manifest says nothing of it that makes sense")
+        elif not directory.shard(part.index).is_file():
+            problems.append(f"{name} is missing")
+        elif (size := directory.shard(part.index).stat().st_size) != record["bytes"]:
+            problems.append(f"{name} must have {record['bytes']} bytes, and has {size}")
+        elif file_digest(directory.shard(part.index)) != record["sha256"]:
+            problems.append(f"{name} has the right size, and other bytes than were written")
+        progress(part.count)
+    strangers = sorted(child.name for child in path.glob("samples-*") if child.name not in wanted)
+    return problems + [f"{name} is not part of the set" for name in strangers]

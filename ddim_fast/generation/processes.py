@@ -1,0 +1,199 @@
+"""The processes of a run, and the queue that they take slices from, in the store of torch's process group.
+
+The only thing that processes do together is to count in the store: no collective, so nobody waits for anybody. A slice is given to
+whoever asks next. When none is left, a process that is done makes again what is still missing after its patience: then a slow, stopped
+or dead process holds nobody up, and it does no harm if it goes on, since it writes the same bytes under the same name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .directory import AGAIN
+
+_START_TIMEOUT = timedelta(minutes=10)
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between two looks at the store
+_LEAST_PATIENCE, _WITHOUT_EXPERIENCE = 5.0, 60.0  # seconds
+_LINGER = 10.0  # seconds that the process that keeps the store waits for the others to leave
+_calls = itertools.count()
+
+
+@dataclass(frozen=True)
+class Processes:
+    rank: int
+    world_size: int
+    store: Any
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[Processes]:
+    """The process group that there is; or that of torchrun's environment, gloo or NCCL; or this process alone."""
+    if not dist.is_available():
+        raise ImportError("ddim_fast.generation needs torch.distributed, which this torch was built without")
+    began = not dist.is_initialized() and "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if began:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        if dist.is_initialized():
+            store = dist.PrefixStore(f"ddim_fast.generate/{next(_calls)}", dist.distributed_c10d._get_default_store())
+            yield Processes(dist.get_rank(), dist.get_world_size(), store)
+        else:
+            yield Processes(0, 1, dist.HashStore())
+    finally:
+        if began:
+            dist.destroy_process_group()
+
+
+def agree(
+    who: Processes, settings: Mapping[str, Any], begin: Callable[[], None], join: Callable[[Mapping[str, Any]], None]
+) -> None:
+    """Rank 0 begins; then the others join with what it says. Where it refuses, all do.
+
+    Raises:
+        RuntimeError: rank 0 refused. (It raises its own error.)
+    """
+    if who.rank == 0:
+        try:
+            begin()
+        except BaseException as error:
+            who.store.set("begun", json.dumps({"refused": str(error)}))
+            raise
+        who.store.set("begun", json.dumps({"refused": None}))
+        return
+    who.store.wait(["begun"], _START_TIMEOUT)
+    refused = json.loads(who.store.get("begun"))["refused"]
+    if refused is not None:
+        raise RuntimeError(f"rank 0 refused: {refused}")
+    join(settings)
+
+
+class WorkQueue:
+    """Which slice is whose turn. Every process has one of its own, with the same store.
+
+    Args:
+        total: how many slices there are.
+        patience: seconds without anything finished after which a slice that somebody took is taken again, when there is no other. None:
+            three times as long as this process took for its slowest, and 5 s at least.
+    """
+
+    def __init__(self, who: Processes, total: int, patience: float | None = None):
+        self._store, self._who, self._total = who.store, who, total
+        self._patience, self._slowest = patience, 0.0
+
+    # --- Slices -------------------------------------------------------------------------------------------------------
+
+    def turns(self, flush: Callable[[], None]) -> Iterator[int]:
+        """Slices to make, until all are made, by whomever. ``flush`` waits for what this process has in hand."""
+        while (index := self._store.add("next", 1) - 1) < self._total:
+            yield from self._timed(index)
+        flush()
+        for turn in self._until(lambda: self._store.add("finished", 0) >= self._total):
+            missing = self.missing()
+            if not missing:
+                return
+            # In each turn one process makes a slice, and another slice is made by the next process that asks.
+            mine = next((i for i in missing if self._store.add(f"again/{turn}/{i}", 1) == 1), None)
+            if mine is not None:
+                yield from self._timed(mine)
+                flush()
+
+    def _timed(self, index: int) -> Iterator[int]:
+        started = time.monotonic()
+        yield index
+        self._slowest = max(self._slowest, time.monotonic() - started)
+
+    def _until(self, done: Callable[[], bool]) -> Iterator[int]:
+        """1, 2, ...: one each time that the patience is over, until it is done. The clock starts anew whenever something was finished."""
+        pause, turn, seen, since = _FIRST_PAUSE, 0, None, time.monotonic()
+        while not done():
+            if (finished := self._store.add("finished", 0)) != seen:
+                seen, since = finished, time.monotonic()
+            elif time.monotonic() - since > self.patience:
+                turn, since = turn + 1, time.monotonic()
+                yield turn
+                continue
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    @property
+    def patience(self) -> float:
+        if self._patience is not None:
+            return self._patience
+        return max(_LEAST_PATIENCE, 3 * self._slowest) if self._slowest else _WITHOUT_EXPERIENCE
+
+    def is_finished(self, index: int) -> bool:
+        return self._store.check([f"record/{index}"])
+
+    def finish(self, index: int, record: Mapping[str, Any], made: bool) -> None:
+        """Say that a shard is safe on the disk."""
+        self._store.set(f"record/{index}", json.dumps(record))
+        if self._store.add(f"safe/{index}", 1) == 1:
+            self._store.add("made" if made else "found", record["count"])
+            self._store.add("finished", 1)
+
+    def missing(self) -> list[int]:
+        """Slices that are not finished: a few questions, since most are."""
+
+        def within(first: int, last: int) -> Iterator[int]:
+            if self._store.check([f"record/{i}" for i in range(first, last)]):
+                return
+            if last - first == 1:
+                yield first
+                return
+            middle = (first + last) // 2
+            yield from within(first, middle)
+            yield from within(middle, last)
+
+        return list(within(0, self._total)) if self._total else []
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(self._store.get(f"record/{i}")) for i in range(self._total)]
+
+    @property
+    def samples(self) -> tuple[int, int]:
+        """Samples that are safe: made in this run, and found from before."""
+        return self._store.add("made", 0), self._store.add("found", 0)
+
+    # --- The end ------------------------------------------------------------------------------------------------------
+
+    def close(self, finish: Callable[[], None]) -> None:
+        """One process finishes the set; the others wait for it, and another does it where that takes too long."""
+
+        def try_to(turn: int) -> None:
+            if self._store.add(f"closing/{turn}", 1) == 1:
+                finish()
+                self._store.set("closed", "yes")
+
+        try_to(0)
+        for turn in self._until(lambda: self._store.check(["closed"])):
+            try_to(turn)
+
+    def leave(self) -> None:
+        """The process that may keep the store leaves last, or after a while."""
+        left, give_up = self._store.add("left", 1), time.monotonic() + _LINGER
+        while self._who.rank == 0 and left < self._who.world_size and time.monotonic() < give_up:
+            time.sleep(_FIRST_PAUSE)
+            left = self._store.add("left", 0)
+
+
+@contextmanager
+def store_errors(is_finished: Callable[[], bool]) -> Iterator[None]:
+    """A lost store in words; none where the set was finished meanwhile."""
+    try:
+        yield
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if not is_finished():
+            raise OSError(
+                f"the store of the process group is lost, so another process may have died ({error}). {AGAIN}"
+            ) from error

@@ -1,0 +1,332 @@
+"""``generate``: a set of samples on disk, by one process or many, that can be stopped and continued anywhere."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..guidance import check_rescale, guidance_scales
+from ..models import Model
+from ..sampler import DDIMSampler
+from ..start import conditionings_of, usable_device
+from .batches import Samples
+from .conditioning import LABELS, Conditioning, Table
+from .directory import AGAIN, SetDirectory, Slice, Slices
+from .formats import FORMATS, PER_SHARD, Shard
+from .processes import WorkQueue, agree, processes, store_errors
+from .settings import environment, model_digest, plan_settings
+from .writer import Writer
+
+SHARD_SIZE, BATCH_SIZE, COMPUTE_BATCH_SIZE = 512, 64, 16
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a run did: samples that all its processes made, and that it found safe from before; files that they lie in; seconds.
+
+    ``writing_seconds`` is how long this process's writer worked, beside the sampling; ``non_finite`` how many samples of the set hold
+    NaN or infinity.
+    """
+
+    out: Path
+    made: int
+    found: int
+    shards: int
+    seconds: float
+    writing_seconds: float
+    non_finite: int
+    rank: int
+
+
+def generate(
+    model: Model,
+    sampler: DDIMSampler,
+    count: int,
+    out: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    shape: Sequence[int] | None = None,
+    conditioning: Conditioning | None = None,
+    guidance_scale: Any = None,
+    guidance_rescale: float = 0.0,
+    format: str = "safetensors",
+    shard_size: int = SHARD_SIZE,
+    batch_size: int = BATCH_SIZE,
+    compute_batch_size: int = COMPUTE_BATCH_SIZE,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    model_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    capture: str = "auto",
+    threads: int = 1,
+    model_id: str | None = None,
+    patience: float | None = None,
+    check_space: bool = True,
+    progress: bool = False,
+) -> Generated:
+    """Write ``count`` samples to a directory, as shards with a manifest: see docs/GENERATE.md.
+
+    Sample i is a function of the model, the sampler's plan, the seed and i, and the settings in the manifest. The files are the same bytes
+    for any number of processes, any ``batch_size``, and any interruptions. Started by torchrun, or with a process group that is there, all
+    its processes share the work; else this one does it. Every process calls this with the same arguments, but for ``device``.
+
+    Args:
+        model: any callable, see ``models.Model``; in eval mode, if it has modes; it must draw no random numbers of its own.
+        count: how many samples the set has.
+        out: a directory that is new, empty, or, with ``resume``, holds a set of the same settings. All processes must see it.
+        seed: of the run; sample i's own is ``sample_seeds(seed, 1, i)``.
+        shape: of one sample, ``(C, ...)``; the model's ``sample_shape`` if none.
+        conditioning: what each sample is conditioned on: ``EveryClass``, ``OneClass``, ``Table``, or an object like them.
+        guidance_scale, guidance_rescale, model_dtype, backend, capture: see ``DDIMSampler.sample``.
+        format: "safetensors" (the samples as they are), "npz" or "webdataset" (pictures of 8 bits), see docs/GENERATE.md.
+        shard_size: samples in a file, a multiple of ``compute_batch_size``. A process holds four such shards in memory at most.
+        batch_size: samples at a time, a multiple of ``compute_batch_size``. Changes speed and memory only.
+        compute_batch_size: samples in each call of the model. Part of what a sample is a function of: a model's rounding may depend on it.
+        resume: continue or mend the set that is in ``out``: what is there is read and compared with its checksums.
+        threads: of torch in each process, during the run; rounding may depend on it, too.
+        model_id: instead of the SHA-256 of the model's structure and weights: needed for a model that is no ``nn.Module``.
+        patience: seconds after which a process without other work makes a slice again that another took and did not finish. None: three
+            times as long as its own slowest took.
+        check_space: refuse to begin where the disk may be too small.
+        progress: show a progress bar of all processes, on rank 0.
+
+    Raises:
+        FileNotFoundError: processes do not see the same directory.
+        OSError: the disk is full, another run is at work in ``out``, or the store of the process group is lost. What is written stays.
+        RuntimeError: a shard came out with other bytes than before, or rank 0 refused.
+        TypeError, ValueError: an argument breaks a rule, or ``out`` holds something else. Nothing is written then.
+    """
+    started = time.perf_counter()
+    device = usable_device(device)
+    _check_arguments(model, sampler, count, format, shard_size, batch_size, compute_batch_size, threads, patience)
+    shape = _shape(model, shape, format)
+    _check_conditioning(model, conditioning, count, format, compute_batch_size)
+    scales = guidance_scales(guidance_scale, sampler.plan(model).timesteps)
+    check_rescale(guidance_rescale, guidance_scale)
+    conditionings_of(model, None if conditioning is None else conditioning.rows(0, compute_batch_size), scales, None)
+    settings = {
+        "count": int(count),
+        "seed": int(seed),
+        "shape": list(shape),
+        "dtype": str(dtype),
+        "model_dtype": str(model_dtype or dtype),
+        "model": model_digest(model) if model_id is None else model_id,
+        "plan": plan_settings(sampler, model),
+        "guidance_scale": None if scales is None else [float(scale) for scale in scales],
+        "guidance_rescale": float(guidance_rescale),
+        "conditioning": None if conditioning is None else conditioning.settings(),
+        "compute_batch_size": int(compute_batch_size),
+        "shard_size": int(shard_size),
+        "format": format,
+        "environment": environment(device, backend, threads),
+    }
+    options = {
+        "guidance_scale": guidance_scale,
+        "guidance_rescale": guidance_rescale,
+        "model_dtype": model_dtype,
+        "backend": backend,
+        "capture": capture,
+    }
+    samples = Samples(sampler, model, shape, seed, compute_batch_size, batch_size, conditioning, device, dtype, options)
+    directory = SetDirectory(Path(out), FORMATS[format].suffix)
+    slices = Slices(int(count), int(shard_size))
+
+    def begin() -> None:
+        directory.begin(settings, resume)
+        if check_space:
+            directory.check_space(_space_needed(directory, slices, shape, dtype, format))
+
+    with processes(device) as who, _threads(threads), store_errors(directory.is_finished):
+        try:
+            agree(who, settings, begin, directory.join)
+            queue = WorkQueue(who, len(slices), patience)
+            run = _Run(samples, directory, slices, queue, format, _bar(progress and who.rank == 0, count))
+            run.make_all()
+            queue.close(lambda: directory.finish(settings, queue.records()))
+            made, found = queue.samples
+            non_finite = sum(record.get("non_finite", 0) for record in queue.records())
+            queue.leave()
+        finally:
+            directory.close()
+        seconds = time.perf_counter() - started
+        return Generated(directory.path, made, found, len(slices), seconds, run.writing_seconds, non_finite, who.rank)
+    # The store was lost after the set was finished: what others did is not known any more.
+    return Generated(directory.path, 0, int(count), len(slices), time.perf_counter() - started, 0.0, 0, -1)
+
+
+@dataclass
+class _Run:
+    """One process's part in a run."""
+
+    samples: Samples
+    directory: SetDirectory
+    slices: Slices
+    queue: WorkQueue
+    format: str
+    bar: tqdm
+    writing_seconds: float = 0.0
+
+    def make_all(self) -> None:
+        with self.bar, Writer(self._write) as writer:
+            for index in self.queue.turns(writer.flush):
+                part = self.slices[index]
+                record = self.directory.verified(part)
+                if record is not None:
+                    self.queue.finish(index, record, made=False)
+                elif (drawn := self.samples(part, lambda i=index: self._goes_on(i))) is not None:
+                    writer.put((part, drawn))
+                self._show()
+            writer.flush()
+            self._show()
+
+    def _goes_on(self, index: int) -> bool:
+        self._show()
+        return not self.queue.is_finished(index)
+
+    def _write(self, item: tuple[Slice, Tensor]) -> None:
+        started = time.perf_counter()
+        part, drawn = item
+        shard = Shard(part.first, drawn, self._labels(part), self._keys(part))
+        finite = drawn.flatten(1).isfinite().all(1)
+        try:
+            content = FORMATS[self.format].encode(shard)
+            record = self.directory.save(part, content, {"non_finite": int((~finite).sum())})
+        except FileNotFoundError:
+            # This process was stopped for so long that others have finished the set, and cleared up.
+            if not self.directory.is_finished():
+                raise
+            return
+        except OSError as error:
+            self.bar.close()
+            raise OSError(
+                error.errno, f"{self.directory.shard_name(part.index)} could not be written ({error.strerror}). {AGAIN}"
+            ) from error
+        self.queue.finish(part.index, record, made=True)
+        self.writing_seconds += time.perf_counter() - started
+
+    def _labels(self, part: Slice) -> Tensor | None:
+        rule = self.samples.conditioning
+        labels = None if rule is None else rule.rows(part.first, part.count).get(LABELS)
+        return labels if labels is not None and labels.ndim == 1 and labels.dtype == torch.int64 else None
+
+    def _keys(self, part: Slice) -> Sequence[str] | None:
+        keys = getattr(self.samples.conditioning, "keys", None)
+        return None if keys is None else keys[part.first : part.first + part.count]
+
+    def _show(self) -> None:
+        if self.bar.disable:
+            return
+        made, found = self.queue.samples
+        self.bar.initial = found  # what was there before says nothing of the speed
+        self.bar.update(made + found - self.bar.n)
+
+
+def _bar(shown: bool, count: int) -> tqdm:
+    return tqdm(total=count, desc="samples", unit="sample", smoothing=0, disable=not shown)
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    cudnn = torch.backends.cudnn
+    fixed = cudnn.flags(benchmark=False, deterministic=True) if cudnn.is_available() else nullcontext()
+    try:
+        with fixed:
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _space_needed(
+    directory: SetDirectory, slices: Slices, shape: tuple[int, ...], dtype: torch.dtype, format: str
+) -> int:
+    missing = [part for part in slices if not directory.shard(part.index).is_file()]
+    of_samples = sum(part.count for part in missing) * FORMATS[format].largest(shape, dtype)
+    return of_samples + len(missing) * PER_SHARD
+
+
+# --- Checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_arguments(
+    model, sampler, count, format, shard_size, batch_size, compute_batch_size, threads, patience
+) -> None:
+    if not isinstance(sampler, DDIMSampler):
+        raise TypeError(f"sampler must be a DDIMSampler, got {type(sampler).__name__}")
+    numbers = {
+        "count": count,
+        "shard_size": shard_size,
+        "batch_size": batch_size,
+        "compute_batch_size": compute_batch_size,
+        "threads": threads,
+    }
+    for name, value in numbers.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name in ("batch_size", "shard_size"):
+        if numbers[name] % compute_batch_size:
+            raise ValueError(
+                f"{name} must be a multiple of compute_batch_size, {compute_batch_size}, got {numbers[name]}: take "
+                f"{-(-numbers[name] // compute_batch_size) * compute_batch_size}, or another compute_batch_size (which changes the bits)"
+            )
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if patience is not None and not 0 < patience < float("inf"):
+        raise ValueError(f"patience must be positive and finite, or None, got {patience}")
+    if getattr(model, "training", False):
+        raise ValueError(
+            "a model must be in eval mode, so that a sample does not depend on its batch: call model.eval()"
+        )
+
+
+def _shape(model: Model, shape: Sequence[int] | None, format: str) -> tuple[int, ...]:
+    stated = getattr(model, "sample_shape", None)
+    if shape is None and stated is None:
+        raise ValueError("shape is needed, for instance shape=(3, 32, 32), where the model has no sample_shape")
+    found = tuple(int(size) for size in (stated if shape is None else shape))
+    if not found or min(found) < 1:
+        raise ValueError(f"shape must be that of one sample, (C, ...), with no size below 1, got {found}")
+    if FORMATS[format].pictures and (len(found) != 3 or found[0] not in (1, 3)):
+        raise ValueError(
+            f"format {format!r} is for pictures, (1 or 3, H, W), got samples {found}: take format='safetensors'"
+        )
+    return found
+
+
+def _check_conditioning(
+    model: Model, conditioning: Conditioning | None, count: int, format: str, compute_batch_size: int
+) -> None:
+    if conditioning is None:
+        return
+    if isinstance(conditioning, Table):
+        if len(conditioning) < count:
+            raise ValueError(
+                f"{conditioning.path} must have a row for each of {count} samples, got {len(conditioning)}"
+            )
+        if conditioning.keys is not None and format != "webdataset":
+            raise ValueError(
+                f"keys name samples in a tar, got a column of them in {conditioning.path} and format={format!r}: take "
+                "format='webdataset', or leave the column out"
+            )
+    classes = getattr(model, "num_classes", None)
+    labels = conditioning.columns.get(LABELS) if isinstance(conditioning, Table) else None
+    if labels is None:
+        labels = conditioning.rows(0, max(compute_batch_size, int(classes or 0))).get(LABELS)
+    if isinstance(classes, int) and labels is not None and (int(labels.min()) < 0 or int(labels.max()) > classes):
+        raise ValueError(
+            f"{LABELS} must be from 0 to {classes - 1} ({classes}: no class), got {int(labels.min())} to {int(labels.max())}"
+        )

@@ -1,0 +1,135 @@
+"""What a set of samples is a function of, as JSON: two runs with equal settings write the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from torch import nn
+
+from .._version import __version__
+from ..kernels import dispatch
+from ..kernels.contract import StepCoefficients, StepInputs
+from ..kernels.noise import NOISE_STANDARD_VERSION
+from ..sampler import DDIMSampler
+from ..schedule import NoiseSchedule
+
+LAYOUT_VERSION = 1
+"""Of the directory: of its manifest, its shards' names and what they hold."""
+
+
+def model_digest(model: Any) -> str:
+    """SHA-256 of a module's structure (its ``repr``) and of its weights and buffers, with their names, dtypes and shapes.
+
+    Raises:
+        TypeError: the model is no ``nn.Module``, so that nothing of it can be read.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"a model's weights say which samples are its own, and a {type(model).__name__} has none: pass model_id, a text that "
+            "changes whenever the model does"
+        )
+    digest = hashlib.sha256(repr(model).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def plan_settings(sampler: DDIMSampler, model: Any) -> dict[str, Any]:
+    """Every field of the plan of a run, the schedule by its name and the SHA-256 of its ``alphas_cumprod``."""
+    plan = sampler.plan(model)
+    settings = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    schedule: NoiseSchedule = settings.pop("schedule")
+    settings["timesteps"] = list(plan.timesteps)
+    settings["schedule"] = {
+        "name": schedule.name,
+        "num_train_timesteps": schedule.num_train_timesteps,
+        "sha256": hashlib.sha256(np.ascontiguousarray(schedule.alphas_cumprod).tobytes()).hexdigest(),
+    }
+    settings["thresholding"] = None if sampler.thresholding is None else asdict(sampler.thresholding)
+    return settings
+
+
+def environment(device: torch.device, backend: str | None, threads: int) -> dict[str, Any]:
+    """What else bits may depend on: versions, the processor, the number of threads, switches of torch."""
+    x = torch.zeros(1, 4, device=device)
+    step_backend = dispatch.choose(StepInputs(x, x, StepCoefficients(1, 0, 0, 1, 0, 1, 0, 0)), backend).name
+    found = {
+        "ddim_fast": __version__,
+        "noise_standard": NOISE_STANDARD_VERSION,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        "machine": platform.machine(),
+        "step_backend": step_backend,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+    if device.type == "cuda":
+        found |= {
+            "device": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+        }
+    else:
+        found |= {
+            "device": device.type,
+            "processor": _processor(),
+            "instruction_set": torch.backends.cpu.get_cpu_capability(),
+            "threads": threads,
+        }
+    return found
+
+
+def _processor() -> str:
+    """The processor's name: libraries choose their algorithms by it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def as_json(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, indent=1, sort_keys=True, allow_nan=False)
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], there_is: str, here_is: str) -> list[str]:
+    """A line for each setting whose two values differ, nested ones by their path."""
+    there, here = _flat(json.loads(as_json(there))), _flat(json.loads(as_json(here)))
+    missing = "nothing"
+    return [
+        f"{name}: {there.get(name, missing)} {there_is}, {here.get(name, missing)} {here_is}"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name, missing) != here.get(name, missing)
+    ]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
