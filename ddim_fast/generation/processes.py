@@ -17,42 +17,54 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from .directory import AGAIN
 
-_START_TIMEOUT = timedelta(minutes=10)
+_START_TIMEOUT = timedelta(minutes=5)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between two looks at the store
 _LEAST_PATIENCE, _WITHOUT_EXPERIENCE = 5.0, 60.0  # seconds
-_LINGER = 10.0  # seconds that the process that keeps the store waits for the others to leave
+_LINGER = 5.0  # seconds that the process that keeps the store waits for the others to leave
 _calls = itertools.count()
 
 
 @dataclass(frozen=True)
 class Processes:
+    """``keeps_store``: the store ends with this process."""
+
     rank: int
     world_size: int
     store: Any
+    keeps_store: bool = False
 
 
-@contextmanager
-def processes(device: torch.device) -> Iterator[Processes]:
-    """The process group that there is; or that of torchrun's environment, gloo or NCCL; or this process alone."""
+def processes() -> Processes:
+    """Those of the process group that there is; or of torchrun's environment; or this process alone.
+
+    Of torchrun's environment only the store is used. A group of gloo or NCCL would be a mesh of connections for collectives that nobody
+    calls, and could not be made before the last process is there.
+    """
     if not dist.is_available():
         raise ImportError("ddim_fast.generation needs torch.distributed, which this torch was built without")
-    began = not dist.is_initialized() and "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if began:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        if dist.is_initialized():
-            store = dist.PrefixStore(f"ddim_fast.generate/{next(_calls)}", dist.distributed_c10d._get_default_store())
-            yield Processes(dist.get_rank(), dist.get_world_size(), store)
-        else:
-            yield Processes(0, 1, dist.HashStore())
-    finally:
-        if began:
-            dist.destroy_process_group()
+    call = next(_calls)
+    if dist.is_initialized():
+        store = dist.PrefixStore(f"ddim_fast.generate/{call}", dist.distributed_c10d._get_default_store())
+        return Processes(dist.get_rank(), dist.get_world_size(), store, keeps_store=dist.get_rank() == 0)
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return Processes(0, 1, dist.HashStore())
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    tcp = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=rank == 0 and not of_agent,
+        timeout=_START_TIMEOUT,
+        wait_for_workers=False,
+    )
+    # torchrun keeps its store when it starts the processes anew.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"ddim_fast.generate/{attempt}/{call}", tcp)
+    return Processes(rank, world_size, store, keeps_store=rank == 0 and not of_agent)
 
 
 def agree(
@@ -182,7 +194,7 @@ class WorkQueue:
     def leave(self) -> None:
         """The process that may keep the store leaves last, or after a while."""
         left, give_up = self._store.add("left", 1), time.monotonic() + _LINGER
-        while self._who.rank == 0 and left < self._who.world_size and time.monotonic() < give_up:
+        while self._who.keeps_store and left < self._who.world_size and time.monotonic() < give_up:
             time.sleep(_FIRST_PAUSE)
             left = self._store.add("left", 0)
 

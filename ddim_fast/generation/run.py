@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..guidance import check_rescale, guidance_scales
+from ..kernels.noise import sample_seeds
 from ..models import Model
 from ..sampler import DDIMSampler
 from ..start import conditionings_of, usable_device
@@ -109,7 +110,7 @@ def generate(
     """
     started = time.perf_counter()
     device = usable_device(device)
-    _check_arguments(model, sampler, count, format, shard_size, batch_size, compute_batch_size, threads, patience)
+    _check_arguments(model, sampler, count, seed, format, shard_size, batch_size, compute_batch_size, threads, patience)
     shape = _shape(model, shape, format)
     _check_conditioning(model, conditioning, count, format, compute_batch_size)
     scales = guidance_scales(guidance_scale, sampler.plan(model).timesteps)
@@ -147,8 +148,9 @@ def generate(
         if check_space:
             directory.check_space(_space_needed(directory, slices, shape, dtype, format))
 
-    with processes(device) as who, _threads(threads), store_errors(directory.is_finished):
+    with _fixed_algorithms(threads), store_errors(directory.is_finished):
         try:
+            who = processes()
             agree(who, settings, begin, directory.join)
             queue = WorkQueue(who, len(slices), patience)
             run = _Run(samples, directory, slices, queue, format, _bar(progress and who.rank == 0, count))
@@ -237,16 +239,17 @@ def _bar(shown: bool, count: int) -> tqdm:
 
 
 @contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+def _fixed_algorithms(threads: int) -> Iterator[None]:
+    """Switches of torch that rounding may depend on; as they were, afterwards."""
     cudnn = torch.backends.cudnn
-    fixed = cudnn.flags(benchmark=False, deterministic=True) if cudnn.is_available() else nullcontext()
+    before = torch.get_num_threads(), cudnn.benchmark, cudnn.deterministic
+    torch.set_num_threads(threads)
+    cudnn.benchmark, cudnn.deterministic = False, True
     try:
-        with fixed:
-            yield
+        yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(before[0])
+        cudnn.benchmark, cudnn.deterministic = before[1:]
 
 
 def _space_needed(
@@ -261,12 +264,13 @@ def _space_needed(
 
 
 def _check_arguments(
-    model, sampler, count, format, shard_size, batch_size, compute_batch_size, threads, patience
+    model, sampler, count, seed, format, shard_size, batch_size, compute_batch_size, threads, patience
 ) -> None:
     if not isinstance(sampler, DDIMSampler):
         raise TypeError(f"sampler must be a DDIMSampler, got {type(sampler).__name__}")
     numbers = {
         "count": count,
+        "seed": seed,
         "shard_size": shard_size,
         "batch_size": batch_size,
         "compute_batch_size": compute_batch_size,
@@ -275,7 +279,7 @@ def _check_arguments(
     for name, value in numbers.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise TypeError(f"{name} must be an integer, got {value!r}")
-        if value < 1:
+        if value < 1 and name != "seed":
             raise ValueError(f"{name} must be at least 1, got {value}")
     for name in ("batch_size", "shard_size"):
         if numbers[name] % compute_batch_size:
@@ -283,6 +287,7 @@ def _check_arguments(
                 f"{name} must be a multiple of compute_batch_size, {compute_batch_size}, got {numbers[name]}: take "
                 f"{-(-numbers[name] // compute_batch_size) * compute_batch_size}, or another compute_batch_size (which changes the bits)"
             )
+    sample_seeds(seed, 0)  # which has the rule for seeds
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if patience is not None and not 0 < patience < float("inf"):
