@@ -177,6 +177,29 @@ def test_npz_is_what_evaluators_read(channels, labels):
             )  # the only version that guided-diffusion's evaluator streams
 
 
+def test_shards_of_npz_are_joined_to_the_one_file_that_evaluators_read(tmp_path):
+    out, file = tmp_path / "set", tmp_path / "all.npz"
+    worker.crowd(out, 75, format="npz")
+    output = invoke("--check", out, "--join", file)
+    assert f"joined to {file}" in output
+    shards = [np.load(path) for path in sorted(out.glob("samples-*"))]
+    with np.load(file, allow_pickle=False) as found:
+        assert sorted(found) == ["arr_0", "arr_1"]
+        for name in found:
+            np.testing.assert_array_equal(found[name], np.concatenate([shard[name] for shard in shards]))
+        assert len(found["arr_0"]) == 75
+    with zipfile.ZipFile(file) as archive:
+        assert archive.testzip() is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.npz", "set"]
+    truncate_name = out / "samples-000001.npz"
+    truncate_name.write_bytes(truncate_name.read_bytes()[:-1])
+    assert "must have" in invoke("--check", out, "--join", tmp_path / "broken.npz", code=1)
+    assert not (tmp_path / "broken.npz").exists()
+    worker.crowd(tmp_path / "numbers", 16)
+    assert "of format 'npz' can be joined" in invoke("--check", tmp_path / "numbers", "--join", file, code=1)
+    assert "verified" in invoke("-n", 4, "--join", file, code=1)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("keys", [None, ["a", "b/c", "d"]])
 def test_webdataset_is_a_tar_of_png(channels, keys):

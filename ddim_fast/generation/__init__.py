@@ -2,6 +2,7 @@
 
 from .conditioning import Conditioning, EveryClass, OneClass, Table
 from .directory import check_set
+from .join import join_npz
 from .run import Generated, generate
 
-__all__ = ["Conditioning", "EveryClass", "Generated", "OneClass", "Table", "check_set", "generate"]
+__all__ = ["Conditioning", "EveryClass", "Generated", "OneClass", "Table", "check_set", "generate", "join_npz"]

@@ -176,7 +176,7 @@ class SetDirectory:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _fsync_directory(path.parent)
+        fsync_directory(path.parent)
 
     def save(self, part: Slice, content: bytes, extra: Mapping[str, Any]) -> dict[str, Any]:
         """Write a shard, then its record, which is returned.
@@ -250,7 +250,7 @@ def _manifest(state: str, settings: Mapping[str, Any], records: list[Mapping[str
     return as_json({"layout": LAYOUT_VERSION, "state": state, "settings": settings, **shards}).encode() + b"\n"
 
 
-def _fsync_directory(path: Path) -> None:
+def fsync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..pictures import to_uint8
 
-_ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold
+ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold
 _TAR_BLOCK = 512
 _PNG_OVERHEAD = 256  # signature, chunks, and what deflate adds to what it cannot compress
 
@@ -70,7 +70,7 @@ def _encode_npz(shard: Shard) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
-            with archive.open(zipfile.ZipInfo(f"{name}.npy", _ZIP_EPOCH), "w", force_zip64=True) as member:
+            with archive.open(zipfile.ZipInfo(f"{name}.npy", ZIP_EPOCH), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
 
@@ -100,8 +100,11 @@ def _png(picture: np.ndarray) -> bytes:
 
 
 def _pixels(samples: Tensor) -> np.ndarray:
-    """``(n, H, W, C)`` uint8; what is no number is grey."""
-    return to_uint8(torch.nan_to_num(samples.float(), nan=0.0, posinf=1.0, neginf=-1.0))
+    """``(n, H, W, C)`` uint8; what is no number is grey. One by one: what lies between fits the caches."""
+    pixels = np.empty((len(samples), *samples.shape[2:], samples.shape[1]), np.uint8)
+    for picture, sample in zip(pixels, samples, strict=True):
+        picture[:] = to_uint8(torch.nan_to_num(sample[None].float(), nan=0.0, posinf=1.0, neginf=-1.0))[0]
+    return pixels
 
 
 def _in_tar(shape: Sequence[int], dtype: torch.dtype) -> int:

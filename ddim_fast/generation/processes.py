@@ -23,7 +23,8 @@ from .directory import AGAIN
 
 _START_TIMEOUT = timedelta(minutes=5)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between two looks at the store
-_LEAST_PATIENCE, _WITHOUT_EXPERIENCE = 5.0, 60.0  # seconds
+LEAST_PATIENCE, _WITHOUT_EXPERIENCE = 5.0, 60.0  # seconds
+TIMES_SLOWEST = 1.5
 _LINGER = 5.0  # seconds that the process that keeps the store waits for the others to leave
 _calls = itertools.count()
 
@@ -96,7 +97,7 @@ class WorkQueue:
     Args:
         total: how many slices there are.
         patience: seconds without anything finished after which a slice that somebody took is taken again, when there is no other. None:
-            three times as long as this process took for its slowest, and 5 s at least.
+            1.5 times as long as this process took for its slowest, and 5 s at least (60 s where it made none).
     """
 
     def __init__(self, who: Processes, total: int, patience: float | None = None):
@@ -142,7 +143,7 @@ class WorkQueue:
     def patience(self) -> float:
         if self._patience is not None:
             return self._patience
-        return max(_LEAST_PATIENCE, 3 * self._slowest) if self._slowest else _WITHOUT_EXPERIENCE
+        return max(LEAST_PATIENCE, TIMES_SLOWEST * self._slowest) if self._slowest else _WITHOUT_EXPERIENCE
 
     def is_finished(self, index: int) -> bool:
         return self._store.check([f"record/{index}"])

@@ -35,8 +35,8 @@ SHARD_SIZE, BATCH_SIZE, COMPUTE_BATCH_SIZE = 512, 64, 16
 class Generated:
     """What a run did: samples that all its processes made, and that it found safe from before; files that they lie in; seconds.
 
-    ``writing_seconds`` is how long this process's writer worked, beside the sampling; ``non_finite`` how many samples of the set hold
-    NaN or infinity.
+    ``writing_seconds`` is the processor time that this process's writer took, beside the sampling; ``non_finite`` how many samples of the
+    set hold NaN or infinity.
     """
 
     out: Path
@@ -97,7 +97,7 @@ def generate(
         resume: continue or mend the set that is in ``out``: what is there is read and compared with its checksums.
         threads: of torch in each process, during the run; rounding may depend on it, too.
         model_id: instead of the SHA-256 of the model's structure and weights: needed for a model that is no ``nn.Module``.
-        patience: seconds after which a process without other work makes a slice again that another took and did not finish. None: three
+        patience: seconds after which a process without other work makes a slice again that another took and did not finish. None: 1.5
             times as long as its own slowest took.
         check_space: refuse to begin where the disk may be too small.
         progress: show a progress bar of all processes, on rank 0.
@@ -197,7 +197,7 @@ class _Run:
         return not self.queue.is_finished(index)
 
     def _write(self, item: tuple[Slice, Tensor]) -> None:
-        started = time.perf_counter()
+        started = time.thread_time()
         part, drawn = item
         shard = Shard(part.first, drawn, self._labels(part), self._keys(part))
         finite = drawn.flatten(1).isfinite().all(1)
@@ -215,7 +215,7 @@ class _Run:
                 error.errno, f"{self.directory.shard_name(part.index)} could not be written ({error.strerror}). {AGAIN}"
             ) from error
         self.queue.finish(part.index, record, made=True)
-        self.writing_seconds += time.perf_counter() - started
+        self.writing_seconds += time.thread_time() - started
 
     def _labels(self, part: Slice) -> Tensor | None:
         rule = self.samples.conditioning

@@ -1,0 +1,65 @@
+"""A set of npz shards as the one file that evaluators of samples read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from .directory import FINISHED, SetDirectory, Slices, fsync_directory, read_manifest
+from .formats import ZIP_EPOCH
+
+
+def join_npz(out: str | os.PathLike[str], file: str | os.PathLike[str]) -> Path:
+    """Write ``arr_0`` (and ``arr_1``) of all shards of a finished set, in order, to one ``.npz``, as guided-diffusion's evaluator reads it.
+
+    No more than a buffer is held in memory, whatever the size of the set. The file gets its name when it is whole.
+
+    Raises:
+        FileNotFoundError: there is no set in ``out``.
+        ValueError: the set is not finished, or not of format "npz"; or ``file`` does not end in ``.npz``.
+    """
+    out, file = Path(out), Path(file)
+    found = read_manifest(out)
+    if file.suffix != ".npz":
+        raise ValueError(f"the file of a joined set must end in .npz, got {file}")
+    settings = found["settings"]
+    if found["state"] != FINISHED or settings["format"] != "npz":
+        raise ValueError(
+            f"only a finished set of format 'npz' can be joined, got one {found['state']} of format {settings['format']!r} in {out}"
+        )
+    directory = SetDirectory(out, ".npz")
+    slices = Slices(settings["count"], settings["shard_size"])
+    shards = [directory.shard(part.index) for part in slices]
+    with zipfile.ZipFile(shards[0]) as first:
+        names = first.namelist()
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as target:
+            with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+                for name in names:
+                    _join(archive, name, shards, settings["count"])
+            target.flush()
+            os.fsync(target.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(file.absolute().parent)
+    return file
+
+
+def _join(archive: zipfile.ZipFile, name: str, shards: list[Path], count: int) -> None:
+    with archive.open(zipfile.ZipInfo(name, ZIP_EPOCH), "w", force_zip64=True) as target:
+        for i, shard in enumerate(shards):
+            with zipfile.ZipFile(shard) as source, source.open(name) as member:
+                np.lib.format.read_magic(member)
+                shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
+                if i == 0:
+                    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": fortran_order}
+                    np.lib.format.write_array_header_1_0(target, {**header, "shape": (count, *shape[1:])})
+                shutil.copyfileobj(member, target)
