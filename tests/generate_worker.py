@@ -68,6 +68,11 @@ def crowd(out, count=COUNT, *, seconds=0.0, **options):
     return generate(Crowd(seconds).eval(), sampler(), count, out, **options)
 
 
+def seeded_by_rank(out, **options):
+    """As when people start processes with different commands."""
+    crowd(out, 64, seed=int(os.environ["RANK"]), **options)
+
+
 def small(out, count, **options):
     return generate(Small().eval(), sampler(), count, out, **options)
 

@@ -29,7 +29,7 @@ from torch import nn
 
 from ddim_fast import sample_seeds
 from ddim_fast.cli import main
-from ddim_fast.generation import EveryClass, OneClass, Table, check_set, generate
+from ddim_fast.generation import EveryClass, GenerationError, OneClass, Table, check_set, generate
 from ddim_fast.generation.directory import AGAIN
 from ddim_fast.generation.formats import FORMATS, PER_SHARD, Shard
 from ddim_fast.generation.processes import Processes, WorkQueue
@@ -382,7 +382,7 @@ def test_a_model_that_computes_otherwise_under_the_same_name_is_found_out(tmp_pa
     other = worker.Crowd().eval()
     other.weight.data += 1
     options = {"conditioning": EveryClass(3), "shard_size": 32, "model_id": "mine", "resume": True}
-    with pytest.raises(RuntimeError, match=r"samples-000000.safetensors must have the SHA-256 that was recorded"):
+    with pytest.raises(GenerationError, match=r"samples-000000.safetensors must have the SHA-256 that was recorded"):
         generate(other, worker.sampler(), 200, tmp_path / "set", **options)
 
 
@@ -398,6 +398,21 @@ def test_what_is_in_the_way_is_refused(tmp_path, whole):
     (tmp_path / "mine/manifest.json").write_text("{")
     with pytest.raises(ValueError, match="must be JSON, and is not"):
         worker.crowd(tmp_path / "mine", resume=True)
+
+
+def test_where_rank_0_refuses_all_do(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/thesis.tex").touch()
+    with worker.Processes("crowd", tmp_path / "set", world_size=2) as processes:
+        assert processes.wait() == [1, 1]
+        assert "ValueError: out must be a directory that is new" in processes.errors(0)
+        assert "rank 0 refused: out must be a directory that is new" in processes.errors(1)
+
+
+def test_a_rank_with_other_settings_is_refused(tmp_path):
+    with worker.Processes("seeded_by_rank", tmp_path / "set", world_size=2, patience=0.2) as processes:
+        assert processes.wait() == [0, 1]
+        assert "seed: 0 there, 1 here" in processes.errors(1)
 
 
 def test_two_runs_at_once_are_refused(tmp_path, whole):

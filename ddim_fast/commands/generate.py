@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..generation import Conditioning, EveryClass, Generated, OneClass, Table, check_set, join_npz
 from ..generation import generate as generate_set
-from ..generation.directory import read_manifest
+from ..generation.directory import GenerationError, read_manifest
 from ..generation.formats import FORMATS
 from ..generation.run import COMPUTE_BATCH_SIZE, SHARD_SIZE
 from ..generation.settings import file_digest
@@ -170,8 +170,10 @@ def generate(
     except KeyboardInterrupt:
         click.echo(f"stopped; every shard that has its name is whole. {_how_to_resume()}", err=True)
         sys.exit(_INTERRUPTED)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise click.ClickException(f"{error}\n{_how_to_resume()}") from error
+    except GenerationError as error:
+        raise click.ClickException(str(error)) from error
     finally:
         signal.signal(signal.SIGTERM, before)
     if done.rank == 0:

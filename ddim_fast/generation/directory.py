@@ -34,6 +34,10 @@ _VISIBLE_WITHIN = 60.0  # seconds in which a network file system shows one machi
 AGAIN = "What is written is safe: run the same command with --resume (resume=True), with as many processes as you like"
 
 
+class GenerationError(RuntimeError):
+    """A run cannot go on, whatever is done about the disk or the other processes."""
+
+
 @dataclass(frozen=True)
 class Slice:
     """Which samples make one shard: ``first .. first + count - 1``."""
@@ -182,7 +186,7 @@ class SetDirectory:
         """Write a shard, then its record, which is returned.
 
         Raises:
-            RuntimeError: the shard was there before with other bytes, under the same settings.
+            GenerationError: the shard was there before with other bytes, under the same settings.
         """
         record = {
             "name": self.shard_name(part.index),
@@ -202,7 +206,7 @@ class SetDirectory:
         old = self.record(part)
         if old is None or old["sha256"] == record["sha256"] or self._digest(part) == record["sha256"]:
             return
-        raise RuntimeError(
+        raise GenerationError(
             f"{self.shard_name(part.index)} must have the SHA-256 that was recorded, {old['sha256']}, and came out with {record['sha256']} "
             "though the settings are the same: the machine, its libraries or the model compute otherwise than before. Make the set anew "
             f"in another directory, or delete {self.manifest} and {self.scratch}"

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .directory import AGAIN
+from .directory import AGAIN, GenerationError
 
 _START_TIMEOUT = timedelta(minutes=5)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between two looks at the store
@@ -74,7 +74,7 @@ def agree(
     """Rank 0 begins; then the others join with what it says. Where it refuses, all do.
 
     Raises:
-        RuntimeError: rank 0 refused. (It raises its own error.)
+        GenerationError: rank 0 refused. (It raises its own error.)
     """
     if who.rank == 0:
         try:
@@ -87,7 +87,7 @@ def agree(
     who.store.wait(["begun"], _START_TIMEOUT)
     refused = json.loads(who.store.get("begun"))["refused"]
     if refused is not None:
-        raise RuntimeError(f"rank 0 refused: {refused}")
+        raise GenerationError(f"rank 0 refused: {refused}")
     join(settings)
 
 

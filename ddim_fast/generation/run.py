@@ -105,7 +105,7 @@ def generate(
     Raises:
         FileNotFoundError: processes do not see the same directory.
         OSError: the disk is full, another run is at work in ``out``, or the store of the process group is lost. What is written stays.
-        RuntimeError: a shard came out with other bytes than before, or rank 0 refused.
+        GenerationError: a shard came out with other bytes than before, or rank 0 refused.
         TypeError, ValueError: an argument breaks a rule, or ``out`` holds something else. Nothing is written then.
     """
     started = time.perf_counter()
