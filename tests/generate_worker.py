@@ -4,6 +4,7 @@ import contextlib
 import errno
 import multiprocessing
 import os
+import signal
 import socket
 import stat
 import sys
@@ -81,7 +82,7 @@ def shipped(out, count, **options):
     import ddim_fast
 
     model = ddim_fast.load_model("fashion")
-    return generate(model, sampler(10), count, out, conditioning=EveryClass(10), **options)
+    return generate(model, sampler(2), count, out, conditioning=EveryClass(10), **options)
 
 
 def command(out, *arguments):
@@ -118,6 +119,21 @@ def disk_of(size):
 def full_disk(out, count, size, **options):
     with contextlib.nullcontext() if size is None else disk_of(size):
         crowd(out, count, **options)
+
+
+def dies_at_fsync(out, number):
+    """Killed when a file was written and is not yet safe."""
+    left, real = number, os.fsync
+
+    def fsync(descriptor):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(descriptor)
+
+    directory.os.fsync = fsync
+    crowd(out)
 
 
 def _work(name, out, errors, rank, world_size, port, arguments, options):

@@ -458,6 +458,40 @@ def test_kill_9_at_thirty_moments(tmp_path, whole, number):
     kill_and_go_on(tmp_path, whole, number)
 
 
+def test_what_has_its_name_is_whole_wherever_a_process_dies(tmp_path, whole):
+    """At each fsync of the manifest (1, 2), of two shards (3, 4; 7, 8), and of their records: of the file, then of its directory."""
+    for number in range(1, 11):
+        out = tmp_path / str(number)
+        with worker.Processes("dies_at_fsync", out, number) as processes:
+            assert processes.wait() == [-signal.SIGKILL]
+        there = {name: sha for name, sha in files(out).items() if name.startswith("samples-")}
+        assert there.items() <= files(whole).items()
+        assert len(there) == number // 4
+        worker.crowd(out, resume=True)
+        check_whole(out, whole)
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_the_record_after_both(tmp_path, monkeypatch):
+    done = []
+
+    def fsync(descriptor):
+        done.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")).split(".")[0]))
+
+    def replace(source, target, real=os.replace):
+        done.append(("name", Path(target).name))
+        real(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    worker.crowd(tmp_path / "set", 16)
+    assert done == [
+        ("fsync", "manifest"), ("name", "manifest.json"), ("fsync", "set"),
+        ("fsync", "samples-000000"), ("name", "samples-000000.safetensors"), ("fsync", "set"),
+        ("fsync", "samples-000000"), ("name", "samples-000000.json"), ("fsync", ""),
+        ("fsync", "manifest"), ("name", "manifest.json"), ("fsync", "set"),
+    ]  # fmt: skip
+
+
 def test_a_stopped_rank_holds_nobody_up_and_may_go_on(tmp_path, whole):
     out = tmp_path / "set"
     with worker.Processes("crowd", out, seconds=0.02, patience=0.3, world_size=3) as processes:

@@ -38,6 +38,13 @@ class Processes:
     store: Any
     keeps_store: bool = False
 
+    def leave(self) -> None:
+        """The process that keeps the store leaves last, or after a while."""
+        left, give_up = self.store.add("left", 1), time.monotonic() + _LINGER
+        while self.keeps_store and left < self.world_size and time.monotonic() < give_up:
+            time.sleep(_FIRST_PAUSE)
+            left = self.store.add("left", 0)
+
 
 def processes() -> Processes:
     """Those of the process group that there is; or of torchrun's environment; or this process alone.
@@ -81,14 +88,19 @@ def agree(
             begin()
         except BaseException as error:
             who.store.set("begun", json.dumps({"refused": str(error)}))
+            who.leave()
             raise
         who.store.set("begun", json.dumps({"refused": None}))
         return
     who.store.wait(["begun"], _START_TIMEOUT)
     refused = json.loads(who.store.get("begun"))["refused"]
-    if refused is not None:
-        raise GenerationError(f"rank 0 refused: {refused}")
-    join(settings)
+    try:
+        if refused is not None:
+            raise GenerationError(f"rank 0 refused: {refused}")
+        join(settings)
+    except BaseException:
+        who.leave()
+        raise
 
 
 class WorkQueue:
@@ -101,7 +113,7 @@ class WorkQueue:
     """
 
     def __init__(self, who: Processes, total: int, patience: float | None = None):
-        self._store, self._who, self._total = who.store, who, total
+        self._store, self._total = who.store, total
         self._patience, self._slowest = patience, 0.0
 
     # --- Slices -------------------------------------------------------------------------------------------------------
@@ -191,13 +203,6 @@ class WorkQueue:
         try_to(0)
         for turn in self._until(lambda: self._store.check(["closed"])):
             try_to(turn)
-
-    def leave(self) -> None:
-        """The process that may keep the store leaves last, or after a while."""
-        left, give_up = self._store.add("left", 1), time.monotonic() + _LINGER
-        while self._who.keeps_store and left < self._who.world_size and time.monotonic() < give_up:
-            time.sleep(_FIRST_PAUSE)
-            left = self._store.add("left", 0)
 
 
 @contextmanager

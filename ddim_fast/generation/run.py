@@ -158,7 +158,7 @@ def generate(
             queue.close(lambda: directory.finish(settings, queue.records()))
             made, found = queue.samples
             non_finite = sum(record.get("non_finite", 0) for record in queue.records())
-            queue.leave()
+            who.leave()
         finally:
             directory.close()
         seconds = time.perf_counter() - started
