@@ -165,6 +165,8 @@ class WorkQueue:
         self._store.set(f"record/{index}", json.dumps(record))
         if self._store.add(f"safe/{index}", 1) == 1:
             self._store.add("made" if made else "found", record["count"])
+            if bad := record.get("non_finite"):
+                self._store.add("non_finite", bad)
             self._store.add("finished", 1)
 
     def missing(self) -> list[int]:
@@ -183,12 +185,17 @@ class WorkQueue:
         return list(within(0, self._total)) if self._total else []
 
     def records(self) -> list[dict[str, Any]]:
+        """All shards' records: for the one process that finishes the set, since it takes a round trip each."""
         return [json.loads(self._store.get(f"record/{i}")) for i in range(self._total)]
 
     @property
     def samples(self) -> tuple[int, int]:
         """Samples that are safe: made in this run, and found from before."""
         return self._store.add("made", 0), self._store.add("found", 0)
+
+    @property
+    def non_finite(self) -> int:
+        return self._store.add("non_finite", 0)
 
     # --- The end ------------------------------------------------------------------------------------------------------
 

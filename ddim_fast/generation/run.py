@@ -157,7 +157,7 @@ def generate(
             run.make_all()
             queue.close(lambda: directory.finish(settings, queue.records()))
             made, found = queue.samples
-            non_finite = sum(record.get("non_finite", 0) for record in queue.records())
+            non_finite = queue.non_finite
             who.leave()
         finally:
             directory.close()
