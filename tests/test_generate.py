@@ -34,6 +34,7 @@ from ddim_fast.generation.directory import AGAIN
 from ddim_fast.generation.formats import FORMATS, PER_SHARD, Shard
 from ddim_fast.generation.processes import Processes, WorkQueue
 from ddim_fast.generation.writer import Writer
+from ddim_fast.kernels import reference
 from ddim_fast.pictures import to_uint8
 
 CROWD, SHARDS = worker.Crowd().eval(), -(-worker.COUNT // worker.SHARD)
@@ -117,6 +118,15 @@ def test_every_argument_of_the_sampler_is_passed_on(tmp_path, options, wanted):
     assert torch.equal(torch.from_numpy(stored(tmp_path / "set")["samples"]), torch.cat(batches))
 
 
+def test_backend_is_passed_on(tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(reference, "run", lambda inputs, run=reference.run: used.append(1) or run(inputs))
+    worker.crowd(tmp_path / "a", 16)
+    assert not used
+    worker.crowd(tmp_path / "b", 16, backend="reference")
+    assert len(used) == 3
+
+
 @pytest.mark.parametrize("batch_size", [16, 48, 1600])
 def test_batch_size_changes_nothing(tmp_path, whole, batch_size):
     worker.crowd(tmp_path / "set", batch_size=batch_size)
@@ -182,7 +192,10 @@ def test_shards_of_npz_are_joined_to_the_one_file_that_evaluators_read(tmp_path)
     worker.crowd(out, 75, format="npz")
     output = invoke("--check", out, "--join", file)
     assert f"joined to {file}" in output
-    shards = [np.load(path) for path in sorted(out.glob("samples-*"))]
+    shards = []
+    for path in sorted(out.glob("samples-*")):
+        with np.load(path) as shard:
+            shards.append(dict(shard))
     with np.load(file, allow_pickle=False) as found:
         assert sorted(found) == ["arr_0", "arr_1"]
         for name in found:
@@ -803,6 +816,11 @@ def test_files_of_rows_that_cannot_be_read(tmp_path, monkeypatch):
         ({"conditioning": EveryClass(5)}, ValueError, "class_labels must be from 0 to 2"),
         ({"device": "nowhere"}, ValueError, "device must be a torch device"),
         ({"backend": "nothing"}, ValueError, "backend must be one of"),
+        ({"capture": "never"}, ValueError, "capture must be one of"),
+        ({"capture": "step"}, ValueError, "needs a CUDA device"),
+        ({"dtype": "float32"}, TypeError, "dtype must be a floating-point torch.dtype"),
+        ({"model_dtype": torch.int64}, TypeError, "model_dtype must be a floating-point"),
+        ({"dtype": torch.float64, "backend": "cpu"}, ValueError, "no backend can run this step"),
     ],
     ids=str,
 )

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..capture import choose_mode
 from ..guidance import check_rescale, guidance_scales
 from ..kernels.noise import sample_seeds
 from ..models import Model
@@ -113,6 +114,10 @@ def generate(
     _check_arguments(model, sampler, count, seed, format, shard_size, batch_size, compute_batch_size, threads, patience)
     shape = _shape(model, shape, format)
     _check_conditioning(model, conditioning, count, format, compute_batch_size)
+    _check_dtypes(dtype=dtype, model_dtype=model_dtype)
+    if capture == "auto" and not isinstance(model, nn.Module):
+        capture = "off"  # what is called here is a module, and would be captured
+    choose_mode(capture, sampler.graphs, device, dtype, backend, None, model)
     scales = guidance_scales(guidance_scale, sampler.plan(model).timesteps)
     check_rescale(guidance_rescale, guidance_scale)
     conditionings_of(model, None if conditioning is None else conditioning.rows(0, compute_batch_size), scales, None)
@@ -130,7 +135,7 @@ def generate(
         "compute_batch_size": int(compute_batch_size),
         "shard_size": int(shard_size),
         "format": format,
-        "environment": environment(device, backend, threads),
+        "environment": environment(device, dtype, backend, threads),
     }
     options = {
         "guidance_scale": guidance_scale,
@@ -296,6 +301,14 @@ def _check_arguments(
         raise ValueError(
             "a model must be in eval mode, so that a sample does not depend on its batch: call model.eval()"
         )
+
+
+def _check_dtypes(**dtypes: torch.dtype | None) -> None:
+    for name, value in dtypes.items():
+        if value is None and name == "model_dtype":
+            continue
+        if not (isinstance(value, torch.dtype) and value.is_floating_point):
+            raise TypeError(f"{name} must be a floating-point torch.dtype such as torch.float16, got {value!r}")
 
 
 def _shape(model: Model, shape: Sequence[int] | None, format: str) -> tuple[int, ...]:

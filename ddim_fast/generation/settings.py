@@ -68,9 +68,9 @@ def plan_settings(sampler: DDIMSampler, model: Any) -> dict[str, Any]:
     return settings
 
 
-def environment(device: torch.device, backend: str | None, threads: int) -> dict[str, Any]:
+def environment(device: torch.device, dtype: torch.dtype, backend: str | None, threads: int) -> dict[str, Any]:
     """What else bits may depend on: versions, the processor, the number of threads, switches of torch."""
-    x = torch.zeros(1, 4, device=device)
+    x = torch.zeros(1, 4, device=device, dtype=dtype)
     step_backend = dispatch.choose(StepInputs(x, x, StepCoefficients(1, 0, 0, 1, 0, 1, 0, 0)), backend).name
     found = {
         "ddim_fast": __version__,
