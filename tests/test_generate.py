@@ -661,6 +661,22 @@ def test_slices_of_dead_processes_are_made_by_others_once_each():
     assert sorted(taken) == list(range(12))
 
 
+def test_nothing_is_made_twice_while_others_get_on():
+    store = dist.HashStore()
+    other, idle = (WorkQueue(Processes(rank, 2, store), 5, patience=1.0) for rank in range(2))
+    store.add("next", 5)  # the other has taken all
+
+    def work():
+        for index in range(5):
+            time.sleep(0.4)
+            other.finish(index, {"count": 1}, made=True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert list(idle.turns(lambda: None)) == []
+    thread.join()
+
+
 def test_missing_slices_are_found_wherever_they_are():
     store = dist.HashStore()
     queue = WorkQueue(Processes(0, 1, store), 33)
