@@ -103,20 +103,22 @@ class SamplingPlan:
     def largest_eta(self) -> float:
         """The eta at which some step's noise takes all of the variance that its target has, 1 - alpha_bar_prev."""
         rooms = []
-        for t, t_prev in self.pairs:
-            alpha_bar_t, alpha_bar_prev = self._alpha_bars(t, t_prev)
+        for alpha_bar_t, alpha_bar_prev in self._levels:
             if variance := ddpm_variance(alpha_bar_t, alpha_bar_prev):
                 rooms.append((1 - alpha_bar_prev) / variance)
         most = min(rooms, default=math.inf)
         return math.sqrt(most) if self.eta_scales == "std_dev" else most
 
-    def _alpha_bars(self, t: int, t_prev: int) -> tuple[float, float]:
+    @cached_property
+    def _levels(self) -> tuple[tuple[float, float], ...]:
+        """(alpha_bar_t, alpha_bar_prev) of every step."""
         final = 1.0 if self.set_alpha_to_one else float(self.schedule.alphas_cumprod[0])
-        return self.schedule.alpha_bar(t), self.schedule.alpha_bar(t_prev, final)
+        return tuple(pairwise([*(self.schedule.alpha_bar(t) for t in self.timesteps), final]))
 
     @cached_property
     def steps(self) -> tuple[PlannedStep, ...]:
-        return tuple(self._step(i, t, t_prev) for i, (t, t_prev) in enumerate(self.pairs))
+        steps = enumerate(zip(self.pairs, self._levels, strict=True))
+        return tuple(self._step(index, *pair, *levels) for index, (pair, levels) in steps)
 
     def table(
         self, device: torch.device | str = "cpu", guidance_scale: float | Sequence[float] | None = None
@@ -124,8 +126,7 @@ class SamplingPlan:
         """All steps as one table in device memory, for ``ddim_step_from_table``."""
         return StepTable.of([step.coefficients for step in self.steps], device, guidance_scale)
 
-    def _step(self, index: int, t: int, t_prev: int) -> PlannedStep:
-        alpha_bar_t, alpha_bar_prev = self._alpha_bars(t, t_prev)
+    def _step(self, index: int, t: int, t_prev: int, alpha_bar_t: float, alpha_bar_prev: float) -> PlannedStep:
         variance = ddim_variance(alpha_bar_t, alpha_bar_prev, self.eta, self.eta_scales)
         std_dev_t = math.sqrt(variance)
         if self.sigma_hat and alpha_bar_prev < 1:  # clean data stays clean

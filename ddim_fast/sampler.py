@@ -122,7 +122,10 @@ class DDIMSampler:
         if clip_range is None:
             clip_range = getattr(model, "clip_sample_range", None)
         clip = clip_range is not None if self.clip_sample is None else self.clip_sample
-        return _finished_plan(self._plan, prediction_type, _or_one(clip_range) if clip else None)
+        open_until_now = prediction_type, _or_one(clip_range) if clip else None
+        if open_until_now == (self._plan.prediction_type, self._plan.clip_sample_range):
+            return self._plan
+        return _finished_plan(self._plan, *open_until_now)
 
     def sample(
         self,
