@@ -497,7 +497,7 @@ bool import_torch_names() {
   s_version = PyUnicode_InternFromString("_version");
   s_packed = PyUnicode_InternFromString("packed");
   s_current_level = PyUnicode_InternFromString("_current_level");
-  Reference example(PyObject_CallMethod(torch.object, "empty", "i", 0));
+  Reference example(PyObject_CallNoArgs(tensor_type));  // whatever the default device is, on the CPU
   Reference method(example.object ? PyObject_GetAttrString(example.object, "is_neg") : nullptr);
   if (PyErr_Occurred()) return false;
   if (PyCFunction_GetFlags(method.object) == METH_NOARGS) is_negated = PyCFunction_GetFunction(method.object);
