@@ -64,7 +64,7 @@ def _row(report: Report, result: CheckResult, against: Report | None) -> dict[st
 
 def _tenths(share: float) -> int:
     """The length of a bar, 0 to 10."""
-    return 0 if math.isnan(share) else min(math.ceil(10 * share), 10)
+    return 0 if math.isnan(share) else math.ceil(10 * min(share, 1.0))
 
 
 def _coloured(code: str) -> Markup:

@@ -1,15 +1,18 @@
 """Reports as JSON and as JUnit XML: valid by their schemas, read back whole, written whole or not at all."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
 import pytest
 from lxml import etree
-from verify.example_reports import ALL, CODE, EVERY_OUTCOME, EXIT_CODES, RIGHT, SKIPPED
+from verify.example_reports import ALL, CODE, EVERY_OUTCOME, EXIT_CODES, RIGHT, SKIPPED, result
 
 from ddim_fast.verify import write
 from ddim_fast.verify.report import CheckResult, Outcome
+from ddim_fast.verify.write_html import html_text
 
 XSD = etree.XMLSchema(etree.parse(Path(__file__).with_name("junit.xsd")))
 VALIDATOR = jsonschema.Draft202012Validator(write.schema())
@@ -155,3 +158,11 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
             write.check_writable(path)
     write.check_writable(tmp_path / "r.json")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("worst", [0.0, 1.0, 2.7e3, math.inf, math.nan])
+def test_every_size_of_an_error_can_be_written(worst):
+    report = replace(EVERY_OUTCOME, results=(result("update", Outcome.FAILED, "off", worst=worst),))
+    assert "update" in html_text(report)
+    assert suite_of(report) is not None
+    VALIDATOR.validate(json.loads(write.json_text(report)))
