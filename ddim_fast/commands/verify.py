@@ -68,7 +68,7 @@ class _Request:
     "--require",
     multiple=True,
     metavar="NAME",
-    help="This check must have run, or the exit code is 3; may be repeated.  [default: update, or what --check names]",
+    help="This check must have run, or the exit code is 3; may be repeated.  [default: observed-update, or what --check names]",
 )
 @click.option(
     "--seed",

@@ -19,8 +19,8 @@ from .checks import CHECKS, Check, CheckFailedError, CheckSkippedError, Context,
 from .report import CheckResult, Outcome, Report
 from .subject import ARITHMETIC, Subject
 
-REQUIRED = ("update",)
-"""What must have run, unless told otherwise."""
+REQUIRED = ("observed-update",)
+"""What must have run, unless told otherwise: it applies to steps and to whole samplers."""
 
 
 def verify(
@@ -43,7 +43,7 @@ def verify(
         full: thorough, in minutes; otherwise quick.
         seed: of all that is random in the checks. Another seed asks other questions; right subjects pass with any.
         device: where the tensors are.
-        required: checks that must have run for the report to pass; "update" if none, or all of ``checks``.
+        required: checks that must have run for the report to pass; ``REQUIRED`` if none, or all of ``checks``.
         eta_scales, arithmetic: what the subject is held to, keys of ``update.ETA_SCALES`` and ``subject.ARITHMETIC``; its own if none.
         on_result: called with each result as it comes.
 
