@@ -83,6 +83,11 @@ def test_sample_i_is_the_samplers_own_in_the_fixed_batch_of_i(whole):
     np.testing.assert_array_equal(found["samples"], torch.cat(batches)[: worker.COUNT].numpy())
 
 
+def said(value: object) -> str:
+    """A test's id, the same in every process: without addresses."""
+    return re.sub(r"<[\w.]*\.(\w+) object at 0x\w+>", r"\1", str(value))
+
+
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
@@ -95,7 +100,7 @@ def test_sample_i_is_the_samplers_own_in_the_fixed_batch_of_i(whole):
         ({"model_dtype": torch.bfloat16}, {"model_dtype": torch.bfloat16}),
         ({"compute_batch_size": 32}, {}),
     ],
-    ids=str,
+    ids=said,
 )
 def test_every_argument_of_the_sampler_is_passed_on(tmp_path, options, wanted):
     size = options.get("compute_batch_size", 16)
@@ -378,7 +383,7 @@ def test_a_set_of_other_settings_is_refused_with_the_difference(whole, name):
         ("plan.thresholding", worker.sampler(thresholding=True)),
         ("plan.set_alpha_to_one", worker.sampler(set_alpha_to_one=False)),
     ],
-    ids=str,
+    ids=said,
 )
 def test_a_set_of_another_plan_or_other_weights_is_refused(whole, name, sampler):
     with pytest.raises(ValueError, match=rf"\n  {name}"):
@@ -789,7 +794,7 @@ def test_columns_of_numbers_and_lists(tmp_path):
         ([{"a": [1]}, {"a": [1, 2]}], "lists of them, of one length"),
         ([], "got none"),
     ],
-    ids=str,
+    ids=said,
 )
 def test_rows_that_cannot_be_are_refused(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
@@ -838,7 +843,7 @@ def test_files_of_rows_that_cannot_be_read(tmp_path, monkeypatch):
         ({"model_dtype": torch.int64}, TypeError, "model_dtype must be a floating-point"),
         ({"dtype": torch.float64, "backend": "cpu"}, ValueError, "no backend can run this step"),
     ],
-    ids=str,
+    ids=said,
 )
 def test_errors_come_before_anything_is_written(tmp_path, options, error, message):
     with pytest.raises(error, match=message):
