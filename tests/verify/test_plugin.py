@@ -85,6 +85,10 @@ def checks(monkeypatch):
     run.CHECKS.update(before)
 
 
+# Where the plugin is installed, pytest would rewrite the asserts of all of its distribution, which this process has imported long since.
+_IN_ONE_PROCESS = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
+
+
 @pytest.fixture
 def pytest_in(pytester):
     """Run pytest in a folder with a sampler of the user's."""
@@ -93,7 +97,9 @@ def pytest_in(pytester):
 
     def run_it(*arguments, subject="mine:ddim_step"):
         chosen = ("--ddim-subject", subject) if subject else ()
-        return pytester.runpytest_inprocess("-p", "pytest_ddim_fast", "-p", "no:cacheprovider", *chosen, *arguments)
+        return pytester.runpytest_inprocess(
+            "-p", "pytest_ddim_fast", "-p", "no:cacheprovider", *chosen, *arguments, "-W", _IN_ONE_PROCESS
+        )
 
     return run_it
 

@@ -151,7 +151,8 @@ def _last_of_run(context: Context, setting: Setting) -> None:
     if seen and seen[-1].level.alpha_bar_prev != 1 and context.subject.ends_clean:
         raise CheckFailedError(_noise_left(seen[-1].level))
     if seen and (context.subject.ends_clean or not setting.eta):
-        judge_observed(context, setting, len(seen) - 1, seen[-1], where="the last step: ")
+        rule = "the last step must give the predicted x0: " if context.subject.ends_clean else "the last step: "
+        judge_observed(context, setting, len(seen) - 1, seen[-1], where=rule)
 
 
 def _noise_left(level: Level) -> str:
