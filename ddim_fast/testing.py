@@ -10,14 +10,12 @@ With pytest come the fixtures ``ddim_oracle``, ``ddim_subject``, ``ddim_seed`` a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from .verify import oracle
+from .verify.new_memory import nan_memory
 from .verify.run import verify
 from .verify.tolerances import COMPUTED_IN, SCALED_EPS, allowed_error, assert_within
 
@@ -79,21 +77,6 @@ def _float64(name: str, values: np.ndarray | Tensor) -> np.ndarray:
         found = getattr(values, "dtype", type(values).__name__)
         raise TypeError(f"{name} must be float64, an array or a tensor (for instance of oracle.row_step), got {found}")
     return np.asarray(values)
-
-
-@contextmanager
-def nan_memory() -> Iterator[None]:
-    """New tensors are full of NaN until they are written; torch's switches are put back afterwards."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 __all__ = ["assert_close", "nan_memory", "oracle", "verify"]

@@ -28,12 +28,10 @@ def threads():
 @pytest.fixture
 def nan_memory():
     """New tensors are full of NaN, so that an output nobody wrote cannot pass."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    from ddim_fast.testing import nan_memory
+
+    with nan_memory():
+        yield
 
 
 @pytest.fixture

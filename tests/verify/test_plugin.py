@@ -33,13 +33,6 @@ def wrong(x_t, model_output, alpha_bar_t, alpha_bar_prev):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _imported():
-    """pytester forgets what is imported inside of it, and torch cannot be imported twice: here is what the first use loads late."""
-    with testing.nan_memory():
-        pass
-
-
 @pytest.fixture
 def checks(monkeypatch):
     """Eight checks in place of the real ones: each outcome, and what a check sees."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..cases import Setting, StepCase
+from ..new_memory import nan_memory
 from .base import CheckFailedError, CheckSkippedError, Context, check
 from .compare import allowed_of, kept, same_bits, same_numbers, same_results
 from .judge import judge
@@ -168,20 +169,6 @@ SIZES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129,
 FEW_SIZES = (1, 3, 8, 17, 33, 127, 257, 1025, 4097)
 
 
-@contextlib.contextmanager
-def nan_in_new_memory() -> Iterator[None]:
-    """What torch allocates is full of NaN until it is written."""
-    mode = torch.get_deterministic_debug_mode()  # (torch.use_deterministic_algorithms would import a compiler)
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.set_deterministic_debug_mode("warn")
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(mode)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
-
-
 @check(
     "every-element",
     proves="Every element of a result is written, whatever its size: no tail is forgotten.",
@@ -193,7 +180,7 @@ def every_element(context: Context) -> None:
     dtypes = [torch.float32] + ([torch.float16, torch.bfloat16] if context.offers("half") and context.full else [])
     sizes = SIZES if context.full or context.subject.on_gpu() is context.subject else FEW_SIZES
     setting = Setting(num_inference_steps=2)
-    with nan_in_new_memory():
+    with nan_memory("warn"):
         for dtype in dtypes:
             for size in sizes:
                 if context.offers("step"):
