@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..whole_files import fsync_directory, whole_file
 from .settings import LAYOUT_VERSION, as_json, differences, file_digest
 
 MANIFEST = "manifest.json"
@@ -171,15 +172,8 @@ class SetDirectory:
     def write(self, path: Path, content: bytes) -> None:
         """Write a file that is there wholly or not at all, and stays there."""
         temporary = self.scratch / f"{path.name}.{uuid.uuid4().hex}.tmp"
-        try:
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with whole_file(path, temporary) as file:
+            file.write(content)
         fsync_directory(path.parent)
 
     def save(self, part: Slice, content: bytes, extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,14 +246,6 @@ class SetDirectory:
 def _manifest(state: str, settings: Mapping[str, Any], records: list[Mapping[str, Any]] | None = None) -> bytes:
     shards = {} if records is None else {"shards": records}
     return as_json({"layout": LAYOUT_VERSION, "state": state, "settings": settings, **shards}).encode() + b"\n"
-
-
-def fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_record(record: Any, part: Slice, name: str) -> bool:

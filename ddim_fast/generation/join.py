@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .directory import FINISHED, SetDirectory, Slices, fsync_directory, read_manifest
+from ..whole_files import fsync_directory, whole_file
+from .directory import FINISHED, SetDirectory, Slices, read_manifest
 from .formats import ZIP_EPOCH
 
 
@@ -38,17 +39,9 @@ def join_npz(out: str | os.PathLike[str], file: str | os.PathLike[str]) -> Path:
     with zipfile.ZipFile(shards[0]) as first:
         names = first.namelist()
     temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as target:
-            with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-                for name in names:
-                    _join(archive, name, shards, settings["count"])
-            target.flush()
-            os.fsync(target.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole_file(file, temporary) as target, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        for name in names:
+            _join(archive, name, shards, settings["count"])
     fsync_directory(file.absolute().parent)
     return file
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from ..whole_files import whole_file
 from .report import CheckResult, Outcome, Report
 
 _MOST_NAMED = 5  # checks, in a command
@@ -225,17 +225,8 @@ def write_text(path: Path, text: str) -> None:
         OSError: it could not be written; what was there before still is.
     """
     path = path.resolve()
-    beside = _beside(path)
-    try:
-        with beside.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise
+    with whole_file(path, _beside(path)) as file:
+        file.write(text.encode())
 
 
 def _beside(path: Path) -> Path:
