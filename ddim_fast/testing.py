@@ -17,9 +17,8 @@ from torch import Tensor
 from .verify import oracle
 from .verify.new_memory import nan_memory
 from .verify.run import verify
-from .verify.tolerances import COMPUTED_IN, SCALED_EPS, allowed_error, assert_within
-
-ARITHMETIC = ("exact", "float32")
+from .verify.subject import ARITHMETIC
+from .verify.tolerances import COMPUTED_IN, allowed_error, allowed_error_in_type, assert_within
 
 
 def assert_close(
@@ -67,7 +66,7 @@ def assert_close(
 def _allowed(dtype: torch.dtype, terms: np.ndarray, arithmetic: str) -> np.ndarray:
     if arithmetic == "exact":
         return allowed_error(dtype, terms)
-    return SCALED_EPS[COMPUTED_IN[dtype]] * torch.finfo(dtype).eps * terms
+    return allowed_error_in_type(dtype, terms)
 
 
 def _float64(name: str, values: np.ndarray | Tensor) -> np.ndarray:

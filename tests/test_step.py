@@ -133,7 +133,7 @@ SIX_STEPS = [(0.9999, 1.0), (0.98, 0.9995), (0.5, 0.6), (0.05, 0.09), (0.0047, 0
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("convention", ["std", "variance"])
+@pytest.mark.parametrize("convention", ["std_dev", "variance"])
 @pytest.mark.parametrize("rederive", [False, True])
 @pytest.mark.parametrize("clip", [math.inf, 1.0, "thresholds"])
 def test_rows_are_the_textbook(prediction_type, convention, rederive, clip):
@@ -230,7 +230,7 @@ REALISTIC = st.builds(
     st.sampled_from(["epsilon", "sample", "v_prediction"]),
     st.sampled_from(SIX_STEPS),
     st.sampled_from([0.0, 0.5, 1.0]),
-    st.sampled_from(["std", "variance"]),
+    st.sampled_from(["std_dev", "variance"]),
     st.sampled_from([math.inf, 1.0, 2.5]),
     st.booleans(),
 )

@@ -98,7 +98,7 @@ def run(special: dict, given: dict[str, np.ndarray]) -> dict:
             alpha_bars[i],
             alpha_bars[i + 1],
             eta=setting["eta"],
-            convention={"std_dev": "std", "variance": "variance"}[eta_scales],
+            convention=eta_scales,
             noise=given["noise"][i],
             clip=math.inf if setting["clip_sample_range"] is None else setting["clip_sample_range"],
             rederive=setting["use_clipped_model_output"],

@@ -82,8 +82,8 @@ def timesteps(spacing: str, count: int, total: int) -> list[int]:
 # --- The paper --------------------------------------------------------------------------------------------------------
 
 
-def std_dev(alpha_bar_t: float, alpha_bar_prev: float, eta: float, convention: str = "std") -> float:
-    """Equation 16 of arXiv 2010.02502 ("std"), or the same with the variance, not the standard deviation, scaled by eta."""
+def std_dev(alpha_bar_t: float, alpha_bar_prev: float, eta: float, convention: str = "std_dev") -> float:
+    """Equation 16 of arXiv 2010.02502 ("std_dev"), or the same with the variance, not the standard deviation, scaled by eta."""
     if eta == 0 or alpha_bar_prev == 1:
         return 0.0
     if convention == "variance":
@@ -118,7 +118,7 @@ def textbook_step(
     alpha_bar_prev: float,
     *,
     eta: float = 0.0,
-    convention: str = "std",
+    convention: str = "std_dev",
     noise: np.ndarray | None = None,
     clip: float = math.inf,
     rederive: bool = False,
@@ -155,7 +155,7 @@ def textbook_row(
     alpha_bar_prev: float,
     *,
     eta: float = 0.0,
-    convention: str = "std",
+    convention: str = "std_dev",
     clip: float = math.inf,
     rederive: bool = False,
 ) -> dict[str, float]:

@@ -45,6 +45,19 @@ def allowed_error(dtype: torch.dtype, terms: np.ndarray) -> np.ndarray:
     return SCALED_EPS[kind] * (torch.finfo(kind).eps * terms + _TINIEST[kind])
 
 
+def allowed_error_in_type(dtype: torch.dtype, terms: np.ndarray) -> np.ndarray:
+    """The largest error where all is computed in the type itself, half types too."""
+    return SCALED_EPS[COMPUTED_IN[dtype]] * torch.finfo(dtype).eps * terms
+
+
+def worst_share(error: np.ndarray, allowed: np.ndarray) -> tuple[float, tuple[int, ...]]:
+    """The largest error as a share of what is allowed, and its place; infinity where there is a NaN. Not of empty arrays."""
+    share = np.asarray(error / allowed)
+    share = np.where(np.isfinite(share), share, np.inf)
+    place = tuple(int(i) for i in np.unravel_index(np.argmax(share), share.shape))
+    return float(share[place]), place
+
+
 def assert_near(actual: torch.Tensor, exact: np.ndarray, terms: np.ndarray, what: str = "result") -> None:
     """Each element of ``actual`` is one that its type may have, for finite ``exact``."""
     assert_within(actual, exact, allowed_error(actual.dtype, terms), what)

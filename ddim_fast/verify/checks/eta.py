@@ -12,14 +12,13 @@ import torch
 
 from .. import oracle, statistics
 from ..cases import Level, Observed, Setting, StepCase
-from ..tolerances import to_numpy
+from ..tolerances import to_numpy, worst_share
 from .base import CheckFailedError, Context, check
 from .judge import Verdict, code_of, judge, truth, verdict
 from .update import TOLERANCE, random_step, settings_of, some_steps, with_sizes
 
 RATE = 1e-8
 """Of false alarms of each check of chance here, divided among its tests."""
-CONVENTIONS = {"std_dev": "std", "variance": "variance"}
 FEW_SIZES = ((1, 1), (2, 1, 3, 5), (2, 129))
 DRAWN = (4, 2**14)
 """Samples whose noise is measured: a variance 4 % off is found."""
@@ -122,7 +121,7 @@ def _drawn_noise(context: Context, eta: float, one: Observed, rate: float) -> No
 
 def std_dev_of(context: Context, level: Level, eta: float) -> float:
     """Equation 16 in the subject's convention."""
-    return oracle.std_dev(level.alpha_bar_t, level.alpha_bar_prev, eta, CONVENTIONS[context.subject.eta_scales])
+    return oracle.std_dev(level.alpha_bar_t, level.alpha_bar_prev, eta, context.subject.eta_scales)
 
 
 def _wrong_std_dev(context: Context, eta: float, level: Level, measured: float, near: float) -> str:
@@ -132,7 +131,7 @@ def _wrong_std_dev(context: Context, eta: float, level: Level, measured: float, 
     other = "std_dev" if declared == "variance" else "variance"
     full, beta = oracle.std_dev(*bars, 1.0), 1 - bars[0] / bars[1]
     known = {
-        _declare(other): oracle.std_dev(*bars, eta, CONVENTIONS[other]),
+        _declare(other): oracle.std_dev(*bars, eta, other),
         "It is the variance of equation 16: a square root is missing.": expected**2,
         "It does not depend on eta.": full,
         "No noise is added.": 0.0,
@@ -217,14 +216,10 @@ def _given_posterior(context: Context, setting: Setting, index: int) -> None:
         exact = of_x0 * x0 + of_x_t * x_t + math.sqrt(variance) * z
         allowed = truth(context.subject, case, level).allowed + np.finfo(np.float32).eps * np.abs(exact) + 1e-37
         got = to_numpy(context.step(case.but(x_t=case.x_t.clone(), model_output=case.model_output.clone())).x_prev)
-        share = np.abs(got - exact) / allowed
-        share = np.where(np.isfinite(got), share, np.inf)
-        context.measured(float(share.max()))
-        if not share.max() <= 1:
-            i = np.unravel_index(np.argmax(share), share.shape)
-            found = Verdict(
-                float(share[i]), tuple(map(int, i)), "x_prev", float(got[i]), float(exact[i]), float(allowed[i])
-            )
+        share, i = worst_share(np.abs(got - exact), allowed)
+        context.measured(share)
+        if share > 1:
+            found = Verdict(share, i, "x_prev", float(got[i]), float(exact[i]), float(allowed[i]))
             raise CheckFailedError(_not_ddpm(what, setting, level, found), code_of(context.subject, case, found))
 
 

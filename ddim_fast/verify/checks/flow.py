@@ -9,19 +9,12 @@ import numpy as np
 import torch
 
 from ..cases import Setting, StepCase
-from ..tolerances import to_numpy
+from ..tolerances import to_numpy, worst_share
 from .base import CheckFailedError, Context, check
 from .judge import truth
 from .runs import GaussianModel, float64_run
 
 SHAPE = (2, 3, 5, 7)
-
-
-def _worst(error: np.ndarray, allowed: np.ndarray) -> tuple[float, tuple[int, ...]]:
-    share = np.asarray(error / allowed)
-    share = np.where(np.isfinite(share), share, np.inf)
-    place = tuple(int(i) for i in np.unravel_index(np.argmax(share), share.shape))
-    return float(share[place]), place
 
 
 def _hold(context: Context, what: str, got: torch.Tensor, exact: np.ndarray, allowed: np.ndarray) -> None:
@@ -30,7 +23,7 @@ def _hold(context: Context, what: str, got: torch.Tensor, exact: np.ndarray, all
         raise CheckFailedError(
             f"{what} must have the shape of what it starts from, {exact.shape}, got {tuple(got.shape)}"
         )
-    share, place = _worst(np.abs(to_numpy(got) - exact), allowed)
+    share, place = worst_share(np.abs(to_numpy(got) - exact), allowed)
     context.measured(share)
     if share > 1:
         raise CheckFailedError(

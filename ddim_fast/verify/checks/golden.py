@@ -12,9 +12,9 @@ from .. import oracle
 from ..cases import Level, Setting, StepCase
 from ..golden import GOLDEN_VERSION, GoldenRun, golden_runs
 from ..subject import Subject
-from ..tolerances import coefficient_spread, spread_of_result, to_numpy
+from ..tolerances import coefficient_spread, spread_of_result, to_numpy, worst_share
 from .base import CheckFailedError, CheckSkippedError, Context, check
-from .judge import truth
+from .judge import paper_eta, row_of, truth
 
 
 @check(
@@ -105,11 +105,9 @@ def _difference(context: Context, run: GoldenRun, setting: Setting, dtype: torch
         if got.shape != recorded.shape or seen.states[i].dtype != dtype:
             context.measured(np.inf)
             return f"{at}: it has the shape {got.shape} and is {seen.states[i].dtype}, recorded as {recorded.shape}"
-        share = np.abs(got - recorded) / allowed[i]
-        share = np.where(np.isfinite(share), share, np.inf)
-        place = tuple(int(j) for j in np.unravel_index(np.argmax(share), share.shape))
-        context.measured(float(share[place]))
-        if share[place] > 1:
+        share, place = worst_share(np.abs(got - recorded), allowed[i])
+        context.measured(share)
+        if share > 1:
             low, high = recorded[place] - allowed[i][place], recorded[place] + allowed[i][place]
             return (
                 f"{at}: at {place} it is {float(got[place])!r}, recorded as {float(recorded[place])!r}, "
@@ -148,35 +146,23 @@ def _allowed(
         level = own._replace(alpha_bar_t=bars[0], alpha_bar_prev=bars[1])
         own = _rounded_only(own, *bars, subject, run)
         m, z = run.model_outputs[i], run.noise[i]
-        row = _row(subject, setting, own)
+        row = row_of(subject, setting, own)
         case = StepCase(setting, i, *(torch.from_numpy(array).to(dtype) for array in (own_x, m, z)))
         exact = oracle.row_step(row, own_x, m, noise=z)
         off = truth(subject, case, own).allowed + _recorded_off(subject, setting, own, row, own_x, m, z, exact)
         slope = abs(row["prev_x0"] + row["prev_eps"] * row["eps_0"]) * abs(row["x0_x"]) + abs(
             row["prev_eps"] * row["eps_x"]
         )
-        x = oracle.row_step(_row(subject, setting, level), x, m, noise=z).x_prev
+        x = oracle.row_step(row_of(subject, setting, level), x, m, noise=z).x_prev
         own_x = exact.x_prev
         error = slope * error + off + torch.finfo(dtype).eps / 2 * np.abs(own_x)
         found.append(error + np.abs(own_x - x) + torch.finfo(dtype).smallest_normal)
     return found
 
 
-def _row(subject: Subject, setting: Setting, level: Level) -> dict[str, float]:
-    return oracle.textbook_row(
-        setting.prediction_type,
-        level.alpha_bar_t,
-        level.alpha_bar_prev,
-        eta=setting.eta,
-        convention={"std_dev": "std", "variance": "variance"}[subject.eta_scales],
-        clip=np.inf if setting.clip_sample_range is None else setting.clip_sample_range,
-        rederive=setting.use_clipped_model_output,
-    )
-
-
 def _recorded_off(subject, setting, level, row, x, m, z, exact: oracle.Result) -> np.ndarray:
     """How far the record may be off itself: float64, too, rounds its coefficients, and at eta = 1 most of one's digits cancel."""
-    eta = setting.eta if subject.eta_scales == "std_dev" else setting.eta**0.5
+    eta = paper_eta(subject, setting)
     bars, eps = (level.alpha_bar_t, level.alpha_bar_prev), torch.finfo(torch.float64).eps
     spread = coefficient_spread(setting.prediction_type, *bars, eta, setting.use_clipped_model_output, eps)
     off = spread_of_result(row, spread, x, m, z, exact)

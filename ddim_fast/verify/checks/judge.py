@@ -13,7 +13,14 @@ import torch
 from .. import oracle
 from ..cases import Level, Observed, Setting, StepCase, StepResult
 from ..subject import Subject
-from ..tolerances import COMPUTED_IN, SCALED_EPS, allowed_error, coefficient_spread, spread_of_result, to_numpy
+from ..tolerances import (
+    allowed_error,
+    allowed_error_in_type,
+    coefficient_spread,
+    spread_of_result,
+    to_numpy,
+    worst_share,
+)
 from .base import CheckFailedError, Context
 
 _MOST_TRIES = 60  # to make a failing case smaller
@@ -56,51 +63,52 @@ class Truth(NamedTuple):
 def truth(subject: Subject, before: StepCase, level: Level) -> Truth:
     """Equation 12 in float64, and what a subject of this arithmetic may be off."""
     setting, x, m = before.setting, to_numpy(before.x_t), to_numpy(before.model_output)
-    convention = {"std_dev": "std", "variance": "variance"}[subject.eta_scales]
-    row = oracle.textbook_row(
-        setting.prediction_type,
-        level.alpha_bar_t,
-        level.alpha_bar_prev,
-        eta=setting.eta,
-        convention=convention,
-        clip=math.inf if setting.clip_sample_range is None else setting.clip_sample_range,
-        rederive=setting.use_clipped_model_output,
-    )
+    row = row_of(subject, setting, level)
     names = {"model_output_uncond": "uncond", "guidance_scale": "guidance"}
     more = {names.get(k, k): to_numpy(v) if isinstance(v, torch.Tensor) else v for k, v in before.more.items()}
     z = np.zeros_like(x) if before.noise is None else to_numpy(before.noise)
     exact = oracle.row_step(row, x, m, noise=z, **more)
     if "uncond" in more:
         m = np.abs(more["uncond"]) + abs(more["guidance"]) * (np.abs(m) + np.abs(more["uncond"]))
-    allowed = _allowed(subject, before, level, row, x, m, z, exact)
-    return Truth(exact, allowed, _allowed_x0(subject, before, level, x, m, exact))
-
-
-def _allowed(subject, case, level, row, x, m, z, exact: oracle.Result) -> np.ndarray:
-    """The largest error before the result is rounded to its type."""
+    dtype = before.dtype
     if subject.arithmetic == "exact":
-        return allowed_error(case.dtype, exact.terms)
-    spread = _spread(subject, case, level)
+        return Truth(exact, allowed_error(dtype, exact.terms), allowed_error(dtype, exact.x0_terms))
+    spread = _spread(subject, before, level)
     off = spread_of_result(row, spread, x, m, z, exact)
-    scaled = SCALED_EPS[COMPUTED_IN[case.dtype]] * torch.finfo(case.dtype).eps
-    return np.where(np.isfinite(off), off, np.inf) + scaled * exact.long_terms
+    off_x0 = spread["x0_x"] * np.abs(x) + spread["x0_m"] * np.abs(m)
+    return Truth(
+        exact,
+        np.where(np.isfinite(off), off, np.inf) + allowed_error_in_type(dtype, exact.long_terms),
+        off_x0 + allowed_error_in_type(dtype, exact.x0_terms),
+    )
 
 
-def _allowed_x0(subject, case, level, x, m, exact: oracle.Result) -> np.ndarray:
-    if subject.arithmetic == "exact":
-        return allowed_error(case.dtype, exact.x0_terms)
-    spread = _spread(subject, case, level)
-    scaled = SCALED_EPS[COMPUTED_IN[case.dtype]] * torch.finfo(case.dtype).eps
-    return spread["x0_x"] * np.abs(x) + spread["x0_m"] * np.abs(m) + scaled * exact.x0_terms
+def row_of(subject: Subject, setting: Setting, level: Level) -> dict[str, float]:
+    """The columns of a step from one level to another, in the subject's convention of eta."""
+    return oracle.textbook_row(
+        setting.prediction_type,
+        level.alpha_bar_t,
+        level.alpha_bar_prev,
+        eta=setting.eta,
+        convention=subject.eta_scales,
+        clip=math.inf if setting.clip_sample_range is None else setting.clip_sample_range,
+        rederive=setting.use_clipped_model_output,
+    )
+
+
+def paper_eta(subject: Subject, setting: Setting) -> float:
+    """The paper's eta, which scales the standard deviation, for that of the subject."""
+    return setting.eta if subject.eta_scales == "std_dev" else math.sqrt(setting.eta)
 
 
 def _spread(subject, case, level) -> dict[str, float]:
     setting = case.setting
     eps = torch.finfo(torch.float32).eps
-    eta = setting.eta if subject.eta_scales == "std_dev" else math.sqrt(setting.eta)
     bars = level.alpha_bar_t, level.alpha_bar_prev
     off = tuple(_alpha_eps(subject, t, bar) for t, bar in zip((level.t, level.t_prev), bars, strict=True))
-    return coefficient_spread(setting.prediction_type, *bars, eta, setting.use_clipped_model_output, eps, off)
+    return coefficient_spread(
+        setting.prediction_type, *bars, paper_eta(subject, setting), setting.use_clipped_model_output, eps, off
+    )
 
 
 def _alpha_eps(subject: Subject, t: float, alpha_bar: float) -> float:
@@ -119,10 +127,8 @@ def _compare(what: str, got: torch.Tensor, exact: np.ndarray, allowed: np.ndarra
     values = to_numpy(got)
     rounding = torch.finfo(dtype).eps / 2 * np.abs(exact) + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     allowed = allowed + rounding
-    share = np.abs(values - exact) / allowed
-    share = np.where(np.isfinite(values), share, np.inf)
-    place = tuple(int(i) for i in np.unravel_index(np.argmax(share), share.shape))
-    return Verdict(float(share[place]), place, what, float(values[place]), float(exact[place]), float(allowed[place]))
+    share, place = worst_share(np.abs(values - exact), allowed)
+    return Verdict(share, place, what, float(values[place]), float(exact[place]), float(allowed[place]))
 
 
 Explain = Callable[[StepCase, Verdict], str]
@@ -255,15 +261,14 @@ def _simpler(case: StepCase, found: Verdict) -> Iterator[StepCase]:
 
 
 def code_of(subject: Subject, case: StepCase, found: Verdict) -> str:
-    """The case as Python that raises AssertionError while the subject is wrong."""
+    """The case as Python that raises AssertionError while the subject is wrong; empty where there is none."""
+    if found.what == "x0":  # the call's text keeps x_prev alone
+        return ""
     tensors = [f"{name} = {_literal(getattr(case, name))}" for name in ("x_t", "model_output", "noise")]
     more = "more = {" + ", ".join(f"{k!r}: {_literal(v)}" for k, v in case.more.items()) + "}"
     try:
         call = subject.code(case)
     except NotImplementedError:
-        return ""
-    got = {"x_prev": "x_prev", "x0": "x0"}[found.what]
-    if got == "x0":  # the call's text keeps x_prev alone
         return ""
     place = ", ".join(map(str, found.place))
     return "\n".join(

@@ -171,13 +171,10 @@ def exact_run(
             level.alpha_bar_t,
             level.alpha_bar_prev,
             eta=setting.eta,
-            convention=CONVENTION[eta_scales],
+            convention=eta_scales,
             noise=rng.standard_normal(x_t.shape),
         )
     return x_t
-
-
-CONVENTION = {"std_dev": "std", "variance": "variance"}
 
 
 def gaussian_after(
@@ -192,7 +189,7 @@ def gaussian_after(
     mean, variance = np.zeros_like(mu), np.ones_like(mu)
     for level in levels:
         bar, bar_prev = level.alpha_bar_t, level.alpha_bar_prev
-        std_dev_t = oracle.std_dev(bar, bar_prev, eta, CONVENTION[eta_scales])
+        std_dev_t = oracle.std_dev(bar, bar_prev, eta, eta_scales)
         direction = math.sqrt(max(1 - bar_prev - std_dev_t**2, 0.0))
         slope = math.sqrt(1 - bar) / (bar * s**2 + 1 - bar)  # eps = slope (x_t - sqrt(bar) mu)
         of_eps = direction - math.sqrt(bar_prev) * math.sqrt(1 - bar) / math.sqrt(bar)
