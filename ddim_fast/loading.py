@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .models import SHIPPED, ShippedModel, load_shipped_model, output_tensor
 from .schedule import NoiseSchedule, make_schedule
-from .start import usable_device
+from .start import check_dtype, usable_device
 from .update import PREDICTION_TYPES
 
 
@@ -115,8 +115,8 @@ def load_model_from(
     """
     path = Path(path)
     device = usable_device(device)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating-point torch.dtype such as torch.float16, got {dtype!r}")
+    if dtype is not None:
+        check_dtype("dtype", dtype)
     if not path.exists():
         raise FileNotFoundError(
             f"path must be a local file or directory, and there is nothing at {path}: a model on a hub is downloaded first, "

@@ -23,7 +23,7 @@ from .models import Model
 from .parallel import sample_parallel
 from .plan import SamplingPlan
 from .schedule import NoiseSchedule
-from .start import blend_known_region, conditionings_of, known_region, place, seeds_of_samples, start
+from .start import blend_known_region, check_dtype, conditionings_of, known_region, place, seeds_of_samples, start
 from .timesteps import explicit_timesteps, respaced_timesteps, select_timesteps
 
 Callback = Callable[[int, int, Tensor, Tensor], Any]
@@ -204,8 +204,8 @@ class DDIMSampler:
         mask, known_x0 = known_region(mask, known_x0)
         shape, device, dtype = place(shape, device, dtype, x_T=x_T, known_x0=known_x0)
         for name, value in {"dtype": dtype, "model_dtype": model_dtype}.items():
-            if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
-                raise TypeError(f"{name} must be a floating-point torch.dtype such as torch.float16, got {value!r}")
+            if value is not None:
+                check_dtype(name, value)
         check_rescale(guidance_rescale, guidance_scale)
         scales = guidance_scales(guidance_scale, plan.timesteps)
         conditionings = conditionings_of(model, conditioning, scales, unconditional_conditioning)

@@ -26,6 +26,12 @@ def check_samples(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a floating-point tensor (B, C, ...), got {value!r:.80}")
 
 
+def check_dtype(name: str, value: object) -> None:
+    """Raise TypeError where ``value`` is no floating-point dtype."""
+    if not (isinstance(value, torch.dtype) and value.is_floating_point):
+        raise TypeError(f"{name} must be a floating-point torch.dtype such as torch.float16, got {value!r}")
+
+
 def check_alike(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Raise ValueError where two tensors of samples differ in shape, dtype or device."""
     for what in ("shape", "dtype", "device"):

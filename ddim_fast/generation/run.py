@@ -20,7 +20,7 @@ from ..guidance import check_rescale, guidance_scales
 from ..kernels.noise import sample_seeds
 from ..models import Model
 from ..sampler import DDIMSampler
-from ..start import conditionings_of, usable_device
+from ..start import check_dtype, conditionings_of, usable_device
 from .batches import Samples
 from .conditioning import LABELS, Conditioning, Table
 from .directory import AGAIN, SetDirectory, Slice, Slices
@@ -114,7 +114,9 @@ def generate(
     _check_arguments(model, sampler, count, seed, format, shard_size, batch_size, compute_batch_size, threads, patience)
     shape = _shape(model, shape, format)
     _check_conditioning(model, conditioning, count, format, compute_batch_size)
-    _check_dtypes(dtype=dtype, model_dtype=model_dtype)
+    check_dtype("dtype", dtype)
+    if model_dtype is not None:
+        check_dtype("model_dtype", model_dtype)
     if capture == "auto" and not isinstance(model, nn.Module):
         capture = "off"  # what is called here is a module, and would be captured
     choose_mode(capture, sampler.graphs, device, dtype, backend, None, model)
@@ -301,14 +303,6 @@ def _check_arguments(
         raise ValueError(
             "a model must be in eval mode, so that a sample does not depend on its batch: call model.eval()"
         )
-
-
-def _check_dtypes(**dtypes: torch.dtype | None) -> None:
-    for name, value in dtypes.items():
-        if value is None and name == "model_dtype":
-            continue
-        if not (isinstance(value, torch.dtype) and value.is_floating_point):
-            raise TypeError(f"{name} must be a floating-point torch.dtype such as torch.float16, got {value!r}")
 
 
 def _shape(model: Model, shape: Sequence[int] | None, format: str) -> tuple[int, ...]:
