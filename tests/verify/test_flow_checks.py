@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from verify.right_subjects import INSTALLED, in_float32, sampler, step
 
 from ddim_fast.verify import Outcome, verify
 from ddim_fast.verify.backends import Backend
@@ -12,11 +13,6 @@ from ddim_fast.verify.cases import Setting
 from ddim_fast.verify.checks.runs import GaussianModel
 
 CHECKS = ("whole-run", "composition", "inversion", "first-order")
-
-
-def step(x_t, model_output, alpha_bar_t, alpha_bar_prev):
-    x0 = (x_t - math.sqrt(1 - alpha_bar_t) * model_output) / math.sqrt(alpha_bar_t)
-    return math.sqrt(alpha_bar_prev) * x0 + math.sqrt(1 - alpha_bar_prev) * model_output
 
 
 def run(model, x_t, alphas_cumprod, timesteps, pair=lambda i, steps: (steps[i], [*steps, -1][i + 1]), step=step):
@@ -27,28 +23,7 @@ def run(model, x_t, alphas_cumprod, timesteps, pair=lambda i, steps: (steps[i], 
     return x_t
 
 
-def sampler(model, x_T, alphas_cumprod, timesteps):
-    return run(model, x_T, alphas_cumprod, timesteps)
-
-
-def in_float32(model, x_T, alphas_cumprod, timesteps):
-    bars = torch.cat([alphas_cumprod.float(), torch.ones(1)])
-    for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
-        m = model(x_T, torch.full((len(x_T),), t))
-        x0 = (x_T - (1 - bars[t]).sqrt() * m) / bars[t].sqrt()
-        x_T = bars[t_prev].sqrt() * x0 + (1 - bars[t_prev]).sqrt() * m
-    return x_T
-
-
-RIGHT = {
-    "cpu": "cpu",
-    "reference": "reference",
-    "step": step,
-    "sampler": sampler,
-    "sampler in float32": in_float32,
-    "diffusers": "diffusers:DDIMScheduler",
-    "drop-in": "ddim_fast.integrations.diffusers:FastDDIMScheduler",
-}
+RIGHT = INSTALLED | {"step": step, "sampler": sampler, "sampler in float32": in_float32}
 
 
 @pytest.mark.parametrize("name", RIGHT)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from verify.right_subjects import INSTALLED, sampler
 
 from ddim_fast.verify import Outcome, verify
 from ddim_fast.verify.adapters import StepFunction
@@ -19,21 +20,7 @@ def step(x_t, model_output, alpha_bar_t, alpha_bar_prev, out=None):
     return result if out is None else out.copy_(result)
 
 
-def sampler(model, x_T, alphas_cumprod, timesteps, step=step):
-    x_t, bars = x_T, [*alphas_cumprod.tolist(), 1.0]
-    for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
-        x_t = step(x_t, model(x_t, torch.full((len(x_t),), t)), bars[t], bars[t_prev])
-    return x_t
-
-
-RIGHT = {
-    "cpu": "cpu",
-    "reference": "reference",
-    "step": step,
-    "sampler": sampler,
-    "diffusers": "diffusers:DDIMScheduler",
-    "drop-in": "ddim_fast.integrations.diffusers:FastDDIMScheduler",
-}
+RIGHT = INSTALLED | {"step": step, "sampler": sampler}
 
 
 @pytest.mark.parametrize("name", RIGHT)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from verify.right_subjects import INSTALLED, step
 
 from ddim_fast.verify import Outcome, verify
 from ddim_fast.verify.adapters import StepFunction
@@ -12,18 +13,7 @@ from ddim_fast.verify.backends import Backend
 CHECKS = ("half-precision", "unbiased-rounding", "float64")
 
 
-def step(x_t, model_output, alpha_bar_t, alpha_bar_prev):
-    x0 = (x_t - math.sqrt(1 - alpha_bar_t) * model_output) / math.sqrt(alpha_bar_t)
-    return math.sqrt(alpha_bar_prev) * x0 + math.sqrt(1 - alpha_bar_prev) * model_output
-
-
-RIGHT = {
-    "cpu": "cpu",
-    "reference": "reference",
-    "step": step,
-    "diffusers": "diffusers:DDIMScheduler",
-    "drop-in": "ddim_fast.integrations.diffusers:FastDDIMScheduler",
-}
+RIGHT = INSTALLED | {"step": step}
 
 
 @pytest.mark.parametrize("name", RIGHT)

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from verify.right_subjects import INSTALLED, in_float32, sampler
 
 from ddim_fast.verify import Outcome, verify
 from ddim_fast.verify.backends import Backend
@@ -22,31 +23,7 @@ def step(x_t, model_output, alpha_bar_t, alpha_bar_prev, eta=0.0, noise=None):
     return x_prev if std_dev == 0 else x_prev + std_dev * noise
 
 
-def sampler(model, x_T, alphas_cumprod, timesteps, step=step):
-    x_t, bars = x_T, [*alphas_cumprod.tolist(), 1.0]
-    for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
-        x_t = step(x_t, model(x_t, torch.full((len(x_t),), t)), bars[t], bars[t_prev])
-    return x_t
-
-
-def in_float32(model, x_T, alphas_cumprod, timesteps):
-    bars = torch.cat([alphas_cumprod.float(), torch.ones(1)])
-    for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
-        m = model(x_T, torch.full((len(x_T),), t))
-        x0 = (x_T - (1 - bars[t]).sqrt() * m) / bars[t].sqrt()
-        x_T = bars[t_prev].sqrt() * x0 + (1 - bars[t_prev]).sqrt() * m
-    return x_T
-
-
-RIGHT = {
-    "cpu": "cpu",
-    "reference": "reference",
-    "step": step,
-    "sampler": sampler,
-    "sampler in float32": in_float32,
-    "diffusers": "diffusers:DDIMScheduler",
-    "drop-in": "ddim_fast.integrations.diffusers:FastDDIMScheduler",
-}
+RIGHT = INSTALLED | {"step": step, "sampler": sampler, "sampler in float32": in_float32}
 
 
 @pytest.mark.parametrize("name", RIGHT)
