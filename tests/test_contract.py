@@ -491,7 +491,7 @@ def test_writing_is_seen_by_autograd(backend):
         product.sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own
 def test_forward_mode_is_not_dropped():
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(sample(), torch.ones(2, 3, 4))

@@ -722,7 +722,7 @@ def test_the_writer_works_beside_and_its_errors_come_out():
             raise OSError(errno.ENOSPC, "full")
         written.append(item)
 
-    with pytest.raises(OSError, match="full"), Writer(write) as writer:  # noqa: PT012
+    with pytest.raises(OSError, match="full"), Writer(write) as writer:  # noqa: PT012 (the error comes at one of several calls)
         writer.put(1)
         assert going.wait(10)
         writer.put(2)  # does not wait for the first

@@ -91,7 +91,7 @@ class Scheduler(Subject):
         scheduler.set_timesteps(setting.num_inference_steps)
         return scheduler
 
-    @lru_cache(maxsize=512)  # noqa: B019
+    @lru_cache(maxsize=512)  # noqa: B019 (likewise)
     def levels(self, setting: Setting) -> tuple[Level, ...]:
         scheduler = self.built(setting.but(eta=0.0, use_clipped_model_output=False))
         bars = np.asarray(scheduler.alphas_cumprod, dtype=np.float64)

@@ -95,13 +95,13 @@ class DiffusersInversion(Diffusers):
 class DiffusersFinalAlpha(Diffusers):
     """``set_alpha_to_one=False``: the last step goes to the noise level of timestep 0, as Stable Diffusion has it."""
 
-    fixed = dict(set_alpha_to_one=False)  # noqa: RUF012
+    fixed = dict(set_alpha_to_one=False)  # noqa: RUF012 (never written to)
 
 
 class DiffusersOffset(Diffusers):
     """``steps_offset=1`` with ``set_alpha_to_one=False``: the configuration of Stable Diffusion 1 and 2."""
 
-    fixed = dict(set_alpha_to_one=False, steps_offset=1)  # noqa: RUF012
+    fixed = dict(set_alpha_to_one=False, steps_offset=1)  # noqa: RUF012 (never written to)
 
 
 class DiffusersParallel(Diffusers):
@@ -138,7 +138,7 @@ class DiffusersBatch(DiffusersParallel):
 class DiffusersBatchFinalAlpha(DiffusersBatch):
     """The same with ``set_alpha_to_one=False``."""
 
-    fixed = dict(set_alpha_to_one=False)  # noqa: RUF012
+    fixed = dict(set_alpha_to_one=False)  # noqa: RUF012 (never written to)
 
 
 class FastDiffusersFinalAlpha(DiffusersFinalAlpha):
@@ -242,7 +242,7 @@ class DenoisingDiffusionPytorch(Subject):
     T), starts from noise of its own, which is replaced by the x_T given, and always clips x0 to [-1, 1], which is left to the setting here.
     """
 
-    objectives = {"epsilon": "pred_noise", "sample": "pred_x0", "v_prediction": "pred_v"}  # noqa: RUF012
+    objectives = {"epsilon": "pred_noise", "sample": "pred_x0", "v_prediction": "pred_v"}  # noqa: RUF012 (never written to)
     features = frozenset(["eta", "draws_noise", "epsilon", "sample", "v_prediction"])
 
     def __init__(self):

@@ -175,4 +175,4 @@ def _own_random_state():
         with torch.random.fork_rng():
             yield
     finally:
-        np.random.set_state(numpy_state)  # noqa: NPY002
+        np.random.set_state(numpy_state)  # noqa: NPY002 (put back)

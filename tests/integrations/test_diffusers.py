@@ -595,7 +595,7 @@ def test_the_operator_of_a_traced_step_keeps_what_it_declares():
 
 
 @pytest.mark.parametrize("flag", ["explicit_pairs", "philox_noise"])
-@pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning")  # what it says of a graph that breaks, as these do
 def test_what_no_operator_does_breaks_the_graph(flag):
     torch.compiler.reset()
     x, m = tensors(np.random.default_rng(0), [torch.float32] * 2)

@@ -129,7 +129,7 @@ def test_a_broken_step_is_caught(check, broken):
 
 
 def test_broken_runs_are_caught():
-    def reads_x_T_as_if_contiguous(model, x_T, alphas_cumprod, timesteps):  # noqa: N802
+    def reads_x_T_as_if_contiguous(model, x_T, alphas_cumprod, timesteps):  # noqa: N802 (x_T is the paper's)
         return sampler(model, as_if_contiguous(x_T), alphas_cumprod, timesteps)
 
     def reads_outputs_as_if_contiguous(model, x_T, alphas_cumprod, timesteps):

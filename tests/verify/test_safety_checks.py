@@ -48,7 +48,7 @@ def draws_from_its_generator(x_t, model_output, alpha_bar_t, alpha_bar_prev, gen
 
 
 def draws_from_numpy(x_t, model_output, alpha_bar_t, alpha_bar_prev):
-    np.random.rand()  # noqa: NPY002
+    np.random.rand()  # noqa: NPY002 (the global one is meant)
     return step(x_t, model_output, alpha_bar_t, alpha_bar_prev)
 
 
@@ -62,7 +62,7 @@ def adds_torchs_noise(x_t, model_output, alpha_bar_t, alpha_bar_prev):
 
 
 def adds_numpys_noise(x_t, model_output, alpha_bar_t, alpha_bar_prev):
-    return step(x_t, model_output, alpha_bar_t, alpha_bar_prev) + 1e-6 * np.random.randn()  # noqa: NPY002
+    return step(x_t, model_output, alpha_bar_t, alpha_bar_prev) + 1e-6 * np.random.randn()  # noqa: NPY002 (the global one is meant)
 
 
 def depends_on_its_calls(x_t, model_output, alpha_bar_t, alpha_bar_prev):
@@ -181,11 +181,11 @@ def keeps_its_place_outside(model, x_T, alphas_cumprod, timesteps):
     return x_t
 
 
-def writes_x_T(model, x_T, alphas_cumprod, timesteps):  # noqa: N802
+def writes_x_T(model, x_T, alphas_cumprod, timesteps):  # noqa: N802 (x_T is the paper's)
     return x_T.copy_(sampler(model, x_T, alphas_cumprod, timesteps)).clone()
 
 
-def returns_x_T(model, x_T, alphas_cumprod, timesteps):  # noqa: N802
+def returns_x_T(model, x_T, alphas_cumprod, timesteps):  # noqa: N802 (x_T is the paper's)
     sampler(model, x_T, alphas_cumprod, timesteps)
     return x_T
 
@@ -285,11 +285,11 @@ def test_one_bit_in_the_tail_is_caught_where_arithmetic_is_exact():
 
 
 def test_the_global_generators_are_left_as_they_were():
-    np.random.seed(3)  # noqa: NPY002
+    np.random.seed(3)  # noqa: NPY002 (the global one is meant)
     torch.manual_seed(3)
     verify(step, checks=CHECKS, required=())
     assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(3))
-    assert np.random.rand() == np.random.RandomState(3).rand()  # noqa: NPY002
+    assert np.random.rand() == np.random.RandomState(3).rand()  # noqa: NPY002 (the global one is meant)
 
 
 def test_states_of_a_list_of_generators_are_watched():

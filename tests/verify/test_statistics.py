@@ -200,7 +200,7 @@ def test_what_is_wrong_is_found(name):
     ],
 )
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy on NaN and infinity, which are the point
 def test_what_is_not_finite_fails(test, bad):
     x = normals(np.random.default_rng(0), 4096)
     x[5] = bad

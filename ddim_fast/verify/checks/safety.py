@@ -124,7 +124,7 @@ def _states(source: Any) -> dict[str, Any]:
     states["torch's global generator"] = torch.get_rng_state().numpy().tobytes()
     if torch.cuda.is_available():
         states["the CUDA device's generator"] = torch.cuda.get_rng_state().numpy().tobytes()
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 (the global one)
     states["NumPy's global generator"] = (name, keys.tobytes(), *rest)
     states["Python's global generator"] = random.getstate()
     return states
