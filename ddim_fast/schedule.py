@@ -11,6 +11,7 @@ Dhariwal 2021, arXiv 2102.09672), zero terminal SNR (Lin et al. 2023, arXiv 2305
 from __future__ import annotations
 
 import inspect
+import hashlib
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -210,6 +211,11 @@ class NoiseSchedule:
     def num_train_timesteps(self) -> int:
         """T, the number of training timesteps."""
         return len(self.alphas_cumprod)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of ``alphas_cumprod``, in hexadecimal: what tells one schedule from another in files."""
+        return hashlib.sha256(np.ascontiguousarray(self.alphas_cumprod).tobytes()).hexdigest()
 
     @property
     def betas(self) -> np.ndarray:

@@ -62,7 +62,7 @@ def plan_settings(sampler: DDIMSampler, model: Any) -> dict[str, Any]:
     settings["schedule"] = {
         "name": schedule.name,
         "num_train_timesteps": schedule.num_train_timesteps,
-        "sha256": hashlib.sha256(np.ascontiguousarray(schedule.alphas_cumprod).tobytes()).hexdigest(),
+        "sha256": schedule.digest,
     }
     settings["thresholding"] = None if sampler.thresholding is None else asdict(sampler.thresholding)
     return settings

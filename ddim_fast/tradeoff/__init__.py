@@ -1,0 +1,38 @@
+"""How many steps are enough: quality against time, measured for a model, cell by cell.
+
+    study = run_study(subject, grid((10, 20, 50)), StudyDirectory(path, settings_of(subject)), "my model")
+    print(study.recommendation())
+
+On the command line: ``ddim-fast tradeoff``.
+"""
+
+from .cells import Cell, grid, paper_table
+from .closed_form import ClosedForm
+from .measure import Subject, draw, measure
+from .quality import Judge, fashion_judge, judge_of
+from .results import METRICS, CellResult, Measure, Metric, Recommendation, Study, read_json, write_json
+from .study import StudyDirectory, run_study, settings_of
+
+__all__ = [
+    "METRICS",
+    "Cell",
+    "CellResult",
+    "ClosedForm",
+    "Judge",
+    "Measure",
+    "Metric",
+    "Recommendation",
+    "Study",
+    "StudyDirectory",
+    "Subject",
+    "draw",
+    "fashion_judge",
+    "grid",
+    "judge_of",
+    "measure",
+    "paper_table",
+    "read_json",
+    "run_study",
+    "settings_of",
+    "write_json",
+]

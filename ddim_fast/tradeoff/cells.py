@@ -1,0 +1,122 @@
+"""A cell of the table: one way to sample, and the grids of cells that are worth comparing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..sampler import DDIMSampler
+from ..schedule import NoiseSchedule
+
+PAPER_STEPS = (10, 20, 50, 100, 1000)
+PAPER_ETAS = (0.0, 0.2, 0.5, 1.0)
+"""Rows and columns of table 1 of the DDIM paper, where sigma-hat is the last row."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to sample, as arguments of ``DDIMSampler``.
+
+    Args:
+        num_inference_steps: S.
+        timestep_spacing: a key of ``timesteps.SPACINGS``; or with ``timesteps``, what to call them.
+        timesteps: an explicit list, such as a searched one.
+        eta, eta_scales, sigma_hat, order: see ``DDIMSampler``.
+        count: how many samples it is judged by, where not as many as the others.
+    """
+
+    num_inference_steps: int
+    timestep_spacing: str = "leading"
+    eta: float = 0.0
+    eta_scales: str = "std_dev"
+    sigma_hat: bool = False
+    order: int = 1
+    timesteps: tuple[int, ...] | None = None
+    count: int | None = None
+
+    @property
+    def key(self) -> str:
+        """A name for people and for files, different for different cells of a table."""
+        eta = "sigma-hat" if self.sigma_hat else f"eta{self.eta:g}"
+        scales = "" if self.eta_scales == "std_dev" else f"-{self.eta_scales}"
+        order = "" if self.order == 1 else f"-order{self.order}"
+        return f"{self.timestep_spacing}-{self.num_inference_steps}-{eta}{scales}{order}"
+
+    @property
+    def deterministic(self) -> bool:
+        return self.eta == 0
+
+    def sampler(self, schedule: NoiseSchedule, options: Mapping[str, Any]) -> DDIMSampler:
+        """The sampler that this cell is.
+
+        Raises:
+            ValueError: the cell contradicts itself, or does not fit the schedule.
+        """
+        options = dict(options)
+        if self.timesteps is None:
+            options["timestep_spacing"] = self.timestep_spacing
+        return DDIMSampler(
+            schedule,
+            None if self.timesteps is not None else self.num_inference_steps,
+            self.eta,
+            timesteps=self.timesteps,
+            eta_scales=self.eta_scales,
+            sigma_hat=self.sigma_hat,
+            order=self.order,
+            **options,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        fields = asdict(self)
+        fields["timesteps"] = None if self.timesteps is None else list(self.timesteps)
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Cell:
+        timesteps = fields["timesteps"]
+        return cls(**{**fields, "timesteps": None if timesteps is None else tuple(timesteps)})
+
+
+def grid(
+    steps: Sequence[int],
+    spacings: Sequence[str] = ("leading",),
+    etas: Sequence[float] = (0.0,),
+    *,
+    eta_scales: Sequence[str] = ("std_dev",),
+    sigma_hat: bool = False,
+    orders: Sequence[int] = (1,),
+    searched: Mapping[str, Sequence[int]] | None = None,
+    count_at: Mapping[int, int] | None = None,
+) -> list[Cell]:
+    """All combinations that are different and possible, cheapest first.
+
+    Args:
+        sigma_hat: the paper's larger DDPM noise, too.
+        orders: those above 1 are deterministic only.
+        searched: named lists of timesteps, each once with each eta and order.
+        count_at: how many samples cells of that many steps have, where not as many as the others.
+    """
+    lists = [(S, spacing, None) for S in steps for spacing in spacings]
+    lists += [(len(timesteps), name, tuple(timesteps)) for name, timesteps in (searched or {}).items()]
+    cells = []
+    for S, spacing, timesteps in lists:
+        common = dict(timesteps=timesteps, count=(count_at or {}).get(S))
+        for eta in etas:
+            # Both conventions agree at 0 and 1.
+            for scales in eta_scales[:1] if eta in (0, 1) else eta_scales:
+                cells += [
+                    Cell(S, spacing, eta, scales, order=order, **common)
+                    for order in orders
+                    if order == 1 or (eta == 0 and S > 1)
+                ]
+        if sigma_hat:
+            cells.append(Cell(S, spacing, 1.0, sigma_hat=True, **common))
+    return sorted(dict.fromkeys(cells), key=lambda cell: cell.num_inference_steps)
+
+
+def paper_table(count_at_1000: int | None = None, spacing: str = "quad") -> list[Cell]:
+    """The cells of table 1 of the DDIM paper. Its CIFAR-10 half, which this one is compared with, has quadratic spacing."""
+    count_at = None if count_at_1000 is None else {1000: count_at_1000}
+    return grid(PAPER_STEPS, (spacing,), PAPER_ETAS, sigma_hat=True, count_at=count_at)

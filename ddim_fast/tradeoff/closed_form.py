@@ -1,0 +1,100 @@
+"""Data distributions whose best possible model, and whose distance to samples, are known exactly: nothing is estimated but by the sampler."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..schedule import NoiseSchedule
+
+
+class ClosedForm(nn.Module):
+    """A mixture of Gaussians on the line, as a model that predicts eps without error.
+
+    Samples are ``(B, 1)``, B of them independent. x_t is a mixture, too, with means sqrt(alpha_bar_t) mean_k and variances alpha_bar_t
+    variance_k + 1 - alpha_bar_t; so E[x0 | x_t] is a weighted sum of the components', and eps follows from it (equation 9 of the DDIM
+    paper).
+
+    Args:
+        weights, means, std_devs: of the components.
+    """
+
+    prediction_type = "epsilon"
+    clip_sample_range = None
+    sample_shape = (1,)
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule | None = None,
+        weights: tuple[float, ...] = (0.3, 0.7),
+        means: tuple[float, ...] = (-1.0, 0.6),
+        std_devs: tuple[float, ...] = (0.15, 0.3),
+    ):
+        super().__init__()
+        self.schedule = NoiseSchedule.linear() if schedule is None else schedule
+        alphas_cumprod = torch.as_tensor(self.schedule.alphas_cumprod, dtype=torch.float64)
+        self.register_buffer("alphas_cumprod", alphas_cumprod.clone())
+        for name, values in {"weights": weights, "means": means, "std_devs": std_devs}.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float64))
+        self.weights /= self.weights.sum()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """eps ``(B, 1)`` for ``x`` ``(B, 1)``, computed in float64."""
+        alpha_bar = self.alphas_cumprod[t].view(-1, 1)
+        x_t, signal = x.double(), alpha_bar.sqrt()
+        variances = alpha_bar * self.std_devs**2 + 1 - alpha_bar
+        centred = x_t - signal * self.means
+        log_p = self.weights.log() - variances.log() / 2 - centred**2 / (2 * variances)
+        of_x0 = self.means + signal * self.std_devs**2 / variances * centred
+        x0 = (log_p.softmax(1) * of_x0).sum(1, keepdim=True)
+        return ((x_t - signal * x0) / (1 - alpha_bar).sqrt()).to(x.dtype)
+
+    def quantile(self, p: Tensor) -> Tensor:
+        """The data's quantile function of ``p`` ``(N,)`` in (0, 1), float64, by bisection to the last bit or so."""
+        reach = 40 * self.std_devs.max().item()
+        low = torch.full_like(p, self.means.min().item() - reach)
+        high = torch.full_like(p, self.means.max().item() + reach)
+        for _ in range(80):
+            middle = (low + high) / 2
+            below = self.cumulative(middle) < p
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
+    def cumulative(self, x: Tensor) -> Tensor:
+        """The data's cumulative distribution function of ``x`` ``(N,)``, float64."""
+        z = (x[:, None] - self.means) / (self.std_devs * math.sqrt(2))
+        return (self.weights * torch.erfc(-z) / 2).sum(1)
+
+    def wasserstein(self, samples: Tensor) -> float:
+        """Exact 2-Wasserstein distance of samples ``(N, 1)`` to the data: on the line, the i-th smallest goes to the i-th slice of 1 / N.
+
+        N independent samples of the data itself are about 1 / sqrt(N) away; N of its quantiles about 1 / N.
+        """
+        ordered = samples.double().flatten().sort().values
+        count = len(ordered)
+        edges = self.quantile(torch.arange(1, count, dtype=torch.float64) / count)
+        first, second = self._moments(edges)
+        return (ordered.square() / count - 2 * ordered * first + second).sum().clamp(min=0).sqrt().item()
+
+    def _moments(self, edges: Tensor) -> tuple[Tensor, Tensor]:
+        """Integrals of x and x^2 times the density between neighbouring edges, the first and last slices unbounded: ``(N,)`` each."""
+        z = (edges[:, None] - self.means) / self.std_devs
+        density = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+
+        def slices(values: Tensor, at_infinity: float) -> Tensor:
+            ends = torch.zeros(1, values.shape[1], dtype=values.dtype)
+            return torch.cat([ends, values, ends + at_infinity]).diff(dim=0)
+
+        mass, of_density, of_z = slices(torch.special.ndtr(z), 1.0), slices(density, 0.0), slices(z * density, 0.0)
+        m, s = self.means, self.std_devs
+        first = (self.weights * (m * mass - s * of_density)).sum(1)
+        second = (self.weights * ((m * m + s * s) * mass - 2 * m * s * of_density - s * s * of_z)).sum(1)
+        return first, second
+
+    @staticmethod
+    def noise(count: int) -> Tensor:
+        """x_T as quantiles of a standard normal, ``(count, 1)`` float32: what is left of the distance is the sampler's own."""
+        p = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        return torch.special.ndtri(p)[:, None].float()

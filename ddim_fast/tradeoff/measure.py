@@ -1,0 +1,212 @@
+"""One cell, measured: its samples drawn, timed and judged."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..generation.conditioning import Conditioning
+from ..kernels.noise import sample_seeds
+from ..loop import Timing
+from ..models import Model
+from ..sampler import DDIMSampler
+from ..schedule import NoiseSchedule
+from .cells import Cell
+from .closed_form import ClosedForm
+from .quality import Judge, distances, mean
+from .results import CellResult, Measure
+
+CONVERGED = Cell(200, "log_snr", order=2)
+"""What stands for the exact solution: second order, its error falls with the square of the number of steps."""
+Progress = Callable[[int], Any]
+"""``progress(calls)``: so many more model calls, counted by sample, are done."""
+
+
+@dataclass
+class Subject:
+    """A model and how it is asked: all cells differ in nothing but what ``Cell`` says.
+
+    Args:
+        shape: of one sample, ``(C, ...)``.
+        conditioning: of sample i, a rule; none for an unconditional model.
+        sampler_options: what the model says of sampling, as arguments of ``DDIMSampler``.
+        seed: sample i of every cell begins with the same noise.
+        judge, truth: what is known of the data, if anything.
+        reconstructed: how many converged samples are encoded and decoded again; 0 for none.
+    """
+
+    model: Model
+    schedule: NoiseSchedule
+    shape: tuple[int, ...]
+    conditioning: Conditioning | None = None
+    guidance_scale: float | None = None
+    sampler_options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    count: int = 1000
+    batch_size: int = 64
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    judge: Judge | None = None
+    truth: ClosedForm | None = None
+    reconstructed: int = 0
+
+    def sampler(self, cell: Cell) -> DDIMSampler:
+        return cell.sampler(self.schedule, self.sampler_options)
+
+    def labels(self, count: int) -> Tensor | None:
+        """The class asked for in each sample, where there are classes."""
+        return None if self.conditioning is None else self.conditioning.rows(0, count).get("class_labels")
+
+    @property
+    def calls_per_step(self) -> int:
+        return 1 if self.guidance_scale in (None, 1) else 2
+
+    def calls(self, cell: Cell) -> int:
+        """Model calls of a cell, counted by sample, but for reconstruction."""
+        return (cell.count or self.count) * cell.num_inference_steps * self.calls_per_step
+
+
+@dataclass
+class Drawn:
+    """Samples of a cell ``(N, C, ...)`` on the CPU, and what each batch took, in seconds a sample."""
+
+    samples: Tensor
+    model_seconds: list[float]
+    update_seconds: list[float]
+
+
+def draw(subject: Subject, cell: Cell, count: int | None = None, progress: Progress = lambda calls: None) -> Drawn:
+    """The first ``count`` samples of a cell; as many as it is judged by if none."""
+    count = count or cell.count or subject.count
+    sampler, seeds = subject.sampler(cell), torch.from_numpy(sample_seeds(subject.seed, count))
+    x_T = None if subject.truth is None else subject.truth.noise(count)
+    samples, drawn = [], Drawn(torch.empty(0), [], [])
+    for first in range(0, count, subject.batch_size):
+        size, timing = min(subject.batch_size, count - first), Timing()
+
+        rows = {} if subject.conditioning is None else subject.conditioning.rows(first, size)
+        with _counted(subject.model, size * sampler.num_inference_steps * subject.calls_per_step, progress):
+            batch = sampler.sample(
+                subject.model,
+                (size, *subject.shape),
+                seeds=seeds[first : first + size],
+                conditioning={name: row.to(subject.device) for name, row in rows.items()},
+                guidance_scale=subject.guidance_scale,
+                x_T=None if x_T is None else x_T[first : first + size].to(subject.device),
+                device=subject.device,
+                timing=timing,
+            )
+        samples.append(batch.cpu())
+        drawn.model_seconds.append(timing.model_seconds / size)
+        drawn.update_seconds.append(timing.update_seconds / size)
+    drawn.samples = torch.cat(samples)
+    return drawn
+
+
+@contextmanager
+def _counted(model: Model, calls: int, progress: Progress) -> Iterator[None]:
+    """Tell ``progress`` of each call of the model, or at the end, where calls cannot be seen (in a CUDA graph, or a plain function)."""
+    seen = 0
+
+    def after(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        nonlocal seen
+        seen += len(arguments[0])
+        progress(len(arguments[0]))
+
+    on_cpu = isinstance(model, nn.Module) and all(p.device.type == "cpu" for p in model.parameters())
+    hook = model.register_forward_hook(after) if on_cpu else None
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+    progress(calls - seen)
+
+
+def measure(
+    subject: Subject, cell: Cell, converged: Tensor | None = None, progress: Progress = lambda calls: None
+) -> tuple[CellResult, Tensor]:
+    """Draw a cell and judge it.
+
+    Args:
+        converged: the converged samples from the same noise, ``(M, C, ...)``; the first min(N, M) are compared. None: no distance.
+
+    Returns:
+        The result, and the samples ``(N, C, ...)``.
+    """
+    memory = PeakMemory(subject.device)
+    drawn = draw(subject, cell, progress=progress)
+    peak, samples = memory.megabytes(), drawn.samples
+    quality: dict[str, Measure] = {}
+    if subject.judge is not None:
+        quality |= subject.judge.measures(samples, subject.labels(len(samples)))
+    if subject.truth is not None:
+        quality["wasserstein"] = Measure(subject.truth.wasserstein(samples))
+    if converged is not None and cell.deterministic:
+        shared = min(len(samples), len(converged))
+        quality["distance"] = mean(distances(samples[:shared], converged[:shared]))
+        if subject.reconstructed and cell.order == 1:
+            quality["reconstruction"] = reconstruction(subject, cell, converged[: subject.reconstructed])
+    result = CellResult(
+        cell,
+        len(samples),
+        quality,
+        model_ms=1e3 * median(drawn.model_seconds),
+        update_ms=1e3 * median(drawn.update_seconds),
+        calls=cell.num_inference_steps * subject.calls_per_step,
+        peak_megabytes=peak,
+    )
+    return result, samples
+
+
+def reconstruction(subject: Subject, cell: Cell, samples: Tensor) -> Measure:
+    """Mean squared error, in [0, 1], of samples encoded to noise and decoded again (section 5.4 of the DDIM paper)."""
+    x0 = samples.clamp(-1, 1).to(subject.device)
+    rows = {} if subject.conditioning is None else subject.conditioning.rows(0, len(x0))
+    again = subject.sampler(cell).reconstruct(
+        subject.model, x0, conditioning={name: row.to(subject.device) for name, row in rows.items()}
+    )
+    return mean(((again - x0) / 2).square().flatten(1).mean(1).cpu())
+
+
+class PeakMemory:
+    """The most memory in use from now on, over what is in use now."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+        else:
+            self._before = _reset_peak()
+
+    def megabytes(self) -> float:
+        """In 10^6 bytes; NaN where the system does not tell."""
+        if self._device.type == "cuda":
+            return (torch.cuda.max_memory_allocated(self._device) - self._before) / 1e6
+        return max(_status("VmHWM") - self._before, 0.0) / 1e6
+
+
+def _reset_peak() -> float:
+    """Set Linux's mark of the most memory this process had back to what it has, in bytes."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return math.nan
+    return _status("VmRSS")
+
+
+def _status(name: str) -> float:
+    try:
+        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return math.nan
+    return math.nan if found is None else 1024.0 * int(found[1])

@@ -1,0 +1,127 @@
+"""How good a set of samples is, each number with its standard error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..metrics import (
+    FeatureStatistics,
+    feature_statistics,
+    frechet_distance,
+    load_classifier,
+    load_features,
+    load_statistics,
+)
+from .results import Measure
+
+BOOTSTRAPS = 40
+"""Resamples behind the standard error of a Frechet distance: the error of that error is 11 %."""
+NEIGHBOURS = 3
+"""k of precision and recall (arXiv 1904.06991, section 3)."""
+_BATCH_SIZE = 500
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What looks at samples, and what real data look like to it.
+
+    Args:
+        name: of the features, for the report.
+        features: samples ``(B, C, ...)`` float32 on the CPU -> ``(B, D)``.
+        statistics: of the features of real data; no Frechet distance without.
+        real_features: ``(N, D)``, of real data; no precision and recall without.
+        classify: samples -> logits ``(B, classes)``; no class agreement without.
+        clamp: samples are clamped to [-1, 1] first, as where they are written as pictures.
+    """
+
+    name: str
+    features: Callable[[Tensor], Tensor]
+    statistics: FeatureStatistics | None = None
+    real_features: Tensor | None = None
+    classify: Callable[[Tensor], Tensor] | None = None
+    clamp: bool = True
+
+    def measures(self, samples: Tensor, labels: Tensor | None) -> dict[str, Measure]:
+        """Every number that can be told of these samples ``(N, C, ...)``, asked for with these labels ``(N,)``, if any."""
+        samples = samples.clamp(-1, 1) if self.clamp else samples
+        features = in_batches(self.features, samples).double()
+        found = {}
+        if self.statistics is not None and len(samples) > 1:
+            found["frechet"] = frechet_measure(features, self.statistics)
+        if self.real_features is not None and len(samples) > NEIGHBOURS:
+            precision, recall = precision_and_recall(features, self.real_features.double())
+            found |= {"precision": precision, "recall": recall}
+        if self.classify is not None and labels is not None:
+            right = in_batches(self.classify, samples).argmax(1) == labels
+            found["class_agreement"] = share(right)
+        return found
+
+
+def fashion_judge() -> Judge:
+    """The shipped classifier, with what it saw in Fashion-MNIST."""
+    classifier = load_classifier()
+    return Judge("shipped classifier", classifier.features, load_statistics(), load_features(), classifier)
+
+
+def judge_of(features: Callable[[Tensor], Tensor], real: Tensor | None, name: str) -> Judge:
+    """A judge by a caller's own features, and real data ``(N, C, ...)``, if there are any."""
+    if real is None:
+        return Judge(name, features)
+    seen = in_batches(features, real)
+    return Judge(name, features, feature_statistics(seen), seen)
+
+
+@torch.no_grad()
+def in_batches(function: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
+    """``function`` of the float32 samples, a batch at a time: ``(N, ...)`` on the CPU."""
+    return torch.cat([function(batch.float()).cpu() for batch in samples.split(_BATCH_SIZE)])
+
+
+def frechet_measure(features: Tensor, real: FeatureStatistics) -> Measure:
+    """Frechet distance of features ``(N, D)`` to real data, its standard error by the bootstrap (Efron 1979)."""
+    distance = frechet_distance(feature_statistics(features), real)
+    draws = torch.Generator().manual_seed(0)
+    again = [
+        frechet_distance(
+            feature_statistics(features[torch.randint(len(features), (len(features),), generator=draws)]), real
+        )
+        for _ in range(BOOTSTRAPS)
+    ]
+    return Measure(distance, torch.tensor(again).std().item())
+
+
+def share(is_so: Tensor) -> Measure:
+    """Share of a boolean ``(N,)`` that holds, with a binomial's standard error."""
+    p = is_so.double().mean().item()
+    return Measure(p, math.sqrt(p * (1 - p) / len(is_so)))
+
+
+def mean(values: Tensor) -> Measure:
+    """Mean of ``(N,)`` with its standard error; NaN of a single value."""
+    values = values.double()
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Measure(values.mean().item(), error)
+
+
+def distances(samples: Tensor, converged: Tensor) -> Tensor:
+    """Root mean square difference of each sample ``(N, C, ...)`` to the converged one from the same noise: ``(N,)``, both clamped to [-1, 1]."""
+    difference = samples.double().clamp(-1, 1) - converged.double().clamp(-1, 1)
+    return difference.flatten(1).square().mean(1).sqrt()
+
+
+def precision_and_recall(samples: Tensor, real: Tensor, k: int = NEIGHBOURS) -> tuple[Measure, Measure]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991, equation 2) of features ``(N, D)`` and ``(M, D)``."""
+    between = torch.cdist(samples, real)
+    within_real = between <= _radii(real, k)[None, :]
+    within_samples = between <= _radii(samples, k)[:, None]
+    return share(within_real.any(1)), share(within_samples.any(0))
+
+
+def _radii(features: Tensor, k: int) -> Tensor:
+    """Distance of each feature to its k-th nearest neighbour, itself not counted: ``(N,)``."""
+    return torch.cdist(features, features).kthvalue(k + 1, dim=1).values

@@ -1,0 +1,165 @@
+"""A study on disk: a directory to which each cell is written as soon as it is done, so that a broken-off run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load, save
+from torch import Tensor
+
+from .. import pictures
+from ..generation.settings import as_json, differences, environment, model_digest
+from ..kernels.noise import NOISE_STANDARD_VERSION
+from ..whole_files import whole_file
+from .cells import Cell
+from .measure import CONVERGED, Progress, Subject, draw, measure
+from .results import CellResult, Study
+
+PICTURES = 30
+"""Samples of each cell that people can look at."""
+
+
+def settings_of(subject: Subject, model_id: str | None = None) -> dict[str, Any]:
+    """What the numbers of a study depend on, but for its cells, as JSON.
+
+    Args:
+        model_id: what tells this model from others, where it is no ``nn.Module``, whose weights do.
+    """
+    schedule = subject.schedule
+    return {
+        "model": {"id": model_id} if model_id is not None else {"sha256": model_digest(subject.model)},
+        "schedule": {"name": schedule.name, "sha256": schedule.digest},
+        "shape": list(subject.shape),
+        "conditioning": None if subject.conditioning is None else subject.conditioning.settings(),
+        "guidance_scale": subject.guidance_scale,
+        "sampler_options": {name: subject.sampler_options[name] for name in sorted(subject.sampler_options)},
+        "seed": subject.seed,
+        "count": subject.count,
+        "batch_size": subject.batch_size,
+        "judge": None if subject.judge is None else subject.judge.name,
+        "reconstructed": subject.reconstructed,
+        "noise_standard": NOISE_STANDARD_VERSION,
+        "environment": environment(subject.device, torch.float32, None, torch.get_num_threads()),
+    }
+
+
+class StudyDirectory:
+    """Where a study lies: ``settings.json``, ``cells/KEY.json`` and ``KEY.png``, ``converged.safetensors``.
+
+    Raises:
+        ValueError: there is a study with other settings; the message has the differences.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
+        self.path, self.settings = path, dict(settings)
+        there = path / "settings.json"
+        if there.exists():
+            found = differences(json.loads(there.read_text()), settings, "there", "here")
+            if found:
+                listed = "\n".join(f"  {line}" for line in found)
+                raise ValueError(
+                    f"{path} holds a study with other settings: choose another directory, or remove it\n{listed}"
+                )
+        (path / "cells").mkdir(parents=True, exist_ok=True)
+        self.write(there, as_json(settings).encode())
+
+    def write(self, path: Path, content: bytes) -> None:
+        """A whole file, or none."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.unlink(missing_ok=True)
+        with whole_file(path, temporary) as file:
+            file.write(content)
+
+    def result(self, cell: Cell) -> CellResult | None:
+        """What was found in this very cell, if anything."""
+        path = self.path / "cells" / f"{cell.key}.json"
+        if not path.exists():
+            return None
+        result = CellResult.from_dict(json.loads(path.read_text()))
+        return result if result.cell == cell else None
+
+    def save(self, result: CellResult) -> None:
+        content = json.dumps(result.as_dict(), indent=1, allow_nan=False)
+        self.write(self.path / "cells" / f"{result.cell.key}.json", content.encode())
+
+    def picture_path(self, cell: Cell) -> Path:
+        return self.path / "cells" / f"{cell.key}.png"
+
+    def converged(self, make: Callable[[], Tensor]) -> Tensor:
+        """The converged samples: those that are there, or else what ``make`` gives, which is kept."""
+        path = self.path / "converged.safetensors"
+        if path.exists():
+            return load(path.read_bytes())["samples"]
+        samples = make()
+        self.write(path, save({"samples": samples.contiguous()}))
+        return samples
+
+
+def run_study(
+    subject: Subject,
+    cells: Iterable[Cell],
+    directory: StudyDirectory,
+    model_name: str,
+    *,
+    converged_cell: Cell | None = CONVERGED,
+    converged_count: int | None = None,
+    notes: Sequence[str] = (),
+    progress: Progress = lambda calls: None,
+    done: Callable[[CellResult], Any] = lambda result: None,
+) -> Study:
+    """Measure every cell that the directory does not have yet.
+
+    Args:
+        converged_cell: how converged samples are drawn, that the others' distances are told from. None: no distances.
+        converged_count: how many of them; as many as a cell has samples if none.
+        done: called with each result, also with those that were there.
+    """
+    cells = list(cells)
+    for cell in cells:  # all contradictions come before any work
+        subject.sampler(cell).plan(subject.model)
+    converged = None
+    if converged_cell is not None and any(cell.deterministic for cell in cells):
+        converged = directory.converged(lambda: draw(subject, converged_cell, converged_count, progress).samples)
+    results = []
+    for cell in cells:
+        result = directory.result(cell)
+        if result is None:
+            result, samples = measure(subject, cell, converged, progress)
+            if (sheet := _sheet(samples)) is not None:
+                path = directory.picture_path(cell)
+                sheet.save(path)
+                result = replace(result, pictures=str(path.relative_to(directory.path)))
+            directory.save(result)
+        results.append(result)
+        done(result)
+    return Study(model_name, directory.settings, tuple(results), tuple(notes))
+
+
+def calls_to_do(
+    subject: Subject,
+    cells: Iterable[Cell],
+    directory: StudyDirectory,
+    converged_cell: Cell | None,
+    converged_count: int | None,
+) -> int:
+    """Model calls, counted by sample, that ``run_study`` would make: for a progress bar."""
+    cells = list(cells)
+    calls = sum(subject.calls(cell) for cell in cells if directory.result(cell) is None)
+    wanted = converged_cell is not None and any(cell.deterministic for cell in cells)
+    if wanted and not (directory.path / "converged.safetensors").exists():
+        calls += (converged_count or subject.count) * converged_cell.num_inference_steps * subject.calls_per_step
+    return calls
+
+
+def _sheet(samples: Tensor) -> Image.Image | None:
+    """The first samples as a grid, ten in a row, where they are pictures."""
+    if samples.ndim != 4 or samples.shape[1] not in (1, 3):
+        return None
+    return pictures.grid(samples[:PICTURES], columns=10, scale=max(1, round(56 / samples.shape[3])))
