@@ -107,6 +107,7 @@ setup(
         "ddim_fast.generation",
         "ddim_fast.integrations",
         "ddim_fast.kernels",
+        "ddim_fast.search",
         "ddim_fast.tradeoff",
         "ddim_fast.verify",
         "ddim_fast.verify.checks",

@@ -9,6 +9,8 @@ from .commands.edit import img2img, inpaint, interpolate, reconstruct
 from .commands.generate import generate
 from .commands.info import info
 from .commands.sample import sample
+from .commands.search import search
+from .commands.tradeoff import tradeoff
 from .commands.verify import verify
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -35,12 +37,14 @@ def main() -> None:
       ddim-fast sample --steps 10 --eta 1  fewer steps, with DDPM's noise
       ddim-fast interpolate                from one sample to another
       ddim-fast generate -n 50000          a set of samples as files, by any number of processes
+      ddim-fast tradeoff --quick --out DIR how many steps are enough, on one page
+      ddim-fast search --steps 10          the ten timesteps that serve a model best
       ddim-fast verify                     whether a sampler is right, ours or anyone's
       ddim-fast info                       what runs on this machine, and why something does not
     """
 
 
-for _command in (sample, img2img, inpaint, interpolate, reconstruct, generate, verify, info):
+for _command in (sample, img2img, inpaint, interpolate, reconstruct, generate, tradeoff, search, verify, info):
     main.add_command(_command)
 
 if __name__ == "__main__":

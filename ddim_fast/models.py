@@ -71,12 +71,16 @@ def output_tensor(output: Any, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a shipped model is: enough to sample it well without asking anyone."""
+    """What a shipped model is: enough to sample it well without asking anyone.
+
+    Attributes:
+        clip_sample_range: what x0 is clipped to where the user does not say; None where clipping makes its samples worse.
+    """
 
     name: str
     sample_shape: tuple[int, ...]
     prediction_type: str
-    clip_sample_range: float
+    clip_sample_range: float | None
     class_names: tuple[str, ...]
 
 
@@ -84,7 +88,7 @@ FASHION = ModelCard(
     name="fashion",
     sample_shape=(1, 28, 28),
     prediction_type="v_prediction",
-    clip_sample_range=1.0,
+    clip_sample_range=None,  # docs/MODEL_CARD.md has what clipping costs
     class_names=(
         "T-shirt/top",
         "Trouser",

@@ -19,6 +19,7 @@ from .schedule import NoiseSchedule
 from .update import (
     ETA_SCALES,
     PREDICTION_TYPES,
+    analytic_variance,
     check_eta,
     ddim_coefficients,
     ddim_variance,
@@ -60,6 +61,9 @@ class SamplingPlan:
         use_clipped_model_output: derive eps again from the clipped x0, so that the two agree (GLIDE and guided-diffusion do).
         order: 1 is DDIM. 2 is its multistep form (DPM-Solver++(2M), see ``multistep_coefficients``), which reads the x0 that the step
             before predicted: as many model calls, and an error that falls with the square of the number of steps. Needs eta = 0.
+        eps_residual: the mean squared error of the model's eps at each timestep visited, as ``search.measure_eps_residual`` measures it:
+            then the noise added has the analytic variance (``update.analytic_variance``) in place of eta's own. Not with ``sigma_hat``
+            or order 2.
 
     Raises:
         ValueError: an argument is unknown or out of range; eta asks for more noise than a step has room for; epsilon prediction at
@@ -76,6 +80,7 @@ class SamplingPlan:
     clip_sample_range: float | None = None
     use_clipped_model_output: bool = False
     order: int = 1
+    eps_residual: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
@@ -100,6 +105,7 @@ class SamplingPlan:
                 "order=2 draws on from the step before, along a trajectory that fresh noise leaves: it needs eta = 0, got "
                 f"eta = {self.eta}: use order=1, or eta=0"
             )
+        self._check_eps_residual()
         if self.eta > self.largest_eta * (1 + 1e-9):
             # Rounded down, so that the value named is one that is accepted.
             raise ValueError(
@@ -107,6 +113,20 @@ class SamplingPlan:
                 f"{math.floor(self.largest_eta * 1e6) / 1e6}, got {self.eta}"
             )
         self.steps  # noqa: B018  (worked out now, so that errors come here)
+
+    def _check_eps_residual(self) -> None:
+        values = self.eps_residual
+        if values is None:
+            return
+        if len(values) != len(self.timesteps) or not all(0 <= value < math.inf for value in values):
+            raise ValueError(
+                f"eps_residual must be one finite number, 0 or more, for each of the {len(self.timesteps)} timesteps, got {values}"
+            )
+        if self.sigma_hat or self.order != 1:
+            raise ValueError(
+                f"eps_residual says how much noise to add, got sigma_hat={self.sigma_hat} and order={self.order} beside it: "
+                "leave them out, or eps_residual"
+            )
 
     @property
     def num_inference_steps(self) -> int:
@@ -149,6 +169,8 @@ class SamplingPlan:
         std_dev_t = math.sqrt(variance)
         if self.sigma_hat and alpha_bar_prev < 1:  # clean data stays clean
             std_dev_t = math.sqrt(1 - alpha_bar_t / alpha_bar_prev)
+        if self.eps_residual is not None:
+            std_dev_t = math.sqrt(analytic_variance(alpha_bar_t, alpha_bar_prev, variance, self.eps_residual[index]))
         clipping = {
             "clip_sample_range": self.clip_sample_range,
             "use_clipped_model_output": self.use_clipped_model_output,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
@@ -24,6 +25,7 @@ from .parallel import sample_parallel
 from .plan import SamplingPlan
 from .schedule import NoiseSchedule
 from .start import blend_known_region, check_dtype, conditionings_of, known_region, place, seeds_of_samples, start
+from .timestep_files import SUFFIX, TimestepList, read_timesteps
 from .timesteps import explicit_timesteps, respaced_timesteps, select_timesteps
 
 Callback = Callable[[int, int, Tensor, Tensor], Any]
@@ -37,12 +39,15 @@ class DDIMSampler:
         schedule: the noise schedule that the model was trained with.
         num_inference_steps: S, how many timesteps to visit.
         eta: 0 is deterministic DDIM; 1 adds the noise of DDPM.
-        timesteps: instead of a number: an explicit list, or a respacing string such as "ddim50" or "10,15,20".
+        timesteps: instead of a number: an explicit list; a respacing string such as "ddim50" or "10,15,20"; or a list from a file that
+            ``ddim-fast search`` made (a path that ends in .json, or a ``TimestepList``).
         timestep_spacing: how S timesteps are chosen, a key of ``timesteps.SPACINGS``.
         steps_offset: added to the timesteps of "leading" spacing.
         prediction_type: "epsilon", "sample" or "v_prediction". None: what the model says of itself, or else "epsilon".
         order: 2 for the multistep form of DDIM, of second order (DPM-Solver++(2M), arXiv 2211.01095): with the same model calls, nearer
-            to where many steps lead. Needs eta = 0.
+            to where many steps lead. Needs eta = 0. None: what the list of timesteps was searched for, or else 1.
+        analytic_variance: add the noise of Analytic-DPM (arXiv 2201.06503), whose variance is told from the mean squared error of
+            the model's eps: one number for each timestep, or True for those that the file of timesteps holds.
         eta_scales, sigma_hat, set_alpha_to_one: see ``SamplingPlan``.
         clip_sample: clip the predicted x0 to [-clip_sample_range, clip_sample_range]. None: if the model states a range.
         clip_sample_range: half the width of the range of clean samples. None: the model's, or else 1.
@@ -61,11 +66,12 @@ class DDIMSampler:
         num_inference_steps: int | None = None,
         eta: float = 0.0,
         *,
-        timesteps: Sequence[int] | str | None = None,
+        timesteps: Sequence[int] | str | os.PathLike[str] | TimestepList | None = None,
         timestep_spacing: str = "leading",
         steps_offset: int = 0,
         prediction_type: str | None = None,
-        order: int = 1,
+        order: int | None = None,
+        analytic_variance: bool | Sequence[float] = False,
         eta_scales: str = "std_dev",
         sigma_hat: bool = False,
         set_alpha_to_one: bool = True,
@@ -85,6 +91,7 @@ class DDIMSampler:
         if thresholding:
             _check_thresholding(clip_sample, dynamic_thresholding_ratio, sample_max_value)
         self.schedule = schedule
+        timesteps, order, eps_residual = _from_list(timesteps, schedule, order, analytic_variance)
         self.timesteps = _choose_timesteps(schedule, num_inference_steps, timesteps, timestep_spacing, steps_offset)
         self.prediction_type = prediction_type
         self.clip_sample = True if thresholding else clip_sample
@@ -103,6 +110,7 @@ class DDIMSampler:
             clip_sample_range=_or_one(clip_sample_range) if self.clip_sample or use_clipped_model_output else None,
             use_clipped_model_output=use_clipped_model_output,
             order=order,
+            eps_residual=eps_residual,
         )
 
     @property
@@ -339,6 +347,26 @@ def _check_thresholding(clip_sample: bool | None, ratio: float, maximum: float) 
         raise ValueError("thresholding clips x0, so clip_sample=False contradicts it: leave one of them out")
 
 
+def _from_list(timesteps, schedule: NoiseSchedule, order: int | None, analytic_variance: bool | Sequence[float]):
+    """Timesteps, order and the mean squared error of eps, where one or the other comes from a file of timesteps."""
+    named = isinstance(timesteps, os.PathLike) or (isinstance(timesteps, str) and timesteps.endswith(SUFFIX))
+    found = read_timesteps(timesteps) if named else timesteps
+    if not isinstance(found, TimestepList):
+        if analytic_variance is True:
+            raise ValueError(
+                "analytic_variance=True takes the mean squared error of eps from a file of timesteps that ddim-fast search made, got "
+                "none: pass timesteps='FILE.json', or the numbers themselves"
+            )
+        return timesteps, 1 if order is None else order, tuple(map(float, analytic_variance or ())) or None
+    name = os.fspath(timesteps) if named else "the list of timesteps"
+    measured = found.eps_residual if analytic_variance is True else tuple(map(float, analytic_variance or ())) or None
+    if analytic_variance is True and measured is None:
+        raise ValueError(
+            f"analytic_variance=True needs the mean squared error of eps, and {name} holds none: search again, or pass the numbers"
+        )
+    return found.for_schedule(schedule, name), found.order if order is None else order, measured
+
+
 def _choose_timesteps(schedule: NoiseSchedule, count, timesteps, spacing: str, steps_offset: int) -> tuple[int, ...]:
     total = schedule.num_train_timesteps
     if timesteps is None:
@@ -357,7 +385,8 @@ def _choose_timesteps(schedule: NoiseSchedule, count, timesteps, spacing: str, s
 
 @lru_cache(maxsize=64)
 def _with_timesteps(plan: SamplingPlan, timesteps: tuple[int, ...]) -> SamplingPlan:
-    return replace(plan, timesteps=timesteps)
+    measured = plan.eps_residual
+    return replace(plan, timesteps=timesteps, eps_residual=None if measured is None else measured[-len(timesteps) :])
 
 
 @lru_cache(maxsize=64)

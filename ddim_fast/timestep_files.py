@@ -27,6 +27,7 @@ class TimestepList:
         num_train_timesteps: T of the schedule that they count in.
         schedule_digest: of that schedule (``NoiseSchedule.digest``); None where it does not matter.
         order: of the steps that they were chosen for.
+        eps_residual: the mean squared error of the model's eps at each of them, for an analytic variance; None where not measured.
         provenance: how they were found, as JSON: method, model, samples, seeds, scores.
     """
 
@@ -34,6 +35,7 @@ class TimestepList:
     num_train_timesteps: int
     schedule_digest: str | None = None
     order: int = 1
+    eps_residual: tuple[float, ...] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,13 +70,12 @@ class TimestepList:
             "num_train_timesteps": self.num_train_timesteps,
             "schedule_sha256": self.schedule_digest,
             "order": self.order,
+            "eps_residual": None if self.eps_residual is None else list(self.eps_residual),
             "provenance": self.provenance,
         }
-        text = json.dumps(content, indent=1, allow_nan=False)
-        # A list of numbers on one line, for people.
-        numbers = json.dumps(list(self.timesteps))
-        text = text.replace(json.dumps(list(self.timesteps), indent=1).replace("\n", "\n "), numbers, 1)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        # Lists of numbers on a line each, for people.
+        lines = ",\n".join(f' "{name}": {_one_line(value)}' for name, value in content.items())
+        Path(path).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 
 
 def read_timesteps(path: str | os.PathLike[str]) -> TimestepList:
@@ -104,6 +105,7 @@ def read_timesteps(path: str | os.PathLike[str]) -> TimestepList:
             found["num_train_timesteps"],
             found.get("schedule_sha256"),
             found.get("order", 1),
+            _numbers(found.get("eps_residual")),
             found.get("provenance", {}),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -111,3 +113,12 @@ def read_timesteps(path: str | os.PathLike[str]) -> TimestepList:
     if result.order not in (1, 2):
         raise ValueError(f"{path} must have order 1 or 2, got {result.order!r}")
     return result
+
+
+def _one_line(value: Any) -> str:
+    indent = 1 if isinstance(value, Mapping) else None
+    return json.dumps(value, indent=indent, allow_nan=False).replace("\n", "\n ")
+
+
+def _numbers(values: Any) -> tuple[float, ...] | None:
+    return None if values is None else tuple(float(value) for value in values)

@@ -42,7 +42,7 @@ def test_it_is_in_eval_mode_and_frozen(model):
 def test_it_says_what_the_sampler_needs_to_know(model):
     card = SHIPPED["fashion"]
     assert model.prediction_type == card.prediction_type == "v_prediction"
-    assert model.clip_sample_range == card.clip_sample_range == 1.0
+    assert model.clip_sample_range is card.clip_sample_range is None
     assert tuple(model.sample_shape) == (1, 28, 28)
     assert model.num_classes == len(model.class_names) == len(set(model.class_names)) == 10
     assert model.schedule == NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000))

@@ -27,7 +27,7 @@ def measure(model, x0, labels, steps: int, iterations: int, bar) -> dict:
     errors = []
     for x, y in zip(x0.split(BATCH), labels.split(BATCH), strict=True):
         again = reconstruct(sampler, model, x, iterations=iterations, conditioning={"class_labels": y})
-        errors.append(reconstruction_error(x, again, clip_sample_range=model.clip_sample_range))
+        errors.append(reconstruction_error(x, again))
         bar.update(len(x) * steps * (iterations + 1))
     error = torch.cat(errors)
     return {

@@ -12,7 +12,7 @@ import click
 import torch
 from tqdm.auto import tqdm
 
-from ..generation import Conditioning, EveryClass, Generated, OneClass, Table, check_set, join_npz
+from ..generation import Conditioning, Generated, Table, check_set, join_npz
 from ..generation import generate as generate_set
 from ..generation.directory import GenerationError, read_manifest
 from ..generation.formats import FORMATS
@@ -21,7 +21,7 @@ from ..generation.settings import file_digest
 from ..loading import load_model
 from ..models import SHIPPED
 from ..start import usable_device
-from .options import Run, noise_options, takes_run
+from .options import Run, conditioning_rule, noise_options, takes_run
 
 _INTERRUPTED = 130
 _NOT_HERE = ("out", "save", "threads")  # options that this command has in a form of its own, or not at all
@@ -221,10 +221,7 @@ def _conditioning(run: Run, table: Path | None, count: int | None) -> tuple[Cond
         return rows, len(rows) if count is None else count
     if count is None:
         raise ValueError("-n says how many samples to draw: give it, or --conditioning with a row for each")
-    labels = run.labels(1)
-    if labels is None:
-        return None, count
-    return OneClass(labels[0]) if run.class_name is not None else EveryClass(len(run.model.class_names)), count
+    return conditioning_rule(run), count
 
 
 def _how_to_resume() -> str:

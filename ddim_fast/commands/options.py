@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from pathlib import Path
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from .. import pictures
 from ..capture import MODES
+from ..generation.conditioning import Conditioning, EveryClass, OneClass
 from ..kernels import dispatch
 from ..kernels.noise import sample_seeds
 from ..loading import load_model
 from ..loop import Trajectory
 from ..models import SHIPPED
 from ..sampler import DDIMSampler
-from ..schedule import SCHEDULES, make_schedule
+from ..schedule import SCHEDULES, NoiseSchedule, make_schedule
 from ..start import usable_device
 from ..timesteps import SPACINGS
 from ..update import ETA_SCALES
@@ -65,6 +66,10 @@ class Run:
         """Refuse what could not be written, before anything is computed; then load the model."""
         check_output(self.out, PICTURE_SUFFIXES)
         check_output(self.save, NUMBER_SUFFIXES)
+        self.load()
+
+    def load(self) -> None:
+        """Load the model, to where it is asked for."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = usable_device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -78,8 +83,8 @@ class Run:
     def where(self) -> torch.device:
         return next(iter(self.model.parameters()), torch.empty(0)).device
 
-    def sampler(self, **more: Any) -> DDIMSampler:
-        """The sampler asked for: what is not said is the model's, or the sampler's own default."""
+    def noise_schedule(self) -> NoiseSchedule:
+        """The schedule asked for, or else the model's."""
         trained = self.model.schedule
         schedule = trained if self.schedule is None else make_schedule(self.schedule)
         if schedule is None:
@@ -89,11 +94,19 @@ class Run:
                 f"note: the {self.model_name} model was trained with another schedule; with {self.schedule} its pictures will be wrong",
                 err=True,
             )
-        options = dict(getattr(self.model, "sampler_options", {}))
+        return schedule
+
+    def sampler_options(self) -> dict[str, Any]:
+        """What the model's files say of sampling, as arguments of ``DDIMSampler``."""
+        return dict(getattr(self.model, "sampler_options", {}))
+
+    def sampler(self, **more: Any) -> DDIMSampler:
+        """The sampler asked for: what is not said is the model's, or the sampler's own default."""
+        options = self.sampler_options()
         if self.spacing is not None:
             options["timestep_spacing"] = self.spacing
         return DDIMSampler(
-            schedule,
+            self.noise_schedule(),
             self.steps,
             self.eta,
             timesteps=parse_timesteps(self.timesteps),
@@ -177,8 +190,8 @@ class Run:
             click.echo(text)
 
 
-_OPTIONS = (
-    click.option(
+_OPTIONS = {
+    "model_name": click.option(
         "--model",
         "model_name",
         default="fashion",
@@ -186,74 +199,80 @@ _OPTIONS = (
         metavar="NAME|PATH",
         help=f"The model that ships ({', '.join(SHIPPED)}), a diffusers directory, or a TorchScript or torch.export archive.",
     ),
-    click.option("--class", "class_name", default=None, metavar="NAME", help="Only this class: a name or number."),
-    click.option(
+    "class_name": click.option(
+        "--class", "class_name", default=None, metavar="NAME", help="Only this class: a name or number."
+    ),
+    "guidance": click.option(
         "--guidance",
         type=float,
         default=1.0,
         show_default=True,
         help="Classifier-free guidance: above 1, more typical of the class.",
     ),
-    click.option(
+    "steps": click.option(
         "--steps",
         type=click.IntRange(1),
         default=None,
         help="How many timesteps to visit: more is better and slower.  [default: 50]",
     ),
-    click.option(
+    "timesteps": click.option(
         "--timesteps",
         default=None,
         metavar="LIST",
-        help='Instead of --steps: "ddim50", sections "10,15,20", or a list "[900,600,300,0]".',
+        help='Instead of --steps: "ddim50", sections "10,15,20", a list "[900,600,300,0]", or a FILE.json of ddim-fast search.',
     ),
-    click.option(
+    "spacing": click.option(
         "--spacing",
         type=click.Choice(sorted(SPACINGS)),
         default=None,
         help="How the timesteps are spread.  [default: the model's, or leading]",
     ),
-    click.option(
+    "schedule": click.option(
         "--schedule",
         type=click.Choice(sorted(SCHEDULES)),
         default=None,
         help="The noise schedule, for a model whose files do not say.  [default: the model's]",
     ),
-    click.option(
+    "batch_size": click.option(
         "--batch-size",
         type=click.IntRange(1),
         default=64,
         show_default=True,
         help="Pictures at a time; changes speed only.",
     ),
-    click.option("--threads", type=click.IntRange(1), default=None, help="Processor threads.  [default: torch's]"),
-    click.option(
+    "threads": click.option(
+        "--threads", type=click.IntRange(1), default=None, help="Processor threads.  [default: torch's]"
+    ),
+    "backend": click.option(
         "--backend",
         type=click.Choice(list(dispatch.BACKENDS)),
         default=None,
         help="What computes the update.  [default: the fastest]",
     ),
-    click.option(
+    "device": click.option(
         "--device",
         default=None,
         metavar="DEVICE",
         help="cpu, cuda or cuda:1.  [default: cuda where there is one, else cpu]",
     ),
-    click.option(
+    "out": click.option(
         "--out",
         type=click.Path(dir_okay=False, path_type=Path),
         default="grid.png",
         show_default=True,
         help="The labelled grid (PNG, JPEG, WebP).",
     ),
-    click.option(
+    "save": click.option(
         "--save",
         type=click.Path(dir_okay=False, path_type=Path),
         default=None,
         metavar="FILE",
         help="Also the samples as numbers: .npz or .safetensors.",
     ),
-    click.option("--quiet", is_flag=True, help="No progress bar and no summary."),
-)
+    "quiet": click.option("--quiet", is_flag=True, help="No progress bar and no summary."),
+}
+
+_OF_A_MODEL = ("model_name", "class_name", "guidance", "schedule", "batch_size", "threads", "device", "quiet")
 
 noise_options = (
     click.option(
@@ -281,7 +300,16 @@ noise_options = (
 
 
 def takes_run(*more: Callable) -> Callable:
-    """Decorator: the common options, and these, gathered in a ``Run`` that the command gets first."""
+    """Decorator: the options of every command that samples, and these, gathered in a ``Run`` that the command gets first."""
+    return _gathered((*more, *_OPTIONS.values()))
+
+
+def takes_model(command: Callable) -> Callable:
+    """Decorator: the options that say which model to ask and how, gathered in a ``Run`` that the command gets first."""
+    return _gathered([_OPTIONS[name] for name in _OF_A_MODEL])(command)
+
+
+def _gathered(options: Sequence[Callable]) -> Callable:
     names = {f.name for f in fields(Run) if f.init}
 
     def decorate(command: Callable) -> Callable:
@@ -290,11 +318,19 @@ def takes_run(*more: Callable) -> Callable:
             run = Run(**{name: given.pop(name) for name in list(given) if name in names})
             command(run, **given)
 
-        for option in reversed((*more, *_OPTIONS)):
+        for option in reversed(options):
             with_run = option(with_run)
         return with_run
 
     return decorate
+
+
+def conditioning_rule(run: Run) -> Conditioning | None:
+    """What sample i is of: the class asked for, or each in turn; None for a model without classes."""
+    labels = run.labels(1)
+    if labels is None:
+        return None
+    return OneClass(labels[0]) if run.class_name is not None else EveryClass(len(run.model.class_names))
 
 
 def parse_timesteps(text: str | None) -> list[int] | str | None:

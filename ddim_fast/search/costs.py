@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..metrics import sample_distances
 from ..plan import SamplingPlan
-from .runs import Runs, one_step
+from .runs import Runs, State, after
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,13 @@ class Reference:
     Attributes:
         timesteps: the candidates, decreasing.
         x_t: K + 1 tensors ``(B, C, ...)``: at each candidate, and at the end.
-        model_outputs: K tensors: of the model at each candidate.
+        model_outputs, x0: K tensors each: what the model said at each candidate, and the x0 that follows.
     """
 
     timesteps: tuple[int, ...]
     x_t: list[Tensor]
     model_outputs: list[Tensor]
+    x0: list[Tensor]
 
     @property
     def converged(self) -> Tensor:
@@ -39,11 +40,18 @@ class Reference:
 
 
 def reference(runs: Runs, plan: SamplingPlan, candidates: Sequence[int]) -> Reference:
-    """The run of a plan, of many steps, that visits the candidates among others."""
-    states = runs.run(plan)
-    place = {t: i for i, t in enumerate(plan.timesteps)}
-    x_t = [states[place[t]].x_t for t in candidates] + [states[-1].x_t]
-    return Reference(tuple(candidates), x_t, [states[place[t] + 1].last for t in candidates])
+    """The run of a plan of second order, of many steps, that visits the candidates among others."""
+    wanted, state = set(candidates), State(runs.start)
+    found = Reference(tuple(candidates), [], [], [])
+    for step in plan.steps:
+        m = runs.predict(state.x_t, step.t)
+        state, before = after(state, step, m, plan.order), state
+        if step.t in wanted:
+            found.x_t.append(before.x_t)
+            found.model_outputs.append(m)
+            found.x0.append(state.x0_last)
+    found.x_t.append(state.x_t)
+    return found
 
 
 @torch.inference_mode()
@@ -82,7 +90,7 @@ def _cost(found: Reference, plan: SamplingPlan, candidates: tuple[int, ...]) -> 
     visited = [*before, i] if j == K else [*before, i, j]
     short = replace(plan, timesteps=tuple(found.timesteps[k] for k in visited))
     step = short.steps[len(before)]
-    last = found.model_outputs[before[-1]] if before else None
-    landed = one_step(found.x_t[i], found.model_outputs[i], step, last)
+    state = State(found.x_t[i], found.x0[before[-1]] if before else None)
+    landed = after(state, step, found.model_outputs[i], plan.order).x_t
     error = sample_distances(landed, found.x_t[j]).mean().item()
     return error / math.sqrt(step.alpha_bar_prev)

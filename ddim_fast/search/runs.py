@@ -22,10 +22,10 @@ Progress = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class State:
-    """Between two steps: the samples ``(B, C, ...)``, and the model's output of the step before, if any."""
+    """Between two steps: the samples ``(B, C, ...)``, and the x0 that the step before predicted, in a run of second order."""
 
     x_t: Tensor
-    last: Tensor | None = None
+    x0_last: Tensor | None = None
 
 
 @dataclass
@@ -34,14 +34,14 @@ class Runs:
 
     Args:
         model: see ``models.Model``.
-        x_T: ``(B, C, ...)`` float32, on the model's device: where every run begins.
+        start: x_T ``(B, C, ...)`` float32, on the model's device: where every run begins.
         conditioning: for the whole batch.
         batch_size: of the model's calls.
         progress: told of each call, by its number of samples.
     """
 
     model: Model
-    x_T: Tensor
+    start: Tensor
     conditioning: Mapping[str, Any] | None = None
     guidance_scale: float | None = None
     batch_size: int = 64
@@ -74,11 +74,6 @@ class Runs:
             parts.append(outputs[0] if len(outputs) == 1 else torch.lerp(outputs[1], outputs[0], float(scales[0])))
         return torch.cat(parts).to(x_t.dtype)
 
-    @torch.inference_mode()
-    def step(self, state: State, step: PlannedStep, m: Tensor) -> State:
-        """After one step, by the model's output ``m`` there."""
-        return State(one_step(state.x_t, m, step, state.last), m)
-
     def run(self, plan: SamplingPlan, first: int = 0, states: list[State] | None = None) -> list[State]:
         """All states of a run, S + 1.
 
@@ -86,14 +81,16 @@ class Runs:
             first: the number of the step from which on it differs from an earlier run.
             states: of that run.
         """
-        states = [State(self.x_T)] if states is None else states[: first + 1]
+        states = [State(self.start)] if states is None else states[: first + 1]
         for step in plan.steps[first:]:
-            states.append(self.step(states[-1], step, self.predict(states[-1].x_t, step.t)))
+            states.append(after(states[-1], step, self.predict(states[-1].x_t, step.t), plan.order))
         return states
 
 
-def one_step(x_t: Tensor, m: Tensor, step: PlannedStep, last: Tensor | None) -> Tensor:
-    """x_prev in new memory; ``last`` is left as it is."""
-    if not step.coefficients.reads_history:
-        return ddim_step(x_t, m, step.coefficients)
-    return ddim_step(x_t, m, step.coefficients, history=last.clone())
+@torch.inference_mode()
+def after(state: State, step: PlannedStep, m: Tensor, order: int) -> State:
+    """The state after a step, by the model's output ``m`` there; in new memory."""
+    if order == 1:
+        return State(ddim_step(state.x_t, m, step.coefficients))
+    history = torch.empty_like(state.x_t) if state.x0_last is None else state.x0_last.clone()
+    return State(ddim_step(state.x_t, m, step.coefficients, history=history), history)

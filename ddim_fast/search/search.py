@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..sampler import DDIMSampler
 from ..schedule import NoiseSchedule
 from ..timestep_files import TimestepList
 from ..timesteps import SPACINGS, distinct_timesteps, select_timesteps
+from .analytic import measure_eps_residual
 from .costs import cost_table, reference
 from .dynamic import best_timesteps
 from .refine import Refinement
@@ -134,7 +135,7 @@ class Search:
         """Model calls, counted by sample, that a search makes at most."""
         S, many, closed = self.num_inference_steps, len(self.reference_timesteps), len(self.closed_forms())
         per_step = 1 if self.guidance_scale in (None, 1) else 2
-        seen = self.refine_count * (many + S * (closed + 1 + self.refine_runs))
+        seen = self.refine_count * (many + S * (closed + 2 + self.refine_runs))
         return per_step * (self.count * many + seen + self.held_out * (many + S * (closed + 2)))
 
 
@@ -162,7 +163,12 @@ def search_timesteps(
     scores = _held_out(search, lists, seen, progress)
     provenance = _provenance(search, scores, began)
     best = TimestepList(
-        refinement.timesteps, search.schedule.num_train_timesteps, search.schedule.digest, search.order, provenance
+        refinement.timesteps,
+        search.schedule.num_train_timesteps,
+        search.schedule.digest,
+        search.order,
+        _residual(search, runs, refinement.timesteps, converged),
+        provenance,
     )
     return Found(best, tuple(scores))
 
@@ -180,6 +186,12 @@ def _converged(search: Search, runs: Runs) -> Tensor:
     return runs.run(search.plan_of(search.reference_timesteps, order=2))[-1].x_t
 
 
+def _residual(search: Search, runs: Runs, timesteps: tuple[int, ...], converged: Tensor) -> tuple[float, ...]:
+    """Of the model's eps, on its own converged samples and noise that is not theirs: that of the next sample."""
+    others = replace(runs, start=runs.start.roll(1, 0))
+    return measure_eps_residual(others, search.plan_of(timesteps), converged)
+
+
 def _held_out(
     search: Search, lists: Mapping[str, tuple[int, ...]], seen: Mapping[str, float], progress: Progress
 ) -> list[Score]:
@@ -194,7 +206,7 @@ def _held_out(
 
 def _provenance(search: Search, scores: Sequence[Score], began: str) -> dict[str, Any]:
     return {
-        "method": "dynamic programming over one-step costs (arXiv 2106.03802, 2405.11326), then moves of single timesteps judged by whole runs",
+        "method": "dynamic programming over costs of single steps (arXiv 2106.03802, 2405.11326), then moves judged by whole runs",
         "refined": began,
         "samples": {"costs": search.count, "refinement": search.refine_count, "held_out": search.held_out},
         "seeds": {"search": search.seed, "held_out": search.seed + 1},

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..generation.conditioning import Conditioning
+from ..inversion import reconstruction_error
 from ..kernels.noise import sample_seeds
 from ..loop import Timing
 from ..metrics import sample_distances
@@ -170,12 +171,12 @@ def measure(
 
 def reconstruction(subject: Subject, cell: Cell, samples: Tensor) -> Measure:
     """Mean squared error, in [0, 1], of samples encoded to noise and decoded again (section 5.4 of the DDIM paper)."""
-    x0 = samples.clamp(-1, 1).to(subject.device)
+    x0 = samples.to(subject.device)
     rows = {} if subject.conditioning is None else subject.conditioning.rows(0, len(x0))
     again = subject.sampler(cell).reconstruct(
         subject.model, x0, conditioning={name: row.to(subject.device) for name, row in rows.items()}
     )
-    return mean(((again - x0) / 2).square().flatten(1).mean(1).cpu())
+    return mean(reconstruction_error(x0, again).cpu())
 
 
 class PeakMemory:

@@ -21,6 +21,8 @@ from .results import Measure
 
 BOOTSTRAPS = 40
 """Resamples behind the standard error of a Frechet distance: the error of that error is 11 %."""
+ENOUGH = 10
+"""Samples that a Frechet distance needs for each feature: with fewer, a covariance is so poorly estimated that the distance says little."""
 NEIGHBOURS = 3
 """k of precision and recall (arXiv 1904.06991, section 3)."""
 _BATCH_SIZE = 500
@@ -51,7 +53,7 @@ class Judge:
         samples = samples.clamp(-1, 1) if self.clamp else samples
         features = in_batches(self.features, samples).double()
         found = {}
-        if self.statistics is not None and len(samples) > 1:
+        if self.statistics is not None and len(samples) >= ENOUGH * features.shape[1]:
             found["frechet"] = frechet_measure(features, self.statistics)
         if self.real_features is not None and len(samples) > NEIGHBOURS:
             precision, recall = precision_and_recall(features, self.real_features.double())
