@@ -40,6 +40,10 @@ class TimestepList:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "timesteps", explicit_timesteps(self.timesteps, self.num_train_timesteps))
+        if self.eps_residual is not None and len(self.eps_residual) != len(self.timesteps):
+            raise ValueError(
+                f"eps_residual must be one for each of the {len(self.timesteps)} timesteps, got {len(self.eps_residual)}"
+            )
 
     def for_schedule(self, schedule: NoiseSchedule, path: str = "the list") -> tuple[int, ...]:
         """The timesteps, for a sampler with this schedule.
