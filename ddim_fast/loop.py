@@ -99,7 +99,8 @@ class Loop:
 
     Attributes:
         x_t: ``(B, C, ...)`` the noisy samples; each step's result takes their place.
-        calls: the model calls of a step: one, or a conditional and an unconditional one.
+        calls: the model calls of a step: one; or with guidance a conditional and an unconditional one, or one of twice the batch that is
+            both.
         guidance_scales: one for each step, where there are two calls; or None.
         seeds: ``(B,)`` int64, for in-register noise; or None.
         noise: like ``x_t``: what a ``generator`` fills before each step that adds noise; or None.
@@ -238,6 +239,9 @@ class Loop:
         """The model's output, and its unconditional output with guidance."""
         x_t = self.x_t
         model_input = x_t if self.model_input is None else self.model_input.copy_(x_t)
+        if self.guidance_scales is not None and len(self.calls) == 1:
+            conditional, unconditional = self.calls[0](model_input, t).chunk(2)
+            return conditional, unconditional
         outputs = [_apart_from(x_t, output_tensor(call(model_input, t), x_t)) for call in self.calls]
         if len(outputs) == 1:
             return outputs[0], None
@@ -250,12 +254,45 @@ class Loop:
 
 
 def model_calls(model: Model, conditionings: Sequence[Mapping[str, Any]]) -> list[ModelCall]:
-    """The calls of one step, each with its conditioning."""
+    """The calls of one step, each with its conditioning; or one call for both, where there are two and the model ``batches_guidance``."""
+    if len(conditionings) == 2 and getattr(model, "batches_guidance", False):
+        return [_call_of_both(model, *conditionings)]
 
     def call_with(conditioning: Mapping[str, Any]) -> ModelCall:
         return lambda x, t: model(x, t, **conditioning)
 
     return [call_with(conditioning) for conditioning in conditionings]
+
+
+def _call_of_both(model: Model, first: Mapping[str, Any], second: Mapping[str, Any]) -> ModelCall:
+    """A call with twice the batch, whose halves differ in their conditioning."""
+
+    def both(x: Tensor, t: Tensor) -> Tensor:
+        doubled = torch.cat([x, x])
+        merged = merged_conditioning(first, second, len(x))
+        return _apart_from(doubled, output_tensor(model(doubled, torch.cat([t, t]), **merged), doubled))
+
+    return both
+
+
+def merged_conditioning(first: Mapping[str, Any], second: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+    """The conditioning of a batch whose first half has one, and whose second half the other.
+
+    Raises:
+        ValueError: something is neither a tensor with a row for each sample in both, nor the same value in both.
+    """
+    return {name: _doubled(name, first.get(name), second.get(name), batch_size) for name in {**first, **second}}
+
+
+def _doubled(name: str, first: Any, second: Any, batch_size: int) -> Any:
+    if isinstance(first, Tensor) and isinstance(second, Tensor) and first.ndim and len(first) == batch_size:
+        return torch.cat([first, second])
+    if type(first) is type(second) and not isinstance(first, Tensor) and first == second:
+        return first
+    raise ValueError(
+        f"guidance in one batch needs conditioning that is a tensor with a row for each sample in both halves, or the same value, got "
+        f"{name} = {first!r:.60} and {second!r:.60}: use a model without batches_guidance"
+    )
 
 
 def _same_place(a: Tensor, b: Tensor) -> bool:

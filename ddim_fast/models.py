@@ -25,7 +25,8 @@ class Model(Protocol):
     use), or a tuple that begins with one, or an object or mapping that has one as ``sample``, as diffusers' models do.
 
     A model may say more about itself in attributes, which the sampler uses where the user says nothing: ``prediction_type``,
-    ``clip_sample_range``, and ``unconditional(conditioning) -> conditioning`` for classifier-free guidance.
+    ``clip_sample_range``; ``unconditional(conditioning) -> conditioning`` for classifier-free guidance; and ``batches_guidance``, true
+    where both halves of guidance should be one call with twice the batch.
     """
 
     def __call__(self, x: Tensor, t: Tensor, **conditioning: Any) -> Any: ...
@@ -124,7 +125,8 @@ class ShippedModel(nn.Module):
 
     def unconditional(self, conditioning: Mapping[str, Any]) -> dict[str, Any]:
         """The conditioning of classifier-free guidance's other half: the same without a label."""
-        return {**conditioning, "class_labels": None}
+        labels = conditioning.get("class_labels")
+        return {**conditioning, "class_labels": None if labels is None else torch.full_like(labels, self.num_classes)}
 
 
 def load_shipped_model(

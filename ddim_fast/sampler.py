@@ -21,6 +21,7 @@ from .guidance import GuidanceScale, check_rescale, classifier_guidance, guidanc
 from .inversion import invert, reconstruct
 from .loop import Loop, Thresholding, Timing, Trajectory, model_calls
 from .models import Model
+from .optimize import optimize
 from .parallel import sample_parallel
 from .plan import SamplingPlan
 from .schedule import NoiseSchedule
@@ -278,6 +279,7 @@ class DDIMSampler:
     inpaint = inpaint
     interpolate = interpolate
     invert = invert
+    optimize = optimize
     reconstruct = reconstruct
     sample_parallel = sample_parallel
 

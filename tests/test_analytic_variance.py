@@ -61,8 +61,8 @@ def variance_of_result(plan, model, start):
 @pytest.mark.parametrize("data_variance", [0.04, 0.25, 1.0])
 @pytest.mark.parametrize("timesteps", [(999, 600, 200), (900, 100), (999, 500, 250, 20)])
 def test_gaussian_data_keep_their_variance_but_for_the_last_step(eta, data_variance, timesteps):
-    """With DDPM's lambda, and with any, every step leads from the exact marginal to the exact marginal: what the last step leaves out is the
-    variance that x0 has once x_t is known, which a sampler that ends in clean data does not add."""
+    """With DDPM's lambda, and with any, every step leads from the exact marginal to the exact marginal: what the last step leaves out is
+    the variance that x0 has once x_t is known, which a sampler that ends in clean data does not add."""
     model = Gaussian(data_variance)
     residual = []
     for t in timesteps:

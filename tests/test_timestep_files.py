@@ -39,8 +39,8 @@ def test_round_trip(tmp_path_factory, timesteps, order, provenance):
 
 def test_the_sampler_takes_a_file(tmp_path):
     path = written(tmp_path / "list.json")
-    for given in (path, str(path), read_timesteps(path)):
-        sampler = DDIMSampler(LINEAR, timesteps=given)
+    for taken in (path, str(path), read_timesteps(path)):
+        sampler = DDIMSampler(LINEAR, timesteps=taken)
         assert sampler.timesteps == (999, 500, 10)
         assert sampler.plan().order == 2
         assert sampler.plan().eps_residual is None

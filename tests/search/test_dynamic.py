@@ -1,6 +1,6 @@
 """Dynamic programming against trying every path."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def total(costs, path):
     K = costs.shape[-2]
     ends = [*path, K]
     if costs.ndim == 2:
-        return sum(costs[i, j] for i, j in zip(ends, ends[1:], strict=False))
+        return sum(costs[i, j] for i, j in pairwise(ends))
     before = [K, *path]
     return sum(costs[step] for step in zip(before, ends, ends[1:], strict=False))
 

@@ -1,0 +1,297 @@
+"""A model made faster for one shape of batch, as far as its pictures stay what they are: each way is tried, timed and checked.
+
+fast = sampler.optimize(model, (64, 1, 28, 28), conditioning={"class_labels": labels})
+print(fast.gain)
+images = sampler.sample(fast, (64, 1, 28, 28), seed=0, conditioning={"class_labels": labels})
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .loop import merged_conditioning
+from .models import Model
+from .start import conditionings_of, place
+
+if TYPE_CHECKING:
+    from .sampler import DDIMSampler
+
+ROUNDS = 7
+"""Times that each way is timed, in turn with the others; the median counts."""
+SHARES = (1.0, 0.75, 0.5, 0.25)
+"""Of a run's steps, the noisiest: candidates for convolutions in reduced precision, the most first."""
+WORTHWHILE = 0.97
+"""A way is taken if it needs less than this share of the time."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What was measured while optimizing.
+
+    Args:
+        ways: what is done differently, in words.
+        before, after: seconds of a whole run of the sampler with the model as it was, and as it is now: medians, taken in turn.
+        largest_change: the largest difference of an element of the samples between the two.
+        tolerance: what it was allowed to be.
+    """
+
+    ways: tuple[str, ...]
+    before: float
+    after: float
+    largest_change: float
+    tolerance: float
+
+    @property
+    def times_faster(self) -> float:
+        return self.before / self.after
+
+    def __str__(self) -> str:
+        how = ", ".join(self.ways) or "nothing helped"
+        return (
+            f"{self.times_faster:.2f} times faster ({self.before:.3f} s before, {self.after:.3f} s after), "
+            f"samples within {self.largest_change:.1e} of what they were (allowed: {self.tolerance:.1e}): {how}"
+        )
+
+
+class OptimizedModel(nn.Module):
+    """A model with a faster one beside it for one shape of batch; other shapes go to the model itself.
+
+    Attributes:
+        model: as it was given. Its other attributes are this one's, too.
+        gain: what was measured.
+        batches_guidance: whether both halves of guidance are one call.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        fast: Callable[..., Any],
+        shape: Sequence[int],
+        reduced_from: int | None,
+        batches_guidance: bool,
+    ):
+        super().__init__()
+        self.model = model
+        self.shape = tuple(shape)
+        self.reduced_from = reduced_from
+        self.batches_guidance = batches_guidance
+        self.gain: Gain | None = None
+        object.__setattr__(self, "fast", fast)  # its weights are the model's, or a copy: not a part of this one
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, x: Tensor, t: Tensor, **conditioning: Any) -> Any:
+        if tuple(x.shape) != self.shape:
+            return self.model(x, t, **conditioning)
+        if self.reduced_from is not None and bool((t >= self.reduced_from).all()):
+            with reduced_convolutions():
+                return self.fast(x, t, **conditioning)
+        return self.fast(x, t, **conditioning)
+
+
+@contextmanager
+def reduced_convolutions() -> Iterator[None]:
+    """Convolutions of float32 on the CPU by products of bfloat16, added up in float32. For the whole process, while it lasts."""
+    setting = torch.backends.mkldnn.conv
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+def optimize(
+    sampler: DDIMSampler,
+    model: nn.Module,
+    shape: Sequence[int],
+    *,
+    conditioning: Mapping[str, Any] | None = None,
+    guidance_scale: float | None = None,
+    unconditional_conditioning: Mapping[str, Any] | None = None,
+    compile: bool = True,
+    tolerance: float = 2 / 255,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> OptimizedModel:
+    """A model that gives the same samples sooner, for batches of this shape. Method of ``DDIMSampler``.
+
+    Tried are: weights and activations with channels last; torch.compile with frozen weights (a minute or so, once); both halves of
+    guidance in one batch; and on processors with instructions for it, convolutions in bfloat16 in the noisiest steps, as many as leave
+    the samples within ``tolerance``. What does not help on this machine is left out. The model itself is not changed.
+
+    Args:
+        model: a module; see ``models.Model``.
+        shape: ``(B, C, ...)`` of the batches that will be sampled. Others work, as slowly as before.
+        conditioning, guidance_scale, unconditional_conditioning: as ``sample`` takes them; their values do not matter, their shapes do.
+        compile: False leaves torch.compile out.
+        tolerance: how far an element of a sample may be from what it was. The default is one of 255 levels, with samples in [-1, 1].
+        seed: of the samples that are compared.
+
+    Returns:
+        The model to sample with; ``.gain`` says what was gained.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: an argument breaks a rule.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"optimize needs an nn.Module, whose weights it can lay out anew, got {type(model).__name__}: wrap it in one"
+        )
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be 0 or more, got {tolerance}")
+    shape, device, _ = place(shape, device, torch.float32)
+    trial = _Trial(
+        sampler, model, shape, conditioning, guidance_scale, unconditional_conditioning, seed, device, tolerance
+    )
+    return trial.run(compile)
+
+
+@dataclass
+class _Trial:
+    """Ways of calling a model, tried on one batch."""
+
+    sampler: DDIMSampler
+    model: nn.Module
+    shape: tuple[int, ...]
+    conditioning: Mapping[str, Any] | None
+    guidance_scale: float | None
+    unconditional: Mapping[str, Any] | None
+    seed: int
+    device: torch.device
+    tolerance: float
+
+    def run(self, compile: bool) -> OptimizedModel:
+        batched = self._batches_guidance()
+        called_with = (2 * self.shape[0], *self.shape[1:]) if batched else self.shape
+        fast, ways = self._fastest(called_with, batched, compile)
+        result = OptimizedModel(self.model, fast, called_with, None, batched)
+        ways += ["both halves of guidance in one batch"] if batched else []
+        expected = self._samples(self.model)
+        change = _largest(self._samples(result), expected)
+        if change > self.tolerance:  # not seen yet; but what is promised is held
+            result, ways, change = OptimizedModel(self.model, self.model, self.shape, None, False), [], 0.0
+        else:
+            change, reduced = self._reduce(result, expected, change)
+            ways += reduced
+        before, after = _in_turn(lambda: self._samples(self.model), lambda: self._samples(result), rounds=3)
+        if after > before:
+            result, ways, change, after = (
+                OptimizedModel(self.model, self.model, self.shape, None, False),
+                [],
+                0.0,
+                before,
+            )
+        result.gain = Gain(tuple(ways), before, after, change, self.tolerance)
+        return result.eval()
+
+    def _samples(self, model: Model) -> Tensor:
+        return self.sampler.sample(
+            model,
+            self.shape,
+            seed=self.seed,
+            conditioning=self.conditioning,
+            guidance_scale=self.guidance_scale,
+            unconditional_conditioning=self.unconditional,
+            device=self.device,
+        )
+
+    def _batches_guidance(self) -> bool:
+        """Whether the two conditionings can be one, and one call of twice the batch takes less time than two."""
+        if self.guidance_scale in (None, 1):
+            return False
+        together = OptimizedModel(self.model, self.model, (2 * self.shape[0], *self.shape[1:]), None, True)
+        short = self.sampler.last_steps(1)
+        try:
+            one, two = _in_turn(lambda: self._of(short, together), lambda: self._of(short, self.model), rounds=ROUNDS)
+        except ValueError:  # conditioning of different shapes
+            return False
+        return one < WORTHWHILE * two
+
+    def _of(self, sampler: DDIMSampler, model: Model) -> Tensor:
+        options = {"conditioning": self.conditioning, "guidance_scale": self.guidance_scale}
+        options["unconditional_conditioning"] = self.unconditional
+        return sampler.sample(model, self.shape, seed=self.seed, device=self.device, **options)
+
+    def _fastest(self, shape: tuple[int, ...], batched: bool, compile: bool) -> tuple[Callable[..., Any], list[str]]:
+        """The fastest exact way to call the model with a batch of this shape, and what it is called."""
+        ways: dict[str, Callable[..., Any]] = {"": self.model}
+        if len(shape) == 4:
+            ways["channels last"] = copy.deepcopy(self.model).to(memory_format=torch.channels_last)
+        if compile:
+            source = ways.get("channels last", self.model)
+            frozen = {"options": {"freezing": True}} if self.device.type == "cpu" else {}
+            ways["torch.compile with frozen weights" if frozen else "torch.compile"] = torch.compile(
+                copy.deepcopy(source), dynamic=False, **frozen
+            )
+        call = self._example(shape, batched)
+        with torch.inference_mode():
+            times = _in_turn(*(lambda way=way: call(way) for way in ways.values()), rounds=ROUNDS)
+        name = min(ways, key=dict(zip(ways, times, strict=True)).get)
+        return ways[name], [name] if name else []
+
+    def _example(self, shape: tuple[int, ...], batched: bool) -> Callable[[Callable[..., Any]], Any]:
+        """A call as the sampler makes it, of whatever it is given."""
+        steps = self.sampler.plan(self.model).steps
+        x = torch.zeros(shape, device=self.device)
+        t = torch.full((shape[0],), steps[len(steps) // 2].t, device=self.device)
+        scales = None if self.guidance_scale in (None, 1) else (self.guidance_scale,)
+        first, *rest = conditionings_of(self.model, self.conditioning, scales, self.unconditional)
+        if batched:
+            first = merged_conditioning(first, rest[0], self.shape[0])
+        return lambda way: way(x, t, **first)
+
+    def _reduce(self, result: OptimizedModel, expected: Tensor, change: float) -> tuple[float, list[str]]:
+        """Let the noisiest steps take convolutions in bfloat16, as many as the tolerance allows, where that is faster."""
+        if self.device.type != "cpu" or not any(isinstance(m, nn.modules.conv._ConvNd) for m in self.model.modules()):
+            return change, []
+        timesteps = self.sampler.timesteps
+        result.reduced_from = 0
+        exact = copy.copy(result)
+        exact.reduced_from = None
+        short = self.sampler.last_steps(1)
+        fast, slow = _in_turn(lambda: self._of(short, result), lambda: self._of(short, exact), rounds=ROUNDS)
+        if fast < WORTHWHILE * slow:
+            for share in SHARES:
+                steps = max(1, round(share * len(timesteps)))
+                result.reduced_from = timesteps[steps - 1]
+                reduced = _largest(self._samples(result), expected)
+                if reduced <= self.tolerance:
+                    return reduced, [f"convolutions in bfloat16 in the {steps} noisiest of {len(timesteps)} steps"]
+        result.reduced_from = None
+        return change, []
+
+
+def _largest(samples: Tensor, expected: Tensor) -> float:
+    """NaN counts as infinity."""
+    difference = (samples - expected).abs()
+    return float(difference.nan_to_num(nan=torch.inf).max()) if difference.numel() else 0.0
+
+
+def _in_turn(*calls: Callable[[], Any], rounds: int) -> list[float]:
+    """Median seconds of each, called in turn, after one call that is not counted."""
+    for call in calls:
+        call()
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, seconds in zip(calls, times, strict=True):
+            started = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+    return [median(seconds) for seconds in times]
