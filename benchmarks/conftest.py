@@ -87,7 +87,7 @@ def measure(settings: Settings, benchmark):
         options = {**settings.timing, **options}
         busy_before, started = _busy_seconds_of_others(), time.perf_counter()
         result = compare(contenders, check, baseline=baseline, **options)
-        others = (_busy_seconds_of_others() - busy_before) / (time.perf_counter() - started)
+        others = max(0.0, _busy_seconds_of_others() - busy_before) / (time.perf_counter() - started)
         if pairs is None:
             pairs = [(name, baseline) for name in contenders if not name.startswith("ours")]
         benchmark.group = group
