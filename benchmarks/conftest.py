@@ -157,6 +157,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "instruction_set": cpu_step.extension.selected() if cpu_step.extension is not None else None,
         "threads": config.getoption("--threads"),
+        "quick": config.getoption("--quick"),
         "load_average_before": config.stash[LOAD_BEFORE],
         "load_average_after": os.getloadavg(),
     }
