@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -319,3 +320,127 @@ def test_seconds_are_those_of_a_unit(monkeypatch):
     assert result.seconds("one") == 1
     assert result.seconds("ten") == pytest.approx(0.1)
     assert result.ratio("ten") == pytest.approx(0.1)
+
+
+# --- A run ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_records_what_its_numbers_depend_on(tmp_path):
+    """The shortest case, as make bench runs it. Its numbers are not looked at."""
+    pytest.importorskip("pytest_benchmark", reason="needs the extra bench")
+    path = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "pytest", "bench_overhead.py", "--quick", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "--benchmark-json", str(path)], cwd=ROOT / "benchmarks", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = compare.read_run(path)
+    assert {
+        *compare.MACHINE,
+        *compare.VERSIONS,
+        "version",
+        "load_average_before",
+        "load_average_after",
+    } <= run.facts.keys()
+    assert run.cases["bench_overhead.py::test_overhead"].ratios.keys() == {
+        "x.add_(m) / ours in place",
+        "diffusers / ours in place",
+    }
+    (one,) = json.loads(path.read_text())["benchmarks"]
+    info = one["extra_info"]
+    names = {"ours in place", "ours out", "x.add_(m)", "diffusers"}
+    assert all(
+        info[key].keys() == names for key in ("seconds", "spread", "ratio_to_baseline", "ratio_spread", "rounds")
+    )
+    assert info["threads"] == 1
+    assert info["processors_of_others"] >= 0 or sys.platform != "linux"
+    assert compare.report_on(run, run)["agreement"]["largest_difference"] == 0
+
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+page = load("tools/benchmark_page.py")
+PUBLISHED = json.loads(page.JSON_FILE.read_text())
+
+
+def test_the_page_says_what_the_data_say():
+    document = page.DOCUMENT.read_text()
+    assert page.with_numbers(document, PUBLISHED) == document
+
+
+def test_a_number_that_was_typed_is_found():
+    document = page.DOCUMENT.read_text()
+    begin = document.index(page.BEGIN)
+    digit = next(i for i in range(begin, len(document)) if document[i].isdigit())
+    typed = document[:digit] + str((int(document[digit]) + 1) % 10) + document[digit + 1 :]
+    assert page.with_numbers(typed, PUBLISHED) != typed
+
+
+def test_the_published_run_says_where_it_was_measured_and_compares_with_itself():
+    run = compare.read_run(page.JSON_FILE)
+    assert {*compare.MACHINE, *compare.VERSIONS, "version"} <= run.facts.keys()
+    assert len(run.commit) == 40
+    report = compare.report_on(run, run)
+    assert {c["verdict"] for c in report["changes"]} <= {"same", "not judged"}
+    assert "seconds" in report["compared"]
+
+
+def test_every_case_has_a_section_and_after_a_whole_run_every_section_has_cases():
+    names = [one["fullname"] for one in PUBLISHED["benchmarks"]]
+    found = {section for name in names for section in page.SECTIONS if name.startswith(section)}
+    assert all(name.startswith(tuple(page.SECTIONS)) for name in names)
+    assert found == page.SECTIONS.keys() or PUBLISHED["machine_info"]["ddim_fast"]["quick"]
+
+
+def test_reducing_keeps_four_digits_and_writes_null_for_nan():
+    whole = {
+        "machine_info": {"node": "secret", "ddim_fast": FACTS},
+        "commit_info": {"id": "1d39610", "dirty": False, "branch": "main"},
+        "datetime": "2026-01-01T00:00:00",
+        "benchmarks": [case(ratio=1.23456, spread=math.nan) | {"group": "step", "stats": {"data": [1.0]}}],
+    }
+    small = page.reduced(whole)
+    assert small["machine_info"] == {"ddim_fast": FACTS}
+    (one,) = small["benchmarks"]
+    assert one.keys() == {"fullname", "group", "extra_info"}
+    assert one["extra_info"]["ratios"]["diffusers / ours out"] == {"ratio": 1.235, "spread": None}
+    json.dumps(small, allow_nan=False)
+    assert page.reduced({**whole, **small}) == small
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (1.5e-9, "1.50 ns"),
+        (2e-6, "2.0 µs"),
+        (15.4e-3, "15 ms"),
+        (0.2513, "251 ms"),
+        (3.21, "3.2 s"),
+        (5e-10, "0.50 ns"),
+    ],
+)
+def test_times_are_read_by_people(seconds, text):
+    assert page._time(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0123, "0.012"), (0.987, "0.99"), (1.06, "1.06"), (7.26, "7.3"), (52.7, "53")]
+)
+def test_ratios_have_the_digits_that_they_deserve(value, text):
+    assert page._number(value) == text
+
+
+def test_one_disturbed_case_makes_a_run_not_quiet():
+    run = copy.deepcopy(PUBLISHED)
+    for one in run["benchmarks"]:
+        one["extra_info"]["processors_of_others"] = 0.01
+    assert "not quiet" not in page.rendered(run)
+    run["benchmarks"][-1]["extra_info"]["processors_of_others"] = 1.5
+    assert "not quiet" in page.rendered(run)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_quick_run_says_so(quick):
+    run = copy.deepcopy(PUBLISHED)
+    run["machine_info"]["ddim_fast"]["quick"] = quick
+    assert ("a quick run" in page.rendered(run)) == quick
