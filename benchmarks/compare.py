@@ -58,7 +58,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Change:
-    """One number in both runs. ``gain`` is how much faster ours became, as a share: below 0 slower."""
+    """One number in both runs. ``gain`` is the difference, the larger over the smaller less 1: below 0 where ours got slower."""
 
     case: str
     what: str
@@ -136,9 +136,9 @@ def changes(before: Run, after: Run, what: str, threshold: float = THRESHOLD) ->
 
 
 def _change(case: str, what: str, before: Measured, after: Measured, more_is_better: bool, threshold: float) -> Change:
-    gain = (after[0] / before[0] if more_is_better else before[0] / after[0]) - 1
     allowed = max(threshold, math.hypot(before[1], after[1]))
     far = max(after[0] / before[0], before[0] / after[0]) - 1
+    gain = far if (after[0] >= before[0]) == more_is_better else -far
     if math.isnan(before[1]) or math.isnan(after[1]):
         allowed, verdict = math.nan, "not judged"
     elif far <= allowed:

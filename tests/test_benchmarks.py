@@ -92,11 +92,11 @@ def test_a_ratio_that_fell_is_slower(compared):
     assert code == 1
     assert verdicts(report, "slower") == {(STEP, "diffusers / ours out")}
     (change,) = [c for c in report["changes"] if c["verdict"] == "slower"]
-    assert change["gain"] == pytest.approx(-0.25)
+    assert change["gain"] == pytest.approx(-1 / 3)
     assert change["allowed"] == pytest.approx(0.15)
     assert STEP in text
     assert "slower, beyond the noise" in text
-    assert "-25%" in text
+    assert "-33%" in text
 
 
 def test_a_ratio_that_rose_is_faster_and_no_failure(compared):
