@@ -15,7 +15,7 @@ endif
 NATIVE := $(wildcard kernels/csrc/*)
 SAMPLE := --steps 20 -n 60 --seed 0
 
-.PHONY: help sample verify test test-slow gpu predict bench lint wheel-check sanitize same-bits clean
+.PHONY: help sample verify test test-slow gpu predict bench bench-compare lint wheel-check sanitize same-bits clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -52,9 +52,12 @@ gpu: $(VENV)/.installed ## run everything that needs a CUDA device, and time it:
 predict: $(VENV)/.installed ## count the GPU kernels' machine code, and predict their share of bandwidth: no GPU needed
 	$(BIN)/python -m ddim_fast.verify.machine_code
 
-bench: $(VENV)/.installed ## time the step against PyTorch, torch.compile and diffusers: out/bench.json
+bench: $(VENV)/.installed ## time the step, loops and whole pipelines against PyTorch, torch.compile and diffusers: out/bench.json
 	mkdir -p $(OUT)
 	$(BIN)/pytest benchmarks --benchmark-json $(OUT)/bench.json
+
+bench-compare: $(VENV)/.installed ## say what got slower or faster from A=before.json to B=after.json
+	$(BIN)/python benchmarks/compare.py $(A) $(B)
 
 lint: $(VENV)/.installed ## check style and formatting
 	$(BIN)/ruff check .

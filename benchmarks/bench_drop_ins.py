@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from interleaved import compare
 
 from ddim_fast.integrations.diffusers import FastDDIMScheduler
 
@@ -51,29 +50,28 @@ def steps(
 @pytest.mark.parametrize("return_dict", [False, True])
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_step_of_the_drop_in(settings, benchmark, show, shape, config, return_dict):
+def test_step_of_the_drop_in(measure, benchmark, show, shape, config, return_dict):
     contenders = steps(SHAPES[shape], *CONFIGS[config], return_dict)
 
     def check(name, _):
         expected, got = (steps(SHAPES[shape], *CONFIGS[config], return_dict)[n]()[:2] for n in ("diffusers", name))
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
-    result = compare(contenders, check, baseline="ours", **settings.timing)
-    benchmark.extra_info.update(result.summary() | {"threads": settings.threads})
+    result = measure("drop-ins", contenders, check, baseline="ours")
+    returns = "dataclass" if return_dict else "tuple"
+    benchmark.extra_info.update(shape=shape, step=config, returns=returns)
     show(
         "a step of diffusers, and of the drop-in",
         shape=shape,
         step=config,
-        returns="dataclass" if return_dict else "tuple",
+        returns=returns,
         diffusers_us=f"{result.seconds('diffusers') * 1e6:.1f}",
         ours_us=f"{result.seconds('ours') * 1e6:.1f}",
         ratio=f"{result.ratio('diffusers'):.1f}",
     )
-    benchmark.group = "drop-ins"
-    benchmark.pedantic(contenders["ours"], rounds=20, iterations=100, warmup_rounds=1)
 
 
-def test_pipeline_of_50_steps(settings, benchmark, show):
+def test_pipeline_of_50_steps(measure, benchmark, show):
     """A U-Net as small as one can be, so that the scheduler's share of the time is as large as it can be."""
     torch.manual_seed(0)
     unet = UNet2DModel(
@@ -95,14 +93,15 @@ def test_pipeline_of_50_steps(settings, benchmark, show):
 
         contenders[name] = run
         pictures[name] = run()
-    assert abs(pictures["ours"] - pictures["diffusers"]).max() <= 1 / 255
-    result = compare(contenders, lambda name, _: None, baseline="ours", **settings.timing)
-    benchmark.extra_info.update(result.summary() | {"threads": settings.threads})
+
+    def check(name, picture):
+        assert abs(picture - pictures["diffusers"]).max() <= 1 / 255
+
+    result = measure("drop-ins", contenders, check, baseline="ours")
+    benchmark.extra_info.update(steps=50)
     show(
         "a pipeline of 50 steps with a U-Net of 7,000 weights",
         diffusers_ms=f"{result.seconds('diffusers') * 1e3:.1f}",
         ours_ms=f"{result.seconds('ours') * 1e3:.1f}",
         ratio=f"{result.ratio('diffusers'):.2f}",
     )
-    benchmark.group = "drop-ins"
-    benchmark.pedantic(contenders["ours"], rounds=3, iterations=1, warmup_rounds=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from interleaved import compare
 from step_case import StepCase
 
 from ddim_fast import ddim_step
@@ -38,7 +37,7 @@ def _batches(case: StepCase) -> dict[str, Callable[[], None]]:
     return {"ours in place": ours_in_place, "ours out": ours_out, "x.add_(m)": add, "diffusers": diffusers_step}
 
 
-def test_overhead(settings, benchmark, show):
+def test_overhead(measure, benchmark, show):
     """Microseconds per call, in batches of 1000 calls."""
     case = StepCase("eta0", (1, 16))
     batches = _batches(case)
@@ -52,26 +51,12 @@ def test_overhead(settings, benchmark, show):
         else:
             case.check(name, result)
 
-    result = compare(batches, check, baseline="ours in place", prepare=case.prepare, **settings.timing)
-    microseconds = {name: result.seconds(name) / CALLS_OF[name] * 1e6 for name in batches}
-    ratios = {name: result.ratio(name) * CALLS / CALLS_OF[name] for name in batches}
-    spreads = {name: result.spread(name) for name in batches}
-    benchmark.extra_info.update(
-        microseconds_per_call=microseconds,
-        ratio_to_baseline=ratios,
-        baseline=result.baseline,
-        spread=spreads,
-        calls_per_batch=CALLS_OF,
-        threads=settings.threads,
-    )
+    result = measure("overhead", batches, check, baseline="ours in place", prepare=case.prepare, units=CALLS_OF)
+    benchmark.extra_info.update(microseconds_per_call={name: result.seconds(name) * 1e6 for name in batches})
     for name in batches:
         cells = {
-            "us": f"{microseconds[name]:.2f}",
-            "ratio": f"{ratios[name]:.2f}",
-            "spread": f"{100 * spreads[name]:.0f}%",
+            "us": f"{result.seconds(name) * 1e6:.2f}",
+            "ratio": f"{result.ratio(name):.2f}",
+            "spread": f"{100 * result.spread(name):.0f}%",
         }
         show("a call on 16 elements", call=name, **cells)
-    benchmark.group = "overhead"
-    x, m, row, out = case.start, case.model_output, case.step.coefficients, case.out
-    with torch.inference_mode():
-        benchmark.pedantic(lambda: ddim_step(x, m, row, out=out), rounds=20, iterations=CALLS, warmup_rounds=1)

@@ -1,57 +1,138 @@
-"""The shipped model end to end: where the time of a run goes."""
+"""The model that ships, end to end: the same pictures by our sampler and by diffusers' own pipeline, and where the time goes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
+from types import SimpleNamespace
 
+import pytest
 import torch
+from diffusers import ConfigMixin, DDIMPipeline, DDIMScheduler, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
 
 import ddim_fast as df
+from ddim_fast.integrations.diffusers import FastDDIMScheduler
 
-PICTURES, STEPS, RUNS, QUICK_RUNS = 8, 10, 9, 3
+STEPS, SEED = 20, 0
+BATCHES = {1: 10, 8: 6, 64: 4}
+"""Pictures at once, and the least number of rounds: those of 64 take seconds each."""
+QUICK = 8
+GREY_LEVEL = 1 / 255
+EXACT = 2
+"""Pictures that are drawn in float64, too."""
 
 
-def _check(model: torch.nn.Module, sampler: df.DDIMSampler, x_T: torch.Tensor) -> None:
-    """The same run, model and all, in float64."""
-    exact = sampler.sample(df.load_model("fashion", dtype=torch.float64), x_T=x_T.double(), seed=0)
-    torch.testing.assert_close(sampler.sample(model, x_T=x_T, seed=0).double(), exact, rtol=0, atol=1e-3)
+class LabelledUNet(ModelMixin, ConfigMixin):
+    """The shipped model in the form that ``DDIMPipeline`` asks for: labels inside, the output in ``.sample``."""
+
+    @register_to_config
+    def __init__(self, sample_size: int = 28, in_channels: int = 1):
+        super().__init__()
+
+    def of(self, model: torch.nn.Module, labels: Tensor) -> LabelledUNet:
+        self.model, self.labels = model, labels
+        return self
+
+    def forward(self, x: Tensor, t: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=self.model(x, t, self.labels))
 
 
-def test_sampling(settings, benchmark, show):
-    """Seconds of a run of 8 pictures in 10 steps, and the shares of the model, of the update and of the rest."""
-    model = df.load_model("fashion")
-    sampler = df.DDIMSampler(model.schedule, num_inference_steps=STEPS)
-    shape = (PICTURES, *model.sample_shape)
-    _check(model, sampler, torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-    runs = []
+@dataclass
+class PictureCase:
+    """``batch`` pictures in ``STEPS`` steps, as numbers from 0 to 1, each contender's from the same x_T and labels."""
 
-    def run():
-        timing = df.Timing()
-        started = perf_counter()
-        samples = sampler.sample(model, shape, seed=0, timing=timing)
-        runs.append((perf_counter() - started, timing.model_seconds, timing.update_seconds))
-        return samples
+    batch: int
 
-    benchmark.group = "sampling"
-    benchmark.pedantic(run, rounds=QUICK_RUNS if settings.quick else RUNS, iterations=1, warmup_rounds=1)
-    shares = {
-        "model": median(model_seconds / total for total, model_seconds, _ in runs),
-        "update": median(update / total for total, _, update in runs),
-        "rest": median((total - model_seconds - update) / total for total, model_seconds, update in runs),
-    }
-    seconds = median(total for total, _, _ in runs)
-    per_update = median(update for _, _, update in runs) / STEPS * 1e6
-    benchmark.extra_info.update(
-        seconds=seconds,
-        share=shares,
-        update_microseconds_per_step=per_update,
-        threads=settings.threads,
-        pictures=PICTURES,
-        steps=STEPS,
-    )
+    def __post_init__(self) -> None:
+        self.model = df.load_model("fashion")
+        shape = (self.batch, *self.model.sample_shape)
+        self.x_T = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))  # as the pipeline draws it
+        self.labels = torch.arange(self.batch) % self.model.num_classes
+        self.sampler = df.DDIMSampler(self.model.schedule, STEPS)
+
+    def contenders(self) -> dict[str, Callable[[], Tensor]]:
+        return {
+            "diffusers": self.pipeline(DDIMScheduler),
+            "ours": self.ours(self.model),
+            "ours, drop-in": self.pipeline(FastDDIMScheduler),
+        }
+
+    def ours(self, model: Callable) -> Callable[[], Tensor]:
+        def run(timing: df.Timing | None = None):
+            conditioning = {"class_labels": self.labels}
+            x = self.sampler.sample(model, x_T=self.x_T, seed=SEED, conditioning=conditioning, timing=timing)
+            return (x / 2 + 0.5).clamp(0, 1)
+
+        return run
+
+    def pipeline(self, kind: type[DDIMScheduler]) -> Callable[[], Tensor]:
+        unet = LabelledUNet().of(self.model, self.labels)
+        pipeline = DDIMPipeline(unet, DDIMScheduler(prediction_type=self.model.prediction_type))
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+
+        def run():
+            generator = torch.Generator().manual_seed(SEED)
+            return pipeline(self.batch, generator, num_inference_steps=STEPS, output_type="pt").images
+
+        return run
+
+    def check(self, name: str, pictures: Tensor) -> None:
+        """Within one of 255 grey levels of the first contender's, the pipeline's, whose first few are so of float64's."""
+        if name == "diffusers":
+            self.expected = pictures
+            self._assert_same("diffusers, against float64", pictures[:EXACT], self._exact())
+        self._assert_same(name, pictures, self.expected)
+
+    @staticmethod
+    def _assert_same(name: str, pictures: Tensor, expected: Tensor) -> None:
+        worst = (pictures - expected).abs().max().item()
+        assert worst <= GREY_LEVEL, f"{name} is wrong: it is off by {255 * worst:.3g} grey levels, so it is not timed"
+
+    def _exact(self) -> Tensor:
+        model, few = df.load_model("fashion", dtype=torch.float64), slice(0, EXACT)
+        conditioning = {"class_labels": self.labels[few]}
+        x = self.sampler.sample(model, x_T=self.x_T[few].double(), seed=SEED, conditioning=conditioning)
+        return (x / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize("batch", [pytest.param(b, marks=() if b == QUICK else pytest.mark.full) for b in BATCHES])
+def test_pictures(batch, settings, measure, benchmark, show):
+    """Seconds from x_T to pictures."""
+    case = PictureCase(batch)
+    contenders = case.contenders()
+    if batch == max(BATCHES):
+        del contenders["ours, drop-in"]  # it could not be told from diffusers' own: see the smaller batches
+    rounds = 4 if settings.quick else BATCHES[batch]
+    result = measure("pictures", contenders, case.check, baseline="ours", pairs=_pairs(contenders), min_rounds=rounds)
+    shares = _shares(contenders["ours"], 1 if batch == max(BATCHES) else 5)
+    benchmark.extra_info.update(pictures=batch, steps=STEPS, share=shares)
     show(
-        f"the shipped model, {PICTURES} pictures, {STEPS} steps",
-        **{"ms": f"{seconds * 1e3:.1f}", "us/update": f"{per_update:.1f}"},
+        f"the shipped model, {STEPS} steps: seconds, times longer than ours, and shares of ours",
+        pictures=str(batch),
+        **{"ours, s": f"{result.seconds('ours'):.3f}"},
+        **{name: f"{result.ratio(name):.3f}" for name in contenders if name != "ours"},
         **{name: f"{100 * share:.2f}%" for name, share in shares.items()},
+        spread=f"{100 * result.spread('ours'):.0f}%",
     )
+
+
+def _pairs(contenders: dict[str, Callable[[], Tensor]]) -> list[tuple[str, str]]:
+    """diffusers' pipeline over each of ours."""
+    return [("diffusers", name) for name in contenders if name.startswith("ours")]
+
+
+def _shares(run: Callable[[df.Timing], Tensor], runs: int) -> dict[str, float]:
+    """The shares of a run's time that the model, the update and the rest take."""
+    found = []
+    for _ in range(runs):
+        timing, started = df.Timing(), perf_counter()
+        run(timing)
+        total = perf_counter() - started
+        found.append((timing.model_seconds / total, timing.update_seconds / total))
+    model, update = (median(column) for column in zip(*found, strict=True))
+    return {"model": model, "update": update, "rest": 1 - model - update}

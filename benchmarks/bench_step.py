@@ -8,9 +8,11 @@ time of a call on 16 elements has been taken off both.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
-from interleaved import Comparison, compare
+from interleaved import Comparison
 from step_case import VARIANTS, StepCase
 
 SHAPES = [(1, 4, 64, 64), (64, 3, 32, 32), (64, 3, 256, 256)]
@@ -31,7 +33,7 @@ def _cases():
 
 
 @pytest.mark.parametrize(("variant", "shape", "dtype"), list(_cases()))
-def test_step(variant, shape, dtype, settings, benchmark, show):
+def test_step(variant, shape, dtype, settings, measure, benchmark, show):
     """Time per call of one step, x_t to x_prev."""
     case, tiny = StepCase(variant, shape, dtype), StepCase(variant, (1, 16), dtype)
     compiled, missing = case.compiled()
@@ -53,13 +55,12 @@ def test_step(variant, shape, dtype, settings, benchmark, show):
         case.prepare()
         tiny.prepare()
 
-    timing = {**settings.timing, "time_limit": 25.0, "min_rounds": 8} if shape == LARGEST else settings.timing
-    result = compare(contenders, check, baseline="ours out", prepare=prepare, **timing)
+    options = {"time_limit": 8.0, "min_rounds": 8} if shape == LARGEST else {}
+    group = f"step {case.elements} {str(dtype).removeprefix('torch.')}"
+    pairs = _like_with_like(contenders)
+    result = measure(group, contenders, check, baseline="ours out", pairs=pairs, prepare=prepare, **options)
     _record(benchmark, case, result, settings.threads, missing)
     show(TITLE, **_row(case, result, settings.threads, dtype))
-    benchmark.group = f"step {case.elements} {str(dtype).removeprefix('torch.')}"
-    with torch.inference_mode():
-        benchmark.pedantic(ours["ours out"], rounds=10, iterations=result.calls["ours out"], warmup_rounds=1)
 
 
 def _tiny_calls(tiny: StepCase):
@@ -87,23 +88,22 @@ def _triad_shares(case: StepCase, result: Comparison, threads: int) -> dict[str,
     return shares
 
 
-def _like_with_like(result: Comparison) -> dict[str, float]:
-    in_place = [name for name in result.rounds if name.endswith("in place") and not name.startswith("16")]
-    out = [name for name in result.rounds if name not in in_place and not name.startswith("16")]
-    ratios = {name: result.ratio(name, to="ours in place") for name in in_place}
-    return ratios | {name: result.ratio(name, to="ours out") for name in out}
+def _like_with_like(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Each other contender with ours: in place with in place, the rest with ours into a buffer."""
+    others = [name for name in names if not name.startswith(("ours", "16: "))]
+    return [(name, "ours in place" if name.endswith("in place") else "ours out") for name in others]
 
 
 def _record(benchmark, case: StepCase, result: Comparison, threads: int, missing: dict[str, str]) -> None:
     benchmark.extra_info.update(
-        result.summary(),
+        variant=case.name,
+        shape="x".join(map(str, case.shape)),
+        dtype=str(case.dtype).removeprefix("torch."),
         elements=case.elements,
         bytes=case.bytes,
         bytes_formula=case.bytes_formula,
         gigabytes_per_second={f"ours {w}": case.bytes / result.seconds(f"ours {w}") / 1e9 for w in ("in place", "out")},
-        ratio_like_with_like=_like_with_like(result),
         triad_share=_triad_shares(case, result, threads),
-        threads=threads,
         missing=missing,
     )
 

@@ -6,17 +6,25 @@ Run: ``pytest benchmarks --benchmark-json out.json``.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from interleaved import LONG, Comparison, compare
 
 from ddim_fast import __version__
 from ddim_fast.kernels import cpu_step
 
 ROWS = pytest.StashKey[dict]()
+LOAD_BEFORE = pytest.StashKey[tuple]()
+VERSIONS = ("torch", "diffusers", "numpy")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = {}
+    config.stash[LOAD_BEFORE] = os.getloadavg()
     torch.set_num_threads(config.getoption("--threads"))
     torch._inductor.config.compile_threads = 1  # no pool of compiler processes beside what is timed
 
@@ -49,12 +58,66 @@ class Settings:
     @property
     def timing(self) -> dict[str, float]:
         """Arguments of ``interleaved.compare`` for one comparison."""
-        return {"threads": self.threads, "time_limit": 1.0 if self.quick else 8.0, "min_rounds": 10}
+        return {"threads": self.threads, "time_limit": 1.0 if self.quick else 4.0, "min_rounds": 10}
 
 
 @pytest.fixture(scope="session")
 def settings(request: pytest.FixtureRequest) -> Settings:
     return Settings(request.config.getoption("--threads"), request.config.getoption("--quick"))
+
+
+@pytest.fixture
+def measure(settings: Settings, benchmark):
+    """``measure(group, contenders, check, baseline=..., ...)``: compare, and keep the result for the JSON file.
+
+    ``pairs`` are the ratios that are quoted and held against another run's: (another contender, one of ours), for the seconds
+    of the first over those of the second. If none are given: each contender whose name does not begin with "ours", over the
+    baseline. Other options are those of ``interleaved.compare``, ``settings.timing`` where they are left out.
+    """
+
+    def run(
+        group: str,
+        contenders: Mapping[str, Callable[[], Any]],
+        check: Callable[[str, Any], None],
+        *,
+        baseline: str,
+        pairs: Sequence[tuple[str, str]] | None = None,
+        **options: Any,
+    ) -> Comparison:
+        options = {**settings.timing, **options}
+        busy_before, started = _busy_seconds_of_others(), time.perf_counter()
+        result = compare(contenders, check, baseline=baseline, **options)
+        others = max(0.0, _busy_seconds_of_others() - busy_before) / (time.perf_counter() - started)
+        if pairs is None:
+            pairs = [(name, baseline) for name in contenders if not name.startswith("ours")]
+        benchmark.group = group
+        benchmark.extra_info.update(
+            result.summary(), ratios=_ratios(result, pairs), threads=options["threads"], processors_of_others=others
+        )
+        with torch.inference_mode():  # once more for pytest-benchmark, which leaves out what it has not timed
+            short = result.seconds(baseline) < LONG
+            benchmark.pedantic(contenders[baseline], rounds=10 if short else 1, iterations=result.calls[baseline])
+        return result
+
+    return run
+
+
+def _ratios(result: Comparison, pairs: Sequence[tuple[str, str]]) -> dict[str, dict[str, float]]:
+    return {
+        f"{other} / {ours}": {"ratio": result.ratio(other, to=ours), "spread": result.ratio_spread(other, to=ours)}
+        for other, ours in pairs
+    }
+
+
+def _busy_seconds_of_others() -> float:
+    """Seconds that this machine's processors have worked for other processes, or other machines, since it started."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return float("nan")
+    user, nice, system, _idle, _waiting, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
+    own = os.times()
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return busy - (own.user + own.system + own.children_user + own.children_system)
 
 
 @pytest.fixture
@@ -89,9 +152,12 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "version": __version__,
         "cpu_model": _cpu_model(),
         "cpu_count": os.cpu_count(),
-        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in VERSIONS},
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "instruction_set": cpu_step.extension.selected() if cpu_step.extension is not None else None,
         "threads": config.getoption("--threads"),
-        "load_average": os.getloadavg(),
+        "quick": config.getoption("--quick"),
+        "load_average_before": config.stash[LOAD_BEFORE],
+        "load_average_after": os.getloadavg(),
     }

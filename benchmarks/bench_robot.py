@@ -1,0 +1,93 @@
+"""A robot's policy: 16 actions of 7 numbers from a small 1-D U-Net, one at a time: what surrounds the model dominates."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from loop_case import LoopCase
+from torch import Tensor, nn
+
+from ddim_fast.unet import timestep_embedding
+
+HORIZON, ACTIONS, OBSERVED = 16, 7, 20
+CASES = [(10, "contiguous"), (20, "contiguous"), (100, "contiguous"), (20, "transposed")]
+QUICK = (20, "contiguous")
+
+
+class Block(nn.Module):
+    """Two convolutions, with the conditioning as a scale and a shift in between (FiLM)."""
+
+    def __init__(self, channels_in: int, channels_out: int, conditions: int):
+        super().__init__()
+        self.first = nn.Conv1d(channels_in, channels_out, 5, padding=2)
+        self.norm = nn.GroupNorm(8, channels_out)
+        self.film = nn.Linear(conditions, 2 * channels_out)
+        self.second = nn.Conv1d(channels_out, channels_out, 5, padding=2)
+        self.skip = nn.Conv1d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.film(condition)[..., None].chunk(2, dim=1)
+        h = torch.addcmul(shift, self.norm(self.first(x)), 1 + scale)
+        return self.skip(x) + self.second(F.silu(h))
+
+
+class PolicyUNet(nn.Module):
+    """After Diffusion Policy (arXiv 2303.04137), small: ``(B, 16, 7)`` noisy actions, a timestep, ``(B, 20)`` observed -> noise.
+
+    Its convolutions want channels first. ``layout``, "contiguous" or "transposed", is how its input and its output are turned.
+    """
+
+    def __init__(self, layout: str = "contiguous", width: int = 32, conditions: int = 64):
+        super().__init__()
+        self.layout, self.width = layout, width
+        self.condition = nn.Sequential(nn.Linear(width + OBSERVED, conditions), nn.SiLU())
+        self.down = Block(ACTIONS, width, conditions)
+        self.downsample = nn.Conv1d(width, width, 3, stride=2, padding=1)
+        self.middle = Block(width, 2 * width, conditions)
+        self.upsample = nn.ConvTranspose1d(2 * width, width, 4, stride=2, padding=1)
+        self.up = Block(2 * width, width, conditions)
+        self.out = nn.Conv1d(width, ACTIONS, 1)
+
+    def forward(self, x: Tensor, t: Tensor, observation: Tensor) -> Tensor:
+        embedded = timestep_embedding(t.expand(len(x)), self.width).to(x.dtype)
+        condition = self.condition(torch.cat([embedded, observation], dim=1))
+        high = self.down(self.turned(x), condition)
+        low = self.middle(self.downsample(high), condition)
+        noise = self.out(self.up(torch.cat([self.upsample(low), high], dim=1), condition))
+        return self.turned(noise)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Channels last or first: in memory, too, or seen so only, as the policies of that paper do it."""
+        x = x.transpose(1, 2)
+        return x.contiguous() if self.layout == "contiguous" else x
+
+
+def policy_case(steps: int, layout: str = "contiguous") -> LoopCase:
+    torch.manual_seed(0)
+    model = PolicyUNet(layout).eval().requires_grad_(False)
+    x_T, observation = torch.randn(1, HORIZON, ACTIONS), torch.randn(1, OBSERVED)
+    return LoopCase(model, copy.deepcopy(model).double(), x_T, steps, {"observation": observation})
+
+
+@pytest.mark.parametrize(
+    ("steps", "layout"), [pytest.param(*case, marks=() if case == QUICK else pytest.mark.full) for case in CASES]
+)
+def test_policy(steps, layout, measure, benchmark, show):
+    """Seconds of one plan of actions."""
+    case = policy_case(steps, layout)
+    contenders = case.contenders()
+    result = measure("robot", {**contenders, "model alone": case.model_alone()}, case.check, baseline="ours")
+    share = result.ratio("model alone")
+    benchmark.extra_info.update(shape="1x16x7", steps=steps, layout=layout, share_of_the_model=share)
+    show(
+        "a robot's plan of 16 x 7 actions: ms, and times longer than ours",
+        steps=str(steps),
+        layout=layout,
+        **{"ours, ms": f"{result.seconds('ours') * 1e3:.2f}"},
+        **{name: f"{result.ratio(name):.2f}" for name in contenders if name != "ours"},
+        **{"of ours, the model": f"{100 * share:.0f}%"},
+        spread=f"{100 * result.spread('ours'):.0f}%",
+    )

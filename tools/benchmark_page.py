@@ -1,0 +1,360 @@
+"""The numbers of docs/BENCHMARKS.md, from runs of `make bench`.
+
+\b
+make bench OUT=out/first && make bench OUT=out/second
+python tools/benchmark_page.py write out/first/bench.json --again out/second/bench.json
+python tools/benchmark_page.py render
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from compare import EVEN, THRESHOLD, agreement, read_run  # noqa: E402
+
+JSON_FILE, DOCUMENT = ROOT / "docs" / "benchmarks.json", ROOT / "docs" / "BENCHMARKS.md"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+LEFT_OUT = ("calls_per_round", "ratio_to_baseline", "ratio_spread", "bytes_formula", "stable", "gigabytes_per_second")
+QUIET = 0.05
+"""Processors that others may use before a run counts as disturbed."""
+
+SCHEDULERS = "diffusers", "ours"
+SIDES = "ours", "eager"
+OTHER_WAYS = "ours, own loop", "ours, drop-in"
+
+ABOUT = {
+    "One step": """One update, x_t to x_prev, and how many times longer others take, like with like: in place against in place, the
+        rest against ours into a given buffer. Noise (`eta1`) is part of the step. The last column is bandwidth: our bytes
+        per second over those of `a = b * s + c` on as much data in the same rounds, and the same without the cost of a call.""",
+    "Whole loops, without a model": """The model returns a tensor that was there before, so that only the sampler is left. *Ours* is
+        `DDIMSampler.sample`; *own loop* is `ddim_step` in a loop of your own; *drop-in* is diffusers' loop with
+        `FastDDIMScheduler`; *eager* is the formula in PyTorch with coefficients made before. Seconds of whole loops, and how
+        many times longer others take than `sample`.""",
+    "Pictures, end to end": """The model that ships, from the same x_T and the same labels: the time of diffusers' own
+        `DDIMPipeline` over ours. All draw the same pictures, within one of 255 grey levels. The shares say where a run of
+        ours spends its time.""",
+    "A robot's policy": """A plan of 16 actions of 7 numbers, one at a time, from a small 1-D U-Net: here a step of the model costs
+        little, and what surrounds it counts. *transposed*: the model turns its input and output by views, so that its
+        output is not contiguous. *model alone* is the least that any sampler could take.""",
+    "Noise": """`torch.randn` into a buffer, against our normals, which are the same on every machine, and against a whole step
+        that makes them.""",
+    "A call": "A step of 16 elements, all checks included.",
+    "The drop-in for diffusers": "`FastDDIMScheduler.step`, and how many times longer `DDIMScheduler.step` takes.",
+    "Threads": "A step in place: times faster on more threads than on one, and eager PyTorch's time over ours.",
+    "Batches": "The model that ships, 20 steps, by pictures at once and by threads.",
+}
+"""What stands before the table of a section."""
+
+# --- Reducing ---------------------------------------------------------------------------------------------------------
+
+
+def reduced(data: dict) -> dict:
+    """What the page and ``benchmarks/compare.py`` need of a file of pytest-benchmark, in its form."""
+    return {
+        "machine_info": {"ddim_fast": data["machine_info"]["ddim_fast"]},
+        "commit_info": {name: data["commit_info"][name] for name in ("id", "dirty")},
+        "datetime": data["datetime"],
+        "benchmarks": [
+            {
+                "fullname": one["fullname"],
+                "group": one["group"],
+                "extra_info": {k: _rounded(v) for k, v in one["extra_info"].items() if k not in LEFT_OUT},
+            }
+            for one in data["benchmarks"]
+        ],
+    }
+
+
+def _rounded(value):
+    """Four digits of each number; null where there is none."""
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(one) for one in value]
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
+
+
+def rendered(data: dict) -> str:
+    """What stands between the markers."""
+    infos = {one["fullname"]: one["extra_info"] for one in data["benchmarks"]}
+    sections = [section(found) for prefix, section in SECTIONS.items() if (found := _of(infos, prefix))]
+    return "\n\n".join([measured_where(data), *sections, *repeated(data)])
+
+
+def _of(infos: dict, prefix: str) -> list[dict]:
+    return [info for name, info in infos.items() if name.startswith(prefix)]
+
+
+def _section(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    return f"## {title}\n\n{' '.join(ABOUT[title].split())}\n\n{_table(columns, rows)}"
+
+
+def _table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    columns = list(columns)
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _number(value: float) -> str:
+    """Three digits near 1 and below, two above, and no exponent."""
+    return (
+        f"{value:.3f}"
+        if value < 0.1
+        else f"{value:.2f}"
+        if value < 2
+        else f"{value:.1f}"
+        if value < 10
+        else f"{value:.0f}"
+    )
+
+
+def _share(value: float | None) -> str:
+    return "?" if value is None else f"{100 * value:.0f} %"
+
+
+def _ratio(info: dict, other: str, ours: str) -> str:
+    """A ratio and its spread."""
+    found = info["ratios"].get(f"{other} / {ours}")
+    return f"{_number(found['ratio'])} ({_share(found['spread'])})" if found else "–"
+
+
+def _time(seconds: float) -> str:
+    unit, scale = next((u, s) for u, s in (("s", 1), ("ms", 1e-3), ("µs", 1e-6), ("ns", 0)) if seconds >= s)
+    return f"{_number(seconds / (scale or 1e-9))} {unit}"
+
+
+def measured_where(data: dict) -> str:
+    facts, commit = data["machine_info"]["ddim_fast"], data["commit_info"]
+    versions = [f"{name} {facts[name]}" for name in ("torch", "diffusers", "numpy", "python")]
+    rows = [
+        ("processor", f"{facts['cpu_model']}, {facts['cpu_count']} processors, {facts['instruction_set']}"),
+        ("threads", f"{facts['threads']}, where nothing else is said"),
+        ("versions", ", ".join([f"ddim_fast {facts['version']}", *versions])),
+        ("commit", f"`{commit['id'][:12]}`{' and changes that were not committed' if commit['dirty'] else ''}"),
+        ("date", data["datetime"][:10]),
+        (
+            "cases",
+            f"{len(data['benchmarks'])}{', **a quick run: some of them, briefly**' if facts['quick'] else ', all'}",
+        ),
+        ("what else ran", _what_else_ran(data)),
+    ]
+    return "## Measured where\n\n" + _table(["", ""], rows)
+
+
+def _what_else_ran(data: dict) -> str:
+    others = [one["extra_info"]["processors_of_others"] for one in data["benchmarks"]]
+    others = sorted(value for value in others if value is not None)
+    if not others:
+        return "unknown"
+    quiet = others[-1] <= QUIET * data["machine_info"]["ddim_fast"]["cpu_count"]
+    verdict = "quiet" if quiet else "**not quiet: read one digit, not two**"
+    return (
+        f"used {others[len(others) // 2]:.2f} processors (median over the cases), {others[-1]:.2f} at most: {verdict}"
+    )
+
+
+def steps(infos: list[dict]) -> str:
+    columns = ("step", "shape", "dtype", "ours, in place", "diffusers", "eager PyTorch", "torch.compile")
+    return _section("One step", (*columns, "torch.compile, in place", "share of the triad"), map(_step, infos))
+
+
+def _step(info: dict) -> list[str]:
+    in_place = "ours in place"
+    pairs = [name.partition(" / ") for name in info["ratios"]]
+    compiled = [other for other, _, ours in pairs if other.startswith("torch.compile") and ours == in_place]
+    shares = info["triad_share"]
+    return [
+        *(info[name] for name in ("variant", "shape", "dtype")),
+        _time(info["seconds"][in_place]),
+        *(_ratio(info, other, "ours out") for other in ("diffusers", "eager", "torch.compile")),
+        _ratio(info, min(compiled, key=info["seconds"].__getitem__, default=""), in_place),
+        f"{shares['in place']:.2f} ({shares['in place, kernel']:.2f})" if shares else "–",
+    ]
+
+
+def loops(infos: list[dict]) -> str:
+    others = ("diffusers", "eager")
+    rows = ([info["shape"], info["steps"], *_against_ours(info, others)] for info in infos)
+    return _section("Whole loops, without a model", ("shape", "steps", "ours", *others, *OTHER_WAYS), rows)
+
+
+def robot(infos: list[dict]) -> str:
+    others = ("diffusers", "eager", "model alone")
+    rows = ([info["layout"], info["steps"], *_against_ours(info, others)] for info in infos)
+    return _section("A robot's policy", ("layout", "steps", "ours", *others, *OTHER_WAYS), rows)
+
+
+def _against_ours(info: dict, others: tuple[str, ...]) -> list[str]:
+    """Our seconds, the ratios of others, and the seconds of other ways of ours."""
+    seconds = info["seconds"]
+    ways = [_time(seconds[name]) for name in OTHER_WAYS]
+    return [_time(seconds["ours"]), *(_ratio(info, other, "ours") for other in others), *ways]
+
+
+def pictures(infos: list[dict]) -> str:
+    pairs = list(dict.fromkeys(name for info in infos for name in info["ratios"]))
+    parts = ("model", "update", "rest")
+    rows = (
+        [
+            info["pictures"],
+            info["steps"],
+            _time(info["seconds"]["ours"]),
+            *(_ratio(info, *pair.split(" / ")) for pair in pairs),
+            *(f"{100 * info['share'][part]:.2f} %" for part in parts),
+        ]
+        for info in infos
+    )
+    return _section("Pictures, end to end", ("pictures", "steps", "ours", *pairs, *parts), rows)
+
+
+def noise(infos: list[dict]) -> str:
+    names = ("torch.randn", "ours, normals", "ours in place")
+    rows = (
+        [
+            info["shape"],
+            *(f"{info['ns_per_element'][name]:.2f} ns" for name in names),
+            *(_ratio(info, names[0], name) for name in names[1:]),
+        ]
+        for info in infos
+    )
+    columns = (
+        "shape",
+        "torch.randn, an element",
+        "our normals",
+        "a step at eta = 1",
+        "randn / normals",
+        "randn / step",
+    )
+    return _section("Noise", columns, rows)
+
+
+def calls(infos: list[dict]) -> str:
+    rows = ((f"`{name}`" if "(" in name else name, _time(s)) for info in infos for name, s in info["seconds"].items())
+    return _section("A call", ("call", "time"), rows)
+
+
+def drop_ins(infos: list[dict]) -> str:
+    one_step = [info for info in infos if "returns" in info]
+    rows = [
+        (
+            *(info[name] for name in ("step", "shape", "returns")),
+            _time(info["seconds"]["ours"]),
+            _ratio(info, *SCHEDULERS),
+        )
+        for info in one_step
+    ]
+    whole = [
+        f"\n\nA pipeline of {info['steps']} steps, with a U-Net as small as one can be: {_ratio(info, *SCHEDULERS)}."
+        for info in infos
+        if info not in one_step
+    ]
+    columns = ("step", "shape", "returns", "ours", "diffusers")
+    return _section("The drop-in for diffusers", columns, rows) + "".join(whole)
+
+
+def threads(infos: list[dict]) -> str:
+    more = list(infos[0]["times_faster_than_one_thread"]["ours"])[1:]
+    rows = (
+        [
+            info["variant"],
+            info["shape"],
+            *(_number(info["times_faster_than_one_thread"][who][n]) for who in SIDES for n in more),
+            *(_ratio(info, f"eager {_on(n)}", f"ours {_on(n)}") for n in ("1", *more)),
+        ]
+        for info in infos
+    )
+    gains = [f"{who}, {_on(n)}" for who in SIDES for n in more]
+    return _section("Threads", ("step", "shape", *gains, *(f"eager / ours, {_on(n)}" for n in ("1", *more))), rows)
+
+
+def _on(n: str) -> str:
+    return f"{n} thread{'' if n == '1' else 's'}"
+
+
+def batches(infos: list[dict]) -> str:
+    (info,) = infos
+    first, *_ = info["seconds"]
+    rows = (
+        (name.removeprefix("ours "), _number(rate), "1" if name == first else _ratio(info, first, name))
+        for name, rate in info["pictures_per_second_of_20_steps"].items()
+    )
+    return _section("Batches", ("at once", "pictures a second", "times faster than one by one"), rows)
+
+
+SECTIONS = {
+    "bench_step.py::": steps,
+    "bench_loops.py::": loops,
+    "bench_sampling.py::": pictures,
+    "bench_robot.py::": robot,
+    "bench_noise.py::": noise,
+    "bench_overhead.py::": calls,
+    "bench_drop_ins.py::": drop_ins,
+    "bench_scaling.py::test_threads": threads,
+    "bench_scaling.py::test_batches": batches,
+}
+"""How the names of cases begin, and what writes their section."""
+
+
+def repeated(data: dict) -> list[str]:
+    if "again" not in data:
+        return []
+    same = data["again"]["agreement"]
+    return [
+        "## Measured twice\n\n"
+        f"A second run after the first: {same['agree_on_which_is_faster']} of {same['ratios']} ratios agree on which is faster "
+        f"({same['even']} of them are within {EVEN:.0%} of 1 in a run, and count as even). {same['within_threshold']} differ by "
+        f"{THRESHOLD:.0%} or less, half of them by {same['median_difference']:.1%} or less; the largest difference is "
+        f"{same['largest_difference']:.0%}, in `{same['largest_difference_in']}`."
+    ]
+
+
+def with_numbers(document: str, data: dict) -> str:
+    before, _, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise click.ClickException(f"{DOCUMENT} must have the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{rendered(data)}\n\n{END}{after}"
+
+
+def render(data: dict) -> None:
+    DOCUMENT.write_text(with_numbers(DOCUMENT.read_text(), data))
+
+
+# --- Commands ---------------------------------------------------------------------------------------------------------
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command("write", help="Write docs/benchmarks.json and the page from a file that make bench wrote.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--again", type=click.Path(path_type=Path), help="A second run: how well it repeats the first is told.")
+def write_command(file: Path, again: Path | None) -> None:
+    run = read_run(file)
+    data = reduced(json.loads(file.read_text()))
+    if again is not None:
+        data["again"] = {"agreement": _rounded(agreement(run, read_run(again)))}
+    JSON_FILE.write_text(json.dumps(data, indent=1) + "\n")
+    render(data)
+
+
+@main.command("render", help="Write the page again from docs/benchmarks.json.")
+def render_command() -> None:
+    render(json.loads(JSON_FILE.read_text()))
+
+
+if __name__ == "__main__":
+    main()
