@@ -242,7 +242,7 @@ class Loop:
         if self.guidance_scales is not None and len(self.calls) == 1:
             conditional, unconditional = self.calls[0](model_input, t).chunk(2)
             return conditional, unconditional
-        outputs = [_apart_from(x_t, output_tensor(call(model_input, t), x_t)) for call in self.calls]
+        outputs = [_plain(_apart_from(x_t, output_tensor(call(model_input, t), x_t))) for call in self.calls]
         if len(outputs) == 1:
             return outputs[0], None
         if outputs[0].numel() and _same_place(*outputs):
@@ -297,6 +297,13 @@ def _doubled(name: str, first: Any, second: Any, batch_size: int) -> Any:
 
 def _same_place(a: Tensor, b: Tensor) -> bool:
     return torch._C._is_alias_of(a, b) and a.storage_offset() == b.storage_offset()
+
+
+def _plain(model_output: Tensor) -> Tensor:
+    """A copy of a model's output whose samples are not contiguous, such as a transposed one: no kernel reads it as it is."""
+    return (
+        model_output if model_output.is_contiguous() or model_output[:1].is_contiguous() else model_output.contiguous()
+    )
 
 
 def _apart_from(x_t: Tensor, model_output: Tensor) -> Tensor:

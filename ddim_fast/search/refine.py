@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -65,7 +66,7 @@ class Refinement:
             before = self.spent
             better = [self.offer(moved) for moved in self._moves(share, num_train_timesteps)]
             if not any(better):
-                if self._smallest(share):
+                if self._smallest(share, num_train_timesteps):
                     return
                 share /= 2
             elif self.spent == before:
@@ -83,7 +84,6 @@ class Refinement:
                 if moved != t[k]:
                     yield (*t[:k], moved, *t[k + 1 :])
 
-    def _smallest(self, share: float) -> bool:
+    def _smallest(self, share: float, num_train_timesteps: int) -> bool:
         """Whether every move was by one timestep already."""
-        gaps = [a - b for a, b in zip(self.timesteps, (*self.timesteps[1:], -1), strict=True)]
-        return share * max(gaps) < 1
+        return share * max(a - b for a, b in pairwise((num_train_timesteps, *self.timesteps, -1))) < 1

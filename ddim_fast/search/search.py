@@ -102,8 +102,8 @@ class Search:
         """Half of them evenly in t, half evenly in log-SNR."""
         total = self.schedule.num_train_timesteps
         wanted = min(self.candidates or CANDIDATES[self.order], total)
-        even = select_timesteps(max(wanted // 2, 1), total, "trailing")
-        log_snr = select_timesteps(wanted - wanted // 2, total, "log_snr", schedule=self.schedule)
+        even = select_timesteps(wanted // 2, total, "trailing") if wanted > 1 else ()
+        log_snr = select_timesteps(wanted - len(even), total, "log_snr", schedule=self.schedule)
         return distinct_timesteps([*even, *log_snr], total)
 
     @property

@@ -34,8 +34,7 @@ class ClosedForm(nn.Module):
     ):
         super().__init__()
         self.schedule = NoiseSchedule.linear() if schedule is None else schedule
-        alphas_cumprod = torch.as_tensor(self.schedule.alphas_cumprod, dtype=torch.float64)
-        self.register_buffer("alphas_cumprod", alphas_cumprod.clone())
+        self.register_buffer("alphas_cumprod", torch.tensor(self.schedule.alphas_cumprod, dtype=torch.float64))
         for name, values in {"weights": weights, "means": means, "std_devs": std_devs}.items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float64))
         self.weights /= self.weights.sum()

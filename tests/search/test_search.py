@@ -1,0 +1,206 @@
+"""The search for timesteps, on data whose best model is known: fast, and with an answer that can be checked."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ddim_fast import DDIMSampler, NoiseSchedule, select_timesteps
+from ddim_fast.generation.conditioning import EveryClass
+from ddim_fast.metrics import sample_distances
+from ddim_fast.search import Search, search_timesteps
+from ddim_fast.search.costs import cost_table, reference
+from ddim_fast.search.refine import Refinement
+from ddim_fast.search.runs import Runs, State, after
+from ddim_fast.timestep_files import read_timesteps
+from ddim_fast.tradeoff import ClosedForm
+
+LINEAR = NoiseSchedule.linear()
+CPU = torch.device("cpu")
+
+
+def search(**changes):
+    options = dict(order=1, count=64, refine_count=64, held_out=64, refine_runs=40, candidates=24, seed=5)
+    return Search(ClosedForm(LINEAR), LINEAR, (1,), **{"num_inference_steps": 5, **options, **changes})
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_what_is_found_is_better_also_on_noise_it_has_not_seen(order, tmp_path):
+    found = search_timesteps(search(order=order))
+    closed = [score for score in found.scores if score.name not in ("searched", "dynamic programming")]
+    best = found.score("searched")
+    assert best.timesteps == found.timesteps == found.best.timesteps
+    assert best.seen < min(score.seen for score in closed)
+    assert best.held_out < 0.9 * min(score.held_out for score in closed)
+    assert found.scores == tuple(sorted(found.scores, key=lambda score: score.held_out))
+    # What the list says of itself is so: from the noise that it names, by the public sampler.
+    found.best.write(tmp_path / "found.json")
+    again = read_timesteps(tmp_path / "found.json")
+    assert again.order == order
+    assert json.dumps(again.provenance) == json.dumps(found.best.provenance)
+    held_out = again.provenance["seeds"]["held_out"]
+    sampler = DDIMSampler(LINEAR, timesteps=again)
+    model = ClosedForm(LINEAR)
+    got = sampler.sample(model, (64, 1), seed=held_out)
+    many = DDIMSampler(LINEAR, timesteps=range(999, -1, -1), order=2).sample(model, (64, 1), seed=held_out)
+    assert sample_distances(got, many).mean().item() == pytest.approx(best.held_out, rel=0.05, abs=2e-4)
+
+
+def test_the_same_search_finds_the_same():
+    a, b = (search_timesteps(search(refine_runs=10)) for _ in range(2))
+    assert a.scores == b.scores
+    assert a.best.eps_residual == b.best.eps_residual
+
+
+def test_progress_is_told_of_every_call():
+    told, seen = [], []
+
+    class Counted(ClosedForm):
+        def forward(self, x, t):
+            seen.append(len(x))
+            return super().forward(x, t)
+
+    wanted = search(refine_runs=10)
+    wanted.model = Counted(LINEAR)
+    search_timesteps(wanted, told.append)
+    assert sum(told) == sum(seen) <= wanted.calls()
+
+
+class Conditional(nn.Module):
+    """Another mixture for each label, and none."""
+
+    prediction_type = "epsilon"
+
+    def __init__(self):
+        super().__init__()
+        self.of = nn.ModuleList([ClosedForm(LINEAR, means=(m, m + 0.5)) for m in (-1.0, 0.0, 1.0)])
+
+    def forward(self, x, t, class_labels):
+        outputs = torch.stack([model(x, t) for model in self.of])
+        return outputs[class_labels, torch.arange(len(x))]
+
+    def unconditional(self, conditioning):
+        return {"class_labels": torch.full_like(conditioning["class_labels"], 2)}
+
+
+def test_runs_are_the_samplers():
+    """With classes, guidance and parts of a batch: state for state."""
+    model, options = Conditional(), dict(order=2)
+    for scale in (None, 1.7):
+        runs = Runs.from_seed(
+            model, (1,), 7, 3, CPU, conditioning=EveryClass(2).rows(0, 7), guidance_scale=scale, batch_size=3
+        )
+        sampler = DDIMSampler(LINEAR, 6, **options)
+        states = runs.run(sampler.plan(model))
+        expected = sampler.sample(
+            model, (7, 1), seed=3, conditioning=EveryClass(2).rows(0, 7), guidance_scale=scale, return_trajectory=True
+        )
+        for state, x_t in zip(states, expected.x_t, strict=True):
+            torch.testing.assert_close(state.x_t, x_t, rtol=1e-5, atol=1e-6)
+        for state, x0 in zip(states[1:], expected.x0, strict=True):
+            torch.testing.assert_close(state.x0_last, x0, rtol=1e-5, atol=1e-6)
+        # From the middle on: the same.
+        again = runs.run(sampler.plan(model), 4, states)
+        assert all(torch.equal(a.x_t, b.x_t) for a, b in zip(again, states, strict=True))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_costs_are_those_of_steps_taken_one_by_one(order):
+    """The table against its definition, in float64."""
+    model = ClosedForm(LINEAR)
+    candidates = (999, 700, 300, 50)
+    runs = Runs.from_seed(model, (1,), 16, 0, CPU)
+    many = DDIMSampler(LINEAR, timesteps=sorted({*range(0, 1000, 10), *candidates}, reverse=True), order=2).plan(model)
+    along = reference(runs, many, candidates)
+    costs = cost_table(along, DDIMSampler(LINEAR, timesteps=candidates, order=order).plan(model))
+    assert costs.shape == ((4, 5) if order == 1 else (5, 4, 5))
+    bars = [LINEAR.alpha_bar(t) for t in candidates] + [1.0]
+    x = [x_t.double().numpy() for x_t in along.x_t]
+    x0 = [v.double().numpy() for v in along.x0]
+    lambdas = [0.5 * math.log(a / (1 - a)) if a < 1 else math.inf for a in bars]
+    for i in range(4):
+        for j in range(i + 1, 5):
+            for before in [None, *range(i)] if order == 2 else [None]:
+                d = x0[i]
+                if before is not None and j < 4:
+                    r = (lambdas[i] - lambdas[before]) / (lambdas[j] - lambdas[i])
+                    d = d + (d - x0[before]) / (2 * r)
+                eps = (x[i] - math.sqrt(bars[i]) * d) / math.sqrt(1 - bars[i])
+                landed = math.sqrt(bars[j]) * d + math.sqrt(1 - bars[j]) * eps
+                expected = np.sqrt(((landed - x[j]) ** 2).mean(1)).mean() / math.sqrt(bars[j])
+                found = costs[i, j] if order == 1 else costs[4 if before is None else before, i, j]
+                assert found == pytest.approx(expected, rel=1e-3, abs=3e-6 / math.sqrt(bars[j]))
+    impossible = np.isinf(costs)
+    assert impossible[..., 2, 1].all()
+    assert impossible[..., 1, 1].all()
+    if order == 2:
+        assert impossible[2, 1].all()
+
+
+def refinement(budget, start):
+    model = ClosedForm(LINEAR)
+    runs = Runs.from_seed(model, (1,), 32, 0, CPU)
+
+    def plan_of(timesteps):
+        return DDIMSampler(LINEAR, timesteps=timesteps).plan(model)
+
+    converged = runs.run(plan_of(range(999, -1, -2)))[-1].x_t
+    found = Refinement(runs, plan_of, converged, budget)
+    found.offer(start)
+    return found
+
+
+def test_refinement_never_gets_worse_and_ends_where_no_neighbour_is_better():
+    found = refinement(10**6, (999, 600, 300, 100))
+    began = found.distance
+    found.refine(1000)
+    assert found.distance < 0.8 * began
+    for k in range(4):
+        for towards in (-1, 1):
+            moved = list(found.timesteps)
+            moved[k] += towards
+            inside = 0 <= moved[k] < 1000 and moved == sorted(set(moved), reverse=True)
+            assert not inside or found.tried[tuple(moved)] >= found.distance
+
+
+def test_refinement_keeps_to_its_budget():
+    found = refinement(4, (999, 600, 300, 100))
+    assert found.spent == 4
+    found.budget = 25
+    found.refine(1000)
+    assert found.spent <= 25
+
+
+def test_a_run_that_goes_on_from_another_is_the_same_as_a_whole_one():
+    found = refinement(10**6, (999, 600, 300, 100))
+    found.offer((999, 600, 300, 50))
+    whole = refinement(10**6, (999, 600, 300, 50))
+    assert found.tried[(999, 600, 300, 50)] == whole.distance
+
+
+def test_a_state_is_left_as_it_was():
+    model = ClosedForm(LINEAR)
+    runs = Runs.from_seed(model, (1,), 4, 0, CPU)
+    plan = DDIMSampler(LINEAR, 3, order=2).plan(model)
+    first = after(State(runs.start), plan.steps[0], runs.predict(runs.start, 999), 2)
+    kept = first.x0_last.clone(), first.x_t.clone()
+    after(first, plan.steps[1], runs.predict(first.x_t, 500), 2)
+    assert torch.equal(first.x0_last, kept[0])
+    assert torch.equal(first.x_t, kept[1])
+
+
+@pytest.mark.parametrize("count", [1, 2, 24, 1000])
+def test_candidates_are_distinct_and_reach_both_ends(count):
+    candidates = search(candidates=count).candidate_timesteps
+    assert len(candidates) == count
+    assert list(candidates) == sorted(set(candidates), reverse=True)
+    assert candidates[0] == 999
+    assert set(candidates) <= set(search(candidates=count).reference_timesteps)
+
+
+def test_closed_forms_have_as_many_steps():
+    assert {len(timesteps) for timesteps in search().closed_forms().values()} == {5}
+    assert search().closed_forms()["log_snr"] == select_timesteps(5, 1000, "log_snr", schedule=LINEAR)
