@@ -301,16 +301,16 @@ noise_options = (
 
 def takes_run(*more: Callable) -> Callable:
     """Decorator: the options of every command that samples, and these, gathered in a ``Run`` that the command gets first."""
-    return _gathered((*more, *_OPTIONS.values()))
+    return _gathered((*more, *_OPTIONS.values()), {f.name for f in fields(Run) if f.init})
 
 
 def takes_model(command: Callable) -> Callable:
     """Decorator: the options that say which model to ask and how, gathered in a ``Run`` that the command gets first."""
-    return _gathered([_OPTIONS[name] for name in _OF_A_MODEL])(command)
+    return _gathered([_OPTIONS[name] for name in _OF_A_MODEL], set(_OF_A_MODEL))(command)
 
 
-def _gathered(options: Sequence[Callable]) -> Callable:
-    names = {f.name for f in fields(Run) if f.init}
+def _gathered(options: Sequence[Callable], names: set[str]) -> Callable:
+    """Decorator: these options; those of these names in a ``Run``."""
 
     def decorate(command: Callable) -> Callable:
         @wraps(command)

@@ -147,7 +147,7 @@ def calls_to_do(
     cells: Iterable[Cell],
     directory: StudyDirectory,
     converged_cell: Cell | None,
-    converged_count: int | None,
+    converged_count: int | None = None,
 ) -> int:
     """Model calls, counted by sample, that ``run_study`` would make: for a progress bar."""
     cells = list(cells)

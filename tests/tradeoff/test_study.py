@@ -1,0 +1,243 @@
+"""A study: the cells it should have, measured, kept, and gone on with."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from torch import nn
+
+from ddim_fast import NoiseSchedule
+from ddim_fast.cli import main
+from ddim_fast.generation.conditioning import EveryClass
+from ddim_fast.tradeoff import (
+    Cell,
+    ClosedForm,
+    StudyDirectory,
+    Subject,
+    grid,
+    measure,
+    paper_table,
+    run_study,
+    settings_of,
+)
+from ddim_fast.tradeoff.study import calls_to_do
+
+LINEAR = NoiseSchedule.linear()
+CONVERGED = Cell(40, "log_snr", order=2)
+
+
+def closed_form(**changes):
+    truth = ClosedForm(LINEAR)
+    options = dict(count=50, batch_size=20, truth=truth)
+    return Subject(truth, LINEAR, (1,), **{**options, **changes})
+
+
+class Pictures(nn.Module):
+    """A denoiser of flat pictures whose grey is the label's."""
+
+    prediction_type = "sample"
+
+    def __init__(self):
+        super().__init__()
+        self.grey = nn.Parameter(torch.linspace(-0.5, 0.5, 4))
+        self.calls = 0
+
+    def forward(self, x, t, class_labels):
+        self.calls += len(x)
+        return self.grey[class_labels].view(-1, 1, 1, 1).expand_as(x) + 0 * x
+
+
+# --- Cells ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_has_each_combination_once():
+    cells = grid(
+        (5, 10), ("leading", "quad"), (0.0, 0.5, 1.0), eta_scales=("std_dev", "variance"), sigma_hat=True, orders=(1, 2)
+    )
+    assert len(set(cells)) == len(cells) == len({cell.key for cell in cells})
+    # eta 0 in two orders, 0.5 in two conventions, 1 in one, and sigma-hat; for two counts and two spacings
+    assert len(cells) == 2 * 2 * (2 + 2 + 1 + 1)
+    assert [cell.num_inference_steps for cell in cells] == sorted(cell.num_inference_steps for cell in cells)
+    assert all(cell.eta == 0 for cell in cells if cell.order == 2)
+    searched = grid((), (), (0.0, 1.0), searched={"mine": (900, 100)}, orders=(1, 2))
+    assert {(cell.timesteps, cell.timestep_spacing, cell.num_inference_steps) for cell in searched} == {
+        ((900, 100), "mine", 2)
+    }
+    assert len(searched) == 3
+
+
+def test_the_papers_table():
+    cells = paper_table(128)
+    assert len(cells) == 5 * 5
+    assert {cell.count for cell in cells if cell.num_inference_steps == 1000} == {128}
+    assert {cell.count for cell in cells if cell.num_inference_steps < 1000} == {None}
+    assert sum(cell.sigma_hat for cell in cells) == 5
+
+
+@pytest.mark.parametrize(
+    "cell", [Cell(5), Cell(2, "mine", timesteps=(9, 1)), Cell(10, "quad", 1.0, sigma_hat=True, count=7)]
+)
+def test_a_cell_is_data(cell):
+    assert Cell.from_dict(json.loads(json.dumps(cell.as_dict()))) == cell
+
+
+# --- Measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_measured_where_the_data_are_known():
+    subject = closed_form(count=400)
+    results = {S: measure(subject, Cell(S, "trailing"))[0] for S in (5, 50)}
+    assert results[50].quality["wasserstein"].value < results[5].quality["wasserstein"].value / 3
+    assert results[50].calls == 50
+    assert results[50].count == 400
+    assert results[5].model_ms > 0
+    assert "distance" not in results[5].quality
+
+
+def test_distances_shrink_and_are_of_deterministic_cells_only():
+    subject = closed_form(reconstructed=8)
+    converged = measure(subject, CONVERGED)[1]
+    few, many = (measure(subject, Cell(S, "trailing"), converged)[0].quality for S in (5, 40))
+    assert many["distance"].value < few["distance"].value / 3
+    assert many["distance"].error > 0
+    assert many["reconstruction"].value < few["reconstruction"].value
+    assert "distance" not in measure(subject, Cell(5, "trailing", 1.0), converged)[0].quality
+    assert "reconstruction" not in measure(subject, Cell(5, "trailing", order=2), converged)[0].quality
+
+
+def test_the_same_noise_in_every_cell_whatever_the_batch():
+    a = measure(closed_form(truth=None), Cell(5))[1]
+    b = measure(closed_form(truth=None, batch_size=7), Cell(5))[1]
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+# --- On disk ----------------------------------------------------------------------------------------------------------
+
+
+def study(path, cells, model=None, **options):
+    model = Pictures() if model is None else model
+    subject = Subject(model, LINEAR, (1, 6, 6), EveryClass(4), count=10, batch_size=4, seed=options.pop("seed", 0))
+    directory = StudyDirectory(path, settings_of(subject))
+    told = []
+    due = calls_to_do(subject, cells, directory, CONVERGED)
+    found = run_study(subject, cells, directory, "pictures", converged_cell=CONVERGED, progress=told.append, **options)
+    assert sum(told) == due
+    return found, model
+
+
+CELLS = [Cell(2), Cell(4), Cell(3, "trailing", 1.0)]
+
+
+def test_it_goes_on_where_it_was(tmp_path):
+    whole, model = study(tmp_path / "whole", CELLS)
+    assert model.calls == 10 * (2 + 4 + 3 + 40)
+
+    class Broken(Exception):  # noqa: N818 (no error, but a stand-in for a power cut)
+        pass
+
+    def break_off(result):
+        if result.cell == CELLS[1]:
+            raise Broken
+
+    with pytest.raises(Broken):
+        study(tmp_path / "parts", CELLS, done=break_off)
+    rest, model = study(tmp_path / "parts", CELLS)
+    assert model.calls == 10 * 3
+    assert [r.quality for r in rest.results] == [r.quality for r in whole.results]
+    again, model = study(tmp_path / "parts", CELLS)
+    assert model.calls == 0
+    assert [r.as_dict() for r in again.results] == [r.as_dict() for r in rest.results]
+    more, model = study(tmp_path / "parts", [*CELLS, Cell(5)])
+    assert model.calls == 50
+    assert len(more.results) == 4
+
+
+def test_pictures_are_kept(tmp_path):
+    found, _ = study(tmp_path, CELLS)
+    for result in found.results:
+        with Image.open(tmp_path / result.pictures) as sheet:
+            assert sheet.width > 10 * 6
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
+
+
+def test_other_settings_are_refused_with_a_difference(tmp_path):
+    study(tmp_path, CELLS)
+    with pytest.raises(ValueError, match=r"holds a study with other settings(.|\n)*seed: 0 there, 1 here"):
+        study(tmp_path, CELLS, seed=1)
+    other = Pictures()
+    with torch.no_grad():
+        other.grey[0] = 0.3
+    with pytest.raises(ValueError, match=r"model\.sha256: "):
+        study(tmp_path, CELLS, model=other)
+
+
+def test_a_contradiction_comes_before_any_work(tmp_path):
+    model = Pictures()
+    with pytest.raises(ValueError, match="eta"):
+        study(tmp_path, [Cell(2), Cell(2, eta=50.0)], model=model)
+    assert model.calls == 0
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+def run(*words, code=0):
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_the_command_on_a_closed_form(tmp_path):
+    words = [
+        "tradeoff",
+        "--model",
+        "closed-form",
+        "--steps",
+        "5,20",
+        "--spacings",
+        "trailing",
+        "-n",
+        "64",
+        "--out",
+        tmp_path,
+        "--quiet",
+    ]
+    run(*words)
+    found = json.loads((tmp_path / "study.json").read_text())
+    keys = {
+        r["cell"]["num_inference_steps"]: r
+        for r in found["results"]
+        if r["cell"]["eta"] == 0 and r["cell"]["order"] == 1
+    }
+    assert keys[20]["quality"]["wasserstein"]["value"] < keys[5]["quality"]["wasserstein"]["value"]
+    assert (tmp_path / "report.html").exists()
+    assert (tmp_path / "cells.csv").exists()
+    before = (tmp_path / "cells" / "trailing-5-eta0.json").stat().st_mtime_ns
+    run(*words)
+    assert (tmp_path / "cells" / "trailing-5-eta0.json").stat().st_mtime_ns == before
+    assert "other settings" in run(*words, "--seed", 3, code=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "ten"], "must be numbers separated by commas, got 'ten'"),
+        (["--spacings", "leading,best"], "separated by commas, got 'leading,best'"),
+        (["--orders", "3"], "must be one or more of 1, 2, separated by commas, got '3'"),
+        (["--features", "os:path"], "give both --features and --real, or neither"),
+        (["--steps", ","], "separated by commas, got ','"),
+    ],
+)
+def test_wrong_words(tmp_path, words, said):
+    output = run(
+        "tradeoff", "--model", "closed-form", "--out", tmp_path / "x", *words, code=2 if "commas" in said else 1
+    )
+    assert said in " ".join(output.split())
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_search_that_could_not_be_written_does_not_begin(tmp_path):
+    assert "the folder of" in run("search", "--steps", 2, "--out", tmp_path / "no" / "x.json", code=1)
+    assert "must end in .json" in run("search", "--steps", 2, "--out", tmp_path / "x.txt", code=1)
