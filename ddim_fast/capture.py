@@ -35,7 +35,7 @@ MODES = ("auto", "loop", "step", "off")
 
 _PACKAGE = __name__.partition(".")[0]
 _LOADED = ("x_t", "seeds", "mask", "known_x0")  # tensors of a Loop that a call brings
-_SCRATCH = ("noise", "known_noise", "model_input", "x_seen", "x0")  # and that a step fills
+_SCRATCH = ("noise", "known_noise", "model_input", "x_seen", "x0", "history")  # and that a step fills
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def inpaint(
         options: those of ``sample``. The trajectory's x0 is what the model predicts, in the known part, too.
 
     Raises:
-        TypeError, ValueError: as ``sample`` and ``img2img``; or the mask does not fit, or leaves [0, 1].
+        TypeError, ValueError: as ``sample`` and ``img2img``; or the mask does not fit, or leaves [0, 1]; or the sampler has order=2.
     """
     check_left_out("inpaint", "x0", options)
     check_samples("x0", x0)

@@ -70,6 +70,10 @@ def invert(
     plan = _unclipped(sampler, model).plan(model)
     if plan.eta != 0:
         raise ValueError(f"only a deterministic sampler has an inverse, got eta={plan.eta}: make one with eta=0")
+    if plan.order != 1:
+        raise ValueError(
+            f"a step is inverted by itself, and one of order={plan.order} depends on the step before, too: make a sampler with order=1"
+        )
     _check_iterations(iterations, tolerance)
     check_samples("x0", x0)
     scales = guidance_scales(guidance_scale, plan.timesteps)

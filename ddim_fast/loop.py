@@ -109,6 +109,7 @@ class Loop:
         guidance_rescale: phi of ``guided_output``; 0 leaves guidance to the step's kernel.
         mask, known_x0: like ``x_t``: the known region (1) and the picture there; or None.
         known_noise: like ``x_t``: what a ``generator`` fills before each step whose known region has noise; or None.
+        history: like ``x_t``: the x0 of the step before, for steps of a multistep form; or None. The first step reads none.
     """
 
     x_t: Tensor
@@ -127,6 +128,7 @@ class Loop:
     mask: Tensor | None = None
     known_x0: Tensor | None = None
     known_noise: Tensor | None = None
+    history: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -170,6 +172,7 @@ class Loop:
             normals=self.normals,
             out=x_t if self.x_seen is None else self.x_seen,
             x0_out=self.x0,
+            history=self.history,
             backend=backend,
         )
         if self.x_seen is not None:
@@ -220,6 +223,7 @@ class Loop:
             normals=self.normals,
             out=self.x_t,
             x0_out=self.x0,
+            history=self.history,
         )
         p.index.add_(1)
 

@@ -25,7 +25,9 @@ __all__ = [
     "feature_statistics",
     "frechet_distance",
     "load_classifier",
+    "load_features",
     "load_statistics",
+    "sample_distances",
 ]
 
 NUM_CLASSES = 10
@@ -167,6 +169,15 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     return ((a.mean - b.mean).square().sum() + spread).item()
 
 
+def sample_distances(samples: Tensor, others: Tensor) -> Tensor:
+    """Root mean square difference of each sample ``(N, C, ...)`` to the other of the same number: ``(N,)`` float64."""
+    if samples.shape != others.shape:
+        raise ValueError(
+            f"both must have the same shape, received {tuple(samples.shape)} and {tuple(others.shape)}. Give as many of each."
+        )
+    return (samples.double() - others.double()).flatten(1).square().mean(1).sqrt()
+
+
 def _shipped_file(name: str, kind: str) -> Path:
     if name not in _NAMES:
         raise ValueError(f"name must be one of {list(_NAMES)}, received {name!r}. Only these ship with the package.")
@@ -193,6 +204,11 @@ def load_statistics(name: str = "fashion") -> FeatureStatistics:
     """The shipped classifier's ``FeatureStatistics`` over the 60,000 pictures of the training set."""
     state = load_file(_shipped_file(name, "statistics"))
     return FeatureStatistics(state["mean"], state["covariance"], int(state["count"]))
+
+
+def load_features(name: str = "fashion") -> Tensor:
+    """The shipped classifier's features ``(2000, 64)`` float32 of 2,000 test pictures, 200 of each class: the first of each in the set."""
+    return load_file(_shipped_file(name, "features"))["features"].float()
 
 
 def _check_pictures(images: Tensor, minimum_count: int) -> None:

@@ -91,6 +91,10 @@ def sample_parallel(
         TypeError, ValueError: an argument breaks a rule, or the model returns the wrong thing.
     """
     plan = sampler.plan(model)
+    if plan.order != 1:
+        raise ValueError(
+            f"steps solved for at once each depend on one state, and those of order={plan.order} on two: make a sampler with order=1"
+        )
     _check_tolerance(tolerance)
     _check_count("window", window)
     _check_count("max_iterations", max_iterations)

@@ -16,7 +16,15 @@ import torch
 
 from .kernels.contract import StepCoefficients, StepTable
 from .schedule import NoiseSchedule
-from .update import ETA_SCALES, PREDICTION_TYPES, check_eta, ddim_coefficients, ddim_variance, ddpm_variance
+from .update import (
+    ETA_SCALES,
+    PREDICTION_TYPES,
+    check_eta,
+    ddim_coefficients,
+    ddim_variance,
+    ddpm_variance,
+    multistep_coefficients,
+)
 
 BEFORE_FIRST = -1
 """The timestep of clean data, after the last step."""
@@ -50,6 +58,8 @@ class SamplingPlan:
         set_alpha_to_one: the last step goes to alpha_bar = 1 (clean data); otherwise to alpha_bar_0, as some models were sampled.
         clip_sample_range: clip the predicted x0 to [-range, range]; no clipping if none.
         use_clipped_model_output: derive eps again from the clipped x0, so that the two agree (GLIDE and guided-diffusion do).
+        order: 1 is DDIM. 2 is its multistep form (DPM-Solver++(2M), see ``multistep_coefficients``), which reads the x0 that the step
+            before predicted: as many model calls, and an error that falls with the square of the number of steps. Needs eta = 0.
 
     Raises:
         ValueError: an argument is unknown or out of range; eta asks for more noise than a step has room for; epsilon prediction at
@@ -65,6 +75,7 @@ class SamplingPlan:
     set_alpha_to_one: bool = True
     clip_sample_range: float | None = None
     use_clipped_model_output: bool = False
+    order: int = 1
 
     def __post_init__(self) -> None:
         _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
@@ -81,6 +92,13 @@ class SamplingPlan:
         if self.use_clipped_model_output and self.clip_sample_range is None:
             raise ValueError(
                 "use_clipped_model_output derives eps from the clipped x0: it needs a clip_sample_range, got None"
+            )
+        if self.order not in (1, 2) or isinstance(self.order, bool):
+            raise ValueError(f"order must be 1 (DDIM) or 2 (its multistep form), got {self.order!r}")
+        if self.order == 2 and (self.eta != 0 or self.sigma_hat):
+            raise ValueError(
+                "order=2 draws on from the step before, along a trajectory that fresh noise leaves: it needs eta = 0, got "
+                f"eta = {self.eta}: use order=1, or eta=0"
             )
         if self.eta > self.largest_eta * (1 + 1e-9):
             # Rounded down, so that the value named is one that is accepted.
@@ -131,15 +149,17 @@ class SamplingPlan:
         std_dev_t = math.sqrt(variance)
         if self.sigma_hat and alpha_bar_prev < 1:  # clean data stays clean
             std_dev_t = math.sqrt(1 - alpha_bar_t / alpha_bar_prev)
-        row = ddim_coefficients(
-            alpha_bar_t,
-            alpha_bar_prev,
-            self.prediction_type,
-            variance=variance,
-            std_dev_added=std_dev_t,
-            clip_sample_range=self.clip_sample_range,
-            use_clipped_model_output=self.use_clipped_model_output,
-        )
+        clipping = {
+            "clip_sample_range": self.clip_sample_range,
+            "use_clipped_model_output": self.use_clipped_model_output,
+        }
+        levels = alpha_bar_t, alpha_bar_prev
+        if self.order == 2 and index > 0:
+            row = multistep_coefficients(self._levels[index - 1][0], *levels, self.prediction_type, **clipping)
+        else:
+            row = ddim_coefficients(
+                *levels, self.prediction_type, variance=variance, std_dev_added=std_dev_t, **clipping
+            )
         return PlannedStep(index, t, t_prev, alpha_bar_t, alpha_bar_prev, std_dev_t, row)
 
 

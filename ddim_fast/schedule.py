@@ -10,8 +10,8 @@ Dhariwal 2021, arXiv 2102.09672), zero terminal SNR (Lin et al. 2023, arXiv 2305
 
 from __future__ import annotations
 
-import inspect
 import hashlib
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Sequence

@@ -70,7 +70,7 @@ def select_timesteps(
     Args:
         num_inference_steps: 1 <= S <= T.
         num_train_timesteps: T >= 1.
-        spacing: a key of ``SPACINGS``. Only ``trailing``, ``log_snr`` and ``karras`` always start at T - 1.
+        spacing: a key of ``SPACINGS``. Only ``trailing``, ``log_snr``, ``karras`` and ``beta`` always start at T - 1.
         steps_offset: added to every timestep of ``leading``, 0 <= steps_offset < T; the other spacings do not use it.
         schedule: needed by ``log_snr`` and ``karras``; of length T.
         rho: the exponent of ``karras``, finite and > 0; the other spacings do not use it.
@@ -167,6 +167,28 @@ def karras(request: SpacingRequest) -> np.ndarray:
         return _timesteps_of_log_snr(snr[-1] - 2 * (request.rho * root), snr)
 
 
+def beta(request: SpacingRequest) -> np.ndarray:
+    """Quantiles of a Beta(0.6, 0.6) distribution over the range: denser at both ends, float64 of shape (S,).
+
+    Lee et al. 2024, "Beta Sampling is All You Need" (arXiv 2407.12173): the early steps decide the picture's outline, the last its
+    detail. From t = T - 1 to t = 0; one step is t = T - 1.
+    """
+    last = request.num_train_timesteps - 1
+    if request.num_inference_steps == 1:
+        return np.array([last], dtype=np.float64)
+    return last * _beta_quantiles(np.linspace(0, 1, request.num_inference_steps), 0.6)
+
+
+def _beta_quantiles(p: np.ndarray, concentration: float) -> np.ndarray:
+    """Quantiles of Beta(a, a) to about 1e-7: with x = sin(angle)^2 its density is (sin cos)^(2a - 1), which is bounded for a >= 1/2."""
+    # Squeezed towards the ends, where the density turns vertical.
+    angles = np.pi / 4 * (1 - np.cos(np.linspace(0, np.pi, 20_001)))
+    middles = (angles[1:] + angles[:-1]) / 2
+    mass = (np.sin(middles) * np.cos(middles)) ** (2 * concentration - 1) * np.diff(angles)
+    cumulative = np.concatenate([[0.0], np.cumsum(mass)])
+    return np.sin(np.interp(p, cumulative / cumulative[-1], angles)) ** 2
+
+
 SPACINGS: dict[str, Callable[[SpacingRequest], np.ndarray]] = {
     "leading": leading,
     "trailing": trailing,
@@ -175,6 +197,7 @@ SPACINGS: dict[str, Callable[[SpacingRequest], np.ndarray]] = {
     "quad": quad,
     "log_snr": log_snr,
     "karras": karras,
+    "beta": beta,
 }
 """Spacings by name: each takes a ``SpacingRequest`` and returns S real positions, not necessarily whole or distinct."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from numbers import Real
 from typing import NamedTuple
 
@@ -161,6 +162,62 @@ def ddim_coefficients(
         known_x0=math.sqrt(alpha_bar_prev),
         known_noise=math.sqrt(1 - alpha_bar_prev),
     )
+
+
+def multistep_coefficients(
+    alpha_bar_last: float,
+    alpha_bar_t: float,
+    alpha_bar_prev: float,
+    prediction: str | Prediction = "epsilon",
+    *,
+    clip_sample_range: float | None = None,
+    use_clipped_model_output: bool = False,
+) -> StepCoefficients:
+    """A step of DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), of second order where DDIM is of first, as a row::
+
+        lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar))
+        r      = (lambda_t - lambda_last) / (lambda_prev - lambda_t)
+        D      = x0 + (x0 - x0_last) / (2 r)
+        x_prev = sqrt(alpha_bar_prev) D + sqrt(1 - alpha_bar_prev) (x_t - sqrt(alpha_bar_t) D) / sqrt(1 - alpha_bar_t)
+
+    The deterministic DDIM step with D for x0: x0 as it will be half of the way, drawn on in lambda from the step before, which predicted
+    x0_last. What x_t is in it, the row's own x0 (clipped, where it clips) and eps say: sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps.
+    So this is the row of the DDIM step, and a multiple of x0 - x0_last beside it.
+
+    It is the DDIM step itself where lambda_prev is infinite (alpha_bar_prev = 1; the paper's last step, too, is of first order) and where
+    lambda_last is (alpha_bar_last = 0): 1 / (2 r) is 0 there.
+
+    Args:
+        alpha_bar_last: the noise level that the step before started from, and where it predicted x0_last.
+
+    The other arguments are those of ``ddim_coefficients``.
+
+    Raises:
+        ValueError: the noise levels do not fall from step to step, or as ``ddim_coefficients``.
+    """
+    if not 0 <= alpha_bar_last < alpha_bar_t <= alpha_bar_prev <= 1:
+        raise ValueError(
+            "a multistep form goes from noise to data, alpha_bar_last < alpha_bar_t <= alpha_bar_prev, got "
+            f"{alpha_bar_last}, {alpha_bar_t}, {alpha_bar_prev}: for other steps, use ddim_coefficients"
+        )
+    row = ddim_coefficients(
+        alpha_bar_t,
+        alpha_bar_prev,
+        prediction,
+        clip_sample_range=clip_sample_range,
+        use_clipped_model_output=use_clipped_model_output,
+    )
+    if alpha_bar_prev == 1 or alpha_bar_last == 0:
+        return row
+    lambda_last, lambda_t, lambda_prev = (_lambda(a) for a in (alpha_bar_last, alpha_bar_t, alpha_bar_prev))
+    of_d = math.sqrt(alpha_bar_prev) - math.sqrt(alpha_bar_t) * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t))
+    drawn_on = of_d * (lambda_prev - lambda_t) / (2 * (lambda_t - lambda_last))
+    return replace(row, prev_x0=row.prev_x0 + drawn_on, prev_history=-drawn_on)
+
+
+def _lambda(alpha_bar: float) -> float:
+    """Half of the logarithm of the signal-to-noise ratio, between 0 and 1."""
+    return 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar))
 
 
 def mean_coefficients(

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
+from itertools import combinations
 from numbers import Integral, Real
 
 import torch
@@ -23,9 +24,10 @@ class StepCoefficients:
 
         x0     = clip(x0_x * x_t + x0_m * m)
         eps    = eps_x * x_t + eps_m * m + eps_0 * x0
-        x_prev = prev_x0 * x0 + prev_eps * eps + prev_noise * z
+        x_prev = prev_x0 * x0 + prev_eps * eps + prev_history * x0_last + prev_noise * z
 
-    (equation 12 of the DDIM paper, arXiv 2010.02502: the predicted x0, the direction pointing to x_t, and the noise.)
+    (equation 12 of the DDIM paper, arXiv 2010.02502: the predicted x0, the direction pointing to x_t, and the noise. x0_last is
+    the x0 of the step before, for a multistep form: arXiv 2211.01095.)
 
     Args:
         eps_0: not zero only where eps is derived again from the clipped x0.
@@ -33,6 +35,7 @@ class StepCoefficients:
         clip: x0 is clipped to [-clip, clip]; infinity for no clipping.
         known_x0, known_noise: sqrt(alpha_bar_prev) and sqrt(1 - alpha_bar_prev): what brings a known x0 to the noise level of x_prev
             (equation 4 of the paper), for inpainting.
+        prev_history: not zero only in a multistep form.
 
     Raises:
         ValueError: a coefficient is not a finite float32 number, or ``clip`` is not positive.
@@ -49,6 +52,7 @@ class StepCoefficients:
     clip: float = math.inf
     known_x0: float = 0.0
     known_noise: float = 0.0
+    prev_history: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.clip <= _FLOAT32_MAX and self.clip != math.inf:
@@ -80,13 +84,17 @@ class StepCoefficients:
         return self.known_noise != 0
 
     @property
+    def reads_history(self) -> bool:
+        return self.prev_history != 0
+
+    @property
     def x0_total(self) -> float:
         """How much of x0 there is in x_prev, eps included."""
         return self.prev_x0 + self.prev_eps * self.eps_0
 
     @property
     def folded(self) -> tuple[float, float]:
-        """(a, b) of ``x_prev = a * x_t + b * m + prev_noise * z``, which is the whole step where nothing is clipped."""
+        """(a, b) of ``x_prev = a * x_t + b * m + prev_history * x0_last + prev_noise * z``, the whole step where nothing is clipped."""
         return (
             self.x0_total * self.x0_x + self.prev_eps * self.eps_x,
             self.x0_total * self.x0_m + self.prev_eps * self.eps_m,
@@ -98,7 +106,7 @@ class StepCoefficients:
         total, (fold_x, fold_m) = self.x0_total, self.folded
         bound = self.clip if self.clipped else 0.0
         return struct.pack(
-            "=14fI",
+            "=15fI",
             fold_x,
             fold_m,
             self.prev_noise,
@@ -113,23 +121,26 @@ class StepCoefficients:
             total,
             self.known_x0,
             self.known_noise,
+            self.prev_history,
             self.clipped,
         )
 
     def row(self, guidance_scale: float | None = None) -> tuple[float, ...]:
         """The row as the Triton kernel reads it from a table in device memory: ``ROW_WIDTH`` numbers, rounded to float32 as ``packed``."""
         columns = struct.unpack_from("=12f", self.packed)
-        return (*columns, guidance_scale or 0.0, self.known_x0, self.known_noise, 0.0)
+        return (*columns, guidance_scale or 0.0, self.known_x0, self.known_noise, self.prev_history)
 
     @classmethod
     def from_row(cls, row: Sequence[float], clipped: bool) -> StepCoefficients:
         """Coefficients with the same ``packed`` bits as those that made the row."""
-        fold_x, fold_m, noise, _, _, _, rest_x, rest_m, x0_x, x0_m, bound, total, _, known_x0, known_noise, _ = row
+        fold_x, fold_m, noise, _, _, _, rest_x, rest_m, x0_x, x0_m, bound, total, _, known_x0, known_noise, history = (
+            row
+        )
         # x_prev = total * x0 + rest, whatever part of total came from eps.
         if not clipped:
             bound, rest_x, rest_m = math.inf, fold_x - total * x0_x, fold_m - total * x0_m
-        result = cls(x0_x, x0_m, rest_x, rest_m, 0.0, total, 1.0, noise, bound, known_x0, known_noise)
-        result.__dict__["packed"] = struct.pack("=14fI", *row[:12], known_x0, known_noise, clipped)
+        result = cls(x0_x, x0_m, rest_x, rest_m, 0.0, total, 1.0, noise, bound, known_x0, known_noise, history)
+        result.__dict__["packed"] = struct.pack("=15fI", *row[:12], known_x0, known_noise, history, clipped)
         return result
 
 
@@ -138,7 +149,9 @@ ROW_WIDTH = 16
 _GUIDANCE_COLUMN = 12
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
-_COLUMNS = ("x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps", "prev_noise", "known_x0", "known_noise")
+_COLUMNS = (
+    "x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps", "prev_noise", "known_x0", "known_noise", "prev_history",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -153,6 +166,7 @@ class StepTable:
         clipped: whether the rows clip x0. All do, or none: it is compiled into the kernel.
         adds_noise, adds_known_noise: whether some row does.
         guided: whether the rows have a guidance scale: then a step needs ``model_output_uncond``, and otherwise has no use for it.
+        reads_history: whether some row reads the x0 of the step before: then every step needs ``history``.
     """
 
     rows: Tensor
@@ -160,6 +174,7 @@ class StepTable:
     adds_noise: bool
     adds_known_noise: bool
     guided: bool = False
+    reads_history: bool = False
 
     def __post_init__(self) -> None:
         rows = self.rows
@@ -205,7 +220,8 @@ class StepTable:
         rows = [step.row(scale) for step, scale in zip(steps, scales, strict=True)]
         rows = torch.tensor(rows, dtype=torch.float32)
         noisy, known_noisy = any(step.adds_noise for step in steps), any(step.adds_known_noise for step in steps)
-        return cls(rows.to(device), steps[0].clipped, noisy, known_noisy, guidance_scale is not None)
+        reads_history = any(step.reads_history for step in steps)
+        return cls(rows.to(device), steps[0].clipped, noisy, known_noisy, guidance_scale is not None, reads_history)
 
     def set_guidance_scale(self, guidance_scale: float) -> None:
         """Another guidance scale for every step, written in place: it holds for graphs that were captured with this table, too.
@@ -238,6 +254,7 @@ def _from_row(row: tuple[float, ...], clipped: bool) -> StepCoefficients:
 
 PER_ELEMENT = ("x_t", "model_output", "model_output_uncond", "noise", "mask", "known_x0", "known_noise")
 PER_SAMPLE = ("seeds", "thresholds")
+WRITTEN = ("x_prev", "x0", "history")
 NORMALS = ("exact", "fast")
 """Forms of in-register noise: the noise standard's bits, or on NVIDIA GPUs the hardware's approximations."""
 
@@ -263,6 +280,7 @@ class StepInputs:
     x_prev: Tensor | None = None
     x0: Tensor | None = None
     normals: str = "exact"
+    history: Tensor | None = None  # read, where the row reads it, and written
     reads: list[tuple[str, Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -275,6 +293,14 @@ class StepInputs:
     @property
     def adds_known_noise(self) -> bool:
         return self.mask is not None and self.coefficients.adds_known_noise
+
+    @property
+    def writes(self) -> dict[str, Tensor]:
+        return {name: t for name in WRITTEN if (t := getattr(self, name)) is not None}
+
+    @property
+    def reads_history(self) -> bool:
+        return self.coefficients.reads_history
 
     @property
     def row_per_sample(self) -> bool:
@@ -293,7 +319,7 @@ class StepInputs:
         """The inputs of sample ``i`` alone, with coefficients of its own."""
         own = {
             name: None if (t := getattr(self, name)) is None else t[i : i + 1]
-            for name in (*PER_ELEMENT, *PER_SAMPLE, "x_prev", "x0")
+            for name in (*PER_ELEMENT, *PER_SAMPLE, *WRITTEN)
         }
         return replace(
             self,
@@ -311,14 +337,16 @@ def check_inputs(inputs: StepInputs) -> None:
     _check_noise(inputs)
     _check_thresholds(inputs)
     _check_mask(inputs)
-    for name in ("x_prev", "x0"):
-        if (written := getattr(inputs, name)) is not None:
-            _check_like(name, written, inputs.x_t, same_dtype=True)
-            _check_writable(name, written)
-            for read_name, read in inputs.reads:
-                _check_overlap(name, written, read_name, read, same_allowed=read_name not in PER_SAMPLE)
-    if inputs.x_prev is not None and inputs.x0 is not None:
-        _check_overlap("x0", inputs.x0, "x_prev", inputs.x_prev, same_allowed=False)
+    _check_history(inputs)
+    written = inputs.writes
+    for name, tensor in written.items():
+        _check_like(name, tensor, inputs.x_t, same_dtype=True)
+        _check_writable(name, tensor)
+        for read_name, read in inputs.reads:
+            same_allowed = name != "history" and read_name not in PER_SAMPLE
+            _check_overlap(name, tensor, read_name, read, same_allowed)
+    for (name, tensor), (other_name, other) in combinations(written.items(), 2):
+        _check_overlap(other_name, other, name, tensor, same_allowed=False)
 
 
 def check_predictions(inputs: StepInputs) -> None:
@@ -511,6 +539,22 @@ def _check_mask(inputs: StepInputs) -> None:
         raise ValueError(
             f"known_x0 is brought to the noise level of x_prev{_std_dev(inputs, 'known_noise')}: "
             "pass known_noise, or seeds for the noise standard"
+        )
+
+
+def _check_history(inputs: StepInputs) -> None:
+    if inputs.history is None:
+        if inputs.reads_history:
+            raise ValueError(
+                "this step reads the x0 of the step before (prev_history), got no history: pass the tensor that the steps before wrote "
+                "to, or take the steps of a plan with order=1"
+            )
+        return
+    other = {"a row that adds noise": inputs.adds_noise, "mask and known_x0": inputs.mask is not None}
+    if found := next((what for what in other if other[what]), None):
+        raise ValueError(
+            "a history is of a smooth trajectory, which fresh noise and a known picture put in leave, got history beside "
+            f"{found}: leave history out"
         )
 
 

@@ -103,6 +103,7 @@ def run(inputs: StepInputs) -> Tensor:
             describe("mask"),
             describe("known_x0"),
             describe("known_noise", inputs.adds_known_noise),
+            describe("history"),
         ),
         inputs.guidance_scale or 0.0,
         inputs.coefficients.packed,

@@ -45,6 +45,7 @@ def ddim_step(
     normals: str = "exact",
     out: Tensor | None = None,
     x0_out: Tensor | None = None,
+    history: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """One DDIM update, x_t to x_prev, in a single pass over memory (equation 12 of arXiv 2010.02502).
@@ -66,6 +67,8 @@ def ddim_step(
             in their place, with fewer instructions (docs/GPU.md). The exact form is used wherever there is no other.
         out: where x_prev goes; may be ``x_t`` itself. A new tensor if none.
         x0_out: where the predicted (and clipped) x0 goes, in the dtype of ``x_t``; nowhere if none.
+        history: for a multistep form (a plan with ``order=2``): what the step before wrote here is read, where the row has a
+            ``prev_history``, and this step's x0 takes its place, element by element. Shape and dtype of ``x_t``; no memory is shared.
         backend: a name in ``BACKENDS``; the first that can if none.
 
     Returns:
@@ -93,14 +96,15 @@ def ddim_step(
             thresholds,
             target,
             x0_out,
+            history,
         )
         if result is not None:
             if not _is_inference_mode():
-                _note_writes(out, x0_out)
+                _note_writes(out, x0_out, history)
             return result
     inputs = StepInputs(
         x_t, model_output, coefficients, None, model_output_uncond, guidance_scale, noise, seeds, noise_step, noise_stream,
-        thresholds, mask, known_x0, known_noise, out, x0_out, normals,
+        thresholds, mask, known_x0, known_noise, out, x0_out, normals, history,
     )  # fmt: skip
     if backend is None and (traced or _modes_active()):
         return _through_operator(inputs, target)
@@ -125,6 +129,7 @@ def ddim_step_from_table(
     normals: str = "exact",
     out: Tensor | None = None,
     x0_out: Tensor | None = None,
+    history: Tensor | None = None,
 ) -> Tensor:
     """``ddim_step`` by a row of a table, whose number is in memory beside the samples: nothing about the step is known to the host.
 
@@ -140,7 +145,7 @@ def ddim_step_from_table(
     """
     inputs = StepInputs(
         x_t, model_output, table, index, model_output_uncond, None, noise, seeds, noise_step, noise_stream,
-        thresholds, mask, known_x0, known_noise, out, x0_out, normals,
+        thresholds, mask, known_x0, known_noise, out, x0_out, normals, history,
     )  # fmt: skip
     return _through_operator(inputs, out) if _is_dynamo_compiling() or _modes_active() else run_from_table(inputs)
 
@@ -155,7 +160,7 @@ def _run_checked(inputs: StepInputs, backend: str | None = None) -> Tensor:
     chosen = choose(inputs, backend)
     result = chosen.run(inputs)
     if chosen is not reference and not _is_inference_mode():
-        _note_writes(inputs.x_prev, inputs.x0)
+        _note_writes(*inputs.writes.values())
     return result
 
 
@@ -208,7 +213,7 @@ def _through_operator(inputs: StepInputs, target: Tensor | None) -> Tensor:
 
     Differentiable inputs are left to the reference, which is traced itself.
     """
-    tensors = [t for _, t in inputs.reads]
+    tensors = [*(t for _, t in inputs.reads), *([] if inputs.history is None else [inputs.history])]
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     wrapped = not _is_dynamo_compiling() and any(is_wrapped(t) for t in tensors)  # torch.compile cannot ask
     if recorded or wrapped or forward_ad._current_level >= 0:
@@ -226,12 +231,21 @@ def _through_operator(inputs: StepInputs, target: Tensor | None) -> Tensor:
         c = i.coefficients
         table = (c.rows, c.clipped, c.adds_noise, c.adds_known_noise, c.guided)
         torch.ops.ddim_fast.step_from_table_(
-            x_prev, i.x0, x_t, i.model_output, *table, i.index, i.model_output_uncond, *after
+            x_prev,
+            i.x0,
+            x_t,
+            i.model_output,
+            *table,
+            i.index,
+            i.model_output_uncond,
+            *after,
+            i.history,
+            c.reads_history,
         )
     else:
         row = i.coefficients.columns
         torch.ops.ddim_fast.step_(
-            x_prev, i.x0, x_t, i.model_output, row, i.model_output_uncond, i.guidance_scale, *after
+            x_prev, i.x0, x_t, i.model_output, row, i.model_output_uncond, i.guidance_scale, *after, i.history
         )
     return x_prev
 

@@ -38,7 +38,7 @@ def as_rows(inputs: StepInputs, x_prev: Tensor) -> Rows:
     The tensors are one row where all lie in memory in the same dense order and nothing depends on an element's sample or index.
     """
     read = {name: t.detach() for name, t in inputs.reads if name in PER_ELEMENT}
-    written = {"x_prev": x_prev} | ({"x0": inputs.x0} if inputs.x0 is not None else {})
+    written = {"x_prev": x_prev, **inputs.writes}
     flat = _flat_order(inputs, [*read.values(), *written.values()])
     n_samples = 1 if flat else x_prev.shape[0]
     n_elements = x_prev.numel() // n_samples
@@ -49,6 +49,8 @@ def as_rows(inputs: StepInputs, x_prev: Tensor) -> Rows:
         tensors[name] = tensor
         if not flat and not _has_rows(tensor):
             tensors[name] = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            if name == "history":
+                tensors[name].copy_(tensor)
             copied.append((tensor, tensors[name]))
     strides = {name: n_elements if flat or len(t) == 1 else t.stride(0) for name, t in tensors.items()}
     return Rows(n_samples, n_elements, tensors, strides, copied)
@@ -79,11 +81,10 @@ def plain_memory_reasons(inputs: StepInputs) -> list[str]:
         reasons.append(
             f"model_output is {m.dtype} beside an x_t of {x_t.dtype}, it takes the same dtype, or a half beside float32"
         )
-    tensors = [t for _, t in inputs.reads]
-    written = [t for t in (inputs.x_prev, inputs.x0) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *written)):
+    tensors = [*(t for _, t in inputs.reads), *inputs.writes.values()]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         reasons.append("a tensor requires gradients, which only the reference computes: use torch.inference_mode()")
-    if any(_is_wrapper(t) for t in (*tensors, *written)):
+    if any(_is_wrapper(t) for t in tensors):
         reasons.append(
             "a tensor is a subclass, a lazy negative or inside a torch.func transform: it is no plain memory"
         )

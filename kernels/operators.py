@@ -1,8 +1,8 @@
 """The step as torch operators, for torch.compile, make_fx and torch.export: one node in a graph, with what it writes declared.
 
 ``dispatch.ddim_step`` and ``ddim_step_from_table`` call these by themselves where they are traced; elsewhere they call a backend
-directly, which costs no dispatcher. Both operators write ``x_prev`` and, where it is given, ``x0``. ``x_t`` may be left out: then
-``x_prev`` holds it, and is updated in place.
+directly, which costs no dispatcher. Both operators write ``x_prev`` and, where they are given, ``x0`` and ``history``. ``x_t`` may be
+left out: then ``x_prev`` holds it, and is updated in place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from . import dispatch
 from .contract import StepCoefficients, StepInputs, StepTable
 
 
-@torch.library.custom_op("ddim_fast::step_", mutates_args=("x_prev", "x0"))
+@torch.library.custom_op("ddim_fast::step_", mutates_args=("x_prev", "x0", "history"))
 def step_(
     x_prev: Tensor,
     x0: Tensor | None,
@@ -32,6 +32,7 @@ def step_(
     known_x0: Tensor | None,
     known_noise: Tensor | None,
     normals: str,
+    history: Tensor | None = None,
 ) -> None:
     """``ddim_step`` with the fields of ``StepCoefficients``, in order, as ``coefficients``."""
     inputs = StepInputs(
@@ -52,11 +53,12 @@ def step_(
         x_prev,
         x0,
         normals,
+        history,
     )
     dispatch.run(inputs)
 
 
-@torch.library.custom_op("ddim_fast::step_from_table_", mutates_args=("x_prev", "x0"))
+@torch.library.custom_op("ddim_fast::step_from_table_", mutates_args=("x_prev", "x0", "history"))
 def step_from_table_(
     x_prev: Tensor,
     x0: Tensor | None,
@@ -78,12 +80,14 @@ def step_from_table_(
     known_x0: Tensor | None,
     known_noise: Tensor | None,
     normals: str,
+    history: Tensor | None = None,
+    reads_history: bool = False,
 ) -> None:
     """``ddim_step_from_table`` with the fields of its ``StepTable``."""
     inputs = StepInputs(
         x_prev if x_t is None else x_t,
         model_output,
-        StepTable(rows, clipped, adds_noise, adds_known_noise, guided),
+        StepTable(rows, clipped, adds_noise, adds_known_noise, guided, reads_history),
         index,
         model_output_uncond,
         None,
@@ -98,6 +102,7 @@ def step_from_table_(
         x_prev,
         x0,
         normals,
+        history,
     )
     dispatch.run_from_table(inputs)
 

@@ -66,14 +66,18 @@ def run(inputs: StepInputs) -> Tensor:
         x_prev = _combine((c.prev_x0, x0), (c.prev_eps, eps))
     else:
         fold_x, fold_m = c.folded
-        x0 = c.x0_x * x_t + c.x0_m * m if inputs.x0 is not None else None
+        x0 = c.x0_x * x_t + c.x0_m * m if inputs.x0 is not None or inputs.history is not None else None
         x_prev = fold_x * x_t + fold_m * m
+    if c.reads_history:
+        x_prev = x_prev + c.prev_history * inputs.history.to(dtype)
     if inputs.adds_noise:
         x_prev = x_prev + c.prev_noise * _noise(inputs, inputs.noise, inputs.noise_stream).to(dtype)
     if inputs.mask is not None:
         x_prev = _inpaint(x_prev, inputs, dtype)
     if inputs.x0 is not None:
         inputs.x0.copy_(x0)
+    if inputs.history is not None:
+        inputs.history.copy_(x0)
     if inputs.x_prev is not None:
         return inputs.x_prev.copy_(x_prev)
     return x_prev.to(inputs.x_t.dtype)

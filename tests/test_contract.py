@@ -71,7 +71,7 @@ def test_coefficients_are_frozen_hashable_and_travel():
     with pytest.raises(dataclasses.FrozenInstanceError):
         row().clip = 1.0
     used = row(clip=2.0)
-    assert len(used.packed) == 60
+    assert len(used.packed) == 64
     assert StepCoefficients.from_row(used.row(), clipped=True).packed == used.packed
     assert pickle.loads(pickle.dumps(used)) == used
     assert not row().clipped

@@ -158,24 +158,24 @@ def test_triad(select, name):
 
 
 def test_step_refuses_a_wrong_number_of_arguments():
-    with pytest.raises(TypeError, match="step takes 12 arguments, got 2"):
+    with pytest.raises(TypeError, match="step takes 13 arguments, got 2"):
         cpu_step.extension.step(1, 2)
 
 
 def test_run_refuses_bad_coefficients():
     tensor = (0, 0, 0)
     with pytest.raises(TypeError, match="packed coefficients"):
-        cpu_step.extension.run(1, 1, (tensor,) * 9, 0.0, b"short", 0, 0, 0, 0, 0, 1)
-    with pytest.raises(TypeError, match="wants nine tensors"):
-        cpu_step.extension.run(1, 1, (tensor,) * 6, 0.0, bytes(60), 0, 0, 0, 0, 0, 1)
+        cpu_step.extension.run(1, 1, (tensor,) * 10, 0.0, b"short", 0, 0, 0, 0, 0, 1)
+    with pytest.raises(TypeError, match="wants ten tensors"):
+        cpu_step.extension.run(1, 1, (tensor,) * 6, 0.0, bytes(64), 0, 0, 0, 0, 0, 1)
 
 
 def test_plain_call_declines_what_it_does_not_know():
     """Returns None, raises nothing and leaves no error behind: Python's checks then find the words."""
     x = torch.zeros(2, 3)
-    good = [x, x, StepCoefficients(**NOISY | {"prev_noise": 0.0}), None, None, None, None, 0, 0, None, x, None]
+    good = [x, x, StepCoefficients(**NOISY | {"prev_noise": 0.0}), None, None, None, None, 0, 0, None, x, None, None]
     assert cpu_step.extension.step(*good) is x
-    for i in range(12):
+    for i in range(13):
         for bad in (
             "text",
             3.5,
@@ -194,6 +194,28 @@ def test_plain_call_declines_what_it_does_not_know():
                 if isinstance(bad, float):
                     continue
             assert cpu_step.extension.step(*arguments) is None, (i, bad)
+
+
+def test_plain_call_takes_a_history_that_is_apart():
+    x, m, x0 = torch.ones(2, 3), torch.ones(2, 3), torch.zeros(2, 3)
+    writes, reads = (StepCoefficients(1, 0, 0, 0, 0, 0.5, 0, 0, prev_history=value) for value in (0.0, 0.25))
+    noisy = StepCoefficients(1, 0, 0, 0, 0, 0.5, 0, prev_noise=1.0)
+    history = torch.full((2, 3), math.nan)
+
+    def step(row, history, noise=None):
+        return cpu_step.extension.step(x, m, row, None, None, noise, None, 0, 0, None, x, x0, history)
+
+    assert step(writes, history) is x
+    assert torch.equal(history, torch.ones(2, 3))
+    assert step(reads, history) is x
+    assert torch.equal(x, torch.full((2, 3), 0.5))  # 0.5 * 0.5 + 0.25 * 1
+    assert torch.equal(history, torch.full((2, 3), 0.5))
+    assert torch.equal(x0, history)
+    for row, other in [(reads, None), (reads, x), (reads, m), (reads, x0), (writes, x), (reads, history.half())]:
+        assert step(row, other) is None
+    assert step(reads, history.clone().requires_grad_()) is None
+    assert step(noisy, history, torch.zeros(2, 3)) is None
+    assert cpu_step.extension.step_to_new(x, m, {7: reads}, 7, (), ()) is None
 
 
 # --- A step into new tensors ---------------------------------------------------------------------------------------------------

@@ -64,8 +64,10 @@ per_simd = pytest.mark.parametrize("target", SIMD, ids=str)
 
 def row_of(**columns):
     zero = dict.fromkeys(
-        ("x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps", "prev_noise", "known_x0", "known_noise"), 0.0
-    )
+        (
+            "x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps", "prev_noise", "known_x0", "known_noise", "prev_history",
+        ), 0.0
+    )  # fmt: skip
     return zero | {"clip": math.inf} | columns
 
 
@@ -238,7 +240,7 @@ COLUMN = st.one_of(st.just(0.0), st.floats(-3, 3, width=32), st.floats(1e-6, 1e4
     lambda v: 0.0 if abs(v) < 1e-20 else v
 )
 RANDOM = st.builds(
-    lambda columns, clip: row_of(**columns, clip=clip),
+    lambda columns, clip: row_of(**columns | ({"prev_history": 0.0} if columns["prev_noise"] else {}), clip=clip),
     st.fixed_dictionaries({name: COLUMN for name in row_of() if name != "clip"}),
     st.sampled_from([math.inf, 0.7, 3.0]),
 )
@@ -271,6 +273,8 @@ def cases(draw, pairs):
         keywords["model_output_uncond"] = make("model_output_uncond", output)
         keywords["guidance_scale"] = for_oracle["guidance"] = draw(st.sampled_from([0.0, 1.0, 7.5, -2.0]))
         for_oracle["uncond"] = to_numpy(tensors["model_output_uncond"])
+    reads_history = row.get("prev_history", 0.0) != 0
+    with_history = reads_history or (not row["prev_noise"] and draw(st.booleans()))
     kind = draw(st.sampled_from(["given", "seeds"] if row["prev_noise"] else ["none", "given", "seeds"]))
     if kind == "given":
         keywords["noise"] = make("noise", state)
@@ -285,7 +289,7 @@ def cases(draw, pairs):
     if row["clip"] != math.inf and draw(st.booleans()):
         keywords["thresholds"] = torch.from_numpy(rng.uniform(0.5, 5, shape[0])).float()
         for_oracle["thresholds"] = to_numpy(keywords["thresholds"])
-    if draw(st.integers(0, 3)) == 0:
+    if not with_history and draw(st.integers(0, 3)) == 0:
         keywords["known_x0"] = make("known_x0", state)
         keywords["mask"] = make("mask", state, lambda rng, shape, dtype: blend_weights(rng, shape, dtype))
         for_oracle |= {"known_x0": to_numpy(keywords["known_x0"]), "mask": to_numpy(keywords["mask"])}
@@ -295,7 +299,11 @@ def cases(draw, pairs):
             else:
                 keywords["known_noise"] = make("known_noise", state)
                 for_oracle["known_noise"] = to_numpy(keywords["known_noise"])
-    targets = [name for name in buffers if tensors[name].dtype == state]
+    if with_history:  # NaN where it must not be read
+        values = normal(rng, shape, state) * scale if reads_history else torch.full(shape, math.nan, dtype=state)
+        keywords["history"], buffers["history"] = place(values, same_layout or draw(st.sampled_from(LAYOUTS)))
+        for_oracle["history"] = to_numpy(values)
+    targets = [name for name in buffers if name != "history" and tensors[name].dtype == state]
     places = [
         draw(st.sampled_from(["new", "separate", "separate", *targets])),
         draw(st.sampled_from(["none", "none", "separate", *targets])),
@@ -317,7 +325,7 @@ def cases(draw, pairs):
 
 
 def check_case(target, case):
-    written = [case.keywords[name] for name in ("out", "x0_out") if name in case.keywords]
+    written = [case.keywords[name] for name in ("out", "x0_out", "history") if name in case.keywords]
     before = {name: buffer.clone() for name, buffer in case.buffers.items()}
     result = target(case.x_t, case.model_output, StepCoefficients(**case.row), **case.keywords)
     if "out" in case.keywords:
@@ -326,8 +334,9 @@ def check_case(target, case):
     assert result.dtype == case.x_t.dtype
     long = result.dtype == torch.float64
     assert_near(result, case.expected.x_prev, case.expected.long_terms if long else case.expected.terms, "x_prev")
-    if "x0_out" in case.keywords:
-        assert_near(case.keywords["x0_out"], case.expected.x0, case.expected.x0_terms, "x0")
+    for name in ("x0_out", "history"):
+        if name in case.keywords:
+            assert_near(case.keywords[name], case.expected.x0, case.expected.x0_terms, name)
     for name, buffer in case.buffers.items():  # nothing but the outputs' elements has changed
         for tensor in written:
             if tensor.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr():
@@ -349,12 +358,18 @@ def test_any_case(target):
 @per_target
 @pytest.mark.parametrize(("state", "output"), PAIRS, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("x0_out", [False, True], ids=["", "x0"])
-@pytest.mark.parametrize("kind", ["none", "given", "seeds"])
+@pytest.mark.parametrize("kind", ["none", "given", "seeds", "history", "history not read"])
 def test_every_loop(target, state, output, x0_out, kind):
     """Each combination that the C++ kernels have a loop of their own for, at lengths with every kind of tail."""
     rng = np.random.default_rng(3)
     shape = (2, 1024 + 61)
-    coefficients = {"x0_x": 1.25, "x0_m": -0.75, "prev_x0": 0.875, "prev_noise": 0.375 if kind != "none" else 0.0}
+    coefficients = {
+        "x0_x": 1.25,
+        "x0_m": -0.75,
+        "prev_x0": 0.875,
+        "prev_noise": 0.375 if kind in ("given", "seeds") else 0.0,
+    }
+    coefficients["prev_history"] = -0.625 if kind == "history" else 0.0
     rests = [(0.25, 0.5, -0.125), (0.25, 0.0, 0.0), (0.0, 0.5, 0.0), (0.0, 0.0, 0.5)]
     for guided in (False, True):
         for clip, rest in [(math.inf, rests[0])] + [(1.0, rest) for rest in rests]:
@@ -369,6 +384,10 @@ def test_every_loop(target, state, output, x0_out, kind):
             elif kind == "seeds":
                 keywords |= {"seeds": torch.tensor([5, -6]), "noise_step": 12}
                 z = z_of(keywords["seeds"], shape, 12)
+            past = None
+            if kind.startswith("history"):
+                past = normal(rng, shape, state) if kind == "history" else torch.full_like(x, math.nan)
+                keywords["history"] = past.clone()
             if x0_out:
                 keywords["x0_out"] = torch.full_like(x, math.nan)
             result = target(x, m, StepCoefficients(**row), **keywords)
@@ -379,10 +398,11 @@ def test_every_loop(target, state, output, x0_out, kind):
                 noise=z,
                 uncond=to_numpy(uncond) if guided else None,
                 guidance=3.0 if guided else None,
+                history=None if past is None else to_numpy(past),
             )
             assert_near(result, expected.x_prev, expected.terms, f"x_prev, guided={guided} clip={clip} rest={rest}")
-            if x0_out:
-                assert_near(keywords["x0_out"], expected.x0, expected.x0_terms, "x0")
+            for name in {"x0_out", "history"} & keywords.keys():
+                assert_near(keywords[name], expected.x0, expected.x0_terms, name)
 
 
 @per_target
@@ -695,11 +715,13 @@ def test_instruction_sets_agree_to_the_bit():
             for name in ("out", "x0_out"):
                 if name in keywords:
                     keywords[name] = torch.full_like(case.x_t, math.nan)
+            if "history" in keywords:
+                keywords["history"] = keywords["history"].clone()
             result = Target("cpu", isa)(case.x_t, case.model_output, StepCoefficients(**case.row), **keywords)
-            results.append((result, keywords.get("x0_out")))
-        for result, x0 in results[1:]:
-            assert same_bits(result, results[0][0])
-            assert x0 is None or same_bits(x0, results[0][1])
+            results.append((result, keywords.get("x0_out"), keywords.get("history")))
+        for written in results[1:]:
+            for tensor, first in zip(written, results[0], strict=True):
+                assert tensor is None or same_bits(tensor, first)
 
     run()
 

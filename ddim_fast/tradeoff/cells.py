@@ -63,7 +63,7 @@ class Cell:
             timesteps=self.timesteps,
             eta_scales=self.eta_scales,
             sigma_hat=self.sigma_hat,
-            order=self.order,
+            **({} if self.order == 1 else {"order": self.order}),
             **options,
         )
 

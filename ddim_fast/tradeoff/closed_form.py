@@ -1,4 +1,4 @@
-"""Data distributions whose best possible model, and whose distance to samples, are known exactly: nothing is estimated but by the sampler."""
+"""A data distribution whose best possible model is known exactly, and so is the distance of samples to it."""
 
 from __future__ import annotations
 

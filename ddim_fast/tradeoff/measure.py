@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from ..generation.conditioning import Conditioning
 from ..kernels.noise import sample_seeds
 from ..loop import Timing
+from ..metrics import sample_distances
 from ..models import Model
 from ..sampler import DDIMSampler
 from ..schedule import NoiseSchedule
 from .cells import Cell
 from .closed_form import ClosedForm
-from .quality import Judge, distances, mean
+from .quality import Judge, mean
 from .results import CellResult, Measure
 
 CONVERGED = Cell(200, "log_snr", order=2)
@@ -152,7 +153,7 @@ def measure(
         quality["wasserstein"] = Measure(subject.truth.wasserstein(samples))
     if converged is not None and cell.deterministic:
         shared = min(len(samples), len(converged))
-        quality["distance"] = mean(distances(samples[:shared], converged[:shared]))
+        quality["distance"] = mean(sample_distances(samples[:shared], converged[:shared]))
         if subject.reconstructed and cell.order == 1:
             quality["reconstruction"] = reconstruction(subject, cell, converged[: subject.reconstructed])
     result = CellResult(

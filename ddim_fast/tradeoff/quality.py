@@ -108,12 +108,6 @@ def mean(values: Tensor) -> Measure:
     return Measure(values.mean().item(), error)
 
 
-def distances(samples: Tensor, converged: Tensor) -> Tensor:
-    """Root mean square difference of each sample ``(N, C, ...)`` to the converged one from the same noise: ``(N,)``, both clamped to [-1, 1]."""
-    difference = samples.double().clamp(-1, 1) - converged.double().clamp(-1, 1)
-    return difference.flatten(1).square().mean(1).sqrt()
-
-
 def precision_and_recall(samples: Tensor, real: Tensor, k: int = NEIGHBOURS) -> tuple[Measure, Measure]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991, equation 2) of features ``(N, D)`` and ``(M, D)``."""
     between = torch.cdist(samples, real)

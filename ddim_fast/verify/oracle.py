@@ -224,6 +224,7 @@ def row_step(
     mask: np.ndarray | None = None,
     known_x0: np.ndarray | None = None,
     known_noise: np.ndarray | None = None,
+    history: np.ndarray | None = None,
 ) -> Result:
     c, clip = row, row.get("clip", math.inf)
     x, m = np.asarray(x_t, np.float64), np.asarray(model_output, np.float64)
@@ -232,7 +233,10 @@ def row_step(
         uncond = np.asarray(uncond, np.float64)
         m, m_size = uncond + guidance * (m - uncond), np.abs(uncond) + abs(guidance) * (np.abs(m) + np.abs(uncond))
     z = np.zeros_like(x) if noise is None or c["prev_noise"] == 0 else np.asarray(noise, np.float64)
-    x_size, z_size = np.abs(x), np.abs(c["prev_noise"] * z)
+    past = np.zeros_like(x)
+    if c.get("prev_history", 0.0) != 0:
+        past = c["prev_history"] * np.asarray(history, np.float64)
+    x_size, added_size = np.abs(x), np.abs(c["prev_noise"] * z) + np.abs(past)
 
     x0 = c["x0_x"] * x + c["x0_m"] * m
     x0_terms = abs(c["x0_x"]) * x_size + abs(c["x0_m"]) * m_size
@@ -244,14 +248,14 @@ def row_step(
         x0 = np.minimum(np.maximum(x0, -clip), clip)
     eps = c["eps_x"] * x + c["eps_m"] * m + c["eps_0"] * x0
     eps_terms = abs(c["eps_x"]) * x_size + abs(c["eps_m"]) * m_size + abs(c["eps_0"]) * x0_terms
-    x_prev = c["prev_x0"] * x0 + c["prev_eps"] * eps + c["prev_noise"] * z
-    long_terms = abs(c["prev_x0"]) * x0_terms + abs(c["prev_eps"]) * eps_terms + z_size
+    x_prev = c["prev_x0"] * x0 + c["prev_eps"] * eps + past + c["prev_noise"] * z
+    long_terms = abs(c["prev_x0"]) * x0_terms + abs(c["prev_eps"]) * eps_terms + added_size
     terms = long_terms
     if clip == math.inf:
         total = c["prev_x0"] + c["prev_eps"] * c["eps_0"]
         fold_x = total * c["x0_x"] + c["prev_eps"] * c["eps_x"]
         fold_m = total * c["x0_m"] + c["prev_eps"] * c["eps_m"]
-        terms = abs(fold_x) * x_size + abs(fold_m) * m_size + z_size
+        terms = abs(fold_x) * x_size + abs(fold_m) * m_size + added_size
     if mask is not None:
         # The known picture at the noise level of x_prev (equation 4 of the paper), blended in.
         mask, known = np.asarray(mask, np.float64), c["known_x0"] * np.asarray(known_x0, np.float64)

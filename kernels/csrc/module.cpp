@@ -46,7 +46,7 @@ constexpr int64_t kGrain = 32768, kNoiseGrain = 8192;
 
 bool one_row(const Step& s) {
   if (s.seeds || s.known_seeds || s.thresholds) return false;
-  for (const Tensor* t : {&s.x_t, &s.model_output, &s.model_output_uncond, &s.noise, &s.x_prev, &s.x0, &s.mask, &s.known_x0, &s.known_noise})
+  for (const Tensor* t : {&s.x_t, &s.model_output, &s.model_output_uncond, &s.noise, &s.x_prev, &s.x0, &s.mask, &s.known_x0, &s.known_noise, &s.history})
     if (t->data && t->stride != s.n_elements) return false;
   return true;
 }
@@ -187,7 +187,7 @@ int thread_count(int64_t n, bool noise) {
 }
 
 enum StepArgument { kXt, kModelOutput, kCoefficients, kUncond, kGuidance, kNoiseTensor, kSeeds, kNoiseStep, kNoiseStream, kThresholds, kXPrev, kX0,
-                    kNumStepArguments };
+                    kHistory, kNumStepArguments };
 
 // Reads what every step has. `like`: the layout of x_t, which the others share.
 bool read_plain(PyObject* x_t, PyObject* model_output, PyObject* coefficients, bool recording, Step* s, dlpack::Tensor* like) {
@@ -247,7 +247,13 @@ bool read_step(PyObject* const* a, Step* s, int64_t* total) {
     if (!read_tensor(a[kX0], &like, stride, &s->x0) || s->x0.dtype != s->x_t.dtype || !without_gradient(a[kX0], recording)) return false;
     if (s->x0.data == s->x_prev.data || !safe_to_write(s->x0, s->x_prev, *total)) return false;
   }
-  for (const Tensor* written : {&s->x_prev, &s->x0}) {
+  if (a[kHistory] != Py_None) {
+    if (wanted || !read_tensor(a[kHistory], &like, stride, &s->history) || s->history.dtype != s->x_t.dtype) return false;
+    if (!without_gradient(a[kHistory], recording)) return false;
+  } else if (s->c.history != 0) {
+    return false;
+  }
+  for (const Tensor* written : {&s->x_prev, &s->x0, &s->history}) {
     const size_t bytes = *total * kItemSize[written->dtype];
     if (!apart(written->data, bytes, seeds, s->n_samples * sizeof(int64_t))) return false;
     if (!apart(written->data, bytes, thresholds, s->n_samples * sizeof(float))) return false;
@@ -256,6 +262,8 @@ bool read_step(PyObject* const* a, Step* s, int64_t* total) {
     if (!safe_to_write(s->x_prev, *read, *total)) return false;
     if (s->x0.data && !safe_to_write(s->x0, *read, *total)) return false;
   }
+  for (const Tensor* other : {&s->x_t, &s->model_output, &s->model_output_uncond, &s->noise, &s->x_prev, &s->x0})
+    if (!apart(s->history.data, *total * kItemSize[s->history.dtype], other->data, *total * kItemSize[other->dtype])) return false;
   return true;
 }
 
@@ -347,7 +355,7 @@ PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) 
   dlpack::Tensor like;
   PyObject* row = is_watched() || !unchanged(a[4], a[5]) ? nullptr : find_row(a[2], a[3]);
   NewTensor *x_prev = nullptr, *x0 = nullptr;
-  if (row && read_plain(a[0], a[1], row, is_recording(), &s, &like) && s.c.noise == 0) {
+  if (row && read_plain(a[0], a[1], row, is_recording(), &s, &like) && s.c.noise == 0 && s.c.history == 0) {
     const size_t bytes = s.n_samples * s.n_elements * kItemSize[s.x_t.dtype];
     x_prev = NewTensor::like(like, bytes);
     x0 = x_prev ? NewTensor::like(like, bytes) : nullptr;
@@ -365,11 +373,12 @@ PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) 
 }
 
 // run(n_samples, n_elements, tensors, guidance_scale, packed, thresholds, seeds, known_seeds, noise_step, noise_stream, threads); tensors
-// is a tuple of nine (address, stride, dtype) for x_t, model_output, model_output_uncond, noise, x_prev, x0, mask, known_x0, known_noise;
-// address 0: not given.
+// is a tuple of ten (address, stride, dtype) for x_t, model_output, model_output_uncond, noise, x_prev, x0, mask, known_x0, known_noise,
+// history; address 0: not given.
 PyObject* py_run(PyObject*, PyObject* arguments) {
   Step s{};
-  Tensor* tensors[] = {&s.x_t, &s.model_output, &s.model_output_uncond, &s.noise, &s.x_prev, &s.x0, &s.mask, &s.known_x0, &s.known_noise};
+  Tensor* tensors[] = {&s.x_t, &s.model_output, &s.model_output_uncond, &s.noise, &s.x_prev, &s.x0, &s.mask, &s.known_x0, &s.known_noise,
+                       &s.history};
   long long n_samples, n_elements;
   int threads;
   float guidance;
@@ -380,7 +389,7 @@ PyObject* py_run(PyObject*, PyObject* arguments) {
                         &known_seeds, &noise_step, &noise_stream, &threads))
     return nullptr;
   if (PyTuple_Size(described) != static_cast<Py_ssize_t>(std::size(tensors)) || !read_coefficients(packed, &s)) {
-    PyErr_SetString(PyExc_TypeError, "run: wants nine tensors, and packed coefficients of the right type and size");
+    PyErr_SetString(PyExc_TypeError, "run: wants ten tensors, and packed coefficients of the right type and size");
     return nullptr;
   }
   for (size_t i = 0; i < std::size(tensors); ++i) {

@@ -10,8 +10,8 @@ constexpr uint32_t kKnownRegion = 2;  // the noise standard's stream of a known 
 enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kNumDTypes = 3 };
 
 // One step's row, rounded once from float64. Which columns are read depends on whether x0 is clipped:
-//   not clipped   x_prev = fold_x * x_t + fold_m * m + noise * z
-//   clipped       x_prev = clamp(clip_x * x_t + clip_m * m, -clip_bound, clip_bound) + rest_x * x_t + rest_m * m + noise * z
+//   not clipped   x_prev = fold_x * x_t + fold_m * m + history * x0_last + noise * z
+//   clipped       x_prev = clamp(clip_x * x_t + clip_m * m, -clip_bound, clip_bound) + rest_x * x_t + rest_m * m + history * x0_last + noise * z
 // where clip_x, clip_m and clip_bound carry the coefficient of x0, so that the clamp's result is added as it is.
 struct Coefficients {
   float fold_x, fold_m, noise;
@@ -20,6 +20,7 @@ struct Coefficients {
   float x0_x, x0_m, x0_bound;  // x0 = clamp(x0_x * x_t + x0_m * m, -x0_bound, x0_bound), for the optional x0 output
   float clip_scale;            // coefficient of x0 in x_prev: per-sample bounds are multiplied by its magnitude
   float known_x0, known_noise; // a known picture at the noise level of x_prev: known_x0 * picture + known_noise * z (inpainting)
+  float history;               // coefficient of x0_last, the x0 of the step before (a multistep form); 0: it is not read
 };
 
 // A batch of samples: sample i starts at data + i * stride elements, and its elements are contiguous. data may be null: not given.
@@ -33,6 +34,7 @@ struct Step {
   int64_t n_samples, n_elements;  // samples, elements of each
   Tensor x_t, model_output, model_output_uncond, noise, x_prev, x0;
   Tensor mask, known_x0, known_noise;  // inpainting, or null
+  Tensor history;                      // x0_last, whose place x0 takes, or null: of a step without noise or mask
   float guidance_scale;
   bool clipped;             // x0 is clipped
   const float* thresholds;  // per-sample bound of x0 (dynamic thresholding), or null

@@ -6,7 +6,8 @@ enum class Rest { kNotClipped, kX, kM, kBoth };
 
 // The coefficients of one sample, spread over vectors.
 struct Row {
-  F fold_x, fold_m, noise, clip_x, clip_m, bound, minus_bound, rest_x, rest_m, x0_x, x0_m, x0_bound, minus_x0_bound, guidance;
+  F fold_x, fold_m, noise, clip_x, clip_m, bound, minus_bound, rest_x, rest_m, x0_x, x0_m, x0_bound, minus_x0_bound, guidance, history;
+  bool reads_history;
 
   Row(const Step& step, int64_t sample) {
     Coefficients c = step.c;
@@ -34,6 +35,8 @@ struct Row {
     x0_bound = Isa::set(c.x0_bound);
     minus_x0_bound = Isa::set(-c.x0_bound);
     guidance = Isa::set(step.guidance_scale);
+    history = Isa::set(c.history);
+    reads_history = c.history != 0;
   }
 };
 
@@ -42,10 +45,14 @@ struct Word {
   uint32_t bits;
 };
 
+// In place of the noise's type: there is none, but x0 of the step before is read, where the row reads it, and replaced.
+struct History;
+
 // Noise is the type of the noise in memory: that of a tensor, or Word where the normals are made here; void for none.
 template <typename State, typename Output, bool kGuided, Rest kRest, typename Noise, bool kWriteX0>
 struct Loop {
-  static constexpr bool kNoisy = !std::is_void_v<Noise>;
+  static constexpr bool kHistory = std::is_same_v<Noise, History>;
+  static constexpr bool kNoisy = !std::is_void_v<Noise> && !kHistory;
   using NoiseType = std::conditional_t<kNoisy, Noise, float>;
   struct Pointers {
     const State* x_t;
@@ -54,6 +61,7 @@ struct Loop {
     const NoiseType* z;
     State* x_prev;
     State* x0;
+    State* history;
   };
 
   static constexpr bool kMade = std::is_same_v<Noise, Word>;
@@ -63,11 +71,14 @@ struct Loop {
   static constexpr int kPair = 2 * Isa::kLanes;
   static_assert(kPair == kGroup);
 
+  // With a history x0 is computed anyway, and whether it is also given is asked here: one loop for both.
+  static DDIM_INLINE bool wants_x0(const Pointers& p) { return !kHistory || p.x0; }
+
   struct Results {
     F x_prev, x0;
   };
 
-  // x_prev of a vector of elements, and x0 where it is wanted.
+  // x_prev of a vector of elements, and x0 where it is wanted. z: the noise, or x0 of the step before.
   static DDIM_INLINE Results compute(const Row& r, F x, F m, F uncond, F z) {
     if constexpr (kGuided) m = Isa::fma(r.guidance, Isa::sub(m, uncond), uncond);
     F sum, x0 = m;
@@ -81,6 +92,9 @@ struct Loop {
       if constexpr (kRest != Rest::kX) sum = Isa::fma(r.rest_m, m, sum);
     }
     if constexpr (kNoisy) sum = Isa::fma(r.noise, z, sum);
+    if constexpr (kHistory) {
+      if (r.reads_history) sum = Isa::fma(r.history, z, sum);
+    }
     if constexpr (kWriteX0) {
       x0 = Isa::fma(r.x0_x, x, Isa::mul(r.x0_m, m));
       if constexpr (kRest != Rest::kNotClipped) x0 = Isa::min(r.x0_bound, Isa::max(r.minus_x0_bound, x0));
@@ -91,8 +105,10 @@ struct Loop {
   static DDIM_INLINE void vector(const Pointers& p, const Row& r, int64_t i, F z) {
     const F m = Isa::load(p.m + i);
     if constexpr (kNoisy && !kMade) z = Isa::load(p.z + i);
+    if constexpr (kHistory) z = Isa::load(p.history + i);
     const Results results = compute(r, Isa::load(p.x_t + i), m, kGuided ? Isa::load(p.m_uncond + i) : m, z);
-    if constexpr (kWriteX0) Isa::store(p.x0 + i, results.x0);
+    if (kWriteX0 && wants_x0(p)) Isa::store(p.x0 + i, results.x0);
+    if constexpr (kHistory) Isa::store(p.history + i, results.x0);
     Isa::store(p.x_prev + i, results.x_prev);
   }
 
@@ -101,8 +117,10 @@ struct Loop {
     const Pair uncond = kGuided ? Dealer::load_dealt(p.m_uncond + i) : m;
     if constexpr (kMade) z = Dealer::deal(z);
     if constexpr (std::is_same_v<Noise, State>) z = Dealer::load_dealt(p.z + i);
+    if constexpr (kHistory) z = Dealer::load_dealt(p.history + i);
     const Results a = compute(r, x.a, m.a, uncond.a, z.a), b = compute(r, x.b, m.b, uncond.b, z.b);
-    if constexpr (kWriteX0) Dealer::store_dealt(p.x0 + i, {a.x0, b.x0});
+    if (kWriteX0 && wants_x0(p)) Dealer::store_dealt(p.x0 + i, {a.x0, b.x0});
+    if constexpr (kHistory) Dealer::store_dealt(p.history + i, {a.x0, b.x0});
     Dealer::store_dealt(p.x_prev + i, {a.x_prev, b.x_prev});
   }
 
@@ -134,7 +152,7 @@ struct Loop {
 
   // The last pair, maybe in part, goes through buffers: nothing is read or written beyond the tensors.
   static __attribute__((noinline)) void last_pair(const Pointers& p, const Row& r, int64_t i, int64_t n) {
-    alignas(64) State x_t[kPair] = {}, x_prev[kPair], x0[kPair];
+    alignas(64) State x_t[kPair] = {}, x_prev[kPair], x0[kPair], history[kPair] = {};
     alignas(64) Output m[kPair] = {}, m_uncond[kPair] = {};
     alignas(64) NoiseType z[kPair] = {};
     std::memcpy(x_t, p.x_t + i, n * sizeof(State));
@@ -142,9 +160,11 @@ struct Loop {
     if constexpr (kGuided) std::memcpy(m_uncond, p.m_uncond + i, n * sizeof(Output));
     // Words are there for whole groups, and not in the order of the elements.
     if constexpr (kNoisy) std::memcpy(z, p.z + i, (kMade ? kPair : n) * sizeof(NoiseType));
-    pairs<1>({x_t, m, m_uncond, z, x_prev, x0}, r, 0);
+    if constexpr (kHistory) std::memcpy(history, p.history + i, n * sizeof(State));
+    pairs<1>({x_t, m, m_uncond, z, x_prev, wants_x0(p) ? x0 : nullptr, history}, r, 0);
     std::memcpy(p.x_prev + i, x_prev, n * sizeof(State));
-    if constexpr (kWriteX0) std::memcpy(p.x0 + i, x0, n * sizeof(State));
+    if (kWriteX0 && wants_x0(p)) std::memcpy(p.x0 + i, x0, n * sizeof(State));
+    if constexpr (kHistory) std::memcpy(p.history + i, history, n * sizeof(State));
   }
 };
 
@@ -184,7 +204,7 @@ void run_range(const Step& step, Range range) {
   const Row row(step, range.sample);
   typename L::Pointers p{at<const State>(step.x_t, range), at<const Output>(step.model_output, range),
                          at<const Output>(step.model_output_uncond, range), nullptr,
-                         at<State>(step.x_prev, range), at<State>(step.x0, range)};
+                         at<State>(step.x_prev, range), at<State>(step.x0, range), at<State>(step.history, range)};
   if constexpr (L::kMade) {
     run_tiles<L>(step, range, p, row);
   } else {
@@ -207,6 +227,7 @@ template <typename State, typename Output, bool kGuided, Rest kRest>
 void choose_noise(const Step& step, Range range) {
   if (step.noise.data) return choose_x0<State, Output, kGuided, kRest, State>(step, range);
   if (step.seeds) return choose_x0<State, Output, kGuided, kRest, Made>(step, range);
+  if (step.history.data) return run_range<State, Output, kGuided, kRest, History, true>(step, range);
   return choose_x0<State, Output, kGuided, kRest, void>(step, range);
 }
 

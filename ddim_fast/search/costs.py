@@ -1,0 +1,88 @@
+"""What each possible step costs, measured along converged trajectories: how far it lands from where the trajectory goes.
+
+No model is called but along the trajectories: a step is linear in x_t and the model's outputs, which are kept at each candidate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..metrics import sample_distances
+from ..plan import SamplingPlan
+from .runs import Runs, one_step
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Converged trajectories at K candidate timesteps.
+
+    Attributes:
+        timesteps: the candidates, decreasing.
+        x_t: K + 1 tensors ``(B, C, ...)``: at each candidate, and at the end.
+        model_outputs: K tensors: of the model at each candidate.
+    """
+
+    timesteps: tuple[int, ...]
+    x_t: list[Tensor]
+    model_outputs: list[Tensor]
+
+    @property
+    def converged(self) -> Tensor:
+        return self.x_t[-1]
+
+
+def reference(runs: Runs, plan: SamplingPlan, candidates: Sequence[int]) -> Reference:
+    """The run of a plan, of many steps, that visits the candidates among others."""
+    states = runs.run(plan)
+    place = {t: i for i, t in enumerate(plan.timesteps)}
+    x_t = [states[place[t]].x_t for t in candidates] + [states[-1].x_t]
+    return Reference(tuple(candidates), x_t, [states[place[t] + 1].last for t in candidates])
+
+
+@torch.inference_mode()
+def cost_table(found: Reference, plan: SamplingPlan, progress: Callable[[int], Any] = lambda steps: None) -> np.ndarray:
+    """Costs of all steps between candidates, as ``dynamic.best_timesteps`` takes them.
+
+    A step from candidate i, at the converged x_t, to j costs the root mean square of where it lands minus the converged x_s, mean over
+    samples, divided by sqrt(alpha_bar_s): an error in x_s is one of that size in x0, if eps does not change.
+
+    Args:
+        plan: a plan over the candidates: what its steps are, of which order, clipped or not.
+    """
+    K = len(found.timesteps)
+    if plan.order == 1:
+        costs = np.full((K, K + 1), np.inf)
+        for i in range(K):
+            for j in range(i + 1, K + 1):
+                costs[i, j] = _cost(found, plan, (i, j))
+            progress(1)
+        return costs
+    costs = np.full((K + 1, K, K + 1), np.inf)
+    for i in range(K):
+        for j in range(i + 1, K + 1):
+            costs[K, i, j] = _cost(found, plan, (i, j))
+            for before in range(i):
+                # A step to clean data is of first order, whatever came before it.
+                costs[before, i, j] = costs[K, i, j] if j == K else _cost(found, plan, (before, i, j))
+        progress(1)
+    return costs
+
+
+def _cost(found: Reference, plan: SamplingPlan, candidates: tuple[int, ...]) -> float:
+    """Of the last step of a short run: from the last candidate but one to the last."""
+    K = len(found.timesteps)
+    *before, i, j = candidates
+    visited = [*before, i] if j == K else [*before, i, j]
+    short = replace(plan, timesteps=tuple(found.timesteps[k] for k in visited))
+    step = short.steps[len(before)]
+    last = found.model_outputs[before[-1]] if before else None
+    landed = one_step(found.x_t[i], found.model_outputs[i], step, last)
+    error = sample_distances(landed, found.x_t[j]).mean().item()
+    return error / math.sqrt(step.alpha_bar_prev)

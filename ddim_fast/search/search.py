@@ -1,0 +1,211 @@
+"""The search for timesteps: dynamic programming, then refinement, then a score on noise that neither has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._version import __version__
+from ..generation.conditioning import Conditioning
+from ..metrics import sample_distances
+from ..models import Model
+from ..plan import SamplingPlan
+from ..sampler import DDIMSampler
+from ..schedule import NoiseSchedule
+from ..timestep_files import TimestepList
+from ..timesteps import SPACINGS, distinct_timesteps, select_timesteps
+from .costs import cost_table, reference
+from .dynamic import best_timesteps
+from .refine import Refinement
+from .runs import Progress, Runs
+
+CANDIDATES = {1: 100, 2: 60}
+"""How many timesteps a table of costs has, by order: of second order it has a dimension more."""
+REFERENCE_STEPS = 200
+UNIFORM = ("leading", "trailing", "linspace", "uniform")
+
+
+@dataclass(frozen=True)
+class Score:
+    """How near a list of timesteps comes to converged samples, on the search's own noise and on noise it has not seen."""
+
+    name: str
+    timesteps: tuple[int, ...]
+    seen: float
+    held_out: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        best: the list, with its provenance.
+        scores: of the list after each stage, and of every closed form with as many steps, the best on held-out noise first.
+    """
+
+    best: TimestepList
+    scores: tuple[Score, ...]
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        return self.best.timesteps
+
+    def score(self, name: str) -> Score:
+        return next(score for score in self.scores if score.name == name)
+
+
+@dataclass
+class Search:
+    """What is searched for, and with what effort.
+
+    Args:
+        shape: of one sample.
+        order: of the steps that the list is for.
+        conditioning: of sample i, a rule.
+        sampler_options: what else the sampler will be told, such as ``clip_sample``.
+        count: samples of the table of costs; ``refine_count`` of the refinement; ``held_out`` of the last score.
+        refine_runs: how many whole runs the refinement may cost.
+        seed: held-out samples begin with that of ``seed + 1``.
+    """
+
+    model: Model
+    schedule: NoiseSchedule
+    shape: tuple[int, ...]
+    num_inference_steps: int
+    order: int = 1
+    conditioning: Conditioning | None = None
+    guidance_scale: float | None = None
+    sampler_options: Mapping[str, Any] = field(default_factory=dict)
+    count: int = 48
+    refine_count: int = 96
+    refine_runs: int = 150
+    held_out: int = 96
+    candidates: int | None = None
+    seed: int = 1000
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def plan_of(self, timesteps: Sequence[int], order: int | None = None) -> SamplingPlan:
+        options = {**self.sampler_options, "order": self.order if order is None else order}
+        options.pop("timestep_spacing", None)
+        options.pop("steps_offset", None)
+        return DDIMSampler(self.schedule, timesteps=list(timesteps), **options).plan(self.model)
+
+    @property
+    def candidate_timesteps(self) -> tuple[int, ...]:
+        """Half of them evenly in t, half evenly in log-SNR."""
+        total = self.schedule.num_train_timesteps
+        wanted = min(self.candidates or CANDIDATES[self.order], total)
+        even = select_timesteps(max(wanted // 2, 1), total, "trailing")
+        log_snr = select_timesteps(wanted - wanted // 2, total, "log_snr", schedule=self.schedule)
+        return distinct_timesteps([*even, *log_snr], total)
+
+    @property
+    def reference_timesteps(self) -> tuple[int, ...]:
+        total = self.schedule.num_train_timesteps
+        many = select_timesteps(min(REFERENCE_STEPS, total), total, "log_snr", schedule=self.schedule)
+        return tuple(sorted({*many, *self.candidate_timesteps}, reverse=True))
+
+    def runs(self, count: int, seed: int, progress: Progress) -> Runs:
+        conditioning = None if self.conditioning is None else self.conditioning.rows(0, count)
+        conditioning = {name: rows.to(self.device) for name, rows in (conditioning or {}).items()}
+        return Runs.from_seed(
+            self.model,
+            self.shape,
+            count,
+            seed,
+            self.device,
+            conditioning=conditioning,
+            guidance_scale=self.guidance_scale,
+            progress=progress,
+        )
+
+    def closed_forms(self) -> dict[str, tuple[int, ...]]:
+        """Every spacing with as many steps."""
+        total, S = self.schedule.num_train_timesteps, self.num_inference_steps
+        return {name: select_timesteps(S, total, name, schedule=self.schedule) for name in SPACINGS}
+
+    def calls(self) -> int:
+        """Model calls, counted by sample, that a search makes at most."""
+        S, many, closed = self.num_inference_steps, len(self.reference_timesteps), len(self.closed_forms())
+        per_step = 1 if self.guidance_scale in (None, 1) else 2
+        seen = self.refine_count * (many + S * (closed + 1 + self.refine_runs))
+        return per_step * (self.count * many + seen + self.held_out * (many + S * (closed + 2)))
+
+
+def search_timesteps(
+    search: Search, progress: Progress = lambda calls: None, say: Callable[[str], Any] = lambda text: None
+) -> Found:
+    """The best S timesteps for a model: where their run ends nearest to the converged one from the same noise.
+
+    Dynamic programming finds the path of least added-up costs; the better of it and the closed forms is refined by whole runs; what comes
+    of it is judged on held-out noise, with everything else.
+    """
+    found = _by_dynamic_programming(search, progress, say)
+    runs = search.runs(search.refine_count, search.seed, progress)
+    converged = _converged(search, runs)
+    refinement = Refinement(runs, lambda t: search.plan_of(t), converged, budget=10**9)
+    lists = {"dynamic programming": found, **search.closed_forms()}
+    for timesteps in lists.values():
+        refinement.offer(timesteps)
+    seen = {name: refinement.tried[timesteps] for name, timesteps in lists.items()}
+    began = min(seen, key=seen.get)
+    say(f"refining {began}: {seen[began]:.4f}")
+    refinement.budget = refinement.spent + search.refine_runs * search.num_inference_steps
+    refinement.refine(search.schedule.num_train_timesteps)
+    lists["searched"], seen["searched"] = refinement.timesteps, refinement.distance
+    scores = _held_out(search, lists, seen, progress)
+    provenance = _provenance(search, scores, began)
+    best = TimestepList(
+        refinement.timesteps, search.schedule.num_train_timesteps, search.schedule.digest, search.order, provenance
+    )
+    return Found(best, tuple(scores))
+
+
+def _by_dynamic_programming(search: Search, progress: Progress, say: Callable[[str], Any]) -> tuple[int, ...]:
+    runs = search.runs(search.count, search.seed, progress)
+    converging = search.plan_of(search.reference_timesteps, order=2)
+    along = reference(runs, converging, search.candidate_timesteps)
+    say(f"costs of steps between {len(along.timesteps)} candidates")
+    costs = cost_table(along, search.plan_of(search.candidate_timesteps))
+    return tuple(along.timesteps[i] for i in best_timesteps(costs, search.num_inference_steps))
+
+
+def _converged(search: Search, runs: Runs) -> Tensor:
+    return runs.run(search.plan_of(search.reference_timesteps, order=2))[-1].x_t
+
+
+def _held_out(
+    search: Search, lists: Mapping[str, tuple[int, ...]], seen: Mapping[str, float], progress: Progress
+) -> list[Score]:
+    runs = search.runs(search.held_out, search.seed + 1, progress)
+    converged = _converged(search, runs)
+    scores = []
+    for name, timesteps in lists.items():
+        end = runs.run(search.plan_of(timesteps))[-1].x_t
+        scores.append(Score(name, timesteps, seen[name], sample_distances(end, converged).mean().item()))
+    return sorted(scores, key=lambda score: score.held_out)
+
+
+def _provenance(search: Search, scores: Sequence[Score], began: str) -> dict[str, Any]:
+    return {
+        "method": "dynamic programming over one-step costs (arXiv 2106.03802, 2405.11326), then moves of single timesteps judged by whole runs",
+        "refined": began,
+        "samples": {"costs": search.count, "refinement": search.refine_count, "held_out": search.held_out},
+        "seeds": {"search": search.seed, "held_out": search.seed + 1},
+        "candidates": len(search.candidate_timesteps),
+        "reference": {"timesteps": len(search.reference_timesteps), "order": 2},
+        "sampler_options": dict(search.sampler_options),
+        "guidance_scale": search.guidance_scale,
+        "distance": {
+            score.name: {"search": round(score.seen, 6), "held_out": round(score.held_out, 6)} for score in scores
+        },
+        "ddim_fast": __version__,
+        "torch": torch.__version__,
+        "made_at": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
