@@ -278,17 +278,17 @@ def describe(cell: Cell, beside: Cell | None = None) -> str:
     Args:
         beside: of a cell that was just described: nothing is said again in which they are the same, but for the steps.
     """
-    told = ["eta 0", "order=1"] if beside is None else _parts(beside)
-    parts = [part for part in _parts(cell) if part not in told]
+    told = ("eta 0", "order=1") if beside is None else way_of(beside)
+    parts = [part for part in way_of(cell) if part not in told]
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
     steps = "1 step" if cell.num_inference_steps == 1 else f"{cell.num_inference_steps} steps"
     return f"{steps} with {listed}" if listed else steps
 
 
-def _parts(cell: Cell) -> list[str]:
-    """All but the number of steps."""
+def way_of(cell: Cell) -> tuple[str, ...]:
+    """All of a cell but its number of steps, in words."""
     spacing = f"{cell.timestep_spacing} spacing" if cell.timesteps is None else f"the timesteps {cell.timestep_spacing}"
-    return [spacing, "sigma-hat" if cell.sigma_hat else f"eta {eta_text(cell)}", f"order={cell.order}"]
+    return spacing, "sigma-hat" if cell.sigma_hat else f"eta {eta_text(cell)}", f"order={cell.order}"
 
 
 def eta_text(cell: Cell) -> str:

@@ -121,7 +121,7 @@ def test_errors_that_are_not_known_have_no_length():
             "Use 1 step with the timesteps mine and eta 0.5 of the variance: its Frechet distance is the only one measured.",
         ),
         (
-            [result(Cell(10), 5.1, ms=0), result(Cell(20), 5.0, ms=0)],
+            [result(Cell(10), 5.1, ms=0), result(Cell(20), 5.0, ms=1)],
             "Use 10 steps with leading spacing: its Frechet distance is within 2 % of the best (20 steps), in no more time.",
         ),
         (
