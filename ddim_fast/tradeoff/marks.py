@@ -9,7 +9,8 @@ from .cells import Cell
 from .results import CellResult, Measure, Study, eta_text
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#f0e442")
-"""Okabe and Ito's palette (2008), made to be told apart by the colour-blind; grey in the place of black, which is no colour on a dark page."""
+"""Okabe and Ito's palette (2008), made to be told apart by the colour-blind; grey in the place of black, which a dark page would hide."""
+_GREY = 6
 SHAPES = ("circle", "square", "triangle", "diamond", "down", "pentagon", "cross", "star")
 LOG_FROM = 8
 """An axis whose largest value is that many times its smallest is logarithmic."""
@@ -32,9 +33,8 @@ class Mark:
 
 @dataclass(frozen=True)
 class LegendEntry:
-    """What a mark stands for; ``dimension`` is "spacing", "eta" or "order"."""
+    """What a mark stands for."""
 
-    dimension: str
     value: str
     mark: Mark
 
@@ -56,15 +56,17 @@ class Marks:
         at = {name: self._values[name].index(of(cell)) for name, of in _DIMENSIONS.items()}
         return Mark(at[self._coloured_by] % len(COLOURS), at["eta"] % len(SHAPES), cell.order == 1)
 
-    def legend(self) -> list[LegendEntry]:
-        """Of what differs between cells; what does not is shown as it is in a plain mark."""
-        entries = []
-        for name, values in self._values.items():
-            for i, value in enumerate(values if len(values) > 1 else ()):
-                colour = i % len(COLOURS) if name == self._coloured_by else 6
-                mark = Mark(colour, i % len(SHAPES) if name == "eta" else 0, name != "order" or value == "1")
-                entries.append(LegendEntry(name, value, mark))
-        return entries
+    def legend(self) -> dict[str, list[LegendEntry]]:
+        """By "spacing", "eta" and "order": those in which cells differ. What does not is shown as it is in a plain mark."""
+        return {
+            name: [LegendEntry(value, self._plain(name, i, value)) for i, value in enumerate(values)]
+            for name, values in self._values.items()
+            if len(values) > 1
+        }
+
+    def _plain(self, name: str, i: int, value: str) -> Mark:
+        colour = i % len(COLOURS) if name == self._coloured_by else _GREY
+        return Mark(colour, i % len(SHAPES) if name == "eta" else 0, name != "order" or value == "1")
 
 
 @dataclass(frozen=True)
@@ -94,4 +96,6 @@ def _in_order(name: str, values: Iterable[str]) -> list[str]:
     different = list(dict.fromkeys(values))
     if name == "spacing":
         return different
-    return sorted(different, key=lambda text: (text == "sigma-hat", float(text.split()[0]) if text != "sigma-hat" else 0.0, text))
+    return sorted(
+        different, key=lambda text: (text == "sigma-hat", float(text.split()[0]) if text != "sigma-hat" else 0.0, text)
+    )

@@ -27,7 +27,9 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401 - whether it is there
     except ImportError as error:
-        raise ImportError('plots are drawn by matplotlib, which is missing: pip install "ddim_fast[tradeoff]"') from error
+        raise ImportError(
+            'plots are drawn by matplotlib, which is missing: pip install "ddim_fast[tradeoff]"'
+        ) from error
 
 
 def quality_against_time(study: Study, metric: str) -> bytes:
@@ -45,7 +47,9 @@ def quality_against_steps(study: Study, metric: str) -> bytes:
     return _plot(study, metric, "steps", lambda result: result.cell.num_inference_steps, _ways)
 
 
-def _plot(study: Study, metric: str, x_title: str, x: Callable[[CellResult], float], draw_lines: Callable[..., None]) -> bytes:
+def _plot(
+    study: Study, metric: str, x_title: str, x: Callable[[CellResult], float], draw_lines: Callable[..., None]
+) -> bytes:
     drawn = points(study, metric, x)
     if not drawn:
         raise ValueError(f"a plot needs a metric of the study: {[m.name for m in study.metrics]}, got {metric!r}")
@@ -62,7 +66,15 @@ def _plot(study: Study, metric: str, x_title: str, x: Callable[[CellResult], flo
             error = point.measure.error if math.isfinite(point.measure.error) else None
             style = _style(point.mark)
             axes.errorbar(
-                point.x, point.measure.value, error, ecolor=style["color"], elinewidth=1, capsize=2.5, linestyle="", zorder=3, **style
+                point.x,
+                point.measure.value,
+                error,
+                ecolor=style["color"],
+                elinewidth=1,
+                capsize=2.5,
+                linestyle="",
+                zorder=3,
+                **style,
             )
         axes.set(
             xscale="log" if is_log([p.x for p in drawn]) else "linear",
@@ -103,8 +115,9 @@ def _front(axes: Axes, study: Study, metric: str, x: Callable[[CellResult], floa
         axes.annotate(
             str(result.cell.num_inference_steps),
             (x(result), result.quality[metric].value),
-            xytext=(5, 6),
+            xytext=(0, -15 if METRICS[metric].better == "lower" else 9),
             textcoords="offset points",
+            ha="center",
             fontsize=8,
             color=_QUIET,
         )
@@ -118,7 +131,14 @@ def _ways(axes: Axes, study: Study, metric: str, x: Callable[[CellResult], float
     for results in ways.values():
         results.sort(key=x)
         colour = COLOURS[marks.of(results[0].cell).colour]
-        axes.plot([x(r) for r in results], [r.quality[metric].value for r in results], color=colour, linewidth=1, alpha=0.6, zorder=1)
+        axes.plot(
+            [x(r) for r in results],
+            [r.quality[metric].value for r in results],
+            color=colour,
+            linewidth=1,
+            alpha=0.6,
+            zorder=1,
+        )
 
 
 def _keep_values_in_sight(axes: Axes, values: list[float]) -> None:
@@ -142,8 +162,9 @@ def _legend(axes: Axes, study: Study) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], linestyle="", label=f"{entry.dimension} {_short(entry.value)}", **_style(entry.mark))
-        for entry in Marks(study).legend()
+        Line2D([], [], linestyle="", label=f"{name} {_short(entry.value)}", **_style(entry.mark))
+        for name, entries in Marks(study).legend().items()
+        for entry in entries
     ]
     if handles:
         axes.figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)

@@ -145,11 +145,18 @@ def html_text(study: Study, directory: Path) -> str:
     """
     pictures = [_picture(directory, result.pictures) for result in study.results]
     rows = _rows(study, pictures)
+    environment = _flat(study.settings.get("environment", {}))
     by_id = {id(row.result): row for row in rows}
     return html_page(
         __package__,
         "tradeoff",
-        {"number": number_text, "measure": measure_text, "path": svg.path_of, "colour": lambda mark: COLOURS[mark.colour]},
+        {
+            "number": number_text,
+            "measure": measure_text,
+            "capital": lambda text: text[:1].upper() + text[1:],
+            "path": svg.path_of,
+            "colour": lambda mark: COLOURS[mark.colour],
+        },
         study=study,
         headline=_headline(study),
         metrics=study.metrics,
@@ -167,7 +174,8 @@ def html_text(study: Study, directory: Path) -> str:
         row_text=row_text,
         counts=_counts_text(study),
         settings=_flat({name: value for name, value in study.settings.items() if name != "environment"}),
-        environment=_flat(study.settings.get("environment", {})),
+        environment=environment,
+        device=environment.get("processor") or environment.get("device"),
     )
 
 
@@ -202,7 +210,9 @@ def _headline(study: Study) -> str:
 
 
 def _rows(study: Study, pictures: list[bytes | None]) -> list[_Row]:
-    about = {m.name: (study.pareto_front(m.name), study.within_error(m.name), study.best(m.name)) for m in study.metrics}
+    about = {
+        m.name: (study.pareto_front(m.name), study.within_error(m.name), study.best(m.name)) for m in study.metrics
+    }
 
     def quality(result: CellResult, name: str) -> _Quality | None:
         measure = result.quality.get(name)
@@ -243,7 +253,8 @@ def _choices(rows: list[_Row]) -> dict[str, list[str]]:
 
 def _metric_plot(study: Study, metric: Metric) -> _MetricPlot:
     drawn, front = points(study, metric.name, lambda result: result.milliseconds), study.pareto_front(metric.name)
-    sizes = {name: svg.plot(drawn, front, *size) for name, size in {"wide": _WIDE, "narrow": _NARROW}.items()}
+    below = metric.better == "lower"
+    sizes = {name: svg.plot(drawn, front, *size, below) for name, size in {"wide": _WIDE, "narrow": _NARROW}.items()}
     return _MetricPlot(metric, sizes, study.recommendation(metric.name))
 
 

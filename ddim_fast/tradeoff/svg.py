@@ -99,11 +99,12 @@ class Plot:
     line: str
 
 
-def plot(points: Sequence[Point], front: Sequence[CellResult], width: int, height: int) -> Plot:
+def plot(points: Sequence[Point], front: Sequence[CellResult], width: int, height: int, labels_below: bool) -> Plot:
     """A plot of at least one point.
 
     Args:
         front: along which the line goes.
+        labels_below: where steps are written: on the side of the front on which there are no points.
     """
     left, right, top, bottom = 58.0, width - 14.0, 24.0, height - 46.0
     horizontal = axis([p.x for p in points], left, right)
@@ -125,18 +126,23 @@ def plot(points: Sequence[Point], front: Sequence[CellResult], width: int, heigh
         horizontal.ticks(max(3, width // 110)),
         vertical.ticks(max(4, height // 60)),
         dots,
-        _labels(on_front),
+        _labels(on_front, labels_below, bottom),
         " ".join(f"{dot.x},{dot.y}" for dot in on_front),
     )
 
 
-def _labels(on_front: Sequence[Dot]) -> list[tuple[Dot, float]]:
-    """Numbers of steps on the front, and where each stands: those that have room, the last first."""
+def _labels(on_front: Sequence[Dot], below: bool, floor: float) -> list[tuple[Dot, float]]:
+    """Numbers of steps on the front, and where each stands: those that have room, the last first.
+
+    Below is not below ``floor``.
+    """
     placed: list[tuple[Dot, float]] = []
     for dot in reversed(on_front):
-        above = min(dot.y, dot.y if dot.top is None else dot.top) - 10
-        if all(abs(dot.x - other.x) > 30 or abs(above - at) > 14 for other, at in placed):
-            placed.append((dot, above))
+        y = max(dot.y + 20, (dot.bottom or 0.0) + 14)
+        if not below or y > floor:
+            y = min(dot.y - 11, math.inf if dot.top is None else dot.top - 5)
+        if all(abs(dot.x - other.x) > 30 or abs(y - at) > 14 for other, at in placed):
+            placed.append((dot, round(y, 1)))
     return placed
 
 
