@@ -117,6 +117,7 @@ setup(
     include_package_data=False,  # the sources of the kernel stay in the sdist
     package_data={
         "ddim_fast": ["py.typed", "weights/*.safetensors", "weights/*.md"],
+        "ddim_fast.tradeoff": ["report.html.jinja", "report.css", "report.js"],
         "ddim_fast.verify": [
             "report.schema.json",
             "report.html.jinja",

@@ -31,6 +31,22 @@ def whole_file(path: Path, temporary: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: it could not be written; what was there before still is.
+    """
+    path = path.resolve()
+    with whole_file(path, name_beside(path)) as file:
+        file.write(content)
+
+
+def name_beside(path: Path) -> Path:
+    """A name in the same folder that no other process takes."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
 def fsync_directory(path: Path) -> None:
     """Wait until the names in a directory are on the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -1,4 +1,11 @@
-"""What the tests share: one thread unless a test asks for more, memory full of NaN until it is written, and restored switches."""
+"""What the tests share: one thread unless a test asks for more, memory full of NaN until it is written, restored switches, a browser.
+
+Tests marked ``browser`` run where Chromium and its driver are. Elsewhere they are deselected, which pytest's last line tells, and not
+skipped; with DDIM_FAST_REQUIRE_BROWSER=1 they run everywhere, and fail without one.
+"""
+
+import os
+import shutil
 
 import pytest
 import torch
@@ -44,3 +51,40 @@ def select():
     before = cpu_step.extension.selected()
     yield cpu_step.extension.select
     cpu_step.extension.select(before)
+
+
+# --- A browser --------------------------------------------------------------------------------------------------------
+
+BROWSER_FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+
+
+def pytest_collection_modifyitems(config, items):
+    if os.environ.get("DDIM_FAST_REQUIRE_BROWSER") == "1" or (
+        shutil.which("chromium") and shutil.which("chromedriver")
+    ):
+        return
+    without = [item for item in items if item.get_closest_marker("browser")]
+    config.hook.pytest_deselected(items=without)
+    items[:] = [item for item in items if item not in without]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless Chromium."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    places = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
+    if missing := [name for name, place in places.items() if place is None]:
+        pytest.fail(f"DDIM_FAST_REQUIRE_BROWSER=1, but there is no {' and no '.join(missing)} here")
+    options = webdriver.ChromeOptions()
+    options.binary_location = places["chromium"]
+    for flag in (*BROWSER_FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(places["chromedriver"]))
+    yield driver
+    driver.quit()

@@ -29,5 +29,8 @@ from ddim_fast.verify.write_html import html_text
 report = ddim_fast.verify.verify("cpu", checks=["update", "golden"])
 assert report.passed, report.results
 assert schema() and "<html" in html_text(report)
+from ddim_fast.tradeoff import Study, report as study_report
+
+assert "<html" in study_report.html_text(Study("none", {}, ()), Path())
 print("the wheel works outside the repository:", ", ".join(p.name for p in Path("dist").iterdir()))
 PY

@@ -37,8 +37,9 @@ class Metric:
     better: str
     meaning: str
 
-    def is_better(self, a: float, b: float) -> bool:
-        return a < b if self.better == "lower" else a > b
+    def cost(self, value: float) -> float:
+        """The value, or its negative: lower is better."""
+        return value if self.better == "lower" else -value
 
 
 METRICS = {
@@ -86,7 +87,8 @@ METRICS = {
             "reconstruction",
             "reconstruction error",
             "lower",
-            "mean squared error of samples encoded to noise and decoded again with the same steps, both in [0, 1] (table 2 of the DDIM paper)",
+            "mean squared error of samples encoded to noise and decoded again with the same steps, both in [0, 1] (table 2 of the DDIM "
+            "paper)",
         ),
     )
 }
@@ -124,7 +126,7 @@ class CellResult:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> CellResult:
-        quality = {name: Measure(m["value"], _number(m["error"])) for name, m in fields["quality"].items()}
+        quality = {name: Measure(_number(m["value"]), _number(m["error"])) for name, m in fields["quality"].items()}
         peak = _number(fields["peak_megabytes"])
         return cls(**{**fields, "cell": Cell.from_dict(fields["cell"]), "quality": quality, "peak_megabytes": peak})
 
@@ -148,42 +150,61 @@ class Study:
     @property
     def metrics(self) -> list[Metric]:
         """Those that some cell has."""
-        return [metric for name, metric in METRICS.items() if any(name in result.quality for result in self.results)]
+        return [metric for name, metric in METRICS.items() if self.with_metric(name)]
 
     def with_metric(self, name: str) -> list[CellResult]:
-        return [result for result in self.results if name in result.quality]
+        """Results that can be compared by a metric: one that is not finite, as of samples that diverged, cannot."""
+        return [r for r in self.results if name in r.quality and math.isfinite(r.quality[name].value)]
+
+    def best(self, name: str) -> CellResult | None:
+        """The best cell by a metric, of equally good ones the fastest; none where no cell has it."""
+        return min(self.with_metric(name), key=lambda r: (_cost(r, name), r.milliseconds), default=None)
+
+    def within_error(self, name: str) -> list[CellResult]:
+        """Cells whose error bar overlaps that of the best, which is one of them."""
+        best = self.best(name)
+        return (
+            [] if best is None else [r for r in self.with_metric(name) if overlap(r.quality[name], best.quality[name])]
+        )
 
     def pareto_front(self, name: str) -> list[CellResult]:
         """Cells than which none is both faster and better, fastest first. Of cells equal in both, the first."""
         front: list[CellResult] = []
-        for result in sorted(self.with_metric(name), key=lambda r: (r.milliseconds, r.quality[name].value)):
-            if not front or METRICS[name].is_better(result.quality[name].value, front[-1].quality[name].value):
+        for result in sorted(self.with_metric(name), key=lambda r: (r.milliseconds, _cost(r, name))):
+            if not front or _cost(result, name) < _cost(front[-1], name):
                 front.append(result)
         return front
 
     def recommendation(self, name: str | None = None, within: float = 0.05) -> Recommendation | None:
-        """The fastest cell whose quality is within a share of the best one's, or no further than chance could put it there.
+        """The fastest cell whose quality is within a share of the best one's, or whose error bar overlaps the best one's.
 
         Args:
-            name: a metric of this study; its first if none.
+            name: a key of ``METRICS``; the first that this study has if none.
+
+        Returns:
+            None where no cell has the metric.
+
+        Raises:
+            ValueError: there is no such metric.
         """
-        metrics = self.metrics
-        if not metrics:
+        if name is None:
+            metrics = self.metrics
+            if not metrics:
+                return None
+            name = metrics[0].name
+        if name not in METRICS:
+            raise ValueError(f"a recommendation goes by one of the metrics {', '.join(METRICS)}, got {name!r}")
+        best = self.best(name)
+        if best is None:
             return None
-        metric = METRICS[name] if name is not None else metrics[0]
-        results = self.with_metric(metric.name)
-        values = [result.quality[metric.name] for result in results]
-        pick = min if metric.better == "lower" else max
-        best = pick(results, key=lambda result: result.quality[metric.name].value)
-        best_value = best.quality[metric.name].value
+        aim = best.quality[name]
 
-        def is_close(result: CellResult) -> bool:
-            gap = abs(result.quality[metric.name].value - best_value)
-            return gap <= within * abs(best_value)
+        def is_close(measure: Measure) -> bool:
+            return abs(measure.value - aim.value) <= within * abs(aim.value) or overlap(measure, aim)
 
-        assert values
-        chosen = min((r for r in results if is_close(r)), key=lambda r: r.milliseconds)
-        return Recommendation(metric, chosen, best, within)
+        close = [r for r in self.with_metric(name) if is_close(r.quality[name])]
+        chosen = min(close, key=lambda r: (r.milliseconds, _cost(r, name)))
+        return Recommendation(METRICS[name], chosen, best, within, len(self.with_metric(name)))
 
     def as_dict(self) -> dict[str, Any]:
         return _plain(
@@ -205,44 +226,103 @@ class Study:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The sentence people come for, as data: ``chosen`` is as good as ``best`` but for a small share, and faster."""
+    """The sentence people come for, as data: ``chosen`` is as good as ``best`` but for a small share, and no slower.
+
+    Args:
+        within: the share that was asked for; where chance may explain more, ``chosen`` may be further off.
+        among: how many cells were compared.
+    """
 
     metric: Metric
     chosen: CellResult
     best: CellResult
     within: float
+    among: int
 
     @property
     def times_less(self) -> float:
-        """How many times less time the chosen cell takes than the best."""
-        return self.best.milliseconds / self.chosen.milliseconds
+        """How many times less time the chosen cell takes than the best; NaN where no time was measured."""
+        return self.best.milliseconds / self.chosen.milliseconds if self.chosen.milliseconds else math.nan
 
     @property
     def share_worse(self) -> float:
         """By what share of the best value the chosen one is worse; 0 where they are the same."""
         best = self.best.quality[self.metric.name].value
-        chosen = self.chosen.quality[self.metric.name].value
-        return abs(chosen - best) / abs(best) if best else 0.0
+        gap = abs(self.chosen.quality[self.metric.name].value - best)
+        return (gap / abs(best) if best else math.inf) if gap else 0.0
 
     def __str__(self) -> str:
-        cell, name = self.chosen.cell, self.metric.title
-        how = f"Use {cell.num_inference_steps} steps with {cell.timestep_spacing} spacing"
-        how += "" if cell.order == 1 else f" and order={cell.order}"
-        how += "" if cell.eta == 0 else (" and sigma-hat" if cell.sigma_hat else f" and eta {cell.eta:g}")
+        how = f"Use {describe(self.chosen.cell)}: its {self.metric.title}"
+        if self.among == 1:
+            return f"{how} is the only one measured."
         if self.chosen is self.best:
-            return f"{how}: the best {name} of all {cell.num_inference_steps}-step and other cells here."
+            return f"{how} is the best of all {self.among} cells."
+        best = f"the best ({describe(self.best.cell, beside=self.chosen.cell)})"
+        if self.share_worse == 0:
+            how += f" is as good as {best}"
+        elif self.share_worse <= self.within:
+            how += f" is within {_percent_above(self.share_worse)} % of {best}"
+        else:
+            how += f" is within error of {best}"
+        # What would be written as 1.0 is no gain.
         return (
-            f"{how}: its {name} is within {math.ceil(100 * self.share_worse)} % of the best "
-            f"({self.best.cell.num_inference_steps} steps), in {self.times_less:.1f} times less time."
+            f"{how}, in {self.times_less:.1f} times less time."
+            if self.times_less >= 1.05
+            else f"{how}, in no more time."
         )
 
 
+def describe(cell: Cell, beside: Cell | None = None) -> str:
+    """A cell in words: "20 steps with log_snr spacing, eta 0.5 and order=2".
+
+    Args:
+        beside: of a cell that was just described: nothing is said again in which they are the same, but for the steps.
+    """
+    told = ("eta 0", "order=1") if beside is None else way_of(beside)
+    parts = [part for part in way_of(cell) if part not in told]
+    listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    steps = "1 step" if cell.num_inference_steps == 1 else f"{cell.num_inference_steps} steps"
+    return f"{steps} with {listed}" if listed else steps
+
+
+def way_of(cell: Cell) -> tuple[str, ...]:
+    """All of a cell but its number of steps, in words."""
+    spacing = f"{cell.timestep_spacing} spacing" if cell.timesteps is None else f"the timesteps {cell.timestep_spacing}"
+    return spacing, "sigma-hat" if cell.sigma_hat else f"eta {eta_text(cell)}", f"order={cell.order}"
+
+
+def eta_text(cell: Cell) -> str:
+    """The noise that a cell adds: "0.5", "0.5 of the variance", or "sigma-hat"."""
+    if cell.sigma_hat:
+        return "sigma-hat"
+    return f"{cell.eta:g}" if cell.eta_scales == "std_dev" or cell.eta in (0, 1) else f"{cell.eta:g} of the variance"
+
+
+def overlap(a: Measure, b: Measure) -> bool:
+    """Whether two error bars, of one standard error each way, meet. One that is not known has no length."""
+    errors = [m.error if math.isfinite(m.error) else 0.0 for m in (a, b)]
+    return abs(a.value - b.value) <= sum(errors)
+
+
+def json_text(study: Study) -> str:
+    return json.dumps(study.as_dict(), indent=1, allow_nan=False) + "\n"
+
+
 def write_json(study: Study, path: Path) -> None:
-    path.write_text(json.dumps(study.as_dict(), indent=1, allow_nan=False) + "\n")
+    path.write_text(json_text(study))
 
 
 def read_json(path: Path) -> Study:
     return Study.from_dict(json.loads(path.read_text()))
+
+
+def _cost(result: CellResult, name: str) -> float:
+    return METRICS[name].cost(result.quality[name].value)
+
+
+def _percent_above(share: float) -> int:
+    """The whole number of percent that a share is within. Rounding must not make one more of it."""
+    return math.ceil(round(100 * share, 6))
 
 
 def _number(value: float | None) -> float:

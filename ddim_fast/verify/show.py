@@ -17,9 +17,10 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
+from ..pages import plain_text
 from .checks import Check
 from .report import CheckResult, Outcome, Report
-from .write import again, counts, plain_text, remedy, seconds_text, share_text, verdict
+from .write import again, counts, remedy, seconds_text, share_text, verdict
 
 _STYLES = {
     Outcome.PASSED: "green",

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from ..whole_files import whole_file
+from ..pages import plain_text
+from ..whole_files import name_beside, write_whole
 from .report import CheckResult, Outcome, Report
 
 _MOST_NAMED = 5  # checks, in a command
-
-# What XML may not hold. A subject's message may hold anything.
-_NOT_TEXT = re.compile("[^\t\n\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-def plain_text(text: str) -> str:
-    """Without characters that steer a terminal or that files of text may not hold."""
-    return _NOT_TEXT.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
 # --- In words ---------------------------------------------------------------------------------------------------------
@@ -210,7 +201,7 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"{path} is not a file: name another for the report")
     if not path.parent.is_dir():
         raise ValueError(f"the folder of {path} does not exist: make it first")
-    beside = _beside(path)
+    beside = name_beside(path)
     try:
         beside.open("x").close()
         beside.unlink()
@@ -224,10 +215,4 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: it could not be written; what was there before still is.
     """
-    path = path.resolve()
-    with whole_file(path, _beside(path)) as file:
-        file.write(text.encode())
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+    write_whole(path, text.encode())

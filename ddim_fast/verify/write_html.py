@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
-from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+from ..pages import html_page, plain_text
 from .report import CheckResult, Outcome, Report
-from .write import again, counts, plain_text, remedy, seconds_text, share_text, verdict
+from .write import again, counts, remedy, seconds_text, share_text, verdict
 
 _GRAVEST_FIRST = (Outcome.FAILED, Outcome.ERROR, Outcome.SKIPPED, Outcome.NOT_APPLICABLE, Outcome.PASSED)
 _VERDICTS = {0: "right", 1: "wrong", 2: "not verified", 3: "not shown"}
@@ -28,10 +25,10 @@ def html_text(report: Report, against: Report | None = None, name: str | None = 
         against: the same checks on a second subject, shown beside.
         name: of the subject, as it was asked for.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"plain": plain_text, "share": share_text, "seconds": seconds_text, "python": _coloured}
-    style, script = _read("report.css"), _read("report.js")
-    return environment.from_string(_read("report.html.jinja")).render(
+    return html_page(
+        __package__,
+        "verify",
+        {"share": share_text, "seconds": seconds_text, "python": _coloured},
         report=report,
         against=against,
         rows=[_row(report, result, against) for result in report.results],
@@ -42,9 +39,6 @@ def html_text(report: Report, against: Report | None = None, name: str | None = 
         again=again(report, name),
         against_verdict=verdict(against) if against else "",
         outcomes=[o for o in _GRAVEST_FIRST if report.of(o) or (against and against.of(o))],
-        style=Markup(style),
-        script=Markup(script),
-        allowed=f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'",
     )
 
 
@@ -70,12 +64,3 @@ def _tenths(share: float) -> int:
 def _coloured(code: str) -> Markup:
     """Python with its words marked by classes; pygments escapes them."""
     return Markup(highlight(plain_text(code), PythonLexer(), HtmlFormatter(nowrap=True)))
-
-
-def _read(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text("utf-8")
-
-
-def _digest(text: str) -> str:
-    """As a content security policy names what may run."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,41 +1,18 @@
 """The report as a page: what is in it, that nothing of a subject's can break out of it, and that it works in a browser."""
 
 import re
-import shutil
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
+from pages import Page, assert_fits, click, show_at
 from selenium.webdriver.common.by import By
 from verify.example_reports import ALL, CODE, EVERY_OUTCOME, EVIL, RIGHT
 
-from ddim_fast.verify.write import plain_text, verdict
+from ddim_fast.pages import plain_text
+from ddim_fast.verify.write import verdict
 from ddim_fast.verify.write_html import html_text
 
 # --- The text ---------------------------------------------------------------------------------------------------------
-
-
-class Page(HTMLParser):
-    """Tags, attributes, and the text outside of style and script."""
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.tags, self.attributes, self.text, self._inside = [], [], "", ""
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
-        self._inside = tag
-
-    def handle_endtag(self, tag):
-        self._inside = ""
-
-    def handle_data(self, data):
-        self.text += data if self._inside not in ("style", "script") else ""
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -86,36 +63,11 @@ def test_two_subjects_stand_beside_each_other():
 
 # --- In a browser -----------------------------------------------------------------------------------------------------
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    places = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-    if missing := [name for name, place in places.items() if place is None]:
-        pytest.fail(f"DDIM_FAST_REQUIRE_BROWSER=1, but there is no {' and no '.join(missing)} here")
-    options = webdriver.ChromeOptions()
-    options.binary_location = places["chromium"]
-    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(places["chromedriver"]))
-    yield driver
-    driver.quit()
-
 
 @pytest.fixture(params=[(1280, "light"), (1280, "dark"), (390, "light")], ids=lambda p: f"{p[0]}-{p[1]}")
 def page(browser, tmp_path, request):
     width, colours = request.param
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
-    )
-    browser.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", dict(features=[dict(name="prefers-color-scheme", value=colours)])
-    )
+    show_at(browser, width, colours)
     path = tmp_path / "report.html"
     path.write_text(html_text(EVERY_OUTCOME, RIGHT), "utf-8")
     browser.get(path.as_uri())
@@ -127,23 +79,10 @@ def page(browser, tmp_path, request):
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
-def assert_fits(page):
-    """Nothing is wider than the window."""
-    scroll, inner = page.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
-    assert scroll <= inner
-
-
 def names(page):
     """The checks that can be seen, from top to bottom."""
     found = [(e.location["y"], e.text) for e in page.find_elements(By.CSS_SELECTOR, ".open") if e.is_displayed()]
     return [name for _, name in sorted(found)]
-
-
-def click(page, selector):
-    element = page.find_element(By.CSS_SELECTOR, selector)
-    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
-    element.click()
-    return element
 
 
 def is_open(page, name):

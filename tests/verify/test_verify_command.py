@@ -20,6 +20,7 @@ from verify.example_reports import EVERY_OUTCOME, RIGHT
 
 from ddim_fast.cli import main
 from ddim_fast.commands import verify as command
+from ddim_fast.pages import plain_text
 from ddim_fast.verify import isolate, show, write
 from ddim_fast.verify.checks import CHECKS
 from ddim_fast.verify.isolate import SubjectRefusedError
@@ -402,7 +403,7 @@ def test_terminal_of_80_columns(reports, monkeypatch):
         assert word in said
     assert "\x1b[31m" not in said
     # The code is whole, so that it can be copied.
-    assert all(line.rstrip() in said for line in write.plain_text(reports[0].results[0].code).splitlines())
+    assert all(line.rstrip() in said for line in plain_text(reports[0].results[0].code).splitlines())
 
 
 def test_a_real_terminal_has_colours_and_progress(folder):

@@ -10,6 +10,7 @@ import pytest
 from lxml import etree
 from verify.example_reports import ALL, CODE, EVERY_OUTCOME, EXIT_CODES, RIGHT, SKIPPED, result
 
+from ddim_fast.pages import plain_text
 from ddim_fast.verify import write
 from ddim_fast.verify.report import CheckResult, Outcome
 from ddim_fast.verify.write_html import html_text
@@ -125,16 +126,16 @@ def test_words():
 
 
 def test_plain_text_keeps_what_is_text():
-    assert write.plain_text("a\tb\r\nω 😀\x85") == "a\tb\nω 😀\x85"
+    assert plain_text("a\tb\r\nω 😀\x85") == "a\tb\nω 😀\x85"
     replaced = "\N{REPLACEMENT CHARACTER}"
-    assert write.plain_text("\x00\x1b[2J\ud800\r\x7f\ufffe") == f"{replaced}{replaced}[2J{4 * replaced}"
-    assert "\x07" not in write.plain_text(CODE)
+    assert plain_text("\x00\x1b[2J\ud800\r\x7f\ufffe") == f"{replaced}{replaced}[2J{4 * replaced}"
+    assert "\x07" not in plain_text(CODE)
 
 
 def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "report.json"
     path.write_text("before")
-    monkeypatch.setattr(write.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write.write_text(path, "after")
     assert path.read_text() == "before"

@@ -1,0 +1,175 @@
+"""Plots of a study as PNG files, by matplotlib: quality against time, and against the number of steps."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..pages import plain_text
+from .marks import COLOURS, SHAPES, Mark, Marks, is_log, points
+from .results import METRICS, CellResult, Study, way_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SHAPES = dict(zip(SHAPES, "os^DvpP*", strict=True))
+_INK, _QUIET, _LINE = "#1a2029", "#5c6675", "#e2e6ec"
+_INCHES, _DPI = (8.0, 5.0), 160
+
+
+def check_matplotlib() -> None:
+    """
+    Raises:
+        ImportError: it is missing.
+    """
+    try:
+        import matplotlib  # noqa: F401 - whether it is there
+    except ImportError as error:
+        raise ImportError(
+            'plots are drawn by matplotlib, which is missing: pip install "ddim_fast[tradeoff]"'
+        ) from error
+
+
+def quality_against_time(study: Study, metric: str) -> bytes:
+    """A PNG file: a metric's value against a sample's time, with error bars, and the front as a line.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: the study has no such metric.
+    """
+    return _plot(study, metric, "milliseconds a sample", lambda result: result.milliseconds, _front)
+
+
+def quality_against_steps(study: Study, metric: str) -> bytes:
+    """A PNG file: a metric's value against the number of steps, with error bars, and a line for each way to sample."""
+    return _plot(study, metric, "steps", lambda result: result.cell.num_inference_steps, _ways)
+
+
+def _plot(
+    study: Study, metric: str, x_title: str, x: Callable[[CellResult], float], draw_lines: Callable[..., None]
+) -> bytes:
+    drawn = points(study, metric, x)
+    if not drawn:
+        raise ValueError(f"a plot needs a metric of the study: {[m.name for m in study.metrics]}, got {metric!r}")
+    check_matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    # Names may hold dollar signs, and are no formulas.
+    with rc_context({"text.parse_math": False, "axes.edgecolor": _QUIET, "axes.labelcolor": _INK, "font.size": 10}):
+        figure = Figure(_INCHES, layout="constrained", facecolor="white")
+        axes = figure.add_subplot()
+        draw_lines(axes, study, metric, x)
+        for point in drawn:
+            error = point.measure.error if math.isfinite(point.measure.error) else None
+            style = _style(point.mark)
+            axes.errorbar(
+                point.x,
+                point.measure.value,
+                error,
+                ecolor=style["color"],
+                elinewidth=1,
+                capsize=2.5,
+                linestyle="",
+                zorder=3,
+                **style,
+            )
+        axes.set(
+            xscale="log" if is_log([p.x for p in drawn]) else "linear",
+            yscale="log" if is_log([p.measure.value for p in drawn]) else "linear",
+            xlabel=x_title,
+            ylabel=f"{METRICS[metric].title} ({METRICS[metric].better} is better)",
+        )
+        _keep_values_in_sight(axes, [p.measure.value for p in drawn])
+        for one in (axes.xaxis, axes.yaxis):
+            _plain_numbers(one)
+        axes.grid(color=_LINE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(which="both", colors=_QUIET)
+        axes.set_title(_short(study.model), loc="left", fontsize=11, color=_INK)
+        _legend(axes, study)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
+    return file.getvalue()
+
+
+def _style(mark: Mark) -> dict[str, Any]:
+    colour = COLOURS[mark.colour]
+    return dict(
+        marker=_SHAPES[SHAPES[mark.shape]],
+        color=colour,
+        markerfacecolor=colour if mark.filled else "white",
+        markeredgecolor=colour,
+        markeredgewidth=1.6,
+        markersize=7,
+    )
+
+
+def _front(axes: Axes, study: Study, metric: str, x: Callable[[CellResult], float]) -> None:
+    front = study.pareto_front(metric)
+    axes.plot([x(r) for r in front], [r.quality[metric].value for r in front], color=_QUIET, linewidth=1.2, zorder=1)
+    for result in front:
+        axes.annotate(
+            str(result.cell.num_inference_steps),
+            (x(result), result.quality[metric].value),
+            xytext=(0, -15 if METRICS[metric].better == "lower" else 9),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=_QUIET,
+        )
+
+
+def _ways(axes: Axes, study: Study, metric: str, x: Callable[[CellResult], float]) -> None:
+    marks = Marks(study)
+    ways: dict[tuple[Any, ...], list[CellResult]] = {}
+    for result in study.with_metric(metric):
+        ways.setdefault(way_of(result.cell), []).append(result)
+    for results in ways.values():
+        results.sort(key=x)
+        colour = COLOURS[marks.of(results[0].cell).colour]
+        axes.plot(
+            [x(r) for r in results],
+            [r.quality[metric].value for r in results],
+            color=colour,
+            linewidth=1,
+            alpha=0.6,
+            zorder=1,
+        )
+
+
+def _keep_values_in_sight(axes: Axes, values: list[float]) -> None:
+    """Long error bars may leave the plot; on a logarithmic axis they may have no lower end."""
+    if axes.get_yscale() == "log":
+        room = (max(values) / min(values)) ** 0.1
+        axes.set_ylim(min(values) / room, max(values) * room)
+
+
+def _plain_numbers(one: Any) -> None:
+    """20, not 2 x 10^1."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    if one.get_scale() == "log":
+        one.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=10))
+        one.set_minor_locator(NullLocator())
+
+
+def _legend(axes: Axes, study: Study) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], linestyle="", label=f"{name} {_short(entry.value)}", **_style(entry.mark))
+        for name, entries in Marks(study).legend().items()
+        for entry in entries
+    ]
+    if handles:
+        axes.figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+
+
+def _short(text: str, most: int = 40) -> str:
+    text = plain_text(text)
+    return text if len(text) <= most else text[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"

@@ -1,0 +1,350 @@
+"""A study as files that people look at: a page of HTML that needs nothing else, plots, and tables for other programs."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..pages import html_page, plain_text
+from ..whole_files import write_whole
+from . import plots, svg
+from .cells import Cell
+from .marks import COLOURS, Marks, points
+from .paper import PAPER_FIDS, PAPER_SOURCE, PAPER_STEPS, ROWS, paper_table_of, row_text
+from .results import CellResult, Measure, Metric, Recommendation, Study, describe, eta_text, json_text, way_of
+from .study import PICTURES
+
+_IN_A_ROW = 10
+"""Samples in a row of a cell's grid of pictures."""
+_WIDE, _NARROW = (900, 460), (366, 380)
+"""Sizes of a plot on a desk and on a phone, where text must not shrink with it."""
+_MOST_SMALL = 12  # characters of a digest on the page; all of them are in the JSON
+
+
+def write_report(study: Study, directory: Path) -> list[Path]:
+    """Write ``report.html``, ``study.json``, ``cells.csv`` and a PNG file for each metric and kind of plot, each whole or not at all.
+
+    Args:
+        directory: where the study lies: its pictures are read from there.
+
+    Returns:
+        The files, the page first.
+
+    Raises:
+        ImportError: matplotlib or jinja2 is missing; nothing was written.
+        OSError: a file could not be written; what was there before still is.
+    """
+    plots.check_matplotlib()
+    contents = {
+        "report.html": html_text(study, directory).encode(),
+        "study.json": json_text(study).encode(),
+        "cells.csv": csv_text(study).encode(),
+    }
+    for metric in study.metrics:
+        contents[f"quality-against-time-{metric.name}.png"] = plots.quality_against_time(study, metric.name)
+        contents[f"quality-against-steps-{metric.name}.png"] = plots.quality_against_steps(study, metric.name)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_whole(directory / name, content)
+    return [directory / name for name in contents]
+
+
+# --- CSV --------------------------------------------------------------------------------------------------------------
+
+
+def csv_text(study: Study) -> str:
+    """A row for each cell. For each metric its value, its error, and whether the cell is on its front; what is not known is empty."""
+    fronts = {metric.name: study.pareto_front(metric.name) for metric in study.metrics}
+    columns = _csv_row(CellResult(Cell(1), 0, {}, 0.0, 0.0, 0), fronts)  # of any cell, as there may be none
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_csv_row(result, fronts) for result in study.results)
+    return file.getvalue()
+
+
+def _csv_row(result: CellResult, fronts: Mapping[str, list[CellResult]]) -> dict[str, Any]:
+    cell = result.cell
+    row = {
+        "steps": cell.num_inference_steps,
+        "spacing": plain_text(cell.timestep_spacing),
+        "timesteps": "" if cell.timesteps is None else " ".join(map(str, cell.timesteps)),
+        "eta": cell.eta,
+        "eta_scales": cell.eta_scales,
+        "sigma_hat": cell.sigma_hat,
+        "order": cell.order,
+        "samples": result.count,
+        "calls": result.calls,
+        "milliseconds": result.milliseconds,
+        "model_ms": result.model_ms,
+        "update_ms": result.update_ms,
+        "peak_megabytes": result.peak_megabytes,
+    }
+    for name, front in fronts.items():
+        measure = result.quality.get(name, Measure(math.nan))
+        row |= {name: measure.value, f"{name}_error": measure.error, f"{name}_front": any(result is r for r in front)}
+    return {name: _csv_value(value) for name, value in row.items()}
+
+
+def _csv_value(value: Any) -> Any:
+    """Numbers to their last digit."""
+    if isinstance(value, bool):
+        return int(value)
+    return "" if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Quality:
+    """A metric's number in the table."""
+
+    text: str
+    value: float | str
+    on_front: bool
+    is_best: bool
+    within_error: bool
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A cell on the page."""
+
+    number: int
+    result: CellResult
+    words: str
+    eta: str
+    quality: dict[str, _Quality | None]
+    picture: str | None
+
+
+@dataclass(frozen=True)
+class _MetricPlot:
+    metric: Metric
+    sizes: dict[str, svg.Plot]
+    recommendation: Recommendation
+
+
+def html_text(study: Study, directory: Path) -> str:
+    """The page.
+
+    Args:
+        directory: where the study lies. A picture that is not a PNG file in there is left out.
+
+    Raises:
+        ImportError: jinja2 is missing.
+    """
+    pictures = [_picture(directory, result.pictures) for result in study.results]
+    rows = _rows(study, pictures)
+    environment = _flat(study.settings.get("environment", {}))
+    by_id = {id(row.result): row for row in rows}
+    return html_page(
+        __package__,
+        "tradeoff",
+        {
+            "number": number_text,
+            "measure": measure_text,
+            "capital": lambda text: text[:1].upper() + text[1:],
+            "path": svg.path_of,
+            "colour": lambda mark: COLOURS[mark.colour],
+        },
+        study=study,
+        headline=_headline(study),
+        metrics=study.metrics,
+        rows=rows,
+        row_of=lambda result: by_id[id(result)],
+        choices=_choices(rows),
+        plots=[_metric_plot(study, metric) for metric in study.metrics],
+        legend=Marks(study).legend(),
+        strips=_strips(study, rows, pictures),
+        paper=paper_table_of(study),
+        paper_steps=PAPER_STEPS,
+        paper_rows=ROWS,
+        paper_fids=PAPER_FIDS,
+        paper_source=PAPER_SOURCE,
+        row_text=row_text,
+        counts=_counts_text(study),
+        settings=_flat({name: value for name, value in study.settings.items() if name != "environment"}),
+        environment=environment,
+        device=environment.get("processor") or environment.get("device"),
+    )
+
+
+def number_text(value: float) -> str:
+    """Three digits, and no exponent."""
+    if not math.isfinite(value):
+        return "\N{EM DASH}"
+    return f"{value:,.{_decimals(value, 3)}f}"
+
+
+def measure_text(measure: Measure | None) -> str:
+    """A value and its error, both to the error's second digit."""
+    if measure is None:
+        return "\N{EM DASH}"
+    if not math.isfinite(measure.value):
+        return "not finite"
+    if not (math.isfinite(measure.error) and measure.error > 0):
+        return number_text(measure.value)
+    decimals = _decimals(measure.error, 2)
+    return f"{measure.value:,.{decimals}f} ± {measure.error:,.{decimals}f}"
+
+
+def _decimals(value: float, digits: int) -> int:
+    return 0 if value == 0 else min(max(digits - 1 - math.floor(math.log10(abs(value))), 0), 9)
+
+
+def _headline(study: Study) -> str:
+    recommendation = study.recommendation()
+    if recommendation is not None:
+        return str(recommendation)
+    return "Times alone were measured, no quality." if study.results else "Nothing was measured."
+
+
+def _rows(study: Study, pictures: list[bytes | None]) -> list[_Row]:
+    about = {
+        m.name: (study.pareto_front(m.name), study.within_error(m.name), study.best(m.name)) for m in study.metrics
+    }
+
+    def quality(result: CellResult, name: str) -> _Quality | None:
+        measure = result.quality.get(name)
+        if measure is None:
+            return None
+        front, close, best = about[name]
+        return _Quality(
+            measure_text(measure),
+            measure.value if math.isfinite(measure.value) else "",
+            any(result is one for one in front),
+            result is best,
+            any(result is one for one in close),
+        )
+
+    return [
+        _Row(
+            number,
+            result,
+            describe(result.cell),
+            eta_text(result.cell),
+            {name: quality(result, name) for name in about},
+            None if picture is None else _data_uri(picture),
+        )
+        for number, (result, picture) in enumerate(zip(study.results, pictures, strict=True), 1)
+    ]
+
+
+def _choices(rows: list[_Row]) -> dict[str, list[str]]:
+    """What can be chosen among, where there is a choice."""
+    values = {
+        "spacing": [row.result.cell.timestep_spacing for row in rows],
+        "eta": [row.eta for row in rows],
+        "order": [str(row.result.cell.order) for row in rows],
+        "steps": [str(row.result.cell.num_inference_steps) for row in rows],
+    }
+    return {name: list(dict.fromkeys(found)) for name, found in values.items() if len(set(found)) > 1}
+
+
+def _metric_plot(study: Study, metric: Metric) -> _MetricPlot:
+    drawn, front = points(study, metric.name, lambda result: result.milliseconds), study.pareto_front(metric.name)
+    below = metric.better == "lower"
+    sizes = {name: svg.plot(drawn, front, *size, below) for name, size in {"wide": _WIDE, "narrow": _NARROW}.items()}
+    return _MetricPlot(metric, sizes, study.recommendation(metric.name))
+
+
+def _counts_text(study: Study) -> str:
+    """How many samples the cells have, and that numbers of different counts are no equals."""
+    counts: dict[int, int] = {}
+    for result in study.results:
+        counts[result.count] = counts.get(result.count, 0) + 1
+    if not counts:
+        return ""
+    usual = max(counts, key=lambda count: (counts[count], count))
+    others = [result for result in study.results if result.count != usual]
+    text = f"Each cell has {_samples(usual)}"
+    if not others:
+        return f"{text}."
+    listed = "; ".join(f"{describe(result.cell)}: {result.count:,}" for result in others)
+    return f"{text}, but for {listed}. Distances of cells with different numbers of samples cannot be compared closely."
+
+
+def _samples(count: int) -> str:
+    return "1 sample" if count == 1 else f"{count:,} samples"
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings by their path; digests shortened."""
+    found: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name} ")
+        elif value is not None:
+            text = " x ".join(map(str, value)) if isinstance(value, list) else str(value)
+            label = f"{prefix}{name}".replace("_", " ")
+            found[label] = text[:_MOST_SMALL] if name == "sha256" else text
+    return found
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _picture(directory: Path, name: str | None) -> bytes | None:
+    """A PNG file beside the study; nothing of any other place, nor of any other kind."""
+    if name is None:
+        return None
+    path = (directory / name).resolve()
+    if not path.is_relative_to(directory.resolve()) or not path.is_file():
+        return None
+    content = path.read_bytes()
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            image.verify()
+    except (OSError, SyntaxError):  # what Pillow raises for what is no PNG, and for a broken one
+        return None
+    return content
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+@dataclass(frozen=True)
+class _Strip:
+    """The first samples of cells that differ in their steps alone."""
+
+    words: str
+    rows: list[tuple[_Row, str]]
+    is_open: bool
+
+
+def _strips(study: Study, rows: list[_Row], pictures: list[bytes | None]) -> list[_Strip]:
+    """One for each way to sample that has pictures of several step counts; that of the recommended cell is open."""
+    recommendation = study.recommendation()
+    ways: dict[tuple[str, ...], list[tuple[_Row, bytes]]] = {}
+    for row, picture in zip(rows, pictures, strict=True):
+        if picture is not None:
+            ways.setdefault(way_of(row.result.cell), []).append((row, picture))
+    strips = {}
+    for way, members in ways.items():
+        members.sort(key=lambda member: member[0].result.cell.num_inference_steps)
+        if len({row.result.cell.num_inference_steps for row, _ in members}) > 1:
+            strips[way] = [(row, _first_row(picture, row.result.count)) for row, picture in members]
+    opened = None if recommendation is None else way_of(recommendation.chosen.cell)
+    opened = opened if opened in strips else next(iter(strips), None)
+    ordered = sorted(strips, key=lambda way: way != opened)
+    return [_Strip(", ".join(way), strips[way], way == opened) for way in ordered]
+
+
+def _first_row(png: bytes, count: int) -> str:
+    """The first row of a cell's grid; margins make its share of the height no less than that of its pictures."""
+    rows = math.ceil(min(count, PICTURES) / _IN_A_ROW)
+    image = Image.open(io.BytesIO(png))
+    file = io.BytesIO()
+    image.crop((0, 0, image.width, math.ceil(image.height / rows))).save(file, "PNG")
+    return _data_uri(file.getvalue())

@@ -1,0 +1,110 @@
+"""Where plots put things: marks, axes, ticks; and the PNG files."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+from PIL import Image, ImageColor
+from tradeoff.example_studies import ALL, FEW, MANY, PAPER, result, study
+
+from ddim_fast.tradeoff import Cell, plots, svg
+from ddim_fast.tradeoff.marks import COLOURS, SHAPES, Mark, Marks, is_log, points
+
+
+def test_each_way_to_sample_has_a_mark_of_its_own():
+    for shown in (MANY, PAPER, FEW):
+        marks = Marks(shown)
+        ways = {(r.cell.timestep_spacing, r.cell.eta, r.cell.sigma_hat, r.cell.order) for r in shown.results}
+        assert len({marks.of(r.cell) for r in shown.results}) == len(ways)
+
+
+def test_colour_is_what_differs():
+    assert [e.value for e in Marks(PAPER).legend()["eta"]] == ["0", "0.2", "0.5", "1", "sigma-hat"]
+    assert len({e.mark.colour for e in Marks(PAPER).legend()["eta"]}) == 5
+    assert list(Marks(MANY).legend()) == ["spacing", "eta", "order"]
+    assert len({e.mark.colour for e in Marks(MANY).legend()["spacing"]}) == 3
+    assert Marks(FEW).legend() == {}
+    orders = study(result(Cell(10), 1.0), result(Cell(10, order=2), 2.0))
+    assert [e.mark for e in Marks(orders).legend()["order"]] == [Mark(0, 0, True), Mark(1, 0, False)]
+
+
+def test_many_names_take_colours_again():
+    shown = study(*(result(Cell(1, f"list {i}", timesteps=(i,)), 1.0 + i) for i in range(20)))
+    assert {Marks(shown).of(r.cell).colour for r in shown.results} == set(range(len(COLOURS)))
+
+
+def test_every_shape_has_a_path_and_a_marker():
+    assert set(svg._PATHS) == set(SHAPES) == set(plots._SHAPES)
+
+
+def test_logarithms_are_for_wide_ranges_of_positive_values():
+    assert is_log([1.0, 8.0])
+    assert not is_log([1.0, 7.9])
+    assert not is_log([0.0, 8.0])
+    assert not is_log([-1.0, 8.0])
+    assert not is_log([])
+
+
+@pytest.mark.parametrize(
+    "values", [[1, 2], [5], [0], [-3, 4], [0.001, 1000], [1e-9, 1e-9], [2, 2], [0, 1e6], [0.98, 0.99]]
+)
+def test_axes_hold_all_values_and_have_ticks_at_round_numbers(values):
+    axis = svg.axis(values, 50, 850)
+    places = [axis.place(value) for value in values]
+    assert all(50 < place < 850 or value == 0 for place, value in zip(places, values, strict=True))
+    assert places == sorted(places)
+    for most in (3, 8):
+        ticks = axis.ticks(most)
+        assert 1 <= len(ticks) <= most
+        assert all(50 <= tick.at <= 850 for tick in ticks)
+        assert all(abs(axis.place(float(tick.text.replace(",", ""))) - tick.at) < 0.2 for tick in ticks)
+        assert len({tick.text for tick in ticks}) == len(ticks)
+
+
+@pytest.mark.parametrize("name", ["many", "paper", "one", "few", "diverged", "wasserstein"])
+@pytest.mark.parametrize("size", [(900, 460), (366, 380)])
+def test_svg_is_where_its_numbers_are(name, size):
+    for metric in ALL[name].metrics:
+        drawn = points(ALL[name], metric.name, lambda r: r.milliseconds)
+        plot = svg.plot(drawn, ALL[name].pareto_front(metric.name), *size, metric.better == "lower")
+        by_quality = sorted(plot.dots, key=lambda dot: dot.point.measure.value)
+        assert [dot.y for dot in by_quality] == sorted((dot.y for dot in plot.dots), reverse=True)
+        by_time = sorted(plot.dots, key=lambda dot: dot.point.x)
+        assert [dot.x for dot in by_time] == sorted(dot.x for dot in plot.dots)
+        for dot in plot.dots:
+            assert plot.left <= dot.x <= plot.right
+            assert plot.top <= dot.y <= plot.bottom
+            if dot.top is None:
+                assert not dot.point.measure.error > 0
+            else:
+                assert plot.top <= dot.top <= dot.y <= dot.bottom <= plot.bottom
+        on_line = [tuple(map(float, pair.split(","))) for pair in plot.line.split()]
+        assert on_line == sorted((dot.x, dot.y) for dot in plot.dots if dot.on_front)
+        assert len(on_line) == len(ALL[name].pareto_front(metric.name))
+        assert plot.labels
+        assert all(0 < y <= plot.bottom and abs(y - dot.y) > 10 for dot, y in plot.labels)
+
+
+def test_an_error_bar_longer_than_its_value_stays_within():
+    shown = study(result(Cell(10), 1.0, 50.0), result(Cell(20), 100.0, 1.0))
+    plot = svg.plot(points(shown, "frechet", lambda r: r.milliseconds), [], 900, 460, True)
+    assert all(math.isfinite(dot.bottom) and dot.bottom <= plot.bottom for dot in plot.dots)
+
+
+@pytest.mark.parametrize("draw", [plots.quality_against_time, plots.quality_against_steps])
+@pytest.mark.parametrize("name", ["many", "paper", "one", "diverged", "hostile"])
+def test_png_has_the_colours_of_the_page(draw, name):
+    image = np.asarray(Image.open(io.BytesIO(draw(ALL[name], "frechet"))).convert("RGB"))
+    marks = Marks(ALL[name])
+    for colour in {marks.of(r.cell).colour for r in ALL[name].with_metric("frechet")}:
+        assert (image == ImageColor.getrgb(COLOURS[colour])).all(2).sum() > 20
+
+
+def test_png_is_a_function_of_the_study():
+    assert plots.quality_against_time(FEW, "frechet") == plots.quality_against_time(FEW, "frechet")
+
+
+def test_a_plot_needs_a_metric_of_the_study():
+    with pytest.raises(ValueError, match=r"\['frechet'\], got 'recall'"):
+        plots.quality_against_time(FEW, "recall")

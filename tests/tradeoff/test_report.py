@@ -1,0 +1,266 @@
+"""What people look at: the page, its tables and plots as text, and that nothing of a study's can break out of it."""
+
+import builtins
+import csv
+import io
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from pages import Page
+from PIL import Image
+from tradeoff.example_studies import (
+    ALL,
+    DIVERGED,
+    EVIL,
+    FEW,
+    MANY,
+    NO_METRICS,
+    ONE,
+    result,
+    study,
+    with_pictures,
+)
+
+from ddim_fast.pages import plain_text
+from ddim_fast.tradeoff import Cell, Measure, read_json
+from ddim_fast.tradeoff import report as report_module
+from ddim_fast.tradeoff.report import csv_text, html_text, measure_text, number_text, write_report
+from ddim_fast.tradeoff.results import describe
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_page_says_everything_and_needs_nothing_else(name, tmp_path):
+    shown = ALL[name]
+    text = html_text(shown, tmp_path)
+    page = Page(text)
+    said = page.text.replace("\u00a0", " ")
+    for metric in shown.metrics:
+        assert said.count(plain_text(str(shown.recommendation(metric.name)))) >= 1
+        assert metric.meaning[1:] in said
+        for found in shown.with_metric(metric.name):
+            assert measure_text(found.quality[metric.name]) in said
+    for found in shown.results:
+        assert plain_text(describe(found.cell)) in text.replace("&#39;", "'") or name == "hostile"
+    for note in shown.notes:
+        assert plain_text(note) in said
+    for value in ("2.13.0+cpu", "a processor", "shipped classifier", "2025-01-02 03:04:05 UTC"):
+        assert value in said
+    assert ("biased upward" in said) == any(metric.name == "frechet" for metric in shown.metrics)
+    assert page.tags.count("script") == page.tags.count("style") == 1
+    links = [v for k, v in page.attributes if k in ("src", "href", "action", "srcset", "xlink:href")]
+    assert all(v == "data:," or re.fullmatch(r"#(row|pictures)-\d+", v) for v in links)
+    ids = [v for k, v in page.attributes if k == "id"]
+    assert len(ids) == len(set(ids))
+    assert {v[1:] for v in links if v.startswith("#")} <= set(ids)
+    assert not [k for k, _ in page.attributes if k.startswith("on") or k == "style"]
+    assert not re.search(r"url\(|@import|https?:", text)
+
+
+def test_headline_is_the_first_metrics_recommendation(tmp_path):
+    found = re.search(r'<p class="headline">(.*?)</p>', html_text(MANY, tmp_path))[1]
+    assert found.replace("\u00a0", " ") == str(MANY.recommendation())
+    assert "no quality" in html_text(NO_METRICS, tmp_path)
+    assert "Nothing was measured" in html_text(study(), tmp_path)
+
+
+def test_nothing_of_the_study_is_markup(tmp_path):
+    def with_name(evil):
+        cells = [Cell(n, f"{evil}{n}", timesteps=tuple(range(n, 0, -1))) for n in (2, 3)]
+        results = [result(cell, 12.0 / cell.num_inference_steps, 0.5) for cell in cells]
+        return study(*results, model=evil, notes=(evil,), settings={evil: {evil: evil}}, made_at=evil)
+
+    pages = [html_text(with_name(name), tmp_path) for name in ("plain", EVIL)]
+    assert Page(pages[0]).tags == Page(pages[1]).tags
+    assert "\x00" not in pages[1]
+    assert "\x1b" not in pages[1]
+    pages[1].encode()
+
+
+def test_table_marks_the_front_the_best_and_what_error_allows(tmp_path):
+    found = study(
+        result(Cell(10), 9.0, 0.1), result(Cell(20), 5.5, 0.3), result(Cell(50), 5.0, 0.3), result(Cell(60), 5.2, 0.1)
+    )
+    rows = re.findall(r'<tr id="row.*?</tr>', html_text(found, tmp_path), re.S)
+    signs = [re.findall(r'<abbr title="(.*?)"', row) for row in rows]
+    front, best, close = "on the front", "the best", "within error of the best"
+    assert signs == [[front], [front, close], [front, best], [close]]
+
+
+def test_pictures_are_within_the_page(tmp_path):
+    shown = with_pictures(MANY, tmp_path)
+    page = Page(html_text(shown, tmp_path))
+    pictures = [v for k, v in page.attributes if k == "src" and v.startswith("data:image/png;base64,")]
+    # One of each cell, and a strip for each of the ways, with a row of every step count.
+    assert len(pictures) == 2 * len(MANY.results)
+    assert len(set(pictures)) == 10  # as bright as the number of steps says: whole, and cut
+    assert page.tags.count("details") == 12
+    assert page.attributes.count(("open", None)) == 1
+
+
+def test_first_row_of_a_grid_is_cut_whole():
+    sheet = Image.new("L", (626, 192), 255)
+    for row in range(3):
+        sheet.paste(10 + row, (6, 6 + 62 * row, 620, 62 + 62 * row))
+    file = io.BytesIO()
+    sheet.save(file, "PNG")
+    for count, seen in {500: {10, 255}, 30: {10, 255}, 25: {10, 255}, 10: {10, 11, 12, 255}}.items():
+        uri = report_module._first_row(file.getvalue(), count)
+        cut = Image.open(io.BytesIO(report_module.base64.b64decode(uri.partition(",")[2])))
+        assert {value for _, value in cut.getcolors()} == seen
+        assert cut.crop((6, 6, 620, 62)).getcolors() == [(614 * 56, 10)]
+
+
+def test_only_png_files_of_the_study_are_read(tmp_path):
+    directory = tmp_path / "study"
+    directory.mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "outside.png")
+    Image.new("L", (8, 8)).save(directory / "good.png")
+    (directory / "text.png").write_text("secret")
+    (directory / "broken.png").write_bytes((directory / "good.png").read_bytes()[:40])
+    Image.new("L", (8, 8)).save(directory / "other.png", "JPEG")
+    (directory / "link.png").symlink_to(tmp_path / "outside.png")
+    for name in (
+        "../outside.png",
+        str(tmp_path / "outside.png"),
+        "none.png",
+        "",
+        "text.png",
+        "broken.png",
+        "other.png",
+        "link.png",
+    ):
+        assert "data:image" not in html_text(study(replace(result(Cell(10), 1.0), pictures=name)), directory), name
+    assert html_text(study(replace(result(Cell(10), 1.0), pictures="good.png")), directory).count("data:image") == 1
+
+
+def test_counts_that_differ_are_told(tmp_path):
+    assert "Each cell has 500 samples." in html_text(FEW, tmp_path)
+    fewer = study(*FEW.results, result(Cell(1000, "quad"), 7.0, count=1))
+    text = html_text(fewer, tmp_path)
+    assert "Each cell has 500 samples, but for 1000 steps with quad spacing: 1." in text
+    assert "500 at most" in text
+
+
+@pytest.mark.parametrize(
+    ("measure", "text"),
+    [
+        (Measure(12.3456, 0.1234), "12.35 ± 0.12"),
+        (Measure(12345.6, 250.0), "12,346 ± 250"),
+        (Measure(0.0123456, 0.00099), "0.01235 ± 0.00099"),
+        (Measure(12.3456), "12.3"),
+        (Measure(12.3456, math.inf), "12.3"),
+        (Measure(1.0, 0.0), "1.00"),
+        (Measure(0.0), "0"),
+        (Measure(-0.5, 0.25), "-0.50 ± 0.25"),
+        (Measure(math.nan), "not finite"),
+        (Measure(math.inf, 1.0), "not finite"),
+        (None, "—"),
+    ],
+)
+def test_numbers_have_the_digits_that_errors_allow(measure, text):
+    assert measure_text(measure) == text
+
+
+def test_every_size_of_a_number_can_be_written():
+    assert [number_text(x) for x in (math.nan, 1e-12, 0.00123, 1234567.0)] == [
+        "—",
+        "0.000000000",
+        "0.00123",
+        "1,234,567",
+    ]
+
+
+# --- CSV --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_csv_is_read_back(name):
+    shown = ALL[name]
+    rows = list(csv.DictReader(io.StringIO(csv_text(shown))))
+    assert len(rows) == len(shown.results)
+    for row, found in zip(rows, shown.results, strict=True):
+        cell = found.cell
+        assert None not in row
+        assert "nan" not in row.values()
+        timesteps = tuple(map(int, row["timesteps"].split())) or None
+        sigma_hat = bool(int(row["sigma_hat"]))
+        read = Cell(
+            int(row["steps"]),
+            row["spacing"],
+            float(row["eta"]),
+            row["eta_scales"],
+            sigma_hat,
+            int(row["order"]),
+            timesteps,
+        )
+        assert read == replace(cell, timestep_spacing=plain_text(cell.timestep_spacing))
+        assert int(row["samples"]) == found.count
+        assert float(row["milliseconds"]) == found.milliseconds
+        assert float(row["model_ms"]) == found.model_ms
+        for metric in shown.metrics:
+            measure = found.quality.get(metric.name, Measure(math.nan))
+            for value, column in ((measure.value, metric.name), (measure.error, f"{metric.name}_error")):
+                assert row[column] == (repr(value) if math.isfinite(value) else "")
+            assert row[f"{metric.name}_front"] == str(int(found in shown.pareto_front(metric.name)))
+
+
+def test_csv_of_nothing_has_its_columns():
+    assert csv_text(study()).startswith("steps,spacing,timesteps,eta,")
+    assert csv_text(study()).count("\n") == 1
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["many", "one", "nothing", "diverged", "hostile", "wasserstein"])
+def test_files(name, tmp_path):
+    directory = tmp_path / "new"
+    files = write_report(ALL[name], directory)
+    kinds = [f"quality-against-{kind}-{metric.name}.png" for metric in ALL[name].metrics for kind in ("time", "steps")]
+    assert [path.name for path in files] == ["report.html", "study.json", "cells.csv", *kinds]
+    assert sorted(directory.iterdir()) == sorted(files)
+    assert repr(read_json(directory / "study.json").metrics) == repr(ALL[name].metrics)
+    assert (directory / "report.html").read_text("utf-8") == html_text(ALL[name], directory)
+    for path in files[3:]:
+        with Image.open(path) as image:
+            assert image.size == (1280, 800)
+            assert len(image.convert("RGB").getcolors(1 << 20)) > 20
+    assert write_report(ALL[name], directory) == files  # again, over what is there
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_what_is_missing_is_named_before_anything_is_written(package, tmp_path, monkeypatch):
+    actual = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] == package:
+            raise ImportError(f"No module named {name!r}")
+        return actual(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=rf'{package}.*pip install "ddim_fast\[tradeoff\]"'):
+        write_report(ONE, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    (tmp_path / "report.html").write_text("before")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_report(ONE, tmp_path)
+    assert (tmp_path / "report.html").read_text() == "before"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_every_study_has_a_plot_of_each_metric(tmp_path):
+    for name, shown in ALL.items():
+        text = html_text(shown, tmp_path)
+        assert re.findall(r'<figure data-metric="(\w+)"', text) == [metric.name for metric in shown.metrics], name
+        points = sum(len(shown.with_metric(metric.name)) for metric in shown.metrics)
+        assert text.count('<a class="point') == 2 * points, name
+    assert html_text(DIVERGED, tmp_path).count('<a class="point') == 4
+    assert "not finite" in html_text(DIVERGED, tmp_path)
