@@ -110,7 +110,8 @@ def make(choice: dict, seed: int = 0) -> Case:
     if noise_kind:
         exact["noise"] = noise_from(noise_kind, 0, "noise")
     if with_history:  # NaN where it must not be read
-        keywords["history"] = tensor(state, None if choice["noise"] == "history" else np.full(shape, math.nan))
+        values = None if choice["noise"] == "history" else np.full(shape, math.nan)
+        keywords["history"] = tensor(state, values, channels_twice=True)  # a stride of its own
         exact["history"] = to_numpy(keywords["history"])
     if choice["guidance"]:
         keywords |= {"model_output_uncond": tensor(output), "guidance_scale": 2.5}
