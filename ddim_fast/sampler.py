@@ -266,7 +266,7 @@ class DDIMSampler:
             mask=mask,
             known_x0=known_x0,
             known_noise=like_x_t(generator is not None and adds_known_noise),
-            history=like_x_t(any(row.reads_history for row in rows)),
+            history=like_x_t(plan.order == 2),
         )
         job = Job(model, plan, loop, conditionings)
         using = nullcontext() if mode == "off" else self.graphs.use(mode, job, optional=capture == "auto")

@@ -16,7 +16,7 @@ from triton.language.extra import libdevice
 from triton.runtime import driver
 
 from . import noise as standard
-from .contract import ROW_WIDTH, StepTable
+from .contract import PER_ELEMENT, ROW_WIDTH, WRITTEN, StepTable
 from .layout import Rows
 
 # ---- the noise standard: kernels/noise.py is its definition --------------------------------------------------------------------
@@ -178,6 +178,7 @@ def ddim_step_kernel(
     known_noise_ptr,  # (B, n) like x_t, or None: the known picture's noise comes from the seeds
     x_prev_ptr,  # (B, n) like x_t: the result; may be x_t_ptr
     x0_ptr,  # (B, n) like x_t, or None: where the predicted x0 goes
+    history_ptr,  # (B, n) like x_t, or None: the x0 of the step before, whose place this one's takes
     rows_ptr,  # (S, ROW_WIDTH) float32: the table, a step a row
     index_ptr,  # int64: which row this step is, one number or (B,); or None for row 0
     n_elements,  # n, elements of a sample
@@ -192,6 +193,7 @@ def ddim_step_kernel(
     x0_stride,
     noise_step_offset,  # int32 bits: the noise's step is this plus the row's number
     noise_stream,  # int32 bits
+    history_stride,  # last, where it leaves the two numbers before it side by side: one load for both
     BLOCK_SIZE: tl.constexpr,  # elements that one program computes
     VECTOR: tl.constexpr,  # elements that a thread loads at once: 16 bytes of x_t
     CLIPPED: tl.constexpr,  # whether the rows clip x0
@@ -224,12 +226,20 @@ def ddim_step_kernel(
         x_prev = _plus(tl.load(row_ptr + 7), m, x_prev)
     else:
         x_prev = linear(tl.load(row_ptr + 0), x, tl.load(row_ptr + 1), m)
-    if x0_ptr is not None:
+    if history_ptr is not None:
+        of_history = tl.load(row_ptr + 15)
+        if of_history != 0:
+            last_x0 = load(history_ptr, sample, history_stride, offsets, n_elements)
+            x_prev = tl.fma(tl.zeros_like(x) + of_history, last_x0, x_prev)
+    if x0_ptr is not None or history_ptr is not None:
         if CLIPPED:
             x0 = clip(linear(tl.load(row_ptr + 8) * scale, x, tl.load(row_ptr + 9) * scale, m), tl.load(row_ptr + 10))
         else:
             x0 = linear(tl.load(row_ptr + 8), x, tl.load(row_ptr + 9), m)
-        store(x0_ptr, sample, x0_stride, offsets, n_elements, x0)
+        if x0_ptr is not None:
+            store(x0_ptr, sample, x0_stride, offsets, n_elements, x0)
+        if history_ptr is not None:
+            store(history_ptr, sample, history_stride, offsets, n_elements, x0)
     std_dev = tl.load(row_ptr + 2)
     if noise_ptr is not None:
         if std_dev != 0:
@@ -318,7 +328,7 @@ def launch(
     )
 
 
-_TENSORS = ("x_t", "model_output", "model_output_uncond", "noise", "mask", "known_x0", "known_noise", "x_prev", "x0")
+_TENSORS = (*PER_ELEMENT, *WRITTEN)
 
 
 def _is_amd() -> bool:

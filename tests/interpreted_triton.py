@@ -37,6 +37,8 @@ def test_step_is_near_float64(choice, monkeypatch):
     assert_near(result, case.expected.x_prev, case.expected.terms, "x_prev")
     if case.inputs.x0 is not None:
         assert_near(case.inputs.x0, case.expected.x0, case.expected.x0_terms, "x0")
+    if case.inputs.history is not None:
+        assert_near(case.inputs.history, case.expected.x0, case.expected.x0_terms, "history")
 
 
 def test_a_million_elements_in_large_tiles():

@@ -77,6 +77,38 @@ def test_a_captured_loop_gives_the_bits_of_eager(cache, mode, eta, options):
     assert len(cache) == 2
 
 
+@pytest.mark.parametrize("mode", ["step", "loop", "auto"])
+@pytest.mark.parametrize(
+    "options", [{}, {"clip_sample": True}, {"thresholding": True}], ids=["folded", "clip", "thresholds"]
+)
+def test_a_captured_multistep_loop_gives_the_bits_of_eager(cache, mode, options):
+    """The first step of a replay reads nothing of what the run before left in the history."""
+    model, s = Net(), sampler(cache, order=2, **options)
+    for guidance in (None, 2.0):
+        call = dict(shape=SHAPE, conditioning=scales(1.0, 2.0), guidance_scale=guidance)
+        for seed in (3, 4):
+            expected = s.sample(model, seed=seed, capture="off", **call)
+            assert torch.equal(s.sample(model, seed=seed, capture=mode, **call), expected)
+            watched = "step" if mode == "loop" else mode
+            run = s.sample(model, seed=seed, capture=watched, return_trajectory=True, **call)
+            assert torch.equal(run.samples, expected)
+    first = sampler(cache, **options).sample(model, seed=4, capture=mode, **call)
+    assert not torch.equal(first, expected)
+    for captured in [captured for _, captured in cache._captured.values()]:
+        if captured.loop.history is not None:  # whatever it holds
+            captured.loop.history.fill_(float("nan"))
+    assert torch.equal(s.sample(model, seed=4, capture=mode, **call), expected)
+
+
+def test_any_number_of_multistep_steps_replays_the_graph_of_a_step(cache):
+    model = Net()
+    for steps in (3, 1, 2, 7):
+        s = sampler(cache, steps, order=2)
+        expected = s.sample(model, SHAPE, seed=0, capture="off")
+        assert torch.equal(s.sample(model, SHAPE, seed=0, capture="step"), expected)
+    assert len(cache) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("state", ["same", "float32"])
 def test_half_precision(cache, dtype, state):
@@ -657,6 +689,7 @@ def unet2d_condition():
         (unet2d, 0.0, {"thresholding": True}, None),
         (unet2d_condition, 1.0, {}, 5.0),
         (unet2d_condition, 0.0, {"thresholding": True}, 5.0),
+        (unet2d_condition, 0.0, {"order": 2}, 5.0),
         (unet2d, 1.0, {"mask": True, "thresholding": True}, None),
     ],
 )

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from ddim_fast import DDIMSampler, NoiseSchedule, __version__, pictures
 from ddim_fast.cli import main
 from ddim_fast.kernels import cpu_step
+from ddim_fast.loading import load_model
 
 
 def run(*arguments, code=0):
@@ -79,6 +80,7 @@ def test_timesteps_instead_of_steps(tmp_path, timesteps, steps):
         (["--eta", "-1"], ["eta", "-1"]),
         (["--eta", "9"], ["eta may be at most", "9"]),
         (["--eta", "0.5", "--sigma-hat"], ["sigma_hat", "0.5"]),
+        (["--eta", "0.5", "--order", "2"], ["order=2", "eta = 0.5", "use order=1"]),
         (["--guidance", "nan"], ["guidance_scale", "nan"]),
     ],
 )
@@ -89,6 +91,14 @@ def test_refuses_with_a_message_and_writes_nothing(tmp_path, monkeypatch, argume
         assert word in output
     assert "Traceback" not in output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_order_2_is_the_samplers(tmp_path):
+    sample(tmp_path, "--steps", 4, "--order", 2, "--save", tmp_path / "s.npz")
+    model = load_model("fashion")
+    sampler = DDIMSampler(model.schedule, 4, order=2)
+    expected = sampler.sample(model, (3, 1, 28, 28), seed=0, conditioning={"class_labels": torch.arange(3)})
+    assert np.array_equal(load(tmp_path / "s.npz")["samples"], expected.numpy())
 
 
 def test_unknown_option_and_names_are_usage_errors(tmp_path):
@@ -130,6 +140,7 @@ def test_help_teaches():
         "--class",
         "--guidance",
         "--eta",
+        "--order",
         "--spacing",
         "--schedule",
         "--trajectory",

@@ -33,6 +33,7 @@ from ddim_fast.generation import EveryClass, GenerationError, OneClass, Table, c
 from ddim_fast.generation.directory import AGAIN
 from ddim_fast.generation.formats import FORMATS, PER_SHARD, Shard
 from ddim_fast.generation.processes import Processes, WorkQueue
+from ddim_fast.generation.settings import plan_settings
 from ddim_fast.generation.writer import Writer
 from ddim_fast.kernels import reference
 from ddim_fast.pictures import to_uint8
@@ -382,6 +383,7 @@ def test_a_set_of_other_settings_is_refused_with_the_difference(whole, name):
         ("plan.clip_sample_range", worker.sampler(clip_sample=True)),
         ("plan.thresholding", worker.sampler(thresholding=True)),
         ("plan.set_alpha_to_one", worker.sampler(set_alpha_to_one=False)),
+        ("plan.order", worker.sampler(eta=0.0, order=2)),
     ],
     ids=said,
 )
@@ -392,6 +394,12 @@ def test_a_set_of_another_plan_or_other_weights_is_refused(whole, name, sampler)
     other.weight.data[0, 0, 0] += 1e-6
     with pytest.raises(ValueError, match=r"\n  model: "):
         generate(other, worker.sampler(), 200, whole, conditioning=EveryClass(3), shard_size=32, resume=True)
+
+
+def test_order_1_is_not_among_the_settings():
+    """So that sets from before there was another can be resumed."""
+    assert "order" not in plan_settings(worker.sampler(), CROWD)
+    assert plan_settings(worker.sampler(eta=0.0, order=2), CROWD)["order"] == 2
 
 
 def test_a_model_that_computes_otherwise_under_the_same_name_is_found_out(tmp_path):

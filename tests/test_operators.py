@@ -169,6 +169,28 @@ def test_known_noise_travels_through_the_table_operator(x, m):
     assert torch.equal(x0, expected_x0)
 
 
+def test_a_history_travels_through_both_operators(x, m):
+    steps = df.SamplingPlan(df.NoiseSchedule.linear(), (900, 500, 100), order=2).steps
+    table, index = df.StepTable.of([step.coefficients for step in steps]), torch.tensor([1])
+    row, last_x0 = steps[1].coefficients, x.flip(0).contiguous()
+    history, expected_history = last_x0.clone(), last_x0.clone()
+    expected = ddim_step(x, m, row, history=expected_history)
+    for step in (
+        lambda history: ddim_step(x, m, row, history=history),
+        lambda history: ddim_step_from_table(x, m, table, index, history=history),
+    ):
+        history = last_x0.clone()
+        compiled = torch.compile(
+            lambda history, step=step: (step(history), history + 1), backend="eager", fullgraph=True
+        )
+        got, after = compiled(history)
+        assert torch.equal(got, expected)
+        assert torch.equal(history, expected_history)
+        assert torch.equal(after, expected_history + 1)
+    rest = (None, None, None, None, 0, 0, None, None, None, None, "exact", last_x0.clone())
+    torch.library.opcheck(torch.ops.ddim_fast.step_.default, (torch.empty_like(x), None, x, m, row.columns, *rest))
+
+
 def test_a_traced_table_says_that_it_has_no_derivatives(x, m):
     with pytest.raises(ValueError, match="has no derivatives where it is traced"):
         make_fx(lambda x: ddim_step_from_table(x, m, PLAN.table(), torch.tensor([2])))(x.requires_grad_())

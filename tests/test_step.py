@@ -246,11 +246,23 @@ RANDOM = st.builds(
 )
 
 
+MULTISTEP = st.builds(
+    lambda kind, pair, clip, rederive, prev_history: (
+        oracle.textbook_row(kind, *pair, clip=clip, rederive=rederive) | {"prev_history": prev_history}
+    ),
+    st.sampled_from(["epsilon", "sample", "v_prediction"]),
+    st.sampled_from(SIX_STEPS),
+    st.sampled_from([math.inf, 1.0]),
+    st.booleans(),
+    st.floats(-2, -1e-3),
+)
+
+
 @st.composite
 def cases(draw, pairs):
     shape = draw(st.sampled_from(SHAPES))
     state, output = draw(st.sampled_from(pairs))
-    row = draw(st.one_of(REALISTIC, RANDOM))
+    row = draw(st.one_of(REALISTIC, RANDOM, MULTISTEP))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     scale = draw(st.sampled_from([1.0, 1.0, 30.0, 1e-3]))
     same_layout = draw(st.one_of(st.none(), st.sampled_from(LAYOUTS)))
@@ -474,6 +486,22 @@ def test_backends_take_the_dtypes_they_promise():
 
 
 # --- Layouts and aliases by name (each is also drawn above) ---------------------------------------------------------------
+
+
+@per_target
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
+def test_a_history_in_every_layout(target, layout, dtype):
+    rng, shape = np.random.default_rng(8), (3, 4, 5, 5)
+    row = oracle.textbook_row("epsilon", 0.5, 0.6) | {"prev_history": -0.25}
+    x, m, last_x0 = (normal(rng, shape, dtype) for _ in range(3))
+    history, buffer = place(last_x0, layout)
+    around = (buffer == -77).sum()
+    got = target(x, m, StepCoefficients(**row), history=history)
+    expected = oracle.row_step(row, to_numpy(x), to_numpy(m), history=to_numpy(last_x0))
+    assert_near(got, expected.x_prev, expected.terms, "x_prev")
+    assert_near(history, expected.x0, expected.x0_terms, "history")
+    assert (buffer == -77).sum() == around
 
 
 @per_target

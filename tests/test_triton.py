@@ -61,6 +61,8 @@ def check(target, choice):
     assert_near(result, case.expected.x_prev, case.expected.terms, "x_prev")
     if inputs.x0 is not None:
         assert_near(inputs.x0, case.expected.x0, case.expected.x0_terms, "x0")
+    if inputs.history is not None:
+        assert_near(inputs.history, case.expected.x0, case.expected.x0_terms, "history")
     assert cpu_step.extension is not None, cpu_step.missing_reason
     ddim_step(
         other.x_t,
@@ -73,12 +75,13 @@ def check(target, choice):
             name: getattr(other, name)
             for name in (
                 "model_output_uncond", "guidance_scale", "noise", "seeds", "noise_step", "noise_stream", "thresholds", "mask",
-                "known_x0", "known_noise",
+                "known_x0", "known_noise", "history",
             )
         },
     )  # fmt: skip
     assert same_bits(result, other.x_prev), "x_prev is not what C++ gives"
     assert inputs.x0 is None or same_bits(inputs.x0, other.x0), "x0 is not what C++ gives"
+    assert inputs.history is None or same_bits(inputs.history, other.history), "history is not what C++ gives"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ OPTIONS = {
     "types": [(F, F), (H, H), (B, B), (F, H), (F, B)],
     "prediction_type": ["epsilon", "sample", "v_prediction"],
     "clip": [None, "clip", "rederived", "thresholds"],
-    "noise": [None, "given", "seeds"],
+    "noise": [None, "given", "seeds", "history", "history not read"],
     "guidance": [False, True],
     "x0": [False, True],
     "mask": [None, "given", "seeds"],
@@ -76,11 +76,14 @@ def make(choice: dict, seed: int = 0) -> Case:
     state, output = choice["types"]
     shape = choice["shape"]
     clip = math.inf if choice["clip"] is None else 1.0
-    eta = 1.0 if choice["noise"] else 0.0
-    alpha_bars = _STEPS[rng.integers(len(_STEPS) - bool(choice["noise"] or choice["mask"]))]
+    with_history = choice["noise"] in ("history", "history not read")
+    noise_kind, mask_kind = (None, None) if with_history else (choice["noise"], choice["mask"])
+    eta = 1.0 if noise_kind else 0.0
+    alpha_bars = _STEPS[rng.integers(len(_STEPS) - bool(noise_kind or mask_kind))]
     row = oracle.textbook_row(
         choice["prediction_type"], *alpha_bars, eta=eta, clip=clip, rederive=choice["clip"] == "rederived"
     )
+    row["prev_history"] = -0.375 if choice["noise"] == "history" else 0.0
 
     def tensor(dtype, values=None, channels_twice=False):
         values = rng.standard_normal(shape) if values is None else values
@@ -95,7 +98,7 @@ def make(choice: dict, seed: int = 0) -> Case:
     keywords, exact = {}, {}
     seeds = torch.from_numpy(rng.integers(-(2**63), 2**63, shape[0]))
     step = int(rng.integers(2**32))
-    if "seeds" in (choice["noise"], choice["mask"]):
+    if "seeds" in (noise_kind, mask_kind):
         keywords |= {"seeds": seeds, "noise_step": step}
 
     def noise_from(kind, stream, name):
@@ -104,19 +107,23 @@ def make(choice: dict, seed: int = 0) -> Case:
             return to_numpy(keywords[name])
         return noise.standard_normals(seeds.numpy(), math.prod(shape[1:]), step, stream).reshape(shape)
 
-    if choice["noise"]:
-        exact["noise"] = noise_from(choice["noise"], 0, "noise")
+    if noise_kind:
+        exact["noise"] = noise_from(noise_kind, 0, "noise")
+    if with_history:  # NaN where it must not be read
+        values = None if choice["noise"] == "history" else np.full(shape, math.nan)
+        keywords["history"] = tensor(state, values, channels_twice=True)  # a stride of its own
+        exact["history"] = to_numpy(keywords["history"])
     if choice["guidance"]:
         keywords |= {"model_output_uncond": tensor(output), "guidance_scale": 2.5}
         exact |= {"uncond": to_numpy(keywords["model_output_uncond"]), "guidance": 2.5}
     if choice["clip"] == "thresholds":
         keywords["thresholds"] = torch.from_numpy(rng.uniform(0.5, 3, shape[0])).float()
         exact["thresholds"] = to_numpy(keywords["thresholds"])
-    if choice["mask"]:
+    if mask_kind:
         keywords["mask"] = tensor(state, np.clip(rng.uniform(-1, 2, shape), 0, 1))
         keywords["known_x0"] = tensor(state)
         exact |= {"mask": to_numpy(keywords["mask"]), "known_x0": to_numpy(keywords["known_x0"])}
-        exact["known_noise"] = noise_from(choice["mask"], 2, "known_noise")
+        exact["known_noise"] = noise_from(mask_kind, 2, "known_noise")
     expected = oracle.row_step(row, to_numpy(x_t), to_numpy(m), **exact)
     x_prev = x_t if choice["in_place"] else tensor(state, np.full(shape, math.nan))
     x0 = tensor(state, np.full(shape, math.nan)) if choice["x0"] else None

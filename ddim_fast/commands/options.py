@@ -49,6 +49,7 @@ class Run:
     eta: float = 0.0
     eta_scales: str = "std_dev"
     sigma_hat: bool = False
+    order: int = 1
     spacing: str | None = None
     schedule: str | None = None
     seed: int = 0
@@ -112,6 +113,7 @@ class Run:
             timesteps=parse_timesteps(self.timesteps),
             eta_scales=self.eta_scales,
             sigma_hat=self.sigma_hat,
+            order=self.order,
             **options,
             **more,
         )
@@ -284,6 +286,13 @@ noise_options = (
         default="std_dev",
         show_default=True,
         help="What eta multiplies; the paper's is std_dev.",
+    ),
+    click.option(
+        "--order",
+        type=click.IntRange(1, 2),
+        default=1,
+        show_default=True,
+        help="2: each step also uses the prediction of the step before: as good with fewer --steps; needs --eta 0. 1: DDIM.",
     ),
     click.option("--sigma-hat", is_flag=True, help="The paper's larger DDPM noise; needs --eta 1."),
     click.option(

@@ -57,7 +57,8 @@ def sample(run: Run, count: int, trajectory: Path | None) -> None:
 
     parts = run.in_batches(count, draw)
     seconds = time.perf_counter() - started
-    how = f"{sampler.num_inference_steps} steps, eta {run.eta:g}, seed {run.seed}"
+    order = "" if run.order == 1 else f"order {run.order}, "
+    how = f"{sampler.num_inference_steps} steps, {order}eta {run.eta:g}, seed {run.seed}"
     how += f", guidance {run.guidance:g}" if run.guidance != 1 else ""
     title, names, columns = f"{run.model_name}: {how}", run.names(labels, count), run.columns(count)
     written = run.write(torch.cat([part.samples for part in parts]), names, title, columns, labels)

@@ -59,6 +59,8 @@ def plan_settings(sampler: DDIMSampler, model: Any) -> dict[str, Any]:
     settings = {field.name: getattr(plan, field.name) for field in fields(plan)}
     schedule: NoiseSchedule = settings.pop("schedule")
     settings["timesteps"] = list(plan.timesteps)
+    if plan.order == 1:  # said where it is another only, so that sets from before there was one can be resumed
+        del settings["order"]
     settings["schedule"] = {
         "name": schedule.name,
         "num_train_timesteps": schedule.num_train_timesteps,

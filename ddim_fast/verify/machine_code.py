@@ -79,10 +79,11 @@ class Variant:
     guidance: bool = False
     x0: bool = False
     mask: bool = False
+    history: bool = False
 
     @property
     def bytes(self) -> int:
-        state = 2 + (self.noise == "given") + self.x0 + 2 * self.mask
+        state = 2 + (self.noise == "given") + self.x0 + 2 * self.mask + 2 * self.history
         return state * self.dtype.itemsize + (1 + self.guidance) * self.model_dtype.itemsize
 
 
@@ -102,6 +103,7 @@ VARIANTS = {
     "fast noise, bfloat16": Variant(_B, _B, noise="fast"),
     "exact noise, guidance, bfloat16": Variant(_B, _B, noise="exact", guidance=True),
     "inpainting, bfloat16": Variant(_B, _B, mask=True),
+    "history, bfloat16": Variant(_B, _B, history=True),
 }
 
 
@@ -169,6 +171,7 @@ def inputs_of(variant: Variant, device: str = "meta", n_elements: int = 1 << 20)
         prev_noise=0.25 if variant.noise else 0.0,
         clip=1.0 if variant.clip else float("inf"),
         known_noise=0.25 if variant.mask else 0.0,
+        prev_history=0.25 if variant.history else 0.0,
     )
     in_registers = variant.noise in ("exact", "fast") or variant.mask
     x_t = tensor(True, variant.dtype)
@@ -186,6 +189,7 @@ def inputs_of(variant: Variant, device: str = "meta", n_elements: int = 1 << 20)
         x_prev=x_t,
         x0=tensor(variant.x0, variant.dtype),
         normals="fast" if variant.noise == "fast" else "exact",
+        history=tensor(variant.history, variant.dtype),
     )
 
 
