@@ -49,7 +49,8 @@ class Run:
     eta: float = 0.0
     eta_scales: str = "std_dev"
     sigma_hat: bool = False
-    order: int = 1
+    order: int | None = None
+    analytic_variance: bool = False
     spacing: str | None = None
     schedule: str | None = None
     seed: int = 0
@@ -114,6 +115,7 @@ class Run:
             eta_scales=self.eta_scales,
             sigma_hat=self.sigma_hat,
             order=self.order,
+            analytic_variance=self.analytic_variance,
             **options,
             **more,
         )
@@ -290,9 +292,14 @@ noise_options = (
     click.option(
         "--order",
         type=click.IntRange(1, 2),
-        default=1,
-        show_default=True,
-        help="2: each step also uses the prediction of the step before: as good with fewer --steps; needs --eta 0. 1: DDIM.",
+        default=None,
+        help="2: the multistep form of DDIM, nearer to where many steps lead with as many model calls; needs --eta 0.  "
+        "[default: that of --timesteps FILE.json, or 1]",
+    ),
+    click.option(
+        "--analytic-variance",
+        is_flag=True,
+        help="Add the noise of Analytic-DPM in place of eta's own, as measured for --timesteps FILE.json.",
     ),
     click.option("--sigma-hat", is_flag=True, help="The paper's larger DDPM noise; needs --eta 1."),
     click.option(

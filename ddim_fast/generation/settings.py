@@ -59,8 +59,11 @@ def plan_settings(sampler: DDIMSampler, model: Any) -> dict[str, Any]:
     settings = {field.name: getattr(plan, field.name) for field in fields(plan)}
     schedule: NoiseSchedule = settings.pop("schedule")
     settings["timesteps"] = list(plan.timesteps)
-    if plan.order == 1:  # said where it is another only, so that sets from before there was one can be resumed
+    # Said where they are asked for only, so that sets from before there were such options can be resumed.
+    if plan.order == 1:
         del settings["order"]
+    if plan.eps_residual is None:
+        del settings["eps_residual"]
     settings["schedule"] = {
         "name": schedule.name,
         "num_train_timesteps": schedule.num_train_timesteps,

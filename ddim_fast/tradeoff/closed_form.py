@@ -69,7 +69,7 @@ class ClosedForm(nn.Module):
     def wasserstein(self, samples: Tensor) -> float:
         """Exact 2-Wasserstein distance of samples ``(N, 1)`` to the data: on the line, the i-th smallest goes to the i-th slice of 1 / N.
 
-        N independent samples of the data itself are about 1 / sqrt(N) away; N of its quantiles about 1 / N.
+        N independent samples of the data itself are about 1 / sqrt(N) away; N of its quantiles much less.
         """
         ordered = samples.double().flatten().sort().values
         count = len(ordered)
