@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import replace
@@ -23,7 +23,7 @@ from .loop import Loop, Thresholding, Timing, Trajectory, model_calls
 from .models import Model
 from .optimize import optimize
 from .parallel import sample_parallel
-from .plan import SamplingPlan
+from .plan import PlannedStep, SamplingPlan
 from .schedule import NoiseSchedule
 from .start import blend_known_region, check_dtype, conditionings_of, known_region, place, seeds_of_samples, start
 from .timestep_files import SUFFIX, TimestepList, read_timesteps
@@ -117,6 +117,11 @@ class DDIMSampler:
     @property
     def num_inference_steps(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def order(self) -> int:
+        """1: DDIM. 2: its multistep form."""
+        return self._plan.order
 
     def plan(self, model: Model | None = None) -> SamplingPlan:
         """The steps of a run with this model: what the sampler leaves open is taken from the model's attributes, then from defaults.
@@ -270,7 +275,8 @@ class DDIMSampler:
         )
         job = Job(model, plan, loop, conditionings)
         using = nullcontext() if mode == "off" else self.graphs.use(mode, job, optional=capture == "auto")
-        bar = tqdm(plan.steps, desc="sampling", unit="step", disable=not progress)
+        # A bar costs as much as several small steps, also one that is not shown.
+        bar = tqdm(plan.steps, desc="sampling", unit="step") if progress else nullcontext(plan.steps)
         timing = Timing() if timing is None else timing
         return _run(job, mode, using, bar, timing, backend, callback, return_trajectory, reuse_output)
 
@@ -295,7 +301,7 @@ def _run(
     job: Job,
     mode: str,
     using: AbstractContextManager[CapturedLoop | None],
-    bar: tqdm,
+    bar: AbstractContextManager[Iterable[PlannedStep]],
     timing: Timing,
     backend: str | None,
     callback: Callback | None,
@@ -307,11 +313,11 @@ def _run(
     with using as captured:
         loop = job.loop if captured is None else captured.loop
         timesteps = torch.tensor(job.plan.timesteps, device=loop.x_t.device)[:, None].expand(-1, loop.shape[0])
-        with torch.inference_mode(), bar:
+        with torch.inference_mode(), bar as steps:
             if captured is not None and mode == "loop":
                 captured.replay_all(timing)
-                bar = ()
-            for step in bar:
+                steps = ()
+            for step in steps:
                 if captured is not None:
                     captured.replay_step(step, timing)
                 else:

@@ -35,7 +35,7 @@ def main(steps: tuple[int, ...], pictures: int, weights: str | None) -> None:
                 )
                 for part in tqdm(parts, desc=f"{count} steps")
             ]
-        )
+        ).clamp(-1, 1)
         click.echo(
             f"{count} steps, {pictures} pictures: classifier Frechet distance {classifier_frechet_distance(images):.3f}, "
             f"class agreement {class_agreement(images, labels):.1%}"

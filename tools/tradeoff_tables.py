@@ -1,0 +1,88 @@
+"""Write the tables of docs/TRADEOFF.md from the studies that were measured, docs/paper_table.json and docs/search.json.
+
+    ddim-fast tradeoff --paper-table -n 2000 --threads 1 --out table1          # hours
+    python tools/tradeoff_tables.py take table1/study.json docs/paper_table.json
+    python tools/tradeoff_tables.py write
+
+A test holds the page to the files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from ddim_fast.tradeoff import PAPER_STEPS, Study, read_json, write_json
+from ddim_fast.tradeoff.paper import PAPER_FIDS, PAPER_SOURCE, ROWS, paper_table_of, row_text
+from ddim_fast.tradeoff.report import measure_text
+from ddim_fast.tradeoff.results import describe
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "TRADEOFF.md"
+
+
+@click.group(help=__doc__.split("\n\n")[0])
+def main() -> None: ...
+
+
+@main.command()
+@click.argument("study", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+def take(study: Path, out: Path) -> None:
+    """Keep a study's numbers, without its pictures."""
+    write_json(read_json(study), out)
+
+
+@main.command()
+def write() -> None:
+    """Put the tables into the page."""
+    PAGE.write_text(page_text(PAGE.read_text()))
+
+
+def page_text(text: str) -> str:
+    """The page, its tables made anew."""
+    for name, table in TABLES.items():
+        block = f"<!-- {name}: begin -->\n{table(read_json(DOCS / f'{name}.json'))}\n<!-- {name}: end -->"
+        pattern = rf"<!-- {name}: begin -->.*?<!-- {name}: end -->"
+        text, found = re.subn(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+        if found != 1:
+            raise ValueError(f"{PAGE} must have one pair of marks for {name}, got {found}")
+    return text
+
+
+def paper_table(study: Study) -> str:
+    """Table 1 of the DDIM paper: ours and its own, and what of their shape agrees."""
+    table = paper_table_of(study)
+    steps = [S for S in PAPER_STEPS if any((row, S) in table.results for row in ROWS)]
+    head = "| | " + " | ".join(f"S = {S}" for S in steps) + " |\n|---|" + "---|" * len(steps)
+    ours = [
+        f"| {row_text(row)} | " + " | ".join(measure_text(table.measure(row, S)) or "–" for S in steps) + " |" for row in ROWS
+    ]
+    theirs = [f"| {row_text(row)} | " + " | ".join(f"{PAPER_FIDS[row][S]:.2f}" for S in steps) + " |" for row in ROWS]
+    counts = {S: {table.results[row, S].count for row in ROWS if (row, S) in table.results} for S in steps}
+    listed = ", ".join(f"{'/'.join(f'{n:,}' for n in sorted(counts[S]))} at {S}" for S in steps)
+    agreed = "\n".join(f"- {'agrees' if s.agrees else '**differs**'}: {s.text}" for s in table.statements())
+    return (
+        f"{table.metric.title}, {table.spacing} spacing; samples: {listed}:\n\n{head}\n" + "\n".join(ours)
+        + f"\n\nFID, {PAPER_SOURCE}:\n\n{head}\n" + "\n".join(theirs) + f"\n\n{agreed}"
+    )  # fmt: skip
+
+
+def cells_table(study: Study) -> str:
+    """Every cell of a study, the cheapest first."""
+    metrics = study.metrics
+    head = "| | model calls | " + " | ".join(metric.title for metric in metrics) + " |\n|---|---|" + "---|" * len(metrics)
+    lines = []
+    for result in study.results:
+        values = [measure_text(result.quality.get(metric.name)) or "–" for metric in metrics]
+        lines.append(f"| {describe(result.cell)} | {result.calls} | " + " | ".join(values) + " |")
+    return f"{study.results[0].count:,} samples each:\n\n{head}\n" + "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[Study], str]] = {"paper_table": paper_table, "search": cells_table}
+
+if __name__ == "__main__":
+    main()
