@@ -21,7 +21,7 @@ from .results import Measure
 
 BOOTSTRAPS = 40
 """Resamples behind the standard error of a Frechet distance: the error of that error is 11 %."""
-ENOUGH = 10
+ENOUGH = 5
 """Samples that a Frechet distance needs for each feature: with fewer, a covariance is so poorly estimated that the distance says little."""
 NEIGHBOURS = 3
 """k of precision and recall (arXiv 1904.06991, section 3)."""
