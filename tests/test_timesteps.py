@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -120,7 +121,7 @@ def test_every_count_gets_exactly_its_timesteps(spacing):
     for count in range(1, T + 1):
         timesteps = select_timesteps(count, T, spacing, schedule=LINEAR)
         assert is_valid(timesteps, count, T), (spacing, count)
-        assert timesteps[0] == T - 1 or spacing not in ("log_snr", "karras")
+        assert timesteps[0] == T - 1 or spacing not in ("log_snr", "karras", "beta")
     assert {type(value) for value in timesteps} == {int}
     assert timesteps == tuple(range(T - 1, -1, -1))
 
@@ -234,6 +235,16 @@ def test_karras_takes_the_nearest_timestep(preset, rho, count):
     assert select_timesteps(count, T, "karras", schedule=schedule, rho=rho) == distinct_timesteps(expected, T)
 
 
+def test_beta_has_the_quantiles_of_its_distribution():
+    crowded = 0
+    for count in range(2, T + 1):
+        expected = (T - 1) * scipy.stats.beta.ppf(np.linspace(0, 1, count), 0.6, 0.6)
+        np.testing.assert_allclose(SPACINGS["beta"](SpacingRequest(count, T)), expected, atol=1e-5)
+        crowded += len(set(np.round(expected))) < count
+    assert crowded == 861  # docs/STEPS.md says so
+    assert select_timesteps(1, T, "beta") == (T - 1,)
+
+
 def test_karras_tends_to_log_snr():
     expected = select_timesteps(30, T, "log_snr", schedule=LINEAR)
     assert select_timesteps(30, T, "karras", schedule=LINEAR, rho=1e9) == expected
@@ -332,7 +343,7 @@ def least_change(targets, total):
     return costs[-1]
 
 
-@pytest.mark.parametrize("spacing", ["quad", "log_snr", "karras"])
+@pytest.mark.parametrize("spacing", ["quad", "log_snr", "karras", "beta"])
 def test_spacings_change_least(spacing):
     for count in [*range(20, 200, 9), *range(200, T, 97), T]:
         targets = np.round(SPACINGS[spacing](SpacingRequest(count, T, schedule=LINEAR)))

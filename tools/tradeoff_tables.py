@@ -59,7 +59,8 @@ def paper_table(study: Study) -> str:
     steps = [S for S in PAPER_STEPS if any((row, S) in table.results for row in ROWS)]
     head = "| | " + " | ".join(f"S = {S}" for S in steps) + " |\n|---|" + "---|" * len(steps)
     ours = [
-        f"| {row_text(row)} | " + " | ".join(measure_text(table.measure(row, S)) or "–" for S in steps) + " |" for row in ROWS
+        f"| {row_text(row)} | " + " | ".join(measure_text(table.measure(row, S)) or "–" for S in steps) + " |"
+        for row in ROWS
     ]
     theirs = [f"| {row_text(row)} | " + " | ".join(f"{PAPER_FIDS[row][S]:.2f}" for S in steps) + " |" for row in ROWS]
     counts = {S: {table.results[row, S].count for row in ROWS if (row, S) in table.results} for S in steps}
@@ -74,7 +75,9 @@ def paper_table(study: Study) -> str:
 def cells_table(study: Study) -> str:
     """Every cell of a study, the cheapest first."""
     metrics = study.metrics
-    head = "| | model calls | " + " | ".join(metric.title for metric in metrics) + " |\n|---|---|" + "---|" * len(metrics)
+    head = (
+        "| | model calls | " + " | ".join(metric.title for metric in metrics) + " |\n|---|---|" + "---|" * len(metrics)
+    )
     lines = []
     for result in study.results:
         values = [measure_text(result.quality.get(metric.name)) or "–" for metric in metrics]

@@ -164,7 +164,9 @@ def tradeoff(
         run.load()
     judge = _judge(run, features, real)
     cells = (
-        paper_table(PAPER_COUNT_AT_1000) if paper else _cells(quick, steps, spacings, etas, eta_scales, sigma_hat, orders, files, run)
+        paper_table(PAPER_COUNT_AT_1000)
+        if paper
+        else _cells(quick, steps, spacings, etas, eta_scales, sigma_hat, orders, files, run)
     )
     subject = Subject(
         run.model,
