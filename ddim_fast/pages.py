@@ -18,6 +18,11 @@ def plain_text(text: str) -> str:
     return _NOT_TEXT.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
+def capital(text: str) -> str:
+    """With its first letter upper case, the others as they are."""
+    return text[:1].upper() + text[1:]
+
+
 def html_page(package: str, extra: str, filters: Mapping[str, Callable[..., Any]], **values: Any) -> str:
     """A package's ``report.html.jinja`` with its ``report.css`` and ``report.js``, which the template has as ``style`` and ``script``.
 
@@ -25,7 +30,7 @@ def html_page(package: str, extra: str, filters: Mapping[str, Callable[..., Any]
 
     Args:
         extra: of ddim_fast, that brings what is needed.
-        filters: for the template, beside ``plain``.
+        filters: for the template, beside ``plain`` and ``capital``.
 
     Raises:
         ImportError: jinja2 is missing.
@@ -40,7 +45,7 @@ def html_page(package: str, extra: str, filters: Mapping[str, Callable[..., Any]
         return resources.files(package).joinpath(name).read_text("utf-8")
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"plain": plain_text, **filters}
+    environment.filters |= {"plain": plain_text, "capital": capital, **filters}
     style, script = read("report.css"), read("report.js")
     return environment.from_string(read("report.html.jinja")).render(
         style=Markup(style),

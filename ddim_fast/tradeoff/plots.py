@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..pages import plain_text
+from ..pages import capital, plain_text
 from .marks import COLOURS, SHAPES, Mark, Marks, is_log, points
 from .results import METRICS, CellResult, Study, way_of
 
@@ -17,19 +17,6 @@ if TYPE_CHECKING:
 _SHAPES = dict(zip(SHAPES, "os^DvpP*", strict=True))
 _INK, _QUIET, _LINE = "#1a2029", "#5c6675", "#e2e6ec"
 _INCHES, _DPI = (8.0, 5.0), 160
-
-
-def check_matplotlib() -> None:
-    """
-    Raises:
-        ImportError: it is missing.
-    """
-    try:
-        import matplotlib  # noqa: F401 - whether it is there
-    except ImportError as error:
-        raise ImportError(
-            'plots are drawn by matplotlib, which is missing: pip install "ddim_fast[tradeoff]"'
-        ) from error
 
 
 def quality_against_time(study: Study, metric: str) -> bytes:
@@ -53,9 +40,13 @@ def _plot(
     drawn = points(study, metric, x)
     if not drawn:
         raise ValueError(f"a plot needs a metric of the study: {[m.name for m in study.metrics]}, got {metric!r}")
-    check_matplotlib()
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            'plots are drawn by matplotlib, which is missing: pip install "ddim_fast[tradeoff]"'
+        ) from error
 
     # Names may hold dollar signs, and are no formulas.
     with rc_context({"text.parse_math": False, "axes.edgecolor": _QUIET, "axes.labelcolor": _INK, "font.size": 10}):
@@ -80,7 +71,7 @@ def _plot(
             xscale="log" if is_log([p.x for p in drawn]) else "linear",
             yscale="log" if is_log([p.measure.value for p in drawn]) else "linear",
             xlabel=x_title,
-            ylabel=f"{METRICS[metric].title} ({METRICS[metric].better} is better)",
+            ylabel=f"{capital(METRICS[metric].title)} ({METRICS[metric].better} is better)",
         )
         _keep_values_in_sight(axes, [p.measure.value for p in drawn])
         for one in (axes.xaxis, axes.yaxis):

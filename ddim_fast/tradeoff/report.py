@@ -42,7 +42,6 @@ def write_report(study: Study, directory: Path) -> list[Path]:
         ImportError: matplotlib or jinja2 is missing; nothing was written.
         OSError: a file could not be written; what was there before still is.
     """
-    plots.check_matplotlib()
     contents = {
         "report.html": html_text(study, directory).encode(),
         "study.json": json_text(study).encode(),
@@ -153,7 +152,6 @@ def html_text(study: Study, directory: Path) -> str:
         {
             "number": number_text,
             "measure": measure_text,
-            "capital": lambda text: text[:1].upper() + text[1:],
             "path": svg.path_of,
             "colour": lambda mark: COLOURS[mark.colour],
         },

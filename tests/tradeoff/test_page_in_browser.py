@@ -142,6 +142,7 @@ def test_open_a_cell_from_a_point_and_from_the_pictures(page):
     page.execute_script("arguments[0].scrollIntoView({block: 'center'})", point)
     point.find_element(By.CSS_SELECTOR, "g path").click()
     assert title(page) == describe(MANY.best("frechet").cell)
+    assert "#" not in page.current_url  # the page behind has not moved
     click(page, "#close")
     page.execute_script("arguments[0].focus()", point)
     ActionChains(page).send_keys(Keys.ENTER).perform()

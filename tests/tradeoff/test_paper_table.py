@@ -44,6 +44,8 @@ def test_which_studies_have_the_table():
     assert not is_paper_table(study(*(result(c) for c in paper_table())))
     mixed = [replace(c, timestep_spacing=f"{c.eta}") for c in paper_table()]
     assert not is_paper_table(study(*(result(c, 1.0) for c in mixed)))
+    searched = [replace(c, timesteps=tuple(range(c.num_inference_steps, 0, -1))) for c in paper_table()]
+    assert not is_paper_table(study(*(result(c, 1.0) for c in searched)))
     other = [replace(c, eta_scales="variance") for c in paper_table()]
     assert not is_paper_table(study(*(result(c, 1.0) for c in other)))
 

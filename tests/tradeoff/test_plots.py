@@ -90,6 +90,7 @@ def test_an_error_bar_longer_than_its_value_stays_within():
     shown = study(result(Cell(10), 1.0, 50.0), result(Cell(20), 100.0, 1.0))
     plot = svg.plot(points(shown, "frechet", lambda r: r.milliseconds), [], 900, 460, True)
     assert all(math.isfinite(dot.bottom) and dot.bottom <= plot.bottom for dot in plot.dots)
+    assert all(float(tick.text) > 0 for tick in plot.y_ticks)  # the axis is logarithmic all the same
 
 
 @pytest.mark.parametrize("draw", [plots.quality_against_time, plots.quality_against_steps])
@@ -103,6 +104,11 @@ def test_png_has_the_colours_of_the_page(draw, name):
 
 def test_png_is_a_function_of_the_study():
     assert plots.quality_against_time(FEW, "frechet") == plots.quality_against_time(FEW, "frechet")
+
+
+def test_names_are_no_formulas():
+    named = [result(Cell(1, f"$\\frac{{{i}", timesteps=(i,)), 1.0 + i) for i in range(2)]
+    assert plots.quality_against_time(study(*named, model="$\\frac{ $"), "frechet")
 
 
 def test_a_plot_needs_a_metric_of_the_study():

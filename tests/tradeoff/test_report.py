@@ -120,7 +120,9 @@ def test_only_png_files_of_the_study_are_read(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "outside.png")
     Image.new("L", (8, 8)).save(directory / "good.png")
     (directory / "text.png").write_text("secret")
-    (directory / "broken.png").write_bytes((directory / "good.png").read_bytes()[:40])
+    whole = (directory / "good.png").read_bytes()
+    (directory / "broken.png").write_bytes(whole[:40])
+    (directory / "damaged.png").write_bytes(whole.replace(whole[45:50], b"WRONG"))
     Image.new("L", (8, 8)).save(directory / "other.png", "JPEG")
     (directory / "link.png").symlink_to(tmp_path / "outside.png")
     for name in (
@@ -130,6 +132,7 @@ def test_only_png_files_of_the_study_are_read(tmp_path):
         "",
         "text.png",
         "broken.png",
+        "damaged.png",
         "other.png",
         "link.png",
     ):
