@@ -30,12 +30,17 @@ class Metric:
 
     Args:
         better: "lower" or "higher".
+        enough: a value from which on better ones are not worth any time; None where there is no such value.
     """
 
     name: str
     title: str
     better: str
     meaning: str
+    enough: float | None = None
+
+    def is_enough(self, value: float) -> bool:
+        return self.enough is not None and self.cost(value) <= self.cost(self.enough)
 
     def cost(self, value: float) -> float:
         """The value, or its negative: lower is better."""
@@ -57,7 +62,8 @@ METRICS = {
             "distance to converged",
             "lower",
             "root mean square over a sample's elements of its difference to the converged sample from the same noise, mean over samples; "
-            "deterministic cells only",
+            "deterministic cells only. With samples in [-1, 1], hardly anyone sees less than 0.02",
+            enough=0.02,
         ),
         Metric(
             "wasserstein",
@@ -176,7 +182,8 @@ class Study:
         return front
 
     def recommendation(self, name: str | None = None, within: float = 0.05) -> Recommendation | None:
-        """The fastest cell whose quality is within a share of the best one's, or whose error bar overlaps the best one's.
+        """The fastest cell whose quality is within a share of the best one's, or whose error bar overlaps the best one's, or that is good
+        enough (``Metric.enough``).
 
         Args:
             name: a key of ``METRICS``; the first that this study has if none.
@@ -200,7 +207,8 @@ class Study:
         aim = best.quality[name]
 
         def is_close(measure: Measure) -> bool:
-            return abs(measure.value - aim.value) <= within * abs(aim.value) or overlap(measure, aim)
+            near = abs(measure.value - aim.value) <= within * abs(aim.value) or overlap(measure, aim)
+            return near or METRICS[name].is_enough(measure.value)
 
         close = [r for r in self.with_metric(name) if is_close(r.quality[name])]
         chosen = min(close, key=lambda r: (r.milliseconds, _cost(r, name)))
@@ -260,6 +268,8 @@ class Recommendation:
         best = f"the best ({describe(self.best.cell, beside=self.chosen.cell)})"
         if self.share_worse == 0:
             how += f" is as good as {best}"
+        elif self.share_worse > self.within and self.metric.is_enough(self.chosen.quality[self.metric.name].value):
+            how += f" is {self.chosen.quality[self.metric.name].value:.2g}, too little to see, as is {best}"
         elif self.share_worse <= self.within:
             how += f" is within {_percent_above(self.share_worse)} % of {best}"
         else:

@@ -80,6 +80,18 @@ def test_chance_makes_more_cells_close():
     )
 
 
+def test_what_nobody_sees_is_not_worth_any_time():
+    cells = [result(Cell(S), distance=value) for S, value in ((10, 0.05), (20, 0.018), (50, 0.004), (100, 0.001))]
+    assert str(study(*cells).recommendation("distance")) == (
+        "Use 20 steps with leading spacing: its distance to converged is 0.018, too little to see, as is the best (100 steps), in 5.0 "
+        "times less time."
+    )
+    assert study(*cells[:1], *cells[2:]).recommendation("distance").chosen.cell == Cell(50)
+    assert study(result(Cell(10), distance=0.05), result(Cell(20), distance=0.03)).recommendation(
+        "distance"
+    ).chosen.cell == Cell(20)
+
+
 def test_higher_can_be_better():
     found = study(result(Cell(10), precision=0.5), result(Cell(20), precision=0.88), result(Cell(50), precision=0.9))
     assert found.best("precision").cell == Cell(50)
