@@ -15,7 +15,8 @@ from pathlib import Path
 
 import click
 
-from ddim_fast.tradeoff import PAPER_STEPS, Study, read_json, write_json
+from ddim_fast.tradeoff import Study, read_json, write_json
+from ddim_fast.tradeoff.cells import PAPER_STEPS
 from ddim_fast.tradeoff.paper import PAPER_FIDS, PAPER_SOURCE, ROWS, paper_table_of, row_text
 from ddim_fast.tradeoff.report import measure_text
 from ddim_fast.tradeoff.results import describe

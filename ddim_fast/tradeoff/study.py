@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from .. import pictures
 from ..generation.settings import as_json, differences, environment, model_digest
 from ..kernels.noise import NOISE_STANDARD_VERSION
-from ..whole_files import whole_file
+from ..whole_files import write_whole
 from .cells import Cell
 from .measure import CONVERGED, Progress, Subject, draw, measure
 from .results import CellResult, Study
@@ -68,14 +67,7 @@ class StudyDirectory:
                     f"{path} holds a study with other settings: choose another directory, or remove it\n{listed}"
                 )
         (path / "cells").mkdir(parents=True, exist_ok=True)
-        self.write(there, as_json(settings).encode())
-
-    def write(self, path: Path, content: bytes) -> None:
-        """A whole file, or none."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.unlink(missing_ok=True)
-        with whole_file(path, temporary) as file:
-            file.write(content)
+        write_whole(there, as_json(settings).encode())
 
     def result(self, cell: Cell) -> CellResult | None:
         """What was found in this very cell, if anything."""
@@ -87,7 +79,7 @@ class StudyDirectory:
 
     def save(self, result: CellResult) -> None:
         content = json.dumps(result.as_dict(), indent=1, allow_nan=False)
-        self.write(self.path / "cells" / f"{result.cell.key}.json", content.encode())
+        write_whole(self.path / "cells" / f"{result.cell.key}.json", content.encode())
 
     def picture_path(self, cell: Cell) -> Path:
         return self.path / "cells" / f"{cell.key}.png"
@@ -98,7 +90,7 @@ class StudyDirectory:
         if path.exists():
             return load(path.read_bytes())["samples"]
         samples = make()
-        self.write(path, save({"samples": samples.contiguous()}))
+        write_whole(path, save({"samples": samples.contiguous()}))
         return samples
 
 

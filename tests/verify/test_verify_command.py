@@ -419,7 +419,7 @@ def test_a_real_terminal_has_colours_and_progress(folder):
     text = said.decode()
     assert "\x1b[?25l" in text  # the cursor is hidden while the display moves
     assert text.count("\x1b[?25h") == 1
-    assert "0/1" in text
+    assert re.search(r"\b[01]/1\b", text)  # a fast machine is done before the first picture
     assert "\x1b[1;32m✓ cpu is right: 1 check passed" in text
 
 
