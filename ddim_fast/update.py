@@ -190,6 +190,10 @@ def ddim_coefficients(
     )
 
 
+_FURTHEST = 1.0
+"""The most that x0 is drawn on by, in differences of the last two."""
+
+
 def multistep_coefficients(
     alpha_bar_last: float,
     alpha_bar_t: float,
@@ -209,6 +213,9 @@ def multistep_coefficients(
     The deterministic DDIM step with D for x0: x0 as it will be half of the way, drawn on in lambda from the step before, which predicted
     x0_last. What x_t is in it, the row's own x0 (clipped, where it clips) and eps say: sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps.
     So this is the row of the DDIM step, and a multiple of x0 - x0_last beside it.
+
+    The paper's 1 / (2 r) is at most 1 here: where a step is more than twice as long in lambda as the one before, as the last ones of
+    "leading" and "linspace" spacing are, x0 drawn on so far overshoots, and the result is worse than that of DDIM. Of many steps none is.
 
     It is the DDIM step itself where lambda_prev is infinite (alpha_bar_prev = 1; the paper's last step, too, is of first order) and where
     lambda_last is (alpha_bar_last = 0): 1 / (2 r) is 0 there.
@@ -237,7 +244,7 @@ def multistep_coefficients(
         return row
     lambda_last, lambda_t, lambda_prev = (_lambda(a) for a in (alpha_bar_last, alpha_bar_t, alpha_bar_prev))
     of_d = math.sqrt(alpha_bar_prev) - math.sqrt(alpha_bar_t) * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t))
-    drawn_on = of_d * (lambda_prev - lambda_t) / (2 * (lambda_t - lambda_last))
+    drawn_on = of_d * min((lambda_prev - lambda_t) / (2 * (lambda_t - lambda_last)), _FURTHEST)
     return replace(row, prev_x0=row.prev_x0 + drawn_on, prev_history=-drawn_on)
 
 

@@ -48,7 +48,9 @@ def exact_model(schedule, prediction_type):
 
 
 def dpm_solver_2m(x, alpha_bars, denoise):
-    """Algorithm 2 of arXiv 2211.01095, its last step of first order: x_s = (sigma_s / sigma_t) x_t - alpha_s (e^-h - 1) D.
+    """Algorithm 2 of arXiv 2211.01095, its last step of first order, and 1 / (2 r) at most 1::
+
+        x_s = (sigma_s / sigma_t) x_t - alpha_s (e^-h - 1) D.
 
     ``denoise(x, alpha_bar, i)`` is x0.
     """
@@ -61,7 +63,7 @@ def dpm_solver_2m(x, alpha_bars, denoise):
         h = math.log(alpha_s / sigma_s) - math.log(math.sqrt(ab_t) / sigma_t) if ab_t > 0 else math.inf
         D = x0
         if last_x0 is not None and math.isfinite(last_h):
-            half_of_1_over_r = h / last_h / 2
+            half_of_1_over_r = min(h / last_h / 2, 1)  # at most 1: ours, see multistep_coefficients
             D = (1 + half_of_1_over_r) * x0 - half_of_1_over_r * last_x0
         x = sigma_s / sigma_t * x - alpha_s * (math.exp(-h) - 1) * D
         last_x0, last_h = x0, h
@@ -188,7 +190,7 @@ def test_a_clipped_eps_stays_where_it_is(prediction_type):
     eps = ddim.eps_x * x + ddim.eps_m * m
     signal, spread = math.sqrt(levels[1]), math.sqrt(1 - levels[1])
     h, last_h = (0.5 * math.log(b * (1 - a) / (a * (1 - b))) for a, b in (levels[1:], levels[:2]))
-    D = x0 + (x0 - last_x0) * h / (2 * last_h)
+    D = x0 + (x0 - last_x0) * min(h / (2 * last_h), 1)
     x_t = signal * x0 + spread * eps
     expected = math.sqrt(levels[2]) * D + math.sqrt(1 - levels[2]) * (x_t - signal * D) / spread
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
@@ -225,7 +227,7 @@ def test_noise_levels_must_fall():
 # --- The plan and the sampler ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", [0, 3, 1.5, "2", None, True])
+@pytest.mark.parametrize("order", [0, 3, 1.5, "2", True])
 def test_other_orders_are_refused(order):
     with pytest.raises(ValueError, match=r"order must be 1 .* or 2"):
         DDIMSampler(NoiseSchedule.linear(), 10, order=order)
@@ -412,3 +414,16 @@ def test_autograd_knows_of_the_write():
         result.sum().backward()
     fold_x, fold_m = READS.folded
     torch.testing.assert_close(x.grad, torch.full_like(X, fold_x + 2 * fold_m))
+
+
+def test_a_step_much_longer_than_the_last_does_not_overshoot():
+    """The weight of the difference of the last two x0 grows with the step, up to 1 and no further."""
+
+    def weight(alpha_bar_prev):
+        row, ddim = multistep_coefficients(0.3, 0.31, alpha_bar_prev), ddim_coefficients(0.31, alpha_bar_prev)
+        of_d = math.sqrt(alpha_bar_prev) - math.sqrt(0.31 * (1 - alpha_bar_prev) / (1 - 0.31))
+        assert row.prev_x0 - ddim.prev_x0 == pytest.approx(-row.prev_history)
+        return -row.prev_history / of_d
+
+    assert 0.4 < weight(0.32) < 0.6
+    assert [weight(0.5), weight(0.999)] == pytest.approx([1, 1])
