@@ -156,7 +156,8 @@ def test_unconditional_is_the_label_num_classes(model):
     without = model(x, t)
     assert torch.equal(model(x, t, class_labels=torch.full((3,), model.num_classes)), without)
     assert torch.equal(model(x, t, **model.unconditional({"class_labels": torch.tensor([1, 2, 3])})), without)
-    assert model.unconditional({"class_labels": 1, "other": 2}) == {"class_labels": None, "other": 2}
+    assert model.unconditional({"class_labels": None, "other": 2}) == {"class_labels": None, "other": 2}
+    assert model.unconditional({"other": 2}) == {"class_labels": None, "other": 2}
     assert not torch.equal(model(x, t, class_labels=torch.tensor([1, 2, 3])), without)
 
 

@@ -117,7 +117,8 @@ meaning(
     """With `rescale_betas_zero_snr=True` and eta = 1, the first step from timestep 999 gives NaN for some numbers of
     steps (with the linear schedule and "trailing": for 54 of the 104 numbers 1 to 100, 250, 333, 500 and 1000; 3, 4,
     6, 8 and 9 are the first). The cosine schedule does it without rescaling at 5 steps. There 1 - alpha_bar_prev -
-    std_dev_t^2 is 0 or nearly so, and float32 makes it slightly negative before its square root is taken. Cause:
+    std_dev_t^2 is 0 or nearly so, and float32 makes it slightly negative before its square root is taken (on an AMD
+    EPYC of the first generation; an Intel Xeon, Sapphire Rapids, rounds otherwise, and gives no NaN). Cause:
     `DDIMScheduler.step`, where the coefficient of `pred_epsilon` is computed. At eta = 0 the results are right.""",
     *SCHEDULERS,
 )

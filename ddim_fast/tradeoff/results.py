@@ -108,7 +108,7 @@ class CellResult:
     Args:
         count: samples.
         quality: by names of ``METRICS``; those that apply.
-        model_ms, update_ms: milliseconds a sample takes in the model and in the update.
+        model_ms, update_ms: milliseconds a sample takes in the model and in the update, in the fastest batch.
         calls: model calls a sample takes, guidance counted.
         peak_megabytes: the most memory in use while sampling, minus what was in use before; NaN where it cannot be told.
         pictures: the first samples as a grid, a PNG file beside the study, or none where samples are no pictures.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers_rounding import rounds_below_zero
 
 from ddim_fast.verify import in_the_wild
 from ddim_fast.verify.adapters import subject_of
@@ -25,14 +26,23 @@ FAILED = list(
     }.values()
 )
 """One of each meaning."""
-CASES = sorted({check["code"] for _, check in EVERY_FAILURE if check["code"].startswith("import torch")})
+CASES = {check["code"]: (one, check) for one, check in EVERY_FAILURE if check["code"].startswith("import torch")}
+
+
+def is_found_here(one, check):
+    """Whether a finding is one of this processor, too."""
+    of_rounding = "float32 makes it slightly negative" in findings.MEANINGS[one["label"], check["name"]][1]
+    return rounds_below_zero() or not of_rounding
 
 
 @pytest.mark.parametrize(("one", "check"), FAILED, ids=[f"{one['label']}-{check['name']}" for one, check in FAILED])
 def test_a_finding_on_diffusers_is_found_again(one, check):
     found = run_check(CHECKS[check["name"]], subject_of(one["subject"]), False, 0, torch.device("cpu"))
-    assert found.outcome.value == "failed"
-    assert bool(found.code) == bool(check.get("code"))
+    if is_found_here(one, check):
+        assert found.outcome.value == "failed"
+        assert bool(found.code) == bool(check.get("code"))
+    else:
+        assert found.outcome.value == "passed"
 
 
 @pytest.mark.parametrize("one", HERE, ids=lambda one: one["label"])
@@ -44,9 +54,12 @@ def test_what_passed_there_passes_still(one):
         )
 
 
-@pytest.mark.parametrize("code", CASES, ids=range(len(CASES)))
+@pytest.mark.parametrize("code", sorted(CASES), ids=range(len(CASES)))
 def test_the_smallest_case_of_a_finding_runs_and_fails(code):
-    with pytest.raises(AssertionError, match="x_prev is"):
+    if is_found_here(*CASES[code]):
+        with pytest.raises(AssertionError, match="x_prev is"):
+            exec(code, {})
+    else:
         exec(code, {})
 
 
