@@ -63,8 +63,7 @@ class PictureCase:
         }
         if optimized:
             conditioning = {"class_labels": self.labels}
-            # A quarter of a level left for pictures that the optimizer has not seen.
-            fast = self.sampler.optimize(self.model, self.x_T.shape, conditioning=conditioning, tolerance=1.5 / 255)
+            fast = self.sampler.optimize(self.model, self.x_T.shape, conditioning=conditioning)
             contenders["ours, optimized"] = self.ours(fast)
         return contenders
 
