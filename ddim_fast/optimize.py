@@ -133,14 +133,16 @@ def optimize(
 
     Tried are: weights and activations with channels last; torch.compile with frozen weights (a minute or so, once); both halves of
     guidance in one batch; and on processors with instructions for it, convolutions in bfloat16 in the noisiest steps, as many as leave
-    the samples tried within a third of ``tolerance``, since others will change more. What does not help on this machine is left out. The model itself is not changed.
+    the samples tried within a third of ``tolerance``, since others will change more. What does not help on this machine is left out. The
+    model itself is not changed.
 
     Args:
         model: a module; see ``models.Model``.
         shape: ``(B, C, ...)`` of the batches that will be sampled. Others work, as slowly as before.
         conditioning, guidance_scale, unconditional_conditioning: as ``sample`` takes them; their values do not matter, their shapes do.
         compile: False leaves torch.compile out.
-        tolerance: how far an element of a sample may be from what it was; told from one batch, so no promise for each. The default is one of 255 levels, with samples in [-1, 1].
+        tolerance: how far an element of a sample may be from what it was; told from one batch, so no promise for each. The default
+            is one of 255 levels, with samples in [-1, 1].
         seed: of the samples that are compared.
 
     Returns:
