@@ -87,7 +87,8 @@ def search(run: Run, steps: int, order: int, effort: str, seed: int, out: Path) 
 
 def _table(found: Found) -> str:
     """Every list that was judged, the best first."""
-    width = max(len(score.name) for score in found.scores)
-    lines = [f"{'distance to converged':{width + 2}}searched on  held out"]
-    lines += [f"  {score.name:{width}}{score.seen:11.4f}{score.held_out:10.4f}" for score in found.scores]
+    title = "distance to converged"
+    width = max(len(title), *(len(score.name) + 2 for score in found.scores))
+    lines = [f"{title:{width}}  searched on  held out"]
+    lines += [f"{f'  {score.name}':{width}}{score.seen:13.4f}{score.held_out:10.4f}" for score in found.scores]
     return "\n".join(lines)

@@ -196,9 +196,9 @@ def tradeoff(
             subject, cells, directory, run.model_name, converged_cell=converged, progress=bar.update, done=done
         )
     written = write_report(study, out)
-    for sentence in filter(None, [study.recommendation()]):
-        run.say(str(sentence))
-    run.say(f"{len(study.results)} cells -> {', '.join(map(str, written))}")
+    if (recommended := study.recommendation()) is not None:
+        run.say(str(recommended))
+    run.say(f"{len(study.results)} cells -> {written[0]}, and {len(written) - 1} files beside it")
 
 
 def _cells(quick, steps, spacings, etas, eta_scales, sigma_hat, orders, files, run: Run) -> list[Cell]:
