@@ -151,7 +151,9 @@ def tradeoff(
       ddim-fast tradeoff --paper-table -n 2000 --out table1
       ddim-fast tradeoff --model closed-form --out exact
     """
-    from ..tradeoff.report import write_report  # needs the extra
+    from ..tradeoff.report import check_libraries, write_report
+
+    check_libraries()
 
     if (real is None) != (features is None):
         raise ValueError(

@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,17 @@ _IN_A_ROW = 10
 _WIDE, _NARROW = (900, 460), (366, 380)
 """Sizes of a plot on a desk and on a phone, where text must not shrink with it."""
 _MOST_SMALL = 12  # characters of a digest on the page; all of them are in the JSON
+
+
+def check_libraries() -> None:
+    """Raise ImportError where a report could not be written, before there is anything to write."""
+    for name in ("jinja2", "matplotlib"):
+        try:
+            import_module(name)
+        except ImportError:
+            raise ImportError(
+                f'the report of a study needs {name}, which is missing: pip install "ddim_fast[tradeoff]"'
+            ) from None
 
 
 def write_report(study: Study, directory: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """A study: the cells it should have, measured, kept, and gone on with."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -235,6 +236,14 @@ def test_wrong_words(tmp_path, words, said):
         "tradeoff", "--model", "closed-form", "--out", tmp_path / "x", *words, code=2 if "commas" in said else 1
     )
     assert said in " ".join(output.split())
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("library", ["jinja2", "matplotlib"])
+def test_a_missing_library_is_told_before_any_work(tmp_path, monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    output = run("tradeoff", "--model", "closed-form", "--out", tmp_path / "x", code=1)
+    assert f'needs {library}, which is missing: pip install "ddim_fast[tradeoff]"' in output
     assert not (tmp_path / "x").exists()
 
 
