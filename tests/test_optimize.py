@@ -71,6 +71,7 @@ def test_no_tolerance_leaves_exact_ways_only(model):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own
 def test_torch_compile(model):
     fast = sampler().optimize(model, SHAPE, conditioning=CONDITIONING)
     options = dict(seed=7, conditioning=CONDITIONING)
