@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import wraps
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import pictures
+from ..attributes import imported
 from ..capture import MODES
 from ..generation.conditioning import Conditioning, EveryClass, OneClass
 from ..kernels import dispatch
@@ -75,10 +77,12 @@ class Run:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = usable_device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = load_model(self.model_name, device)
-        if self.model.sample_shape is None:
+        named = ":" in self.model_name and not os.path.exists(self.model_name)
+        self.model = _own_model(self.model_name).to(device) if named else load_model(self.model_name, device)
+        if getattr(self.model, "sample_shape", None) is None:
             raise ValueError(
-                f"the command line needs a model whose files say the size of its samples, got {self.model_name}: use it from Python"
+                f"the command line needs a model that says the size of its samples, got {self.model_name}: give it an attribute "
+                "sample_shape = (C, H, W), or use it from Python"
             )
 
     @property
@@ -87,10 +91,10 @@ class Run:
 
     def noise_schedule(self) -> NoiseSchedule:
         """The schedule asked for, or else the model's."""
-        trained = self.model.schedule
+        trained = getattr(self.model, "schedule", None)
         schedule = trained if self.schedule is None else make_schedule(self.schedule)
         if schedule is None:
-            raise ValueError(f"the files of {self.model_name} name no noise schedule: name it with --schedule")
+            raise ValueError(f"{self.model_name} names no noise schedule: name it with --schedule")
         if trained is not None and schedule != trained and not self.quiet:
             click.echo(
                 f"note: the {self.model_name} model was trained with another schedule; with {self.schedule} its pictures will be wrong",
@@ -201,7 +205,8 @@ _OPTIONS = {
         default="fashion",
         show_default=True,
         metavar="NAME|PATH",
-        help=f"The model that ships ({', '.join(SHIPPED)}), a diffusers directory, or a TorchScript or torch.export archive.",
+        help=f"The model that ships ({', '.join(SHIPPED)}), a diffusers directory, a TorchScript or torch.export archive, or "
+        "module:attribute, a torch module or what makes one, with an attribute sample_shape.",
     ),
     "class_name": click.option(
         "--class", "class_name", default=None, metavar="NAME", help="Only this class: a name or number."
@@ -339,6 +344,17 @@ def _gathered(options: Sequence[Callable], names: set[str]) -> Callable:
         return with_run
 
     return decorate
+
+
+def _own_model(name: str) -> nn.Module:
+    """The module that ``module:attribute`` is, or makes."""
+    value = imported(name, "the model")
+    model = value if isinstance(value, nn.Module) or not callable(value) else value()
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"--model module:attribute must be a torch.nn.Module, or make one, got {type(model).__name__} from {name}"
+        )
+    return model.eval().requires_grad_(False)
 
 
 def conditioning_rule(run: Run) -> Conditioning | None:

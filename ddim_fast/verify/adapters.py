@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..attributes import imported
 from ..kernels.dispatch import BACKENDS
 from .backends import backend_subject
 from .cases import Level, Model, Setting, StepCase, StepResult
@@ -335,18 +333,7 @@ def _imported(name: str) -> Any:
             f"a subject is a backend ({', '.join(BACKENDS)}) or module:attribute, for instance "
             f"diffusers:DDIMScheduler, got {name!r}"
         )
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        value = importlib.import_module(module)
-        for part in attribute.split("."):
-            value = getattr(value, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"the subject {name!r} cannot be imported ({type(error).__name__}: {error}): "
-            "it is looked for in this folder and in what is installed here"
-        ) from error
-    return value
+    return imported(name, "the subject")
 
 
 def _keywords(values: dict[str, Any]) -> str:

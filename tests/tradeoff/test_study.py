@@ -250,3 +250,38 @@ def test_a_missing_library_is_told_before_any_work(tmp_path, monkeypatch, librar
 def test_a_search_that_could_not_be_written_does_not_begin(tmp_path):
     assert "the folder of" in run("search", "--steps", 2, "--out", tmp_path / "no" / "x.json", code=1)
     assert "must end in .json" in run("search", "--steps", 2, "--out", tmp_path / "x.txt", code=1)
+
+
+OWN_MODEL = """
+import torch
+from ddim_fast import NoiseSchedule
+
+class Grey(torch.nn.Module):
+    prediction_type, sample_shape, schedule = "sample", (1, 4, 4), NoiseSchedule.linear()
+
+    def __init__(self):
+        super().__init__()
+        self.grey = torch.nn.Parameter(torch.tensor(0.25))
+
+    def forward(self, x, t):
+        return self.grey.expand_as(x)
+
+nothing = 3
+"""
+
+
+def test_a_model_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "own_grey_model.py").write_text(OWN_MODEL)
+    monkeypatch.chdir(tmp_path)
+    words = ["--steps", "2,4", "--spacings", "trailing", "-n", "8", "--out", tmp_path / "out", "--quiet"]
+    run("tradeoff", "--model", "own_grey_model:Grey", *words)
+    found = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert {r["quality"]["distance"]["value"] < 1e-6 for r in found["results"] if r["cell"]["eta"] == 0} == {True}
+    run("search", "--model", "own_grey_model:Grey", "--steps", 3, "--effort", "quick", "--out", "three.json", "--quiet")
+    run(
+        "sample", "--model", "own_grey_model:Grey", "--timesteps", "three.json", "-n", 2, "--out", "grid.png", "--quiet"
+    )
+    assert "must be a torch.nn.Module, or make one, got int" in run(
+        "search", "--model", "own_grey_model:nothing", "--steps", 3, code=1
+    )
+    assert "cannot be imported" in run("search", "--model", "own_grey_model:Other", "--steps", 3, code=1)
