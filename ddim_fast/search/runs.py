@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..guidance import guidance_scales
+from ..guidance import guidance_scales, guided_output
 from ..kernels.dispatch import ddim_step, normals
 from ..kernels.noise import NoiseStream, sample_seeds
-from ..loop import model_calls
-from ..models import Model, output_tensor
+from ..loop import Loop, model_calls
+from ..models import Model
 from ..plan import PlannedStep, SamplingPlan
 from ..start import conditionings_of
 
@@ -69,9 +69,20 @@ class Runs:
             }
             times = torch.full((len(x),), t, device=x.device)
             calls = model_calls(self.model, conditionings_of(self.model, own, scales, None))
-            outputs = [output_tensor(call(x, times), x) for call in calls]
-            self.progress(len(x) * len(calls))
-            parts.append(outputs[0] if len(outputs) == 1 else torch.lerp(outputs[1], outputs[0], float(scales[0])))
+            m, uncond = Loop(
+                x_t=x,
+                calls=calls,
+                guidance_scales=scales,
+                thresholding=None,
+                seeds=None,
+                generator=None,
+                noise=None,
+                model_input=None,
+                x_seen=None,
+                x0=None,
+            ).predict(times)
+            self.progress(len(x) * (1 if uncond is None else 2))
+            parts.append(m if uncond is None else guided_output(m, uncond, scales[0], 0.0, x.dtype))
         return torch.cat(parts).to(x_t.dtype)
 
     def run(self, plan: SamplingPlan, first: int = 0, states: list[State] | None = None) -> list[State]:

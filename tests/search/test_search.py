@@ -107,6 +107,13 @@ def test_runs_are_the_samplers():
         assert all(torch.equal(a.x_t, b.x_t) for a, b in zip(again, states, strict=True))
 
 
+def test_guidance_in_one_batch_is_that_of_two_calls():
+    runs = Runs.from_seed(Conditional(), (1,), 5, 3, CPU, conditioning=EveryClass(2).rows(0, 5), guidance_scale=1.7)
+    expected = runs.predict(runs.start, 500)
+    runs.model.batches_guidance = True
+    torch.testing.assert_close(runs.predict(runs.start, 500), expected)
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_costs_are_those_of_steps_taken_one_by_one(order):
     """The table against its definition, in float64."""
