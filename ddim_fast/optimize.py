@@ -203,8 +203,8 @@ class _Trial:
         result.gain = Gain(tuple(ways), before, after, change, self.tolerance)
         return result.eval()
 
-    def _samples(self, model: Model) -> Tensor:
-        return self.sampler.sample(
+    def _samples(self, model: Model, sampler: DDIMSampler | None = None) -> Tensor:
+        return (sampler or self.sampler).sample(
             model,
             self.shape,
             seed=self.seed,
@@ -221,15 +221,12 @@ class _Trial:
         together = OptimizedModel(self.model, self.model, (2 * self.shape[0], *self.shape[1:]), None, True)
         short = self.sampler.last_steps(1)
         try:
-            one, two = _in_turn(lambda: self._of(short, together), lambda: self._of(short, self.model), rounds=ROUNDS)
+            one, two = _in_turn(
+                lambda: self._samples(together, short), lambda: self._samples(self.model, short), rounds=ROUNDS
+            )
         except ValueError:  # conditioning of different shapes
             return False
         return one < WORTHWHILE * two
-
-    def _of(self, sampler: DDIMSampler, model: Model) -> Tensor:
-        options = {"conditioning": self.conditioning, "guidance_scale": self.guidance_scale}
-        options["unconditional_conditioning"] = self.unconditional
-        return sampler.sample(model, self.shape, seed=self.seed, device=self.device, **options)
 
     def _fastest(self, shape: tuple[int, ...], batched: bool, compile: bool) -> tuple[Callable[..., Any], list[str]]:
         """The fastest exact way to call the model with a batch of this shape, and what it is called."""
@@ -268,7 +265,7 @@ class _Trial:
         exact = copy.copy(result)
         exact.reduced_from = None
         short = self.sampler.last_steps(1)
-        fast, slow = _in_turn(lambda: self._of(short, result), lambda: self._of(short, exact), rounds=ROUNDS)
+        fast, slow = _in_turn(lambda: self._samples(result, short), lambda: self._samples(exact, short), rounds=ROUNDS)
         if fast < WORTHWHILE * slow:
             for share in SHARES:
                 steps = max(1, round(share * len(timesteps)))

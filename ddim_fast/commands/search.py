@@ -60,7 +60,7 @@ def search(run: Run, steps: int, order: int, effort: str, seed: int, out: Path) 
     """
     check_output(out, (".json",))
     run.load()
-    _, *many = EFFORTS[effort]
+    count, refine_count, held_out, refine_runs = EFFORTS[effort]
     wanted = Search(
         run.model,
         run.noise_schedule(),
@@ -70,10 +70,10 @@ def search(run: Run, steps: int, order: int, effort: str, seed: int, out: Path) 
         conditioning=conditioning_rule(run),
         guidance_scale=None if run.guidance == 1 else run.guidance,
         sampler_options=run.sampler_options(),
-        count=EFFORTS[effort][0],
-        refine_count=many[0],
-        held_out=many[1],
-        refine_runs=many[2],
+        count=count,
+        refine_count=refine_count,
+        held_out=held_out,
+        refine_runs=refine_runs,
         seed=seed,
         device=run.where,
     )

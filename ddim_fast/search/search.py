@@ -197,10 +197,11 @@ def _held_out(
 ) -> list[Score]:
     runs = search.runs(search.held_out, search.seed + 1, progress)
     converged = _converged(search, runs)
-    scores = []
-    for name, timesteps in lists.items():
-        end = runs.run(search.plan_of(timesteps))[-1].x_t
-        scores.append(Score(name, timesteps, seen[name], sample_distances(end, converged).mean().item()))
+    ends = {timesteps: runs.run(search.plan_of(timesteps))[-1].x_t for timesteps in dict.fromkeys(lists.values())}
+    scores = [
+        Score(name, timesteps, seen[name], sample_distances(ends[timesteps], converged).mean().item())
+        for name, timesteps in lists.items()
+    ]
     return sorted(scores, key=lambda score: score.held_out)
 
 
