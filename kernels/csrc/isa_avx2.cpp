@@ -7,6 +7,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "convolution.h"
 #include "step.h"
 #include "types.h"
 
@@ -25,10 +26,12 @@ struct Isa {
   static constexpr int kLanes = 8;
   static constexpr bool kNormalsInRegisters = true;
   static constexpr int kGroups = 2;
+  static constexpr int kAccumulators = 12;
 
   static DDIM_INLINE F set(float x) { return _mm256_set1_ps(x); }
   static DDIM_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static DDIM_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static DDIM_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
   static DDIM_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static DDIM_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
   static DDIM_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
@@ -102,9 +105,10 @@ struct Isa {
 
 #include "noise.inl"
 #include "step.inl"
+#include "convolution.inl"
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", step, normals, words, triad};
+const Kernels kAvx2 = {"avx2", step, normals, words, triad, convolve};
 
 }  // namespace ddim

@@ -7,6 +7,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "convolution.h"
 #include "step.h"
 #include "types.h"
 
@@ -26,10 +27,12 @@ struct Isa {
   static constexpr bool kNormalsInRegisters = true;
   static constexpr bool kDealsBFloat16 = false;
   static constexpr int kGroups = 2;
+  static constexpr int kAccumulators = 24;
 
   static DDIM_INLINE F set(float x) { return _mm512_set1_ps(x); }
   static DDIM_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static DDIM_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static DDIM_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
   static DDIM_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static DDIM_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
   static DDIM_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
@@ -77,9 +80,10 @@ struct Isa {
 
 #include "noise.inl"
 #include "step.inl"
+#include "convolution.inl"
 
 }  // namespace
 
-const Kernels kAvx512 = {"avx512", step, normals, words, triad};
+const Kernels kAvx512 = {"avx512", step, normals, words, triad, convolve};
 
 }  // namespace ddim

@@ -5,6 +5,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "convolution.h"
 #include "step.h"
 #include "types.h"
 
@@ -28,6 +29,7 @@ struct Isa {
   static constexpr bool kNormalsInRegisters = false;
   static constexpr bool kDealsBFloat16 = false;
   static constexpr int kGroups = 1;
+  static constexpr int kAccumulators = 12;
 
   template <typename Function>
   static DDIM_INLINE F each(Function f) {
@@ -40,6 +42,9 @@ struct Isa {
   }
   static DDIM_INLINE F mul(F a, F b) {
     return each([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  static DDIM_INLINE F add(F a, F b) {
+    return each([&](int i) { return a.v[i] + b.v[i]; });
   }
   static DDIM_INLINE F sub(F a, F b) {
     return each([&](int i) { return a.v[i] - b.v[i]; });
@@ -119,9 +124,10 @@ struct Isa {
 
 #include "noise.inl"
 #include "step.inl"
+#include "convolution.inl"
 
 }  // namespace
 
-const Kernels kPortable = {"portable", step, normals, words, triad};
+const Kernels kPortable = {"portable", step, normals, words, triad, convolve};
 
 }  // namespace ddim

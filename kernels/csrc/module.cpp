@@ -17,6 +17,7 @@
 #include <new>
 #include <vector>
 
+#include "convolution.h"
 #include "dlpack.h"
 #include "parallel.h"
 #include "step.h"
@@ -454,6 +455,45 @@ PyObject* py_triad(PyObject*, PyObject* arguments) {
   Py_RETURN_NONE;
 }
 
+// Memory of a thread that grows and is kept, since asking for it anew costs as much as a small convolution.
+class Scratch {
+ public:
+  float* of(int64_t floats) {
+    if (floats > size_) {
+      free();
+      size_ = 0;
+      memory_ = static_cast<float*>(::operator new(floats * sizeof(float), kAlignment));
+      size_ = floats;
+    }
+    return memory_;
+  }
+  ~Scratch() { free(); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  void free() { ::operator delete(memory_, kAlignment), memory_ = nullptr; }
+  float* memory_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// convolve(input, weights, bias, output, batch, height, width, in_channels, out_channels, threads): addresses of float32, see convolution.h
+PyObject* py_convolve(PyObject*, PyObject* arguments) {
+  unsigned long long input, weights, bias, output;
+  long long batch, height, width, in_channels, out_channels;
+  int threads;
+  if (!PyArg_ParseTuple(arguments, "KKKKLLLLLi", &input, &weights, &bias, &output, &batch, &height, &width, &in_channels, &out_channels, &threads))
+    return nullptr;
+  const Convolution c{reinterpret_cast<const float*>(input), reinterpret_cast<const float*>(weights), reinterpret_cast<const float*>(bias),
+                      reinterpret_cast<float*>(output), batch, height, width, in_channels, out_channels};
+  PyThreadState* state = PyEval_SaveThread();
+  parallel_for(tile_count(c), kRowGrain, threads, [&](int64_t begin, int64_t end) {
+    thread_local Scratch scratch;
+    kernels->convolve(c, begin, end, scratch.of(scratch_floats(c)));
+  });
+  PyEval_RestoreThread(state);
+  Py_RETURN_NONE;
+}
+
 PyObject* py_instruction_sets(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
   for (const Kernels* k : usable_kernels()) {
@@ -485,6 +525,7 @@ PyMethodDef methods[] = {
     {"normals", py_normals, METH_VARARGS, nullptr},
     {"words", py_words, METH_VARARGS, nullptr},
     {"triad", py_triad, METH_VARARGS, nullptr},
+    {"convolve", py_convolve, METH_VARARGS, nullptr},
     {"instruction_sets", py_instruction_sets, METH_NOARGS, "The instruction sets usable here, best first."},
     {"select", py_select, METH_VARARGS, "Use the named instruction set from now on, on every thread."},
     {"selected", py_selected, METH_NOARGS, "The instruction set in use."},

@@ -49,6 +49,8 @@ struct Range {
   int64_t sample, begin, end;
 };
 
+struct Convolution;
+
 struct Kernels {
   const char* name;
   void (*step)(const Step&, Range);
@@ -58,6 +60,8 @@ struct Kernels {
   void (*words)(int64_t seed, int64_t first_counter, uint32_t step, uint32_t stream, uint32_t* words, int64_t n);
   // a[i] = b[i] * scale + c[i]: the yardstick of the benchmarks
   void (*triad)(float* a, const float* b, const float* c, float scale, int64_t n);
+  // the tiles [begin, end) of a convolution; scratch: scratch_floats(c) floats, at a multiple of 64 bytes
+  void (*convolve)(const Convolution& c, int64_t begin, int64_t end, float* scratch);
 };
 
 extern const Kernels kPortable;
