@@ -106,7 +106,7 @@ class CapturedLoop:
                 static.copy_(getattr(job.loop, name))
         self.loop.generator = job.loop.generator
         self._position.table.rows[:count].copy_(job.table.rows)
-        timesteps = torch.tensor(job.plan.timesteps)[:, None]
+        timesteps = torch.tensor(job.plan.told)[:, None]
         self._position.timesteps[:count].copy_(timesteps.to(device).expand(-1, job.loop.shape[0]))
         self._position.index.zero_()
         leaves, _ = tree_flatten(list(job.conditionings))

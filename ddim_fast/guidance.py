@@ -26,13 +26,15 @@ class ClassifierGuidance:
         cond_fn: ``cond_fn(x_t, t, **conditioning)``: the gradient of log p(y | x_t) by x_t, scaled as wanted, like ``x_t``.
         conditioning: of the model's call; with classifier-free guidance, of the conditional one.
         weights: for each step, what the model's output changes by where the gradient is 1.
+        timesteps: for each step, that of ``x_t``, which the classifier is told whatever the model is.
     """
 
     cond_fn: Callable[..., Tensor]
     conditioning: Mapping[str, Any]
     weights: Sequence[float]
+    timesteps: Sequence[int]
 
-    def shifted(self, model_output: Tensor, x_t: Tensor, t: Tensor, step: int) -> Tensor:
+    def shifted(self, model_output: Tensor, x_t: Tensor, step: int) -> Tensor:
         """The model's output as if it knew what the classifier does, in the dtype of ``x_t``.
 
         Raises:
@@ -40,7 +42,8 @@ class ClassifierGuidance:
         """
         # Copies that gradients can be taken for, and that cond_fn may change.
         with torch.inference_mode(False), torch.enable_grad():
-            gradient = self.cond_fn(x_t.clone(), t.clone(), **self.conditioning)
+            t = torch.full((len(x_t),), self.timesteps[step], device=x_t.device)
+            gradient = self.cond_fn(x_t.clone(), t, **self.conditioning)
         if not isinstance(gradient, Tensor) or not gradient.dtype.is_floating_point:
             raise TypeError(f"cond_fn must return a floating-point tensor, the gradient for x_t, got {gradient!r:.80}")
         if gradient.shape != x_t.shape or gradient.device != x_t.device:
@@ -107,7 +110,7 @@ def classifier_guidance(
     if not callable(cond_fn):
         raise TypeError(f"cond_fn must be callable as cond_fn(x_t, t, **conditioning), got {type(cond_fn).__name__}")
     weights = [classifier_guidance_weight(step.alpha_bar_t, plan.prediction_type) for step in plan.steps]
-    return ClassifierGuidance(cond_fn, conditioning, weights)
+    return ClassifierGuidance(cond_fn, conditioning, weights, plan.timesteps)
 
 
 def guided_output(

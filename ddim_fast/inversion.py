@@ -97,7 +97,7 @@ def invert(
     )
     search = _Search(loop, x_prev, iterations, tolerance, like_x0(tolerance is not None), backend)
     rows = [_Rows.of(step, plan) for step in plan.steps]  # all of them before the first model call
-    timesteps = torch.tensor(plan.timesteps, device=x0.device)[:, None].expand(-1, len(x0))
+    timesteps = torch.tensor(plan.told, device=x0.device)[:, None].expand(-1, len(x0))
     trajectory = Trajectory()
     bar = tqdm(plan.steps[::-1], desc="inverting", unit="step", disable=not progress)
     with torch.inference_mode(), bar:

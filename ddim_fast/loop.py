@@ -81,8 +81,8 @@ class Position:
     Attributes:
         table: the coefficients of the steps.
         index: ``(1,)`` int64: the number of the next step.
-        timesteps: ``(S, B)`` int64.
-        t: ``(1, B)`` int64: the timesteps of the step underway.
+        timesteps: ``(S, B)`` int64: what the model is told.
+        t: ``(1, B)`` int64: the same for the step underway.
         thresholds: ``(B,)`` float32: its dynamic thresholds.
     """
 
@@ -136,7 +136,7 @@ class Loop:
         return self.x_t.shape
 
     def planned_step(self, step: PlannedStep, t: Tensor, timing: Timing, backend: str | None) -> None:
-        """Advance ``x_t`` by this step; ``t`` ``(B,)`` are its timesteps."""
+        """Advance ``x_t`` by this step; ``t`` ``(B,)`` are the timesteps that the model is told."""
         started = time.perf_counter()
         x_t = self.x_t
         model_output, uncond = self.predict(t)
@@ -145,7 +145,7 @@ class Loop:
             model_output = guided_output(model_output, uncond, scale, self.guidance_rescale, x_t.dtype)
             uncond = scale = None
         if self.classifier is not None:
-            model_output = self.classifier.shifted(model_output, x_t, t, step.index)
+            model_output = self.classifier.shifted(model_output, x_t, step.index)
         called = time.perf_counter()
         thresholds = None
         if self.thresholding is not None:

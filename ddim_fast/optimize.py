@@ -252,7 +252,7 @@ class _Trial:
         """A call as the sampler makes it, of whatever it is given."""
         steps = self.sampler.plan(self.model).steps
         x = torch.zeros(shape, device=self.device)
-        t = torch.full((shape[0],), steps[len(steps) // 2].t, device=self.device)
+        t = torch.full((shape[0],), steps[len(steps) // 2].model_t, device=self.device)
         scales = None if self.guidance_scale in (None, 1) else (self.guidance_scale,)
         first, *rest = conditionings_of(self.model, self.conditioning, scales, self.unconditional)
         if batched:
@@ -263,7 +263,7 @@ class _Trial:
         """Let the noisiest steps take convolutions in bfloat16, as many as the tolerance allows, where that is faster."""
         if self.device.type != "cpu" or not any(isinstance(m, nn.modules.conv._ConvNd) for m in self.model.modules()):
             return change, []
-        timesteps = self.sampler.timesteps
+        told = self.sampler.plan(self.model).told
         result.reduced_from = 0
         exact = copy.copy(result)
         exact.reduced_from = None
@@ -271,11 +271,11 @@ class _Trial:
         fast, slow = _in_turn(lambda: self._samples(result, short), lambda: self._samples(exact, short), rounds=ROUNDS)
         if fast < WORTHWHILE * slow:
             for share in SHARES:
-                steps = max(1, round(share * len(timesteps)))
-                result.reduced_from = timesteps[steps - 1]
+                steps = max(1, round(share * len(told)))
+                result.reduced_from = min(told[:steps])
                 reduced = _largest(self._samples(result), expected)
                 if reduced <= self.tolerance / MARGIN:
-                    return reduced, [f"convolutions in bfloat16 in the {steps} noisiest of {len(timesteps)} steps"]
+                    return reduced, [f"convolutions in bfloat16 in the {steps} noisiest of {len(told)} steps"]
         result.reduced_from = None
         return change, []
 

@@ -123,7 +123,7 @@ def sample_parallel(
         x_seen=None,
         x0=None,
     )
-    timesteps = torch.tensor(plan.timesteps, device=device)[:, None].expand(-1, shape[0])
+    timesteps = torch.tensor(plan.told, device=device)[:, None].expand(-1, shape[0])
     weights = [weight_at_constant_v(step.alpha_bar_t, plan.prediction_type) for step in plan.steps]
     variances = 1 - torch.tensor([step.alpha_bar_prev for step in plan.steps], dtype=torch.float64)
     limits = tolerance**2 * math.prod(shape[1:]) * variances.to(device)[:, None]

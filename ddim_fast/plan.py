@@ -16,6 +16,7 @@ import torch
 
 from .kernels.contract import StepCoefficients, StepTable
 from .schedule import NoiseSchedule
+from .timesteps import explicit_model_timesteps
 from .update import (
     ETA_SCALES,
     PREDICTION_TYPES,
@@ -33,11 +34,15 @@ BEFORE_FIRST = -1
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """From timestep ``t`` to ``t_prev`` (-1: clean data): the step's cumulative products, its noise, and its row."""
+    """From timestep ``t`` to ``t_prev`` (-1: clean data): the step's cumulative products, its noise, and its row.
+
+    The model is told ``model_t``.
+    """
 
     index: int
     t: int
     t_prev: int
+    model_t: int
     alpha_bar_t: float
     alpha_bar_prev: float
     std_dev_t: float
@@ -64,6 +69,8 @@ class SamplingPlan:
         eps_residual: the mean squared error of the model's eps at each timestep visited, as ``search.measure_eps_residual`` measures it:
             then the noise added has the analytic variance (``update.analytic_variance``) in place of eta's own. Not with ``sigma_hat``
             or order 2.
+        model_timesteps: what the model is told at each of them, where that is another timestep (arXiv 2310.09469, 2405.15506): a long
+            step goes nearer to where many short ones lead with the output of a timestep on its way. In any order. None: those visited.
 
     Raises:
         ValueError: an argument is unknown or out of range; eta asks for more noise than a step has room for; epsilon prediction at
@@ -81,6 +88,7 @@ class SamplingPlan:
     use_clipped_model_output: bool = False
     order: int = 1
     eps_residual: tuple[float, ...] | None = None
+    model_timesteps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
@@ -88,6 +96,8 @@ class SamplingPlan:
         check_eta(self.eta)
         if any(later >= earlier for earlier, later in pairwise(self.timesteps)) or not self.timesteps:
             raise ValueError(f"timesteps must be at least one, and strictly decreasing, got {self.timesteps}")
+        if self.model_timesteps is not None:
+            explicit_model_timesteps(self.model_timesteps, len(self.timesteps), self.schedule.num_train_timesteps)
         if self.sigma_hat and self.eta != 1:
             raise ValueError(f"sigma_hat is DDPM's larger noise and needs eta = 1, got eta = {self.eta}")
         if self.clip_sample_range is not None and not 0 < self.clip_sample_range < math.inf:
@@ -131,6 +141,11 @@ class SamplingPlan:
     @property
     def num_inference_steps(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def told(self) -> tuple[int, ...]:
+        """The timestep that the model is told in every step."""
+        return self.timesteps if self.model_timesteps is None else self.model_timesteps
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -182,7 +197,7 @@ class SamplingPlan:
             row = ddim_coefficients(
                 *levels, self.prediction_type, variance=variance, std_dev_added=std_dev_t, **clipping
             )
-        return PlannedStep(index, t, t_prev, alpha_bar_t, alpha_bar_prev, std_dev_t, row)
+        return PlannedStep(index, t, t_prev, self.told[index], alpha_bar_t, alpha_bar_prev, std_dev_t, row)
 
 
 def _check_choice(name: str, value: object, choices) -> None:

@@ -27,7 +27,7 @@ from .plan import PlannedStep, SamplingPlan
 from .schedule import NoiseSchedule
 from .start import blend_known_region, check_dtype, conditionings_of, known_region, place, seeds_of_samples, start
 from .timestep_files import SUFFIX, TimestepList, read_timesteps
-from .timesteps import explicit_timesteps, respaced_timesteps, select_timesteps
+from .timesteps import explicit_model_timesteps, explicit_timesteps, respaced_timesteps, select_timesteps
 
 Callback = Callable[[int, int, Tensor, Tensor], Any]
 """``callback(step, t, x_t, x0)``: the step's number, its timestep, the noisy samples the model saw, and what it predicted from them."""
@@ -42,6 +42,8 @@ class DDIMSampler:
         eta: 0 is deterministic DDIM; 1 adds the noise of DDPM.
         timesteps: instead of a number: an explicit list; a respacing string such as "ddim50" or "10,15,20"; or a list from a file that
             ``ddim-fast search`` made (a path that ends in .json, or a ``TimestepList``).
+        model_timesteps: what the model is told at each of these timesteps, where that is another one (arXiv 2310.09469, 2405.15506). None:
+            what the file of timesteps says, or else the timesteps visited.
         timestep_spacing: how S timesteps are chosen, a key of ``timesteps.SPACINGS``.
         steps_offset: added to the timesteps of "leading" spacing.
         prediction_type: "epsilon", "sample" or "v_prediction". None: what the model says of itself, or else "epsilon".
@@ -68,6 +70,7 @@ class DDIMSampler:
         eta: float = 0.0,
         *,
         timesteps: Sequence[int] | str | os.PathLike[str] | TimestepList | None = None,
+        model_timesteps: Sequence[int] | None = None,
         timestep_spacing: str = "leading",
         steps_offset: int = 0,
         prediction_type: str | None = None,
@@ -92,7 +95,7 @@ class DDIMSampler:
         if thresholding:
             _check_thresholding(clip_sample, dynamic_thresholding_ratio, sample_max_value)
         self.schedule = schedule
-        timesteps, order, eps_residual = _from_list(timesteps, schedule, order, analytic_variance)
+        timesteps, order, eps_residual, found = _from_list(timesteps, schedule, order, analytic_variance)
         self.timesteps = _choose_timesteps(schedule, num_inference_steps, timesteps, timestep_spacing, steps_offset)
         self.prediction_type = prediction_type
         self.clip_sample = True if thresholding else clip_sample
@@ -112,6 +115,9 @@ class DDIMSampler:
             use_clipped_model_output=use_clipped_model_output,
             order=order,
             eps_residual=eps_residual,
+            model_timesteps=found
+            if model_timesteps is None
+            else explicit_model_timesteps(model_timesteps, len(self.timesteps), schedule.num_train_timesteps),
         )
 
     @property
@@ -312,7 +318,7 @@ def _run(
     trajectory = Trajectory()
     with using as captured:
         loop = job.loop if captured is None else captured.loop
-        timesteps = torch.tensor(job.plan.timesteps, device=loop.x_t.device)[:, None].expand(-1, loop.shape[0])
+        timesteps = torch.tensor(job.plan.told, device=loop.x_t.device)[:, None].expand(-1, loop.shape[0])
         with torch.inference_mode(), bar as steps:
             if captured is not None and mode == "loop":
                 captured.replay_all(timing)
@@ -356,7 +362,7 @@ def _check_thresholding(clip_sample: bool | None, ratio: float, maximum: float) 
 
 
 def _from_list(timesteps, schedule: NoiseSchedule, order: int | None, analytic_variance: bool | Sequence[float]):
-    """Timesteps, order and the mean squared error of eps, where one or the other comes from a file of timesteps."""
+    """Timesteps, order, the mean squared error of eps and what the model is told, where one or the other comes from a file of timesteps."""
     named = isinstance(timesteps, os.PathLike) or (isinstance(timesteps, str) and timesteps.endswith(SUFFIX))
     found = read_timesteps(timesteps) if named else timesteps
     if not isinstance(found, TimestepList):
@@ -365,14 +371,14 @@ def _from_list(timesteps, schedule: NoiseSchedule, order: int | None, analytic_v
                 "analytic_variance=True takes the mean squared error of eps from a file of timesteps that ddim-fast search made, got "
                 "none: pass timesteps='FILE.json', or the numbers themselves"
             )
-        return timesteps, 1 if order is None else order, tuple(map(float, analytic_variance or ())) or None
+        return timesteps, 1 if order is None else order, tuple(map(float, analytic_variance or ())) or None, None
     name = os.fspath(timesteps) if named else "the list of timesteps"
     measured = found.eps_residual if analytic_variance is True else tuple(map(float, analytic_variance or ())) or None
     if analytic_variance is True and measured is None:
         raise ValueError(
             f"analytic_variance=True needs the mean squared error of eps, and {name} holds none: search again, or pass the numbers"
         )
-    return found.for_schedule(schedule, name), found.order if order is None else order, measured
+    return found.for_schedule(schedule, name), found.order if order is None else order, measured, found.model_timesteps
 
 
 def _choose_timesteps(schedule: NoiseSchedule, count, timesteps, spacing: str, steps_offset: int) -> tuple[int, ...]:
@@ -393,8 +399,12 @@ def _choose_timesteps(schedule: NoiseSchedule, count, timesteps, spacing: str, s
 
 @lru_cache(maxsize=64)
 def _with_timesteps(plan: SamplingPlan, timesteps: tuple[int, ...]) -> SamplingPlan:
-    measured = plan.eps_residual
-    return replace(plan, timesteps=timesteps, eps_residual=None if measured is None else measured[-len(timesteps) :])
+    own = {name: getattr(plan, name) for name in ("eps_residual", "model_timesteps")}
+    return replace(
+        plan,
+        timesteps=timesteps,
+        **{name: None if value is None else value[-len(timesteps) :] for name, value in own.items()},
+    )
 
 
 @lru_cache(maxsize=64)

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from .schedule import NoiseSchedule
-from .timesteps import explicit_timesteps
+from .timesteps import explicit_model_timesteps, explicit_timesteps
 
 FORMAT = "ddim_fast timesteps"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+"""Version 1 has no ``model_timesteps``."""
 SUFFIX = ".json"
 
 
@@ -29,6 +31,8 @@ class TimestepList:
         order: of the steps that they were chosen for.
         eps_residual: the mean squared error of the model's eps at each of them, for an analytic variance; None where not measured.
         provenance: how they were found, as JSON: method, model, samples, seeds, scores.
+        model_timesteps: what the model is told at each of them, in any order; None: the timesteps themselves. A sampler that cannot tell
+            the one apart from the other has no use for the list then.
     """
 
     timesteps: tuple[int, ...]
@@ -37,6 +41,7 @@ class TimestepList:
     order: int = 1
     eps_residual: tuple[float, ...] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    model_timesteps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "timesteps", explicit_timesteps(self.timesteps, self.num_train_timesteps))
@@ -44,6 +49,9 @@ class TimestepList:
             raise ValueError(
                 f"eps_residual must be one for each of the {len(self.timesteps)} timesteps, got {len(self.eps_residual)}"
             )
+        if self.model_timesteps is not None:
+            told = explicit_model_timesteps(self.model_timesteps, len(self.timesteps), self.num_train_timesteps)
+            object.__setattr__(self, "model_timesteps", told)
 
     def for_schedule(self, schedule: NoiseSchedule, path: str = "the list") -> tuple[int, ...]:
         """The timesteps, for a sampler with this schedule.
@@ -71,6 +79,7 @@ class TimestepList:
             "format": FORMAT,
             "version": VERSION,
             "timesteps": list(self.timesteps),
+            "model_timesteps": None if self.model_timesteps is None else list(self.model_timesteps),
             "num_train_timesteps": self.num_train_timesteps,
             "schedule_sha256": self.schedule_digest,
             "order": self.order,
@@ -99,9 +108,10 @@ def read_timesteps(path: str | os.PathLike[str]) -> TimestepList:
         raise ValueError(
             f'{path} must be an object with "format": "{FORMAT}", as ddim-fast search writes it, got {str(found)[:80]}'
         )
-    if found.get("version") != VERSION:
+    if found.get("version") not in READABLE:
         raise ValueError(
-            f"{path} must have version {VERSION}, got {found.get('version')!r}: make it again with this ddim_fast, or update ddim_fast"
+            f"{path} must have version {' or '.join(map(str, READABLE))}, got {found.get('version')!r}: "
+            "make it again with this ddim_fast, or update ddim_fast"
         )
     try:
         result = TimestepList(
@@ -111,6 +121,7 @@ def read_timesteps(path: str | os.PathLike[str]) -> TimestepList:
             found.get("order", 1),
             _numbers(found.get("eps_residual")),
             found.get("provenance", {}),
+            found.get("model_timesteps"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no list of timesteps: {error}") from None

@@ -31,6 +31,7 @@ __all__ = [
     "SPACINGS",
     "SpacingRequest",
     "distinct_timesteps",
+    "explicit_model_timesteps",
     "explicit_timesteps",
     "respaced_timesteps",
     "select_timesteps",
@@ -344,6 +345,27 @@ def explicit_timesteps(timesteps: Sequence[int] | np.ndarray | Tensor, num_train
                 f"timesteps must be strictly decreasing, received {values[index - 1]} followed by {value} at index "
                 f"{index}; pass sorted(set(timesteps), reverse=True)"
             )
+    return tuple(values)
+
+
+def explicit_model_timesteps(
+    model_timesteps: Sequence[int] | np.ndarray | Tensor, num_inference_steps: int, num_train_timesteps: int
+) -> tuple[int, ...]:
+    """Check what a model is to be told in S = ``num_inference_steps`` steps, and return it as a tuple of ints.
+
+    Args:
+        model_timesteps: S integers in [0, T-1], in any order.
+
+    Raises:
+        TypeError: ``model_timesteps`` is no list of ints.
+        ValueError: there are not S of them, or they leave [0, T-1].
+    """
+    values = _integer_list("model_timesteps", model_timesteps)
+    if len(values) != num_inference_steps or not all(0 <= value < num_train_timesteps for value in values):
+        raise ValueError(
+            f"model_timesteps must be {num_inference_steps} integers, one for each timestep visited, in [0, {num_train_timesteps - 1}], "
+            f"received {values}"
+        )
     return tuple(values)
 
 

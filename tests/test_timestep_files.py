@@ -31,9 +31,11 @@ def written(path, **changes):
 def test_round_trip(tmp_path_factory, timesteps, order, provenance):
     path = tmp_path_factory.mktemp("list") / "list.json"
     timesteps = tuple(sorted(timesteps, reverse=True))
-    found = TimestepList(timesteps, 1000, LINEAR.digest, order, tuple(0.5 for _ in timesteps), provenance)
-    found.write(path)
-    assert read_timesteps(path) == found
+    residual, told = tuple(0.5 for _ in timesteps), timesteps[::-1]
+    for model_timesteps in (None, told):
+        found = TimestepList(timesteps, 1000, LINEAR.digest, order, residual, provenance, model_timesteps)
+        found.write(path)
+        assert read_timesteps(path) == found
     assert json.dumps(list(timesteps)) in path.read_text()  # on a line, for people
 
 
@@ -68,7 +70,7 @@ def test_another_schedule(tmp_path):
         ("[1, 2", "must be JSON"),
         ("[1, 2]", '"format": "ddim_fast timesteps"'),
         ('{"format": "other"}', '"format": "ddim_fast timesteps"'),
-        ('{"format": "ddim_fast timesteps", "version": 2}', "must have version 1, got 2"),
+        ('{"format": "ddim_fast timesteps", "version": 3}', "must have version 1 or 2, got 3"),
         ('{"format": "ddim_fast timesteps", "version": 1}', "is no list of timesteps: 'timesteps'"),
         (
             '{"format": "ddim_fast timesteps", "version": 1, "timesteps": [1, 2], "num_train_timesteps": 10}',
@@ -89,6 +91,10 @@ def test_another_schedule(tmp_path):
         (
             '{"format": "ddim_fast timesteps", "version": 1, "timesteps": [5], "num_train_timesteps": 10, "eps_residual": [1, 2]}',
             "one for each of the 1 timesteps",
+        ),
+        (
+            '{"format": "ddim_fast timesteps", "version": 2, "timesteps": [5], "num_train_timesteps": 10, "model_timesteps": [10]}',
+            r"must be 1 integers, .* in \[0, 9\], received \[10\]",
         ),
     ],
 )

@@ -29,6 +29,12 @@ EFFORTS = {
     help="Of the steps that they are for: 1 is DDIM, 2 its multistep form.",
 )
 @click.option(
+    "--model-timesteps/--one-list",
+    default=True,
+    show_default=True,
+    help="Search for what the model is told in each step, too; or for one list, which any DDIM sampler can use.",
+)
+@click.option(
     "--effort",
     type=click.Choice(list(EFFORTS)),
     default="normal",
@@ -45,12 +51,14 @@ EFFORTS = {
     show_default=True,
     help="The list, with where it came from.",
 )
-def search(run: Run, steps: int, order: int, effort: str, seed: int, out: Path) -> None:
+def search(run: Run, steps: int, order: int, model_timesteps: bool, effort: str, seed: int, out: Path) -> None:
     """Find the timesteps that serve a model best: with few steps, nearest to where many lead.
 
     First by dynamic programming over what each possible step costs, measured along converged trajectories; then by moving one timestep at
-    a time and sampling. The result is judged by noise that the search has not seen, beside every spacing in closed form, and written as a
-    small JSON file, which --timesteps takes everywhere, and DDIMSampler(timesteps="FILE.json") in Python.
+    a time and sampling: those that are visited, and those that the model is told in their place, since a long step goes nearer to where
+    many short ones lead with the output of a timestep on its way. The result is judged by noise that the search has not seen, beside every
+    spacing in closed form, and written as a small JSON file, which --timesteps takes everywhere, and DDIMSampler(timesteps="FILE.json")
+    in Python.
 
     \b
     Examples:
@@ -74,6 +82,7 @@ def search(run: Run, steps: int, order: int, effort: str, seed: int, out: Path) 
         refine_count=refine_count,
         held_out=held_out,
         refine_runs=refine_runs,
+        model_timesteps=model_timesteps,
         seed=seed,
         device=run.where,
     )
@@ -82,6 +91,8 @@ def search(run: Run, steps: int, order: int, effort: str, seed: int, out: Path) 
         bar.total = bar.n  # the refinement may end before its budget
     found.best.write(out)
     run.say(_table(found))
+    if found.best.model_timesteps is not None:
+        run.say(f"the model is told {list(found.best.model_timesteps)}")
     run.say(f"{list(found.timesteps)} -> {out}")
 
 

@@ -205,7 +205,10 @@ def tradeoff(
 
 def _cells(quick, steps, spacings, etas, eta_scales, sigma_hat, orders, files, run: Run) -> list[Cell]:
     """The grid asked for; where nothing is asked for in quick, one that shows most for little."""
-    searched = {path.stem: read_timesteps(path).for_schedule(run.noise_schedule(), str(path)) for path in files}
+    searched = {}
+    for path in files:
+        searched[path.stem] = read_timesteps(path)
+        searched[path.stem].for_schedule(run.noise_schedule(), str(path))  # is it one for this model?
     if quick and not any((steps, spacings, etas, orders)):
         cells = grid((5, 10, 20, 50), ("leading",), searched=searched)
         cells += (

@@ -56,14 +56,15 @@ def file_digest(path: Path) -> str:
 def plan_settings(sampler: DDIMSampler, model: Any) -> dict[str, Any]:
     """Every field of the plan of a run, the schedule by its name and the SHA-256 of its ``alphas_cumprod``."""
     plan = sampler.plan(model)
-    settings = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    values = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     schedule: NoiseSchedule = settings.pop("schedule")
-    settings["timesteps"] = list(plan.timesteps)
     # Said where they are asked for only, so that sets from before there were such options can be resumed.
     if plan.order == 1:
         del settings["order"]
-    if plan.eps_residual is None:
-        del settings["eps_residual"]
+    for name in ("eps_residual", "model_timesteps"):
+        if settings[name] is None:
+            del settings[name]
     settings["schedule"] = {
         "name": schedule.name,
         "num_train_timesteps": schedule.num_train_timesteps,

@@ -23,6 +23,6 @@ def measure_eps_residual(runs: Runs, plan: SamplingPlan, x0: Tensor) -> tuple[fl
     for step in plan.steps:
         x_t = plan.schedule.add_noise(x0, runs.start, step.t)
         at_t = PREDICTION_TYPES[plan.prediction_type](step.alpha_bar_t)
-        eps = at_t.eps_x * x_t + at_t.eps_m * runs.predict(x_t, step.t)
+        eps = at_t.eps_x * x_t + at_t.eps_m * runs.predict(x_t, step.model_t)
         values.append((eps - runs.start).double().square().mean().item())
     return tuple(values)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -14,76 +13,116 @@ from ..plan import SamplingPlan
 from .runs import Runs, State
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """Timesteps to visit, strictly decreasing, and what the model is told at each; None: those very timesteps."""
+
+    timesteps: tuple[int, ...]
+    model_timesteps: tuple[int, ...] | None = None
+
+    @property
+    def told(self) -> tuple[int, ...]:
+        return self.timesteps if self.model_timesteps is None else self.model_timesteps
+
+    def first_difference(self, other: Candidate) -> int:
+        """The number of the first step that is not the same in both: it goes somewhere else, or the model is told something else."""
+        steps, others = ([*zip(c.timesteps, c.told, (*c.timesteps[1:], -1), strict=True)] for c in (self, other))
+        same = [a == b for a, b in zip(steps, others, strict=False)]
+        return next((k for k, equal in enumerate(same) if not equal), len(same))
+
+
 @dataclass
 class Refinement:
-    """The state of a search: the best list so far, with the states of its run, from which a change of a later step can go on.
+    """The state of a search: the best candidate so far, with the states of its run, from which a change of a later step can go on.
 
     Args:
-        plan_of: the plan of a list of timesteps.
+        plan_of: the plan of a candidate.
         converged: ``(N, C, ...)``, where many steps lead.
+        num_train_timesteps: T.
         budget: how many steps may be tried in all: a run of S steps costs S, one that differs from step k on S - k.
     """
 
     runs: Runs
-    plan_of: Callable[[tuple[int, ...]], SamplingPlan]
+    plan_of: Callable[[Candidate], SamplingPlan]
     converged: Tensor
+    num_train_timesteps: int
     budget: int
     progress: Callable[[int], Any] = lambda steps: None
-    timesteps: tuple[int, ...] = ()
+    best: Candidate | None = None
     distance: float = float("inf")
     spent: int = 0
-    tried: dict[tuple[int, ...], float] = field(default_factory=dict)
+    tried: dict[Candidate, float] = field(default_factory=dict)
     _states: list[State] = field(default_factory=list)
 
-    def offer(self, timesteps: tuple[int, ...]) -> bool:
-        """Try a list; keep it if it is the best so far. False, too, where there is no budget left, or it was tried before."""
-        if timesteps in self.tried:
+    def offer(self, candidate: Candidate) -> bool:
+        """Try a candidate; keep it if it is the best so far. False, too, where there is no budget left, or it was tried before."""
+        if candidate in self.tried:
             return False
-        same = 0
-        while (
-            self._states and same < min(len(timesteps), len(self.timesteps)) and timesteps[same] == self.timesteps[same]
-        ):
-            same += 1
-        # A step is the same only if the next timestep is, too.
-        first = max(same - 1, 0)
-        steps = len(timesteps) - first
-        if self.spent + steps > self.budget and self._states:
+        first = 0 if self.best is None else candidate.first_difference(self.best)
+        steps = len(candidate.timesteps) - first
+        if self.spent + steps > self.budget and self.best is not None:
             return False
-        states = self.runs.run(self.plan_of(timesteps), first, self._states if first else None)
+        states = self.runs.run(self.plan_of(candidate), first, self._states if first else None)
         self.spent += steps
         self.progress(steps)
         distance = sample_distances(states[-1].x_t, self.converged).mean().item()
-        self.tried[timesteps] = distance
+        self.tried[candidate] = distance
         if not distance < self.distance:
             return False
-        self.timesteps, self.distance, self._states = timesteps, distance, states
+        self.best, self.distance, self._states = candidate, distance, states
         return True
 
-    def refine(self, num_train_timesteps: int) -> None:
-        """Move timesteps while that helps: far ones first, then half as far, down to neighbours."""
+    def refine(self) -> None:
+        """Move the timesteps visited while that helps."""
+        self._while_better(self._visits)
+
+    def refine_model_timesteps(self) -> None:
+        """Move both the timesteps visited and what the model is told while that helps."""
+        self._while_better(
+            lambda k, towards, share: (*self._tellings(k, towards, share), *self._visits(k, towards, share))
+        )
+
+    def _while_better(self, moves: Callable[[int, int, float], Iterator[Candidate]]) -> None:
+        """Far moves first, then half as far, down to neighbours; the last timestep first, which costs the fewest steps."""
         share = 0.5
         while self.spent < self.budget:
             before = self.spent
-            better = [self.offer(moved) for moved in self._moves(share, num_train_timesteps)]
+            better = [
+                self.offer(moved)
+                for k in reversed(range(len(self.best.timesteps)))
+                for towards in (-1, 1)
+                for moved in moves(k, towards, share)
+            ]
             if not any(better):
-                if self._smallest(share, num_train_timesteps):
+                if (
+                    share * max(self._gap(k) for k in range(len(self.best.timesteps))) < 1
+                ):  # all moves were to neighbours
                     return
                 share /= 2
             elif self.spent == before:
                 return
 
-    def _moves(self, share: float, num_train_timesteps: int) -> Iterator[tuple[int, ...]]:
-        """Lists that differ from the best in one timestep, the last first: that costs the fewest steps."""
-        for k in reversed(range(len(self.timesteps))):
-            for towards in (-1, 1):
-                t = self.timesteps
-                above = t[k - 1] if k else num_train_timesteps
-                below = t[k + 1] if k + 1 < len(t) else -1
-                room = (above - t[k] if towards > 0 else t[k] - below) - 1
-                moved = t[k] + towards * min(room, max(1, round(share * room)))
-                if moved != t[k]:
-                    yield (*t[:k], moved, *t[k + 1 :])
+    def _around(self, k: int) -> tuple[int, int]:
+        """The timesteps visited before and after the k-th, or the ends of the range."""
+        t = (self.num_train_timesteps, *self.best.timesteps, -1)
+        return t[k], t[k + 2]
 
-    def _smallest(self, share: float, num_train_timesteps: int) -> bool:
-        """Whether every move was by one timestep already."""
-        return share * max(a - b for a, b in pairwise((num_train_timesteps, *self.timesteps, -1))) < 1
+    def _gap(self, k: int) -> int:
+        above, below = self._around(k)
+        return above - below
+
+    def _visits(self, k: int, towards: int, share: float) -> Iterator[Candidate]:
+        """The best candidate with the k-th timestep moved by a share of the room that its neighbours leave."""
+        t, (above, below) = self.best.timesteps, self._around(k)
+        room = (above - t[k] if towards > 0 else t[k] - below) - 1
+        moved = t[k] + towards * min(room, max(1, round(share * room)))
+        if moved != t[k]:
+            yield Candidate((*t[:k], moved, *t[k + 1 :]), self.best.model_timesteps)
+
+    def _tellings(self, k: int, towards: int, share: float) -> Iterator[Candidate]:
+        """The best candidate with what the model is told in the k-th step moved by a share of the gap between the neighbours."""
+        told = self.best.told
+        moved = told[k] + towards * max(1, round(share * self._gap(k) / 2))
+        moved = min(max(moved, 0), self.num_train_timesteps - 1)
+        if moved != told[k]:
+            yield Candidate(self.best.timesteps, (*told[:k], moved, *told[k + 1 :]))

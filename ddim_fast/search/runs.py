@@ -94,7 +94,7 @@ class Runs:
         """
         states = [State(self.start)] if states is None else states[: first + 1]
         for step in plan.steps[first:]:
-            states.append(after(states[-1], step, self.predict(states[-1].x_t, step.t), plan.order))
+            states.append(after(states[-1], step, self.predict(states[-1].x_t, step.model_t), plan.order))
         return states
 
 

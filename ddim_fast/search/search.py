@@ -22,21 +22,23 @@ from ..timesteps import SPACINGS, distinct_timesteps, select_timesteps
 from .analytic import measure_eps_residual
 from .costs import cost_table, reference
 from .dynamic import best_timesteps
-from .refine import Refinement
+from .refine import Candidate, Refinement
 from .runs import Progress, Runs
 
 CANDIDATES = {1: 100, 2: 60}
 """How many timesteps a table of costs has, by order: of second order it has a dimension more."""
 REFERENCE_STEPS = 200
+ONE_LIST = "searched, the model told the same"
+"""The name of the best list where the model is told the timesteps visited, beside the best of all."""
 UNIFORM = ("leading", "trailing", "linspace", "uniform")
 
 
 @dataclass(frozen=True)
 class Score:
-    """How near a list of timesteps comes to converged samples, on the search's own noise and on noise it has not seen."""
+    """How near a candidate comes to converged samples, on the search's own noise and on noise it has not seen."""
 
     name: str
-    timesteps: tuple[int, ...]
+    candidate: Candidate
     seen: float
     held_out: float
 
@@ -47,7 +49,7 @@ class Found:
 
     Attributes:
         best: the list, with its provenance.
-        scores: of the list after each stage, and of every closed form with as many steps, the best on held-out noise first.
+        scores: of the candidate after each stage, and of every closed form with as many steps, the best on held-out noise first.
     """
 
     best: TimestepList
@@ -71,7 +73,8 @@ class Search:
         conditioning: of sample i, a rule.
         sampler_options: what else the sampler will be told, such as ``clip_sample``.
         count: samples of the table of costs; ``refine_count`` of the refinement; ``held_out`` of the last score.
-        refine_runs: how many whole runs the refinement may cost.
+        refine_runs: how many whole runs the refinement of the timesteps visited may cost, and again as many that of both.
+        model_timesteps: search for what the model is told, too.
         seed: held-out samples begin with that of ``seed + 1``.
     """
 
@@ -86,16 +89,18 @@ class Search:
     count: int = 48
     refine_count: int = 96
     refine_runs: int = 150
+    model_timesteps: bool = True
     held_out: int = 96
     candidates: int | None = None
     seed: int = 1000
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def plan_of(self, timesteps: Sequence[int], order: int | None = None) -> SamplingPlan:
+    def plan_of(self, candidate: Candidate, order: int | None = None) -> SamplingPlan:
         options = {**self.sampler_options, "order": self.order if order is None else order}
         options.pop("timestep_spacing", None)
         options.pop("steps_offset", None)
-        return DDIMSampler(self.schedule, timesteps=list(timesteps), **options).plan(self.model)
+        lists = {"timesteps": candidate.timesteps, "model_timesteps": candidate.model_timesteps}
+        return DDIMSampler(self.schedule, **lists, **options).plan(self.model)
 
     @property
     def candidate_timesteps(self) -> tuple[int, ...]:
@@ -126,17 +131,18 @@ class Search:
             progress=progress,
         )
 
-    def closed_forms(self) -> dict[str, tuple[int, ...]]:
+    def closed_forms(self) -> dict[str, Candidate]:
         """Every spacing with as many steps."""
         total, S = self.schedule.num_train_timesteps, self.num_inference_steps
-        return {name: select_timesteps(S, total, name, schedule=self.schedule) for name in SPACINGS}
+        return {name: Candidate(select_timesteps(S, total, name, schedule=self.schedule)) for name in SPACINGS}
 
     def calls(self) -> int:
         """Model calls, counted by sample, that a search makes at most."""
         S, many, closed = self.num_inference_steps, len(self.reference_timesteps), len(self.closed_forms())
         per_step = 1 if self.guidance_scale in (None, 1) else 2
-        seen = self.refine_count * (many + S * (closed + 2 + self.refine_runs))
-        return per_step * (self.count * many + seen + self.held_out * (many + S * (closed + 2)))
+        stages = 2 if self.model_timesteps else 1
+        seen = self.refine_count * (many + S * (closed + 1 + stages * self.refine_runs) + S)
+        return per_step * (self.count * many + seen + self.held_out * (many + S * (closed + 1 + stages)))
 
 
 def search_timesteps(
@@ -150,64 +156,69 @@ def search_timesteps(
     found = _by_dynamic_programming(search, progress, say)
     runs = search.runs(search.refine_count, search.seed, progress)
     converged = _converged(search, runs)
-    refinement = Refinement(runs, lambda t: search.plan_of(t), converged, budget=10**9)
+    refinement = Refinement(runs, search.plan_of, converged, search.schedule.num_train_timesteps, budget=10**9)
     lists = {"dynamic programming": found, **search.closed_forms()}
-    for timesteps in lists.values():
-        refinement.offer(timesteps)
-    seen = {name: refinement.tried[timesteps] for name, timesteps in lists.items()}
+    for candidate in lists.values():
+        refinement.offer(candidate)
+    seen = {name: refinement.tried[candidate] for name, candidate in lists.items()}
     began = min(seen, key=seen.get)
-    say(f"refining {began}: {seen[began]:.4f}")
-    refinement.budget = refinement.spent + search.refine_runs * search.num_inference_steps
-    refinement.refine(search.schedule.num_train_timesteps)
-    lists["searched"], seen["searched"] = refinement.timesteps, refinement.distance
+    stages = {"searched": refinement.refine}
+    if search.model_timesteps:
+        stages = {ONE_LIST: refinement.refine, "searched": refinement.refine_model_timesteps}
+    for name, refine in stages.items():
+        say(f"refining: {refinement.distance:.4f}")
+        refinement.budget = refinement.spent + search.refine_runs * search.num_inference_steps
+        refine()
+        lists[name], seen[name] = refinement.best, refinement.distance
     scores = _held_out(search, lists, seen, progress)
-    provenance = _provenance(search, scores, began)
     best = TimestepList(
-        refinement.timesteps,
+        refinement.best.timesteps,
         search.schedule.num_train_timesteps,
         search.schedule.digest,
         search.order,
-        _residual(search, runs, refinement.timesteps, converged),
-        provenance,
+        _residual(search, runs, refinement.best, converged),
+        _provenance(search, scores, began),
+        refinement.best.model_timesteps,
     )
     return Found(best, tuple(scores))
 
 
-def _by_dynamic_programming(search: Search, progress: Progress, say: Callable[[str], Any]) -> tuple[int, ...]:
+def _by_dynamic_programming(search: Search, progress: Progress, say: Callable[[str], Any]) -> Candidate:
     runs = search.runs(search.count, search.seed, progress)
-    converging = search.plan_of(search.reference_timesteps, order=2)
+    converging = search.plan_of(Candidate(search.reference_timesteps), order=2)
     along = reference(runs, converging, search.candidate_timesteps)
     say(f"costs of steps between {len(along.timesteps)} candidates")
-    costs = cost_table(along, search.plan_of(search.candidate_timesteps))
-    return tuple(along.timesteps[i] for i in best_timesteps(costs, search.num_inference_steps))
+    costs = cost_table(along, search.plan_of(Candidate(search.candidate_timesteps)))
+    return Candidate(tuple(along.timesteps[i] for i in best_timesteps(costs, search.num_inference_steps)))
 
 
 def _converged(search: Search, runs: Runs) -> Tensor:
-    return runs.run(search.plan_of(search.reference_timesteps, order=2))[-1].x_t
+    return runs.run(search.plan_of(Candidate(search.reference_timesteps), order=2))[-1].x_t
 
 
-def _residual(search: Search, runs: Runs, timesteps: tuple[int, ...], converged: Tensor) -> tuple[float, ...]:
+def _residual(search: Search, runs: Runs, candidate: Candidate, converged: Tensor) -> tuple[float, ...]:
     """Of the model's eps, on its own converged samples and noise that is not theirs: that of the next sample."""
     others = replace(runs, start=runs.start.roll(1, 0))
-    return measure_eps_residual(others, search.plan_of(timesteps), converged)
+    return measure_eps_residual(others, search.plan_of(candidate), converged)
 
 
 def _held_out(
-    search: Search, lists: Mapping[str, tuple[int, ...]], seen: Mapping[str, float], progress: Progress
+    search: Search, lists: Mapping[str, Candidate], seen: Mapping[str, float], progress: Progress
 ) -> list[Score]:
     runs = search.runs(search.held_out, search.seed + 1, progress)
     converged = _converged(search, runs)
-    ends = {timesteps: runs.run(search.plan_of(timesteps))[-1].x_t for timesteps in dict.fromkeys(lists.values())}
+    ends = {candidate: runs.run(search.plan_of(candidate))[-1].x_t for candidate in dict.fromkeys(lists.values())}
     scores = [
-        Score(name, timesteps, seen[name], sample_distances(ends[timesteps], converged).mean().item())
-        for name, timesteps in lists.items()
+        Score(name, candidate, seen[name], sample_distances(ends[candidate], converged).mean().item())
+        for name, candidate in lists.items()
     ]
     return sorted(scores, key=lambda score: score.held_out)
 
 
 def _provenance(search: Search, scores: Sequence[Score], began: str) -> dict[str, Any]:
     return {
-        "method": "dynamic programming over costs of single steps (arXiv 2106.03802, 2405.11326), then moves judged by whole runs",
+        "method": "dynamic programming over costs of single steps (arXiv 2106.03802, 2405.11326), then moves judged by whole runs"
+        + ("; the timesteps that the model is told searched beside those visited" if search.model_timesteps else ""),
         "refined": began,
         "samples": {"costs": search.count, "refinement": search.refine_count, "held_out": search.held_out},
         "seeds": {"search": search.seed, "held_out": search.seed + 1},

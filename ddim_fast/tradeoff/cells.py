@@ -8,6 +8,7 @@ from typing import Any
 
 from ..sampler import DDIMSampler
 from ..schedule import NoiseSchedule
+from ..timestep_files import TimestepList
 
 PAPER_STEPS = (10, 20, 50, 100, 1000)
 PAPER_ETAS = (0.0, 0.2, 0.5, 1.0)
@@ -21,7 +22,7 @@ class Cell:
     Args:
         num_inference_steps: S.
         timestep_spacing: a key of ``timesteps.SPACINGS``; or with ``timesteps``, what to call them.
-        timesteps: an explicit list, such as a searched one.
+        timesteps, model_timesteps: an explicit list, such as a searched one, and what the model is told there, if not the same.
         eta, eta_scales, sigma_hat, order: see ``DDIMSampler``.
         count: how many samples it is judged by, where not as many as the others.
     """
@@ -34,6 +35,7 @@ class Cell:
     order: int = 1
     timesteps: tuple[int, ...] | None = None
     count: int | None = None
+    model_timesteps: tuple[int, ...] | None = None
 
     @property
     def key(self) -> str:
@@ -61,6 +63,7 @@ class Cell:
             None if self.timesteps is not None else self.num_inference_steps,
             self.eta,
             timesteps=self.timesteps,
+            model_timesteps=self.model_timesteps,
             eta_scales=self.eta_scales,
             sigma_hat=self.sigma_hat,
             **({} if self.order == 1 else {"order": self.order}),
@@ -69,14 +72,11 @@ class Cell:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        fields = asdict(self)
-        fields["timesteps"] = None if self.timesteps is None else list(self.timesteps)
-        return fields
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Cell:
-        timesteps = fields["timesteps"]
-        return cls(**{**fields, "timesteps": None if timesteps is None else tuple(timesteps)})
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
 def grid(
@@ -87,7 +87,7 @@ def grid(
     eta_scales: Sequence[str] = ("std_dev",),
     sigma_hat: bool = False,
     orders: Sequence[int] = (1,),
-    searched: Mapping[str, Sequence[int]] | None = None,
+    searched: Mapping[str, TimestepList] | None = None,
     count_at: Mapping[int, int] | None = None,
 ) -> list[Cell]:
     """All combinations that are different and possible, cheapest first.
@@ -98,11 +98,13 @@ def grid(
         searched: named lists of timesteps, each once with each eta and order.
         count_at: how many samples cells of that many steps have, where not as many as the others.
     """
-    lists = [(S, spacing, None) for S in steps for spacing in spacings]
-    lists += [(len(timesteps), name, tuple(timesteps)) for name, timesteps in (searched or {}).items()]
+    lists = [(S, spacing, {}) for S in steps for spacing in spacings]
+    for name, found in (searched or {}).items():
+        own = {"timesteps": found.timesteps, "model_timesteps": found.model_timesteps}
+        lists.append((len(found.timesteps), name, own))
     cells = []
-    for S, spacing, timesteps in lists:
-        common = dict(timesteps=timesteps, count=(count_at or {}).get(S))
+    for S, spacing, own in lists:
+        common = dict(own, count=(count_at or {}).get(S))
         for eta in etas:
             # Both conventions agree at 0 and 1.
             for scales in eta_scales[:1] if eta in (0, 1) else eta_scales:

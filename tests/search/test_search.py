@@ -13,8 +13,9 @@ from ddim_fast.generation.conditioning import EveryClass
 from ddim_fast.metrics import sample_distances
 from ddim_fast.search import Search, search_timesteps
 from ddim_fast.search.costs import cost_table, reference
-from ddim_fast.search.refine import Refinement
+from ddim_fast.search.refine import Candidate, Refinement
 from ddim_fast.search.runs import Runs, State, after
+from ddim_fast.search.search import ONE_LIST
 from ddim_fast.timestep_files import read_timesteps
 from ddim_fast.tradeoff import ClosedForm
 
@@ -30,9 +31,14 @@ def search(**changes):
 @pytest.mark.parametrize("order", [1, 2])
 def test_what_is_found_is_better_also_on_noise_it_has_not_seen(order, tmp_path):
     found = search_timesteps(search(order=order))
-    closed = [score for score in found.scores if score.name not in ("searched", "dynamic programming")]
+    closed = [score for score in found.scores if score.name not in ("searched", ONE_LIST, "dynamic programming")]
     best = found.score("searched")
-    assert best.timesteps == found.timesteps == found.best.timesteps
+    one_list = found.score(ONE_LIST)
+    assert best.candidate == Candidate(found.timesteps, found.best.model_timesteps)
+    assert found.best.model_timesteps is not None
+    assert one_list.candidate.model_timesteps is None
+    assert best.seen < one_list.seen
+    assert best.held_out < one_list.held_out
     assert best.seen < min(score.seen for score in closed)
     assert best.held_out < 0.9 * min(score.held_out for score in closed)
     assert found.scores == tuple(sorted(found.scores, key=lambda score: score.held_out))
@@ -147,45 +153,85 @@ def test_costs_are_those_of_steps_taken_one_by_one(order):
         assert impossible[2, 1].all()
 
 
-def refinement(budget, start):
+def refinement(budget, start, told=None):
     model = ClosedForm(LINEAR)
     runs = Runs.from_seed(model, (1,), 32, 0, CPU)
 
-    def plan_of(timesteps):
-        return DDIMSampler(LINEAR, timesteps=timesteps).plan(model)
+    def plan_of(candidate):
+        return DDIMSampler(LINEAR, timesteps=candidate.timesteps, model_timesteps=candidate.model_timesteps).plan(model)
 
-    converged = runs.run(plan_of(range(999, -1, -2)))[-1].x_t
-    found = Refinement(runs, plan_of, converged, budget)
-    found.offer(start)
+    converged = runs.run(plan_of(Candidate(tuple(range(999, -1, -2)))))[-1].x_t
+    found = Refinement(runs, plan_of, converged, 1000, budget)
+    found.offer(Candidate(start, told))
     return found
 
 
 def test_refinement_never_gets_worse_and_ends_where_no_neighbour_is_better():
     found = refinement(10**6, (999, 600, 300, 100))
     began = found.distance
-    found.refine(1000)
+    found.refine()
     assert found.distance < 0.8 * began
-    for k in range(4):
+    assert found.best.model_timesteps is None
+    for moved in neighbours(found.best.timesteps):
+        inside = min(moved) >= 0 and max(moved) < 1000 and list(moved) == sorted(set(moved), reverse=True)
+        assert not inside or found.tried[Candidate(moved)] >= found.distance
+
+
+def neighbours(values):
+    for k in range(len(values)):
         for towards in (-1, 1):
-            moved = list(found.timesteps)
-            moved[k] += towards
-            inside = 0 <= moved[k] < 1000 and moved == sorted(set(moved), reverse=True)
-            assert not inside or found.tried[tuple(moved)] >= found.distance
+            yield (*values[:k], values[k] + towards, *values[k + 1 :])
+
+
+def test_what_the_model_is_told_makes_it_better_still():
+    found = refinement(10**6, (999, 600, 300, 100))
+    found.refine()
+    began = found.distance
+    found.refine_model_timesteps()
+    assert found.distance < 0.8 * began
+    best = found.best
+    assert best.told != best.timesteps
+    for moved in neighbours(best.told):
+        assert (
+            not 0 <= min(moved) <= max(moved) < 1000 or found.tried[Candidate(best.timesteps, moved)] >= found.distance
+        )
+
+
+@pytest.mark.parametrize(
+    ("other", "first"),
+    [
+        (Candidate((900, 500, 100)), 3),
+        (Candidate((900, 500, 100), (900, 500, 100)), 3),
+        (Candidate((900, 500, 90)), 1),  # the step that goes there changes, too
+        (Candidate((800, 500, 100)), 0),
+        (Candidate((900, 500, 100), (900, 500, 90)), 2),
+        (Candidate((900, 500, 100), (900, 490, 100)), 1),
+        (Candidate((900, 500)), 1),
+        (Candidate((900, 500, 100, 50)), 2),
+    ],
+)
+def test_where_candidates_differ_first(other, first):
+    one = Candidate((900, 500, 100))
+    assert one.first_difference(other) == other.first_difference(one) == first
 
 
 def test_refinement_keeps_to_its_budget():
     found = refinement(4, (999, 600, 300, 100))
     assert found.spent == 4
     found.budget = 25
-    found.refine(1000)
+    found.refine()
     assert found.spent <= 25
+    found.budget = 40
+    found.refine_model_timesteps()
+    assert found.spent <= 40
 
 
 def test_a_run_that_goes_on_from_another_is_the_same_as_a_whole_one():
     found = refinement(10**6, (999, 600, 300, 100))
-    found.offer((999, 600, 300, 50))
-    whole = refinement(10**6, (999, 600, 300, 50))
-    assert found.tried[(999, 600, 300, 50)] == whole.distance
+    for start, told in (((999, 600, 300, 50), None), ((999, 600, 300, 100), (999, 600, 310, 90))):
+        found.offer(Candidate(start, told))
+        whole = refinement(10**6, start, told)
+        assert found.tried[Candidate(start, told)] == whole.distance
 
 
 def test_a_state_is_left_as_it_was():
@@ -209,5 +255,5 @@ def test_candidates_are_distinct_and_reach_both_ends(count):
 
 
 def test_closed_forms_have_as_many_steps():
-    assert {len(timesteps) for timesteps in search().closed_forms().values()} == {5}
-    assert search().closed_forms()["log_snr"] == select_timesteps(5, 1000, "log_snr", schedule=LINEAR)
+    assert {len(form.timesteps) for form in search().closed_forms().values()} == {5}
+    assert search().closed_forms()["log_snr"] == Candidate(select_timesteps(5, 1000, "log_snr", schedule=LINEAR))

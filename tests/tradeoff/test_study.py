@@ -12,6 +12,7 @@ from torch import nn
 from ddim_fast import NoiseSchedule
 from ddim_fast.cli import main
 from ddim_fast.generation.conditioning import EveryClass
+from ddim_fast.timestep_files import TimestepList
 from ddim_fast.tradeoff import (
     Cell,
     ClosedForm,
@@ -62,10 +63,13 @@ def test_a_grid_has_each_combination_once():
     assert len(cells) == 2 * 2 * (2 + 2 + 1 + 1)
     assert [cell.num_inference_steps for cell in cells] == sorted(cell.num_inference_steps for cell in cells)
     assert all(cell.eta == 0 for cell in cells if cell.order == 2)
-    searched = grid((), (), (0.0, 1.0), searched={"mine": (900, 100)}, orders=(1, 2))
-    assert {(cell.timesteps, cell.timestep_spacing, cell.num_inference_steps) for cell in searched} == {
-        ((900, 100), "mine", 2)
-    }
+    searched = grid(
+        (), (), (0.0, 1.0), searched={"mine": TimestepList((900, 100), 1000, model_timesteps=(800, 90))}, orders=(1, 2)
+    )
+    own = {(cell.timesteps, cell.model_timesteps, cell.timestep_spacing, cell.num_inference_steps) for cell in searched}
+    assert own == {((900, 100), (800, 90), "mine", 2)}
+    assert [Cell.from_dict(json.loads(json.dumps(cell.as_dict()))) for cell in searched] == searched
+    assert searched[0].sampler(LINEAR, {}).plan().told == (800, 90)
     assert len(searched) == 3
 
 
