@@ -168,6 +168,19 @@ def karras(request: SpacingRequest) -> np.ndarray:
         return _timesteps_of_log_snr(snr[-1] - 2 * (request.rho * root), snr)
 
 
+def cosine(request: SpacingRequest) -> np.ndarray:
+    """The noise levels that the cosine schedule visits evenly (arXiv 2102.09672), whatever the model's own, float64 of shape (S,).
+
+    There √ᾱ is the cosine of an angle that grows evenly: evenly in arctan √((1 - ᾱ) / ᾱ), from t = T - 1 to t = 0. One step is t = T - 1.
+    """
+    snr = _finite_log_snr(request.schedule)
+    with np.errstate(divide="ignore", over="ignore", under="ignore"):
+        first, last = np.arctan(np.exp(-snr[[-1, 0]] / 2))
+        wanted = -2 * np.log(np.tan(np.linspace(first, last, request.num_inference_steps)))
+    wanted[-1], wanted[0] = snr[0], snr[-1]  # exactly, where an angle comes too near to a right one, or to none
+    return _timesteps_of_log_snr(wanted, snr)
+
+
 def beta(request: SpacingRequest) -> np.ndarray:
     """Quantiles of a Beta(0.6, 0.6) distribution over the range: denser at both ends, float64 of shape (S,).
 
@@ -198,11 +211,12 @@ SPACINGS: dict[str, Callable[[SpacingRequest], np.ndarray]] = {
     "quad": quad,
     "log_snr": log_snr,
     "karras": karras,
+    "cosine": cosine,
     "beta": beta,
 }
 """Spacings by name: each takes a ``SpacingRequest`` and returns S real positions, not necessarily whole or distinct."""
 
-_NEEDS_SCHEDULE = ("log_snr", "karras")
+_NEEDS_SCHEDULE = ("log_snr", "karras", "cosine")
 
 
 def distinct_timesteps(positions: Sequence[float] | np.ndarray, num_train_timesteps: int) -> tuple[int, ...]:

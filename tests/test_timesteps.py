@@ -121,7 +121,7 @@ def test_every_count_gets_exactly_its_timesteps(spacing):
     for count in range(1, T + 1):
         timesteps = select_timesteps(count, T, spacing, schedule=LINEAR)
         assert is_valid(timesteps, count, T), (spacing, count)
-        assert timesteps[0] == T - 1 or spacing not in ("log_snr", "karras", "beta")
+        assert timesteps[0] == T - 1 or spacing not in ("log_snr", "karras", "cosine", "beta")
     assert {type(value) for value in timesteps} == {int}
     assert timesteps == tuple(range(T - 1, -1, -1))
 
@@ -235,6 +235,34 @@ def test_karras_takes_the_nearest_timestep(preset, rho, count):
     assert select_timesteps(count, T, "karras", schedule=schedule, rho=rho) == distinct_timesteps(expected, T)
 
 
+@pytest.mark.parametrize("preset", [NoiseSchedule.linear, NoiseSchedule.scaled_linear, NoiseSchedule.cosine])
+@pytest.mark.parametrize("count", [1, 2, 5, 10])
+def test_cosine_takes_the_nearest_timestep(preset, count):
+    """Evenly in the angle whose cosine is the square root of alpha_bar."""
+    schedule = preset(T)
+    bars = schedule.alphas_cumprod.tolist()
+    angles = [math.acos(math.sqrt(value)) for value in bars]
+    wanted = [angles[-1] + (angles[0] - angles[-1]) * index / max(count - 1, 1) for index in range(count)]
+    # Nearest in log-SNR, as the other spacings by noise.
+    expected = [
+        nearest([math.log(value / (1 - value)) for value in bars], -2 * math.log(math.tan(angle))) for angle in wanted
+    ]
+    assert select_timesteps(count, T, "cosine", schedule=schedule) == distinct_timesteps(expected, T)
+
+
+def test_how_often_cosine_crowds():
+    counts = range(1, T + 1)
+    positions = (np.round(SPACINGS["cosine"](SpacingRequest(count, T, schedule=LINEAR))) for count in counts)
+    assert sum(len(set(p)) < len(p) for p in positions) == 572  # docs/STEPS.md says so
+
+
+def test_cosine_is_even_on_the_cosine_schedule():
+    """But for its first and last timesteps, where that schedule is bent: its betas are capped, and it has an offset."""
+    timesteps = select_timesteps(20, T, "cosine", schedule=NoiseSchedule.cosine(T))
+    assert np.abs(np.diff(timesteps[1:-1])).max() <= T / 19 + 2
+    assert np.abs(np.diff(timesteps[1:-1])).min() >= T / 19 - 2
+
+
 def test_beta_has_the_quantiles_of_its_distribution():
     crowded = 0
     for count in range(2, T + 1):
@@ -260,7 +288,7 @@ def test_karras_survives_any_rho(rho):
         assert timesteps[-1] == 0
 
 
-@pytest.mark.parametrize("spacing", ["log_snr", "karras"])
+@pytest.mark.parametrize("spacing", ["log_snr", "karras", "cosine"])
 @pytest.mark.parametrize(
     "alphas_cumprod",
     [
@@ -343,7 +371,7 @@ def least_change(targets, total):
     return costs[-1]
 
 
-@pytest.mark.parametrize("spacing", ["quad", "log_snr", "karras", "beta"])
+@pytest.mark.parametrize("spacing", ["quad", "log_snr", "karras", "cosine", "beta"])
 def test_spacings_change_least(spacing):
     for count in [*range(20, 200, 9), *range(200, T, 97), T]:
         targets = np.round(SPACINGS[spacing](SpacingRequest(count, T, schedule=LINEAR)))
@@ -516,7 +544,7 @@ def test_bad_selection(spacing, arguments, changes, error, message):
         select_timesteps(*arguments, spacing, **{"schedule": LINEAR, **changes})
 
 
-@pytest.mark.parametrize("spacing", ["log_snr", "karras"])
+@pytest.mark.parametrize("spacing", ["log_snr", "karras", "cosine"])
 def test_spacings_by_noise_need_a_schedule(spacing):
     with pytest.raises(ValueError, match=f"spacing '{spacing}' .* received schedule=None; pass schedule="):
         select_timesteps(5, T, spacing)
