@@ -99,6 +99,9 @@ class _List(click.ParamType):
     help="A list that ddim-fast search found, as cells of its own; may be given more than once.",
 )
 @click.option(
+    "--analytic-variance", is_flag=True, help="These lists also with the noise of Analytic-DPM, where eta is not 0."
+)
+@click.option(
     "--paper-table",
     "paper",
     is_flag=True,
@@ -132,6 +135,7 @@ def tradeoff(
     sigma_hat: bool,
     orders: tuple[int, ...] | None,
     files: tuple[Path, ...],
+    analytic_variance: bool,
     paper: bool,
     seed: int,
     features: str | None,
@@ -168,7 +172,7 @@ def tradeoff(
     cells = (
         paper_table(PAPER_COUNT_AT_1000)
         if paper
-        else _cells(quick, steps, spacings, etas, eta_scales, sigma_hat, orders, files, run)
+        else _cells(quick, steps, spacings, etas, eta_scales, sigma_hat, orders, files, analytic_variance, run)
     )
     subject = Subject(
         run.model,
@@ -203,14 +207,22 @@ def tradeoff(
     run.say(f"{len(study.results)} cells -> {written[0]}, and {len(written) - 1} files beside it")
 
 
-def _cells(quick, steps, spacings, etas, eta_scales, sigma_hat, orders, files, run: Run) -> list[Cell]:
+def _cells(
+    quick, steps, spacings, etas, eta_scales, sigma_hat, orders, files, analytic_variance, run: Run
+) -> list[Cell]:
     """The grid asked for; where nothing is asked for in quick, one that shows most for little."""
+    if analytic_variance and not (files and any(etas or (0.0, 1.0))):
+        raise ValueError(
+            "--analytic-variance is about lists that ddim-fast search made, and noise: give --timesteps FILE.json, and an eta above 0"
+        )
     searched = {}
     for path in files:
         searched[path.stem] = read_timesteps(path)
         searched[path.stem].for_schedule(run.noise_schedule(), str(path))  # is it one for this model?
     if quick and not any((steps, spacings, etas, orders)):
         cells = grid((5, 10, 20, 50), ("leading",), searched=searched)
+        if analytic_variance:
+            cells += grid((), (), (1.0,), searched=searched, analytic_variance=True)
         cells += (
             grid((5, 10, 20), ("trailing",))
             + grid((5, 10, 20), ("log_snr",), orders=(2,))
@@ -225,6 +237,7 @@ def _cells(quick, steps, spacings, etas, eta_scales, sigma_hat, orders, files, r
         sigma_hat=sigma_hat,
         orders=orders or (1, 2),
         searched=searched,
+        analytic_variance=analytic_variance,
     )
 
 

@@ -25,6 +25,7 @@ class Cell:
         timesteps, model_timesteps: an explicit list, such as a searched one, and what the model is told there, if not the same.
         eta, eta_scales, sigma_hat, order: see ``DDIMSampler``.
         count: how many samples it is judged by, where not as many as the others.
+        analytic_variance: the mean squared error of eps at each of the timesteps: noise of the variance that it tells, in place of eta's.
     """
 
     num_inference_steps: int
@@ -36,12 +37,14 @@ class Cell:
     timesteps: tuple[int, ...] | None = None
     count: int | None = None
     model_timesteps: tuple[int, ...] | None = None
+    analytic_variance: tuple[float, ...] | None = None
 
     @property
     def key(self) -> str:
         """A name for people and for files, different for different cells of a table."""
         eta = "sigma-hat" if self.sigma_hat else f"eta{self.eta:g}"
         scales = "" if self.eta_scales == "std_dev" else f"-{self.eta_scales}"
+        scales += "" if self.analytic_variance is None else "-analytic"
         order = "" if self.order == 1 else f"-order{self.order}"
         return f"{self.timestep_spacing}-{self.num_inference_steps}-{eta}{scales}{order}"
 
@@ -67,6 +70,7 @@ class Cell:
             eta_scales=self.eta_scales,
             sigma_hat=self.sigma_hat,
             **({} if self.order == 1 else {"order": self.order}),
+            **({} if self.analytic_variance is None else {"analytic_variance": self.analytic_variance}),
             **options,
         )
 
@@ -88,6 +92,7 @@ def grid(
     sigma_hat: bool = False,
     orders: Sequence[int] = (1,),
     searched: Mapping[str, TimestepList] | None = None,
+    analytic_variance: bool = False,
     count_at: Mapping[int, int] | None = None,
 ) -> list[Cell]:
     """All combinations that are different and possible, cheapest first.
@@ -96,13 +101,29 @@ def grid(
         sigma_hat: the paper's larger DDPM noise, too.
         orders: those above 1 are deterministic only.
         searched: named lists of timesteps, each once with each eta and order.
+        analytic_variance: these lists, where noise is added, also with an analytic variance.
+
+    Raises:
+        ValueError: a list does not hold what an analytic variance needs.
         count_at: how many samples cells of that many steps have, where not as many as the others.
     """
     lists = [(S, spacing, {}) for S in steps for spacing in spacings]
     for name, found in (searched or {}).items():
         own = {"timesteps": found.timesteps, "model_timesteps": found.model_timesteps}
         lists.append((len(found.timesteps), name, own))
-    cells = []
+    cells = [
+        Cell(
+            len(found.timesteps),
+            name,
+            eta,
+            timesteps=found.timesteps,
+            analytic_variance=_residual(name, found),
+            model_timesteps=found.model_timesteps,
+        )
+        for name, found in (searched or {}).items()
+        for eta in etas
+        if analytic_variance and eta > 0
+    ]
     for S, spacing, own in lists:
         common = dict(own, count=(count_at or {}).get(S))
         for eta in etas:
@@ -116,6 +137,14 @@ def grid(
         if sigma_hat:
             cells.append(Cell(S, spacing, 1.0, sigma_hat=True, **common))
     return sorted(dict.fromkeys(cells), key=lambda cell: cell.num_inference_steps)
+
+
+def _residual(name: str, found: TimestepList) -> tuple[float, ...]:
+    if found.eps_residual is None:
+        raise ValueError(
+            f"an analytic variance needs the mean squared error of eps, and the list {name} holds none: search again, or leave it out"
+        )
+    return found.eps_residual
 
 
 def paper_table(count_at_1000: int | None = None, spacing: str = "quad") -> list[Cell]:

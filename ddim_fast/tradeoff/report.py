@@ -88,6 +88,8 @@ def _csv_row(result: CellResult, fronts: Mapping[str, list[CellResult]]) -> dict
         "steps": cell.num_inference_steps,
         "spacing": plain_text(cell.timestep_spacing),
         "timesteps": "" if cell.timesteps is None else " ".join(map(str, cell.timesteps)),
+        "model_timesteps": "" if cell.model_timesteps is None else " ".join(map(str, cell.model_timesteps)),
+        "analytic_variance": cell.analytic_variance is not None,
         "eta": cell.eta,
         "eta_scales": cell.eta_scales,
         "sigma_hat": cell.sigma_hat,

@@ -302,10 +302,12 @@ def way_of(cell: Cell) -> tuple[str, ...]:
 
 
 def eta_text(cell: Cell) -> str:
-    """The noise that a cell adds: "0.5", "0.5 of the variance", or "sigma-hat"."""
+    """The noise that a cell adds: "0.5", "0.5 of the variance", "1, analytic variance", or "sigma-hat"."""
     if cell.sigma_hat:
         return "sigma-hat"
-    return f"{cell.eta:g}" if cell.eta_scales == "std_dev" or cell.eta in (0, 1) else f"{cell.eta:g} of the variance"
+    scaled = "" if cell.eta_scales == "std_dev" or cell.eta in (0, 1) else " of the variance"
+    analytic = "" if cell.analytic_variance is None else ", analytic variance"
+    return f"{cell.eta:g}{scaled}{analytic}"
 
 
 def overlap(a: Measure, b: Measure) -> bool:

@@ -24,6 +24,7 @@ from ddim_fast.tradeoff import (
     run_study,
     settings_of,
 )
+from ddim_fast.tradeoff.results import describe
 from ddim_fast.tradeoff.study import calls_to_do
 
 LINEAR = NoiseSchedule.linear()
@@ -71,6 +72,30 @@ def test_a_grid_has_each_combination_once():
     assert [Cell.from_dict(json.loads(json.dumps(cell.as_dict()))) for cell in searched] == searched
     assert searched[0].sampler(LINEAR, {}).plan().told == (800, 90)
     assert len(searched) == 3
+
+
+def test_an_analytic_variance_is_a_cell_beside_etas_own():
+    found = TimestepList((900, 100), 1000, eps_residual=(0.1, 0.2))
+    cells = grid((), (), (0.0, 1.0), searched={"mine": found}, analytic_variance=True)
+    assert [cell.key for cell in cells] == ["mine-2-eta1-analytic", "mine-2-eta0", "mine-2-eta1"]
+    assert describe(cells[0]) == "2 steps with the timesteps mine and eta 1, analytic variance"
+    plan = cells[0].sampler(LINEAR, {}).plan()
+    assert plan.eps_residual == (0.1, 0.2)
+    assert plan.steps[0].std_dev_t != cells[2].sampler(LINEAR, {}).plan().steps[0].std_dev_t
+    assert Cell.from_dict(json.loads(json.dumps(cells[0].as_dict()))) == cells[0]
+    with pytest.raises(ValueError, match="the list mine holds none: search again, or leave it out"):
+        grid((), (), (1.0,), searched={"mine": TimestepList((900, 100), 1000)}, analytic_variance=True)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--timesteps", "list.json", "--etas", "0"]])
+def test_an_analytic_variance_needs_a_list_and_noise(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    TimestepList((900, 100), 1000, eps_residual=(0.1, 0.2)).write("list.json")
+    done = CliRunner().invoke(
+        main, ["tradeoff", "--model", "closed-form", "--analytic-variance", "--out", "study", *arguments]
+    )
+    assert done.exit_code != 0
+    assert "give --timesteps FILE.json, and an eta above 0" in str(done.output) + str(done.exception)
 
 
 def test_the_papers_table():
