@@ -39,13 +39,7 @@ def output_tensor(output: Any, like: Tensor) -> Tensor:
         TypeError: there is no tensor where one should be.
         ValueError: its shape or device is wrong.
     """
-    found = output
-    if isinstance(found, (tuple, list)) and found:
-        found = found[0]
-    elif isinstance(found, Mapping):
-        found = found.get("sample")
-    elif not isinstance(found, Tensor):
-        found = getattr(found, "sample", None)
+    found = output if isinstance(output, Tensor) else _found_in(output)
     if not isinstance(found, Tensor):
         raise TypeError(
             "a model must return a tensor, a tuple that begins with one, or an object with a tensor as .sample, "
@@ -53,14 +47,13 @@ def output_tensor(output: Any, like: Tensor) -> Tensor:
         )
     if found.layout != torch.strided:
         raise TypeError(f"a model must return a dense tensor, got layout {found.layout}: call .to_dense()")
-    returned = tuple(found.shape)
-    learned_variance = found.ndim == like.ndim > 1 and found.shape[1] == 2 * like.shape[1]
-    if learned_variance and found.shape != like.shape:
-        found = found[:, : like.shape[1]]
     if found.shape != like.shape:
-        raise ValueError(
-            f"a model must return the shape of its input, {tuple(like.shape)} (or twice the channels), got {returned}"
-        )
+        if found.ndim == like.ndim > 1 and found.shape == (like.shape[0], 2 * like.shape[1], *like.shape[2:]):
+            found = found[:, : like.shape[1]]  # beside it, a learned variance
+        else:
+            raise ValueError(
+                f"a model must return the shape of its input, {tuple(like.shape)} (or twice the channels), got {tuple(found.shape)}"
+            )
     if found.device != like.device:
         raise ValueError(
             f"a model must return its prediction on the device of its input, {like.device}, got {found.device}"
@@ -68,6 +61,13 @@ def output_tensor(output: Any, like: Tensor) -> Tensor:
     if not found.dtype.is_floating_point:
         raise TypeError(f"a model must return floating point, got {found.dtype}")
     return found
+
+
+def _found_in(output: Any) -> Any:
+    """What should be the prediction, where a model did not return it alone."""
+    if isinstance(output, (tuple, list)) and output:
+        return output[0]
+    return output.get("sample") if isinstance(output, Mapping) else getattr(output, "sample", None)
 
 
 @dataclass(frozen=True)

@@ -250,7 +250,9 @@ class DDIMSampler:
         gradients = None if cond_fn is None else "cond_fn takes gradients, which a captured step does not"
         mode = choose_mode(capture, self.graphs, device, dtype, backend, first_between, model, gradients)
         classifier = classifier_guidance(cond_fn, conditionings[0], plan)
-        per_sample = seeds_of_samples(seed, seeds, generator, shape[0])
+        # From one number to a seed for each sample takes as long as several small steps.
+        seeded = x_T is None or adds_noise or mask is not None
+        per_sample = seeds_of_samples(seed, seeds, generator, shape[0], needed=seeded)
         per_sample = None if per_sample is None else per_sample.to(device)
         x_t = start(shape, x_T, per_sample, generator, device, dtype)
         if mask is not None:

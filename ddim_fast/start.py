@@ -116,8 +116,12 @@ def repeat_conditioning(conditioning: Mapping[str, Any] | None, batch_size: int,
     return tree_map_only(Tensor, repeat, dict(conditioning))
 
 
-def seeds_of_samples(seed, seeds, generator, batch_size: int) -> Tensor | None:
-    """``(B,)`` int64 on the host: the seed of each sample; None where noise comes from a generator."""
+def seeds_of_samples(seed, seeds, generator, batch_size: int, needed: bool = True) -> Tensor | None:
+    """``(B,)`` int64 on the host: the seed of each sample; None where noise comes from a generator, or none is needed."""
+    if generator is None and not needed and seeds is None:
+        if seed is not None:
+            _integer("seed", seed)  # wrong is wrong, needed or not
+        return None
     if generator is None:
         return _per_sample_seeds(seed, seeds, batch_size)
     if seed is not None or seeds is not None:
