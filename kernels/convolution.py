@@ -43,6 +43,8 @@ def unsupported_reasons(convolution: nn.Module) -> list[str]:
             reasons.append(f"{name} is {getattr(convolution, name)}, not a multiple of {CHANNEL_GRAIN}")
     if convolution.weight.dtype != torch.float32 or convolution.weight.device.type != "cpu":
         reasons.append(f"its weights are {convolution.weight.dtype} on {convolution.weight.device}, not float32 on cpu")
+    if convolution._forward_hooks or convolution._forward_pre_hooks or "forward" in vars(convolution):
+        reasons.append("it has hooks, or a forward of its own, which would not be called")
     return reasons
 
 
@@ -80,6 +82,15 @@ def _like_result(x: Tensor, weights: Tensor) -> Tensor:
 
 @torch.library.impl(_library, "convolve", "CPU")
 def _(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    points = len(_FILTER_TO_POINTS) ** 2
+    wrong = weights.dtype != torch.float32 or weights.ndim != 3 or len(weights) != points
+    if wrong or any(channels % CHANNEL_GRAIN for channels in weights.shape[1:]):
+        raise ValueError(
+            f"weights must be float32 ({points}, in_channels, out_channels) with multiples of {CHANNEL_GRAIN}, as transformed_weights "
+            f"gives them, got {weights.dtype} {tuple(weights.shape)}"
+        )
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != weights.shape[2:]):
+        raise ValueError(f"bias must be float32 ({weights.shape[2]},), got {bias.dtype} {tuple(bias.shape)}")
     if x.dtype != torch.float32 or x.ndim != 4 or x.shape[1] != weights.shape[1]:
         raise ValueError(
             f"x must be float32 (B, {weights.shape[1]}, H, W), as these weights want it, got {x.dtype} {tuple(x.shape)}"
@@ -88,6 +99,7 @@ def _(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
     if result.numel() == 0:
         return result
     x = x.contiguous(memory_format=torch.channels_last).resolve_neg()
+    weights, bias = weights.contiguous(), None if bias is None else bias.contiguous()
     batch, in_channels, height, width = x.shape
     address = 0 if bias is None else bias.data_ptr()
     sizes = batch, height, width, in_channels, result.shape[1]

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Do all instruction sets give the same bits? Builds each from its source, AVX-512 from AVX2 halves, and compares them on random steps and noise.
+# Do all instruction sets give the same bits? Builds each from its source, AVX-512 from AVX2 halves, and compares them on random steps, noise and
+# convolutions.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)

@@ -1,4 +1,4 @@
-"""Write the tables of docs/TRADEOFF.md from the studies that were measured, docs/paper_table.json and docs/search.json.
+"""Write the tables of docs/TRADEOFF.md from the studies that were measured, docs/paper_table*.json and docs/search.json.
 
     ddim-fast tradeoff --paper-table -n 2000 --threads 1 --out table1          # hours
     python tools/tradeoff_tables.py take table1/study.json docs/paper_table.json
@@ -66,9 +66,10 @@ def paper_table(study: Study) -> str:
     theirs = [f"| {row_text(row)} | " + " | ".join(f"{PAPER_FIDS[row][S]:.2f}" for S in steps) + " |" for row in ROWS]
     counts = {S: {table.results[row, S].count for row in ROWS if (row, S) in table.results} for S in steps}
     listed = ", ".join(f"{'/'.join(f'{n:,}' for n in sorted(counts[S]))} at {S}" for S in steps)
+    notes = "".join(f" {note}." for note in study.notes)
     agreed = "\n".join(f"- {'agrees' if s.agrees else '**differs**'}: {s.text}" for s in table.statements())
     return (
-        f"{table.metric.title}, {table.spacing} spacing; samples: {listed}:\n\n{head}\n" + "\n".join(ours)
+        f"{table.metric.title}, {table.spacing} spacing; samples: {listed}.{notes}\n\n{head}\n" + "\n".join(ours)
         + f"\n\nFID, {PAPER_SOURCE}:\n\n{head}\n" + "\n".join(theirs) + f"\n\n{agreed}"
     )  # fmt: skip
 
@@ -86,7 +87,11 @@ def cells_table(study: Study) -> str:
     return f"{study.results[0].count:,} samples each:\n\n{head}\n" + "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[Study], str]] = {"paper_table": paper_table, "search": cells_table}
+TABLES: dict[str, Callable[[Study], str]] = {
+    "paper_table": paper_table,
+    "paper_table_trailing": paper_table,
+    "search": cells_table,
+}
 
 if __name__ == "__main__":
     main()

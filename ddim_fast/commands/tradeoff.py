@@ -105,7 +105,8 @@ class _List(click.ParamType):
     "--paper-table",
     "paper",
     is_flag=True,
-    help="Instead: table 1 of the DDIM paper, 10 to 1000 steps (there with 400 samples), eta 0 to 1 and sigma-hat.",
+    help="Instead: table 1 of the DDIM paper, 10 to 1000 steps (there with 400 samples), eta 0 to 1 and sigma-hat, "
+    "with quad spacing as in the paper, or that of --spacings.",
 )
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Each cell begins with the same noise."
@@ -170,7 +171,7 @@ def tradeoff(
         run.load()
     judge = _judge(run, features, real)
     cells = (
-        paper_table(PAPER_COUNT_AT_1000)
+        [cell for spacing in spacings or ("quad",) for cell in paper_table(PAPER_COUNT_AT_1000, spacing)]
         if paper
         else _cells(quick, steps, spacings, etas, eta_scales, sigma_hat, orders, files, analytic_variance, run)
     )

@@ -16,6 +16,7 @@ struct Integers512 {
 #define DDIM_HALVES_I(name, op) \
   DDIM_SHIM Integers512 name(Integers512 a, Integers512 b) { return {op(a.low, b.low), op(a.high, b.high)}; }
 
+DDIM_HALVES_F(shim_add_ps, _mm256_add_ps)
 DDIM_HALVES_F(shim_mul_ps, _mm256_mul_ps)
 DDIM_HALVES_F(shim_sub_ps, _mm256_sub_ps)
 DDIM_HALVES_F(shim_min_ps, _mm256_min_ps)
@@ -93,6 +94,7 @@ DDIM_SHIM __m256i shim_cvtepi32_epi16(Integers512 a) {  // keeps the low half of
 #define __m512i Integers512
 #define _mm512_add_epi32 shim_add_epi32
 #define _mm512_add_epi64 shim_add_epi64
+#define _mm512_add_ps shim_add_ps
 #define _mm512_and_si512 shim_and_si512
 #define _mm512_castps_si512 shim_castps_si512
 #define _mm512_castsi512_ps shim_castsi512_ps

@@ -1,10 +1,13 @@
-// Runs every instruction set on the same random steps and noise, and compares the results bit by bit with the portable one.
+// Runs every instruction set on the same random steps, noise and convolutions, and compares the results bit by bit with the portable one.
 // tools/same_bits.sh builds and runs it; csrc/isa_avx512.cpp is compiled over avx512_by_halves.h, so that any x86-64 with AVX2 can run it.
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
+#include "convolution.h"
 #include "step.h"
 
 using namespace ddim;
@@ -112,12 +115,57 @@ int noise(const Kernels& k) {
   return cases;
 }
 
+std::vector<float> normals(int64_t n) {
+  std::normal_distribution<float> normal;
+  std::vector<float> values(n);
+  for (float& x : values) x = normal(random_bits);
+  return values;
+}
+
+// All tiles at once, and from and up to some tile among them, as threads divide them; what is around the output stays.
+int convolutions(const Kernels& k) {
+  // Tiles of every width and height that a picture's edge leaves, less and more than a block of them, and every number of vectors.
+  const int64_t sides[][2] = {{1, 1}, {2, 3}, {4, 4}, {5, 8}, {9, 7}, {13, 22}};
+  const int64_t channels[][2] = {{16, 16}, {32, 48}, {16, 64}, {48, 80}, {112, 112}, {16, 128}};
+  int cases = 0;
+  for (const auto& [height, width] : sides)
+    for (const auto& [in_channels, out_channels] : channels)
+      for (int64_t batch : {1, 3}) {
+        const int64_t size = batch * height * width * out_channels, around = 64;
+        const std::vector<float> input = normals(batch * height * width * in_channels), bias = normals(out_channels);
+        const std::vector<float> weights = normals(kPoints * in_channels * out_channels);
+        std::vector<float> outputs[2];
+        for (int i = 0; i < 2; ++i) {
+          outputs[i].assign(size + 2 * around, -77.0f);
+          const float* added = cases % 3 ? bias.data() : nullptr;
+          float* output = outputs[i].data() + around;
+          const Convolution c{input.data(), weights.data(), added, output, batch, height, width, in_channels, out_channels};
+          std::vector<float> memory(scratch_floats(c) + 16);
+          void* scratch = memory.data();
+          size_t space = memory.size() * sizeof(float);
+          std::align(64, scratch_floats(c) * sizeof(float), scratch, space);
+          const int64_t tiles = tile_count(c), seam = i && cases % 2 ? tiles / 2 / kRowGrain * kRowGrain : 0;
+          for (const auto& [begin, end] : {std::pair{int64_t{0}, seam}, std::pair{seam, tiles}})
+            (i ? k : kPortable).convolve(c, begin, end, static_cast<float*>(scratch));
+        }
+        bool alike = std::memcmp(outputs[0].data(), outputs[1].data(), outputs[0].size() * sizeof(float)) == 0;
+        for (int64_t j = 0; j < around; ++j) alike = alike && outputs[1][j] == -77.0f && outputs[1][around + size + j] == -77.0f;
+        if (!alike) {
+          std::printf("%s: a convolution differs: batch %d, %d x %d, channels %d to %d\n", k.name, static_cast<int>(batch),
+                      static_cast<int>(height), static_cast<int>(width), static_cast<int>(in_channels), static_cast<int>(out_channels));
+          return -1;
+        }
+        ++cases;
+      }
+  return cases;
+}
+
 }  // namespace
 
 int main() {
   for (const Kernels* k : {&kAvx2, &kAvx512}) {
-    const int s = steps(*k), z = noise(*k);
-    if (s < 0 || z < 0) return 1;
-    std::printf("%s: the same bits as portable in %d steps and %d draws of noise\n", k->name, s, z);
+    const int s = steps(*k), z = noise(*k), c = convolutions(*k);
+    if (s < 0 || z < 0 || c < 0) return 1;
+    std::printf("%s: the same bits as portable in %d steps, %d draws of noise and %d convolutions\n", k->name, s, z, c);
   }
 }
