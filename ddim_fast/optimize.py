@@ -135,7 +135,8 @@ def optimize(
     Tried are: both halves of guidance in one batch; weights and activations with channels last; on a CPU, 3 x 3 convolutions with a
     quarter of the products (``kernels.convolution``); torch.compile with frozen weights (a minute or so, once); and on processors with
     instructions for it, what convolutions are left in bfloat16 in the noisiest steps, as many as leave the samples tried within a third
-    of ``tolerance``, since others will change more. What does not help on this machine is left out. The model itself is not changed.
+    of ``tolerance``, since others will change more. What does not help on this machine is left out. The model itself is not changed: the
+    copy takes its memory again, and with these convolutions four times that of their weights on top.
 
     Args:
         model: a module; see ``models.Model``.

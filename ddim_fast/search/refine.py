@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,25 +74,17 @@ class Refinement:
 
     def refine(self) -> None:
         """Move the timesteps visited while that helps."""
-        self._while_better(self._visits)
+        self._while_better(self._visit, 0.5)
 
     def refine_model_timesteps(self) -> None:
-        """Move both the timesteps visited and what the model is told while that helps."""
-        self._while_better(
-            lambda k, towards, share: (*self._tellings(k, towards, share), *self._visits(k, towards, share))
-        )
+        """Move what the model is told while that helps."""
+        self._while_better(self._tell, 0.125)
 
-    def _while_better(self, moves: Callable[[int, int, float], Iterator[Candidate]]) -> None:
-        """Far moves first, then half as far, down to neighbours; the last timestep first, which costs the fewest steps."""
-        share = 0.5
+    def _while_better(self, move: Callable[[int, int, float], Candidate | None], share: float) -> None:
+        """Far moves first, each again while it helps; then half as far, down to neighbours."""
         while self.spent < self.budget:
             before = self.spent
-            better = [
-                self.offer(moved)
-                for k in reversed(range(len(self.best.timesteps)))
-                for towards in (-1, 1)
-                for moved in moves(k, towards, share)
-            ]
+            better = [self._move(move, k, share) for k in range(len(self.best.timesteps))]
             if not any(better):
                 if (
                     share * max(self._gap(k) for k in range(len(self.best.timesteps))) < 1
@@ -101,6 +93,16 @@ class Refinement:
                 share /= 2
             elif self.spent == before:
                 return
+
+    def _move(self, move: Callable[[int, int, float], Candidate | None], k: int, share: float) -> bool:
+        """Move the k-th one way while that helps, or else the other way. Whether it did."""
+        for towards in (-1, 1):
+            helped = False
+            while (moved := move(k, towards, share)) is not None and self.offer(moved):
+                helped = True
+            if helped:
+                return True
+        return False
 
     def _around(self, k: int) -> tuple[int, int]:
         """The timesteps visited before and after the k-th, or the ends of the range."""
@@ -111,18 +113,16 @@ class Refinement:
         above, below = self._around(k)
         return above - below
 
-    def _visits(self, k: int, towards: int, share: float) -> Iterator[Candidate]:
-        """The best candidate with the k-th timestep moved by a share of the room that its neighbours leave."""
+    def _visit(self, k: int, towards: int, share: float) -> Candidate | None:
+        """The best candidate with the k-th timestep moved by a share of the room that its neighbours leave; None where there is none."""
         t, (above, below) = self.best.timesteps, self._around(k)
         room = (above - t[k] if towards > 0 else t[k] - below) - 1
         moved = t[k] + towards * min(room, max(1, round(share * room)))
-        if moved != t[k]:
-            yield Candidate((*t[:k], moved, *t[k + 1 :]), self.best.model_timesteps)
+        return None if moved == t[k] else Candidate((*t[:k], moved, *t[k + 1 :]), self.best.model_timesteps)
 
-    def _tellings(self, k: int, towards: int, share: float) -> Iterator[Candidate]:
+    def _tell(self, k: int, towards: int, share: float) -> Candidate | None:
         """The best candidate with what the model is told in the k-th step moved by a share of the gap between the neighbours."""
         told = self.best.told
-        moved = told[k] + towards * max(1, round(share * self._gap(k) / 2))
-        moved = min(max(moved, 0), self.num_train_timesteps - 1)
-        if moved != told[k]:
-            yield Candidate(self.best.timesteps, (*told[:k], moved, *told[k + 1 :]))
+        moved = told[k] + towards * max(1, round(share * self._gap(k)))
+        inside = 0 <= moved < self.num_train_timesteps
+        return Candidate(self.best.timesteps, (*told[:k], moved, *told[k + 1 :])) if inside else None

@@ -73,7 +73,7 @@ class Search:
         conditioning: of sample i, a rule.
         sampler_options: what else the sampler will be told, such as ``clip_sample``.
         count: samples of the table of costs; ``refine_count`` of the refinement; ``held_out`` of the last score.
-        refine_runs: how many whole runs the refinement of the timesteps visited may cost, and again as many that of both.
+        refine_runs: how many whole runs the refinement of the timesteps visited may cost, and twice as many that of both.
         model_timesteps: search for what the model is told, too.
         seed: held-out samples begin with that of ``seed + 1``.
     """
@@ -140,9 +140,9 @@ class Search:
         """Model calls, counted by sample, that a search makes at most."""
         S, many, closed = self.num_inference_steps, len(self.reference_timesteps), len(self.closed_forms())
         per_step = 1 if self.guidance_scale in (None, 1) else 2
-        stages = 2 if self.model_timesteps else 1
-        seen = self.refine_count * (many + S * (closed + 1 + stages * self.refine_runs) + S)
-        return per_step * (self.count * many + seen + self.held_out * (many + S * (closed + 1 + stages)))
+        stages, searched = (3, 2) if self.model_timesteps else (1, 1)
+        seen = self.refine_count * (many + S * (closed + 2 + stages * self.refine_runs))
+        return per_step * (self.count * many + seen + self.held_out * (many + S * (closed + 1 + searched)))
 
 
 def search_timesteps(
@@ -162,12 +162,9 @@ def search_timesteps(
         refinement.offer(candidate)
     seen = {name: refinement.tried[candidate] for name, candidate in lists.items()}
     began = min(seen, key=seen.get)
-    stages = {"searched": refinement.refine}
-    if search.model_timesteps:
-        stages = {ONE_LIST: refinement.refine, "searched": refinement.refine_model_timesteps}
-    for name, refine in stages.items():
+    for name, refine, runs_allowed in _stages(search, refinement):
         say(f"refining: {refinement.distance:.4f}")
-        refinement.budget = refinement.spent + search.refine_runs * search.num_inference_steps
+        refinement.budget = refinement.spent + runs_allowed * search.num_inference_steps
         refine()
         lists[name], seen[name] = refinement.best, refinement.distance
     scores = _held_out(search, lists, seen, progress)
@@ -181,6 +178,15 @@ def search_timesteps(
         refinement.best.model_timesteps,
     )
     return Found(best, tuple(scores))
+
+
+def _stages(search: Search, refinement: Refinement) -> list[tuple[str, Callable[[], None], int]]:
+    """What is refined in turn: what comes of it is called, how it is done, and how many runs it may take."""
+    visits, told, most = refinement.refine, refinement.refine_model_timesteps, search.refine_runs
+    if not search.model_timesteps:
+        return [("searched", visits, most)]
+    again = [("searched", visits, most // 2), ("searched", told, most // 2)]
+    return [(ONE_LIST, visits, most), ("searched", told, most), *again]
 
 
 def _by_dynamic_programming(search: Search, progress: Progress, say: Callable[[str], Any]) -> Candidate:

@@ -55,6 +55,15 @@ def test_what_is_found_is_better_also_on_noise_it_has_not_seen(order, tmp_path):
     assert sample_distances(got, many).mean().item() == pytest.approx(best.held_out, rel=0.05, abs=2e-4)
 
 
+def test_one_list_is_for_any_sampler():
+    found = search_timesteps(search(model_timesteps=False, refine_runs=10))
+    both = search_timesteps(search(refine_runs=10))
+    assert found.best.model_timesteps is None
+    assert ONE_LIST not in {score.name for score in found.scores}
+    assert found.timesteps == both.score(ONE_LIST).candidate.timesteps
+    assert found.score("searched").held_out == both.score(ONE_LIST).held_out
+
+
 def test_the_same_search_finds_the_same():
     a, b = (search_timesteps(search(refine_runs=10)) for _ in range(2))
     assert a.scores == b.scores
