@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,28 +10,25 @@ from torch import Tensor, nn
 from .kernels.convolution import convolve, transformed_weights, unsupported_reasons
 
 
-class WinogradConv2d(nn.Module):
-    """An ``nn.Conv2d`` by Winograd's minimal filtering, where nothing speaks against it; otherwise itself.
+class WinogradConv2d(nn.Conv2d):
+    """An ``nn.Conv2d`` by Winograd's minimal filtering, where nothing speaks against it; otherwise as ever.
 
     Args:
-        convolution: one that ``kernels.convolution.unsupported_reasons`` has nothing against. Its weights are read once.
+        convolution: one that ``kernels.convolution.unsupported_reasons`` has nothing against. Its parameters are this one's, too; its
+            weights are read once.
     """
 
     def __init__(self, convolution: nn.Conv2d):
-        super().__init__()
-        self.convolution = convolution
-        self.register_buffer("weights", transformed_weights(convolution.weight), persistent=False)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # models ask a convolution for its weight's dtype, and the like
-            return getattr(super().__getattr__("convolution"), name)
+        bias = convolution.bias is not None
+        super().__init__(convolution.in_channels, convolution.out_channels, 3, padding=1, bias=bias, device="meta")
+        self.weight, self.bias = convolution.weight, convolution.bias
+        self.register_buffer("points", transformed_weights(convolution.weight), persistent=False)
+        self.train(convolution.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        floats = x.dtype == self.weights.dtype == torch.float32 and x.device.type == self.weights.device.type == "cpu"
+        floats = x.dtype == self.points.dtype == torch.float32 and x.device.type == self.points.device.type == "cpu"
         plain = floats and x.ndim == 4 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-        return convolve(x, self.weights, self.convolution.bias) if plain else self.convolution(x)
+        return convolve(x, self.points, self.bias) if plain else super().forward(x)
 
 
 def channels_last(model: nn.Module) -> nn.Module:

@@ -276,7 +276,8 @@ class _Trial:
                 result.reduced_from = min(told[:steps])
                 reduced = _largest(self._samples(result), expected)
                 if reduced <= self.tolerance / MARGIN:
-                    return reduced, [f"convolutions in bfloat16 in the {steps} noisiest of {len(told)} steps"]
+                    count = sum(t >= result.reduced_from for t in told)
+                    return reduced, [f"convolutions in bfloat16 in the {count} noisiest of {len(told)} steps"]
         result.reduced_from = None
         return change, []
 

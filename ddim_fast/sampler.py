@@ -95,8 +95,10 @@ class DDIMSampler:
         if thresholding:
             _check_thresholding(clip_sample, dynamic_thresholding_ratio, sample_max_value)
         self.schedule = schedule
-        timesteps, order, eps_residual, found = _from_list(timesteps, schedule, order, analytic_variance)
+        timesteps, order, eps_residual, told = _from_list(timesteps, schedule, order, analytic_variance)
         self.timesteps = _choose_timesteps(schedule, num_inference_steps, timesteps, timestep_spacing, steps_offset)
+        if model_timesteps is not None:
+            told = explicit_model_timesteps(model_timesteps, len(self.timesteps), schedule.num_train_timesteps)
         self.prediction_type = prediction_type
         self.clip_sample = True if thresholding else clip_sample
         self.clip_sample_range = clip_sample_range
@@ -115,9 +117,7 @@ class DDIMSampler:
             use_clipped_model_output=use_clipped_model_output,
             order=order,
             eps_residual=eps_residual,
-            model_timesteps=found
-            if model_timesteps is None
-            else explicit_model_timesteps(model_timesteps, len(self.timesteps), schedule.num_train_timesteps),
+            model_timesteps=told,
         )
 
     @property
@@ -187,7 +187,8 @@ class DDIMSampler:
             seed: one number for the run; sample i gets its own seed from it (``sample_seeds``).
             seeds: instead: one 64-bit seed per sample. A sample depends on its seed alone, not on the others.
             generator: instead: noise from this ``torch.Generator``, by torch's own randn.
-                With none of the three, a seed is drawn from torch's global generator (``torch.manual_seed`` fixes it).
+                With none of the three, a seed is drawn from torch's global generator (``torch.manual_seed`` fixes it), if noise is
+                needed.
             x_T: start from this noise ``(B, C, ...)`` (it is not changed).
             conditioning: passed to the model by name, for instance ``{"class_labels": labels}``.
             guidance_scale: classifier-free guidance (arXiv 2207.12598), 1 for none: the model is called twice per step, with

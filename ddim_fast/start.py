@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from .kernels.dispatch import ddim_step, normals
-from .kernels.noise import NoiseStream, sample_seeds
+from .kernels.noise import NoiseStream, check_seed, sample_seeds
 from .models import Model
 from .update import known_region_coefficients, noising_coefficients
 
@@ -120,7 +120,7 @@ def seeds_of_samples(seed, seeds, generator, batch_size: int, needed: bool = Tru
     """``(B,)`` int64 on the host: the seed of each sample; None where noise comes from a generator, or none is needed."""
     if generator is None and not needed and seeds is None:
         if seed is not None:
-            _integer("seed", seed)  # wrong is wrong, needed or not
+            check_seed(_integer("seed", seed))  # wrong is wrong, needed or not
         return None
     if generator is None:
         return _per_sample_seeds(seed, seeds, batch_size)

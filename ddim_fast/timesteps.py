@@ -71,9 +71,10 @@ def select_timesteps(
     Args:
         num_inference_steps: 1 <= S <= T.
         num_train_timesteps: T >= 1.
-        spacing: a key of ``SPACINGS``. Only ``trailing``, ``log_snr``, ``karras`` and ``beta`` always start at T - 1.
+        spacing: a key of ``SPACINGS``. Only ``trailing``, ``log_snr``, ``karras``, ``cosine`` and ``beta`` always
+            start at T - 1.
         steps_offset: added to every timestep of ``leading``, 0 <= steps_offset < T; the other spacings do not use it.
-        schedule: needed by ``log_snr`` and ``karras``; of length T.
+        schedule: needed by ``log_snr``, ``karras`` and ``cosine``; of length T.
         rho: the exponent of ``karras``, finite and > 0; the other spacings do not use it.
 
     Returns:

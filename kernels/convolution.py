@@ -64,8 +64,9 @@ def convolve(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
         bias: ``(out_channels,)`` float32, or none.
 
     Returns:
-        ``(B, out_channels, H, W)``, channels last. Off by rounding from a direct convolution: some ten times as much as that one itself
-        is from the exact result (measured: 1e-5 where the result is about 1).
+        ``(B, out_channels, H, W)``, channels last. It is further off from the exact result than a direct convolution, the more so the more
+        channels there are: root mean square, 5 times (16 channels) to 27 times (1280). Measured where the result is about 1: at most 8e-6
+        with 16 channels, 2e-5 with 64, 9e-5 with 1280.
     """
     return torch.ops.ddim_fast.convolve(x, weights, bias)
 
@@ -82,6 +83,8 @@ def _like_result(x: Tensor, weights: Tensor) -> Tensor:
 
 @torch.library.impl(_library, "convolve", "CPU")
 def _(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    if cpu_step.extension is None:
+        raise RuntimeError(cpu_step.missing_reason)
     points = len(_FILTER_TO_POINTS) ** 2
     wrong = weights.dtype != torch.float32 or weights.ndim != 3 or len(weights) != points
     if wrong or any(channels % CHANNEL_GRAIN for channels in weights.shape[1:]):
@@ -98,7 +101,8 @@ def _(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
     result = _like_result(x, weights)
     if result.numel() == 0:
         return result
-    x = x.contiguous(memory_format=torch.channels_last).resolve_neg()
+    # Negative bits are gone: torch resolves them before operators that do not know of them.
+    x = x.contiguous(memory_format=torch.channels_last)
     weights, bias = weights.contiguous(), None if bias is None else bias.contiguous()
     batch, in_channels, height, width = x.shape
     address = 0 if bias is None else bias.data_ptr()

@@ -159,6 +159,12 @@ def standard_normals(
     return z
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError where no samples can be numbered from a seed: it is not in [0, 2^64)."""
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be an integer in [0, 2**64), got {seed}")
+
+
 def sample_seeds(seed: int, count: int, first: int = 0) -> np.ndarray:
     """Seeds of the samples ``first .. first + count - 1`` of a run: ``(count,)`` int64 (the 64 bits of each, as a signed number).
 
@@ -168,8 +174,7 @@ def sample_seeds(seed: int, count: int, first: int = 0) -> np.ndarray:
     Raises:
         ValueError: ``seed`` is not in [0, 2^64) or ``count`` or ``first`` is negative.
     """
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed must be an integer in [0, 2**64), got {seed}")
+    check_seed(seed)
     if count < 0 or first < 0:
         raise ValueError(f"count and first must not be negative, got count={count}, first={first}")
     index = np.arange(first, first + count, dtype=np.uint64)

@@ -424,8 +424,8 @@ def test_a_layer_gives_gradients_where_they_are_wanted(calls):
     for model, x in zip((plain, layer), inputs, strict=True):
         model(x).square().sum().backward()
     assert torch.equal(inputs[0].grad, inputs[1].grad)
-    assert torch.equal(layer.convolution.weight.grad, plain.weight.grad)
-    assert torch.equal(layer.convolution.bias.grad, plain.bias.grad)
+    assert torch.equal(layer.weight.grad, plain.weight.grad)
+    assert torch.equal(layer.bias.grad, plain.bias.grad)
     assert calls == []
 
 
@@ -433,8 +433,8 @@ def test_a_layer_leaves_to_the_convolution_what_the_kernel_cannot(calls):
     layer, long = WinogradConv2d(conv()), WinogradConv2d(conv()).double()
     x = normal(2, 16, 5, 6)
     with torch.no_grad():
-        assert torch.equal(layer(x[0]), layer.convolution(x[0]))
-        assert torch.equal(long(x.double()), long.convolution(x.double()))
+        assert torch.equal(layer(x[0]), nn.Conv2d.forward(layer, x[0]))
+        assert torch.equal(long(x.double()), nn.Conv2d.forward(long, x.double()))
         for model, wrong in ((layer, x.double()), (long, x)):
             with pytest.raises(RuntimeError, match="should be the same"):  # torch's words
                 model(wrong)
@@ -443,16 +443,16 @@ def test_a_layer_leaves_to_the_convolution_what_the_kernel_cannot(calls):
     assert calls == []
 
 
-def test_a_layer_is_asked_what_its_convolution_knows():
+def test_a_layer_is_a_convolution_for_all_who_ask():
     plain = conv()
     layer = WinogradConv2d(plain)
     assert layer.weight is plain.weight
     assert layer.bias is plain.bias
-    assert (layer.in_channels, layer.stride) == (16, (1, 1))
-    with pytest.raises(AttributeError, match="nothing_like_that"):
-        layer.nothing_like_that  # noqa: B018 (the access is the test)
-    assert torch.equal(copy.deepcopy(layer).weights, layer.weights)
-    assert set(layer.state_dict()) == {"convolution.weight", "convolution.bias"}
+    assert isinstance(layer, nn.Conv2d)
+    assert repr(layer).replace("WinogradConv2d", "Conv2d") == repr(plain)
+    assert not WinogradConv2d(plain.eval()).training
+    assert torch.equal(copy.deepcopy(layer).points, layer.points)
+    assert set(layer.state_dict()) == {"weight", "bias"}
 
 
 # --- A model ----------------------------------------------------------------------------------------------------------
@@ -493,7 +493,8 @@ def test_a_model_that_is_a_convolution():
     made = with_winograd(model)
     assert type(made) is WinogradConv2d
     assert type(model) is nn.Conv2d
-    assert made.convolution is not model
+    assert made.weight is not model.weight
+    assert with_winograd(made) is None  # once is enough
     with torch.inference_mode():
         assert_near(made.eval()(x), x, model.weight.detach(), model.bias.detach())
 
@@ -623,3 +624,28 @@ def test_autocast_is_the_convolutions_own():
     x = torch.randn(1, 16, 5, 5)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
+
+
+def test_a_model_that_asks_for_the_kind_of_a_layer():
+    class Routing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Conv2d(2, 16, 3, padding=1), conv(16, 16), nn.Conv2d(16, 2, 3, padding=1)])
+
+        def forward(self, x, t):
+            for layer in self.layers:
+                x = layer(x) if isinstance(layer, nn.Conv2d) else layer(x, t)
+            return x
+
+    model = Routing().eval().requires_grad_(False)
+    made, x = with_winograd(model), normal(2, 2, 8, 8)
+    assert exchanged_in(made) == ["layers.1"]
+    with torch.inference_mode():
+        torch.testing.assert_close(made(x, 5), model(x, 5), rtol=0, atol=1e-4)
+
+
+def test_without_the_extension_the_operator_says_so(monkeypatch, arguments):
+    monkeypatch.setattr(cpu_step, "extension", None)
+    monkeypatch.setattr(cpu_step, "missing_reason", "the C++ extension is not there", raising=False)
+    with pytest.raises(RuntimeError, match="the C\\+\\+ extension is not there"):
+        convolve(*arguments)

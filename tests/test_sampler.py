@@ -365,6 +365,31 @@ def test_unsigned_numpy_seeds_are_64_bit_seeds_like_any_other():
     assert torch.equal(sampler.sample(wavy, (2, 2, 3), seeds=list(np.array([2**63 + 5, 1], dtype=np.uint64))), wanted)
 
 
+@pytest.mark.parametrize(
+    ("seed", "error", "said"),
+    [
+        (-5, ValueError, r"in \[0, 2\*\*64\), got -5"),
+        (2**64, ValueError, "got 18446744073709551616"),
+        (1.5, TypeError, "1.5"),
+    ],
+)
+def test_a_wrong_seed_is_refused_also_where_none_is_needed(seed, error, said):
+    sampler, x_T = DDIMSampler(NoiseSchedule.linear(), 2), random(0, dtype=torch.float32)
+    for given in ({}, {"x_T": x_T}):
+        with pytest.raises(error, match=said):
+            sampler.sample(wavy, x_T.shape, seed=seed, **given)
+
+
+def test_no_seed_is_drawn_where_none_is_needed():
+    sampler, x_T = DDIMSampler(NoiseSchedule.linear(), 2), random(0, dtype=torch.float32)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    sampler.sample(wavy, x_T=x_T)
+    assert torch.equal(torch.get_rng_state(), before)
+    sampler.sample(wavy, x_T.shape)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
 def test_manual_seed_fixes_the_default_and_each_run_moves_on():
     sampler = DDIMSampler(LINEAR, 3, 1.0)
     torch.manual_seed(0)

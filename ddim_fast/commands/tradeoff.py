@@ -170,6 +170,10 @@ def tradeoff(
     else:
         run.load()
     judge = _judge(run, features, real)
+    if paper and analytic_variance:
+        raise ValueError(
+            "--paper-table is a table of its own, got --analytic-variance beside it: leave one of them out"
+        )
     cells = (
         [cell for spacing in spacings or ("quad",) for cell in paper_table(PAPER_COUNT_AT_1000, spacing)]
         if paper

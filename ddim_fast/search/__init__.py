@@ -11,6 +11,7 @@ place (Xia et al. 2023, arXiv 2310.09469, and LD3, Tong et al. 2024, arXiv 2405.
 
 from .analytic import measure_eps_residual
 from .dynamic import best_timesteps
+from .refine import Candidate
 from .search import Found, Score, Search, search_timesteps
 
-__all__ = ["Found", "Score", "Search", "best_timesteps", "measure_eps_residual", "search_timesteps"]
+__all__ = ["Candidate", "Found", "Score", "Search", "best_timesteps", "measure_eps_residual", "search_timesteps"]

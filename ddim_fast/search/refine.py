@@ -20,6 +20,10 @@ class Candidate:
     timesteps: tuple[int, ...]
     model_timesteps: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.model_timesteps == self.timesteps:  # one way to say it: candidates are equal where their runs are
+            object.__setattr__(self, "model_timesteps", None)
+
     @property
     def told(self) -> tuple[int, ...]:
         return self.timesteps if self.model_timesteps is None else self.model_timesteps
@@ -86,9 +90,8 @@ class Refinement:
             before = self.spent
             better = [self._move(move, k, share) for k in range(len(self.best.timesteps))]
             if not any(better):
-                if (
-                    share * max(self._gap(k) for k in range(len(self.best.timesteps))) < 1
-                ):  # all moves were to neighbours
+                widest = max(self._gap(k) for k in range(len(self.best.timesteps)))
+                if share * widest < 1:  # all moves were to neighbours
                     return
                 share /= 2
             elif self.spent == before:

@@ -73,7 +73,8 @@ class Search:
         conditioning: of sample i, a rule.
         sampler_options: what else the sampler will be told, such as ``clip_sample``.
         count: samples of the table of costs; ``refine_count`` of the refinement; ``held_out`` of the last score.
-        refine_runs: how many whole runs the refinement of the timesteps visited may cost, and twice as many that of both.
+        refine_runs: how many whole runs the refinement of the timesteps visited may cost; the search for what the model is told as many,
+            and both once more half as many each.
         model_timesteps: search for what the model is told, too.
         seed: held-out samples begin with that of ``seed + 1``.
     """

@@ -102,29 +102,17 @@ def grid(
         orders: those above 1 are deterministic only.
         searched: named lists of timesteps, each once with each eta and order.
         analytic_variance: these lists, where noise is added, also with an analytic variance.
+        count_at: how many samples cells of that many steps have, where not as many as the others.
 
     Raises:
         ValueError: a list does not hold what an analytic variance needs.
-        count_at: how many samples cells of that many steps have, where not as many as the others.
     """
-    lists = [(S, spacing, {}) for S in steps for spacing in spacings]
+    lists = [(S, spacing, {}, None) for S in steps for spacing in spacings]
     for name, found in (searched or {}).items():
         own = {"timesteps": found.timesteps, "model_timesteps": found.model_timesteps}
-        lists.append((len(found.timesteps), name, own))
-    cells = [
-        Cell(
-            len(found.timesteps),
-            name,
-            eta,
-            timesteps=found.timesteps,
-            analytic_variance=_residual(name, found),
-            model_timesteps=found.model_timesteps,
-        )
-        for name, found in (searched or {}).items()
-        for eta in etas
-        if analytic_variance and eta > 0
-    ]
-    for S, spacing, own in lists:
+        lists.append((len(found.timesteps), name, own, _residual(name, found) if analytic_variance else None))
+    cells = []
+    for S, spacing, own, residual in lists:
         common = dict(own, count=(count_at or {}).get(S))
         for eta in etas:
             # Both conventions agree at 0 and 1.
@@ -134,6 +122,8 @@ def grid(
                     for order in orders
                     if order == 1 or (eta == 0 and S > 1)
                 ]
+                if residual is not None and eta > 0:
+                    cells.append(Cell(S, spacing, eta, scales, analytic_variance=residual, **common))
         if sigma_hat:
             cells.append(Cell(S, spacing, 1.0, sigma_hat=True, **common))
     return sorted(dict.fromkeys(cells), key=lambda cell: cell.num_inference_steps)

@@ -149,7 +149,8 @@ def paper_table_of(study: Study) -> PaperTable | None:
 def _place(cell: Cell) -> tuple[Row, int] | None:
     """Where in the table a cell stands, if anywhere."""
     row = SIGMA_HAT if cell.sigma_hat else cell.eta
-    plain = cell.order == 1 and cell.timesteps is None and (cell.eta_scales == "std_dev" or cell.eta in (0, 1))
+    own = (cell.timesteps, cell.model_timesteps, cell.analytic_variance)
+    plain = cell.order == 1 and own == (None, None, None) and (cell.eta_scales == "std_dev" or cell.eta in (0, 1))
     return (
         (row, cell.num_inference_steps) if plain and row in ROWS and cell.num_inference_steps in PAPER_STEPS else None
     )

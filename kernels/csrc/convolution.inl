@@ -154,6 +154,7 @@ void convolve(const Convolution& c, int64_t begin, int64_t end, float* scratch) 
   float *v = scratch, *m = v + kPoints * v_stride, *zeros = m + kPoints * m_stride;
   std::fill_n(zeros, c.in_channels, 0.0f);
   for (; begin < end; begin += most) {
+    // Rows past the last tile are multiplied, whatever is there, and not looked at.
     const int64_t tiles = std::min(most, end - begin), rows = (tiles + kRowGrain - 1) / kRowGrain * kRowGrain;
     for (int64_t i = 0; i < tiles; ++i) transform_patch(c, place_of(c, begin + i), zeros, v + i * c.in_channels, v_stride);
     for (int point = 0; point < kPoints; ++point)

@@ -12,6 +12,7 @@
 #include <Python.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <new>
@@ -458,12 +459,12 @@ PyObject* py_triad(PyObject*, PyObject* arguments) {
 // Memory of a thread that grows and is kept, since asking for it anew costs as much as a small convolution.
 class Scratch {
  public:
+  // Null where there is no memory.
   float* of(int64_t floats) {
     if (floats > size_) {
       free();
-      size_ = 0;
-      memory_ = static_cast<float*>(::operator new(floats * sizeof(float), kAlignment));
-      size_ = floats;
+      memory_ = static_cast<float*>(::operator new(floats * sizeof(float), kAlignment, std::nothrow));
+      size_ = memory_ ? floats : 0;
     }
     return memory_;
   }
@@ -485,12 +486,18 @@ PyObject* py_convolve(PyObject*, PyObject* arguments) {
     return nullptr;
   const Convolution c{reinterpret_cast<const float*>(input), reinterpret_cast<const float*>(weights), reinterpret_cast<const float*>(bias),
                       reinterpret_cast<float*>(output), batch, height, width, in_channels, out_channels};
+  std::atomic<bool> enough_memory{true};
   PyThreadState* state = PyEval_SaveThread();
   parallel_for(tile_count(c), kRowGrain, threads, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
-    kernels->convolve(c, begin, end, scratch.of(scratch_floats(c)));
+    float* memory = scratch.of(scratch_floats(c));
+    if (memory)
+      kernels->convolve(c, begin, end, memory);
+    else
+      enough_memory = false;
   });
   PyEval_RestoreThread(state);
+  if (!enough_memory) return PyErr_NoMemory();
   Py_RETURN_NONE;
 }
 
