@@ -54,7 +54,7 @@ predict: $(VENV)/.installed ## count the GPU kernels' machine code, and predict 
 
 bench: $(VENV)/.installed ## time the step, loops and whole pipelines against PyTorch, torch.compile and diffusers: out/bench.json
 	mkdir -p $(OUT)
-	$(BIN)/pytest benchmarks --benchmark-json $(OUT)/bench.json
+	$(BIN)/pytest benchmarks --benchmark-json=$(OUT)/bench.json
 
 bench-compare: $(VENV)/.installed ## say what got slower or faster from A=before.json to B=after.json
 	$(BIN)/python benchmarks/compare.py $(A) $(B)

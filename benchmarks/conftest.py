@@ -1,6 +1,6 @@
 """Options, machine facts for the JSON, and the tables at the end.
 
-Run: ``pytest benchmarks --benchmark-json out.json``.
+Run: ``pytest benchmarks --benchmark-json=out.json``.
 ``--quick`` runs a few cases, ``--threads N`` gives torch and the kernels N threads.
 """
 
