@@ -5,6 +5,7 @@ from pages import assert_fits, click, show_at
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 from tradeoff.example_studies import ALL, EVIL, HOSTILE, MANY, NO_METRICS, ONE, with_pictures
 
 from ddim_fast.tradeoff.report import html_text, measure_text
@@ -19,6 +20,8 @@ def load(browser, directory, shown, width=1280, colours="light"):
     path = directory / "report.html"
     path.write_text(html_text(shown, directory), "utf-8")
     browser.get(path.as_uri())
+    # A browser that has just started may take a moment to lay its first page out.
+    WebDriverWait(browser, 20).until(lambda page: page.execute_script("return document.body.offsetHeight > 0"))
 
 
 @pytest.fixture(params=SIZES, ids=lambda p: f"{p[0]}-{p[1]}")
