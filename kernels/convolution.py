@@ -31,8 +31,13 @@ def unsupported_reasons(convolution: nn.Module) -> list[str]:
     if type(convolution) is not nn.Conv2d:
         return [f"it is a {type(convolution).__name__}, not an nn.Conv2d"]
     wanted = {
-        "kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros",
-    }  # fmt: skip
+        "kernel_size": (3, 3),
+        "stride": (1, 1),
+        "padding": (1, 1),
+        "dilation": (1, 1),
+        "groups": 1,
+        "padding_mode": "zeros",
+    }
     reasons = [
         f"{name} is {getattr(convolution, name)}, not {value}"
         for name, value in wanted.items()

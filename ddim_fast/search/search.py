@@ -30,7 +30,6 @@ CANDIDATES = {1: 100, 2: 60}
 REFERENCE_STEPS = 200
 ONE_LIST = "searched, the model told the same"
 """The name of the best list where the model is told the timesteps visited, beside the best of all."""
-UNIFORM = ("leading", "trailing", "linspace", "uniform")
 
 
 @dataclass(frozen=True)
