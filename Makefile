@@ -50,7 +50,7 @@ gpu: $(VENV)/.installed ## run everything that needs a CUDA device, and time it:
 	DDIM_FAST_REQUIRE_GPU=1 $(BIN)/python -m benchmarks.gpu --json $(OUT)/gpu.json
 
 predict: $(VENV)/.installed ## count the GPU kernels' machine code, and predict their share of bandwidth: no GPU needed
-	$(BIN)/python -m ddim_fast.verify.machine_code
+	$(BIN)/python -m ddim_fast.gpu_lab.machine_code
 
 bench: $(VENV)/.installed ## time the step, loops and whole pipelines against PyTorch, torch.compile and diffusers: out/bench.json
 	mkdir -p $(OUT)

@@ -222,8 +222,8 @@ def ddim_seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="session")
 def ddim_oracle() -> ModuleType:
-    """The DDIM step in float64 NumPy, from the papers alone: the module ``ddim_fast.verify.oracle``."""
-    from ddim_fast.verify import oracle
+    """The DDIM step in float64 NumPy, from the papers alone: the module ``ddim_fast.verify.truth.oracle``."""
+    from ddim_fast.verify.truth import oracle
 
     return oracle
 

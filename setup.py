@@ -12,7 +12,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -100,31 +100,16 @@ class BuildWithNinja(build_ext):
 
 setup(
     version=re.search(r'__version__ = "(.+)"', (ROOT / "ddim_fast/_version.py").read_text()).group(1),
-    # The folder kernels/ is installed as ddim_fast.kernels, so every package is named.
-    packages=[
-        "ddim_fast",
-        "ddim_fast.commands",
-        "ddim_fast.generation",
-        "ddim_fast.integrations",
-        "ddim_fast.kernels",
-        "ddim_fast.search",
-        "ddim_fast.tradeoff",
-        "ddim_fast.verify",
-        "ddim_fast.verify.checks",
-    ],
+    # The folder kernels/ is installed as ddim_fast.kernels.
+    packages=[*find_packages(include=["ddim_fast", "ddim_fast.*"]), "ddim_fast.kernels"],
     py_modules=["pytest_ddim_fast"],  # outside the package: see there
     package_dir={"ddim_fast": "ddim_fast", "ddim_fast.kernels": "kernels"},
     include_package_data=False,  # the sources of the kernel stay in the sdist
     package_data={
         "ddim_fast": ["py.typed", "weights/*.safetensors", "weights/*.md"],
         "ddim_fast.tradeoff": ["report.html.jinja", "report.css", "report.js"],
-        "ddim_fast.verify": [
-            "report.schema.json",
-            "report.html.jinja",
-            "report.css",
-            "report.js",
-            "golden_trajectories.json",
-        ],
+        "ddim_fast.verify.reports": ["report.schema.json", "report.html.jinja", "report.css", "report.js"],
+        "ddim_fast.verify.truth": ["golden_trajectories.json"],
     },
     ext_modules=[
         Extension(

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ddim_fast.convolutions import WinogradConv2d
 from ddim_fast.kernels import cpu_step
+from ddim_fast.models.convolutions import WinogradConv2d
 
 LAYERS = [(32, 14), (96, 7), (128, 16)]
 """Channels, and the side of the pictures: the first two are the shipped model's."""

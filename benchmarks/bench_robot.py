@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from loop_case import LoopCase
 from torch import Tensor, nn
 
-from ddim_fast.unet import timestep_embedding
+from ddim_fast.models.unet import timestep_embedding
 
 HORIZON, ACTIONS, OBSERVED = 16, 7, 20
 CASES = [(10, "contiguous"), (20, "contiguous"), (100, "contiguous"), (20, "transposed")]

@@ -21,9 +21,9 @@ import click
 import torch
 
 import ddim_fast as df
-from ddim_fast.capture import GraphCache
+from ddim_fast.gpu_lab.machine_code import VARIANTS, Variant, inputs_of
 from ddim_fast.kernels.triton_backend import run
-from ddim_fast.verify.machine_code import VARIANTS, Variant, inputs_of
+from ddim_fast.sampling.capture import GraphCache
 
 SIZES = (1 << 14, 1 << 20, 1 << 24, 1 << 26)  # elements: 1x4x64x64 ... 67 million
 ROUNDS = 9

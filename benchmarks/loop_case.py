@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ddim_fast as df
 from ddim_fast.integrations.diffusers import FastDDIMScheduler
-from ddim_fast.verify import oracle
+from ddim_fast.verify.truth import oracle
 
 NUM_TRAIN_TIMESTEPS = 1000
 TOLERANCE = {"ours": 1e-5, "ours, own loop": 1e-5}

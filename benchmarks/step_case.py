@@ -21,7 +21,7 @@ import ddim_fast as df
 from ddim_fast.kernels import cpu_step
 from ddim_fast.kernels.contract import StepInputs
 from ddim_fast.kernels.dispatch import BACKENDS, choose
-from ddim_fast.verify import oracle
+from ddim_fast.verify.truth import oracle
 
 T, T_PREV, NUM_INFERENCE_STEPS = 100, 80, 50
 NOISE_STEP = 44

@@ -7,18 +7,19 @@ sampler = df.DDIMSampler(df.NoiseSchedule.linear(), num_inference_steps=50, eta=
 images = sampler.sample(model, shape=(64, 1, 28, 28), seed=0)
 """
 
+from . import _moved
 from ._version import __version__
-from .editing import slerp
 from .kernels import operators as _operators  # noqa: F401 (registers them with torch)
 from .kernels.contract import StepCoefficients, StepTable
 from .kernels.dispatch import ddim_step, ddim_step_from_table
 from .kernels.noise import NoiseStream, sample_seeds, standard_normals
-from .loading import LoadedModel, load_model, load_model_from
-from .loop import Timing, Trajectory
-from .plan import PlannedStep, SamplingPlan
+from .models.loading import LoadedModel, load_model, load_model_from
+from .plans.plan import PlannedStep, SamplingPlan
+from .plans.schedules import NoiseSchedule, make_schedule
+from .plans.timesteps import explicit_timesteps, respaced_timesteps, select_timesteps
 from .sampler import DDIMSampler
-from .schedule import NoiseSchedule, make_schedule
-from .timesteps import explicit_timesteps, respaced_timesteps, select_timesteps
+from .sampling.editing import slerp
+from .sampling.loop import Timing, Trajectory
 
 __all__ = [
     "DDIMSampler",
@@ -44,3 +45,5 @@ __all__ = [
     "slerp",
     "standard_normals",
 ]
+
+_moved.install()

@@ -15,19 +15,27 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .capture import GRAPHS, CapturedLoop, GraphCache, Job, choose_mode
-from .editing import img2img, inpaint, interpolate
-from .guidance import GuidanceScale, check_rescale, classifier_guidance, guidance_scales
-from .inversion import invert, reconstruct
-from .loop import Loop, Thresholding, Timing, Trajectory, model_calls
-from .models import Model
-from .optimize import optimize
-from .parallel import sample_parallel
-from .plan import PlannedStep, SamplingPlan
-from .schedule import NoiseSchedule
-from .start import blend_known_region, check_dtype, conditionings_of, known_region, place, seeds_of_samples, start
-from .timestep_files import SUFFIX, TimestepList, read_timesteps
-from .timesteps import explicit_model_timesteps, explicit_timesteps, respaced_timesteps, select_timesteps
+from .models.protocol import Model
+from .plans.files import SUFFIX, TimestepList, read_timesteps
+from .plans.plan import PlannedStep, SamplingPlan
+from .plans.schedules import NoiseSchedule
+from .plans.timesteps import explicit_model_timesteps, explicit_timesteps, respaced_timesteps, select_timesteps
+from .sampling.capture import GRAPHS, CapturedLoop, GraphCache, Job, choose_mode
+from .sampling.editing import img2img, inpaint, interpolate
+from .sampling.guidance import GuidanceScale, check_rescale, classifier_guidance, guidance_scales
+from .sampling.initial_state import (
+    blend_known_region,
+    conditionings_of,
+    initial_state,
+    known_region,
+    place,
+    seeds_of_samples,
+)
+from .sampling.inversion import invert, reconstruct
+from .sampling.loop import Loop, Thresholding, Timing, Trajectory, model_calls
+from .sampling.optimize import optimize
+from .sampling.parallel import sample_parallel
+from .utils.checks import check_dtype
 
 Callback = Callable[[int, int, Tensor, Tensor], Any]
 """``callback(step, t, x_t, x0)``: the step's number, its timestep, the noisy samples the model saw, and what it predicted from them."""
@@ -255,7 +263,7 @@ class DDIMSampler:
         seeded = x_T is None or adds_noise or mask is not None
         per_sample = seeds_of_samples(seed, seeds, generator, shape[0], needed=seeded)
         per_sample = None if per_sample is None else per_sample.to(device)
-        x_t = start(shape, x_T, per_sample, generator, device, dtype)
+        x_t = initial_state(shape, x_T, per_sample, generator, device, dtype)
         if mask is not None:
             blend_known_region(x_t, mask, known_x0, plan.steps[0].alpha_bar_t, per_sample, generator, backend)
         watched = callback is not None or return_trajectory
@@ -321,7 +329,7 @@ def _run(
     trajectory = Trajectory()
     with using as captured:
         loop = job.loop if captured is None else captured.loop
-        timesteps = torch.tensor(job.plan.told, device=loop.x_t.device)[:, None].expand(-1, loop.shape[0])
+        timesteps = torch.tensor(job.plan.model_timesteps, device=loop.x_t.device)[:, None].expand(-1, loop.shape[0])
         with torch.inference_mode(), bar as steps:
             if captured is not None and mode == "loop":
                 captured.replay_all(timing)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .verify import oracle
-from .verify.new_memory import nan_memory
+from .verify.checks.new_memory import nan_memory
 from .verify.run import verify
-from .verify.subject import ARITHMETIC
-from .verify.tolerances import COMPUTED_IN, allowed_error, allowed_error_in_type, assert_within
+from .verify.subjects.subject import ARITHMETIC
+from .verify.truth import oracle
+from .verify.truth.tolerances import COMPUTED_IN, allowed_error, allowed_error_in_type, assert_within
 
 
 def assert_close(

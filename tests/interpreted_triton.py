@@ -18,7 +18,7 @@ from ddim_fast.kernels.layout import as_rows
 from ddim_fast.kernels.thresholding import dynamic_thresholds
 from ddim_fast.kernels.triton_backend import dynamic_thresholds as thresholds_by_triton
 from ddim_fast.kernels.triton_backend import run
-from ddim_fast.verify.tolerances import SCALED_EPS, assert_near, to_numpy
+from ddim_fast.verify.truth.tolerances import SCALED_EPS, assert_near, to_numpy
 
 CHOICES = [c for c in triton_cases.covering(seed=2) if c["types"][0] is not torch.bfloat16]
 

@@ -10,14 +10,14 @@ import torch
 import triton_cases
 
 import ddim_fast as df
-from ddim_fast.capture import GraphCache
-from ddim_fast.graphs import CaptureError
 from ddim_fast.kernels import noise
 from ddim_fast.kernels.contract import StepInputs
 from ddim_fast.kernels.dispatch import ddim_step, normals
 from ddim_fast.kernels.thresholding import dynamic_thresholds
 from ddim_fast.kernels.triton_backend import dynamic_thresholds as thresholds_by_triton
 from ddim_fast.kernels.triton_backend import run
+from ddim_fast.sampling.capture import GraphCache
+from ddim_fast.sampling.cuda_graphs import CaptureError
 
 pytestmark = pytest.mark.gpu
 SHAPE = (4, 1, 28, 28)

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from ddim_fast.kernels.noise import NoiseStream, sample_seeds, standard_normals
-from ddim_fast.plan import SamplingPlan
+from ddim_fast.plans.plan import SamplingPlan
+from ddim_fast.plans.schedules import NoiseSchedule
+from ddim_fast.plans.timesteps import respaced_timesteps, select_timesteps
 from ddim_fast.sampler import DDIMSampler, Timing, Trajectory
-from ddim_fast.schedule import NoiseSchedule
-from ddim_fast.timesteps import respaced_timesteps, select_timesteps
-from ddim_fast.verify.oracle import split
+from ddim_fast.verify.truth.oracle import split
 
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 LINEAR = NoiseSchedule.from_alphas_cumprod(ALPHA_BAR)
@@ -51,7 +51,7 @@ def textbook_loop(
     kind="epsilon",
     eta=0.0,
     clip=None,
-    rederive=False,
+    use_clipped_model_output=False,
     ratio=None,
     maximum=1.0,
     final=1.0,
@@ -69,7 +69,7 @@ def textbook_loop(
             x0 = np.clip(x0, -s, s) * (clip / s)
         elif clip is not None:
             x0 = np.clip(x0, -clip, clip)
-        if rederive:
+        if use_clipped_model_output:
             eps = (x - math.sqrt(alpha_bar_t) * x0) / math.sqrt(1 - alpha_bar_t)
         variance = eta**2 * tilde_beta(*pair)
         direction = math.sqrt(max(1 - alpha_bar_prev - variance, 0.0))
@@ -112,7 +112,7 @@ CASES = [
     dict(eta=0.4, kind="v_prediction"),
     dict(clip=1.0),
     dict(eta=0.4, clip=0.5),
-    dict(eta=0.4, clip=0.5, rederive=True, kind="v_prediction"),
+    dict(eta=0.4, clip=0.5, use_clipped_model_output=True, kind="v_prediction"),
     dict(eta=1.0, final=ALPHA_BAR[0]),
     dict(eta=0.4, clip=1.0, ratio=0.8, maximum=3.0),
     dict(clip=0.5, ratio=0.95, maximum=2.0, kind="v_prediction"),
@@ -128,7 +128,7 @@ def sampler_for(case, timesteps=STEPS):
         set_alpha_to_one="final" not in case,
         clip_sample="clip" in case,
         clip_sample_range=case.get("clip"),
-        use_clipped_model_output=case.get("rederive", False),
+        use_clipped_model_output=case.get("use_clipped_model_output", False),
         thresholding="ratio" in case,
         dynamic_thresholding_ratio=case.get("ratio", 0.995),
         sample_max_value=case.get("maximum", 1.0),

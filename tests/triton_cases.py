@@ -10,8 +10,8 @@ import torch
 
 from ddim_fast.kernels import noise
 from ddim_fast.kernels.contract import StepCoefficients, StepInputs, check_inputs
-from ddim_fast.verify import oracle
-from ddim_fast.verify.tolerances import to_numpy
+from ddim_fast.verify.truth import oracle
+from ddim_fast.verify.truth.tolerances import to_numpy
 
 F, H, B = torch.float32, torch.float16, torch.bfloat16
 
@@ -81,7 +81,11 @@ def make(choice: dict, seed: int = 0) -> Case:
     eta = 1.0 if noise_kind else 0.0
     alpha_bars = _STEPS[rng.integers(len(_STEPS) - bool(noise_kind or mask_kind))]
     row = oracle.textbook_row(
-        choice["prediction_type"], *alpha_bars, eta=eta, clip=clip, rederive=choice["clip"] == "rederived"
+        choice["prediction_type"],
+        *alpha_bars,
+        eta=eta,
+        clip=clip,
+        use_clipped_model_output=choice["clip"] == "rederived",
     )
     row["prev_history"] = -0.375 if choice["noise"] == "history" else 0.0
 

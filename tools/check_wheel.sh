@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import ddim_fast
-import ddim_fast.verify.emulated_gpu
+import ddim_fast.gpu_lab.emulated_gpu
 from ddim_fast.kernels import cpu_step
 
 assert Path(ddim_fast.__file__).is_relative_to(sys.argv[1]), ddim_fast.__file__
@@ -23,8 +23,8 @@ assert cpu_step.extension is not None, "the wheel has no C++ kernel"
 sampler = ddim_fast.DDIMSampler(ddim_fast.NoiseSchedule.linear(), num_inference_steps=2)
 pictures = sampler.sample(ddim_fast.load_model("fashion"), shape=(1, 1, 28, 28), seed=0)
 assert pictures.isfinite().all()
-from ddim_fast.verify.write import schema
-from ddim_fast.verify.write_html import html_text
+from ddim_fast.verify.reports.write import schema
+from ddim_fast.verify.reports.write_html import html_text
 
 report = ddim_fast.verify.verify("cpu", checks=["update", "golden"])
 assert report.passed, report.results

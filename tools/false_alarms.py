@@ -12,7 +12,7 @@ import click
 from tqdm.auto import tqdm
 
 from ddim_fast.verify.checks import CHECKS
-from ddim_fast.verify.report import Outcome
+from ddim_fast.verify.reports.report import Outcome
 from ddim_fast.verify.run import verify
 
 BAD = (Outcome.FAILED, Outcome.ERROR)

@@ -21,7 +21,7 @@ import click
 ROOT = Path(__file__).resolve().parents[1]
 JSON_FILE, DOCUMENT = ROOT / "docs" / "findings.json", ROOT / "docs" / "FINDINGS.md"
 BEGIN, END = "<!-- findings: begin -->", "<!-- findings: end -->"
-IN_THE_WILD = "ddim_fast.verify.in_the_wild:"
+IN_THE_WILD = "ddim_fast.verify.subjects.in_the_wild:"
 
 SUBJECTS = {
     "DDIMScheduler": (f"{IN_THE_WILD}Diffusers", "diffusers"),

@@ -1,9 +1,9 @@
-"""Write the recorded runs: ``python tools/golden_trajectories.py > ddim_fast/verify/golden_trajectories.json``.
+"""Write the recorded runs: ``python tools/golden_trajectories.py > ddim_fast/verify/truth/golden_trajectories.json``.
 
 They come from the float64 oracle alone, so that nothing of the sampler can spoil them, and have the same bytes on every machine: only
 operations that IEEE 754 rounds correctly are used (+ - * / and square roots; so no cosine schedule, whose last bits are the C
 library's), and floats are written as the shortest decimal that reads back. A test compares. To change a number is a new
-``GOLDEN_VERSION`` (ddim_fast/verify/golden.py), and a line in the changelog.
+``GOLDEN_VERSION`` (ddim_fast/verify/truth/golden.py), and a line in the changelog.
 """
 
 import json
@@ -12,8 +12,8 @@ import sys
 
 import numpy as np
 
-from ddim_fast.verify import oracle
-from ddim_fast.verify.golden import GOLDEN_VERSION
+from ddim_fast.verify.truth import oracle
+from ddim_fast.verify.truth.golden import GOLDEN_VERSION
 
 SHAPE = (2, 3)
 MOST_STEPS = 50
@@ -98,10 +98,10 @@ def run(special: dict, given: dict[str, np.ndarray]) -> dict:
             alpha_bars[i],
             alpha_bars[i + 1],
             eta=setting["eta"],
-            convention=eta_scales,
+            eta_scales=eta_scales,
             noise=given["noise"][i],
             clip=math.inf if setting["clip_sample_range"] is None else setting["clip_sample_range"],
-            rederive=setting["use_clipped_model_output"],
+            use_clipped_model_output=setting["use_clipped_model_output"],
         )
         states.append(x_t.tolist())
     return {

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 import ddim_fast as df
-from ddim_fast.metrics import class_agreement, classifier_frechet_distance
+from ddim_fast.models.metrics import class_agreement, classifier_frechet_distance
 
 
 @click.command(help=__doc__.split("\n\n")[0])

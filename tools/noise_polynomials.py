@@ -2,7 +2,7 @@
 
 Each is the minimax polynomial (in the error that matters for the normals) found by Lawson's iteration, with the coefficients rounded to
 float32 one after another, lowest order first, and the rest fitted again to what the rounding left. ``kernels/noise.py``
-holds the printed values; ``tests/test_noise.py`` runs this script and compares them to the bit.
+holds the printed values; ``tests/kernels/test_noise.py`` runs this script and compares them to the bit.
 """
 
 from __future__ import annotations

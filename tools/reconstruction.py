@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 import ddim_fast as df
-from ddim_fast.inversion import reconstruct, reconstruction_error
+from ddim_fast.sampling.inversion import reconstruct, reconstruction_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 from data import DEFAULT_DIRECTORY, load_split

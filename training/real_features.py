@@ -2,7 +2,7 @@
 
     python training/real_features.py
 
-They are what ``ddim_fast.metrics.load_features`` loads: the first 200 test pictures of each class, float16.
+They are what ``ddim_fast.models.metrics.load_features`` loads: the first 200 test pictures of each class, float16.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from data import DEFAULT_DIRECTORY, load_split
 from safetensors.torch import save_file
 
-from ddim_fast import metrics
+from ddim_fast.models import metrics
 
 OF_EACH_CLASS = 200
 

@@ -23,7 +23,7 @@ from data import DEFAULT_DIRECTORY, load_split
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ddim_fast import metrics
+from ddim_fast.models import metrics
 
 MAXIMUM_SHIFT = 2
 LABEL_SMOOTHING = 0.1

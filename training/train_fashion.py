@@ -22,8 +22,8 @@ from optimizer import Muon, split_parameters
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ddim_fast.schedule import NoiseSchedule
-from ddim_fast.unet import SmallUNet
+from ddim_fast.models.unet import SmallUNet
+from ddim_fast.plans.schedules import NoiseSchedule
 
 NUM_TRAIN_TIMESTEPS = 1000
 LABEL_DROPOUT = 0.1

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..inversion import reconstruction_error
 from ..kernels.dispatch import normals
 from ..kernels.noise import NoiseStream, sample_seeds
+from ..sampling.inversion import reconstruction_error
 from .options import Run, noise_options, read_samples, takes_run
 
 _PICTURES = click.argument(

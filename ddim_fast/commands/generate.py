@@ -18,9 +18,9 @@ from ..generation.directory import GenerationError, read_manifest
 from ..generation.formats import FORMATS
 from ..generation.run import COMPUTE_BATCH_SIZE, SHARD_SIZE
 from ..generation.settings import file_digest
-from ..loading import load_model
-from ..models import SHIPPED
-from ..start import usable_device
+from ..models.loading import load_model
+from ..models.shipped import SHIPPED
+from ..utils.checks import usable_device
 from .options import Run, conditioning_rule, noise_options, takes_run
 
 _INTERRUPTED = 130

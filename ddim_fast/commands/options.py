@@ -16,20 +16,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .. import pictures
-from ..attributes import imported
-from ..capture import MODES
 from ..generation.conditioning import Conditioning, EveryClass, OneClass
 from ..kernels import dispatch
 from ..kernels.noise import sample_seeds
-from ..loading import load_model
-from ..loop import Trajectory
-from ..models import SHIPPED
+from ..models.loading import load_model
+from ..models.shipped import SHIPPED
+from ..plans.coefficients import ETA_SCALES
+from ..plans.schedules import SCHEDULES, NoiseSchedule, make_schedule
+from ..plans.timesteps import SPACINGS
 from ..sampler import DDIMSampler
-from ..schedule import SCHEDULES, NoiseSchedule, make_schedule
-from ..start import usable_device
-from ..timesteps import SPACINGS
-from ..update import ETA_SCALES
+from ..sampling.capture import MODES
+from ..sampling.loop import Trajectory
+from ..utils import pictures
+from ..utils.checks import usable_device
+from ..utils.import_string import import_string
 
 FRAMES = 60  # at most, in an animation
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -348,7 +348,7 @@ def _gathered(options: Sequence[Callable], names: set[str]) -> Callable:
 
 def _own_model(name: str) -> nn.Module:
     """The module that ``module:attribute`` is, or makes."""
-    value = imported(name, "the model")
+    value = import_string(name, "the model")
     model = value if isinstance(value, nn.Module) or not callable(value) else value()
     if not isinstance(model, nn.Module):
         raise TypeError(

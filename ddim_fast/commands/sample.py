@@ -9,8 +9,8 @@ import click
 import numpy as np
 import torch
 
-from .. import pictures
-from ..loop import Timing, Trajectory
+from ..sampling.loop import Timing, Trajectory
+from ..utils import pictures
 from .options import FRAMES, Run, check_output, noise_options, takes_run
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..models import SHIPPED
-from ..timestep_files import read_timesteps
-from ..timesteps import SPACINGS
+from ..models.shipped import SHIPPED
+from ..plans.files import read_timesteps
+from ..plans.timesteps import SPACINGS
 from ..tradeoff import (
     Cell,
     CellResult,

@@ -19,8 +19,8 @@ import torch
 
 from ..kernels.contract import StepCoefficients, StepInputs
 from ..kernels.dispatch import BACKENDS
-from ..start import usable_device
-from ..update import ETA_SCALES
+from ..plans.coefficients import ETA_SCALES
+from ..utils.checks import usable_device
 
 NEEDED = ("scipy", "rich", "jinja2")
 _REPORT = click.Path(path_type=Path)
@@ -185,7 +185,7 @@ def _verify(request: _Request) -> int:
 
 def _run(request: _Request, names: list[str], checks: Sequence[Any], required: tuple[str, ...]) -> int:
     from ..verify.isolate import IsolatedSubject
-    from ..verify.show import display_for
+    from ..verify.reports.show import display_for
 
     number = "1 check" if len(checks) == 1 else f"{len(checks)} checks"
     heading = f"{number}, {'full' if request.full else 'quick'}, seed {request.seed}, on {request.device}"
@@ -244,7 +244,7 @@ def _chosen_checks(request: _Request) -> tuple[list[Any], tuple[str, ...]]:
 
 
 def _check_outputs(request: _Request) -> None:
-    from ..verify.write import check_writable
+    from ..verify.reports.write import check_writable
 
     paths = [path for path in (request.junit, request.json, request.html) if path is not None]
     for path in paths:
@@ -287,7 +287,7 @@ def _list_checks() -> None:
 
 def _refused(request: _Request, name: str, required: tuple[str, ...], why: str) -> Any:
     """The report of a run without results, so that none of an earlier run is taken for this one's."""
-    from ..verify.report import Report
+    from ..verify.reports.report import Report
 
     return Report(
         name,
@@ -303,8 +303,8 @@ def _refused(request: _Request, name: str, required: tuple[str, ...], why: str) 
 
 def _write(request: _Request, names: list[str], reports: list[Any]) -> list[str]:
     """The reports asked for; the names of their files."""
-    from ..verify.write import json_text, junit_text, write_text
-    from ..verify.write_html import html_text
+    from ..verify.reports.write import json_text, junit_text, write_text
+    from ..verify.reports.write_html import html_text
 
     against = reports[1] if len(reports) > 1 else None
     texts = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..kernels.noise import sample_seeds
-from ..models import Model, output_tensor
+from ..models.protocol import Model, output_tensor
 from ..sampler import DDIMSampler
 from .conditioning import Conditioning
 from .directory import Slice

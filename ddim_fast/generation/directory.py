@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..whole_files import fsync_directory, whole_file
+from ..utils.atomic_files import atomic_file, fsync_directory
 from .settings import LAYOUT_VERSION, as_json, differences, file_digest
 
 MANIFEST = "manifest.json"
@@ -172,7 +172,7 @@ class SetDirectory:
     def write(self, path: Path, content: bytes) -> None:
         """Write a file that is there wholly or not at all, and stays there."""
         temporary = self.scratch / f"{path.name}.{uuid.uuid4().hex}.tmp"
-        with whole_file(path, temporary) as file:
+        with atomic_file(path, temporary) as file:
             file.write(content)
         fsync_directory(path.parent)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from ..pictures import to_uint8
+from ..utils.pictures import to_uint8
 
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold
 _TAR_BLOCK = 512

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..whole_files import fsync_directory, whole_file
+from ..utils.atomic_files import atomic_file, fsync_directory
 from .directory import FINISHED, SetDirectory, Slices, read_manifest
 from .formats import ZIP_EPOCH
 
@@ -39,7 +39,7 @@ def join_npz(out: str | os.PathLike[str], file: str | os.PathLike[str]) -> Path:
     with zipfile.ZipFile(shards[0]) as first:
         names = first.namelist()
     temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
-    with whole_file(file, temporary) as target, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+    with atomic_file(file, temporary) as target, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for name in names:
             _join(archive, name, shards, settings["count"])
     fsync_directory(file.absolute().parent)

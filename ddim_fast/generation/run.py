@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..capture import choose_mode
-from ..guidance import check_rescale, guidance_scales
 from ..kernels.noise import sample_seeds
-from ..models import Model
+from ..models.protocol import Model
 from ..sampler import DDIMSampler
-from ..start import check_dtype, conditionings_of, usable_device
+from ..sampling.capture import choose_mode
+from ..sampling.guidance import check_rescale, guidance_scales
+from ..sampling.initial_state import conditionings_of
+from ..utils.checks import check_dtype, usable_device
 from .batches import Samples
 from .conditioning import LABELS, Conditioning, Table
 from .directory import AGAIN, SetDirectory, Slice, Slices

@@ -19,8 +19,8 @@ from .._version import __version__
 from ..kernels import dispatch
 from ..kernels.contract import StepCoefficients, StepInputs
 from ..kernels.noise import NOISE_STANDARD_VERSION
+from ..plans.schedules import NoiseSchedule
 from ..sampler import DDIMSampler
-from ..schedule import NoiseSchedule
 
 LAYOUT_VERSION = 1
 """Of the directory: of its manifest, its shards' names and what they hold."""
@@ -62,9 +62,10 @@ def plan_settings(sampler: DDIMSampler, model: Any) -> dict[str, Any]:
     # Said where they are asked for only, so that sets from before there were such options can be resumed.
     if plan.order == 1:
         del settings["order"]
-    for name in ("eps_residual", "model_timesteps"):
-        if settings[name] is None:
-            del settings[name]
+    if plan.eps_residual is None:
+        del settings["eps_residual"]
+    if plan.model_timesteps == plan.timesteps:
+        del settings["model_timesteps"]
     settings["schedule"] = {
         "name": schedule.name,
         "num_train_timesteps": schedule.num_train_timesteps,

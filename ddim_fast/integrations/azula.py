@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..kernels.contract import StepCoefficients
 from ..kernels.dispatch import ddim_step
-from ..update import check_eta, mean_coefficients
+from ..plans.coefficients import check_eta, mean_coefficients
 
 
 class FastDDIMSampler:

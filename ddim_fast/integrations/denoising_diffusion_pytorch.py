@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..kernels.contract import StepCoefficients
 from ..kernels.dispatch import ddim_step
-from ..update import ddim_coefficients, variance_with_room
+from ..plans.coefficients import ddim_coefficients, variance_with_room
 
 PREDICTION_TYPES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 """The original's objectives by the names of ``update.PREDICTION_TYPES``."""

@@ -38,15 +38,15 @@ from ..kernels.dispatch import ddim_step
 from ..kernels.layout import is_wrapped
 from ..kernels.noise import NoiseStream, sample_seeds
 from ..kernels.thresholding import dynamic_thresholds
-from ..steps_by_timestep import StepsByTimestep
-from ..timesteps import select_timesteps
-from ..update import (
+from ..plans.coefficients import (
     PREDICTION_TYPES,
     ddim_coefficients,
     noising_coefficients,
     variance_with_room,
     velocity_coefficients,
 )
+from ..plans.timesteps import select_timesteps
+from .steps_by_timestep import StepsByTimestep
 
 
 class _LeaveToOriginal(Exception):  # noqa: N818 (no error: a way out of the fast path)

@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..kernels.contract import StepCoefficients
-from ..steps_by_timestep import StepsByTimestep
-from ..update import check_eta, ddim_coefficients, previous_x_prediction, variance_with_room
+from ..plans.coefficients import check_eta, ddim_coefficients, previous_x_prediction, variance_with_room
 from .promotion import promoted_dtype
+from .steps_by_timestep import StepsByTimestep
 
 _PREVIOUS_X = "previous_x"
 _PREDICTIONS = {"PREVIOUS_X": _PREVIOUS_X, "START_X": "sample", "EPSILON": "epsilon"}

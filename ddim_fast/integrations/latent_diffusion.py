@@ -20,8 +20,7 @@ from tqdm.auto import tqdm
 
 from ..kernels.contract import StepCoefficients
 from ..kernels.dispatch import ddim_step
-from ..steps_by_timestep import StepsByTimestep
-from ..update import (
+from ..plans.coefficients import (
     check_eta,
     ddim_coefficients,
     ddim_variance,
@@ -30,6 +29,7 @@ from ..update import (
     variance_with_room,
 )
 from .promotion import promoting_step
+from .steps_by_timestep import StepsByTimestep
 
 PARAMETERIZATIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 """The prediction type of a model's ``parameterization``."""

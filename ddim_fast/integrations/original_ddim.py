@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.contract import StepCoefficients
-from ..update import check_eta, ddim_coefficients, ddpm_variance, variance_with_room
+from ..plans.coefficients import check_eta, ddim_coefficients, ddpm_variance, variance_with_room
 from .promotion import promoting_step
 
 Model = Callable[[Tensor, Tensor], Tensor]

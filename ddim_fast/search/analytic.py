@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..plan import SamplingPlan
-from ..update import PREDICTION_TYPES
+from ..plans.coefficients import PREDICTION_TYPES
+from ..plans.plan import SamplingPlan
 from .runs import Runs
 
 
@@ -23,6 +23,6 @@ def measure_eps_residual(runs: Runs, plan: SamplingPlan, x0: Tensor) -> tuple[fl
     for step in plan.steps:
         x_t = plan.schedule.add_noise(x0, runs.start, step.t)
         at_t = PREDICTION_TYPES[plan.prediction_type](step.alpha_bar_t)
-        eps = at_t.eps_x * x_t + at_t.eps_m * runs.predict(x_t, step.model_t)
+        eps = at_t.eps_x * x_t + at_t.eps_m * runs.predict(x_t, step.model_timestep)
         values.append((eps - runs.start).double().square().mean().item())
     return tuple(values)

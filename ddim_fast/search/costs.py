@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..metrics import sample_distances
-from ..plan import SamplingPlan
+from ..models.metrics import sample_distances
+from ..plans.plan import SamplingPlan
 from .runs import Runs, State, after
 
 
@@ -44,7 +44,7 @@ def reference(runs: Runs, plan: SamplingPlan, candidates: Sequence[int]) -> Refe
     wanted, state = set(candidates), State(runs.start)
     found = Reference(tuple(candidates), [], [], [])
     for step in plan.steps:
-        m = runs.predict(state.x_t, step.model_t)
+        m = runs.predict(state.x_t, step.model_timestep)
         state, before = after(state, step, m, plan.order), state
         if step.t in wanted:
             found.x_t.append(before.x_t)

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..metrics import sample_distances
-from ..plan import SamplingPlan
+from ..models.metrics import sample_distances
+from ..plans.plan import SamplingPlan
 from .runs import Runs, State
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..guidance import guidance_scales, guided_output
 from ..kernels.dispatch import ddim_step, normals
 from ..kernels.noise import NoiseStream, sample_seeds
-from ..loop import Loop, model_calls
-from ..models import Model
-from ..plan import PlannedStep, SamplingPlan
-from ..start import conditionings_of
+from ..models.protocol import Model
+from ..plans.plan import PlannedStep, SamplingPlan
+from ..sampling.guidance import guidance_scales, guided_output
+from ..sampling.initial_state import conditionings_of
+from ..sampling.loop import Loop, model_calls
 
 Progress = Callable[[int], Any]
 
@@ -94,7 +94,7 @@ class Runs:
         """
         states = [State(self.start)] if states is None else states[: first + 1]
         for step in plan.steps[first:]:
-            states.append(after(states[-1], step, self.predict(states[-1].x_t, step.model_t), plan.order))
+            states.append(after(states[-1], step, self.predict(states[-1].x_t, step.model_timestep), plan.order))
         return states
 
 

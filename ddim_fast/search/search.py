@@ -12,13 +12,13 @@ from torch import Tensor
 
 from .._version import __version__
 from ..generation.conditioning import Conditioning
-from ..metrics import sample_distances
-from ..models import Model
-from ..plan import SamplingPlan
+from ..models.metrics import sample_distances
+from ..models.protocol import Model
+from ..plans.files import TimestepList
+from ..plans.plan import SamplingPlan
+from ..plans.schedules import NoiseSchedule
+from ..plans.timesteps import SPACINGS, distinct_timesteps, select_timesteps
 from ..sampler import DDIMSampler
-from ..schedule import NoiseSchedule
-from ..timestep_files import TimestepList
-from ..timesteps import SPACINGS, distinct_timesteps, select_timesteps
 from .analytic import measure_eps_residual
 from .costs import cost_table, reference
 from .dynamic import best_timesteps

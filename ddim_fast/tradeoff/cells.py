@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..plans.files import TimestepList
+from ..plans.schedules import NoiseSchedule
 from ..sampler import DDIMSampler
-from ..schedule import NoiseSchedule
-from ..timestep_files import TimestepList
 
 PAPER_STEPS = (10, 20, 50, 100, 1000)
 PAPER_ETAS = (0.0, 0.2, 0.5, 1.0)

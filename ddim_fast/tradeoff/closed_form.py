@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..schedule import NoiseSchedule
+from ..plans.schedules import NoiseSchedule
 
 
 class ClosedForm(nn.Module):

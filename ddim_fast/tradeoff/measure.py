@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..generation.conditioning import Conditioning
-from ..inversion import reconstruction_error
 from ..kernels.noise import sample_seeds
-from ..loop import Timing
-from ..metrics import sample_distances
-from ..models import Model
+from ..models.metrics import sample_distances
+from ..models.protocol import Model
+from ..plans.schedules import NoiseSchedule
 from ..sampler import DDIMSampler
-from ..schedule import NoiseSchedule
+from ..sampling.inversion import reconstruction_error
+from ..sampling.loop import Timing
 from .cells import Cell
 from .closed_form import ClosedForm
 from .quality import Judge, mean

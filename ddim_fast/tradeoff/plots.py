@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..pages import capital, plain_text
+from ..utils.html import capital, plain_text
 from .marks import COLOURS, SHAPES, Mark, Marks, is_log, points
 from .results import METRICS, CellResult, Study, way_of
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..metrics import (
+from ..models.metrics import (
     FeatureStatistics,
     feature_statistics,
     frechet_distance,

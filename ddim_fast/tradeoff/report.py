@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..pages import html_page, plain_text
-from ..whole_files import write_whole
+from ..utils.atomic_files import write_atomically
+from ..utils.html import plain_text, render_page
 from . import plots, svg
 from .cells import Cell
 from .marks import COLOURS, Marks, points
@@ -64,7 +64,7 @@ def write_report(study: Study, directory: Path) -> list[Path]:
         contents[f"quality-against-steps-{metric.name}.png"] = plots.quality_against_steps(study, metric.name)
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
-        write_whole(directory / name, content)
+        write_atomically(directory / name, content)
     return [directory / name for name in contents]
 
 
@@ -160,7 +160,7 @@ def html_text(study: Study, directory: Path) -> str:
     rows = _rows(study, pictures)
     environment = _flat(study.settings.get("environment", {}))
     by_id = {id(row.result): row for row in rows}
-    return html_page(
+    return render_page(
         __package__,
         "tradeoff",
         {

@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor
 
-from .. import pictures
 from ..generation.settings import as_json, differences, environment, model_digest
 from ..kernels.noise import NOISE_STANDARD_VERSION
-from ..whole_files import write_whole
+from ..utils import pictures
+from ..utils.atomic_files import write_atomically
 from .cells import Cell
 from .measure import CONVERGED, Progress, Subject, draw, measure
 from .results import CellResult, Study
@@ -67,7 +67,7 @@ class StudyDirectory:
                     f"{path} holds a study with other settings: choose another directory, or remove it\n{listed}"
                 )
         (path / "cells").mkdir(parents=True, exist_ok=True)
-        write_whole(there, as_json(settings).encode())
+        write_atomically(there, as_json(settings).encode())
 
     def result(self, cell: Cell) -> CellResult | None:
         """What was found in this very cell, if anything."""
@@ -79,7 +79,7 @@ class StudyDirectory:
 
     def save(self, result: CellResult) -> None:
         content = json.dumps(result.as_dict(), indent=1, allow_nan=False)
-        write_whole(self.path / "cells" / f"{result.cell.key}.json", content.encode())
+        write_atomically(self.path / "cells" / f"{result.cell.key}.json", content.encode())
 
     def picture_path(self, cell: Cell) -> Path:
         return self.path / "cells" / f"{cell.key}.png"
@@ -90,7 +90,7 @@ class StudyDirectory:
         if path.exists():
             return load(path.read_bytes())["samples"]
         samples = make()
-        write_whole(path, save({"samples": samples.contiguous()}))
+        write_atomically(path, save({"samples": samples.contiguous()}))
         return samples
 
 

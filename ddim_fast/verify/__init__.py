@@ -8,7 +8,13 @@ print(report.passed, [result.message for result in report.results])
 
 from typing import Any
 
-_HOMES = {"Subject": "subject", "Report": "report", "CheckResult": "report", "Outcome": "report", "verify": "run"}
+_HOMES = {
+    "Subject": "subjects.subject",
+    "Report": "reports.report",
+    "CheckResult": "reports.report",
+    "Outcome": "reports.report",
+    "verify": "run",
+}
 __all__ = ["CheckResult", "Outcome", "Report", "Subject", "verify"]
 
 

@@ -30,10 +30,10 @@ import torch
 
 from ..kernels.contract import StepCoefficients, StepInputs
 from ..kernels.dispatch import BACKENDS
-from .backends import Backend, EmulatedTriton
 from .checks import CHECKS, Check
-from .report import CheckResult, Outcome, Report
+from .reports.report import CheckResult, Outcome, Report
 from .run import choose_checks, prepared_subject, report_of, result_of, run_check
+from .subjects.backends import Backend, EmulatedTriton
 
 TIMEOUTS = {False: 300.0, True: 1800.0}
 """Seconds for one check, quick and full."""

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..update import ETA_SCALES
-from .adapters import subject_of
+from ..plans.coefficients import ETA_SCALES
 from .checks import CHECKS, Check, CheckFailedError, CheckSkippedError, Context, SubjectRaisedError
-from .report import CheckResult, Outcome, Report
-from .subject import ARITHMETIC, Subject
+from .reports.report import CheckResult, Outcome, Report
+from .subjects.adapters import subject_of
+from .subjects.subject import ARITHMETIC, Subject
 
 REQUIRED = ("observed-update",)
 """What must have run, unless told otherwise: it applies to steps and to whole samplers."""

@@ -12,7 +12,7 @@ import torch
 
 from ddim_fast.integrations import azula as drop_in
 from ddim_fast.integrations.azula import FastDDIMSampler
-from ddim_fast.update import mean_coefficients
+from ddim_fast.plans.coefficients import mean_coefficients
 
 DTYPES = [torch.float64, torch.float32]
 TOLERANCE = 100

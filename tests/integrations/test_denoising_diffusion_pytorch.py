@@ -82,7 +82,7 @@ class Restated(nn.Module):
     def predict_noise_from_start(self, x, t, x0):
         return (x - math.sqrt(self.exact[t]) * x0) / math.sqrt(1 - self.exact[t])
 
-    def predictions(self, x, t, m, clip, rederive):
+    def predictions(self, x, t, m, clip, use_clipped_model_output):
         """(eps, x0)"""
         x0 = {
             "pred_noise": lambda: self.predict_start_from_noise(x, t, m),
@@ -91,11 +91,11 @@ class Restated(nn.Module):
         }[self.objective]()
         if clip:
             x0 = x0.clamp(-1, 1)
-        if self.objective == "pred_noise" and not (clip and rederive):
+        if self.objective == "pred_noise" and not (clip and use_clipped_model_output):
             return m, x0
         return self.predict_noise_from_start(x, t, x0), x0
 
-    def loop(self, shape, call, clip, rederive):
+    def loop(self, shape, call, clip, use_clipped_model_output):
         """Every state, in float64; draws in torch's default dtype, in the layout that the expressions give."""
         S, T = self.sampling_timesteps, self.num_timesteps
         times = torch.linspace(-1, T - 1, steps=S + 1).int().tolist()[::-1]
@@ -104,7 +104,7 @@ class Restated(nn.Module):
         for i in range(S):
             t, t_next = times[i], times[i + 1]
             m = call(img, torch.full((shape[0],), t), x0 if self.self_condition else None)
-            eps, x0 = self.predictions(img, t, m, clip, rederive)
+            eps, x0 = self.predictions(img, t, m, clip, use_clipped_model_output)
             if t_next < 0:
                 img = x0
             else:

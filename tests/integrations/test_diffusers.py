@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 
 from ddim_fast.integrations import diffusers as diffusers_drop_in
 from ddim_fast.integrations.diffusers import FastDDIMInverseScheduler, FastDDIMParallelScheduler, FastDDIMScheduler
+from ddim_fast.integrations.steps_by_timestep import StepsByTimestep
 from ddim_fast.kernels.dispatch import ddim_step_from_table
 from ddim_fast.kernels.noise import sample_seeds, standard_normals
-from ddim_fast.steps_by_timestep import StepsByTimestep
-from ddim_fast.verify import oracle
-from ddim_fast.verify.tolerances import allowed_error, assert_near, to_numpy
+from ddim_fast.verify.truth import oracle
+from ddim_fast.verify.truth.tolerances import allowed_error, assert_near, to_numpy
 
 PAIRS = {
     DDIMScheduler: FastDDIMScheduler,
@@ -115,7 +115,12 @@ def truth(scheduler, t, x, m, eta, use_clipped_model_output, z):
         return None
     clip = 1.0 if config.thresholding else config.clip_sample_range if config.clip_sample else math.inf
     row = oracle.textbook_row(
-        config.prediction_type, alpha_bar_t, alpha_bar_prev, eta=eta, clip=clip, rederive=use_clipped_model_output
+        config.prediction_type,
+        alpha_bar_t,
+        alpha_bar_prev,
+        eta=eta,
+        clip=clip,
+        use_clipped_model_output=use_clipped_model_output,
     )
     options, more = {}, 1.0
     if config.thresholding:
@@ -975,7 +980,7 @@ def test_inverse_step():
 @pytest.mark.parametrize("thresholding", [False, True])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_with_a_timestep_on_the_device_nothing_waits(eta, thresholding):
-    from ddim_fast.verify.fake_cuda import fake_cuda
+    from ddim_fast.gpu_lab.fake_cuda import fake_cuda
 
     fast = FastDDIMScheduler(thresholding=thresholding, philox_noise=True)  # its levels are real numbers
     fast.set_timesteps(10)

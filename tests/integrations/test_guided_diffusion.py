@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddim_fast import steps_by_timestep
-from ddim_fast.integrations import guided_diffusion
+from ddim_fast.integrations import guided_diffusion, steps_by_timestep
 from ddim_fast.integrations.guided_diffusion import FastDiffusion
 from ddim_fast.kernels.dispatch import ddim_step_from_table
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from ddim_fast.gpu_lab.fake_cuda import fake_cuda
 from ddim_fast.integrations import latent_diffusion, promotion
 from ddim_fast.integrations.latent_diffusion import DDIMSampler, make_ddim_timesteps
-from ddim_fast.verify.fake_cuda import fake_cuda
 
 T = 60
 BETAS = torch.linspace(0.02, 0.3, T) ** 2

@@ -10,13 +10,13 @@ from torch import nn
 
 from ddim_fast import DDIMSampler, NoiseSchedule, select_timesteps
 from ddim_fast.generation.conditioning import EveryClass
-from ddim_fast.metrics import sample_distances
+from ddim_fast.models.metrics import sample_distances
+from ddim_fast.plans.files import read_timesteps
 from ddim_fast.search import Search, search_timesteps
 from ddim_fast.search.costs import cost_table, reference
 from ddim_fast.search.refine import Candidate, Refinement
 from ddim_fast.search.runs import Runs, State, after
 from ddim_fast.search.search import ONE_LIST
-from ddim_fast.timestep_files import read_timesteps
 from ddim_fast.tradeoff import ClosedForm
 
 LINEAR = NoiseSchedule.linear()

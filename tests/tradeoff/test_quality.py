@@ -10,7 +10,13 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from ddim_fast import DDIMSampler, NoiseSchedule
-from ddim_fast.metrics import FeatureStatistics, feature_statistics, frechet_distance, load_features, sample_distances
+from ddim_fast.models.metrics import (
+    FeatureStatistics,
+    feature_statistics,
+    frechet_distance,
+    load_features,
+    sample_distances,
+)
 from ddim_fast.tradeoff import ClosedForm, fashion_judge, judge_of
 from ddim_fast.tradeoff.quality import ENOUGH, frechet_measure, mean, precision_and_recall, share
 

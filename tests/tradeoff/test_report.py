@@ -23,11 +23,11 @@ from tradeoff.example_studies import (
     with_pictures,
 )
 
-from ddim_fast.pages import plain_text
 from ddim_fast.tradeoff import Cell, Measure, read_json
 from ddim_fast.tradeoff import report as report_module
 from ddim_fast.tradeoff.report import csv_text, html_text, measure_text, number_text, write_report
 from ddim_fast.tradeoff.results import describe
+from ddim_fast.utils.html import plain_text
 
 # --- The page ---------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import nn
 from ddim_fast import NoiseSchedule
 from ddim_fast.cli import main
 from ddim_fast.generation.conditioning import EveryClass
-from ddim_fast.timestep_files import TimestepList
+from ddim_fast.plans.files import TimestepList
 from ddim_fast.tradeoff import (
     Cell,
     ClosedForm,
@@ -70,7 +70,7 @@ def test_a_grid_has_each_combination_once():
     own = {(cell.timesteps, cell.model_timesteps, cell.timestep_spacing, cell.num_inference_steps) for cell in searched}
     assert own == {((900, 100), (800, 90), "mine", 2)}
     assert [Cell.from_dict(json.loads(json.dumps(cell.as_dict()))) for cell in searched] == searched
-    assert searched[0].sampler(LINEAR, {}).plan().told == (800, 90)
+    assert searched[0].sampler(LINEAR, {}).plan().model_timesteps == (800, 90)
     assert len(searched) == 3
 
 

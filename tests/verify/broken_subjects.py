@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddim_fast.verify import oracle
-from ddim_fast.verify.adapters import SamplerFunction, Scheduler, StepFunction
-from ddim_fast.verify.cases import Level, StepCase, StepResult
-from ddim_fast.verify.subject import FEATURES, Subject
+from ddim_fast.verify.subjects.adapters import SamplerFunction, Scheduler, StepFunction
+from ddim_fast.verify.subjects.subject import FEATURES, Subject
+from ddim_fast.verify.truth import oracle
+from ddim_fast.verify.truth.cases import Level, StepCase, StepResult
 
 # --- Right: every feature ---------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from ddim_fast.verify.report import CheckResult, Outcome, Report
+from ddim_fast.verify.reports.report import CheckResult, Outcome, Report
 
 EVIL = "</pre><script>document.title = 'broken out'</script>&amp; <b>'\"`{{ 7 * 7 }}\x00\x1b[31m\ud800 ]]> ω\n  second line"
 """HTML, XML, a template, control characters, half a surrogate pair."""

@@ -8,7 +8,7 @@ import pytest
 
 from ddim_fast.verify.checks import CHECKS
 from ddim_fast.verify.isolate import IsolatedSubject, SubjectRefusedError, verify_isolated
-from ddim_fast.verify.report import Outcome
+from ddim_fast.verify.reports.report import Outcome
 from ddim_fast.verify.run import verify
 
 SUBJECT = """

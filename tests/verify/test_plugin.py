@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from ddim_fast import testing
-from ddim_fast.verify import oracle, run
-from ddim_fast.verify.cases import Setting
+from ddim_fast.verify import run
 from ddim_fast.verify.checks import CheckFailedError, CheckSkippedError, check
+from ddim_fast.verify.truth import oracle
+from ddim_fast.verify.truth.cases import Setting
 
 pytest_plugins = "pytester"
 
@@ -324,7 +325,7 @@ def test_fixtures(pytest_in, pytester):
         import torch
 
         from ddim_fast.testing import assert_close
-        from ddim_fast.verify.cases import Setting, StepCase
+        from ddim_fast.verify.truth.cases import Setting, StepCase
 
         def test_step(ddim_subject, ddim_oracle, ddim_seed):
             assert ddim_seed == 3

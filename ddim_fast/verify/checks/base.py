@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cases import Level, Model, Observed, Setting, StepCase, StepResult
-from ..subject import Subject
+from ..subjects.subject import Subject
+from ..truth.cases import Level, Model, Observed, Setting, StepCase, StepResult
 
 
 class CheckFailedError(Exception):

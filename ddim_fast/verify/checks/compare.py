@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cases import StepCase, StepResult
-from ..tolerances import to_numpy
+from ..truth.cases import StepCase, StepResult
+from ..truth.tolerances import to_numpy
 from .base import CheckFailedError, Context
 from .judge import truth
 

@@ -10,9 +10,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from .. import oracle, statistics
-from ..cases import Level, Observed, Setting, StepCase
-from ..tolerances import to_numpy, worst_share
+from ..truth import oracle, statistics
+from ..truth.cases import Level, Observed, Setting, StepCase
+from ..truth.tolerances import to_numpy, worst_share
 from .base import CheckFailedError, Context, check
 from .judge import Verdict, code_of, judge, truth, verdict
 from .update import TOLERANCE, random_step, settings_of, some_steps, with_sizes

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import torch
 
-from ..cases import Setting, StepCase
-from ..tolerances import to_numpy, worst_share
+from ..truth.cases import Setting, StepCase
+from ..truth.tolerances import to_numpy, worst_share
 from .base import CheckFailedError, Context, check
 from .judge import truth
 from .runs import GaussianModel, float64_run

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import oracle
-from ..cases import Level, Setting, StepCase
-from ..golden import GOLDEN_VERSION, GoldenRun, golden_runs
-from ..subject import Subject
-from ..tolerances import coefficient_spread, spread_of_result, to_numpy, worst_share
+from ..subjects.subject import Subject
+from ..truth import oracle
+from ..truth.cases import Level, Setting, StepCase
+from ..truth.golden import GOLDEN_VERSION, GoldenRun, golden_runs
+from ..truth.tolerances import coefficient_spread, spread_of_result, to_numpy, worst_share
 from .base import CheckFailedError, CheckSkippedError, Context, check
 from .judge import paper_eta, row_of, truth
 
@@ -70,7 +70,7 @@ def _needed(run: GoldenRun) -> set[str]:
     needed = {setting.prediction_type}
     needed |= {"eta", "given_noise", "step"} if setting.eta else set()
     needed |= {"clip"} if setting.clip_sample_range is not None else set()
-    needed |= {"rederive"} if setting.use_clipped_model_output else set()
+    needed |= {"use_clipped_model_output"} if setting.use_clipped_model_output else set()
     needed |= {"zero_terminal_snr"} if setting.zero_terminal_snr else set()
     needed |= {"num_train_timesteps"} if setting.num_train_timesteps != 1000 else set()
     return needed

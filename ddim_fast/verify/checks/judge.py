@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .. import oracle
-from ..cases import Level, Observed, Setting, StepCase, StepResult
-from ..subject import Subject
-from ..tolerances import (
+from ..subjects.subject import Subject
+from ..truth import oracle
+from ..truth.cases import Level, Observed, Setting, StepCase, StepResult
+from ..truth.tolerances import (
     allowed_error,
     allowed_error_in_type,
     coefficient_spread,
@@ -90,9 +90,9 @@ def row_of(subject: Subject, setting: Setting, level: Level) -> dict[str, float]
         level.alpha_bar_t,
         level.alpha_bar_prev,
         eta=setting.eta,
-        convention=subject.eta_scales,
+        eta_scales=subject.eta_scales,
         clip=math.inf if setting.clip_sample_range is None else setting.clip_sample_range,
-        rederive=setting.use_clipped_model_output,
+        use_clipped_model_output=setting.use_clipped_model_output,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..cases import Level, Setting
+from ..truth.cases import Level, Setting
 from .base import CheckFailedError, Context, check
 from .judge import judge
 from .update import TOLERANCE, random_step

@@ -15,10 +15,10 @@ import torch
 from scipy import special
 from torch import Tensor
 
-from .. import oracle, statistics
-from ..cases import CLEAN, Level, Model, Setting, StepCase
-from ..statistics import Test
-from ..tolerances import to_numpy
+from ..truth import oracle, statistics
+from ..truth.cases import CLEAN, Level, Model, Setting, StepCase
+from ..truth.statistics import Test
+from ..truth.tolerances import to_numpy
 from .base import CheckFailedError, Context, check
 from .noise import bar_at, bars_by_timestep, hold
 
@@ -171,7 +171,7 @@ def exact_run(
             level.alpha_bar_t,
             level.alpha_bar_prev,
             eta=setting.eta,
-            convention=eta_scales,
+            eta_scales=eta_scales,
             noise=rng.standard_normal(x_t.shape),
         )
     return x_t

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cases import Setting, StepCase
-from ..new_memory import nan_memory
+from ..truth.cases import Setting, StepCase
 from .base import CheckFailedError, CheckSkippedError, Context, check
 from .compare import allowed_of, kept, same_bits, same_numbers, same_results
 from .judge import judge
+from .new_memory import nan_memory
 from .runs import GaussianModel, float64_run
 from .safety import a_step
 
@@ -210,7 +210,7 @@ def _no_nan(context: Context, what: str, tensor: Tensor) -> None:
 def _pretended_gpu() -> Iterator:
     with contextlib.ExitStack() as stack:
         try:
-            from ..fake_cuda import fake_cuda
+            from ...gpu_lab.fake_cuda import fake_cuda
 
             device = stack.enter_context(fake_cuda())
         except (ImportError, RuntimeError) as error:

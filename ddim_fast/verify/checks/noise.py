@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from scipy import special
 
-from .. import oracle, statistics
-from ..cases import Level, Model, Observed, Setting
-from ..statistics import Finding, Test
-from ..tolerances import to_numpy
+from ..truth import oracle, statistics
+from ..truth.cases import Level, Model, Observed, Setting
+from ..truth.statistics import Finding, Test
+from ..truth.tolerances import to_numpy
 from .base import CheckFailedError, Context, check
 
 LARGE = 0.1

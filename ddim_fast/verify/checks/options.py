@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..cases import Setting, StepCase
+from ..truth.cases import Setting, StepCase
 from .base import Context, check
 from .judge import judge
 from .update import TOLERANCE, random_step, settings_of, some_steps

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import torch
 
-from ..cases import Level, Setting, StepCase
-from ..tolerances import SHARE_CORRECTLY_ROUNDED, assert_within, share_correctly_rounded, to_numpy
+from ..truth.cases import Level, Setting, StepCase
+from ..truth.tolerances import SHARE_CORRECTLY_ROUNDED, assert_within, share_correctly_rounded, to_numpy
 from .base import CheckFailedError, Context, check
 from .judge import judge, truth
 from .safety import a_step

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import oracle
-from ..cases import Level, Setting, StepCase
-from ..subject import Subject
-from ..tolerances import to_numpy
+from ..subjects.subject import Subject
+from ..truth import oracle
+from ..truth.cases import Level, Setting, StepCase
+from ..truth.tolerances import to_numpy
 from .judge import truth
 
 

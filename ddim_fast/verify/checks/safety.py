@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cases import Setting, StepCase, StepResult
+from ..truth.cases import Setting, StepCase, StepResult
 from .base import CheckFailedError, Context, check
 from .compare import allowed_of, kept, same_bits, same_numbers, same_results
 from .judge import judge

@@ -10,8 +10,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from .. import oracle
-from ..cases import CLEAN, Level, Observed, Setting, StepCase, StepResult
+from ..truth import oracle
+from ..truth.cases import CLEAN, Level, Observed, Setting, StepCase, StepResult
 from .base import CheckFailedError, Context, check
 from .judge import Verdict, code_of, judge, judge_observed, verdict
 from .levels import negative_variance

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from ..cases import Level, Model, Setting, StepCase
+from ..truth.cases import Level, Model, Setting, StepCase
 from .base import CheckFailedError, Context, check
 from .judge import Verdict, judge, judge_observed
 
@@ -26,7 +26,7 @@ def settings_of(context: Context, eta: float = 0.0) -> Iterator[Setting]:
         yield base
         if context.offers("clip"):
             yield base.but(clip_sample_range=1.0)
-        if context.offers("clip", "rederive"):
+        if context.offers("clip", "use_clipped_model_output"):
             bound = 0.8 if context.offers("clip_range") else 1.0
             yield base.but(clip_sample_range=bound, use_clipped_model_output=True)
 

@@ -1,0 +1,288 @@
+"""Run Triton kernels on CPU tensors, without a GPU: Triton compiles for the GPU asked for, and the PTX is executed by ``ptx``.
+
+    with emulated_gpu("sm_90") as gpu:
+        kernel[grid](x, y, n, BLOCK_SIZE=1024)
+    gpu.launches[0].execution.thread_instructions
+
+Everything before the launch is Triton's own: specialisation of arguments (divisibility by 16, equality to 1), compilation, even the
+assembler, which must accept the kernel. Every access of every thread is checked while it runs: see ``ptx``.
+
+``TRITON_INTERPRET=1`` makes ``@triton.jit`` functions run in Triton's interpreter instead, so it must not be set in the process. Pointers
+are CPU tensors; clusters, tensor descriptors and what else ``ptx`` does not model are refused. An autotuned kernel runs once in each
+configuration, so that each is checked; none counts as faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .ptx.execute import Execution, LaunchError, Module, NotModelledError, Region, execute, parse
+
+
+@dataclass(frozen=True)
+class Target:
+    capability: int
+    shared_bytes: int  # that one CTA may have
+    multiprocessors: int
+
+
+# CUDA C++ Programming Guide, "Compute Capabilities"; the number of multiprocessors is that of a typical card.
+TARGETS = {
+    "sm_80": Target(80, 166912, 108),
+    "sm_89": Target(89, 101376, 128),
+    "sm_90": Target(90, 232448, 132),
+    "sm_100": Target(100, 232448, 148),
+    "sm_120": Target(120, 101376, 170),
+}
+
+
+@dataclass
+class Launch:
+    """One ``kernel[grid](...)``. ``execution`` is None where a check failed; ``ptx`` is the text that ran, after any transformation."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    num_warps: int
+    shared_bytes: int
+    ptx: str
+    execution: Execution | None = None
+
+
+@dataclass
+class EmulatedGpu:
+    """What ``emulated_gpu`` yields: ``launches`` in order."""
+
+    name: str
+    target: Target
+    transform: Callable[[str], str] | None = None
+    read_only: frozenset[str] = frozenset()
+    launches: list[Launch] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def emulated_gpu(
+    target: str = "sm_90", transform: Callable[[str], str] | None = None, read_only: Collection[str] = ()
+) -> Iterator[EmulatedGpu]:
+    """Make Triton launch on an emulated GPU until the end of the ``with`` block.
+
+    Args:
+        target: One of ``TARGETS``.
+        transform: Changes the PTX of every launch before it runs; for tests that must fail.
+        read_only: Names of kernel parameters whose tensors must not be written.
+
+    Raises:
+        ValueError: The target is unknown.
+        ImportError: Triton is not installed.
+        RuntimeError: Triton's interpreter is switched on.
+        PtxError: (from a launch) a check failed; see ``ptx_errors``.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    try:
+        from triton.runtime import driver as config
+    except ImportError:
+        raise ImportError("an emulated GPU compiles with Triton, which is not installed: pip install triton") from None
+    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes"):
+        raise RuntimeError(
+            "TRITON_INTERPRET is set, so Triton would interpret kernels and emit no PTX: unset it, in a process of its own"
+        )
+    gpu = EmulatedGpu(target, TARGETS[target], transform, frozenset(read_only))
+    before = config._active  # reading .active would look for a real GPU
+    config.set_active(_driver_class()(gpu))
+    try:
+        yield gpu
+    finally:
+        config.set_active(before)
+
+
+@functools.cache
+def _driver_class() -> type:
+    """Our driver, made when Triton is known to be there."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+
+    class EmulatedDriver(DriverBase):
+        """What Triton asks of a driver: triton/backends/driver.py and its users."""
+
+        launcher_cls = _Launcher
+
+        def __init__(self, gpu: EmulatedGpu):
+            self.gpu, self.utils = gpu, _Utilities(gpu.target)
+
+        @classmethod
+        def is_active(cls) -> bool:
+            return False  # never chosen by itself
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", self.gpu.target.capability, 32)
+
+        def get_current_device(self) -> str:
+            """The key of Triton's cache of compiled kernels: one for each target."""
+            return f"emulated {self.gpu.name}"
+
+        def set_current_device(self, device: object) -> None:
+            pass
+
+        def get_current_stream(self, device: object) -> int:
+            return 0
+
+        def get_active_torch_device(self):
+            import torch
+
+            return torch.device("cpu")
+
+        def get_device_interface(self) -> type:
+            return _Interface
+
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            raise NotModelledError("an emulated GPU has no launcher in C++")
+
+        def get_benchmarker(self) -> Callable:
+            return _run_once
+
+        def get_empty_cache_for_benchmark(self):
+            import torch
+
+            return torch.empty(0)
+
+        def clear_cache(self, cache: object) -> None:
+            pass
+
+    return EmulatedDriver
+
+
+def _run_once(kernel_call: Callable, *, quantiles: Collection[float] = (0.5,), **options: object) -> list[float]:
+    """Triton's benchmark for autotuning: all configurations run and are checked, none is faster, the first is taken."""
+    kernel_call()
+    return [0.0] * len(quantiles)
+
+
+class _Interface:
+    """The part of ``torch.cuda`` that has a meaning here."""
+
+    @staticmethod
+    def current_device() -> int:
+        return 0
+
+    @staticmethod
+    def synchronize(device: object = None) -> None:
+        pass
+
+
+class _Utilities:
+    def __init__(self, target: Target):
+        self.target = target
+
+    def get_device_properties(self, device: object) -> dict[str, int]:
+        return dict(
+            max_shared_mem=self.target.shared_bytes,
+            max_num_regs=65536,
+            multiprocessor_count=self.target.multiprocessors,
+            warpSize=32,
+        )
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: object) -> tuple:
+        """Module, function, registers, spills, and the threads that a CTA may have. The binary is not used."""
+        return None, name, 0, 0, 1024
+
+
+class _Launcher:
+    """Triton makes one for each compiled kernel, and keeps it: so it asks at each launch which GPU is active."""
+
+    def __init__(self, src: object, metadata: object):
+        self.metadata = metadata
+        self.signature = dict(src.signature)
+        self.ptx = _compiled_text(src.name, metadata)
+        if getattr(metadata, "num_ctas", 1) != 1:
+            raise NotModelledError(f"clusters are not modelled, got num_ctas={metadata.num_ctas}")
+
+    def __call__(self, x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *arguments):
+        from triton.runtime import driver as config
+
+        gpu: EmulatedGpu = config.active.gpu
+        grid = (int(x), int(y), int(z))
+        if 0 in grid:
+            return  # as Triton's own launcher does
+        if enter_hook is not None:
+            enter_hook(launch_metadata)
+        text = self.ptx if gpu.transform is None else gpu.transform(self.ptx)
+        launch = Launch(self.metadata.name, grid, self.metadata.num_warps, self.metadata.shared, text)
+        gpu.launches.append(launch)
+        values = self._values(arguments, grid[0] * grid[1] * grid[2], gpu.read_only)
+        launch.execution = execute(
+            _parsed(text),
+            self.metadata.name,
+            grid,
+            values,
+            block=32 * self.metadata.num_warps,
+            shared_bytes=self.metadata.shared,
+        )
+        if exit_hook is not None:
+            exit_hook(launch_metadata)
+
+    def _values(self, arguments: tuple, ctas: int, read_only: frozenset[str]) -> list[object]:
+        """The kernel's own arguments, constants left out, then the scratch memory that Triton appends."""
+        values: list[object] = []
+        for (name, kind), value in zip(self.signature.items(), arguments, strict=True):
+            _append(values, name, kind, value, read_only)
+        for what in ("global_scratch", "profile_scratch"):
+            nbytes = ctas * (getattr(self.metadata, f"{what}_size", 0) or 0)
+            align = getattr(self.metadata, f"{what}_align", 1) or 1
+            values.append(_scratch(what.replace("_", " "), nbytes, align) if nbytes else None)
+        return values
+
+
+def _append(values: list[object], name: str, kind: object, value: object, read_only: frozenset[str]) -> None:
+    if isinstance(kind, tuple):
+        for i, (inner_kind, inner) in enumerate(zip(kind, value, strict=True)):
+            _append(values, f"{name}[{i}]", inner_kind, inner, read_only)
+    elif kind.startswith("*"):
+        value = getattr(value, "base", value) if not hasattr(value, "stride") else value
+        values.append(Region.of(value, name, writable=name not in read_only and not kind.startswith("*k")))
+    elif kind.startswith("tensordesc") or kind == "nvTmaDesc":
+        raise NotModelledError(f"tensor descriptors are not modelled, got one for {name}")
+    elif kind != "constexpr":
+        values.append(_bits(name, kind, value))
+
+
+def _bits(name: str, kind: str, value: object) -> int:
+    """A scalar as the integer that has its bits."""
+    if kind[0] in "iu":
+        return int(value)
+    dtypes = {"fp16": np.float16, "fp32": np.float32, "f32": np.float32, "fp64": np.float64}
+    if kind == "bf16":
+        from .ptx.floats import f64_to_bf16
+
+        return int(f64_to_bf16(np.array([float(value)]))[0])
+    if kind not in dtypes:
+        raise LaunchError(f"a scalar of type {kind} is not modelled, got {name}")
+    with np.errstate(over="ignore"):
+        number = np.array([value], dtypes[kind])
+    return int(number.view(f"u{number.itemsize}")[0])
+
+
+def _scratch(name: str, nbytes: int, align: int) -> Region:
+    data = np.full(nbytes + align, 0xA5, np.uint8)
+    return Region.of(data[-data.ctypes.data % align :][:nbytes], name)
+
+
+def _compiled_text(name: str, metadata: object) -> str:
+    """The PTX from Triton's cache, where compilation leaves it. The metadata names the entry by its hash."""
+    from triton.runtime.cache import get_cache_manager
+
+    found = get_cache_manager(metadata.hash).get_file(f"{name[:150]}.ptx")
+    if found is None:
+        raise LaunchError("Triton kept no PTX of this kernel: unset TRITON_STORE_BINARY_ONLY and clear its cache")
+    return Path(found).read_text()
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(text: str) -> Module:
+    return parse(text)

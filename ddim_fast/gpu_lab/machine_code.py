@@ -1,0 +1,443 @@
+"""The GPU kernels' machine code, counted: what a step costs on a GPU that is not there.
+
+The kernels are compiled for a named target by the real launcher, and the result is disassembled with the tools that come with Triton.
+Counted are the instructions that one thread executes, the width of its bulk memory accesses, and spills. From the count and the bytes
+that a step moves follows a **prediction**, no measurement, of the share of memory bandwidth that it can use::
+
+    seconds per element to move  = bytes / bandwidth
+    seconds per element to issue = instructions / (processors * lanes * clock)
+    share                        = min(1, to move / to issue)
+
+The path counted is the longest one through the kernel that does not call the out-of-line slow paths of square root and division, which
+serve subnormal, infinite and NaN arguments. (For AMD it is all code up to the end of the program: an upper bound.) Latency, occupancy and
+the launch are not in the model: it is a bound for large tensors.
+
+    python -m ddim_fast.gpu_lab.machine_code --target sm_90
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ..kernels import triton_backend
+from ..kernels.contract import StepCoefficients, StepInputs, StepTable
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU's numbers, from its vendor's data sheet.
+
+    Attributes:
+        processors: streaming multiprocessors, or compute units.
+        lanes: instructions of one thread that a processor issues per clock, over all its schedulers.
+        clock: Hz.
+        bandwidth: bytes per second.
+    """
+
+    name: str
+    processors: int
+    lanes: int
+    clock: float
+    bandwidth: float
+
+
+DEVICES = {
+    "sm_80": Device("A100 80GB", 108, 128, 1.41e9, 2.039e12),
+    "sm_89": Device("L40S", 142, 128, 2.52e9, 0.864e12),
+    "sm_90": Device("H100 SXM", 132, 128, 1.755e9, 3.35e12),
+    "sm_100": Device("B200", 148, 128, 1.85e9, 8.0e12),
+    "sm_120": Device("RTX 5090", 170, 128, 2.407e9, 1.792e12),
+    "gfx90a": Device("MI250X, one die", 110, 64, 1.7e9, 1.6e12),
+    "gfx942": Device("MI300X", 304, 64, 2.1e9, 5.3e12),
+    "gfx950": Device("MI355X", 256, 64, 2.4e9, 8.0e12),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to call the step; ``bytes`` is what it moves per element."""
+
+    dtype: torch.dtype
+    model_dtype: torch.dtype
+    noise: str | None = None  # "given", "exact" or "fast"
+    clip: bool = False
+    thresholds: bool = False
+    guidance: bool = False
+    x0: bool = False
+    mask: bool = False
+    history: bool = False
+
+    @property
+    def bytes(self) -> int:
+        state = 2 + (self.noise == "given") + self.x0 + 2 * self.mask + 2 * self.history
+        return state * self.dtype.itemsize + (1 + self.guidance) * self.model_dtype.itemsize
+
+
+_F, _B, _H = torch.float32, torch.bfloat16, torch.float16
+VARIANTS = {
+    "folded, float32": Variant(_F, _F),
+    "folded, float16": Variant(_H, _H),
+    "folded, bfloat16": Variant(_B, _B),
+    "folded, float32 beside bfloat16": Variant(_F, _B),
+    "clipped, bfloat16": Variant(_B, _B, clip=True),
+    "dynamic thresholds, bfloat16": Variant(_B, _B, clip=True, thresholds=True),
+    "guidance, bfloat16": Variant(_B, _B, guidance=True),
+    "x0 output, bfloat16": Variant(_B, _B, x0=True),
+    "given noise, bfloat16": Variant(_B, _B, noise="given"),
+    "exact noise, float32": Variant(_F, _F, noise="exact"),
+    "exact noise, bfloat16": Variant(_B, _B, noise="exact"),
+    "fast noise, bfloat16": Variant(_B, _B, noise="fast"),
+    "exact noise, guidance, bfloat16": Variant(_B, _B, noise="exact", guidance=True),
+    "inpainting, bfloat16": Variant(_B, _B, mask=True),
+    "history, bfloat16": Variant(_B, _B, history=True),
+}
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What the disassembly shows of one kernel.
+
+    Attributes:
+        executed: instructions on the path counted, of one thread.
+        elements: elements that one thread computes.
+        by_class: ``executed`` by the first part of the mnemonic.
+        access_bits: width -> how many global accesses wider than 32 bits a thread makes. (64: the row's number, a seed.)
+        spills: bytes of local memory (scratch) of a thread.
+        registers: of a thread.
+    """
+
+    target: str
+    executed: int
+    elements: int
+    by_class: dict[str, int]
+    access_bits: dict[int, int]
+    spills: int
+    registers: int
+
+    @property
+    def per_element(self) -> float:
+        return self.executed / self.elements
+
+
+def predicted_share(variant: Variant, code: MachineCode) -> float:
+    """The share of ``DEVICES[code.target]``'s bandwidth that the variant can use, by the model of this module."""
+    device = DEVICES[code.target]
+    to_move = variant.bytes / device.bandwidth
+    to_issue = code.per_element / (device.processors * device.lanes * device.clock)
+    return min(1.0, to_move / to_issue)
+
+
+def measure(variant: Variant, target: str) -> MachineCode:
+    """Compile a variant of the step for a target, as the launcher does for large tensors, and count.
+
+    Raises:
+        ValueError: the target is not one of ``DEVICES``.
+        ImportError: Triton is not installed.
+    """
+    if target not in DEVICES:
+        raise ValueError(f"target must be one of {', '.join(DEVICES)}, got {target!r}")
+    with _compiling_for(target) as compiled:
+        triton_backend.run(inputs_of(variant))
+    kernel = compiled[-1]
+    threads = kernel.metadata.num_warps * kernel.metadata.warp_size
+    elements = kernel.src.constants[(kernel.src.fn.arg_names.index("BLOCK_SIZE"),)] // threads
+    return _count_amd(kernel, target, elements) if target.startswith("gfx") else _count_nvidia(kernel, target, elements)
+
+
+def inputs_of(variant: Variant, device: str = "meta", n_elements: int = 1 << 20) -> StepInputs:
+    """Four aligned samples of ``n_elements``, updated in place as in a captured loop; on "meta" there is no memory behind them."""
+    samples = 4
+
+    def tensor(wanted: bool, dtype: torch.dtype) -> torch.Tensor | None:
+        return torch.randn((samples, n_elements), device=device).to(dtype) if wanted else None
+
+    columns = dict.fromkeys(("x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps"), 0.25)
+    row = StepCoefficients(
+        **columns,
+        prev_noise=0.25 if variant.noise else 0.0,
+        clip=1.0 if variant.clip else float("inf"),
+        known_noise=0.25 if variant.mask else 0.0,
+        prev_history=0.25 if variant.history else 0.0,
+    )
+    in_registers = variant.noise in ("exact", "fast") or variant.mask
+    x_t = tensor(True, variant.dtype)
+    return StepInputs(
+        x_t,
+        tensor(True, variant.model_dtype),
+        StepTable.of([row], device, 2.0 if variant.guidance else None),
+        torch.zeros(1, dtype=torch.int64, device=device),
+        model_output_uncond=tensor(variant.guidance, variant.model_dtype),
+        noise=tensor(variant.noise == "given", variant.dtype),
+        seeds=torch.arange(samples, device=device) if in_registers else None,
+        thresholds=torch.ones(samples, device=device) if variant.thresholds else None,
+        mask=tensor(variant.mask, variant.dtype),
+        known_x0=tensor(variant.mask, variant.dtype),
+        x_prev=x_t,
+        x0=tensor(variant.x0, variant.dtype),
+        normals="fast" if variant.noise == "fast" else "exact",
+        history=tensor(variant.history, variant.dtype),
+    )
+
+
+# --- compiling without a GPU ------------------------------------------------------------------------------------------------------
+
+
+class _Nothing:
+    """Launches nothing."""
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class _CompileOnly:
+    """A Triton driver for a device that is not there: kernels are compiled for the target, and not run."""
+
+    launcher_cls = _Nothing
+
+    def __init__(self, name: str, target: Any):
+        self._name = name
+        self._target = target
+        self.utils = self
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        # A kernel keeps what it has compiled by device: each target is one of its own.
+        return 1000 + list(DEVICES).index(self._name)
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def load_binary(self, *args: Any) -> tuple[int, int, int, int, int]:
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads: any that Triton accepts
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 1 << 20, "multiprocessor_count": 1, "warpSize": self._target.warp_size}
+
+
+@contextmanager
+def _compiling_for(target: str) -> Iterator[list[Any]]:
+    """What is launched inside is compiled for the target, and listed."""
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
+    compiled: list[Any] = []
+    before = driver._active
+    hook = knobs.runtime.launch_enter_hook
+    driver.set_active(_CompileOnly(target, gpu))
+    from ..kernels.triton_step import ddim_step_kernel
+
+    run = ddim_step_kernel.run
+
+    def run_and_keep(*args: Any, **kwargs: Any) -> Any:
+        compiled.append(run(*args, **kwargs))
+        return compiled[-1]
+
+    ddim_step_kernel.run = run_and_keep
+    try:
+        yield compiled
+    finally:
+        del ddim_step_kernel.run
+        knobs.runtime.launch_enter_hook = hook
+        driver._active = before
+
+
+# --- NVIDIA: SASS ------------------------------------------------------------------------------------------------------------------
+
+_SASS = re.compile(
+    r"^\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<opcode>[A-Z0-9_.]+)(?P<operands>[^;]*);"
+)
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    address: int
+    predicated: bool
+    opcode: str
+    operands: str
+
+    @property
+    def name(self) -> str:
+        return self.opcode.split(".")[0]
+
+    @property
+    def conditional(self) -> bool:
+        """Whether some threads may not do it; a branch can also depend on a predicate that all threads of a warp share (UP0)."""
+        return self.predicated or re.match(r"\s*!?UP\d", self.operands) is not None
+
+    @property
+    def branch_target(self) -> int | None:
+        found = re.search(r"0x([0-9a-f]+)", self.operands) if self.name == "BRA" else None
+        return int(found[1], 16) if found else None
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _count_nvidia(kernel: Any, target: str, elements: int) -> MachineCode:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([_tool("cuobjdump"), "-sass", "-res-usage", file.name], capture_output=True, text=True)
+    if text.returncode:
+        raise RuntimeError(f"cuobjdump could not read the kernel for {target}: {text.stderr.strip()}")
+    listing = text.stdout + text.stderr
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing)
+    path = _longest_path(
+        [
+            _Instruction(int(m["address"], 16), m["predicate"] is not None, m["opcode"], m["operands"])
+            for line in listing.splitlines()
+            if (m := _SASS.match(line))
+        ]
+    )
+    bits = re.compile(r"\.(64|128|256)\b")
+    widths = Counter(int(found[1]) for i in path if i.name in ("LDG", "STG") and (found := bits.search(i.opcode)))
+    if any(i.name in ("LDL", "STL") for i in path):
+        raise RuntimeError("the kernel spills registers to local memory")
+    return MachineCode(
+        target,
+        len(path),
+        elements,
+        dict(Counter(i.name for i in path).most_common()),
+        dict(widths),
+        int(usage[2]) + int(usage[3]),
+        int(usage[1]),
+    )
+
+
+def _longest_path(instructions: list[_Instruction]) -> list[_Instruction]:
+    """The longest way from the first instruction to an exit, over forward branches, around blocks that call a subroutine.
+
+    Raises:
+        RuntimeError: there is a loop, whose count would not be known.
+    """
+    at = {i.address: k for k, i in enumerate(instructions)}
+
+    @cache
+    def best(start: int) -> tuple[int, tuple[int, ...]] | None:
+        """(length, indices of the first instructions of the blocks) from ``start``; None if it must call."""
+        k = start
+        while True:
+            i = instructions[k]
+            if i.name == "CALL":
+                return None
+            if i.name in ("BRX", "JMP", "JMX", "WARPSYNC") or i.opcode.startswith("BRA.DIV"):
+                raise RuntimeError(f"the kernel has a {i.opcode}: where it goes is not known")
+            if i.name in ("EXIT", "RET") and not i.conditional:
+                return k - start + 1, (start,)
+            if i.branch_target is not None:
+                target = at[i.branch_target]
+                if target <= k:
+                    raise RuntimeError(f"the kernel has a loop, to {i.branch_target:#x}: its count is not known")
+                ways = [best(target)] + ([best(k + 1)] if i.conditional else [])
+                ways = [way for way in ways if way is not None]
+                if not ways:
+                    return None
+                length, blocks = max(ways)
+                return k - start + 1 + length, (start, *blocks)
+            k += 1
+
+    found = best(0)
+    if found is None:
+        raise RuntimeError("every way through the kernel calls a subroutine")
+    path = []
+    blocks = found[1]
+    for start, following in zip(blocks, (*blocks[1:], None), strict=True):
+        k = start
+        while True:
+            path.append(instructions[k])
+            i = instructions[k]
+            ends = i.name in ("EXIT", "RET") and not i.conditional
+            if ends or (i.branch_target is not None and following in (at[i.branch_target], k + 1)):
+                break
+            k += 1
+    return path
+
+
+# --- AMD: GCN assembly --------------------------------------------------------------------------------------------------------------
+
+
+def _count_amd(kernel: Any, target: str, elements: int) -> MachineCode:
+    text = kernel.asm["amdgcn"]
+    body, _, after = text.partition("s_endpgm")
+    if re.search(r"^\t[vs]_\w+", after.partition("s_code_end")[0].partition(".section")[0], re.MULTILINE):
+        raise RuntimeError("code follows the end of the program: its count is not known")
+    names = re.findall(r"^\t([a-z]\w+)\b", body, re.MULTILINE)
+    widths = Counter(32 * int(w) for w in re.findall(r"\b(?:global|buffer)_(?:load|store)_dwordx(\d)", body))
+    return MachineCode(
+        target,
+        len(names),
+        elements,
+        dict(Counter(name.split("_")[0] + "_" + name.split("_")[1] for name in names).most_common()),
+        dict(widths),
+        int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)[1]),
+        int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]),
+    )
+
+
+# --- the table ----------------------------------------------------------------------------------------------------------------------
+
+
+def report(targets: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Every variant for each target, as plain data."""
+    for target in targets:
+        for name, variant in VARIANTS.items():
+            code = measure(variant, target)
+            numbers = {
+                "per_element": round(code.per_element, 2),
+                "predicted_share": round(predicted_share(variant, code), 3),
+            }
+            yield {"variant": name, "bytes": variant.bytes} | asdict(code) | numbers
+
+
+@click.command(
+    help=__doc__.split("\n\n")[0] + "\n\nThe share of bandwidth is a prediction from counts: nothing is measured."
+)
+@click.option("--target", "targets", multiple=True, type=click.Choice(list(DEVICES)), help="Default: all.")
+@click.option(
+    "--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write the counts to this file, too."
+)
+def main(targets: tuple[str, ...], path: Path | None) -> None:
+    results = []
+    for target in targets or DEVICES:
+        click.echo(f"\n{target} ({DEVICES[target].name}): predicted, not measured")
+        click.echo(
+            f"{'variant':34}{'instr/elem':>11}{'bytes/elem':>11}{'registers':>10}{'spills':>7}{'bandwidth':>10}  accesses"
+        )
+        for row in report([target]):
+            results.append(row)
+            accesses = ", ".join(f"{count} x {bits}" for bits, count in sorted(row["access_bits"].items()))
+            click.echo(
+                f"{row['variant']:34}{row['per_element']:11.1f}{row['bytes']:11}{row['registers']:10}{row['spills']:7}"
+                f"{row['predicted_share']:10.0%}  {accesses}"
+            )
+    if path is not None:
+        path.write_text(json.dumps({"triton": version("triton"), "kernels": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""Threads of a launch in lock step: registers, groups that branch apart and meet again, and what waits for whom.
+
+Source: PTX ISA, "Control Flow Instructions" and "Parallel Synchronization and Communication Instructions".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .errors import DivergenceError, EndlessError, PtxError, PtxSyntaxError, UnwrittenError
+from .memory import WARP, ScratchMemory, Threads
+from .parser import Instruction, Not
+
+if TYPE_CHECKING:
+    from .execute import Program
+
+SHARED_BASE = (
+    1024  # where shared and local memory begin in their windows; any multiple of the largest alignment would do
+)
+LOCAL_BASE = 1024
+
+Lanes = np.ndarray | None  # positions of the threads that take part, ascending; None: all threads of the chunk
+
+
+class Step:
+    """An instruction, ready to run. ``scope`` is what must have arrived first: "cta", "warp" or nothing."""
+
+    def __init__(
+        self, instruction: Instruction, run: Callable | None, *, kind: str = "plain", scope: str = "", target: int = -1
+    ):
+        self.instruction, self.run, self.kind, self.scope, self.target = instruction, run, kind, scope, target
+        self.name = instruction.name
+        self.needs: Callable | None = None  # the member mask of an instruction of a warp
+        self.threads = self.warps = 0
+
+
+class Chunk:
+    """Some CTAs of a launch while they run."""
+
+    def __init__(self, program: Program, first_cta: int, ctas: int):
+        self.program, self.ctas = program, ctas
+        per_cta = program.threads_per_cta
+        self.size = ctas * per_cta
+        self.first_thread = first_cta * per_cta
+        self.lane_numbers = np.arange(self.size)
+        self.who = (self.lane_numbers + (self.first_thread + 1)).astype(np.int32)
+        self.registers = dict(program.blank_registers)
+        self.undefined = dict(program.blank_undefined)  # bits that nothing has written, of registers that have any
+        self.warp_epoch = np.zeros(self.size // WARP, np.int64)
+        self.when: np.ndarray | None = np.zeros(self.size, np.int64) if program.has_barriers else None
+        shadow = dict(threads_per_cta=per_cta, orders=program.has_barriers, describe=program.describe)
+        cta_of = self.lane_numbers // per_cta
+        granule = program.granules["shared"]
+        self.shared = ScratchMemory("shared memory", SHARED_BASE, program.shared_bytes, cta_of, granule, **shadow)
+        self.local = ScratchMemory(
+            "local memory", LOCAL_BASE, program.local_bytes, self.lane_numbers, program.granules["local"], **shadow
+        )
+        self.copies = Copies()
+        self.alive: np.ndarray | None = None  # None: no thread has ended
+
+    # --- threads ---
+
+    def threads(self, lanes: Lanes) -> Threads:
+        if lanes is None:
+            return Threads(self.lane_numbers, self.who, self.when)
+        return Threads(lanes, self.who[lanes], None if self.when is None else self.when[lanes])
+
+    def count(self, lanes: Lanes) -> int:
+        return self.size if lanes is None else len(lanes)
+
+    def warp_count(self, lanes: Lanes) -> int:
+        if lanes is None:
+            return self.size // WARP
+        return int(np.count_nonzero(np.diff(lanes // WARP))) + 1 if len(lanes) else 0
+
+    def end(self, lanes: Lanes) -> None:
+        if self.alive is None:
+            self.alive = np.ones(self.size, bool)
+        self.alive[slice(None) if lanes is None else lanes] = False
+
+    def special(self, name: str, axis: int, lanes: Lanes) -> np.ndarray:
+        """%tid, %ntid, %ctaid, %nctaid and %laneid."""
+        program = self.program
+        if name in ("%ntid", "%nctaid"):
+            return np.array([(program.block if name == "%ntid" else program.grid)[axis]])
+        every = self.lane_numbers if lanes is None else lanes
+        if name == "%laneid":
+            return every % WARP
+        cta, inside = divmod(every + self.first_thread, program.threads_per_cta)
+        number, shape = (inside, program.block) if name == "%tid" else (cta, program.grid)
+        if axis == 2 or shape[axis] == 1:
+            return number // (shape[0] * shape[1]) if shape[axis] > 1 else np.zeros(1, np.int64)
+        return number % shape[0] if axis == 0 else number // shape[0] % shape[1]
+
+    # --- registers ---
+
+    def read(self, name: str, lanes: Lanes) -> np.ndarray:
+        """A register that must be defined: an address, a predicate that decides, a value that is stored."""
+        if name in self.undefined:
+            self._check_defined(name, lanes)
+        return self.raw(name, lanes)
+
+    def raw(self, name: str, lanes: Lanes) -> np.ndarray:
+        values = self.registers[name]
+        return values if lanes is None or len(values) == 1 else values[lanes]
+
+    def undefined_bits(self, name: str, lanes: Lanes) -> np.ndarray | None:
+        """One bits where the register is undefined; None if it is nowhere."""
+        bits = self.undefined.get(name)
+        return bits if bits is None or lanes is None or len(bits) == 1 else bits[lanes]
+
+    def _check_defined(self, name: str, lanes: Lanes) -> None:
+        bits = self.undefined_bits(name, lanes)
+        if bits.any():
+            first = int(np.argmax(bits != 0))
+            raise UnwrittenError(
+                f"register {name.split('@')[0]} is used, but this thread has not written it, or has made it of what nothing wrote",
+                lane=first if lanes is None else int(lanes[first]),
+            )
+
+    def write(self, name: str, values: np.ndarray, lanes: Lanes, undefined: np.ndarray | None = None) -> None:
+        if lanes is None:
+            self.registers[name] = np.ascontiguousarray(values)
+            if undefined is not None and undefined.any():
+                self.undefined[name] = np.ascontiguousarray(undefined)
+            else:
+                self.undefined.pop(name, None)
+            return
+        new = np.array(
+            np.broadcast_to(self.registers[name], self.size)
+        )  # a copy: other registers may share the old array
+        new[lanes] = values
+        self.registers[name] = new
+        if name in self.undefined or undefined is not None:
+            old = self.undefined.get(name, np.zeros(1, values.dtype))
+            bits = np.array(np.broadcast_to(old, self.size)).astype(new.dtype)
+            bits[lanes] = 0 if undefined is None else undefined
+            self.undefined[name] = bits
+            if not bits.any():
+                del self.undefined[name]
+
+    # --- barriers ---
+
+    def cta_barrier(self, lanes: Lanes) -> None:
+        warps = self.warp_epoch if lanes is None else None
+        if warps is not None:
+            self.warp_epoch += 1 << 32
+        else:
+            self.warp_epoch[np.unique(lanes // WARP)] += 1 << 32
+        self.when = np.repeat(self.warp_epoch, WARP)
+
+    def warp_barrier(self, lanes: Lanes) -> None:
+        self.warp_epoch[slice(None) if lanes is None else np.unique(lanes // WARP)] += 1
+        self.when = np.repeat(self.warp_epoch, WARP)
+
+
+def _first(lanes: Lanes) -> int:
+    return 0 if lanes is None else int(lanes[0])
+
+
+class Copies:
+    """Asynchronous copies to shared memory (``cp.async``) that have not been waited for. Groups are the whole chunk's."""
+
+    def __init__(self):
+        self.open: list[Callable[[], None]] = []
+        self.groups: list[list[Callable[[], None]]] = []
+
+    def commit(self) -> None:
+        self.groups.append(self.open)
+        self.open = []
+
+    def wait(self, keep: int) -> None:
+        while len(self.groups) > keep:
+            for finish in self.groups.pop(0):
+                finish()
+
+
+class Scheduler:
+    """Runs one chunk to its end."""
+
+    def __init__(self, chunk: Chunk, max_steps: int):
+        self.chunk, self.steps, self.max_steps = chunk, chunk.program.steps, max_steps
+        self.waiting: dict[int, Lanes] = {0: None}  # groups that can run, by their next instruction
+        self.parked: dict[int, np.ndarray] = {}  # threads that wait for others of their warp or CTA
+
+    def run(self) -> None:
+        taken = 0
+        while self.waiting or self.parked:
+            if not self.waiting:
+                self._release_or_fail()
+                continue
+            here = min(self.waiting)
+            lanes = self.waiting.pop(here)
+            until = min(self.waiting, default=len(self.steps))
+            while here < until:
+                taken += 1
+                if taken > self.max_steps:
+                    raise self._located(
+                        EndlessError(f"more than {self.max_steps} instructions in a row: it may never end"), here
+                    )
+                step = self.steps[here]
+                if step.kind == "plain" and not step.scope:
+                    self._run_plain(here, step, lanes)
+                    here += 1
+                    continue
+                self._run_special(here, step, lanes)
+                break
+            else:
+                self._add(here, lanes)
+
+    def _guarded(self, step: Step, lanes: Lanes) -> Lanes:
+        guard = step.instruction.guard
+        if guard is None:
+            return lanes
+        name = guard.register.name if isinstance(guard, Not) else guard.name
+        true = self.chunk.read(name, lanes)
+        if isinstance(guard, Not):
+            true = ~true
+        if true.all():
+            return lanes
+        if not true.any():
+            return np.zeros(0, np.int64)
+        return np.flatnonzero(true) if lanes is None else lanes[true]
+
+    def _located(self, error: PtxError, here: int) -> PtxError:
+        if error.line is None:
+            instruction, program = self.steps[here].instruction, self.chunk.program
+            error.line, error.instruction, error.kernel = instruction.line, instruction.text, program.kernel.name
+            if error.lane is not None:
+                error.cta, error.thread = program.thread_name(self.chunk.first_thread + error.lane)
+        return error
+
+    def _run_plain(self, here: int, step: Step, lanes: Lanes) -> None:
+        try:
+            active = self._guarded(step, lanes)
+            if active is not None and not len(active):
+                return
+            self._count(step, active)
+            step.run(self.chunk, active)
+        except PtxError as error:
+            raise self._located(error, here) from None
+
+    def _count(self, step: Step, lanes: Lanes) -> None:
+        step.threads += self.chunk.count(lanes)
+        step.warps += self.chunk.warp_count(lanes)
+
+    def _run_special(self, here: int, step: Step, lanes: Lanes) -> None:
+        try:
+            active = self._guarded(step, lanes)
+        except PtxError as error:
+            raise self._located(error, here) from None
+        rest = _without(lanes, active, self.chunk.size)
+        if len(rest):
+            self._add(here + 1, rest)
+        if active is not None and not len(active):
+            return
+        if step.scope:
+            self._arrive(here, step, active)
+            return
+        self._count(step, active)
+        if step.kind == "branch":
+            self._add(step.target, active)
+        else:
+            self.chunk.end(active)
+
+    def _add(self, here: int, lanes: Lanes) -> None:
+        if here >= len(self.steps):
+            raise self._located(
+                PtxSyntaxError("threads run past the last instruction", lane=_first(lanes)), len(self.steps) - 1
+            )
+        if here in self.waiting:
+            lanes = np.union1d(self.waiting[here], lanes)
+        if lanes is not None and len(lanes) == self.chunk.size:
+            lanes = None
+        self.waiting[here] = lanes
+
+    # --- instructions that wait for others ---
+
+    def _arrive(self, here: int, step: Step, lanes: Lanes) -> None:
+        everyone = lanes
+        if here in self.parked:
+            everyone = np.union1d(self.parked.pop(here), lanes)
+            everyone = None if len(everyone) == self.chunk.size else everyone
+        ready, left = self._complete(here, step, everyone)
+        if ready is None or len(ready):
+            self._run_collective(here, step, ready)
+        if len(left):
+            self.parked[here] = left
+
+    def _complete(self, here: int, step: Step, lanes: Lanes) -> tuple[Lanes, np.ndarray]:
+        """Which of the threads that have arrived have all the others they need, and which must wait."""
+        nobody = np.zeros(0, np.int64)
+        size = self.chunk.size
+        if lanes is None and step.needs is None:
+            return None, nobody
+        present = np.zeros(size, bool)
+        present[slice(None) if lanes is None else lanes] = True
+        if step.scope == "cta":
+            alive = np.ones(size, bool) if self.chunk.alive is None else self.chunk.alive
+            full = ~(alive & ~present).reshape(self.chunk.ctas, -1).any(axis=1)
+            ready = np.repeat(full, self.chunk.program.threads_per_cta)
+        else:
+            try:
+                ready = self._has_members(step, lanes, present)
+            except PtxError as error:
+                raise self._located(error, here) from None
+        ready &= present
+        return (None, nobody) if ready.all() else (np.flatnonzero(ready), np.flatnonzero(present & ~ready))
+
+    def _has_members(self, step: Step, lanes: Lanes, present: np.ndarray) -> np.ndarray:
+        mask = np.zeros(self.chunk.size, np.uint32)
+        mask[slice(None) if lanes is None else lanes] = step.needs(self.chunk, lanes)
+        members = as_masks(present)
+        own = np.uint32(1) << (self.chunk.lane_numbers % WARP).astype(np.uint32)
+        stranger = present & (mask & own == 0)
+        if stranger.any():
+            raise DivergenceError("a thread is not in its own member mask", lane=int(np.argmax(stranger)))
+        return mask & ~members == 0
+
+    def _run_collective(self, here: int, step: Step, lanes: Lanes) -> None:
+        self._count(step, lanes)
+        try:
+            step.run(self.chunk, lanes)
+        except PtxError as error:
+            raise self._located(error, here) from None
+        self._add(here + 1, lanes)
+
+    def _release_or_fail(self) -> None:
+        """Nobody can run: threads that have ended since may have been all that was waited for."""
+        for here in sorted(self.parked):
+            ready, left = self._complete(here, self.steps[here], self.parked[here])
+            if ready is None or len(ready):
+                del self.parked[here]
+                if len(left):
+                    self.parked[here] = left
+                self._run_collective(here, self.steps[here], ready)
+                return
+        here = min(self.parked)
+        raise self._located(self._missing(here), here)
+
+    def _missing(self, here: int) -> DivergenceError:
+        step, parked = self.steps[here], self.parked[here]
+        lane = int(parked[0])
+        group = self.chunk.program.threads_per_cta if step.scope == "cta" else WARP
+        members = np.arange(lane // group * group, lane // group * group + group)
+        absent = np.setdiff1d(members, parked)
+        cta, thread = self.chunk.program.thread_name(self.chunk.first_thread + int(absent[0]))
+        elsewhere = "has ended"
+        for other, lanes in self.parked.items():
+            if absent[0] in lanes:
+                elsewhere = f"waits at line {self.steps[other].instruction.line}"
+        return DivergenceError(
+            f"{len(absent)} of {group} threads of the {step.scope} do not reach this: CTA {cta}, thread {thread} {elsewhere}",
+            lane=lane,
+        )
+
+
+def as_masks(flags: np.ndarray) -> np.ndarray:
+    """One bit for each thread of a warp, given to every thread of it."""
+    packed = np.packbits(flags.reshape(-1, WARP), axis=1, bitorder="little").view(np.uint32)
+    return np.repeat(packed[:, 0], WARP)
+
+
+def _without(lanes: Lanes, taken: Lanes, size: int) -> np.ndarray:
+    if taken is None or taken is lanes:
+        return np.zeros(0, np.int64)
+    return np.setdiff1d(np.arange(size) if lanes is None else lanes, taken, assume_unique=True)

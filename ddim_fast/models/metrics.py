@@ -1,0 +1,286 @@
+"""How close generated Fashion-MNIST pictures are to real ones, told by a small classifier that ships with the package.
+
+    distance = classifier_frechet_distance(images)   # 0 is perfect; see the function for what the number does not mean
+    share = class_agreement(images, labels)          # 1 is perfect
+
+Pictures are ``(N, 1, 28, 28)``, in [-1, 1]. Nothing here needs a GPU or the data set. The weights and the statistics of
+the training set were made by ``training/train_classifier.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+__all__ = [
+    "FashionClassifier",
+    "FeatureStatistics",
+    "class_agreement",
+    "classifier_features",
+    "classifier_frechet_distance",
+    "feature_statistics",
+    "frechet_distance",
+    "load_classifier",
+    "load_features",
+    "load_statistics",
+    "sample_distances",
+]
+
+NUM_CLASSES = 10
+PICTURE_SHAPE = (1, 28, 28)
+WEIGHTS_DIRECTORY = Path(__file__).parent.parent / "weights"
+_NAMES = ("fashion",)
+_BATCH_SIZE = 500  # bounds the memory of an activation to 13 MB, whatever the number of pictures
+
+
+def _convolution(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+class FashionClassifier(nn.Module):
+    """Five convolutions, an average over the picture, and a linear layer: about 100,000 weights, ten classes.
+
+    Pictures are folded into 2 x 2 patches first (28 x 28 x 1 becomes 14 x 14 x 4), which halves the time on a CPU.
+    ``features`` gives what the linear layer reads: ``num_features`` averages of non-negative activations per picture.
+    """
+
+    num_features = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.PixelUnshuffle(2),
+            _convolution(4, 32),
+            _convolution(32, 32),
+            nn.MaxPool2d(2),
+            _convolution(32, 64),
+            _convolution(64, 64),
+            _convolution(64, self.num_features),
+        )
+        self.head = nn.Linear(self.num_features, NUM_CLASSES)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Penultimate features ``(N, 64)`` float32 of ``images`` ``(N, 1, 28, 28)`` float32 in [-1, 1]."""
+        if images.ndim != 4 or tuple(images.shape[1:]) != PICTURE_SHAPE or images.dtype != torch.float32:
+            raise ValueError(
+                f"images must be (N, 1, 28, 28) float32, received {tuple(images.shape)} {images.dtype}. "
+                "Reshape them, or convert them with images.float()."
+            )
+        return self.body(images).mean(dim=(2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, 10)`` float32 of ``images`` ``(N, 1, 28, 28)`` float32 in [-1, 1]."""
+        return self.head(self.features(images))
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureStatistics:
+    """The Gaussian fitted to a set of features.
+
+    Args:
+        mean: ``(D,)`` float64.
+        covariance: ``(D, D)`` float64, symmetric; the unbiased estimate (divided by ``count - 1``).
+        count: how many features it was fitted to; 2 or more.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    count: int
+
+    def __post_init__(self) -> None:
+        dimension = self.mean.numel()
+        if dimension == 0 or tuple(self.mean.shape) != (dimension,):
+            raise ValueError(f"mean must be (D,) with D >= 1, received shape {tuple(self.mean.shape)}. Flatten it.")
+        if tuple(self.covariance.shape) != (dimension, dimension):
+            raise ValueError(
+                f"covariance must be (D, D) with D = {dimension}, the mean's length, received shape "
+                f"{tuple(self.covariance.shape)}. Take mean and covariance from the same features."
+            )
+        for name, values in (("mean", self.mean), ("covariance", self.covariance)):
+            if values.dtype != torch.float64:
+                raise ValueError(f"{name} must be float64, received {values.dtype}. Compute it from features.double().")
+            if not torch.isfinite(values).all():
+                raise ValueError(f"{name} must be finite, received NaN or infinity. Look for NaN in the features.")
+        asymmetry = (self.covariance - self.covariance.T).abs().max().item()
+        if asymmetry > 1e-9 * self.covariance.abs().max().item():
+            raise ValueError(
+                f"covariance must be symmetric, received one that differs from its transpose by {asymmetry:.3g}. "
+                "Use feature_statistics, or (covariance + covariance.T) / 2."
+            )
+        if self.count < 2:
+            raise ValueError(f"count must be 2 or more, received {self.count}. One feature has no covariance.")
+
+
+def feature_statistics(features: Tensor) -> FeatureStatistics:
+    """Mean and unbiased covariance, in float64 on the CPU, of ``features`` ``(N, D)``, floating point, N >= 2."""
+    if features.ndim != 2 or features.shape[0] < 2 or features.shape[1] < 1 or not features.is_floating_point():
+        raise ValueError(
+            f"features must be (N, D), floating point, with N >= 2 and D >= 1, received {tuple(features.shape)} "
+            f"{features.dtype}. Give one row per picture, and two pictures or more."
+        )
+    values = features.detach().to("cpu", torch.float64)
+    mean = values.mean(0)
+    centered = values - mean
+    return FeatureStatistics(mean, centered.T @ centered / (len(values) - 1), len(values))
+
+
+def _symmetric_square_root(covariance: Tensor) -> Tensor:
+    """The positive semi-definite ``R`` ``(D, D)`` with ``R @ R = covariance``; float64.
+
+    The eigenvalues of a rank-deficient matrix come back as rounding noise of either sign. Its square root would be
+    1e8 times larger than the noise and not small at all, so what cannot be told from zero is set to zero.
+    """
+    eigenvalues, eigenvectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    largest = eigenvalues[-1].item()
+    noise = len(covariance) * torch.finfo(torch.float64).eps * eigenvalues.abs().max().item()
+    if eigenvalues[0].item() < -1e-6 * max(largest, 0.0) - noise:
+        raise ValueError(
+            f"covariance must be positive semi-definite, received one with the eigenvalue {eigenvalues[0].item():.3g}. "
+            "Use feature_statistics to compute it."
+        )
+    kept = torch.where(eigenvalues > noise, eigenvalues, 0.0)
+    return eigenvectors * kept.sqrt() @ eigenvectors.T
+
+
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """Squared Frechet (2-Wasserstein) distance of two Gaussians, in float64; never negative.
+
+    ``|mean_a - mean_b|^2 + trace(A + B - 2 sqrt(A^1/2 B A^1/2))`` for the covariances ``A`` and ``B``. The trace is
+    computed as ``min |A^1/2 - B^1/2 Q|^2`` over all orthogonal ``Q`` (Frobenius norm), which is equal to it (orthogonal
+    Procrustes problem, solved by one singular value decomposition): a sum of squares, so nothing cancels where the
+    Gaussians are close, and neither matrix needs full rank.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(
+            f"both statistics must have features of the same length, received {len(a.mean)} and {len(b.mean)}. "
+            "Compute both with the same classifier."
+        )
+    root_a, root_b = _symmetric_square_root(a.covariance), _symmetric_square_root(b.covariance)
+    left, _, right = torch.linalg.svd(root_b @ root_a)
+    spread = (root_a - root_b @ (left @ right)).square().sum()
+    return ((a.mean - b.mean).square().sum() + spread).item()
+
+
+def sample_distances(samples: Tensor, others: Tensor) -> Tensor:
+    """Root mean square difference of each sample ``(N, C, ...)`` to the other of the same number: ``(N,)`` float64."""
+    if samples.shape != others.shape:
+        raise ValueError(
+            f"both must have the same shape, received {tuple(samples.shape)} and {tuple(others.shape)}. Give as many of each."
+        )
+    return (samples.double() - others.double()).flatten(1).square().mean(1).sqrt()
+
+
+def _shipped_file(name: str, kind: str) -> Path:
+    if name not in _NAMES:
+        raise ValueError(f"name must be one of {list(_NAMES)}, received {name!r}. Only these ship with the package.")
+    path = WEIGHTS_DIRECTORY / f"{name}_{kind}.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} ships with the package and must exist; it does not. "
+            "Install the package again, or make the file with training/train_classifier.py."
+        )
+    return path
+
+
+def load_classifier(name: str = "fashion") -> FashionClassifier:
+    """The shipped classifier: on the CPU, float32, in evaluation mode, its weights frozen."""
+    state = load_file(_shipped_file(name, "classifier"))
+    with torch.device("meta"):  # no random initialisation: a caller's random state stays as it was
+        model = FashionClassifier()
+    float32 = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    model.load_state_dict(float32, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def load_statistics(name: str = "fashion") -> FeatureStatistics:
+    """The shipped classifier's ``FeatureStatistics`` over the 60,000 pictures of the training set."""
+    state = load_file(_shipped_file(name, "statistics"))
+    return FeatureStatistics(state["mean"], state["covariance"], int(state["count"]))
+
+
+def load_features(name: str = "fashion") -> Tensor:
+    """The shipped classifier's features ``(2000, 64)`` float32 of 2,000 test pictures, 200 of each class: the first of each in the set."""
+    return load_file(_shipped_file(name, "features"))["features"].float()
+
+
+def _check_pictures(images: Tensor, minimum_count: int) -> None:
+    if images.ndim != 4 or tuple(images.shape[1:]) != PICTURE_SHAPE or len(images) < minimum_count:
+        raise ValueError(
+            f"images must be (N, 1, 28, 28) with N >= {minimum_count}, received shape {tuple(images.shape)}. "
+            "Use images.reshape(-1, 1, 28, 28), and enough pictures."
+        )
+    if not images.is_floating_point():
+        raise ValueError(
+            f"images must be floating point in [-1, 1], received {images.dtype}. "
+            "Bytes are converted with images.float() / 127.5 - 1."
+        )
+    lowest, highest = images.min().item(), images.max().item()
+    if not (lowest >= -1 and highest <= 1):  # NaN fails both comparisons
+        raise ValueError(
+            f"images must be in [-1, 1], received values from {lowest:.4g} to {highest:.4g}. "
+            "Use images.clamp(-1, 1) for a sampler's output, images / 127.5 - 1 for pictures in [0, 255]; "
+            "NaN means that the sampler or the model failed."
+        )
+
+
+@torch.no_grad()
+def _in_batches(function, images: Tensor) -> Tensor:
+    """``function`` of the float32 pictures on the CPU, a batch at a time."""
+    return torch.cat([function(batch.to("cpu", torch.float32)) for batch in images.split(_BATCH_SIZE)])
+
+
+def classifier_features(images: Tensor) -> Tensor:
+    """The shipped classifier's features ``(N, 64)`` float32 on the CPU of ``images`` ``(N, 1, 28, 28)`` in [-1, 1]."""
+    _check_pictures(images, minimum_count=1)
+    return _in_batches(load_classifier().features, images)
+
+
+def classifier_frechet_distance(images: Tensor) -> float:
+    """Frechet distance of ``images`` to the Fashion-MNIST training set, in the features of OUR small classifier.
+
+    This is not FID: the features are not those of the Inception network. The number cannot be compared with any
+    published FID, nor with distances from other weights; only with this function's own values for sets of the same
+    size. It is biased upwards for few pictures, since few features estimate a covariance poorly: compare equal counts,
+    10,000 where you can. The features change little when a picture is shifted by two pixels or mirrored, because the
+    classifier was trained so.
+
+    Measured, for a sense of scale: 10,000 test pictures 0.0018 (the floor), all blurred by one pixel 0.91, noise 14;
+    the bias: 10,000 training pictures 0.0016, 1,000 of them 0.023, 100 of them 0.45.
+
+    Args:
+        images: ``(N, 1, 28, 28)``, any floating point type, in [-1, 1], N >= 2. Pictures in [0, 1] must be mapped
+            with ``2 * images - 1`` first: they pass every check, and get a large distance.
+    """
+    _check_pictures(images, minimum_count=2)
+    return frechet_distance(feature_statistics(classifier_features(images)), load_statistics())
+
+
+def class_agreement(images: Tensor, labels: Tensor) -> float:
+    """Share of the pictures to which the shipped classifier gives the label asked for.
+
+    Args:
+        images: ``(N, 1, 28, 28)``, any floating point type, in [-1, 1], N >= 1.
+        labels: ``(N,)``, integers in [0, 10).
+    """
+    _check_pictures(images, minimum_count=1)
+    if tuple(labels.shape) != (len(images),) or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"labels must be ({len(images)},) integers, received {tuple(labels.shape)} {labels.dtype}. "
+            "Give class numbers, not one-hot rows."
+        )
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= NUM_CLASSES:
+        raise ValueError(
+            f"labels must be in [0, {NUM_CLASSES}), received values from {lowest} to {highest}. "
+            "Leave out pictures made without a label."
+        )
+    predicted = _in_batches(load_classifier(), images).argmax(1)
+    return (predicted == labels.to("cpu")).double().mean().item()

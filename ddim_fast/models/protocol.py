@@ -1,0 +1,61 @@
+"""What the sampler needs of a model, and what real libraries return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Model(Protocol):
+    """Anything that can be called so. ``x``: ``(B, C, ...)``; ``t``: ``(B,)`` int64 timesteps; conditioning by name.
+
+    It returns a tensor of the shape of ``x`` (or with twice the channels, the second half being a learned variance, which DDIM does not
+    use), or a tuple that begins with one, or an object or mapping that has one as ``sample``, as diffusers' models do.
+
+    A model may say more about itself in attributes, which the sampler uses where the user says nothing: ``prediction_type``,
+    ``clip_sample_range``; ``unconditional(conditioning) -> conditioning`` for classifier-free guidance; and ``batches_guidance``, true
+    where both halves of guidance should be one call with twice the batch.
+    """
+
+    def __call__(self, x: Tensor, t: Tensor, **conditioning: Any) -> Any: ...
+
+
+def output_tensor(output: Any, like: Tensor) -> Tensor:
+    """The prediction in what a model returned, as a tensor of the shape of ``like``; a view, never a copy.
+
+    Raises:
+        TypeError: there is no tensor where one should be.
+        ValueError: its shape or device is wrong.
+    """
+    found = output if isinstance(output, Tensor) else _found_in(output)
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            "a model must return a tensor, a tuple that begins with one, or an object with a tensor as .sample, "
+            f"got {type(output).__name__}: wrap it in a function that returns its prediction"
+        )
+    if found.layout != torch.strided:
+        raise TypeError(f"a model must return a dense tensor, got layout {found.layout}: call .to_dense()")
+    if found.shape != like.shape:
+        if found.ndim == like.ndim > 1 and found.shape == (like.shape[0], 2 * like.shape[1], *like.shape[2:]):
+            found = found[:, : like.shape[1]]  # beside it, a learned variance
+        else:
+            raise ValueError(
+                f"a model must return the shape of its input, {tuple(like.shape)} (or twice the channels), got {tuple(found.shape)}"
+            )
+    if found.device != like.device:
+        raise ValueError(
+            f"a model must return its prediction on the device of its input, {like.device}, got {found.device}"
+        )
+    if not found.dtype.is_floating_point:
+        raise TypeError(f"a model must return floating point, got {found.dtype}")
+    return found
+
+
+def _found_in(output: Any) -> Any:
+    """What should be the prediction, where a model did not return it alone."""
+    if isinstance(output, (tuple, list)) and output:
+        return output[0]
+    return output.get("sample") if isinstance(output, Mapping) else getattr(output, "sample", None)

@@ -1,0 +1,100 @@
+"""The models that ship with the package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..plans.schedules import NoiseSchedule
+from .unet import SmallUNet
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a shipped model is: enough to sample it well without asking anyone.
+
+    Attributes:
+        clip_sample_range: what x0 is clipped to where the user does not say; None where clipping makes its samples worse.
+    """
+
+    name: str
+    sample_shape: tuple[int, ...]
+    prediction_type: str
+    clip_sample_range: float | None
+    class_names: tuple[str, ...]
+
+
+FASHION = ModelCard(
+    name="fashion",
+    sample_shape=(1, 28, 28),
+    prediction_type="v_prediction",
+    clip_sample_range=None,  # docs/MODEL_CARD.md has what clipping costs
+    class_names=(
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ),
+)
+SHIPPED = {"fashion": FASHION}
+
+
+class ShippedModel(nn.Module):
+    """The shipped U-Net with its card. ``model(x, t, class_labels=None)``; labels ``(B,)`` int64, ``num_classes`` meaning "no label"."""
+
+    def __init__(self, card: ModelCard, unet: SmallUNet):
+        super().__init__()
+        self.card = card
+        self.unet = unet
+        self.prediction_type = card.prediction_type
+        self.clip_sample_range = card.clip_sample_range
+        self.sample_shape = card.sample_shape
+        self.class_names = card.class_names
+        self.num_classes = unet.num_classes
+        self.schedule = NoiseSchedule.linear()
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        return self.unet(x, t, class_labels)
+
+    def unconditional(self, conditioning: Mapping[str, Any]) -> dict[str, Any]:
+        """The conditioning of classifier-free guidance's other half: the same without a label."""
+        labels = conditioning.get("class_labels")
+        return {**conditioning, "class_labels": None if labels is None else torch.full_like(labels, self.num_classes)}
+
+
+def load_shipped_model(
+    name: str = "fashion", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> ShippedModel:
+    """The model that ships with the package, in eval mode, its weights frozen.
+
+    Args:
+        name: "fashion": pictures of clothes, 28 x 28, ten classes, trained on Fashion-MNIST (model card: docs/MODEL_CARD.md).
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if name not in SHIPPED:
+        raise ValueError(f"a shipped model must be one of {', '.join(SHIPPED)}, got {name!r}")
+    with safe_open(WEIGHTS / f"{name}.safetensors", framework="pt") as file:
+        config = json.loads(file.metadata()["config"])
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+    with torch.device("meta"):
+        unet = SmallUNet(**config)
+    unet.load_state_dict({key: value.to(dtype) for key, value in weights.items()}, assign=True)
+    model = ShippedModel(SHIPPED[name], unet).to(device, memory_format=torch.channels_last)
+    return model.requires_grad_(False).eval()

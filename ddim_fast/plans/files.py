@@ -1,0 +1,139 @@
+"""A list of timesteps as a small JSON file, with where it came from: what ``ddim-fast search`` writes, and every sampler reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .schedules import NoiseSchedule
+from .timesteps import explicit_model_timesteps, explicit_timesteps
+
+FORMAT = "ddim_fast timesteps"
+VERSION = 2
+READABLE = (1, 2)
+"""Version 1 has no ``model_timesteps``."""
+SUFFIX = ".json"
+
+
+@dataclass(frozen=True)
+class TimestepList:
+    """Timesteps to visit, and what they are meant for.
+
+    Args:
+        timesteps: strictly decreasing, each in [0, num_train_timesteps).
+        num_train_timesteps: T of the schedule that they count in.
+        schedule_digest: of that schedule (``NoiseSchedule.digest``); None where it does not matter.
+        order: of the steps that they were chosen for.
+        eps_residual: the mean squared error of the model's eps at each of them, for an analytic variance; None where not measured.
+        provenance: how they were found, as JSON: method, model, samples, seeds, scores.
+        model_timesteps: what the model is told at each of them, in any order; None: the timesteps themselves. A sampler that cannot tell
+            the one apart from the other has no use for the list then.
+    """
+
+    timesteps: tuple[int, ...]
+    num_train_timesteps: int
+    schedule_digest: str | None = None
+    order: int = 1
+    eps_residual: tuple[float, ...] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    model_timesteps: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "timesteps", explicit_timesteps(self.timesteps, self.num_train_timesteps))
+        if self.eps_residual is not None and len(self.eps_residual) != len(self.timesteps):
+            raise ValueError(
+                f"eps_residual must be one for each of the {len(self.timesteps)} timesteps, got {len(self.eps_residual)}"
+            )
+        if self.model_timesteps is not None:
+            told = explicit_model_timesteps(self.model_timesteps, len(self.timesteps), self.num_train_timesteps)
+            object.__setattr__(self, "model_timesteps", told)
+
+    def for_schedule(self, schedule: NoiseSchedule, path: str = "the list") -> tuple[int, ...]:
+        """The timesteps, for a sampler with this schedule.
+
+        Raises:
+            ValueError: they count in another number of training timesteps.
+
+        Warns where the schedule is another of the same length: the list works there, but was not chosen for it.
+        """
+        if schedule.num_train_timesteps != self.num_train_timesteps:
+            raise ValueError(
+                f"{path} counts {self.num_train_timesteps} training timesteps, and the schedule has {schedule.num_train_timesteps}: "
+                "search again with this schedule"
+            )
+        if self.schedule_digest not in (None, schedule.digest):
+            warnings.warn(
+                f"{path} was made for another noise schedule of the same length: its timesteps are used as they are",
+                stacklevel=4,
+            )
+        return self.timesteps
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the file."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "timesteps": list(self.timesteps),
+            "model_timesteps": None if self.model_timesteps is None else list(self.model_timesteps),
+            "num_train_timesteps": self.num_train_timesteps,
+            "schedule_sha256": self.schedule_digest,
+            "order": self.order,
+            "eps_residual": None if self.eps_residual is None else list(self.eps_residual),
+            "provenance": self.provenance,
+        }
+        # Lists of numbers on a line each, for people.
+        lines = ",\n".join(f' "{name}": {_one_line(value)}' for name, value in content.items())
+        Path(path).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+
+
+def read_timesteps(path: str | os.PathLike[str]) -> TimestepList:
+    """The list in a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such list; the message says what is wrong with it.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file of timesteps {path}: make one with ddim-fast search") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} must be JSON, as ddim-fast search writes it, got something else ({error})") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError(
+            f'{path} must be an object with "format": "{FORMAT}", as ddim-fast search writes it, got {str(found)[:80]}'
+        )
+    if found.get("version") not in READABLE:
+        raise ValueError(
+            f"{path} must have version {' or '.join(map(str, READABLE))}, got {found.get('version')!r}: "
+            "make it again with this ddim_fast, or update ddim_fast"
+        )
+    try:
+        result = TimestepList(
+            tuple(found["timesteps"]),
+            found["num_train_timesteps"],
+            found.get("schedule_sha256"),
+            found.get("order", 1),
+            _numbers(found.get("eps_residual")),
+            found.get("provenance", {}),
+            found.get("model_timesteps"),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no list of timesteps: {error}") from None
+    if result.order not in (1, 2):
+        raise ValueError(f"{path} must have order 1 or 2, got {result.order!r}")
+    return result
+
+
+def _one_line(value: Any) -> str:
+    indent = 1 if isinstance(value, Mapping) else None
+    return json.dumps(value, indent=indent, allow_nan=False).replace("\n", "\n ")
+
+
+def _numbers(values: Any) -> tuple[float, ...] | None:
+    return None if values is None else tuple(float(value) for value in values)

@@ -1,0 +1,194 @@
+"""CUDA graphs: a step is captured once and replayed, so that the host launches one graph instead of hundreds of kernels.
+
+What captures is a small object behind a protocol, ``GraphBackend``. ``CudaGraphs`` is the real one; ``ddim_fast.gpu_lab.replay`` has a
+stand-in that records and replays on the CPU, with the pointers and numbers frozen as in a real graph.
+
+Sources: "CUDA Graphs", stream capture, in the CUDA C++ programming guide; "CUDA Graphs" in PyTorch's notes on CUDA semantics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import os
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+WARM_UP_CALLS = 3
+"""cuBLAS and cuDNN choose and allocate in the first call, autotuners in the first few."""
+
+
+class CaptureError(RuntimeError):
+    """What was to be captured cannot be. The message has the rule, what was called and where, and the remedy."""
+
+
+class CapturedGraph(Protocol):
+    """What was captured. ``output`` is what the function returned: tensors that every replay fills anew, and that nothing has filled yet.
+
+    Every tensor that the function used is used at the same address by every replay, and every Python number with the value that it had:
+    tensors that it did not make itself must stay alive, and what changes between replays must be in a tensor.
+    """
+
+    output: Any
+
+    def replay(self) -> None:
+        """Run what was captured, in the order of the current stream; the host does not wait."""
+
+    def reset(self) -> None:
+        """Free the graph and its memory. It cannot be replayed any more."""
+
+
+class GraphBackend(Protocol):
+    """Captures functions without arguments: what they work on, they hold."""
+
+    def warm_up(self, function: Callable[[], Any], times: int = WARM_UP_CALLS) -> None:
+        """Call ``function`` for real, so that nothing happens for the first time in a capture. It changes what it writes to."""
+
+    def capture(self, function: Callable[[], Any]) -> CapturedGraph:
+        """Call ``function`` once, recording instead of running: no tensor changes until the first replay.
+
+        Raises:
+            CaptureError: it did what cannot be recorded.
+        """
+
+
+class CudaGraph:
+    """A captured ``torch.cuda.CUDAGraph`` and what the captured function returned."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: Any):
+        self._graph: torch.cuda.CUDAGraph | None = graph
+        self.output = output
+
+    def replay(self) -> None:
+        """Launch the graph on the current stream. What was put on that stream before is seen by it.
+
+        Raises:
+            RuntimeError: the graph was reset.
+        """
+        if self._graph is None:
+            raise RuntimeError("a graph can be replayed until it is reset, got one that was: capture again")
+        self._graph.replay()
+
+    def reset(self) -> None:
+        self.output = None
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph = None
+
+
+class CudaGraphs:
+    """Captures with ``torch.cuda.CUDAGraph``, on a stream of its own, each graph in a private memory pool.
+
+    Args:
+        device: the CUDA device. None: the current one.
+        pool: ``torch.cuda.graph_pool_handle()`` or another graph's pool, to share one pool between graphs that are replayed in the order
+            in which they were captured, and never at the same time. None: each its own.
+    """
+
+    def __init__(self, device: str | int | torch.device | None = None, pool: tuple[int, int] | None = None):
+        self._device = device
+        self._pool = pool
+        self._side: torch.cuda.Stream | None = None
+
+    def _side_stream(self) -> torch.cuda.Stream:
+        # A capture is not possible on the default stream, which other streams wait for.
+        if self._side is None:
+            self._side = torch.cuda.Stream(self._device)
+        return self._side
+
+    def warm_up(self, function: Callable[[], Any], times: int = WARM_UP_CALLS) -> None:
+        """Call ``function`` on the side stream, where it will be captured: libraries keep their workspaces by stream.
+
+        The side stream first waits for what the current one was given; the current one then waits for the side stream. The host waits
+        for neither.
+        """
+        side = self._side_stream()
+        with torch.cuda.device(side.device):
+            current = torch.cuda.current_stream()
+            side.wait_stream(current)
+            try:
+                # What a model draws at random while it warms up is drawn again by the run.
+                with torch.cuda.stream(side), torch.random.fork_rng(devices=[side.device.index]):
+                    for _ in range(times):
+                        function()
+            finally:
+                current.wait_stream(side)
+
+    def capture(self, function: Callable[[], Any]) -> CudaGraph:
+        """Capture one call of ``function``. Waits for the device first.
+
+        The error mode is "thread_local". The default, "global", would fail the capture because of unsafe calls of *any* thread, such as
+        an allocation by a data loader's thread that pins memory; "relaxed" would let our own unsafe calls pass unnoticed.
+
+        Raises:
+            CaptureError: ``function`` raised, or did what a stream cannot record. The message names the line; the cause is the error
+                as it came. The current stream is what it was, the capture is over and its memory given back.
+        """
+        side = self._side_stream()
+        graph, pool = torch.cuda.CUDAGraph(), self._pool
+        if pool is None:
+            pool = torch.cuda.graph_pool_handle()
+        raised: list[BaseException] = []
+        output = None
+        with torch.cuda.device(side.device):
+            current = torch.cuda.current_stream()
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                    try:
+                        output = function()
+                    except BaseException as error:
+                        raised.append(error)
+                        raise
+            except BaseException as error:
+                # After a forbidden call torch.cuda.graph raises a second error when it ends the capture: the first one tells.
+                first = raised[0] if raised else error
+                torch.cuda.set_stream(current)
+                _give_up(graph, pool, side.device)
+                if not isinstance(first, Exception):
+                    raise first from None
+                if isinstance(first, CaptureError):
+                    raise
+                raise _explained(first) from first
+        return CudaGraph(graph, output)
+
+
+def _give_up(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.device) -> None:
+    """Leave the allocator as it was before a capture that failed.
+
+    Where the end of the capture fails, ``CUDAGraph`` neither takes the pool out of the allocator's list of captures underway, without
+    which no memory of other streams would be collected, nor gives up its share in the pool.
+    """
+    graph.reset()
+    # RuntimeError: the capture did end, and the pool is not in the list any more.
+    with contextlib.suppress(AttributeError, RuntimeError):
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
+
+
+_SKIPPED = (str(Path(torch.__file__).parent) + os.sep, str(Path(contextlib.__file__).parent) + os.sep)
+_SITE_PACKAGES = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+
+
+def _explained(error: Exception) -> CaptureError:
+    """The error of a capture, with the innermost line outside torch that led to it."""
+    where, traceback = "", error.__traceback__
+    while traceback is not None:
+        code, line = traceback.tb_frame.f_code, traceback.tb_lineno
+        name = code.co_filename
+        if name != __file__ and (not name.startswith(_SKIPPED) or _is_installed(name)):
+            where = f" at {name}:{line}, in {code.co_name}: `{linecache.getline(name, line).strip()}`"
+        traceback = traceback.tb_next
+    message = (str(error).strip().splitlines() or ["without a message"])[0]
+    return CaptureError(
+        "a captured step may launch kernels and nothing else: no waiting for the device, no shape that depends on data, no copy "
+        f"between host and device, got {type(error).__name__}: {message}{where}: do it before the loop or on the device, or sample "
+        "without CUDA graphs"
+    )
+
+
+def _is_installed(name: str) -> bool:
+    return name.startswith(_SITE_PACKAGES) and not name.startswith(_SKIPPED[0])

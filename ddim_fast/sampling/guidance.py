@@ -1,0 +1,133 @@
+"""Guidance: what steers the model's output before a step, by a second output without the condition, or by a classifier's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..plans.coefficients import classifier_guidance_weight
+from ..plans.plan import SamplingPlan
+
+GuidanceScale = float | Sequence[float] | Callable[[int], float]
+"""One number for all steps, one for each in order, or a function of the timestep."""
+
+
+@dataclass(frozen=True)
+class ClassifierGuidance:
+    """Guidance by a classifier's gradient: algorithm 2 of Dhariwal and Nichol 2021, arXiv 2105.05233.
+
+    Attributes:
+        cond_fn: ``cond_fn(x_t, t, **conditioning)``: the gradient of log p(y | x_t) by x_t, scaled as wanted, like ``x_t``.
+        conditioning: of the model's call; with classifier-free guidance, of the conditional one.
+        weights: for each step, what the model's output changes by where the gradient is 1.
+        timesteps: for each step, that of ``x_t``, which the classifier is told whatever the model is.
+    """
+
+    cond_fn: Callable[..., Tensor]
+    conditioning: Mapping[str, Any]
+    weights: Sequence[float]
+    timesteps: Sequence[int]
+
+    def shifted(self, model_output: Tensor, x_t: Tensor, step: int) -> Tensor:
+        """The model's output as if it knew what the classifier does, in the dtype of ``x_t``.
+
+        Raises:
+            TypeError, ValueError: the gradient is not like ``x_t``.
+        """
+        # Copies that gradients can be taken for, and that cond_fn may change.
+        with torch.inference_mode(False), torch.enable_grad():
+            t = torch.full((len(x_t),), self.timesteps[step], device=x_t.device)
+            gradient = self.cond_fn(x_t.clone(), t, **self.conditioning)
+        if not isinstance(gradient, Tensor) or not gradient.dtype.is_floating_point:
+            raise TypeError(f"cond_fn must return a floating-point tensor, the gradient for x_t, got {gradient!r:.80}")
+        if gradient.shape != x_t.shape or gradient.device != x_t.device:
+            raise ValueError(
+                f"cond_fn must return the shape and device of x_t, {tuple(x_t.shape)} on {x_t.device}, "
+                f"got {tuple(gradient.shape)} on {gradient.device}"
+            )
+        dtype = torch.promote_types(x_t.dtype, torch.float32)
+        return torch.add(model_output.to(dtype), gradient.detach().to(dtype), alpha=self.weights[step]).to(x_t.dtype)
+
+
+def guidance_scales(guidance_scale: GuidanceScale | None, timesteps: Sequence[int]) -> tuple[float, ...] | None:
+    """One scale for each step; None where all are 1, which is no guidance.
+
+    Raises:
+        TypeError, ValueError: a scale is no number or not finite in float32, or there is not one for each step.
+    """
+    if isinstance(guidance_scale, (Tensor, np.ndarray)):
+        guidance_scale = guidance_scale.tolist()
+    if guidance_scale is None:
+        return None
+    if callable(guidance_scale):
+        scales = [guidance_scale(t) for t in timesteps]
+    elif isinstance(guidance_scale, Sequence) and not isinstance(guidance_scale, str):
+        scales = list(guidance_scale)
+    else:
+        scales = [guidance_scale] * len(timesteps)
+    if len(scales) != len(timesteps):
+        raise ValueError(
+            f"guidance_scale must be one number, or one for each of the {len(timesteps)} steps, got {len(scales)}"
+        )
+    for scale in scales:
+        if not isinstance(scale, Real):
+            raise TypeError(
+                f"guidance_scale must be a number, a list of numbers, or a function of the timestep, got {scale!r}"
+            )
+        if not abs(scale) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"guidance_scale must be finite in float32, got {scale}")
+    return None if all(scale == 1 for scale in scales) else tuple(float(scale) for scale in scales)
+
+
+def check_rescale(guidance_rescale: float, guidance_scale: GuidanceScale | None) -> None:
+    """Raise TypeError or ValueError where phi is no number in [0, 1], or there is no guidance to rescale."""
+    if not isinstance(guidance_rescale, Real):
+        raise TypeError(f"guidance_rescale must be a number in [0, 1], got {guidance_rescale!r}")
+    if not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale must be in [0, 1], got {guidance_rescale}")
+    if guidance_rescale and guidance_scale is None:
+        raise ValueError(
+            f"guidance_rescale={guidance_rescale} mends what a guidance_scale does, got none: pass one, or leave both out"
+        )
+
+
+def classifier_guidance(
+    cond_fn: Callable[..., Tensor] | None, conditioning: Mapping[str, Any], plan: SamplingPlan
+) -> ClassifierGuidance | None:
+    """What steers the steps of a plan; None without ``cond_fn``.
+
+    Raises:
+        TypeError, ValueError: ``cond_fn`` cannot be called, or a step cannot be steered.
+    """
+    if cond_fn is None:
+        return None
+    if not callable(cond_fn):
+        raise TypeError(f"cond_fn must be callable as cond_fn(x_t, t, **conditioning), got {type(cond_fn).__name__}")
+    weights = [classifier_guidance_weight(step.alpha_bar_t, plan.prediction_type) for step in plan.steps]
+    return ClassifierGuidance(cond_fn, conditioning, weights, plan.timesteps)
+
+
+def guided_output(
+    conditional: Tensor, unconditional: Tensor, scale: float | Tensor, rescale: float, dtype: torch.dtype
+) -> Tensor:
+    """``unconditional + scale * (conditional - unconditional)`` in ``dtype``, its standard deviation over each sample brought towards
+    that of ``conditional`` by the share ``rescale`` (Lin et al. 2023, arXiv 2305.08891, section 3.4).
+
+    Args:
+        scale: a number, or one on the device.
+    """
+    computed_in = torch.promote_types(dtype, torch.float32)
+    conditional, unconditional = conditional.to(computed_in), unconditional.to(computed_in)
+    guided = unconditional + scale * (conditional - unconditional)
+    if rescale and guided.numel():
+        sizes = tuple(range(1, guided.ndim))
+        wanted, found = (m.std(sizes, correction=0, keepdim=True) for m in (conditional, guided))
+        # An output that is the same everywhere has no deviation to change.
+        guided = guided * (rescale * torch.where(found > 0, wanted / found, 1.0) + (1 - rescale))
+    return guided.to(dtype)

@@ -1,0 +1,199 @@
+"""What a run starts with: its place, the conditioning of its model calls, seeds, noise, a noised picture, a known region."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ..kernels.dispatch import ddim_step, normals
+from ..kernels.noise import NoiseStream, check_seed, sample_seeds
+from ..models.protocol import Model
+from ..plans.coefficients import known_region_coefficients, noising_coefficients
+from ..utils.checks import check_alike, check_samples, usable_device
+
+BEFORE_THE_FIRST_STEP = (1 << 32) - 1
+"""Step -1 of the noise standard's stream KNOWN_REGION: the noise of the known region at x_T, which no step makes."""
+
+
+def place(
+    shape: Sequence[int] | None, device: str | torch.device, dtype: torch.dtype, **given: Tensor | None
+) -> tuple[tuple[int, ...], torch.device, torch.dtype]:
+    """Shape, device and dtype of the samples: of the tensors given, or else as asked for."""
+    given = {name: tensor for name, tensor in given.items() if tensor is not None}
+    for name, tensor in given.items():
+        check_samples(name, tensor)
+        if shape is not None and tuple(shape) != tuple(tensor.shape):
+            raise ValueError(f"shape must be that of {name}, {tuple(tensor.shape)}, or left out, got {tuple(shape)}")
+    if not given:
+        return _check_shape(shape), usable_device(device), dtype
+    (first_name, first), *others = given.items()
+    for name, tensor in others:
+        check_alike(name, tensor, first_name, first)
+    return tuple(first.shape), first.device, first.dtype
+
+
+def _check_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
+    if shape is None:
+        raise ValueError("shape is needed, for instance shape=(16, 3, 32, 32), where no x_T is given")
+    try:
+        shape = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        raise TypeError(f"shape must be integers (batch, channels, ...), got {shape!r}") from None
+    if len(shape) < 2 or min(shape) < 0:
+        raise ValueError(f"shape must be (batch, channels, ...) with no negative size, got {shape}")
+    return shape
+
+
+def conditionings_of(model: Model, conditioning, scales, unconditional_conditioning) -> list[Mapping[str, Any]]:
+    """The conditioning of each model call of a step: one, or a conditional and an unconditional one."""
+    conditioning = dict(conditioning or {})
+    if not callable(model):
+        raise TypeError(f"model must be callable as model(x, t, **conditioning), got {type(model).__name__}")
+    if scales is None:
+        return [conditioning]
+    if unconditional_conditioning is None:
+        unconditional = getattr(model, "unconditional", None)
+        if unconditional is None:
+            raise ValueError(
+                f"guidance_scale={scales[0]} needs the model's unconditional output, too: pass unconditional_conditioning"
+            )
+        unconditional_conditioning = unconditional(conditioning)
+    return [conditioning, dict(unconditional_conditioning)]
+
+
+def repeat_conditioning(conditioning: Mapping[str, Any] | None, batch_size: int, times: int) -> dict[str, Any] | None:
+    """Conditioning for a batch that is ``times`` copies of one of ``batch_size``: tensors whose first size is that are repeated."""
+    if conditioning is None:
+        return None
+
+    def repeat(tensor: Tensor) -> Tensor:
+        of_batch = tensor.ndim > 0 and len(tensor) == batch_size
+        return tensor.repeat(times, *[1] * (tensor.ndim - 1)) if of_batch else tensor
+
+    return tree_map_only(Tensor, repeat, dict(conditioning))
+
+
+def seeds_of_samples(seed, seeds, generator, batch_size: int, needed: bool = True) -> Tensor | None:
+    """``(B,)`` int64 on the host: the seed of each sample; None where noise comes from a generator, or none is needed."""
+    if generator is None and not needed and seeds is None:
+        if seed is not None:
+            check_seed(_integer("seed", seed))  # wrong is wrong, needed or not
+        return None
+    if generator is None:
+        return _per_sample_seeds(seed, seeds, batch_size)
+    if seed is not None or seeds is not None:
+        raise ValueError("noise comes from one place: pass seed, seeds or generator, got generator and another")
+    return None
+
+
+def _per_sample_seeds(seed: int | None, seeds, batch_size: int) -> Tensor:
+    """``(B,)`` int64 from one seed, a list of seeds, or torch's global generator."""
+    if seed is not None and seeds is not None:
+        raise ValueError("noise comes from one place: pass seed or seeds, got both")
+    if seeds is None:
+        seed = int(torch.randint(2**63 - 1, ())) if seed is None else _integer("seed", seed)
+        return torch.from_numpy(sample_seeds(seed, batch_size))
+    if isinstance(seeds, (Tensor, np.ndarray)):
+        seeds = seeds.tolist()
+    if not isinstance(seeds, Sequence):
+        raise TypeError(f"seeds must be a list of integers, one per sample, got {seeds!r}: for one number use seed")
+    if len(seeds) != batch_size:
+        raise ValueError(f"seeds must have one entry per sample, {batch_size}, got {len(seeds)}")
+    seeds = [_integer("a seed", s) for s in seeds]
+    if bad := [s for s in seeds if not -(1 << 63) <= s < 1 << 64]:
+        raise ValueError(f"a seed must fit in 64 bits, got {bad[0]}")
+    return torch.tensor([s - (1 << 64) if s >= 1 << 63 else s for s in seeds], dtype=torch.int64)
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got the {type(value).__name__} {value!r}") from None
+
+
+def initial_state(shape, x_T, per_sample, generator, device, dtype) -> Tensor:
+    """x_T, in memory of its own. Outside inference mode, so that the caller gets ordinary tensors."""
+    if x_T is not None:
+        return x_T.detach().clone(memory_format=torch.contiguous_format)
+    if generator is not None:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    return normals(per_sample, shape[1:], 0, NoiseStream.INITIAL, dtype)
+
+
+def noised(x0: Tensor, alpha_bar_t: float, seeds: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """x0 at a noise level (equation 4 of the DDIM paper), in one kernel pass.
+
+    The noise is what ``sample`` would start from: of the stream INITIAL, or the generator's next ``randn``.
+    """
+    x0 = x0.detach()
+    noise = None
+    if generator is not None:
+        noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+    seeds = None if seeds is None else seeds.to(x0.device)
+    row = noising_coefficients(alpha_bar_t)
+    return ddim_step(x0, x0, row, noise=noise, seeds=seeds, noise_stream=NoiseStream.INITIAL)
+
+
+def known_region(mask: Tensor | None, known_x0: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The mask in shape, dtype and device of ``known_x0``, and ``known_x0``, both contiguous; or neither.
+
+    Raises:
+        TypeError, ValueError: only one is given, a type or shape is wrong, or the mask leaves [0, 1]. (That is looked at on the CPU only:
+            elsewhere it would wait for the device.)
+    """
+    if mask is None and known_x0 is None:
+        return None, None
+    if mask is None or known_x0 is None:
+        have, lack = ("known_x0", "mask") if mask is None else ("mask", "known_x0")
+        raise ValueError(f"inpainting needs both mask and known_x0, got only {have}: pass {lack}, too, or neither")
+    check_samples("known_x0", known_x0)
+    if not isinstance(mask, Tensor) or mask.is_complex():
+        raise TypeError(f"mask must be a real tensor, 1 where the picture is known, got {mask!r:.80}")
+    mask = mask.detach()
+    if mask.device.type == "cpu" and not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise ValueError(
+            f"mask must be from 0 (drawn anew) to 1 (known), got {mask.min().item()} to {mask.max().item()}: scale it"
+        )
+    try:
+        mask = mask.expand(known_x0.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"mask must broadcast to known_x0, {tuple(known_x0.shape)}, got {tuple(mask.shape)}: "
+            "for instance (B, 1, H, W), or (H, W)"
+        ) from None
+    return mask.to(known_x0.device, known_x0.dtype).contiguous(), known_x0.detach().contiguous()
+
+
+def blend_known_region(
+    x_t: Tensor,
+    mask: Tensor,
+    known_x0: Tensor,
+    alpha_bar_t: float,
+    seeds: Tensor | None,
+    generator: torch.Generator | None,
+    backend: str | None,
+) -> None:
+    """Put the known picture into the start x_T, in place and at its noise level, as every step does for its x_prev."""
+    row = known_region_coefficients(alpha_bar_t)
+    known_noise = None
+    if generator is not None:
+        known_noise = torch.randn(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
+    ddim_step(
+        x_t,
+        x_t,
+        row,
+        mask=mask,
+        known_x0=known_x0,
+        known_noise=known_noise,
+        seeds=seeds,
+        noise_step=BEFORE_THE_FIRST_STEP,
+        out=x_t,
+        backend=backend,
+    )

@@ -1,0 +1,313 @@
+"""A run of the sampler as data: its tensors, allocated before the first step and reused in every one, and the step itself.
+
+The step comes in two forms that compute the same bits. ``planned_step`` knows which step it is. ``step_by_index`` does not: its row
+of coefficients, its timestep and its place in the noise are found by a number in device memory that it then advances, so it can be
+captured in a CUDA graph once and replayed for every step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.contract import StepTable
+from ..kernels.dispatch import ddim_step, ddim_step_from_table
+from ..kernels.noise import NoiseStream
+from ..kernels.thresholding import dynamic_thresholds
+from ..models.protocol import Model, output_tensor
+from ..plans.plan import PlannedStep
+from .guidance import ClassifierGuidance, guided_output
+
+ModelCall = Callable[[Tensor, Tensor], Any]
+"""``call(x, t)``: the model with its conditioning."""
+
+
+@dataclass
+class Timing:
+    """Seconds spent in the model and in the update, filled in by ``sample(timing=...)``. On a GPU these are times to launch.
+
+    Replays of a captured loop do not tell the two apart: their time is in ``captured_seconds``.
+    """
+
+    model_seconds: float = 0.0
+    update_seconds: float = 0.0
+    captured_seconds: float = 0.0
+    steps: int = 0
+
+
+@dataclass
+class Trajectory:
+    """Every state of a run.
+
+    Attributes:
+        timesteps: S timesteps visited.
+        x_t: S + 1 tensors ``(B, ...)``: the noisy samples before each step, and the result.
+        x0: S tensors ``(B, ...)``: the prediction of the clean samples at each step.
+    """
+
+    timesteps: list[int] = field(default_factory=list)
+    x_t: list[Tensor] = field(default_factory=list)
+    x0: list[Tensor] = field(default_factory=list)
+
+    @property
+    def samples(self) -> Tensor:
+        return self.x_t[-1]
+
+    def add(self, t: int, x_t: Tensor, x0: Tensor) -> None:
+        """Keep copies, as ordinary tensors also where inference mode is on."""
+        with torch.inference_mode(False):
+            self.timesteps.append(t)
+            self.x_t.append(x_t.clone())
+            self.x0.append(x0.clone())
+
+
+@dataclass(frozen=True)
+class Thresholding:
+    """Dynamic thresholding: the quantile of |x0| that x0 is scaled by, and its maximum."""
+
+    ratio: float
+    maximum: float
+
+
+@dataclass
+class Position:
+    """Where ``step_by_index`` is: everything it must not know from Python.
+
+    Attributes:
+        table: the coefficients of the steps.
+        index: ``(1,)`` int64: the number of the next step.
+        timesteps: ``(S, B)`` int64: what the model is told.
+        t: ``(1, B)`` int64: the same for the step underway.
+        thresholds: ``(B,)`` float32: its dynamic thresholds.
+    """
+
+    table: StepTable
+    index: Tensor
+    timesteps: Tensor
+    t: Tensor
+    thresholds: Tensor
+
+
+@dataclass
+class Loop:
+    """The tensors of a run, and what its steps need beside them.
+
+    Attributes:
+        x_t: ``(B, C, ...)`` the noisy samples; each step's result takes their place.
+        calls: the model calls of a step: one; or with guidance a conditional and an unconditional one, or one of twice the batch that is
+            both.
+        guidance_scales: one for each step, where there are two calls; or None.
+        seeds: ``(B,)`` int64, for in-register noise; or None.
+        noise: like ``x_t``: what a ``generator`` fills before each step that adds noise; or None.
+        normals: the form of in-register noise, one of ``kernels.contract.NORMALS``.
+        model_input: like ``x_t``, in the model's dtype, where that differs; or None.
+        x_seen, x0: like ``x_t``, where the caller wants to see them: what the model saw, and what it predicted from it; or None.
+        guidance_rescale: phi of ``guided_output``; 0 leaves guidance to the step's kernel.
+        mask, known_x0: like ``x_t``: the known region (1) and the picture there; or None.
+        known_noise: like ``x_t``: what a ``generator`` fills before each step whose known region has noise; or None.
+        history: like ``x_t``: the x0 of the step before, for steps of a multistep form; or None. The first step reads none.
+    """
+
+    x_t: Tensor
+    calls: Sequence[ModelCall]
+    guidance_scales: Sequence[float] | None
+    thresholding: Thresholding | None
+    seeds: Tensor | None
+    generator: torch.Generator | None
+    noise: Tensor | None
+    model_input: Tensor | None
+    x_seen: Tensor | None
+    x0: Tensor | None
+    normals: str = "exact"
+    guidance_rescale: float = 0.0
+    classifier: ClassifierGuidance | None = None
+    mask: Tensor | None = None
+    known_x0: Tensor | None = None
+    known_noise: Tensor | None = None
+    history: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.x_t.shape
+
+    def planned_step(self, step: PlannedStep, t: Tensor, timing: Timing, backend: str | None) -> None:
+        """Advance ``x_t`` by this step; ``t`` ``(B,)`` are the timesteps that the model is told."""
+        started = time.perf_counter()
+        x_t = self.x_t
+        model_output, uncond = self.predict(t)
+        scale = None if uncond is None else self.guidance_scales[step.index]
+        if uncond is not None and (self.guidance_rescale or self.classifier is not None):
+            model_output = guided_output(model_output, uncond, scale, self.guidance_rescale, x_t.dtype)
+            uncond = scale = None
+        if self.classifier is not None:
+            model_output = self.classifier.shifted(model_output, x_t, step.index)
+        called = time.perf_counter()
+        thresholds = None
+        if self.thresholding is not None:
+            thresholds = dynamic_thresholds(
+                x_t, model_output, step.coefficients, self.thresholding.ratio, self.thresholding.maximum, uncond, scale
+            )
+        self.draw_noise(step)
+        adds_noise = step.coefficients.adds_noise
+        makes_noise = adds_noise or (self.mask is not None and step.coefficients.adds_known_noise)
+        # Where the caller wants to see what the model saw, the two buffers change places instead of a copy.
+        self.x_t = ddim_step(
+            x_t,
+            model_output,
+            step.coefficients,
+            model_output_uncond=uncond,
+            guidance_scale=scale,
+            noise=self.noise if adds_noise else None,
+            seeds=self.seeds if makes_noise else None,
+            noise_step=step.index,
+            noise_stream=NoiseStream.STEP,
+            thresholds=thresholds,
+            mask=self.mask,
+            known_x0=self.known_x0,
+            known_noise=self.known_noise,
+            normals=self.normals,
+            out=x_t if self.x_seen is None else self.x_seen,
+            x0_out=self.x0,
+            history=self.history,
+            backend=backend,
+        )
+        if self.x_seen is not None:
+            self.x_seen = x_t
+        timing.model_seconds += called - started
+        timing.update_seconds += time.perf_counter() - called
+        timing.steps += 1
+
+    def step_by_index(self, position: Position) -> None:
+        """Advance ``x_t``, in place, by the step that ``position`` says, and the position by one.
+
+        Nothing waits for the device, nothing is allocated but by the model, and no Python number tells one step from another.
+        """
+        p = position
+        torch.index_select(p.timesteps, 0, p.index, out=p.t)
+        model_output, uncond = self.predict(p.t[0])
+        if uncond is not None and self.guidance_rescale:
+            scale = p.table.prediction(p.index)[3]
+            model_output = guided_output(model_output, uncond, scale, self.guidance_rescale, self.x_t.dtype)
+            uncond = None
+        thresholds = None
+        if self.thresholding is not None:
+            thresholds = dynamic_thresholds(
+                self.x_t,
+                model_output,
+                p.table,
+                self.thresholding.ratio,
+                self.thresholding.maximum,
+                uncond,
+                index=p.index,
+                out=p.thresholds,
+            )
+        if self.x_seen is not None:
+            self.x_seen.copy_(self.x_t)
+        ddim_step_from_table(
+            self.x_t,
+            model_output,
+            p.table,
+            p.index,
+            model_output_uncond=uncond,
+            noise=self.noise,
+            seeds=self.seeds,
+            noise_stream=NoiseStream.STEP,
+            thresholds=thresholds,
+            mask=self.mask,
+            known_x0=self.known_x0,
+            known_noise=self.known_noise,
+            normals=self.normals,
+            out=self.x_t,
+            x0_out=self.x0,
+            history=self.history,
+        )
+        p.index.add_(1)
+
+    def draw_noise(self, step: PlannedStep) -> None:
+        """Fill what this step takes from the generator: first the noise that it adds, then that of the known region."""
+        if self.noise is not None and step.coefficients.adds_noise:
+            self.noise.normal_(generator=self.generator)
+        if self.known_noise is not None and step.coefficients.adds_known_noise:
+            self.known_noise.normal_(generator=self.generator)
+
+    def predict(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The model's output, and its unconditional output with guidance."""
+        x_t = self.x_t
+        model_input = x_t if self.model_input is None else self.model_input.copy_(x_t)
+        if self.guidance_scales is not None and len(self.calls) == 1:
+            conditional, unconditional = self.calls[0](model_input, t).chunk(2)
+            return conditional, unconditional
+        outputs = [_plain(_apart_from(x_t, output_tensor(call(model_input, t), x_t))) for call in self.calls]
+        if len(outputs) == 1:
+            return outputs[0], None
+        if outputs[0].numel() and _same_place(*outputs):
+            raise ValueError(
+                "with guidance the model is called twice a step, and its second output overwrote the first, got one "
+                "tensor from both calls: return a tensor of its own from each, for instance with .clone()"
+            )
+        return outputs[0], outputs[1]
+
+
+def model_calls(model: Model, conditionings: Sequence[Mapping[str, Any]]) -> list[ModelCall]:
+    """The calls of one step, each with its conditioning; or one call for both, where there are two and the model ``batches_guidance``."""
+    if len(conditionings) == 2 and getattr(model, "batches_guidance", False):
+        return [_call_of_both(model, *conditionings)]
+
+    def call_with(conditioning: Mapping[str, Any]) -> ModelCall:
+        return lambda x, t: model(x, t, **conditioning)
+
+    return [call_with(conditioning) for conditioning in conditionings]
+
+
+def _call_of_both(model: Model, first: Mapping[str, Any], second: Mapping[str, Any]) -> ModelCall:
+    """A call with twice the batch, whose halves differ in their conditioning."""
+
+    def both(x: Tensor, t: Tensor) -> Tensor:
+        doubled = torch.cat([x, x])
+        merged = merged_conditioning(first, second, len(x))
+        return _apart_from(doubled, output_tensor(model(doubled, torch.cat([t, t]), **merged), doubled))
+
+    return both
+
+
+def merged_conditioning(first: Mapping[str, Any], second: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+    """The conditioning of a batch whose first half has one, and whose second half the other.
+
+    Raises:
+        ValueError: something is neither a tensor with a row for each sample in both, nor the same value in both.
+    """
+    return {name: _doubled(name, first.get(name), second.get(name), batch_size) for name in {**first, **second}}
+
+
+def _doubled(name: str, first: Any, second: Any, batch_size: int) -> Any:
+    if isinstance(first, Tensor) and isinstance(second, Tensor) and first.ndim and len(first) == batch_size:
+        return torch.cat([first, second])
+    if type(first) is type(second) and not isinstance(first, Tensor) and first == second:
+        return first
+    raise ValueError(
+        f"guidance in one batch needs conditioning that is a tensor with a row for each sample in both halves, or the same value, got "
+        f"{name} = {first!r:.60} and {second!r:.60}: use a model without batches_guidance"
+    )
+
+
+def _same_place(a: Tensor, b: Tensor) -> bool:
+    return torch._C._is_alias_of(a, b) and a.storage_offset() == b.storage_offset()
+
+
+def _plain(model_output: Tensor) -> Tensor:
+    """A copy of a model's output whose samples are not contiguous, such as a transposed one: no kernel reads it as it is."""
+    return (
+        model_output if model_output.is_contiguous() or model_output[:1].is_contiguous() else model_output.contiguous()
+    )
+
+
+def _apart_from(x_t: Tensor, model_output: Tensor) -> Tensor:
+    """A copy of a model's output that is another view of its input, since the update overwrites the input."""
+    shared = torch._C._is_alias_of(model_output, x_t)
+    same = shared and _same_place(model_output, x_t) and model_output.stride() == x_t.stride()
+    return model_output.clone() if shared and not same else model_output

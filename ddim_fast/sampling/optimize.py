@@ -1,0 +1,303 @@
+"""A model made faster for one shape of batch, as far as its pictures stay what they are: each way is tried, timed and checked.
+
+fast = sampler.optimize(model, (64, 1, 28, 28), conditioning={"class_labels": labels})
+print(fast.gain)
+images = sampler.sample(fast, (64, 1, 28, 28), seed=0, conditioning={"class_labels": labels})
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.convolutions import channels_last, with_winograd
+from ..models.protocol import Model
+from .initial_state import conditionings_of, place
+from .loop import merged_conditioning
+
+if TYPE_CHECKING:
+    from ..sampler import DDIMSampler
+
+ROUNDS = 7
+"""Times that each way is timed, in turn with the others; the median counts."""
+SHARES = (1.0, 0.75, 0.5, 0.25)
+"""Of a run's steps, the noisiest: candidates for convolutions in reduced precision, the most first."""
+MARGIN = 3
+"""Reduced precision may change the samples tried by the tolerance over this: other samples change more."""
+WORTHWHILE = 0.97
+"""A way is taken if it needs less than this share of the time."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What was measured while optimizing.
+
+    Args:
+        ways: what is done differently, in words.
+        before, after: seconds of a whole run of the sampler with the model as it was, and as it is now: medians, taken in turn.
+        largest_change: the largest difference of an element of the samples between the two.
+        tolerance: what it was allowed to be.
+    """
+
+    ways: tuple[str, ...]
+    before: float
+    after: float
+    largest_change: float
+    tolerance: float
+
+    @property
+    def times_faster(self) -> float:
+        return self.before / self.after
+
+    def __str__(self) -> str:
+        how = ", ".join(self.ways) or "nothing helped"
+        return (
+            f"{self.times_faster:.2f} times faster ({self.before:.3f} s before, {self.after:.3f} s after), "
+            f"samples within {self.largest_change:.1e} of what they were (allowed: {self.tolerance:.1e}): {how}"
+        )
+
+
+class OptimizedModel(nn.Module):
+    """A model with a faster one beside it for one shape of batch; other shapes go to the model itself.
+
+    Attributes:
+        model: as it was given. Its other attributes are this one's, too.
+        gain: what was measured.
+        batches_guidance: whether both halves of guidance are one call.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        fast: Callable[..., Any],
+        shape: Sequence[int],
+        reduced_from: int | None,
+        batches_guidance: bool,
+    ):
+        super().__init__()
+        self.model = model
+        self.shape = tuple(shape)
+        self.reduced_from = reduced_from
+        self.batches_guidance = batches_guidance
+        self.gain: Gain | None = None
+        object.__setattr__(self, "fast", fast)  # its weights are the model's, or a copy: not a part of this one
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, x: Tensor, t: Tensor, **conditioning: Any) -> Any:
+        if tuple(x.shape) != self.shape:
+            return self.model(x, t, **conditioning)
+        if self.reduced_from is not None and bool((t >= self.reduced_from).all()):
+            with reduced_convolutions():
+                return self.fast(x, t, **conditioning)
+        return self.fast(x, t, **conditioning)
+
+
+@contextmanager
+def reduced_convolutions() -> Iterator[None]:
+    """Convolutions of float32 on the CPU by products of bfloat16, added up in float32. For the whole process, while it lasts."""
+    setting = torch.backends.mkldnn.conv
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+def optimize(
+    sampler: DDIMSampler,
+    model: nn.Module,
+    shape: Sequence[int],
+    *,
+    conditioning: Mapping[str, Any] | None = None,
+    guidance_scale: float | None = None,
+    unconditional_conditioning: Mapping[str, Any] | None = None,
+    compile: bool = True,
+    tolerance: float = 2 / 255,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> OptimizedModel:
+    """A model that gives the same samples sooner, for batches of this shape. Method of ``DDIMSampler``.
+
+    Tried are: both halves of guidance in one batch; weights and activations with channels last; on a CPU, 3 x 3 convolutions with a
+    quarter of the products (``kernels.convolution``); torch.compile with frozen weights (a minute or so, once); and on processors with
+    instructions for it, what convolutions are left in bfloat16 in the noisiest steps, as many as leave the samples tried within a third
+    of ``tolerance``, since others will change more. What does not help on this machine is left out. The model itself is not changed: the
+    copy takes its memory again, and with these convolutions four times that of their weights on top.
+
+    Args:
+        model: a module; see ``models.Model``.
+        shape: ``(B, C, ...)`` of the batches that will be sampled. Others work, as slowly as before.
+        conditioning, guidance_scale, unconditional_conditioning: as ``sample`` takes them; their values do not matter, their shapes do.
+        compile: False leaves torch.compile out.
+        tolerance: how far an element of a sample may be from what it was; told from one batch, so no promise for each. The default
+            is one of 255 levels, with samples in [-1, 1].
+        seed: of the samples that are compared.
+
+    Returns:
+        The model to sample with; ``.gain`` says what was gained.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: an argument breaks a rule.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"optimize needs an nn.Module, whose weights it can lay out anew, got {type(model).__name__}: wrap it in one"
+        )
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be 0 or more, got {tolerance}")
+    shape, device, _ = place(shape, device, torch.float32)
+    trial = _Trial(
+        sampler, model, shape, conditioning, guidance_scale, unconditional_conditioning, seed, device, tolerance
+    )
+    return trial.run(compile)
+
+
+@dataclass
+class _Trial:
+    """Ways of calling a model, tried on one batch."""
+
+    sampler: DDIMSampler
+    model: nn.Module
+    shape: tuple[int, ...]
+    conditioning: Mapping[str, Any] | None
+    guidance_scale: float | None
+    unconditional: Mapping[str, Any] | None
+    seed: int
+    device: torch.device
+    tolerance: float
+
+    def run(self, compile: bool) -> OptimizedModel:
+        batched = self._batches_guidance()
+        called_with = (2 * self.shape[0], *self.shape[1:]) if batched else self.shape
+        expected = self._samples(self.model)
+        result = OptimizedModel(self.model, self.model, called_with, None, batched)
+        ways = ["both halves of guidance in one batch"] if batched else []
+        change = _largest(self._samples(result), expected) if batched else 0.0
+        for name, made in self._ways(len(self.shape) == 4, compile):
+            faster = made(result.fast)
+            if faster is None or not self._is_faster(faster, result):
+                continue
+            tried = OptimizedModel(self.model, faster, called_with, None, batched)
+            moved = _largest(self._samples(tried), expected)
+            if moved <= self.tolerance:
+                result, change = tried, moved
+                ways.append(name)
+        change, reduced = self._reduce(result, expected, change)
+        ways += reduced
+        before, after = _in_turn(lambda: self._samples(self.model), lambda: self._samples(result), rounds=3)
+        if after > before or change > self.tolerance:  # not seen yet; but what is promised is held
+            result = OptimizedModel(self.model, self.model, self.shape, None, False)
+            ways, change, after = [], 0.0, before
+        result.gain = Gain(tuple(ways), before, after, change, self.tolerance)
+        return result.eval()
+
+    def _ways(self, pictures: bool, compile: bool) -> Iterator[tuple[str, Callable[[nn.Module], nn.Module | None]]]:
+        """What may make a model faster, each on top of those before it that did: what it is called, and how it is done."""
+        if pictures:
+            yield "channels last", channels_last
+        if pictures and self.device.type == "cpu":
+            yield "convolutions by Winograd's minimal filtering", with_winograd
+        if compile:
+            frozen = {"options": {"freezing": True}} if self.device.type == "cpu" else {}
+            name = "torch.compile with frozen weights" if frozen else "torch.compile"
+            yield name, lambda model: torch.compile(copy.deepcopy(model), dynamic=False, **frozen)
+
+    def _is_faster(self, way: Callable[..., Any], than: OptimizedModel) -> bool:
+        """Whether a call takes less time than one of what there is, worth mentioning."""
+        call = self._example(than.shape, than.batches_guidance)
+        with torch.inference_mode():
+            before, after = _in_turn(lambda: call(than.fast), lambda: call(way), rounds=ROUNDS)
+        return after < WORTHWHILE * before
+
+    def _samples(self, model: Model, sampler: DDIMSampler | None = None) -> Tensor:
+        return (sampler or self.sampler).sample(
+            model,
+            self.shape,
+            seed=self.seed,
+            conditioning=self.conditioning,
+            guidance_scale=self.guidance_scale,
+            unconditional_conditioning=self.unconditional,
+            device=self.device,
+        )
+
+    def _batches_guidance(self) -> bool:
+        """Whether the two conditionings can be one, and one call of twice the batch takes less time than two."""
+        if self.guidance_scale in (None, 1):
+            return False
+        together = OptimizedModel(self.model, self.model, (2 * self.shape[0], *self.shape[1:]), None, True)
+        short = self.sampler.last_steps(1)
+        try:
+            one, two = _in_turn(
+                lambda: self._samples(together, short), lambda: self._samples(self.model, short), rounds=ROUNDS
+            )
+        except ValueError:  # conditioning of different shapes
+            return False
+        return one < WORTHWHILE * two
+
+    def _example(self, shape: tuple[int, ...], batched: bool) -> Callable[[Callable[..., Any]], Any]:
+        """A call as the sampler makes it, of whatever it is given."""
+        steps = self.sampler.plan(self.model).steps
+        x = torch.zeros(shape, device=self.device)
+        t = torch.full((shape[0],), steps[len(steps) // 2].model_timestep, device=self.device)
+        scales = None if self.guidance_scale in (None, 1) else (self.guidance_scale,)
+        first, *rest = conditionings_of(self.model, self.conditioning, scales, self.unconditional)
+        if batched:
+            first = merged_conditioning(first, rest[0], self.shape[0])
+        return lambda way: way(x, t, **first)
+
+    def _reduce(self, result: OptimizedModel, expected: Tensor, change: float) -> tuple[float, list[str]]:
+        """Let the noisiest steps take convolutions in bfloat16, as many as the tolerance allows, where that is faster."""
+        if self.device.type != "cpu" or not any(isinstance(m, nn.modules.conv._ConvNd) for m in self.model.modules()):
+            return change, []
+        told = self.sampler.plan(self.model).told
+        result.reduced_from = 0
+        exact = copy.copy(result)
+        exact.reduced_from = None
+        short = self.sampler.last_steps(1)
+        fast, slow = _in_turn(lambda: self._samples(result, short), lambda: self._samples(exact, short), rounds=ROUNDS)
+        if fast < WORTHWHILE * slow:
+            for share in SHARES:
+                steps = max(1, round(share * len(told)))
+                result.reduced_from = min(told[:steps])
+                reduced = _largest(self._samples(result), expected)
+                if reduced <= self.tolerance / MARGIN:
+                    count = sum(t >= result.reduced_from for t in told)
+                    return reduced, [f"convolutions in bfloat16 in the {count} noisiest of {len(told)} steps"]
+        result.reduced_from = None
+        return change, []
+
+
+def _largest(samples: Tensor, expected: Tensor) -> float:
+    """NaN counts as infinity."""
+    difference = (samples - expected).abs()
+    return float(difference.nan_to_num(nan=torch.inf).max()) if difference.numel() else 0.0
+
+
+def _in_turn(*calls: Callable[[], Any], rounds: int) -> list[float]:
+    """Median seconds of each, called in turn, after one call that is not counted."""
+    for call in calls:
+        call()
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, seconds in zip(calls, times, strict=True):
+            started = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+    return [median(seconds) for seconds in times]

@@ -1,0 +1,226 @@
+"""Sampling in parallel over time: many steps of a run are solved for at once, so that a model that is idle at batch size 1 is not.
+
+ParaDiGMS (Shih, Belkhale, Ermon, Sadigh, Anari 2023, arXiv 2305.16317) guesses all states of a window of steps, calls the model for
+all of them in one batch, and mends the guesses (Picard iteration). Here they are mended by the steps themselves, in their order: each
+starts from the new x_t, and takes the velocity v that the model's output for the old guess of x_t means. Steps are cheap beside the
+model, the fixed point is the sequential run, and v is what changes least with x_t: fewer iterations than with the paper's sums of old
+steps where eta > 0, or with the output itself for epsilon prediction (docs/INVERSION.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..models.protocol import Model
+from ..plans.coefficients import weight_at_constant_v
+from ..plans.plan import PlannedStep
+from .guidance import GuidanceScale, guidance_scales
+from .initial_state import conditionings_of, initial_state, place, repeat_conditioning, seeds_of_samples
+from .loop import Loop, ModelCall, Timing, model_calls
+
+if TYPE_CHECKING:
+    from ..sampler import DDIMSampler
+
+
+@dataclass(frozen=True)
+class ParallelStatistics:
+    """What a run took.
+
+    Attributes:
+        iterations: model calls one after the other (with guidance, pairs of calls); in sequence it would be S.
+        model_evaluations: states that the model was called for, of each sample; in sequence it would be S.
+        converged: whether all steps were done, not ended by ``max_iterations``.
+    """
+
+    iterations: int
+    model_evaluations: int
+    converged: bool
+
+
+def sample_parallel(
+    sampler: DDIMSampler,
+    model: Model,
+    shape: Sequence[int] | None = None,
+    *,
+    window: int | None = None,
+    tolerance: float = 1e-3,
+    max_iterations: int | None = None,
+    seed: int | None = None,
+    seeds: Sequence[int] | Tensor | None = None,
+    x_T: Tensor | None = None,
+    conditioning: Mapping[str, Any] | None = None,
+    guidance_scale: GuidanceScale | None = None,
+    unconditional_conditioning: Mapping[str, Any] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+    return_statistics: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, ParallelStatistics]:
+    """What ``sampler.sample`` draws, up to ``tolerance``, in fewer model calls of larger batches.
+
+    Each iteration calls the model once, for a window of W states of every sample: a batch of W * B, with timesteps of their own, those of
+    the first state first. Then the window's steps are taken, and it moves on to the first state whose model output may still change: by
+    one step at least. Memory: 2 (W + 1) states, and what the model needs for a batch of W * B.
+
+    Args:
+        sampler: any eta: the noise of a step comes from the seeds and the step alone, so the trajectory is fixed in advance.
+        window: W, at most S (more is S); all S steps if none.
+        tolerance: a state is done where its mean squared change in an iteration is at most ``tolerance**2`` times its noise's variance,
+            1 - alpha_bar, in every sample. 0: the sequential result; bit by bit where a model's output does not depend on what else
+            is in the batch. A sample's result otherwise depends on the batch within the tolerance.
+        max_iterations: stop after so many with the last guess of the clean samples, which a window of all steps has.
+        conditioning, unconditional_conditioning: tensors whose first size is B are repeated for each state of the window; all else is
+            passed on as it is.
+        return_statistics: return ``ParallelStatistics``, too.
+
+    The other arguments are those of ``DDIMSampler.sample``; noise from a generator is not for steps that are taken more than once.
+
+    Returns:
+        Samples, or ``(samples, statistics)``.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule, or the model returns the wrong thing.
+    """
+    plan = sampler.plan(model)
+    if plan.order != 1:
+        raise ValueError(
+            f"steps solved for at once each depend on one state, and those of order={plan.order} on two: make a sampler with order=1"
+        )
+    _check_tolerance(tolerance)
+    _check_count("window", window)
+    _check_count("max_iterations", max_iterations)
+    if max_iterations is not None and window is not None and window < len(plan.steps):
+        raise ValueError(
+            f"max_iterations={max_iterations} may end a run with a guess of the clean samples, which a window of all "
+            f"{len(plan.steps)} steps has, got window={window}: leave one of them out"
+        )
+    shape, device, dtype = place(shape, device, dtype, x_T=x_T)
+    scales = guidance_scales(guidance_scale, plan.timesteps)
+    conditionings = conditionings_of(model, conditioning, scales, unconditional_conditioning)
+    per_sample = seeds_of_samples(seed, seeds, None, shape[0]).to(device)
+    x = initial_state(shape, x_T, per_sample, None, device, dtype)
+    last = len(plan.steps)
+    width = last if window is None else min(window, last)
+    guesses = x.expand(width + 1, *shape).contiguous()
+    loop = Loop(
+        x_t=x,
+        calls=[],
+        guidance_scales=scales,
+        thresholding=sampler.thresholding,
+        seeds=per_sample,
+        generator=None,
+        noise=None,
+        model_input=None,
+        x_seen=None,
+        x0=None,
+    )
+    timesteps = torch.tensor(plan.model_timesteps, device=device)[:, None].expand(-1, shape[0])
+    weights = [weight_at_constant_v(step.alpha_bar_t, plan.prediction_type) for step in plan.steps]
+    variances = 1 - torch.tensor([step.alpha_bar_prev for step in plan.steps], dtype=torch.float64)
+    limits = tolerance**2 * math.prod(shape[1:]) * variances.to(device)[:, None]
+    run = _Window(plan.steps, weights, loop, timesteps, limits, guesses, torch.empty_like(guesses), backend)
+    bar = tqdm(total=last, desc="sampling in parallel", unit="step", disable=not progress)
+    iterations = evaluations = 0
+    calls: dict[int, list[ModelCall]] = {}
+    with torch.inference_mode(), bar:
+        while run.first < last and iterations != max_iterations:
+            count = min(width, last - run.first)
+            if count not in calls:
+                calls = {count: model_calls(model, [repeat_conditioning(c, shape[0], count) for c in conditionings])}
+            bar.update(run.iterate(count, calls[count]))
+            iterations, evaluations = iterations + 1, evaluations + count
+    samples = guesses[last - run.first].clone()
+    statistics = ParallelStatistics(iterations, evaluations, converged=run.first == last)
+    return (samples, statistics) if return_statistics else samples
+
+
+@dataclass
+class _Window:
+    """A window of states, from the first that is not done.
+
+    Attributes:
+        weights: for each step, see ``weight_at_constant_v``.
+        loop: what takes one step; its model calls are answered from those of the whole window.
+        timesteps: ``(S, B)`` int64.
+        limits: ``(S, 1)`` float64: the largest squared change, summed over a sample, of a state that is done, after each step.
+        guesses: ``(W + 1, B, C, ...)``: states; the first is exact within the tolerance.
+        mended: like ``guesses``: the next ones.
+        first: the step that starts from ``guesses[0]``.
+    """
+
+    steps: Sequence[PlannedStep]
+    weights: Sequence[float]
+    loop: Loop
+    timesteps: Tensor
+    limits: Tensor
+    guesses: Tensor
+    mended: Tensor
+    backend: str | None
+    first: int = 0
+
+    def iterate(self, count: int, calls: Sequence[ModelCall]) -> int:
+        """Mend the first ``count`` guesses after ``guesses[0]``, and move on by the number of steps returned, at least 1."""
+        inside, batch_size = slice(self.first, self.first + count), self.guesses.shape[1]
+        self.loop.x_t, self.loop.calls = self.guesses[:count].flatten(0, 1), calls
+        outputs = [
+            None if m is None else m.unflatten(0, (count, batch_size))
+            for m in self.loop.predict(self.timesteps[inside].flatten())
+        ]
+        self._take_steps(inside, outputs)
+        # An output of the next iteration differs from one of this only where the state that the model is given does.
+        change = torch.linalg.vector_norm(
+            (self.mended[1:count] - self.guesses[1:count]).flatten(2), dim=2, dtype=torch.float64
+        )
+        done = (change.square() <= self.limits[inside][:-1]).all(1)
+        moved = 1 + int(done.long().cumprod(0).sum())
+        kept = count + 1 - moved
+        self.guesses[:kept].copy_(self.mended[moved : count + 1])
+        self.guesses[kept:].copy_(self.mended[count])
+        self.first += moved
+        return moved
+
+    def _take_steps(self, inside: slice, outputs: Sequence[Tensor | None]) -> None:
+        """The steps of the window, each from what the one before gave, with the model's outputs for the guesses."""
+        loop, timing = self.loop, Timing()
+        x = self.guesses[0]
+        for j, step in enumerate(self.steps[inside]):
+            loop.x_t, loop.x_seen = x, self.mended[j + 1]
+            at_x = [self._output_at(x, m[j], j, self.weights[step.index]) for m in outputs if m is not None]
+            loop.calls = [_answer(m) for m in at_x]
+            loop.planned_step(step, self.timesteps[step.index], timing, self.backend)
+            x = self.mended[j + 1]
+
+    def _output_at(self, x: Tensor, model_output: Tensor, j: int, weight: float) -> Tensor:
+        """The output that means for ``x`` the v that the model's output means for ``guesses[j]``: the same where these are equal."""
+        if j == 0 or weight == 0:
+            return model_output
+        return torch.add(model_output.to(x.dtype), x - self.guesses[j], alpha=weight)
+
+
+def _answer(model_output: Tensor) -> ModelCall:
+    return lambda x, t: model_output
+
+
+def _check_tolerance(tolerance: object) -> None:
+    if not isinstance(tolerance, Real) or isinstance(tolerance, bool):
+        raise TypeError(f"tolerance must be a number, got {tolerance!r}")
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance must be finite, 0 (the sequential result) or more, got {tolerance}")
+
+
+def _check_count(name: str, value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer or None, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,133 @@
+"""Check arguments: every error states the rule, the value received and, where there is one, the remedy.
+
+    check_integer("window", window, at_least=1, remedy="1 solves for one step at a time")
+
+raises ``window must be an integer, at least 1, got 0: 1 solves for one step at a time``. A value of the wrong kind is a
+TypeError, a value out of range a ValueError.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+
+def refuse(rule: str, value: object, remedy: str = "", kind: type[Exception] = ValueError) -> NoReturn:
+    """Raise ``kind`` with ``rule, got VALUE: remedy``."""
+    raise kind(f"{rule}, got {value!r:.200}" + (f": {remedy}" if remedy else ""))
+
+
+def check_choice(name: str, value: object, choices: Iterable[str], remedy: str = "") -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    choices = tuple(choices)
+    if not isinstance(value, str) or value not in choices:
+        refuse(f"{name} must be one of {', '.join(choices)}", value, remedy)
+
+
+def check_integer(
+    name: str, value: Any, *, at_least: int | None = None, at_most: int | None = None, remedy: str = ""
+) -> int:
+    """Return ``value`` as an int.
+
+    Raises:
+        TypeError: it is not an integer (a bool is none).
+        ValueError: it is below ``at_least`` or above ``at_most``.
+    """
+    rule = f"{name} must be an integer" + _range(at_least, at_most)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        refuse(rule, value, remedy, TypeError)
+    if isinstance(value, bool):
+        refuse(rule, value, remedy, TypeError)
+    if (at_least is not None and number < at_least) or (at_most is not None and number > at_most):
+        refuse(rule, number, remedy)
+    return number
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    remedy: str = "",
+) -> float:
+    """Return ``value`` as a finite float.
+
+    Raises:
+        TypeError: it is not a real number (a bool is none).
+        ValueError: it is not finite, below ``at_least``, not above ``above``, or above ``at_most``.
+    """
+    rule = f"{name} must be a finite number" + _range(at_least, at_most, above)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        refuse(rule, value, remedy, TypeError)
+    try:
+        number = float(value)
+    except OverflowError:
+        refuse(rule, value, remedy)
+    if (
+        not math.isfinite(number)
+        or (at_least is not None and number < at_least)
+        or (above is not None and number <= above)
+        or (at_most is not None and number > at_most)
+    ):
+        refuse(rule, value, remedy)
+    return number
+
+
+def _range(at_least: float | None, at_most: float | None, above: float | None = None) -> str:
+    if at_least is not None and at_most is not None:
+        return f" in [{at_least}, {at_most}]"
+    if above is not None and at_most is not None:
+        return f" in ({above}, {at_most}]"
+    if at_least is not None:
+        return f", at least {at_least}"
+    if above is not None:
+        return f", above {above}"
+    return "" if at_most is None else f", at most {at_most}"
+
+
+def check_samples(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a floating-point tensor ``(B, C, ...)``."""
+    if not isinstance(value, Tensor) or not value.dtype.is_floating_point or value.ndim < 2:
+        raise TypeError(f"{name} must be a floating-point tensor (B, C, ...), got {value!r:.80}")
+
+
+def check_dtype(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a floating-point dtype."""
+    if not (isinstance(value, torch.dtype) and value.is_floating_point):
+        raise TypeError(f"{name} must be a floating-point torch.dtype such as torch.float16, got {value!r}")
+
+
+def check_alike(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError where two tensors of samples differ in shape, dtype or device."""
+    for what in ("shape", "dtype", "device"):
+        wanted, got = getattr(other, what), getattr(value, what)
+        if wanted != got:
+            shown = [tuple(x) if what == "shape" else x for x in (wanted, got)]
+            raise ValueError(
+                f"{name} must have the {what} of {other_name}, {shown[0]}, got {shown[1]}: convert one of them"
+            )
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Return the device of that name.
+
+    Raises:
+        ValueError: there is no such name, or torch finds no CUDA device.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be a torch device such as cpu, cuda or cuda:1, got {device!r}") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {found} needs a CUDA device and a torch built for it, and torch finds none: use cpu")
+    return found

@@ -1,0 +1,60 @@
+"""Pages of HTML that need nothing else: no network, no other files, and no script or style but their own."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from importlib import resources
+from typing import Any
+
+# What XML may not hold. What others wrote may hold anything.
+_NOT_TEXT = re.compile("[^\t\n\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def plain_text(text: str) -> str:
+    """Without characters that steer a terminal or that files of text may not hold."""
+    return _NOT_TEXT.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
+
+
+def capital(text: str) -> str:
+    """With its first letter upper case, the others as they are."""
+    return text[:1].upper() + text[1:]
+
+
+def render_page(package: str, extra: str, filters: Mapping[str, Callable[..., Any]], **values: Any) -> str:
+    """A package's ``report.html.jinja`` with its ``report.css`` and ``report.js``, which the template has as ``style`` and ``script``.
+
+    ``allowed`` is for its content security policy: nothing but these two, and pictures within the page.
+
+    Args:
+        extra: of ddim_fast, that brings what is needed.
+        filters: for the template, beside ``plain`` and ``capital``.
+
+    Raises:
+        ImportError: jinja2 is missing.
+    """
+    try:
+        from jinja2 import Environment, StrictUndefined
+        from markupsafe import Markup
+    except ImportError as error:
+        raise ImportError(f'pages are made by jinja2, which is missing: pip install "ddim_fast[{extra}]"') from error
+
+    def read(name: str) -> str:
+        return resources.files(package).joinpath(name).read_text("utf-8")
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"plain": plain_text, "capital": capital, **filters}
+    style, script = read("report.css"), read("report.js")
+    return environment.from_string(read("report.html.jinja")).render(
+        style=Markup(style),
+        script=Markup(script),
+        allowed=f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'",
+        **values,
+    )
+
+
+def _digest(text: str) -> str:
+    """As a content security policy names what may run."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

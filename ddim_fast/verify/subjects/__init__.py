@@ -1,0 +1,1 @@
+"""How the samplers under test are called."""

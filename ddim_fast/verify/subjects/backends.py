@@ -1,0 +1,171 @@
+"""The backends of ddim_fast as subjects."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels import triton_backend
+from ...kernels.contract import StepCoefficients, StepInputs, check_inputs
+from ...kernels.dispatch import BACKENDS, ddim_step
+from ...kernels.noise import sample_seeds
+from ...plans.coefficients import ddim_coefficients, ddim_variance
+from ...plans.schedules import make_schedule
+from ...sampler import DDIMSampler
+from ..truth.cases import Level, Model, Setting, StepCase, StepResult
+from .subject import FEATURES, Subject
+
+
+class Backend(Subject):
+    """One of the backends of ``ddim_fast``, through ``ddim_step`` and ``DDIMSampler``."""
+
+    arithmetic = "exact"
+    features = frozenset(FEATURES) - {"float64", "torch", "no_waiting", "no_allocation"}
+
+    def __init__(self, name: str):
+        self.name = self.backend = name
+        if name == "reference":
+            self.features |= {"float64"}
+        else:
+            self.features |= {"no_allocation"}
+        if name == "triton":
+            self.features |= {"no_waiting"}
+
+    def levels(self, setting: Setting) -> tuple[Level, ...]:
+        if setting.alpha_bars is not None:
+            return setting.levels()
+        steps = self._plan(setting).steps
+        return tuple(Level(s.t, s.t_prev, s.alpha_bar_t, s.alpha_bar_prev) for s in steps)
+
+    def step(self, case: StepCase) -> StepResult:
+        x0 = None if case.in_place else torch.empty_like(case.x_t)  # in place, nothing is to be allocated
+        noise_from = dict(noise=case.noise)
+        if case.noise is None and case.source is not None:
+            noise_from = dict(seeds=case.source, noise_step=case.index)
+        x_prev = self._step(
+            case.x_t,
+            case.model_output,
+            self.coefficients(case.setting, case.index),
+            **noise_from,
+            **case.more,
+            out=case.x_t if case.in_place else None,
+            x0_out=x0,
+        )
+        return StepResult(x_prev, x0)
+
+    def _step(self, *args: Any, **options: Any) -> Tensor:
+        return ddim_step(*args, **options, backend=self.backend)
+
+    def source(self, seed: int, batch_size: int) -> Tensor:
+        return torch.from_numpy(sample_seeds(seed, batch_size))
+
+    def sample(self, setting: Setting, model: Model, x_T: Tensor, source: Tensor) -> Tensor:
+        return self._sampler(setting).sample(model, x_T=x_T, seeds=source, backend=self.backend, capture="off")
+
+    def invert(self, setting: Setting, model: Model, x0: Tensor) -> Tensor:
+        return self._sampler(setting).invert(model, x0, iterations=20, backend=self.backend)
+
+    def code(self, case: StepCase) -> str:
+        level = self.levels(case.setting)[case.index]
+        setting = case.setting
+        lines = [
+            "from ddim_fast import ddim_step",
+            "from ddim_fast.plans.coefficients import ddim_coefficients, ddim_variance",
+            "",
+            f"alpha_bar_t, alpha_bar_prev = {level.alpha_bar_t!r}, {level.alpha_bar_prev!r}",
+            f"variance = ddim_variance(alpha_bar_t, alpha_bar_prev, {setting.eta!r}, {self.eta_scales!r})",
+            f"row = ddim_coefficients(alpha_bar_t, alpha_bar_prev, {setting.prediction_type!r}, variance=variance,",
+            f"    std_dev_added=variance**0.5, clip_sample_range={setting.clip_sample_range!r},",
+            f"    use_clipped_model_output={setting.use_clipped_model_output!r})",
+            f"x_prev = ddim_step(x_t, model_output, row, noise=noise, backend={self.backend!r}, **more)",
+        ]
+        return "\n".join(lines)
+
+    def coefficients(self, setting: Setting, index: int) -> StepCoefficients:
+        """The row of a step, a ``StepCoefficients``."""
+        if setting.alpha_bars is None:
+            return self._plan(setting).steps[index].coefficients
+        return _coefficients(*setting.alpha_bars[index], setting, self.eta_scales)
+
+    def _plan(self, setting: Setting):
+        return self._sampler(setting).plan()
+
+    def _sampler(self, setting: Setting):
+        return _our_sampler(setting, self.eta_scales)
+
+
+@lru_cache(maxsize=256)
+def _coefficients(alpha_bar_t: float, alpha_bar_prev: float, setting: Setting, eta_scales: str):
+    variance = ddim_variance(alpha_bar_t, alpha_bar_prev, setting.eta, eta_scales)
+    return ddim_coefficients(
+        alpha_bar_t,
+        alpha_bar_prev,
+        setting.prediction_type,
+        variance=variance,
+        std_dev_added=variance**0.5,
+        clip_sample_range=setting.clip_sample_range,
+        use_clipped_model_output=setting.use_clipped_model_output,
+    )
+
+
+@lru_cache(maxsize=320)
+def _our_sampler(setting: Setting, eta_scales: str):
+    schedule = make_schedule(setting.schedule, setting.num_train_timesteps)
+    if setting.zero_terminal_snr:
+        schedule = schedule.rescale_zero_terminal_snr()
+    chosen = (
+        dict(timesteps=setting.timesteps)
+        if setting.timesteps
+        else dict(num_inference_steps=setting.num_inference_steps)
+    )
+    return DDIMSampler(
+        schedule,
+        **chosen,
+        timestep_spacing=setting.timestep_spacing,
+        eta=setting.eta,
+        eta_scales=eta_scales,
+        prediction_type=setting.prediction_type,
+        clip_sample=setting.clip_sample_range is not None,
+        clip_sample_range=setting.clip_sample_range,
+        use_clipped_model_output=setting.use_clipped_model_output,
+    )
+
+
+class EmulatedTriton(Backend):
+    """The Triton backend where there is no GPU: compiled for one, and its PTX executed on the CPU (see ``emulated_gpu``)."""
+
+    features = Backend.features - {"invert"}
+
+    slow = True
+
+    def __init__(self, target: str = "sm_90"):
+        super().__init__("triton")
+        self.target = target
+        self.name = f"triton, its PTX for {target} executed on the CPU"
+
+    def _step(self, x_t: Tensor, model_output: Tensor, coefficients: StepCoefficients, **options: Any) -> Tensor:
+        from ...gpu_lab.emulated_gpu import emulated_gpu
+
+        names = {"out": "x_prev", "x0_out": "x0"}
+        inputs = StepInputs(
+            x_t, model_output, coefficients, **{names.get(name, name): value for name, value in options.items()}
+        )
+        check_inputs(inputs)
+        with emulated_gpu(self.target):
+            return triton_backend.run(inputs)
+
+    def sample(self, setting: Setting, model: Model, x_T: Tensor, source: Tensor) -> Tensor:
+        return Subject.sample(self, setting, model, x_T, source)
+
+    def on_gpu(self) -> Subject:
+        return Backend("triton")
+
+
+def backend_subject(name: str, device: torch.device | str = "cpu") -> Backend:
+    """The subject for a name in ``BACKENDS``."""
+    if name not in BACKENDS:
+        raise ValueError(f"a backend is one of {', '.join(BACKENDS)}, got {name!r}")
+    return EmulatedTriton() if name == "triton" and torch.device(device).type == "cpu" else Backend(name)

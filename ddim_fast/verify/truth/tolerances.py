@@ -1,0 +1,188 @@
+"""How far a result may be from float64: the only table of tolerances, in units of the machine epsilon of the type computed in.
+
+An error is measured against the sum of the magnitudes of the result's terms, as rounding makes it: a result small by cancellation
+may be wrong in more of its digits. 4 eps allow one rounding of each coefficient, product, sum and of the result, and little else.
+Half precision is computed in float32 and rounded once: its result must be the correct rounding of some number that float32 was
+allowed to find, which makes it the correctly rounded exact result in nearly all elements.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from . import oracle
+
+COMPUTED_IN = {
+    torch.float64: torch.float64,
+    torch.float32: torch.float32,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
+SCALED_EPS = {torch.float64: 8.0, torch.float32: 4.0}
+SHARE_CORRECTLY_ROUNDED = 0.999
+"""Of the elements of a realistic half-precision step; the rest are off by one unit in the last place."""
+
+ROUND = {
+    torch.float64: lambda x: x,
+    torch.float32: oracle.round_to_float32,
+    torch.float16: oracle.round_to_float16,
+    torch.bfloat16: oracle.round_to_bfloat16,
+}
+_TINIEST = {torch.float64: 5e-324, torch.float32: 2.0**-149}  # results this small have a fixed, not a relative, spacing
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().cpu().to(torch.float64).numpy()
+
+
+def allowed_error(dtype: torch.dtype, terms: np.ndarray) -> np.ndarray:
+    """The largest error of the number before it is rounded to a half type."""
+    kind = COMPUTED_IN[dtype]
+    return SCALED_EPS[kind] * (torch.finfo(kind).eps * terms + _TINIEST[kind])
+
+
+def allowed_error_in_type(dtype: torch.dtype, terms: np.ndarray) -> np.ndarray:
+    """The largest error where all is computed in the type itself, half types too."""
+    return SCALED_EPS[COMPUTED_IN[dtype]] * torch.finfo(dtype).eps * terms
+
+
+def worst_share(error: np.ndarray, allowed: np.ndarray) -> tuple[float, tuple[int, ...]]:
+    """The largest error as a share of what is allowed, and its place; infinity where there is a NaN. Not of empty arrays."""
+    share = np.asarray(error / allowed)
+    share = np.where(np.isfinite(share), share, np.inf)
+    place = tuple(int(i) for i in np.unravel_index(np.argmax(share), share.shape))
+    return float(share[place]), place
+
+
+def assert_near(actual: torch.Tensor, exact: np.ndarray, terms: np.ndarray, what: str = "result") -> None:
+    """Each element of ``actual`` is one that its type may have, for finite ``exact``."""
+    assert_within(actual, exact, allowed_error(actual.dtype, terms), what)
+
+
+def assert_within(actual: torch.Tensor, exact: np.ndarray, allowed: np.ndarray, what: str = "result") -> None:
+    """Each element of ``actual`` is the rounding to its type of a number no further from ``exact`` than ``allowed``."""
+    got, rounded = to_numpy(actual), ROUND[actual.dtype]
+    lowest, highest = (rounded(bound).reshape(exact.shape) for bound in (exact - allowed, exact + allowed))
+    wrong = ~((lowest <= got) & (got <= highest))  # NaN is wrong, too
+    if wrong.any():
+        off = np.where(np.isfinite(got), np.abs(got - exact) - allowed, np.inf)
+        i = np.unravel_index(np.argmax(np.where(wrong, off, -np.inf)), wrong.shape)
+        raise AssertionError(
+            f"{what}: {wrong.sum()} of {wrong.size} elements too far from float64; worst at {tuple(map(int, i))}: "
+            f"got {float(got[i])!r}, exact {float(exact[i])!r}, allowed {float(lowest[i])!r} to {float(highest[i])!r}"
+        )
+
+
+def share_correctly_rounded(actual: torch.Tensor, exact: np.ndarray) -> float:
+    return float(np.mean(to_numpy(actual) == ROUND[actual.dtype](exact).reshape(exact.shape)))
+
+
+# --- Subjects that claim less ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Every number that some order of roundings to relative precision ``eps`` may give."""
+
+    low: float
+    high: float
+    eps: float
+
+    @classmethod
+    def exact(cls, value: float, eps: float) -> Interval:
+        return cls(value, value, eps)
+
+    def _rounded(self, *ends: float) -> Interval:
+        low, high = min(ends), max(ends)
+        return Interval(low - abs(low) * self.eps, high + abs(high) * self.eps, self.eps)
+
+    def __add__(self, other: Interval) -> Interval:
+        return self._rounded(self.low + other.low, self.high + other.high)
+
+    def __sub__(self, other: Interval) -> Interval:
+        return self._rounded(self.low - other.high, self.high - other.low)
+
+    def __mul__(self, other: Interval) -> Interval:
+        ends = [a * b for a in (self.low, self.high) for b in (other.low, other.high)]
+        return self._rounded(*ends)
+
+    def __truediv__(self, other: Interval) -> Interval:
+        if other.low <= 0 <= other.high:
+            return Interval(-math.inf, math.inf, self.eps)
+        ends = [a / b for a in (self.low, self.high) for b in (other.low, other.high)]
+        return self._rounded(*ends)
+
+    def sqrt(self) -> Interval:
+        """The part below 0, which only rounding reaches, counts as 0."""
+        return self._rounded(math.sqrt(max(self.low, 0.0)), math.sqrt(max(self.high, 0.0)))
+
+    @property
+    def spread(self) -> float:
+        return self.high - self.low
+
+
+def coefficient_spread(
+    prediction_type: str,
+    alpha_bar_t: float,
+    alpha_bar_prev: float,
+    eta: float,
+    use_clipped_model_output: bool,
+    eps: float,
+    alpha_eps: tuple[float, float] = (0.0, 0.0),
+) -> dict[str, float]:
+    """How far each column of a row may be off where the textbook's formulas are evaluated with relative precision ``eps``.
+
+    Args:
+        alpha_eps: the relative errors that alpha_bar_t and alpha_bar_prev have already.
+    """
+    one, zero = Interval.exact(1.0, eps), Interval.exact(0.0, eps)
+    bar_t, bar_prev = (
+        Interval(value * (1 - off), min(value * (1 + off), 1.0), eps)
+        for value, off in zip((alpha_bar_t, alpha_bar_prev), alpha_eps, strict=True)
+    )
+    signal, noise = bar_t.sqrt(), (one - bar_t).sqrt()
+    columns = {
+        "epsilon": lambda: (one / signal, zero - noise / signal, zero, one),
+        "sample": lambda: (zero, one, one / noise, zero - signal / noise),
+        "v_prediction": lambda: (signal, zero - noise, noise, signal),
+    }[prediction_type]()
+    eps_0 = zero
+    if use_clipped_model_output:
+        columns, eps_0 = (*columns[:2], one / noise, zero), zero - signal / noise
+    variance = zero
+    if eta:
+        beta = one - bar_t / bar_prev
+        variance = Interval.exact(eta**2, eps) * ((one - bar_prev) / (one - bar_t) * beta)
+    direction = (one - bar_prev - variance).sqrt()
+    names = ("x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps", "prev_noise")
+    found = (*columns, eps_0, bar_prev.sqrt(), direction, variance.sqrt())
+    return {name: value.spread for name, value in zip(names, found, strict=True)}
+
+
+def spread_of_result(
+    row: dict[str, float],
+    spread: dict[str, float],
+    x_t: np.ndarray,
+    m: np.ndarray,
+    z: np.ndarray,
+    result: oracle.Result,
+) -> np.ndarray:
+    """How far x_prev may be off where each column of its row is off by its spread."""
+    x_t, m, z = (np.abs(np.asarray(a, np.float64)) for a in (x_t, m, z))
+    of_x0 = spread["x0_x"] * x_t + spread["x0_m"] * m
+    x0, eps_size = (
+        result.x0_terms,
+        abs(row["eps_x"]) * x_t + abs(row["eps_m"]) * m + abs(row["eps_0"]) * result.x0_terms,
+    )
+    of_eps = spread["eps_x"] * x_t + spread["eps_m"] * m + spread["eps_0"] * x0 + abs(row["eps_0"]) * of_x0
+    return (
+        spread["prev_x0"] * x0
+        + abs(row["prev_x0"]) * of_x0
+        + spread["prev_eps"] * eps_size
+        + abs(row["prev_eps"]) * of_eps
+        + spread["prev_noise"] * z
+    )

@@ -1,0 +1,176 @@
+"""The command line: what it writes, what it says, and what it refuses before computing anything."""
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.torch import load_file
+
+from ddim_fast import DDIMSampler, NoiseSchedule, __version__
+from ddim_fast.cli import main
+from ddim_fast.kernels import cpu_step
+from ddim_fast.models.loading import load_model
+from ddim_fast.utils import pictures
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def load(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
+def sample(tmp_path, *arguments, code=0):
+    return run("sample", "--steps", 2, "-n", 3, "--out", tmp_path / "grid.png", *arguments, code=code)
+
+
+def test_sample_writes_grid_animation_and_numbers_that_agree(tmp_path):
+    output = sample(tmp_path, "--trajectory", tmp_path / "t.gif", "--save", tmp_path / "s.npz")
+    assert "3 pictures" in output
+    assert "2 steps" in output
+    assert "images/s" in output
+    saved = load(tmp_path / "s.npz")
+    assert saved["samples"].shape == (3, 1, 28, 28)
+    assert saved["labels"].tolist() == [0, 1, 2]
+    with Image.open(tmp_path / "grid.png") as grid:
+        # The first picture stands at the margin, under the title; three screen pixels a pixel.
+        shown = np.asarray(grid)[26 + 6 + 1 :: 3, 6 + 1 :: 3, 0][:28, :28]
+    np.testing.assert_array_equal(shown, pictures.to_uint8(torch.from_numpy(saved["samples"]))[0, :, :, 0])
+    with Image.open(tmp_path / "t.gif") as animation:
+        assert animation.n_frames == 2
+
+
+def test_same_seed_same_pictures_whatever_the_batch_size_and_threads(tmp_path):
+    for name, arguments in {"a": ["--batch-size", 3], "b": ["--batch-size", 2]}.items():
+        sample(tmp_path, "--eta", 1, "--save", tmp_path / f"{name}.safetensors", "--threads", 1, *arguments)
+    a, b = (load_file(tmp_path / f"{name}.safetensors")["samples"] for name in "ab")
+    # The model's convolutions may round differently for other batch sizes; the sampler's own arithmetic does not.
+    torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+    sample(tmp_path, "--eta", 1, "--seed", 1, "--save", tmp_path / "c.safetensors")
+    assert (a - load_file(tmp_path / "c.safetensors")["samples"]).abs().max() > 0.1
+
+
+def test_class_by_name_and_by_number(tmp_path):
+    for name in ("sneaker", "7"):
+        sample(tmp_path, "--class", name, "--save", tmp_path / "s.npz")
+        assert load(tmp_path / "s.npz")["labels"].tolist() == [7, 7, 7]
+
+
+@pytest.mark.parametrize(("timesteps", "steps"), [("ddim3", 3), ("2,2", 4), ("[900,500,100]", 3)])
+def test_timesteps_instead_of_steps(tmp_path, timesteps, steps):
+    output = run("sample", "--timesteps", timesteps, "-n", 1, "--out", tmp_path / "g.png")
+    assert f"{steps} steps" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--class", "hat"], ["Ankle boot", "'hat'"]),
+        (["--out", "grid.xyz"], [".png", "grid.xyz"]),
+        (["--out", "no-such-folder/grid.png"], ["no-such-folder", "does not exist"]),
+        (["--save", "s.csv"], [".npz", "s.csv"]),
+        (["--trajectory", "t.mp4"], [".gif", "t.mp4"]),
+        (["--steps", "1001"], ["1000", "1001"]),
+        (["--timesteps", "[9,x]"], ["list of timesteps", "[9,x]"]),
+        (["--timesteps", "ddim3"], ["3 entries", "2"]),
+        (["--eta", "-1"], ["eta", "-1"]),
+        (["--eta", "9"], ["eta may be at most", "9"]),
+        (["--eta", "0.5", "--sigma-hat"], ["sigma_hat", "0.5"]),
+        (["--eta", "0.5", "--order", "2"], ["order=2", "eta = 0.5", "use order=1"]),
+        (["--guidance", "nan"], ["guidance_scale", "nan"]),
+    ],
+)
+def test_refuses_with_a_message_and_writes_nothing(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    output = run("sample", "--steps", 2, "-n", 1, *arguments, code=1)
+    for word in words:
+        assert word in output
+    assert "Traceback" not in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_order_2_is_the_samplers(tmp_path):
+    sample(tmp_path, "--steps", 4, "--order", 2, "--save", tmp_path / "s.npz")
+    model = load_model("fashion")
+    sampler = DDIMSampler(model.schedule, 4, order=2)
+    expected = sampler.sample(model, (3, 1, 28, 28), seed=0, conditioning={"class_labels": torch.arange(3)})
+    assert np.array_equal(load(tmp_path / "s.npz")["samples"], expected.numpy())
+
+
+def test_unknown_option_and_names_are_usage_errors(tmp_path):
+    assert "karras" in sample(tmp_path, "--spacing", "nope", code=2)
+    assert "0" in sample(tmp_path, "--steps", "0", code=2)
+    run("sample", "--no-such-option", code=2)
+
+
+def test_quiet_says_nothing(tmp_path):
+    assert sample(tmp_path, "--quiet").strip() == ""
+
+
+def test_other_schedule_is_noted(tmp_path):
+    assert "trained with another schedule" in sample(tmp_path, "--schedule", "cosine")
+
+
+def test_info_names_versions_backends_and_instruction_set():
+    output = run("info")
+    for word in (
+        __version__,
+        torch.__version__,
+        "cpu on cpu: usable",
+        "reference on cpu: usable",
+        cpu_step.extension.selected(),
+    ):
+        assert word in output
+
+
+def test_info_says_why_the_kernel_is_missing(monkeypatch):
+    monkeypatch.setattr(cpu_step, "extension", None)
+    monkeypatch.setattr(cpu_step, "missing_reason", "no compiler was there", raising=False)
+    assert "not usable: no compiler was there" in run("info")
+
+
+def test_help_teaches():
+    assert "ddim-fast sample" in run("--help")
+    output = run("sample", "--help")
+    for word in (
+        "--class",
+        "--guidance",
+        "--eta",
+        "--order",
+        "--spacing",
+        "--schedule",
+        "--trajectory",
+        "--save",
+        "Sneaker",
+        "Examples",
+    ):
+        assert word in output
+
+
+def test_pictures_refuse_other_shapes():
+    with pytest.raises(ValueError, match=r"\(2, 5, 8, 8\)"):
+        pictures.to_uint8(torch.zeros(2, 5, 8, 8))
+
+
+def test_colour_pictures_keep_their_channels():
+    samples = torch.stack([torch.full((3, 4, 4), -1.0), torch.tensor([1.0, -1.0, 0.0])[:, None, None].expand(3, 4, 4)])
+    image = np.asarray(pictures.grid(samples, scale=1, columns=2))
+    assert image[6, 6].tolist() == [0, 0, 0]
+    assert image[6, 6 + 4 + 6].tolist() == [255, 0, 128]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("cuda", "torch finds none: use cpu"), ("foo", "device must be a torch device such as cpu")]
+)
+def test_a_device_that_is_not_there_is_refused(name, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        DDIMSampler(NoiseSchedule.linear(), 2).sample(lambda x, t: x, (1, 1, 4, 4), seed=0, device=name)
+    result = CliRunner().invoke(main, ["sample", "--device", name, "--out", str(tmp_path / "grid.png")])
+    assert result.exit_code != 0
+    assert message in result.output
