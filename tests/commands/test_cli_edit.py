@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from commands.test_cli import load, run
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
-from commands.test_cli import load, run
 
 from ddim_fast import DDIMSampler, load_model
 

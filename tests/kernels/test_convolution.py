@@ -15,8 +15,8 @@ import ddim_fast as df
 from ddim_fast.kernels import cpu_step
 from ddim_fast.kernels.convolution import convolve, transformed_weights, unsupported_reasons
 from ddim_fast.models import convolutions
-from ddim_fast.sampling import optimize
 from ddim_fast.models.convolutions import WinogradConv2d, with_winograd
+from ddim_fast.sampling import optimize
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
