@@ -1,75 +1,108 @@
-"""The sampler: a plan, a model, and the loop between them."""
+"""The sampler: what is to be computed, and the methods that run it."""
 
 from __future__ import annotations
 
-import math
+import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from copy import copy
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import Tensor
-from tqdm.auto import tqdm
+from torch import Tensor, nn
 
 from .models.protocol import Model
-from .plans.files import SUFFIX, TimestepList, read_timesteps
-from .plans.plan import PlannedStep, SamplingPlan
+from .plans.choice import TimestepsArgument, choose_timesteps, read_if_file
+from .plans.clipping import Clipping
+from .plans.plan import SamplingPlan
 from .plans.schedules import NoiseSchedule
-from .plans.timesteps import explicit_model_timesteps, explicit_timesteps, respaced_timesteps, select_timesteps
-from .sampling.capture import GRAPHS, CapturedLoop, GraphCache, Job, choose_mode
-from .sampling.editing import img2img, inpaint, interpolate
-from .sampling.guidance import GuidanceScale, check_rescale, classifier_guidance, guidance_scales
-from .sampling.initial_state import (
-    blend_known_region,
-    conditionings_of,
-    initial_state,
-    known_region,
-    place,
-    seeds_of_samples,
+from .sampling import editing, inversion, parallel, run
+from .sampling.capture import GRAPHS, GraphCache
+from .sampling.guidance import GuidanceScale
+from .sampling.loop import Trajectory
+from .sampling.options import (
+    EditKeywords,
+    InpaintKeywords,
+    InvertKeywords,
+    ParallelKeywords,
+    ReconstructKeywords,
+    SampleKeywords,
+    options_of,
+    shows_keywords,
 )
-from .sampling.inversion import invert, reconstruct
-from .sampling.loop import Loop, Thresholding, Timing, Trajectory, model_calls
-from .sampling.optimize import optimize
-from .sampling.parallel import sample_parallel
-from .utils.checks import check_dtype
+from .sampling.parallel import ParallelStatistics
 
-Callback = Callable[[int, int, Tensor, Tensor], Any]
-"""``callback(step, t, x_t, x0)``: the step's number, its timestep, the noisy samples the model saw, and what it predicted from them."""
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+    from .sampling.optimize import OptimizedModel
 
 
 class DDIMSampler:
-    """Samples a diffusion model by DDIM (Song, Meng, Ermon 2020, arXiv 2010.02502): equation 12 over a chosen part of the timesteps.
+    """Sample a diffusion model by DDIM (Song, Meng, Ermon 2020, arXiv 2010.02502): equation 12 over a
+    chosen part of the timesteps.
+
+    A sampler is frozen: ``sampler.replace(eta=1.0)`` makes another one. Samplers that compute the same are
+    equal. They can be copied and pickled; captured graphs stay behind.
 
     Args:
         schedule: the noise schedule that the model was trained with.
-        num_inference_steps: S, how many timesteps to visit.
+        num_inference_steps: S, how many timesteps to visit; 50 if neither it nor ``timesteps`` is given.
         eta: 0 is deterministic DDIM; 1 adds the noise of DDPM.
-        timesteps: instead of a number: an explicit list; a respacing string such as "ddim50" or "10,15,20"; or a list from a file that
-            ``ddim-fast search`` made (a path that ends in .json, or a ``TimestepList``).
-        model_timesteps: what the model is told at each of these timesteps, where that is another one (arXiv 2310.09469, 2405.15506). None:
-            what the file of timesteps says, or else the timesteps visited.
-        timestep_spacing: how S timesteps are chosen, a key of ``timesteps.SPACINGS``.
+        timesteps: instead of a number: an explicit list; a respacing string such as "ddim50" or
+            "10,15,20"; or a file that ``ddim-fast search`` wrote (a path that ends in .json, or a
+            ``TimestepList``).
+        model_timesteps: the timestep given to the model at each of these, where it is a different one
+            (arXiv 2310.09469, 2405.15506). None: what the file of timesteps says, or else the timesteps
+            visited.
+        timestep_spacing: how S timesteps are chosen, a key of ``plans.timesteps.SPACINGS``.
         steps_offset: added to the timesteps of "leading" spacing.
-        prediction_type: "epsilon", "sample" or "v_prediction". None: what the model says of itself, or else "epsilon".
-        order: 2 for the multistep form of DDIM, of second order (DPM-Solver++(2M), arXiv 2211.01095): with the same model calls, nearer
-            to where many steps lead. Needs eta = 0. None: what the list of timesteps was searched for, or else 1.
-        analytic_variance: add the noise of Analytic-DPM (arXiv 2201.06503), whose variance is told from the mean squared error of
-            the model's eps: one number for each timestep, or True for those that the file of timesteps holds.
+        prediction_type: "epsilon", "sample" or "v_prediction". None: what the model says of itself, or
+            else "epsilon".
+        order: 2 for the multistep form of DDIM, of second order (DPM-Solver++(2M), arXiv 2211.01095):
+            nearer to the result of many steps with the same model calls. Needs eta = 0. None: what the file
+            of timesteps was searched for, or else 1.
+        analytic_variance: add the noise of Analytic-DPM (arXiv 2201.06503), whose variance follows from the
+            mean squared error of the model's eps: one number for each timestep, or True for those in the
+            file of timesteps.
         eta_scales, sigma_hat, set_alpha_to_one: see ``SamplingPlan``.
-        clip_sample: clip the predicted x0 to [-clip_sample_range, clip_sample_range]. None: if the model states a range.
+        clip_sample: clip the predicted x0 to [-clip_sample_range, clip_sample_range]. None: if the model
+            states a range.
         clip_sample_range: half the width of the range of clean samples. None: the model's, or else 1.
         use_clipped_model_output: derive eps again from the clipped x0.
-        thresholding: dynamic thresholding (Imagen): x0 is scaled by its ``dynamic_thresholding_ratio`` quantile, at most
-            ``sample_max_value``, before it is clipped.
-        graphs: where CUDA graphs are kept; all samplers share one cache if none.
+        thresholding: dynamic thresholding (arXiv 2205.11487): x0 is scaled by its
+            ``dynamic_thresholding_ratio`` quantile, at most ``sample_max_value``, before it is clipped.
+        graphs: where CUDA graphs are kept; None for one cache that all samplers share.
 
     Raises:
-        TypeError, ValueError: an argument breaks a rule; the message says which, and what to do.
+        TypeError, ValueError: an argument breaks a rule; the message states the rule and the remedy.
     """
+
+    schedule: NoiseSchedule
+    num_inference_steps: int
+    eta: float
+    timesteps: tuple[int, ...]
+    model_timesteps: tuple[int, ...]
+    timestep_spacing: str
+    steps_offset: int
+    prediction_type: str | None
+    order: int
+    analytic_variance: bool | tuple[float, ...]
+    eta_scales: str
+    sigma_hat: bool
+    set_alpha_to_one: bool
+    clip_sample: bool | None
+    clip_sample_range: float | None
+    use_clipped_model_output: bool
+    thresholding: bool
+    dynamic_thresholding_ratio: float
+    sample_max_value: float
+    graphs: GraphCache
+    _given: Mapping[str, Any]
+    _clipping: Clipping
+    _plan: SamplingPlan
 
     def __init__(
         self,
@@ -77,7 +110,7 @@ class DDIMSampler:
         num_inference_steps: int | None = None,
         eta: float = 0.0,
         *,
-        timesteps: Sequence[int] | str | os.PathLike[str] | TimestepList | None = None,
+        timesteps: TimestepsArgument = None,
         model_timesteps: Sequence[int] | None = None,
         timestep_spacing: str = "leading",
         steps_offset: int = 0,
@@ -95,50 +128,118 @@ class DDIMSampler:
         sample_max_value: float = 1.0,
         graphs: GraphCache | None = None,
     ):
+        given = {name: value for name, value in locals().items() if name != "self"}
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(
                 f"schedule must be a NoiseSchedule, got {type(schedule).__name__}: for instance NoiseSchedule.linear()"
             )
-        _check_clipping(clip_sample, clip_sample_range, use_clipped_model_output)
-        if thresholding:
-            _check_thresholding(clip_sample, dynamic_thresholding_ratio, sample_max_value)
-        self.schedule = schedule
-        timesteps, order, eps_residual, told = _from_list(timesteps, schedule, order, analytic_variance)
-        self.timesteps = _choose_timesteps(schedule, num_inference_steps, timesteps, timestep_spacing, steps_offset)
-        if model_timesteps is not None:
-            told = explicit_model_timesteps(model_timesteps, len(self.timesteps), schedule.num_train_timesteps)
-        self.prediction_type = prediction_type
-        self.clip_sample = True if thresholding else clip_sample
-        self.clip_sample_range = clip_sample_range
-        self.thresholding = Thresholding(dynamic_thresholding_ratio, sample_max_value) if thresholding else None
-        self.graphs = GRAPHS if graphs is None else graphs
-        # Everything but what a model may decide; checked now, with a prediction type that cannot fail at zero SNR.
-        self._plan = SamplingPlan(
+        clipping = Clipping(**{name: given[name] for name in Clipping.__dataclass_fields__})
+        name = os.fspath(timesteps) if isinstance(timesteps, (str, os.PathLike)) else "the list of timesteps"
+        given["timesteps"] = read_if_file(timesteps)
+        chosen = choose_timesteps(
+            timesteps_name=name,
+            **{
+                name: given[name]
+                for name in (
+                    "schedule",
+                    "num_inference_steps",
+                    "timesteps",
+                    "model_timesteps",
+                    "timestep_spacing",
+                    "steps_offset",
+                    "order",
+                    "analytic_variance",
+                )
+            },
+        )
+        for name in ("timesteps", "model_timesteps", "analytic_variance"):  # a list of the caller's may change
+            given[name] = tuple(given[name]) if isinstance(given[name], list) else given[name]
+        # All but what a model may decide; checked now, with a prediction type that cannot fail at zero SNR.
+        plan = SamplingPlan(
             schedule,
-            self.timesteps,
+            chosen.timesteps,
             prediction_type="v_prediction" if prediction_type is None else prediction_type,
             eta=eta,
             eta_scales=eta_scales,
             sigma_hat=sigma_hat,
             set_alpha_to_one=set_alpha_to_one,
-            clip_sample_range=_or_one(clip_sample_range) if self.clip_sample or use_clipped_model_output else None,
+            clip_sample_range=_early_range(clipping),
             use_clipped_model_output=use_clipped_model_output,
-            order=order,
-            eps_residual=eps_residual,
-            model_timesteps=told,
+            order=chosen.order,
+            eps_residual=chosen.eps_residual,
+            model_timesteps=chosen.model_timesteps,
+            thresholding=clipping.threshold,
+        )
+        self.__dict__.update(
+            given,
+            num_inference_steps=len(plan.timesteps),
+            timesteps=plan.timesteps,
+            model_timesteps=plan.model_timesteps,
+            order=plan.order,
+            clip_sample=clipping.asked_for,
+            graphs=GRAPHS if graphs is None else graphs,
+            _given=given,
+            _clipping=clipping,
+            _plan=plan,
         )
 
-    @property
-    def num_inference_steps(self) -> int:
-        return len(self.timesteps)
+    # ---- a value: frozen, equal to others, copied and pickled ---------------------------------------------
 
-    @property
-    def order(self) -> int:
-        """1: DDIM. 2: its multistep form."""
-        return self._plan.order
+    def replace(self, **changes: Any) -> Self:
+        """Return this sampler with other values for some of the constructor's arguments.
+
+        >>> sampler.replace(num_inference_steps=20, eta=1.0)
+
+        Raises:
+            TypeError, ValueError: as the constructor; a number of steps contradicts an explicit list of
+                timesteps unless ``timesteps=None`` is passed with it.
+        """
+        return type(self)(**{**self._given, **changes})
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(
+            f"a DDIMSampler is frozen, got sampler.{name} = {reprlib.repr(value)}: make another with sampler.replace({name}=...)"
+        )
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a DDIMSampler is frozen, got del sampler.{name}: make another with sampler.replace(...)")
+
+    def __repr__(self) -> str:
+        defaults = inspect.signature(type(self)).parameters
+        shown = {
+            name: value
+            for name, value in self._given.items()
+            if name != "schedule" and (name == "num_inference_steps" or value is not defaults[name].default)
+        }
+        shown["num_inference_steps"] = self.num_inference_steps
+        values = [repr(self.schedule), *(f"{name}={reprlib.repr(value)}" for name, value in shown.items())]
+        return f"{type(self).__name__}({', '.join(values)})"
+
+    def _identity(self) -> tuple[object, ...]:
+        return self._plan, self.prediction_type, self.clip_sample, self.clip_sample_range
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), dict(self._given))
+
+    # ---- what a run computes -----------------------------------------------------------------------------------
 
     def plan(self, model: Model | None = None) -> SamplingPlan:
-        """The steps of a run with this model: what the sampler leaves open is taken from the model's attributes, then from defaults.
+        """Return the steps of a run with this model. What the sampler leaves open is taken from the model's
+        attributes, then from defaults.
 
         Raises:
             ValueError: sampler and model name different prediction types.
@@ -146,85 +247,91 @@ class DDIMSampler:
         stated = getattr(model, "prediction_type", None)
         if stated is not None and self.prediction_type not in (None, stated):
             raise ValueError(
-                f"the sampler was told prediction_type={self.prediction_type!r}, but the model says it predicts {stated!r}: "
-                "leave the sampler's out"
+                f"prediction_type must be the model's, {stated!r}, or left out, got prediction_type={self.prediction_type!r} in the "
+                "sampler: leave it out"
             )
         prediction_type = self.prediction_type or stated or "epsilon"
-        clip_range = self.clip_sample_range
-        if clip_range is None:
-            clip_range = getattr(model, "clip_sample_range", None)
-        clip = clip_range is not None if self.clip_sample is None else self.clip_sample
-        open_until_now = prediction_type, _or_one(clip_range) if clip else None
-        if open_until_now == (self._plan.prediction_type, self._plan.clip_sample_range):
+        clip_range = self._clipping.half_range(getattr(model, "clip_sample_range", None))
+        if (prediction_type, clip_range) == (self._plan.prediction_type, self._plan.clip_sample_range):
             return self._plan
-        return _finished_plan(self._plan, *open_until_now)
+        return _finished_plan(self._plan, prediction_type, clip_range)
 
+    def last_steps(self, count: int) -> Self:
+        """Return this sampler with the last ``count`` of its steps alone."""
+        last = self._plan.last_steps(count)
+        return self.replace(
+            num_inference_steps=None,
+            timesteps=last.timesteps,
+            model_timesteps=last.model_timesteps,
+            order=self.order,
+            analytic_variance=last.eps_residual or False,
+        )
+
+    def _unclipped(self) -> Self:
+        """Return this sampler without the clipping that only the model suggests.
+
+        Raises:
+            ValueError: the sampler itself was asked to clip.
+        """
+        self._clipping.without_clipping()
+        return self.replace(clip_sample=False)
+
+    # ---- methods -----------------------------------------------------------------------------------------------
+
+    @shows_keywords(SampleKeywords)
     def sample(
-        self,
-        model: Model,
-        shape: Sequence[int] | None = None,
-        *,
-        seed: int | None = None,
-        seeds: Sequence[int] | Tensor | None = None,
-        generator: torch.Generator | None = None,
-        x_T: Tensor | None = None,
-        conditioning: Mapping[str, Any] | None = None,
-        guidance_scale: GuidanceScale | None = None,
-        unconditional_conditioning: Mapping[str, Any] | None = None,
-        guidance_rescale: float = 0.0,
-        cond_fn: Callable[..., Tensor] | None = None,
-        mask: Tensor | None = None,
-        known_x0: Tensor | None = None,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        model_dtype: torch.dtype | None = None,
-        progress: bool = False,
-        callback: Callback | None = None,
-        return_trajectory: bool = False,
-        timing: Timing | None = None,
-        backend: str | None = None,
-        normals: str = "exact",
-        capture: str = "auto",
-        reuse_output: bool = False,
+        self, model: Model, shape: Sequence[int] | None = None, **options: Unpack[SampleKeywords]
     ) -> Tensor | Trajectory:
         """Draw samples: from noise x_T, one model call and one fused update per step.
 
         Args:
             model: any callable, see ``models.Model``. Called under ``torch.inference_mode()``.
-            shape: ``(B, C, ...)``. May be left out where ``x_T`` or ``known_x0`` is given, whose device and dtype the samples have.
+            shape: ``(B, C, ...)``. May be left out where ``x_T`` or ``known_x0`` is given, whose device and
+                dtype the samples then have.
             seed: one number for the run; sample i gets its own seed from it (``sample_seeds``).
-            seeds: instead: one 64-bit seed per sample. A sample depends on its seed alone, not on the others.
+            seeds: instead: one 64-bit seed per sample. A sample depends on its own seed alone.
             generator: instead: noise from this ``torch.Generator``, by torch's own randn.
-                With none of the three, a seed is drawn from torch's global generator (``torch.manual_seed`` fixes it), if noise is
-                needed.
+                With none of the three, a seed is drawn from torch's global generator (``torch.manual_seed``
+                fixes it), if noise is needed.
             x_T: start from this noise ``(B, C, ...)`` (it is not changed).
             conditioning: passed to the model by name, for instance ``{"class_labels": labels}``.
-            guidance_scale: classifier-free guidance (arXiv 2207.12598), 1 for none: the model is called twice per step, with
-                ``unconditional_conditioning`` too, or with what ``model.unconditional(conditioning)`` gives. A number, one number
-                for each step in order, or a function of the timestep.
-            guidance_rescale: from 0 to 1, how far the guided output's standard deviation over each sample is brought back to that of
-                the conditional one (phi of arXiv 2305.08891, section 3.4). Guidance is then a few operations of torch before the step.
-            cond_fn: classifier guidance (arXiv 2105.05233): ``cond_fn(x_t, t, **conditioning)`` gives the gradient of log p(y | x_t) by
-                x_t, times a scale if wanted, like x_t. Called with gradients enabled, and a copy of x_t::
+            guidance_scale: classifier-free guidance (arXiv 2207.12598), 1 for none: the model is called
+                twice per step, the second time with ``unconditional_conditioning``, or with what
+                ``model.unconditional(conditioning)`` returns. A number, one number for each step in order,
+                or a function of the timestep.
+            guidance_rescale: in [0, 1], how far the standard deviation of the guided output over each
+                sample is brought back to that of the conditional one (phi of arXiv 2305.08891, section
+                3.4). Guidance then takes a few torch operations before the step.
+            cond_fn: classifier guidance (arXiv 2105.05233): ``cond_fn(x_t, t, **conditioning)`` returns the
+                gradient of log p(y | x_t) by x_t, times a scale if wanted, like x_t. Called with gradients
+                enabled, and a copy of x_t::
 
                     def cond_fn(x_t, t, y):
                         log_p = classifier(x_t.requires_grad_(), t).log_softmax(-1)[range(len(y)), y]
                         return torch.autograd.grad(log_p.sum(), x_t)[0]
 
-            mask, known_x0: with both, inpainting, see ``inpaint``. ``x_T`` is blended with the known picture, too.
+            mask, known_x0: with both, inpainting, see ``inpaint``. ``x_T`` is blended with the known
+                picture, too.
+            device: where samples are drawn.
             dtype: of the samples. Half precision is computed in float32 and stored in half.
-            model_dtype: of what the model is given, where it differs: a half-precision model beside float32 samples.
+            model_dtype: of the model's input, where it differs: a half-precision model beside float32
+                samples.
             progress: show a progress bar.
-            callback: called after each step; see ``Callback``. The run stops early if it returns True.
+            callback: called after each step as ``callback(step, t, x_t, x0)``: the number of the step, its
+                timestep, the noisy samples that the model saw, and the x0 predicted from them. The run
+                stops early if it returns True.
             return_trajectory: return every state as a ``Trajectory`` instead of the samples.
-            timing: filled in with the seconds spent in the model and in the update.
+            timing: a ``Timing``, to which the seconds spent in the model and in the update are added.
             backend: of the update, a name in ``kernels.dispatch.BACKENDS``.
-            normals: how seeds become the noise of steps: "exact", the same bits everywhere; or "fast" (see ``ddim_step``).
-            capture: on a CUDA device, run the steps as CUDA graphs, captured in the first call and replayed in later ones (see
-                ``capture.GraphCache``): "step", one graph that is replayed for each step; "loop", all steps and model calls in one;
-                "off"; or "auto": "step" for an ``nn.Module`` that can be captured, with one warning where it cannot. The model is
-                called a few times more before the first capture. With ``cond_fn`` there is no capture.
-            reuse_output: with a captured loop, return its own memory, which the next call writes to, instead of a copy.
+            normals: how seeds become the noise of steps: "exact", the same bits everywhere; or "fast" (see
+                ``ddim_step``).
+            capture: on a CUDA device, run the steps as CUDA graphs, captured in the first call and replayed
+                in later ones (see ``sampling.capture.GraphCache``): "step", one graph that is replayed for
+                each step; "loop", all steps and model calls in one; "off"; or "auto": "step" for an
+                ``nn.Module`` that can be captured, with one warning where it cannot. The model is called a
+                few more times before the first capture. With ``cond_fn`` nothing is captured.
+            reuse_output: with a captured loop, return its own memory, which the next call overwrites,
+                instead of a copy.
 
         Returns:
             Samples ``shape`` on ``device``, or a ``Trajectory``.
@@ -232,190 +339,276 @@ class DDIMSampler:
         Raises:
             TypeError, ValueError: an argument breaks a rule, or the model returns the wrong thing.
         """
-        plan = self.plan(model)
-        rows = [step.coefficients for step in plan.steps]
-        if plan.order == 2 and mask is not None:
-            raise ValueError(
-                "inpainting puts the known picture in after each step, which leaves the trajectory that order=2 draws on from, got a mask "
-                "and a sampler with order=2: make one with order=1"
-            )
-        mask, known_x0 = known_region(mask, known_x0)
-        shape, device, dtype = place(shape, device, dtype, x_T=x_T, known_x0=known_x0)
-        for name, value in {"dtype": dtype, "model_dtype": model_dtype}.items():
-            if value is not None:
-                check_dtype(name, value)
-        check_rescale(guidance_rescale, guidance_scale)
-        scales = guidance_scales(guidance_scale, plan.timesteps)
-        conditionings = conditionings_of(model, conditioning, scales, unconditional_conditioning)
-        adds_noise = any(row.adds_noise for row in rows)
-        adds_known_noise = mask is not None and any(row.adds_known_noise for row in rows)
-        between = {
-            "a callback": callback is not None,
-            "return_trajectory": return_trajectory,
-            "progress": progress,
-            "noise from a generator": generator is not None and (adds_noise or adds_known_noise),
+        return run.sample(self.plan(model), model, shape, options_of("sample", SampleKeywords, options), self.graphs)
+
+    @shows_keywords(EditKeywords)
+    def img2img(
+        self, model: Model, x0: Tensor, strength: float, **options: Unpack[EditKeywords]
+    ) -> Tensor | Trajectory:
+        """Regenerate pictures from rough ones (SDEdit, Meng et al. 2021, arXiv 2108.01073): add noise, and
+        sample from there.
+
+        The same as ``sample`` with the last ``round(strength * S)`` timesteps, and with x_T made from x0 by
+        equation 4 of the DDIM paper and the noise that ``sample`` would start from. Steps, and scales given
+        one for each, are counted from the first that is run.
+
+        Args:
+            x0: ``(B, C, ...)``, clean. The samples have its device and dtype.
+            strength: in (0, 1]. 1 runs all steps; the start still holds what alpha_bar_T leaves of x0.
+            options: those of ``sample``.
+
+        Raises:
+            TypeError, ValueError: as ``sample``; or the strength leaves no step.
+        """
+        editing.check_left_out("img2img", "x0", options)
+        keywords = options_of("img2img", EditKeywords, options)
+        return editing.img2img(self.plan(model), model, x0, strength, keywords, self.graphs)
+
+    @shows_keywords(InpaintKeywords)
+    def inpaint(
+        self,
+        model: Model,
+        x0: Tensor,
+        mask: Tensor,
+        *,
+        strength: float = 1.0,
+        **options: Unpack[InpaintKeywords],
+    ) -> Tensor | Trajectory:
+        """Keep the known part of pictures, and draw the other part to fit.
+
+        After each step, and at x_T, the known part is put in at the noise level reached there, inside the
+        step's kernel; its noise comes from the stream KNOWN_REGION of each sample's seed. In the end it is
+        x0 itself (with ``set_alpha_to_one``). A ``generator`` draws, in this order: x_T, the noise of the
+        known part there, and for each step its own noise, where eta > 0, and that of the known part.
+
+        Args:
+            x0: ``(B, C, ...)``, clean. The samples have its device and dtype.
+            mask: 1 where x0 is known and kept, 0 where it is drawn (diffusers' masks are the other way
+                round), a blend between. Any dtype and device; broadcast to x0: ``(B, 1, H, W)``, ``(H, W)``.
+            strength: below 1, the unknown part starts from x0, too, as in ``img2img``; at 1 from noise
+                alone.
+            options: those of ``sample``. The x0 of a trajectory is what the model predicts, in the known
+                part, too.
+
+        Raises:
+            TypeError, ValueError: as ``sample`` and ``img2img``; or the mask does not fit, or leaves [0, 1];
+                or the sampler has order=2.
+        """
+        editing.check_left_out("inpaint", "x0", options)
+        keywords = options_of("inpaint", InpaintKeywords, options)
+        return editing.inpaint(self.plan(model), model, x0, mask, strength, keywords, self.graphs)
+
+    @shows_keywords(EditKeywords)
+    def interpolate(
+        self,
+        model: Model,
+        x_T_first: Tensor,
+        x_T_last: Tensor,
+        weights: Sequence[float],
+        **options: Unpack[EditKeywords],
+    ) -> Tensor | Trajectory:
+        """Sample between two starts (section 5.3 of the DDIM paper, and its appendix D.5), all in one batch.
+
+        Args:
+            x_T_first, x_T_last: ``(B, C, ...)``: B pairs. See ``slerp``.
+            weights: K numbers in [0, 1]; 0 is the first start, 1 the last.
+            seed, seeds: of the noise of the steps, where eta > 0: one for each pair, the same for all of
+                its weights.
+            conditioning, unconditional_conditioning: tensors whose first size is B are repeated for each
+                weight. The model and callbacks see K * B samples, those of the first weight first.
+            options: those of ``sample``.
+
+        Returns:
+            ``(K, B, C, ...)``, or ``(K, C, ...)`` for one pair; or a ``Trajectory`` of such states.
+
+        Raises:
+            TypeError, ValueError: as ``sample`` and ``slerp``; or a weight is not in [0, 1].
+        """
+        editing.check_left_out("interpolate", "x_T_first and x_T_last", options)
+        keywords = options_of("interpolate", EditKeywords, options)
+        return editing.interpolate(self.plan(model), model, x_T_first, x_T_last, weights, keywords, self.graphs)
+
+    @shows_keywords(InvertKeywords)
+    def invert(
+        self,
+        model: Model,
+        x0: Tensor,
+        *,
+        iterations: int = 1,
+        tolerance: float | None = None,
+        **options: Unpack[InvertKeywords],
+    ) -> Tensor | Trajectory:
+        """Find the noise x_T from which clean samples are made: the sampler's own steps, each solved for
+        where it came from, the last step first.
+
+        The model is called at the timestep of the noisier end of a step, as in sampling, so the exact
+        solution is the exact inverse. Nothing is clipped: sample from the result with
+        ``clip_sample=False``, or use ``reconstruct``. Needs eta = 0. A clipped step has no inverse: a
+        sampler that was asked to clip is refused. The range that a model states of itself is ignored.
+
+        Args:
+            x0: clean samples ``(B, C, ...)`` (not changed), in whose dtype is computed; float32 ends at a
+                residual of about 3e-8 in each step.
+            iterations: how often the model is called for a step (with guidance, twice as often). 1 is the
+                plain inversion, with the output at (x_prev, t) for that at (x_t, t); for epsilon
+                prediction, that of diffusers' DDIMInverseScheduler. With more, x_t starts from equation 14
+                of the DDIM paper with the last output at t_prev, and an iteration is a simplified Newton
+                step. Each is one pass over memory.
+            tolerance: end the iterations of a step when no element of the batch changed by more. The host
+                waits for each iteration to know.
+            conditioning, guidance_scale, unconditional_conditioning, progress, backend: as for ``sample``.
+            return_trajectory: return every state as a ``Trajectory`` from x0 to x_T; its ``x0`` are
+                predicted from the last guess of x_t.
+
+        Returns:
+            x_T, like ``x0``; or a ``Trajectory``.
+
+        Raises:
+            TypeError, ValueError: an argument breaks a rule, the sampler has no inverse, or the model
+                returns the wrong thing.
+        """
+        keywords = options_of("invert", InvertKeywords, options)
+        plan = self._unclipped().plan(model)
+        return inversion.invert(plan, model, x0, keywords, iterations=iterations, tolerance=tolerance)
+
+    @shows_keywords(ReconstructKeywords)
+    def reconstruct(
+        self,
+        model: Model,
+        x0: Tensor,
+        *,
+        iterations: int = 1,
+        tolerance: float | None = None,
+        **options: Unpack[ReconstructKeywords],
+    ) -> Tensor:
+        """Invert clean samples and sample them again by the same steps, without clipping. Arguments and
+        errors are those of ``invert``.
+
+        Returns:
+            Samples like ``x0``: equal to them but for the error of the inversion. See
+            ``sampling.inversion.reconstruction_error``.
+        """
+        keywords = options_of("reconstruct", ReconstructKeywords, options)
+        plan = self._unclipped().plan(model)
+        return inversion.reconstruct(plan, model, x0, keywords, self.graphs, iterations=iterations, tolerance=tolerance)
+
+    @shows_keywords(ParallelKeywords)
+    def sample_parallel(
+        self,
+        model: Model,
+        shape: Sequence[int] | None = None,
+        *,
+        window: int | None = None,
+        tolerance: float = 1e-3,
+        max_iterations: int | None = None,
+        return_statistics: bool = False,
+        **options: Unpack[ParallelKeywords],
+    ) -> Tensor | tuple[Tensor, ParallelStatistics]:
+        """Draw what ``sample`` draws, up to ``tolerance``, in fewer model calls of larger batches
+        (ParaDiGMS, arXiv 2305.16317).
+
+        Each iteration calls the model once, for a window of W states of every sample: a batch of W * B,
+        with timesteps of their own, those of the first state first. Then the steps of the window are taken,
+        and it moves on to the first state whose model output may still change: by one step at least.
+        Memory: 2 (W + 1) states, and what the model needs for a batch of W * B.
+
+        Any eta will do: the noise of a step depends on the seeds and the step alone, so the trajectory is
+        fixed in advance.
+
+        Args:
+            window: W, at most S (more is S); None for all S steps.
+            tolerance: a state is done when its mean squared change in an iteration is at most
+                ``tolerance**2`` times the variance of its noise, 1 - alpha_bar, in every sample. 0: the
+                sequential result; bit by bit where a model's output does not depend on what else is in the
+                batch. A sample's result otherwise depends on the batch within the tolerance.
+            max_iterations: stop after so many with the last guess of the clean samples, which a window of
+                all steps has.
+            conditioning, unconditional_conditioning: tensors whose first size is B are repeated for each
+                state of the window; all else is passed on as it is.
+            return_statistics: return ``ParallelStatistics``, too.
+
+        The other arguments are those of ``sample``; noise from a generator does not serve steps that are
+        taken more than once.
+
+        Returns:
+            Samples, or ``(samples, statistics)``.
+
+        Raises:
+            TypeError, ValueError: an argument breaks a rule, or the model returns the wrong thing.
+        """
+        samples, statistics = parallel.sample_parallel(
+            self.plan(model),
+            model,
+            shape,
+            options_of("sample_parallel", ParallelKeywords, options),
+            window=window,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+        )
+        return (samples, statistics) if return_statistics else samples
+
+    def optimize(
+        self,
+        model: nn.Module,
+        shape: Sequence[int],
+        *,
+        conditioning: Mapping[str, Any] | None = None,
+        guidance_scale: GuidanceScale | None = None,
+        unconditional_conditioning: Mapping[str, Any] | None = None,
+        compile: bool = True,
+        tolerance: float = 2 / 255,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> OptimizedModel:
+        """Return a model that gives the same samples sooner, for batches of this shape.
+
+        Tried are: both halves of guidance in one batch; weights and activations with channels last; on a
+        CPU, 3 x 3 convolutions with a quarter of the products (``kernels.convolution``); torch.compile with
+        frozen weights (a minute or so, once); and on processors with instructions for it, the remaining
+        convolutions in bfloat16 in the noisiest steps, as many as keep the samples tried within a third of
+        ``tolerance``, since other samples change more. What does not help on this machine is left out. The
+        model itself is not changed: the copy takes its memory again, and with these convolutions four times
+        that of their weights on top.
+
+        Args:
+            model: a module; see ``models.Model``.
+            shape: ``(B, C, ...)`` of the batches to be sampled. Others work, as slowly as before.
+            conditioning, guidance_scale, unconditional_conditioning: as for ``sample``; their values do not
+                matter, their shapes do.
+            compile: False leaves torch.compile out.
+            tolerance: how far an element of a sample may move; measured on one batch, so no promise for
+                each. The default is one of 255 levels, with samples in [-1, 1].
+            seed: of the samples that are compared.
+
+        Returns:
+            The model to sample with; its ``gain`` holds what was measured.
+
+        Raises:
+            TypeError: ``model`` is no ``nn.Module``.
+            ValueError: an argument breaks a rule.
+        """
+        from .sampling.optimize import optimize  # rarely used, and not needed to sample
+
+        keywords: SampleKeywords = {
+            "seed": seed,
+            "conditioning": conditioning,
+            "guidance_scale": guidance_scale,
+            "unconditional_conditioning": unconditional_conditioning,
+            "device": device,
         }
-        first_between = next((what for what in between if between[what]), None)
-        gradients = None if cond_fn is None else "cond_fn takes gradients, which a captured step does not"
-        mode = choose_mode(capture, self.graphs, device, dtype, backend, first_between, model, gradients)
-        classifier = classifier_guidance(cond_fn, conditionings[0], plan)
-        # From one number to a seed for each sample takes as long as several small steps.
-        seeded = x_T is None or adds_noise or mask is not None
-        per_sample = seeds_of_samples(seed, seeds, generator, shape[0], needed=seeded)
-        per_sample = None if per_sample is None else per_sample.to(device)
-        x_t = initial_state(shape, x_T, per_sample, generator, device, dtype)
-        if mask is not None:
-            blend_known_region(x_t, mask, known_x0, plan.steps[0].alpha_bar_t, per_sample, generator, backend)
-        watched = callback is not None or return_trajectory
-
-        def like_x_t(wanted: bool, dtype: torch.dtype = dtype) -> Tensor | None:
-            return torch.empty_like(x_t, dtype=dtype) if wanted else None
-
-        loop = Loop(
-            x_t=x_t,
-            calls=model_calls(model, conditionings),
-            guidance_scales=scales,
-            thresholding=self.thresholding,
-            seeds=per_sample if adds_noise or adds_known_noise else None,
-            generator=generator,
-            noise=like_x_t(generator is not None and adds_noise),
-            model_input=like_x_t(model_dtype not in (None, dtype), model_dtype),
-            x_seen=like_x_t(watched),
-            x0=like_x_t(watched),
-            normals=normals,
-            guidance_rescale=0.0 if scales is None else float(guidance_rescale),
-            classifier=classifier,
-            mask=mask,
-            known_x0=known_x0,
-            known_noise=like_x_t(generator is not None and adds_known_noise),
-            history=like_x_t(plan.order == 2),
-        )
-        job = Job(model, plan, loop, conditionings)
-        using = nullcontext() if mode == "off" else self.graphs.use(mode, job, optional=capture == "auto")
-        # A bar costs as much as several small steps, also one that is not shown.
-        bar = tqdm(plan.steps, desc="sampling", unit="step") if progress else nullcontext(plan.steps)
-        timing = Timing() if timing is None else timing
-        return _run(job, mode, using, bar, timing, backend, callback, return_trajectory, reuse_output)
-
-    # Functions of their own files: what they are given first is this sampler.
-    img2img = img2img
-    inpaint = inpaint
-    interpolate = interpolate
-    invert = invert
-    optimize = optimize
-    reconstruct = reconstruct
-    sample_parallel = sample_parallel
-
-    def last_steps(self, count: int) -> DDIMSampler:
-        """This sampler with the last ``count`` of its steps alone."""
-        shorter = copy(self)
-        shorter.timesteps = self.timesteps[-count:]
-        shorter._plan = _with_timesteps(self._plan, shorter.timesteps)
-        return shorter
+        options = options_of("optimize", SampleKeywords, keywords)
+        return optimize(self.plan(model), model, shape, options, self.graphs, compile=compile, tolerance=tolerance)
 
 
-def _run(
-    job: Job,
-    mode: str,
-    using: AbstractContextManager[CapturedLoop | None],
-    bar: AbstractContextManager[Iterable[PlannedStep]],
-    timing: Timing,
-    backend: str | None,
-    callback: Callback | None,
-    return_trajectory: bool,
-    reuse_output: bool,
-) -> Tensor | Trajectory:
-    """All steps of a job, by the captured loop that ``using`` gives, or one by one."""
-    trajectory = Trajectory()
-    with using as captured:
-        loop = job.loop if captured is None else captured.loop
-        timesteps = torch.tensor(job.plan.model_timesteps, device=loop.x_t.device)[:, None].expand(-1, loop.shape[0])
-        with torch.inference_mode(), bar as steps:
-            if captured is not None and mode == "loop":
-                captured.replay_all(timing)
-                steps = ()
-            for step in steps:
-                if captured is not None:
-                    captured.replay_step(step, timing)
-                else:
-                    loop.planned_step(step, timesteps[step.index], timing, backend)
-                if return_trajectory:
-                    trajectory.add(step.t, loop.x_seen, loop.x0)
-                if callback is not None and callback(step.index, step.t, loop.x_seen, loop.x0) is True:
-                    break
-        # A captured loop's tensors are its own: the next call writes to them.
-        own = captured is None or (reuse_output and not return_trajectory)
-        x_t = loop.x_t if own else loop.x_t.clone()
-    if return_trajectory:
-        trajectory.x_t.append(x_t)
-        return trajectory
-    return x_t
+def _early_range(clipping: Clipping) -> float | None:
+    """Return the range to check a plan with before the model is known."""
+    if clipping.asked_for or clipping.use_clipped_model_output:
+        return 1.0 if clipping.clip_sample_range is None else clipping.clip_sample_range
+    return None
 
 
-def _or_one(clip_sample_range: float | None) -> float:
-    return 1.0 if clip_sample_range is None else clip_sample_range
-
-
-def _check_clipping(clip_sample: bool | None, clip_sample_range: float | None, use_clipped_model_output: bool) -> None:
-    if clip_sample_range is not None and not 0 < clip_sample_range < math.inf:
-        raise ValueError(f"clip_sample_range must be positive and finite, got {clip_sample_range}")
-    if use_clipped_model_output and clip_sample is False:
-        raise ValueError("use_clipped_model_output needs clipping, got clip_sample=False: leave one of them out")
-
-
-def _check_thresholding(clip_sample: bool | None, ratio: float, maximum: float) -> None:
-    if not 0 < ratio <= 1:
-        raise ValueError(f"dynamic_thresholding_ratio must be in (0, 1], got {ratio}")
-    if not 0 < maximum < math.inf:
-        raise ValueError(f"sample_max_value must be positive and finite, got {maximum}")
-    if clip_sample is False:
-        raise ValueError("thresholding clips x0, so clip_sample=False contradicts it: leave one of them out")
-
-
-def _from_list(timesteps, schedule: NoiseSchedule, order: int | None, analytic_variance: bool | Sequence[float]):
-    """Timesteps, order, the mean squared error of eps and what the model is told, where one or the other comes from a file of timesteps."""
-    named = isinstance(timesteps, os.PathLike) or (isinstance(timesteps, str) and timesteps.endswith(SUFFIX))
-    found = read_timesteps(timesteps) if named else timesteps
-    if not isinstance(found, TimestepList):
-        if analytic_variance is True:
-            raise ValueError(
-                "analytic_variance=True takes the mean squared error of eps from a file of timesteps that ddim-fast search made, got "
-                "none: pass timesteps='FILE.json', or the numbers themselves"
-            )
-        return timesteps, 1 if order is None else order, tuple(map(float, analytic_variance or ())) or None, None
-    name = os.fspath(timesteps) if named else "the list of timesteps"
-    measured = found.eps_residual if analytic_variance is True else tuple(map(float, analytic_variance or ())) or None
-    if analytic_variance is True and measured is None:
-        raise ValueError(
-            f"analytic_variance=True needs the mean squared error of eps, and {name} holds none: search again, or pass the numbers"
-        )
-    return found.for_schedule(schedule, name), found.order if order is None else order, measured, found.model_timesteps
-
-
-def _choose_timesteps(schedule: NoiseSchedule, count, timesteps, spacing: str, steps_offset: int) -> tuple[int, ...]:
-    total = schedule.num_train_timesteps
-    if timesteps is None:
-        return select_timesteps(
-            50 if count is None else count, total, spacing, steps_offset=steps_offset, schedule=schedule
-        )
-    chosen = (
-        respaced_timesteps(timesteps, total) if isinstance(timesteps, str) else explicit_timesteps(timesteps, total)
-    )
-    if count not in (None, len(chosen)):
-        raise ValueError(
-            f"timesteps has {len(chosen)} entries and num_inference_steps is {count}: leave num_inference_steps out"
-        )
-    return chosen
-
-
-@lru_cache(maxsize=64)
-def _with_timesteps(plan: SamplingPlan, timesteps: tuple[int, ...]) -> SamplingPlan:
-    own = {name: getattr(plan, name) for name in ("eps_residual", "model_timesteps")}
-    return replace(
-        plan,
-        timesteps=timesteps,
-        **{name: None if value is None else value[-len(timesteps) :] for name, value in own.items()},
-    )
+def _rebuild(kind: type[DDIMSampler], given: dict[str, Any]) -> DDIMSampler:
+    return kind(**given)
 
 
 @lru_cache(maxsize=64)

@@ -71,7 +71,7 @@ def plan_settings(sampler: DDIMSampler, model: Any) -> dict[str, Any]:
         "num_train_timesteps": schedule.num_train_timesteps,
         "sha256": schedule.digest,
     }
-    settings["thresholding"] = None if sampler.thresholding is None else asdict(sampler.thresholding)
+    settings["thresholding"] = None if plan.thresholding is None else asdict(plan.thresholding)
     return settings
 
 

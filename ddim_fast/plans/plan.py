@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import torch
 
 from ..kernels.contract import StepCoefficients, StepTable
+from ..utils.checks import check_choice
+from .clipping import Thresholding
 from .coefficients import (
     ETA_SCALES,
     PREDICTION_TYPES,
@@ -88,15 +90,16 @@ class SamplingPlan:
     use_clipped_model_output: bool = False
     order: int = 1
     eps_residual: tuple[float, ...] | None = None
-    model_timesteps: tuple[int, ...] | None = None
+    model_timesteps: tuple[int, ...] = ()
+    thresholding: Thresholding | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
-        _check_choice("eta_scales", self.eta_scales, ETA_SCALES)
+        check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        check_choice("eta_scales", self.eta_scales, ETA_SCALES)
         check_eta(self.eta)
         if any(later >= earlier for earlier, later in pairwise(self.timesteps)) or not self.timesteps:
             raise ValueError(f"timesteps must be at least one, and strictly decreasing, got {self.timesteps}")
-        if self.model_timesteps is None:
+        if not self.model_timesteps:
             object.__setattr__(self, "model_timesteps", self.timesteps)
         explicit_model_timesteps(self.model_timesteps, len(self.timesteps), self.schedule.num_train_timesteps)
         if self.sigma_hat and self.eta != 1:
@@ -169,6 +172,10 @@ class SamplingPlan:
         steps = enumerate(zip(self.pairs, self._levels, strict=True))
         return tuple(self._step(index, *pair, *levels) for index, (pair, levels) in steps)
 
+    def last_steps(self, count: int) -> SamplingPlan:
+        """Return the plan of the last ``count`` of these steps alone."""
+        return self if count == len(self.timesteps) else _last_steps(self, count)
+
     def table(
         self, device: torch.device | str = "cpu", guidance_scale: float | Sequence[float] | None = None
     ) -> StepTable:
@@ -196,6 +203,11 @@ class SamplingPlan:
         return PlannedStep(index, t, t_prev, self.model_timesteps[index], alpha_bar_t, alpha_bar_prev, std_dev_t, row)
 
 
-def _check_choice(name: str, value: object, choices) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+@lru_cache(maxsize=64)
+def _last_steps(plan: SamplingPlan, count: int) -> SamplingPlan:
+    return replace(
+        plan,
+        timesteps=plan.timesteps[-count:],
+        model_timesteps=plan.model_timesteps[-count:],
+        eps_residual=None if plan.eps_residual is None else plan.eps_residual[-count:],
+    )

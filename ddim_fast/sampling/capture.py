@@ -177,6 +177,10 @@ class GraphCache:
     def __len__(self) -> int:
         return len(self._captured)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Graphs belong to their process and device: a copy starts without any.
+        return type(self), (self.maxsize, self._backend, self.device_types)
+
     @contextmanager
     def use(self, mode: str, job: Job, optional: bool = False) -> Iterator[CapturedLoop | None]:
         """The captured loop for this job, with the job's values loaded; captured now if there is none.

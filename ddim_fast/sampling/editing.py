@@ -1,128 +1,78 @@
-"""``img2img``, ``inpaint`` and ``interpolate``, methods of ``DDIMSampler``: each makes a start and leaves the rest to its ``sample``."""
+"""``img2img``, ``inpaint`` and ``interpolate``: each makes a start, and samples from there."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..models.protocol import Model
+from ..plans.plan import SamplingPlan
 from ..utils.checks import check_alike, check_samples
+from .capture import GraphCache
 from .initial_state import noised, repeat_conditioning, seeds_of_samples
 from .loop import Trajectory
-
-if TYPE_CHECKING:
-    from ..sampler import DDIMSampler
+from .options import Options
+from .run import sample
 
 
 def img2img(
-    sampler: DDIMSampler,
-    model: Model,
-    x0: Tensor,
-    strength: float,
-    *,
-    seed: int | None = None,
-    seeds: Sequence[int] | Tensor | None = None,
-    generator: torch.Generator | None = None,
-    **options: Any,
+    plan: SamplingPlan, model: Model, x0: Tensor, strength: float, options: Options, graphs: GraphCache
 ) -> Tensor | Trajectory:
-    """Pictures made anew from rough ones (SDEdit, Meng et al. 2021, arXiv 2108.01073): noised, and sampled from there.
-
-    The same as ``sample`` with the last ``round(strength * S)`` timesteps, and with x_T made of x0 by equation 4 of the DDIM paper
-    and the noise that ``sample`` would start from. Steps, and scales given one for each, are counted from the first that is run.
-
-    Args:
-        x0: ``(B, C, ...)``, clean. The samples have its device and dtype.
-        strength: in (0, 1]. 1 runs all steps; what alpha_bar_T leaves of x0 is still in the start.
-        options: those of ``sample``.
-
-    Raises:
-        TypeError, ValueError: as ``sample``; or the strength leaves no step.
-    """
-    check_left_out("img2img", "x0", options)
+    """Regenerate pictures from rough ones: see ``DDIMSampler.img2img``."""
     check_samples("x0", x0)
-    shorter = sampler.last_steps(steps_of_strength(strength, sampler.num_inference_steps))
-    per_sample = seeds_of_samples(seed, seeds, generator, len(x0))
-    x_T = noised(x0, sampler.schedule.alpha_bar(shorter.timesteps[0]), per_sample, generator)
-    return shorter.sample(model, x_T=x_T, seeds=per_sample, generator=generator, **options)
+    shorter = plan.last_steps(steps_of_strength(strength, plan.num_inference_steps))
+    noise = options.noise
+    seeds = seeds_of_samples(noise.seed, noise.seeds, noise.generator, len(x0))
+    x_T = noised(x0, plan.schedule.alpha_bar(shorter.timesteps[0]), seeds, noise.generator)
+    return sample(shorter, model, None, options.replace(x_T=x_T, seed=None, seeds=seeds), graphs)
 
 
 def inpaint(
-    sampler: DDIMSampler, model: Model, x0: Tensor, mask: Tensor, *, strength: float = 1.0, **options: Any
+    plan: SamplingPlan,
+    model: Model,
+    x0: Tensor,
+    mask: Tensor,
+    strength: float,
+    options: Options,
+    graphs: GraphCache,
 ) -> Tensor | Trajectory:
-    """Pictures whose known part is kept, and whose other part is drawn to fit.
-
-    After each step, and at x_T, the known part is put in at the noise level reached there, inside of the step's kernel; its noise
-    is of the stream KNOWN_REGION of each sample's seed. In the end it is x0 itself (with ``set_alpha_to_one``). A ``generator``
-    draws, in this order: x_T, the known part's noise there, and for each step its own noise, where eta > 0, and the known part's.
-
-    Args:
-        x0: ``(B, C, ...)``, clean. The samples have its device and dtype.
-        mask: 1 where x0 is known and kept, 0 where it is drawn anew (diffusers' masks are the other way round), a blend between.
-            Any dtype and device; broadcast to x0: ``(B, 1, H, W)``, ``(H, W)``.
-        strength: below 1, the unknown part begins with x0, too, as in ``img2img``; at 1 with noise alone.
-        options: those of ``sample``. The trajectory's x0 is what the model predicts, in the known part, too.
-
-    Raises:
-        TypeError, ValueError: as ``sample`` and ``img2img``; or the mask does not fit, or leaves [0, 1]; or the sampler has order=2.
-    """
-    check_left_out("inpaint", "x0", options)
+    """Keep the known part of pictures, and draw the rest: see ``DDIMSampler.inpaint``."""
     check_samples("x0", x0)
+    options = options.replace(mask=mask, known_x0=x0)
     if strength == 1:
-        return sampler.sample(model, mask=mask, known_x0=x0, **options)
-    return sampler.img2img(model, x0, strength, mask=mask, known_x0=x0, **options)
+        return sample(plan, model, None, options, graphs)
+    return img2img(plan, model, x0, strength, options, graphs)
 
 
 def interpolate(
-    sampler: DDIMSampler,
+    plan: SamplingPlan,
     model: Model,
     x_T_first: Tensor,
     x_T_last: Tensor,
     weights: Sequence[float],
-    *,
-    seed: int | None = None,
-    seeds: Sequence[int] | Tensor | None = None,
-    generator: torch.Generator | None = None,
-    conditioning: Mapping[str, Any] | None = None,
-    unconditional_conditioning: Mapping[str, Any] | None = None,
-    **options: Any,
+    options: Options,
+    graphs: GraphCache,
 ) -> Tensor | Trajectory:
-    """Samples of what lies between two starts (section 5.3 of the DDIM paper, and its appendix D.5), all in one batch.
-
-    Args:
-        x_T_first, x_T_last: ``(B, C, ...)``: B pairs. See ``slerp``.
-        weights: K numbers in [0, 1]; 0 is the first start, 1 the last.
-        seed, seeds: of the steps' noise, where eta > 0: one for each pair, the same for all of its weights.
-        conditioning, unconditional_conditioning: tensors whose first size is B are repeated for each weight. The model and callbacks
-            see K * B samples, those of the first weight first.
-        options: those of ``sample``.
-
-    Returns:
-        ``(K, B, C, ...)``, or ``(K, C, ...)`` for one pair; or a ``Trajectory`` of such states.
-
-    Raises:
-        TypeError, ValueError: as ``sample`` and ``slerp``; or a weight is not in [0, 1].
-    """
-    check_left_out("interpolate", "x_T_first and x_T_last", options)
+    """Sample between two starts: see ``DDIMSampler.interpolate``."""
     weights = check_weights(weights)
     x_T = torch.cat([slerp(x_T_first, x_T_last, weight) for weight in weights])
     pairs, times = len(x_T_first), len(weights)
-    per_pair = seeds_of_samples(seed, seeds, generator, pairs)
-    result = sampler.sample(
-        model,
+    noise, guidance = options.noise, options.guidance
+    seeds = seeds_of_samples(noise.seed, noise.seeds, noise.generator, pairs)
+    options = options.replace(
         x_T=x_T,
-        seeds=None if per_pair is None else per_pair.repeat(times),
-        generator=generator,
-        conditioning=repeat_conditioning(conditioning, pairs, times),
-        unconditional_conditioning=repeat_conditioning(unconditional_conditioning, pairs, times),
-        **options,
+        seed=None,
+        seeds=None if seeds is None else seeds.repeat(times),
+        conditioning=repeat_conditioning(guidance.conditioning, pairs, times),
+        unconditional_conditioning=repeat_conditioning(guidance.unconditional_conditioning, pairs, times),
     )
+    result = sample(plan, model, None, options, graphs)
     shape = (times, *(x_T_first.shape if pairs != 1 else x_T_first.shape[1:]))
     if isinstance(result, Tensor):
         return result.view(shape)

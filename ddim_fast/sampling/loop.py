@@ -20,6 +20,7 @@ from ..kernels.dispatch import ddim_step, ddim_step_from_table
 from ..kernels.noise import NoiseStream
 from ..kernels.thresholding import dynamic_thresholds
 from ..models.protocol import Model, output_tensor
+from ..plans.clipping import Thresholding
 from ..plans.plan import PlannedStep
 from .guidance import ClassifierGuidance, guided_output
 
@@ -66,14 +67,6 @@ class Trajectory:
             self.x0.append(x0.clone())
 
 
-@dataclass(frozen=True)
-class Thresholding:
-    """Dynamic thresholding: the quantile of |x0| that x0 is scaled by, and its maximum."""
-
-    ratio: float
-    maximum: float
-
-
 @dataclass
 class Position:
     """Where ``step_by_index`` is: everything it must not know from Python.
@@ -115,14 +108,14 @@ class Loop:
 
     x_t: Tensor
     calls: Sequence[ModelCall]
-    guidance_scales: Sequence[float] | None
-    thresholding: Thresholding | None
-    seeds: Tensor | None
-    generator: torch.Generator | None
-    noise: Tensor | None
-    model_input: Tensor | None
-    x_seen: Tensor | None
-    x0: Tensor | None
+    guidance_scales: Sequence[float] | None = None
+    thresholding: Thresholding | None = None
+    seeds: Tensor | None = None
+    generator: torch.Generator | None = None
+    noise: Tensor | None = None
+    model_input: Tensor | None = None
+    x_seen: Tensor | None = None
+    x0: Tensor | None = None
     normals: str = "exact"
     guidance_rescale: float = 0.0
     classifier: ClassifierGuidance | None = None

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models.convolutions import channels_last, with_winograd
 from ..models.protocol import Model
+from ..plans.plan import SamplingPlan
+from ..utils.checks import check_number
+from .capture import GraphCache
 from .initial_state import conditionings_of, place
 from .loop import merged_conditioning
-
-if TYPE_CHECKING:
-    from ..sampler import DDIMSampler
+from .options import Options
+from .run import sample
 
 ROUNDS = 7
 """Times that each way is timed, in turn with the others; the median counts."""
@@ -118,66 +120,38 @@ def reduced_convolutions() -> Iterator[None]:
 
 
 def optimize(
-    sampler: DDIMSampler,
+    plan: SamplingPlan,
     model: nn.Module,
     shape: Sequence[int],
+    options: Options,
+    graphs: GraphCache,
     *,
-    conditioning: Mapping[str, Any] | None = None,
-    guidance_scale: float | None = None,
-    unconditional_conditioning: Mapping[str, Any] | None = None,
     compile: bool = True,
     tolerance: float = 2 / 255,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
 ) -> OptimizedModel:
-    """A model that gives the same samples sooner, for batches of this shape. Method of ``DDIMSampler``.
-
-    Tried are: both halves of guidance in one batch; weights and activations with channels last; on a CPU, 3 x 3 convolutions with a
-    quarter of the products (``kernels.convolution``); torch.compile with frozen weights (a minute or so, once); and on processors with
-    instructions for it, what convolutions are left in bfloat16 in the noisiest steps, as many as leave the samples tried within a third
-    of ``tolerance``, since others will change more. What does not help on this machine is left out. The model itself is not changed: the
-    copy takes its memory again, and with these convolutions four times that of their weights on top.
+    """Make a model faster as far as its samples stay what they are: see ``DDIMSampler.optimize``.
 
     Args:
-        model: a module; see ``models.Model``.
-        shape: ``(B, C, ...)`` of the batches that will be sampled. Others work, as slowly as before.
-        conditioning, guidance_scale, unconditional_conditioning: as ``sample`` takes them; their values do not matter, their shapes do.
-        compile: False leaves torch.compile out.
-        tolerance: how far an element of a sample may be from what it was; told from one batch, so no promise for each. The default
-            is one of 255 levels, with samples in [-1, 1].
-        seed: of the samples that are compared.
-
-    Returns:
-        The model to sample with; ``.gain`` says what was gained.
-
-    Raises:
-        TypeError: ``model`` is no ``nn.Module``.
-        ValueError: an argument breaks a rule.
+        options: of the run whose samples are compared.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"optimize needs an nn.Module, whose weights it can lay out anew, got {type(model).__name__}: wrap it in one"
+            f"optimize needs an nn.Module, whose weights it can lay out differently, got {type(model).__name__}: wrap it in one"
         )
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be 0 or more, got {tolerance}")
-    shape, device, _ = place(shape, device, torch.float32)
-    trial = _Trial(
-        sampler, model, shape, conditioning, guidance_scale, unconditional_conditioning, seed, device, tolerance
-    )
-    return trial.run(compile)
+    check_number("tolerance", tolerance, at_least=0)
+    shape, device, _ = place(shape, options.execution.device, torch.float32)
+    return _Trial(plan, model, shape, options, graphs, device, tolerance).run(compile)
 
 
 @dataclass
 class _Trial:
     """Ways of calling a model, tried on one batch."""
 
-    sampler: DDIMSampler
+    plan: SamplingPlan
     model: nn.Module
     shape: tuple[int, ...]
-    conditioning: Mapping[str, Any] | None
-    guidance_scale: float | None
-    unconditional: Mapping[str, Any] | None
-    seed: int
+    options: Options
+    graphs: GraphCache
     device: torch.device
     tolerance: float
 
@@ -224,23 +198,23 @@ class _Trial:
             before, after = _in_turn(lambda: call(than.fast), lambda: call(way), rounds=ROUNDS)
         return after < WORTHWHILE * before
 
-    def _samples(self, model: Model, sampler: DDIMSampler | None = None) -> Tensor:
-        return (sampler or self.sampler).sample(
-            model,
-            self.shape,
-            seed=self.seed,
-            conditioning=self.conditioning,
-            guidance_scale=self.guidance_scale,
-            unconditional_conditioning=self.unconditional,
-            device=self.device,
-        )
+    def _samples(self, model: Model, plan: SamplingPlan | None = None) -> Tensor:
+        samples = sample(self.plan if plan is None else plan, model, self.shape, self.options, self.graphs)
+        assert isinstance(samples, Tensor)  # no trajectory was asked for
+        return samples
+
+    @property
+    def _scale(self) -> float | None:
+        """The guidance scale; None where there is no guidance."""
+        scale = self.options.guidance.guidance_scale
+        return None if scale in (None, 1) else scale
 
     def _batches_guidance(self) -> bool:
         """Whether the two conditionings can be one, and one call of twice the batch takes less time than two."""
-        if self.guidance_scale in (None, 1):
+        if self._scale is None:
             return False
         together = OptimizedModel(self.model, self.model, (2 * self.shape[0], *self.shape[1:]), None, True)
-        short = self.sampler.last_steps(1)
+        short = self.plan.last_steps(1)
         try:
             one, two = _in_turn(
                 lambda: self._samples(together, short), lambda: self._samples(self.model, short), rounds=ROUNDS
@@ -251,11 +225,12 @@ class _Trial:
 
     def _example(self, shape: tuple[int, ...], batched: bool) -> Callable[[Callable[..., Any]], Any]:
         """A call as the sampler makes it, of whatever it is given."""
-        steps = self.sampler.plan(self.model).steps
+        steps, guidance = self.plan.steps, self.options.guidance
         x = torch.zeros(shape, device=self.device)
         t = torch.full((shape[0],), steps[len(steps) // 2].model_timestep, device=self.device)
-        scales = None if self.guidance_scale in (None, 1) else (self.guidance_scale,)
-        first, *rest = conditionings_of(self.model, self.conditioning, scales, self.unconditional)
+        scales = None if self._scale is None else (self._scale,)
+        conditionings = conditionings_of(self.model, guidance.conditioning, scales, guidance.unconditional_conditioning)
+        first, *rest = conditionings
         if batched:
             first = merged_conditioning(first, rest[0], self.shape[0])
         return lambda way: way(x, t, **first)
@@ -264,20 +239,20 @@ class _Trial:
         """Let the noisiest steps take convolutions in bfloat16, as many as the tolerance allows, where that is faster."""
         if self.device.type != "cpu" or not any(isinstance(m, nn.modules.conv._ConvNd) for m in self.model.modules()):
             return change, []
-        told = self.sampler.plan(self.model).told
+        timesteps = self.plan.model_timesteps
         result.reduced_from = 0
         exact = copy.copy(result)
         exact.reduced_from = None
-        short = self.sampler.last_steps(1)
+        short = self.plan.last_steps(1)
         fast, slow = _in_turn(lambda: self._samples(result, short), lambda: self._samples(exact, short), rounds=ROUNDS)
         if fast < WORTHWHILE * slow:
             for share in SHARES:
-                steps = max(1, round(share * len(told)))
-                result.reduced_from = min(told[:steps])
+                steps = max(1, round(share * len(timesteps)))
+                result.reduced_from = min(timesteps[:steps])
                 reduced = _largest(self._samples(result), expected)
                 if reduced <= self.tolerance / MARGIN:
-                    count = sum(t >= result.reduced_from for t in told)
-                    return reduced, [f"convolutions in bfloat16 in the {count} noisiest of {len(told)} steps"]
+                    count = sum(t >= result.reduced_from for t in timesteps)
+                    return reduced, [f"convolutions in bfloat16 in the {count} noisiest of {len(timesteps)} steps"]
         result.reduced_from = None
         return change, []
 

@@ -10,10 +10,8 @@ steps where eta > 0, or with the output itself for epsilon prediction (docs/INVE
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,13 +19,13 @@ from tqdm.auto import tqdm
 
 from ..models.protocol import Model
 from ..plans.coefficients import weight_at_constant_v
-from ..plans.plan import PlannedStep
-from .guidance import GuidanceScale, guidance_scales
+from ..plans.plan import PlannedStep, SamplingPlan
+from ..utils.checks import check_integer, check_number
+from .guidance import guidance_scales
 from .initial_state import conditionings_of, initial_state, place, repeat_conditioning, seeds_of_samples
 from .loop import Loop, ModelCall, Timing, model_calls
-
-if TYPE_CHECKING:
-    from ..sampler import DDIMSampler
+from .options import Options
+from .run import model_timesteps
 
 
 @dataclass(frozen=True)
@@ -46,89 +44,51 @@ class ParallelStatistics:
 
 
 def sample_parallel(
-    sampler: DDIMSampler,
+    plan: SamplingPlan,
     model: Model,
-    shape: Sequence[int] | None = None,
+    shape: Sequence[int] | None,
+    options: Options,
     *,
     window: int | None = None,
     tolerance: float = 1e-3,
     max_iterations: int | None = None,
-    seed: int | None = None,
-    seeds: Sequence[int] | Tensor | None = None,
-    x_T: Tensor | None = None,
-    conditioning: Mapping[str, Any] | None = None,
-    guidance_scale: GuidanceScale | None = None,
-    unconditional_conditioning: Mapping[str, Any] | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    progress: bool = False,
-    return_statistics: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, ParallelStatistics]:
-    """What ``sampler.sample`` draws, up to ``tolerance``, in fewer model calls of larger batches.
-
-    Each iteration calls the model once, for a window of W states of every sample: a batch of W * B, with timesteps of their own, those of
-    the first state first. Then the window's steps are taken, and it moves on to the first state whose model output may still change: by
-    one step at least. Memory: 2 (W + 1) states, and what the model needs for a batch of W * B.
-
-    Args:
-        sampler: any eta: the noise of a step comes from the seeds and the step alone, so the trajectory is fixed in advance.
-        window: W, at most S (more is S); all S steps if none.
-        tolerance: a state is done where its mean squared change in an iteration is at most ``tolerance**2`` times its noise's variance,
-            1 - alpha_bar, in every sample. 0: the sequential result; bit by bit where a model's output does not depend on what else
-            is in the batch. A sample's result otherwise depends on the batch within the tolerance.
-        max_iterations: stop after so many with the last guess of the clean samples, which a window of all steps has.
-        conditioning, unconditional_conditioning: tensors whose first size is B are repeated for each state of the window; all else is
-            passed on as it is.
-        return_statistics: return ``ParallelStatistics``, too.
-
-    The other arguments are those of ``DDIMSampler.sample``; noise from a generator is not for steps that are taken more than once.
+) -> tuple[Tensor, ParallelStatistics]:
+    """Solve for many steps at once: see ``DDIMSampler.sample_parallel``.
 
     Returns:
-        Samples, or ``(samples, statistics)``.
-
-    Raises:
-        TypeError, ValueError: an argument breaks a rule, or the model returns the wrong thing.
+        ``(samples, statistics)``.
     """
-    plan = sampler.plan(model)
+    noise, guidance, execution = options.noise, options.guidance, options.execution
     if plan.order != 1:
         raise ValueError(
             f"steps solved for at once each depend on one state, and those of order={plan.order} on two: make a sampler with order=1"
         )
-    _check_tolerance(tolerance)
-    _check_count("window", window)
-    _check_count("max_iterations", max_iterations)
+    check_number("tolerance", tolerance, at_least=0, remedy="0 gives the sequential result")
+    if window is not None:
+        check_integer("window", window, at_least=1)
+    if max_iterations is not None:
+        check_integer("max_iterations", max_iterations, at_least=1)
     if max_iterations is not None and window is not None and window < len(plan.steps):
         raise ValueError(
             f"max_iterations={max_iterations} may end a run with a guess of the clean samples, which a window of all "
             f"{len(plan.steps)} steps has, got window={window}: leave one of them out"
         )
-    shape, device, dtype = place(shape, device, dtype, x_T=x_T)
-    scales = guidance_scales(guidance_scale, plan.timesteps)
-    conditionings = conditionings_of(model, conditioning, scales, unconditional_conditioning)
-    per_sample = seeds_of_samples(seed, seeds, None, shape[0]).to(device)
-    x = initial_state(shape, x_T, per_sample, None, device, dtype)
+    shape, device, dtype = place(shape, execution.device, execution.dtype, x_T=noise.x_T)
+    scales = guidance_scales(guidance.guidance_scale, plan.timesteps)
+    conditionings = conditionings_of(model, guidance.conditioning, scales, guidance.unconditional_conditioning)
+    seeds = seeds_of_samples(noise.seed, noise.seeds, None, shape[0])
+    seeds = None if seeds is None else seeds.to(device)
+    x = initial_state(shape, noise.x_T, seeds, None, device, dtype)
     last = len(plan.steps)
     width = last if window is None else min(window, last)
     guesses = x.expand(width + 1, *shape).contiguous()
-    loop = Loop(
-        x_t=x,
-        calls=[],
-        guidance_scales=scales,
-        thresholding=sampler.thresholding,
-        seeds=per_sample,
-        generator=None,
-        noise=None,
-        model_input=None,
-        x_seen=None,
-        x0=None,
-    )
-    timesteps = torch.tensor(plan.model_timesteps, device=device)[:, None].expand(-1, shape[0])
+    loop = Loop(x_t=x, calls=[], guidance_scales=scales, thresholding=plan.thresholding, seeds=seeds)
+    timesteps = model_timesteps(plan, device, shape[0])
     weights = [weight_at_constant_v(step.alpha_bar_t, plan.prediction_type) for step in plan.steps]
     variances = 1 - torch.tensor([step.alpha_bar_prev for step in plan.steps], dtype=torch.float64)
     limits = tolerance**2 * math.prod(shape[1:]) * variances.to(device)[:, None]
-    run = _Window(plan.steps, weights, loop, timesteps, limits, guesses, torch.empty_like(guesses), backend)
-    bar = tqdm(total=last, desc="sampling in parallel", unit="step", disable=not progress)
+    run = _Window(plan.steps, weights, loop, timesteps, limits, guesses, torch.empty_like(guesses), execution.backend)
+    bar = tqdm(total=last, desc="sampling in parallel", unit="step", disable=not options.observation.progress)
     iterations = evaluations = 0
     calls: dict[int, list[ModelCall]] = {}
     with torch.inference_mode(), bar:
@@ -140,7 +100,7 @@ def sample_parallel(
             iterations, evaluations = iterations + 1, evaluations + count
     samples = guesses[last - run.first].clone()
     statistics = ParallelStatistics(iterations, evaluations, converged=run.first == last)
-    return (samples, statistics) if return_statistics else samples
+    return samples, statistics
 
 
 @dataclass
@@ -208,19 +168,3 @@ class _Window:
 
 def _answer(model_output: Tensor) -> ModelCall:
     return lambda x, t: model_output
-
-
-def _check_tolerance(tolerance: object) -> None:
-    if not isinstance(tolerance, Real) or isinstance(tolerance, bool):
-        raise TypeError(f"tolerance must be a number, got {tolerance!r}")
-    if not 0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance must be finite, 0 (the sequential result) or more, got {tolerance}")
-
-
-def _check_count(name: str, value: object) -> None:
-    if value is None:
-        return
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer or None, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")

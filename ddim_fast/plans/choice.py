@@ -1,0 +1,118 @@
+"""Choose the timesteps of a run: from a count, a list, a respacing string, or a file of searched timesteps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .files import SUFFIX, TimestepList, read_timesteps
+from .schedules import NoiseSchedule
+from .timesteps import explicit_model_timesteps, explicit_timesteps, respaced_timesteps, select_timesteps
+
+DEFAULT_STEPS = 50
+
+TimestepsArgument = Sequence[int] | str | os.PathLike[str] | TimestepList | None
+
+
+@dataclass(frozen=True)
+class ChosenTimesteps:
+    """Which timesteps a run visits, and what a file of timesteps says beside them.
+
+    Attributes:
+        timesteps: strictly decreasing.
+        model_timesteps: the timestep given to the model at each of them.
+        order: of the steps.
+        eps_residual: the mean squared error of the model's eps at each of them; None where no analytic
+            variance is asked for.
+    """
+
+    timesteps: tuple[int, ...]
+    model_timesteps: tuple[int, ...]
+    order: int
+    eps_residual: tuple[float, ...] | None
+
+
+def read_if_file(timesteps: TimestepsArgument) -> TimestepsArgument:
+    """Return the list in a file where ``timesteps`` names one (a path, or a string that ends in .json)."""
+    if isinstance(timesteps, os.PathLike) or (isinstance(timesteps, str) and timesteps.endswith(SUFFIX)):
+        return read_timesteps(timesteps)
+    return timesteps
+
+
+def choose_timesteps(
+    schedule: NoiseSchedule,
+    num_inference_steps: int | None = None,
+    *,
+    timesteps: TimestepsArgument = None,
+    timesteps_name: str = "the list of timesteps",
+    model_timesteps: Sequence[int] | None = None,
+    timestep_spacing: str = "leading",
+    steps_offset: int = 0,
+    order: int | None = None,
+    analytic_variance: bool | Sequence[float] = False,
+) -> ChosenTimesteps:
+    """Choose the timesteps of a run, with what else a file of timesteps decides.
+
+    Args:
+        timesteps_name: what to call a ``TimestepList`` in errors, such as its path.
+
+    The other arguments are those of ``DDIMSampler``.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule.
+    """
+    of_file = timesteps if isinstance(timesteps, TimestepList) else None
+    residual = _residual(of_file, timesteps_name, analytic_variance)
+    if of_file is None:
+        visited = _visited(schedule, num_inference_steps, timesteps, timestep_spacing, steps_offset)
+    else:
+        visited = _checked_count(of_file.for_schedule(schedule, timesteps_name), num_inference_steps)
+    if model_timesteps is None and of_file is not None:
+        model_timesteps = of_file.model_timesteps
+    given = visited if model_timesteps is None else model_timesteps
+    seen = explicit_model_timesteps(given, len(visited), schedule.num_train_timesteps)
+    if order is None:
+        order = 1 if of_file is None else of_file.order
+    return ChosenTimesteps(visited, seen, order, residual)
+
+
+def _residual(
+    of_file: TimestepList | None, name: str, analytic_variance: bool | Sequence[float]
+) -> tuple[float, ...] | None:
+    if analytic_variance is False:
+        return None
+    if analytic_variance is not True:
+        return tuple(map(float, analytic_variance)) or None
+    if of_file is None:
+        raise ValueError(
+            "analytic_variance=True takes the mean squared error of eps from a file of timesteps that ddim-fast "
+            "search made, got none: pass timesteps='FILE.json', or the numbers themselves"
+        )
+    if of_file.eps_residual is None:
+        raise ValueError(
+            f"analytic_variance=True needs the mean squared error of eps, and {name} holds none: search again, or "
+            "pass the numbers"
+        )
+    return of_file.eps_residual
+
+
+def _visited(
+    schedule: NoiseSchedule, count: int | None, timesteps: TimestepsArgument, spacing: str, steps_offset: int
+) -> tuple[int, ...]:
+    total = schedule.num_train_timesteps
+    if timesteps is None:
+        count = DEFAULT_STEPS if count is None else count
+        return select_timesteps(count, total, spacing, steps_offset=steps_offset, schedule=schedule)
+    if isinstance(timesteps, str):
+        return _checked_count(respaced_timesteps(timesteps, total), count)
+    return _checked_count(explicit_timesteps(timesteps, total), count)  # type: ignore[arg-type]  (files were read before)
+
+
+def _checked_count(visited: tuple[int, ...], count: int | None) -> tuple[int, ...]:
+    if count not in (None, len(visited)):
+        raise ValueError(
+            f"timesteps has {len(visited)} entries, so num_inference_steps must be that or left out, got {count}: "
+            "leave num_inference_steps out"
+        )
+    return visited

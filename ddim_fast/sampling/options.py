@@ -1,0 +1,232 @@
+"""The options of one run, as small frozen records.
+
+People type flat keywords (``sample(model, shape, seed=0, guidance_scale=2.0)``). Here they are grouped
+into records, which the methods of the sampler hand on as one ``Options``. To add an option, add a field
+to a record, and its keyword to the methods that take it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+import torch
+from torch import Tensor
+
+from .guidance import GuidanceScale
+from .loop import Timing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Callback = Callable[[int, int, Tensor, Tensor], Any]
+"""``callback(step, t, x_t, x0)``: the number of the step, its timestep, the noisy samples that the model
+saw, and the x0 predicted from them. The run stops early if it returns True."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Where the randomness of a run comes from."""
+
+    seed: int | None = None
+    seeds: Sequence[int] | Tensor | None = None
+    generator: torch.Generator | None = None
+    x_T: Tensor | None = None  # noqa: N815 (the paper's name)
+    normals: str = "exact"
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What the model is conditioned on, and what steers its output."""
+
+    conditioning: Mapping[str, Any] | None = None
+    guidance_scale: GuidanceScale | None = None
+    unconditional_conditioning: Mapping[str, Any] | None = None
+    guidance_rescale: float = 0.0
+    cond_fn: Callable[..., Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class KnownRegion:
+    """The part of a picture that inpainting keeps."""
+
+    mask: Tensor | None = None
+    known_x0: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and how a run is computed."""
+
+    device: str | torch.device = "cpu"
+    dtype: torch.dtype = torch.float32
+    model_dtype: torch.dtype | None = None
+    backend: str | None = None
+    capture: str = "auto"
+    reuse_output: bool = False
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the caller sees of a run while it lasts, and of its states afterwards."""
+
+    progress: bool = False
+    callback: Callback | None = None
+    return_trajectory: bool = False
+    timing: Timing | None = None
+
+    @property
+    def wants_states(self) -> bool:
+        """Whether each step has to keep what the model saw and predicted."""
+        return self.callback is not None or self.return_trajectory
+
+
+@dataclass(frozen=True)
+class Options:
+    """All options of a run."""
+
+    noise: Noise = field(default_factory=Noise)
+    guidance: Guidance = field(default_factory=Guidance)
+    known_region: KnownRegion = field(default_factory=KnownRegion)
+    execution: Execution = field(default_factory=Execution)
+    observation: Observation = field(default_factory=Observation)
+
+    def replace(self, **keywords: Any) -> Self:
+        """Return these options with other values for some of the flat keywords."""
+        groups: dict[str, dict[str, Any]] = {}
+        for name, value in keywords.items():
+            groups.setdefault(_GROUP_OF[name], {})[name] = value
+        return replace(self, **{group: replace(getattr(self, group), **own) for group, own in groups.items()})
+
+
+_GROUP_OF = {
+    option.name: group
+    for group, record in {
+        "noise": Noise,
+        "guidance": Guidance,
+        "known_region": KnownRegion,
+        "execution": Execution,
+        "observation": Observation,
+    }.items()
+    for option in fields(record)
+}
+_ORDER = list(_GROUP_OF)
+_DEFAULTS = Options()
+
+
+# The flat keywords of each method of the sampler, for type checkers, ``help`` and the check of names.
+
+
+class ConditioningKeywords(TypedDict, total=False):
+    conditioning: Mapping[str, Any] | None
+    guidance_scale: GuidanceScale | None
+    unconditional_conditioning: Mapping[str, Any] | None
+
+
+class InvertKeywords(ConditioningKeywords, total=False):
+    """Keywords of ``invert``."""
+
+    progress: bool
+    return_trajectory: bool
+    backend: str | None
+
+
+class ReconstructKeywords(ConditioningKeywords, total=False):
+    """Keywords of ``reconstruct``."""
+
+    progress: bool
+    backend: str | None
+
+
+class ParallelKeywords(ConditioningKeywords, total=False):
+    """Keywords of ``sample_parallel``."""
+
+    seed: int | None
+    seeds: Sequence[int] | Tensor | None
+    x_T: Tensor | None
+    device: str | torch.device
+    dtype: torch.dtype
+    progress: bool
+    backend: str | None
+
+
+class InpaintKeywords(ConditioningKeywords, total=False):
+    """Keywords of ``inpaint``: those of ``sample``, without what the known picture says itself."""
+
+    seed: int | None
+    seeds: Sequence[int] | Tensor | None
+    generator: torch.Generator | None
+    guidance_rescale: float
+    cond_fn: Callable[..., Tensor] | None
+    model_dtype: torch.dtype | None
+    progress: bool
+    callback: Callback | None
+    return_trajectory: bool
+    timing: Timing | None
+    backend: str | None
+    normals: str
+    capture: str
+    reuse_output: bool
+
+
+class EditKeywords(InpaintKeywords, total=False):
+    """Keywords of ``img2img`` and ``interpolate``: those of ``sample``, without what their start says itself."""
+
+    mask: Tensor | None
+    known_x0: Tensor | None
+
+
+class SampleKeywords(EditKeywords, total=False):
+    """Keywords of ``sample``."""
+
+    x_T: Tensor | None
+    device: str | torch.device
+    dtype: torch.dtype
+
+
+def options_of(method: str, accepted: type, keywords: Mapping[str, Any]) -> Options:
+    """Group the flat keywords of a call into ``Options``.
+
+    Args:
+        method: the name of the method that was called, for the error.
+        accepted: the TypedDict of its keywords.
+
+    Raises:
+        TypeError: the method has no such keyword.
+    """
+    names = accepted.__optional_keys__  # type: ignore[attr-defined]  (every TypedDict has it; ``type`` does not say so)
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in keywords.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            remedy = f"did you mean {near[0]}?" if near else f"it takes {', '.join(sorted(names))}"
+            raise TypeError(f"{method} has no keyword {name!r}, got {name}={value!r:.60}: {remedy}")
+        groups.setdefault(_GROUP_OF[name], {})[name] = value
+    return Options(**{group: type(getattr(_DEFAULTS, group))(**own) for group, own in groups.items()})
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def shows_keywords(accepted: type) -> Callable[[_Method], _Method]:
+    """Let ``help`` and ``inspect.signature`` show the flat keywords in place of ``**options``."""
+
+    def decorate(method: _Method) -> _Method:
+        signature = inspect.signature(method)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        flat = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=getattr(getattr(_DEFAULTS, _GROUP_OF[name]), name),
+                annotation=getattr(annotation, "__forward_arg__", annotation),
+            )
+            for name, annotation in sorted(accepted.__annotations__.items(), key=lambda item: _ORDER.index(item[0]))
+        ]
+        method.__signature__ = signature.replace(parameters=[*own, *flat])  # type: ignore[attr-defined]  (functions take any attribute)
+        return method
+
+    return decorate

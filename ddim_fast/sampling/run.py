@@ -1,0 +1,205 @@
+"""Run a plan: check the options, make the start, and take the steps, captured or one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..models.protocol import Model
+from ..plans.plan import PlannedStep, SamplingPlan
+from ..utils.checks import check_dtype
+from .capture import CapturedLoop, GraphCache, Job, choose_mode
+from .guidance import ClassifierGuidance, check_rescale, classifier_guidance, guidance_scales
+from .initial_state import blend_known_region, conditionings_of, initial_state, known_region, place, seeds_of_samples
+from .loop import Loop, Timing, Trajectory, model_calls
+from .options import Observation, Options
+
+
+def sample(
+    plan: SamplingPlan, model: Model, shape: Sequence[int] | None, options: Options, graphs: GraphCache
+) -> Tensor | Trajectory:
+    """Draw samples by a plan: from noise x_T, one model call and one fused update per step.
+
+    Args:
+        shape: ``(B, C, ...)``; None where a tensor of ``options`` has it.
+        graphs: where captured loops are kept.
+
+    Returns:
+        Samples ``shape``, or a ``Trajectory``.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule, or the model returns the wrong thing.
+    """
+    execution, observation = options.execution, options.observation
+    if plan.order == 2 and options.known_region.mask is not None:
+        raise ValueError(
+            "inpainting replaces the known region after each step, and so leaves the trajectory that order=2 extrapolates, got a "
+            "mask and a sampler with order=2: make one with order=1"
+        )
+    request = _check(plan, model, shape, options)
+    mode = _mode(request, options, graphs)
+    job = _start(request, options)
+    using = nullcontext() if mode == "off" else graphs.use(mode, job, optional=execution.capture == "auto")
+    # A progress bar costs as much as several small steps, even one that is not shown.
+    bar = tqdm(plan.steps, desc="sampling", unit="step") if observation.progress else nullcontext(plan.steps)
+    return _take_steps(job, mode, using, bar, options)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A run whose options have been checked; nothing has been drawn or computed yet."""
+
+    plan: SamplingPlan
+    model: Model
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    model_dtype: torch.dtype
+    scales: tuple[float, ...] | None
+    conditionings: list[Mapping[str, Any]]
+    classifier: ClassifierGuidance | None
+    mask: Tensor | None
+    known_x0: Tensor | None
+    adds_noise: bool
+    adds_known_noise: bool
+
+
+def _check(plan: SamplingPlan, model: Model, shape: Sequence[int] | None, options: Options) -> _Request:
+    """Check the options of a run, and resolve what they leave open."""
+    guidance, execution = options.guidance, options.execution
+    mask, known_x0 = known_region(options.known_region.mask, options.known_region.known_x0)
+    shape, device, dtype = place(shape, execution.device, execution.dtype, x_T=options.noise.x_T, known_x0=known_x0)
+    model_dtype = dtype if execution.model_dtype is None else execution.model_dtype
+    check_dtype("dtype", dtype)
+    check_dtype("model_dtype", model_dtype)
+    check_rescale(guidance.guidance_rescale, guidance.guidance_scale)
+    scales = guidance_scales(guidance.guidance_scale, plan.timesteps)
+    conditionings = conditionings_of(model, guidance.conditioning, scales, guidance.unconditional_conditioning)
+    rows = [step.coefficients for step in plan.steps]
+    return _Request(
+        plan=plan,
+        model=model,
+        shape=shape,
+        device=device,
+        dtype=dtype,
+        model_dtype=model_dtype,
+        scales=scales,
+        conditionings=conditionings,
+        classifier=classifier_guidance(guidance.cond_fn, conditionings[0], plan),
+        mask=mask,
+        known_x0=known_x0,
+        adds_noise=any(row.adds_noise for row in rows),
+        adds_known_noise=mask is not None and any(row.adds_known_noise for row in rows),
+    )
+
+
+def _mode(request: _Request, options: Options, graphs: GraphCache) -> str:
+    """Choose whether and how the steps are captured."""
+    observation = options.observation
+    draws = options.noise.generator is not None and (request.adds_noise or request.adds_known_noise)
+    between_steps = {
+        "a callback": observation.callback is not None,
+        "return_trajectory": observation.return_trajectory,
+        "progress": observation.progress,
+        "noise from a generator": draws,
+    }
+    return choose_mode(
+        options.execution.capture,
+        graphs,
+        request.device,
+        request.dtype,
+        options.execution.backend,
+        next((what for what, found in between_steps.items() if found), None),
+        request.model,
+        None if request.classifier is None else "cond_fn takes gradients, which a captured step does not",
+    )
+
+
+def _start(request: _Request, options: Options) -> Job:
+    """Draw x_T, and make the tensors of the run."""
+    r, noise = request, options.noise
+    # Expanding one seed into one for each sample takes as long as several small steps.
+    needs_seeds = noise.x_T is None or r.adds_noise or r.mask is not None
+    seeds = seeds_of_samples(noise.seed, noise.seeds, noise.generator, r.shape[0], needed=needs_seeds)
+    seeds = None if seeds is None else seeds.to(r.device)
+    x_t = initial_state(r.shape, noise.x_T, seeds, noise.generator, r.device, r.dtype)
+    if r.mask is not None and r.known_x0 is not None:
+        level, backend = r.plan.steps[0].alpha_bar_t, options.execution.backend
+        blend_known_region(x_t, r.mask, r.known_x0, level, seeds, noise.generator, backend)
+    watched = options.observation.wants_states
+
+    def like_x_t(wanted: bool, dtype: torch.dtype = r.dtype) -> Tensor | None:
+        return torch.empty_like(x_t, dtype=dtype) if wanted else None
+
+    loop = Loop(
+        x_t=x_t,
+        calls=model_calls(r.model, r.conditionings),
+        guidance_scales=r.scales,
+        thresholding=r.plan.thresholding,
+        seeds=seeds if r.adds_noise or r.adds_known_noise else None,
+        generator=noise.generator,
+        noise=like_x_t(noise.generator is not None and r.adds_noise),
+        model_input=like_x_t(r.model_dtype != r.dtype, r.model_dtype),
+        x_seen=like_x_t(watched),
+        x0=like_x_t(watched),
+        normals=noise.normals,
+        guidance_rescale=0.0 if r.scales is None else float(options.guidance.guidance_rescale),
+        classifier=r.classifier,
+        mask=r.mask,
+        known_x0=r.known_x0,
+        known_noise=like_x_t(noise.generator is not None and r.adds_known_noise),
+        history=like_x_t(r.plan.order == 2),
+    )
+    return Job(r.model, r.plan, loop, r.conditionings)
+
+
+def _take_steps(
+    job: Job,
+    mode: str,
+    using: AbstractContextManager[CapturedLoop | None],
+    bar: AbstractContextManager[Iterable[PlannedStep]],
+    options: Options,
+) -> Tensor | Trajectory:
+    """Take all steps of a job, by the captured loop that ``using`` gives, or one by one."""
+    observation, execution = options.observation, options.execution
+    timing = Timing() if observation.timing is None else observation.timing
+    trajectory = Trajectory()
+    with using as captured:
+        loop = job.loop if captured is None else captured.loop
+        timesteps = model_timesteps(job.plan, loop.x_t.device, loop.shape[0])
+        with torch.inference_mode(), bar as steps:
+            if captured is not None and mode == "loop":
+                captured.replay_all(timing)
+                steps = ()
+            for step in steps:
+                if captured is not None:
+                    captured.replay_step(step, timing)
+                else:
+                    loop.planned_step(step, timesteps[step.index], timing, execution.backend)
+                if _is_stopped(observation, step, loop, trajectory):
+                    break
+        # A captured loop owns its tensors: the next call overwrites them.
+        own = captured is None or (execution.reuse_output and not observation.return_trajectory)
+        x_t = loop.x_t if own else loop.x_t.clone()
+    if observation.return_trajectory:
+        trajectory.x_t.append(x_t)
+        return trajectory
+    return x_t
+
+
+def _is_stopped(observation: Observation, step: PlannedStep, loop: Loop, trajectory: Trajectory) -> Any:
+    """Show a step to the caller, and return whether that ends the run."""
+    if observation.return_trajectory:
+        trajectory.add(step.t, loop.x_seen, loop.x0)
+    return observation.callback is not None and observation.callback(step.index, step.t, loop.x_seen, loop.x0) is True
+
+
+def model_timesteps(plan: SamplingPlan, device: torch.device, batch_size: int) -> Tensor:
+    """Return ``(S, B)`` int64: the timestep given to the model in each step, for each sample."""
+    return torch.tensor(plan.model_timesteps, device=device)[:, None].expand(-1, batch_size)
