@@ -14,7 +14,8 @@ from ddim_fast.kernels.noise import NoiseStream, sample_seeds, standard_normals
 from ddim_fast.plans.plan import SamplingPlan
 from ddim_fast.plans.schedules import NoiseSchedule
 from ddim_fast.plans.timesteps import respaced_timesteps, select_timesteps
-from ddim_fast.sampler import DDIMSampler, Timing, Trajectory
+from ddim_fast.sampler import DDIMSampler
+from ddim_fast.sampling.loop import Timing, Trajectory
 from ddim_fast.verify.truth.oracle import split
 
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))

@@ -101,7 +101,8 @@ class SamplingPlan:
             raise ValueError(f"timesteps must be at least one, and strictly decreasing, got {self.timesteps}")
         if not self.model_timesteps:
             object.__setattr__(self, "model_timesteps", self.timesteps)
-        explicit_model_timesteps(self.model_timesteps, len(self.timesteps), self.schedule.num_train_timesteps)
+        elif self.model_timesteps != self.timesteps:
+            explicit_model_timesteps(self.model_timesteps, len(self.timesteps), self.schedule.num_train_timesteps)
         if self.sigma_hat and self.eta != 1:
             raise ValueError(f"sigma_hat is DDPM's larger noise and needs eta = 1, got eta = {self.eta}")
         if self.clip_sample_range is not None and not 0 < self.clip_sample_range < math.inf:

@@ -200,8 +200,8 @@ def test_guidance_is_batched_where_that_is_faster(model, monkeypatch):
     ("change", "error", "said"),
     [
         ({"model": lambda x, t: x}, TypeError, "optimize needs an nn.Module, .* got function"),
-        ({"tolerance": -1.0}, ValueError, "tolerance must be 0 or more, got -1"),
-        ({"tolerance": float("nan")}, ValueError, "tolerance must be 0 or more, got nan"),
+        ({"tolerance": -1.0}, ValueError, "tolerance must be a finite number, at least 0, got -1"),
+        ({"tolerance": float("nan")}, ValueError, "tolerance must be a finite number, at least 0, got nan"),
         ({"shape": (3,)}, ValueError, r"shape must be \(batch, channels, ...\)"),
     ],
 )

@@ -1,0 +1,159 @@
+"""The house itself: imports only point down the rooms of CONTRIBUTING.md, go in no circle, and private names of other
+libraries stand in the few files made for them."""
+
+import ast
+import builtins
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "ddim_fast"
+FOREIGN = ("torch", "triton", "diffusers", "numpy", "transformers", "safetensors")
+INTERNALS = (
+    "kernels/torch_internals.py",
+    "kernels/triton_internals.py",
+    "ddim_fast/gpu_lab/triton_internals.py",
+    "ddim_fast/integrations/diffusers/internals.py",
+)
+"""Where names that other libraries keep to themselves may stand."""
+
+
+def rooms() -> list[str]:
+    """The rooms, top to bottom: the first list of CONTRIBUTING.md in a code block."""
+    block = (ROOT / "CONTRIBUTING.md").read_text().split("```")[1]
+    return [line.split()[0].rstrip("/") for line in block.splitlines() if line.split() and not line.startswith(" ")]
+
+
+def sources() -> dict[str, Path]:
+    """Every module of the package by its name."""
+    found = {}
+    for folder, prefix in ((ROOT / "ddim_fast", PACKAGE), (ROOT / "kernels", f"{PACKAGE}.kernels")):
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((prefix, *(part for part in parts if part != "__init__")))] = path
+    return found
+
+
+SOURCES = sources()
+TREES = {module: ast.parse(path.read_text()) for module, path in SOURCES.items()}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(module: str) -> set[str]:
+    """The modules of the package that a module imports: at its top, in functions, and for type checkers."""
+    package = module if SOURCES[module].name == "__init__.py" else module.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join((*parts, *([node.module] if node.module else [])))
+            found |= {name if (name := f"{base}.{alias.name}") in SOURCES else base for alias in node.names}
+    return {name for name in found if name in SOURCES and name != module}
+
+
+def room_of(module: str) -> str:
+    path = relative(SOURCES[module])
+    inside = [room for room in rooms() if path == room or path.startswith(f"{room}/")]
+    assert inside, f"{path} lies in no room of CONTRIBUTING.md"
+    return max(inside, key=len)
+
+
+def test_imports_point_down():
+    floor = {room: number for number, room in enumerate(rooms())}
+    upwards = [
+        f"{relative(SOURCES[module])} imports {relative(SOURCES[target])}"
+        for module in SOURCES
+        for target in imports(module)
+        if floor[room_of(target)] < floor[room_of(module)]
+    ]
+    assert not upwards, "\n".join(["these imports point up:", *sorted(upwards)])
+
+
+def test_no_import_goes_in_a_circle():
+    graph = {module: imports(module) for module in SOURCES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail("a circle of imports: " + " -> ".join(error.args[1]))
+
+
+def defined_names() -> set[str]:
+    """Every private name that the package itself gives to a function, a class, a variable, an attribute or an argument."""
+    names = set()
+    for tree in TREES.values():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
+                names.add(node.name)
+            elif isinstance(node, ast.arg):
+                names.add(node.arg)
+            elif isinstance(node, ast.keyword) and node.arg:
+                names.add(node.arg)
+            elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+                names.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return names
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
+
+
+def private_names(module: str, own: set[str]) -> list[str]:
+    """Where a module uses what other libraries keep to themselves."""
+    found = []
+    for node in ast.walk(TREES[module]):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and not node.level and node.module and node.module.split(".")[0] in FOREIGN:
+            names = [*node.module.split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [
+                part for alias in node.names if alias.name.split(".")[0] in FOREIGN for part in alias.name.split(".")
+            ]
+        elif isinstance(node, ast.Attribute):
+            names = [] if node.attr in own else [node.attr]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+            constants = [a.value for a in node.args[1:2] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            names = [name for name in constants if name not in own]
+        found += [f"{relative(SOURCES[module])}:{node.lineno}: {name}" for name in names if is_private(name)]
+    return found
+
+
+def test_private_names_of_other_libraries_stand_in_their_files_alone():
+    own = defined_names()
+    found = [
+        where
+        for module in SOURCES
+        if relative(SOURCES[module]) not in INTERNALS
+        for where in private_names(module, own)
+    ]
+    assert not found, "\n".join(["private names outside of the files made for them:", *sorted(found)])
+
+
+NOT_LOADED = ("gpu_lab", "verify", "search", "tradeoff", "generation", "commands", "integrations", "sampling.optimize")
+
+
+def test_importing_the_package_loads_no_more_than_sampling_needs():
+    code = "import sys, ddim_fast; print(*sorted(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = ran.stdout.split()
+    rooms_loaded = [name for name in loaded for room in NOT_LOADED if name.startswith(f"{PACKAGE}.{room}")]
+    assert not rooms_loaded
+    assert not {"click", "matplotlib", "scipy", "triton", "diffusers"} & {*loaded}
+
+
+def test_modules_do_not_hide_builtins():
+    hidden = [
+        f"{relative(SOURCES[module])}: {node.name}"
+        for module, tree in TREES.items()
+        for node in tree.body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and hasattr(builtins, node.name)
+    ]
+    assert not hidden
