@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..utils.checks import check_choice, check_integer, check_number
 
 __all__ = ["SCHEDULES", "NoiseSchedule", "make_schedule"]
 
@@ -46,7 +47,7 @@ class NoiseSchedule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
-            raise TypeError(f"name must be a string, received {self.name!r}; pass for example name='custom'")
+            raise TypeError(f"name must be a string, got {self.name!r}: pass for example name='custom'")
         alphas_cumprod = _real_vector("alphas_cumprod", self.alphas_cumprod)
         _check_alphas_cumprod(alphas_cumprod)
         alphas_cumprod.setflags(write=False)
@@ -119,10 +120,8 @@ class NoiseSchedule:
             TypeError, ValueError: an argument outside those ranges.
         """
         num_train_timesteps = _check_count(num_train_timesteps)
-        _check_real("s", s)
+        check_number("s", s, at_least=0, remedy="the paper's value is 0.008")
         _check_unit_interval(max_beta=max_beta)
-        if s < 0:
-            raise ValueError(f"s must be >= 0, received {s!r}; the paper's value is 0.008")
         time = np.arange(num_train_timesteps + 1) / num_train_timesteps
         signal = np.cos((time + s) / (1 + s) * (math.pi / 2)) ** 2
         return cls.from_betas(np.minimum(1 - signal[1:] / signal[:-1], max_beta), "cosine")
@@ -185,7 +184,7 @@ class NoiseSchedule:
         outside = np.flatnonzero((betas < 0) | (betas > 1))
         if outside.size:
             raise ValueError(
-                f"betas must lie in [0, 1], received betas[{outside[0]}] = {betas[outside[0]]}; "
+                f"betas must lie in [0, 1], got betas[{outside[0]}] = {betas[outside[0]]}: "
                 "if the array holds alphas_cumprod, use NoiseSchedule.from_alphas_cumprod"
             )
         return cls(np.cumprod(1 - betas), name)
@@ -245,7 +244,7 @@ class NoiseSchedule:
             return self
         if self.num_train_timesteps == 1:
             raise ValueError(
-                "rescale_zero_terminal_snr needs at least 2 training timesteps, received a schedule of 1; "
+                "rescale_zero_terminal_snr needs at least 2 training timesteps, got a schedule of 1: "
                 "for a single step of zero SNR use NoiseSchedule.from_alphas_cumprod([0.0])"
             )
         signal = np.sqrt(self.alphas_cumprod)
@@ -265,16 +264,14 @@ class NoiseSchedule:
             IndexError: ``t`` is outside [-1, T).
             ValueError: ``final_alpha_bar`` is outside (0, 1].
         """
-        t = _check_integer("t", t)
+        t = check_integer("t", t)
         _check_unit_interval(final_alpha_bar=final_alpha_bar)
         if final_alpha_bar == 0:
-            raise ValueError(
-                f"final_alpha_bar must be greater than 0, received {final_alpha_bar!r}; the paper uses 1.0"
-            )
+            raise ValueError(f"final_alpha_bar must be greater than 0, got {final_alpha_bar!r}: the paper uses 1.0")
         if not -1 <= t < self.num_train_timesteps:
             raise IndexError(
                 f"t must lie in [-1, {self.num_train_timesteps - 1}] for a schedule of {self.num_train_timesteps} "
-                f"timesteps (-1 is before the first step), received {t}; count timesteps from 0"
+                f"timesteps (-1 is before the first step), got {t}: count timesteps from 0"
             )
         return float(final_alpha_bar) if t == -1 else float(self.alphas_cumprod[t])
 
@@ -353,12 +350,12 @@ class NoiseSchedule:
             indices = t.detach().cpu().numpy().astype(np.int64)
         else:
             # A Python integer may be too large for int64, so it is compared as it is.
-            indices = np.asarray(_check_integer("t", t, "an int or an integer tensor of shape (batch,)"), dtype=object)
+            indices = np.asarray(check_integer("t", t, remedy="or pass an integer tensor (B,)"), dtype=object)
         outside = indices[(indices < 0) | (indices >= self.num_train_timesteps)]
         if outside.size:
             raise IndexError(
                 f"t must lie in [0, {self.num_train_timesteps - 1}] for a schedule of {self.num_train_timesteps} "
-                f"timesteps, received {outside.flat[0]}; count timesteps from 0"
+                f"timesteps, got {outside.flat[0]}: count timesteps from 0"
             )
         return indices.astype(np.int64)
 
@@ -388,18 +385,14 @@ def make_schedule(name: str, num_train_timesteps: int = 1000, **kwargs: float) -
         ValueError: the name is unknown, or an argument is out of range.
         TypeError: the preset has no such argument, or an argument is of the wrong type.
     """
-    if not isinstance(name, str) or name not in SCHEDULES:
-        raise ValueError(
-            f"name must be one of {', '.join(SCHEDULES)}, received {name!r}; "
-            "for another schedule use NoiseSchedule.from_betas or from_alphas_cumprod"
-        )
+    check_choice("name", name, SCHEDULES, "for another schedule use NoiseSchedule.from_betas or from_alphas_cumprod")
     known = [
         parameter for parameter in inspect.signature(SCHEDULES[name]).parameters if parameter != "num_train_timesteps"
     ]
     unknown = [key for key in kwargs if key not in known]
     if unknown:
         raise TypeError(
-            f"schedule {name!r} takes {', '.join(known) or 'no further arguments'}, received {unknown[0]!r}; "
+            f"schedule {name!r} takes {', '.join(known) or 'no further arguments'}, got {unknown[0]!r}: "
             "leave it out or choose another schedule"
         )
     return SCHEDULES[name](num_train_timesteps, **kwargs)
@@ -430,34 +423,13 @@ def _linear_combination(
 # --- Checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check_integer(name: str, value: Any, wanted: str = "an int") -> int:
-    # bool is an int to Python; True as a timestep is a mistake.
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be {wanted}, received {value!r} of type {type(value).__name__}; convert it first")
-    return int(value)
-
-
 def _check_count(num_train_timesteps: int) -> int:
-    count = _check_integer("num_train_timesteps", num_train_timesteps)
-    if count < 1:
-        raise ValueError(f"num_train_timesteps must be at least 1, received {count}; 1000 is usual")
-    return count
-
-
-def _check_real(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"{name} must be a real number, received {value!r} of type {type(value).__name__}; pass a float"
-        )
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, received {value!r}; pass an ordinary float")
+    return check_integer("num_train_timesteps", num_train_timesteps, at_least=1, remedy="1000 is usual")
 
 
 def _check_unit_interval(**values: Any) -> None:
     for name, value in values.items():
-        _check_real(name, value)
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], received {value!r}; pass a value within that range")
+        check_number(name, value, at_least=0, at_most=1)
 
 
 def _real_vector(name: str, values: Any) -> np.ndarray:
@@ -470,15 +442,15 @@ def _real_vector(name: str, values: Any) -> np.ndarray:
     except ValueError:  # rows of unequal length
         array = np.asarray(None)
     if array.dtype.kind not in "fiu":
-        raise TypeError(f"{name} must hold real numbers, received {values!r}; pass a 1-D array or list of floats")
+        raise TypeError(f"{name} must hold real numbers, got {values!r}: pass a 1-D array or list of floats")
     if array.ndim != 1:
-        raise ValueError(f"{name} must be 1-D with shape (T,), received shape {array.shape}; flatten or index it first")
+        raise ValueError(f"{name} must be 1-D with shape (T,), got shape {array.shape}: flatten or index it first")
     if array.size == 0:
-        raise ValueError(f"{name} must hold at least one timestep, received shape {array.shape}; pass T >= 1 values")
+        raise ValueError(f"{name} must hold at least one timestep, got shape {array.shape}: pass T >= 1 values")
     array = array.astype(np.float64) + 0.0  # a copy; and -0.0 becomes 0.0, which compares by bytes
     bad = np.flatnonzero(~np.isfinite(array))
     if bad.size:
-        raise ValueError(f"{name} must be finite, received {name}[{bad[0]}] = {array[bad[0]]}; remove NaN and infinity")
+        raise ValueError(f"{name} must be finite, got {name}[{bad[0]}] = {array[bad[0]]}: remove NaN and infinity")
     return array
 
 
@@ -486,15 +458,15 @@ def _check_alphas_cumprod(alphas_cumprod: np.ndarray) -> None:
     outside = np.flatnonzero((alphas_cumprod < 0) | (alphas_cumprod > 1))
     if outside.size:
         raise ValueError(
-            f"alphas_cumprod must lie in [0, 1], received alphas_cumprod[{outside[0]}] = {alphas_cumprod[outside[0]]}; "
+            f"alphas_cumprod must lie in [0, 1], got alphas_cumprod[{outside[0]}] = {alphas_cumprod[outside[0]]}: "
             "pass the cumulative product of 1 - beta"
         )
     rises = np.flatnonzero(np.diff(alphas_cumprod) >= 0)
     if rises.size:
         t = rises[0]
         raise ValueError(
-            f"alphas_cumprod must be strictly decreasing, received {alphas_cumprod[t]} at t = {t} and "
-            f"{alphas_cumprod[t + 1]} at t = {t + 1}; every beta after the first must be greater than 0 and every one "
+            f"alphas_cumprod must be strictly decreasing, got {alphas_cumprod[t]} at t = {t} and "
+            f"{alphas_cumprod[t + 1]} at t = {t + 1}: every beta after the first must be greater than 0 and every one "
             "before the last less than 1, and the product must stay within float64 (if the array holds betas, use "
             "NoiseSchedule.from_betas)"
         )
@@ -503,25 +475,22 @@ def _check_alphas_cumprod(alphas_cumprod: np.ndarray) -> None:
 def _check_pair(first: Tensor, second: Tensor, second_name: str) -> None:
     for name, tensor in (("x0", first), (second_name, second)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, received {type(tensor).__name__}; wrap it in torch.as_tensor")
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}: wrap it in torch.as_tensor")
         if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, received {tensor.dtype}; convert it with .float()")
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}: convert it with .float()")
     if first.shape != second.shape:
         raise ValueError(
-            f"{second_name} must have the shape of x0, {tuple(first.shape)}, received {tuple(second.shape)}; "
-            "expand it first"
+            f"{second_name} must have the shape of x0, {tuple(first.shape)}, got {tuple(second.shape)}: expand it first"
         )
     if first.device != second.device:
-        raise ValueError(
-            f"{second_name} must be on x0's device, {first.device}, received {second.device}; move it first"
-        )
+        raise ValueError(f"{second_name} must be on x0's device, {first.device}, got {second.device}: move it first")
 
 
 def _check_timestep_tensor(t: Tensor, batch: Tensor) -> None:
     if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
-        raise TypeError(f"t must be an integer tensor, received dtype {t.dtype}; convert it with .long()")
+        raise TypeError(f"t must be an integer tensor, got dtype {t.dtype}: convert it with .long()")
     if t.ndim and (batch.ndim == 0 or t.shape != batch.shape[:1]):
         raise ValueError(
-            f"t must be 0-d or have shape (batch,) = {tuple(batch.shape[:1])}, received shape {tuple(t.shape)}; "
+            f"t must be 0-d or have shape (batch,) = {tuple(batch.shape[:1])}, got shape {tuple(t.shape)}: "
             "pass one timestep per sample, or an int for all"
         )

@@ -13,19 +13,16 @@ arXiv 2206.00364, eq. 5).
 from __future__ import annotations
 
 import heapq
-import math
-import numbers
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ddim_fast.plans.schedules import NoiseSchedule
+from ..utils.checks import check_choice, check_integer, check_number
+from .schedules import NoiseSchedule
 
 __all__ = [
     "SPACINGS",
@@ -84,18 +81,14 @@ def select_timesteps(
         TypeError: a count or ``steps_offset`` is no int, ``rho`` no number, or ``schedule`` no NoiseSchedule.
         ValueError: an argument is out of range, the spacing is unknown, or it needs a schedule and there is none.
     """
-    if not isinstance(spacing, str) or spacing not in SPACINGS:
-        raise ValueError(
-            f"spacing must be one of {', '.join(SPACINGS)}, received {spacing!r}; "
-            "for a list of your own use explicit_timesteps"
-        )
-    num_train_timesteps = _check_integer("num_train_timesteps", num_train_timesteps, minimum=1)
+    check_choice("spacing", spacing, SPACINGS, "for a list of your own use explicit_timesteps")
+    num_train_timesteps = check_integer("num_train_timesteps", num_train_timesteps, at_least=1)
     request = SpacingRequest(
-        _check_integer("num_inference_steps", num_inference_steps, minimum=1, maximum=num_train_timesteps),
+        check_integer("num_inference_steps", num_inference_steps, at_least=1, at_most=num_train_timesteps),
         num_train_timesteps,
-        _check_integer("steps_offset", steps_offset, minimum=0, maximum=num_train_timesteps - 1),
+        check_integer("steps_offset", steps_offset, at_least=0, at_most=num_train_timesteps - 1),
         _check_schedule(schedule, spacing, num_train_timesteps),
-        _check_rho(rho),
+        check_number("rho", rho, above=0, remedy="7.0 is usual"),
     )
     return distinct_timesteps(SPACINGS[spacing](request), num_train_timesteps)
 
@@ -237,16 +230,16 @@ def distinct_timesteps(positions: Sequence[float] | np.ndarray, num_train_timest
         TypeError: ``num_train_timesteps`` is no int.
         ValueError: ``positions`` is not 1-D, is empty, holds NaN or infinity, or is longer than T.
     """
-    num_train_timesteps = _check_integer("num_train_timesteps", num_train_timesteps, minimum=1)
+    num_train_timesteps = check_integer("num_train_timesteps", num_train_timesteps, at_least=1)
     positions = np.asarray(positions, dtype=np.float64)
     if positions.ndim != 1 or not 1 <= positions.size <= num_train_timesteps:
         raise ValueError(
-            f"positions must be 1-D and hold 1 to num_train_timesteps = {num_train_timesteps} values, received shape "
-            f"{positions.shape}; pass one position per step"
+            f"positions must be 1-D and hold 1 to num_train_timesteps = {num_train_timesteps} values, got shape "
+            f"{positions.shape}: pass one position per step"
         )
     if not np.isfinite(positions).all():
         bad = positions[~np.isfinite(positions)][0]
-        raise ValueError(f"positions must be finite, received {bad}; remove NaN and infinity")
+        raise ValueError(f"positions must be finite, got {bad}: remove NaN and infinity")
     # Clipping first changes no optimum: the answer is in range whatever it is, so an excess only adds a constant.
     rounded = np.clip(np.round(np.sort(positions)), 0, num_train_timesteps - 1).astype(np.int64)
     if (np.diff(rounded) > 0).all():
@@ -319,7 +312,7 @@ def respaced_timesteps(
         TypeError: ``respacing`` is neither a string nor a list of ints.
         ValueError: the string cannot be read, N is not in 1 ... T, a count exceeds its section, or all counts are 0.
     """
-    num_train_timesteps = _check_integer("num_train_timesteps", num_train_timesteps, minimum=1)
+    num_train_timesteps = check_integer("num_train_timesteps", num_train_timesteps, at_least=1)
     if not isinstance(respacing, str):
         return _sectioned_timesteps(_integer_list("respacing", respacing), num_train_timesteps)
     if match := re.fullmatch(r"ddim([0-9]{1,18})", respacing):
@@ -327,7 +320,7 @@ def respaced_timesteps(
     if re.fullmatch(r"\s*[0-9]{1,18}\s*(,\s*[0-9]{1,18}\s*)*", respacing):
         return _sectioned_timesteps([int(count) for count in respacing.split(",")], num_train_timesteps)
     raise ValueError(
-        f"respacing must be 'ddim' and a count, or counts separated by commas, received {respacing!r}; "
+        f"respacing must be 'ddim' and a count, or counts separated by commas, got {respacing!r}: "
         "write for example 'ddim50' or '10,15,20'"
     )
 
@@ -343,22 +336,20 @@ def explicit_timesteps(timesteps: Sequence[int] | np.ndarray | Tensor, num_train
         TypeError: ``timesteps`` is no list of ints.
         ValueError: the list is empty, leaves [0, T-1], or is not strictly decreasing.
     """
-    num_train_timesteps = _check_integer("num_train_timesteps", num_train_timesteps, minimum=1)
+    num_train_timesteps = check_integer("num_train_timesteps", num_train_timesteps, at_least=1)
     values = _integer_list("timesteps", timesteps)
     if not values:
-        raise ValueError(
-            f"timesteps must hold at least one timestep, received {timesteps!r}; pass for example [999, 499]"
-        )
+        raise ValueError(f"timesteps must hold at least one timestep, got {timesteps!r}: pass for example [999, 499]")
     for index, value in enumerate(values):
         if not 0 <= value < num_train_timesteps:
             raise ValueError(
-                f"timesteps must lie in [0, {num_train_timesteps - 1}], received timesteps[{index}] = {value}; "
+                f"timesteps must lie in [0, {num_train_timesteps - 1}], got timesteps[{index}] = {value}: "
                 "count training timesteps from 0"
             )
         if index and value >= values[index - 1]:
             raise ValueError(
-                f"timesteps must be strictly decreasing, received {values[index - 1]} followed by {value} at index "
-                f"{index}; pass sorted(set(timesteps), reverse=True)"
+                f"timesteps must be strictly decreasing, got {values[index - 1]} followed by {value} at index "
+                f"{index}: pass sorted(set(timesteps), reverse=True)"
             )
     return tuple(values)
 
@@ -379,13 +370,13 @@ def explicit_model_timesteps(
     if len(values) != num_inference_steps or not all(0 <= value < num_train_timesteps for value in values):
         raise ValueError(
             f"model_timesteps must be {num_inference_steps} integers, one for each timestep visited, in [0, {num_train_timesteps - 1}], "
-            f"received {values}"
+            f"got {values}"
         )
     return tuple(values)
 
 
 def _ddim_timesteps(count: int, num_train_timesteps: int) -> tuple[int, ...]:
-    count = _check_integer("the count of 'ddimN'", count, minimum=1, maximum=num_train_timesteps)
+    count = check_integer("the count of 'ddimN'", count, at_least=1, at_most=num_train_timesteps)
     # A longer stride never gives more timesteps, so the shortest one that gives at most N is the only one to try.
     stride = -(-num_train_timesteps // count)
     strided = range(0, num_train_timesteps, stride)
@@ -396,9 +387,7 @@ def _ddim_timesteps(count: int, num_train_timesteps: int) -> tuple[int, ...]:
 
 def _sectioned_timesteps(counts: list[int], num_train_timesteps: int) -> tuple[int, ...]:
     if not counts or max(counts) < 1:
-        raise ValueError(
-            f"respacing must ask for at least one timestep, received {counts}; write for example '10,15,20'"
-        )
+        raise ValueError(f"respacing must ask for at least one timestep, got {counts}: write for example '10,15,20'")
     size, longer = divmod(num_train_timesteps, len(counts))
     timesteps: list[int] = []
     start = 0
@@ -407,7 +396,7 @@ def _sectioned_timesteps(counts: list[int], num_train_timesteps: int) -> tuple[i
         if not 0 <= count <= end - start:
             raise ValueError(
                 f"section {index} of {num_train_timesteps} timesteps in {len(counts)} sections holds {end - start}, so "
-                f"its count must lie in [0, {end - start}], received {count}; lower it or use fewer sections"
+                f"its count must lie in [0, {end - start}], got {count}: lower it or use fewer sections"
             )
         timesteps += _section(start, end, count)
         start = end
@@ -425,46 +414,27 @@ def _section(start: int, end: int, count: int) -> list[int]:
 # --- Checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check_integer(name: str, value: Any, minimum: int | None = None, maximum: int | None = None) -> int:
-    # bool is an int to Python, and 2.0 steps is more often a division gone astray than a wish.
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an int, received {value!r} of type {type(value).__name__}; convert it first")
-    if minimum is not None and value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, received {value}; raise it")
-    if maximum is not None and value > maximum:
-        raise ValueError(f"{name} must be at most {maximum}, received {value}; lower it or train with more timesteps")
-    return int(value)
-
-
 def _integer_list(name: str, values: Any) -> list[int]:
     """A list of Python ints from a list, an array or an integer tensor."""
     plain = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(plain, (str, bytes)) or not isinstance(plain, (Sequence, range)):
-        raise TypeError(f"{name} must be a list of ints, received {values!r}; pass for example [999, 499, 0]")
-    return [_check_integer(f"{name}[{index}]", value) for index, value in enumerate(plain)]
-
-
-def _check_rho(rho: Any) -> float:
-    if isinstance(rho, bool) or not isinstance(rho, numbers.Real):
-        raise TypeError(f"rho must be a real number, received {rho!r} of type {type(rho).__name__}; 7.0 is usual")
-    if not 0 < rho < math.inf:
-        raise ValueError(f"rho must be finite and greater than 0, received {rho!r}; 7.0 is usual")
-    return float(rho)
+        raise TypeError(f"{name} must be a list of ints, got {values!r}: pass for example [999, 499, 0]")
+    return [check_integer(f"{name}[{index}]", value) for index, value in enumerate(plain)]
 
 
 def _check_schedule(schedule: Any, spacing: str, num_train_timesteps: int) -> NoiseSchedule | None:
     if schedule is None:
         if spacing in _NEEDS_SCHEDULE:
             raise ValueError(
-                f"spacing {spacing!r} places timesteps by the signal-to-noise ratio, received schedule=None; "
+                f"spacing {spacing!r} places timesteps by the signal-to-noise ratio, got schedule=None: "
                 "pass schedule=NoiseSchedule.linear() or your own"
             )
         return None
-    if not hasattr(schedule, "log_snr") or not hasattr(schedule, "num_train_timesteps"):
-        raise TypeError(f"schedule must be a NoiseSchedule, received {schedule!r}; use make_schedule to build one")
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, got {schedule!r}: use make_schedule to build one")
     if schedule.num_train_timesteps != num_train_timesteps:
         raise ValueError(
-            f"schedule must have num_train_timesteps = {num_train_timesteps} timesteps, received one of "
-            f"{schedule.num_train_timesteps}; pass num_train_timesteps=schedule.num_train_timesteps"
+            f"schedule must have num_train_timesteps = {num_train_timesteps} timesteps, got one of "
+            f"{schedule.num_train_timesteps}: pass num_train_timesteps=schedule.num_train_timesteps"
         )
     return schedule

@@ -94,7 +94,7 @@ def test_another_schedule(tmp_path):
         ),
         (
             '{"format": "ddim_fast timesteps", "version": 2, "timesteps": [5], "num_train_timesteps": 10, "model_timesteps": [10]}',
-            r"must be 1 integers, .* in \[0, 9\], received \[10\]",
+            r"must be 1 integers, .* in \[0, 9\], got \[10\]",
         ),
     ],
 )

@@ -147,10 +147,10 @@ def test_settings_say_it_where_it_is_so():
         (
             (1, 2, 3),
             ValueError,
-            r"must be 4 integers, one for each timestep visited, in \[0, 999\], received \[1, 2, 3\]",
+            r"must be 4 integers, one for each timestep visited, in \[0, 999\], got \[1, 2, 3\]",
         ),
-        ((1, 2, 3, 1000), ValueError, r"in \[0, 999\], received \[1, 2, 3, 1000\]"),
-        ((1, 2, 3, -1), ValueError, r"received \[1, 2, 3, -1\]"),
+        ((1, 2, 3, 1000), ValueError, r"in \[0, 999\], got \[1, 2, 3, 1000\]"),
+        ((1, 2, 3, -1), ValueError, r"got \[1, 2, 3, -1\]"),
         ((1, 2, 3, 4.5), TypeError, "model_timesteps"),
         ((1, 2, 3, True), TypeError, "model_timesteps"),
         ("1234", TypeError, "model_timesteps"),

@@ -194,7 +194,7 @@ def test_zero_terminal_snr_follows_algorithm_1(name, count):
 
 def test_zero_terminal_snr_of_a_single_step():
     assert NoiseSchedule.jsd(1).rescale_zero_terminal_snr().alphas_cumprod.tolist() == [0.0]
-    with pytest.raises(ValueError, match="at least 2 training timesteps, received a schedule of 1"):
+    with pytest.raises(ValueError, match="at least 2 training timesteps, got a schedule of 1"):
         NoiseSchedule.linear(1).rescale_zero_terminal_snr()
 
 
@@ -408,29 +408,29 @@ def test_betas_round_trip_and_forward_agrees_with_the_walk(betas, data):
     assert schedule.add_noise(zero, one, t).item() ** 2 == pytest.approx(spread, rel=1e-11)
 
 
-# --- Errors: each gives the rule and the value received -------------------------------------------------------------
+# --- Errors: each gives the rule and the value got -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        ([], ValueError, "at least one timestep, received shape (0,)"),
-        (np.zeros((0,)), ValueError, "at least one timestep, received shape (0,)"),
-        (np.full((2, 2), 0.5), ValueError, "1-D with shape (T,), received shape (2, 2)"),
-        (0.5, ValueError, "received shape ()"),
-        ([0.9, math.nan], ValueError, "finite, received alphas_cumprod[1] = nan"),
-        ([math.inf, 0.9], ValueError, "finite, received alphas_cumprod[0] = inf"),
-        ([1.5, 0.9], ValueError, "[0, 1], received alphas_cumprod[0] = 1.5"),
-        ([0.9, -0.25], ValueError, "[0, 1], received alphas_cumprod[1] = -0.25"),
-        ([0.9, 0.5, 0.5], ValueError, "strictly decreasing, received 0.5 at t = 1 and 0.5 at t = 2"),
-        ([0.25, 0.5], ValueError, "strictly decreasing, received 0.25 at t = 0 and 0.5 at t = 1"),
-        ([0.5, 0.0, 0.0], ValueError, "received 0.0 at t = 1 and 0.0 at t = 2"),
-        (["a", "b"], TypeError, "real numbers, received ['a', 'b']"),
-        ([[0.5], [0.4, 0.3]], TypeError, "real numbers, received [[0.5], [0.4, 0.3]]"),
-        ([True, False], TypeError, "real numbers, received [True, False]"),
-        ([0.5 + 1j], TypeError, "real numbers, received [(0.5+1j)]"),
-        (None, TypeError, "real numbers, received None"),
-        (torch.tensor([True, False]), TypeError, "real numbers, received"),
+        ([], ValueError, "at least one timestep, got shape (0,)"),
+        (np.zeros((0,)), ValueError, "at least one timestep, got shape (0,)"),
+        (np.full((2, 2), 0.5), ValueError, "1-D with shape (T,), got shape (2, 2)"),
+        (0.5, ValueError, "got shape ()"),
+        ([0.9, math.nan], ValueError, "finite, got alphas_cumprod[1] = nan"),
+        ([math.inf, 0.9], ValueError, "finite, got alphas_cumprod[0] = inf"),
+        ([1.5, 0.9], ValueError, "[0, 1], got alphas_cumprod[0] = 1.5"),
+        ([0.9, -0.25], ValueError, "[0, 1], got alphas_cumprod[1] = -0.25"),
+        ([0.9, 0.5, 0.5], ValueError, "strictly decreasing, got 0.5 at t = 1 and 0.5 at t = 2"),
+        ([0.25, 0.5], ValueError, "strictly decreasing, got 0.25 at t = 0 and 0.5 at t = 1"),
+        ([0.5, 0.0, 0.0], ValueError, "got 0.0 at t = 1 and 0.0 at t = 2"),
+        (["a", "b"], TypeError, "real numbers, got ['a', 'b']"),
+        ([[0.5], [0.4, 0.3]], TypeError, "real numbers, got [[0.5], [0.4, 0.3]]"),
+        ([True, False], TypeError, "real numbers, got [True, False]"),
+        ([0.5 + 1j], TypeError, "real numbers, got [(0.5+1j)]"),
+        (None, TypeError, "real numbers, got None"),
+        (torch.tensor([True, False]), TypeError, "real numbers, got"),
     ],
 )
 def test_bad_alphas_cumprod(values, error, message):
@@ -442,13 +442,13 @@ def test_bad_alphas_cumprod(values, error, message):
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        ([0.1, 1.25], ValueError, "[0, 1], received betas[1] = 1.25"),
-        ([-0.5], ValueError, "[0, 1], received betas[0] = -0.5"),
-        ([0.1, math.nan], ValueError, "finite, received betas[1] = nan"),
-        ([[0.1]], ValueError, "received shape (1, 1)"),
-        ([0.5, 0.0], ValueError, "strictly decreasing, received 0.5 at t = 0 and 0.5 at t = 1"),
-        ([1.0, 0.5], ValueError, "strictly decreasing, received 0.0 at t = 0 and 0.0 at t = 1"),
-        ("linear", TypeError, "real numbers, received 'linear'"),
+        ([0.1, 1.25], ValueError, "[0, 1], got betas[1] = 1.25"),
+        ([-0.5], ValueError, "[0, 1], got betas[0] = -0.5"),
+        ([0.1, math.nan], ValueError, "finite, got betas[1] = nan"),
+        ([[0.1]], ValueError, "got shape (1, 1)"),
+        ([0.5, 0.0], ValueError, "strictly decreasing, got 0.5 at t = 0 and 0.5 at t = 1"),
+        ([1.0, 0.5], ValueError, "strictly decreasing, got 0.0 at t = 0 and 0.0 at t = 1"),
+        ("linear", TypeError, "real numbers, got 'linear'"),
     ],
 )
 def test_bad_betas(values, error, message):
@@ -468,25 +468,25 @@ def test_bad_betas(values, error, message):
     ],
 )
 def test_bad_count(name, count, error, received):
-    with pytest.raises(error, match=f"num_train_timesteps must .*received {received}"):
+    with pytest.raises(error, match=f"num_train_timesteps must .*got {received}"):
         make_schedule(name, count)
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "error", "message"),
     [
-        ("linear", {"beta_end": 1.5}, ValueError, "beta_end must lie in [0, 1], received 1.5"),
-        ("linear", {"beta_start": "x"}, TypeError, "beta_start must be a real number, received 'x'"),
-        ("scaled_linear", {"beta_start": -0.5}, ValueError, "beta_start must lie in [0, 1], received -0.5"),
-        ("quad", {"beta_end": math.nan}, ValueError, "beta_end must be finite, received nan"),
-        ("sigmoid", {"beta_end": True}, TypeError, "beta_end must be a real number, received True"),
-        ("const", {"beta": 2.0}, ValueError, "beta must lie in [0, 1], received 2.0"),
-        ("cosine", {"s": -1.0}, ValueError, "s must be >= 0, received -1.0"),
-        ("cosine", {"max_beta": 1.5}, ValueError, "max_beta must lie in [0, 1], received 1.5"),
-        ("cosine", {"s": math.inf}, ValueError, "s must be finite, received inf"),
-        ("jsd", {"beta_start": 0.1}, TypeError, "'jsd' takes no further arguments, received 'beta_start'"),
-        ("const", {"beta_end": 0.1}, TypeError, "'const' takes beta, received 'beta_end'"),
-        ("const", {"beta": 0.0}, ValueError, "strictly decreasing, received 1.0 at t = 0 and 1.0 at t = 1"),
+        ("linear", {"beta_end": 1.5}, ValueError, "beta_end must be a finite number in [0, 1], got 1.5"),
+        ("linear", {"beta_start": "x"}, TypeError, "beta_start must be a finite number in [0, 1], got 'x'"),
+        ("scaled_linear", {"beta_start": -0.5}, ValueError, "beta_start must be a finite number in [0, 1], got -0.5"),
+        ("quad", {"beta_end": math.nan}, ValueError, "beta_end must be a finite number in [0, 1], got nan"),
+        ("sigmoid", {"beta_end": True}, TypeError, "beta_end must be a finite number in [0, 1], got True"),
+        ("const", {"beta": 2.0}, ValueError, "beta must be a finite number in [0, 1], got 2.0"),
+        ("cosine", {"s": -1.0}, ValueError, "s must be a finite number, at least 0, got -1.0"),
+        ("cosine", {"max_beta": 1.5}, ValueError, "max_beta must be a finite number in [0, 1], got 1.5"),
+        ("cosine", {"s": math.inf}, ValueError, "s must be a finite number, at least 0, got inf"),
+        ("jsd", {"beta_start": 0.1}, TypeError, "'jsd' takes no further arguments, got 'beta_start'"),
+        ("const", {"beta_end": 0.1}, TypeError, "'const' takes beta, got 'beta_end'"),
+        ("const", {"beta": 0.0}, ValueError, "strictly decreasing, got 1.0 at t = 0 and 1.0 at t = 1"),
     ],
 )
 def test_bad_preset_argument(name, arguments, error, message):
@@ -496,26 +496,26 @@ def test_bad_preset_argument(name, arguments, error, message):
 
 @pytest.mark.parametrize("name", ["linaer", "", None, ["linear"]])
 def test_unknown_preset_lists_the_known_ones(name):
-    with pytest.raises(ValueError, match=re.escape(f"received {name!r}")) as caught:
+    with pytest.raises(ValueError, match=re.escape(f"got {name!r}")) as caught:
         make_schedule(name)
     assert all(known in str(caught.value) for known in SCHEDULES)
 
 
 def test_bad_name():
-    with pytest.raises(TypeError, match="name must be a string, received 3"):
+    with pytest.raises(TypeError, match="name must be a string, got 3"):
         NoiseSchedule(np.array([0.5]), 3)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((10,), IndexError, "[-1, 9] for a schedule of 10 timesteps (-1 is before the first step), received 10"),
-        ((-2,), IndexError, "received -2"),
-        ((1.0,), TypeError, "t must be an int, received 1.0"),
-        ((True,), TypeError, "t must be an int, received True"),
-        ((-1, 0.0), ValueError, "final_alpha_bar must be greater than 0, received 0.0"),
-        ((-1, 1.5), ValueError, "final_alpha_bar must lie in [0, 1], received 1.5"),
-        ((-1, "one"), TypeError, "final_alpha_bar must be a real number, received 'one'"),
+        ((10,), IndexError, "[-1, 9] for a schedule of 10 timesteps (-1 is before the first step), got 10"),
+        ((-2,), IndexError, "got -2"),
+        ((1.0,), TypeError, "t must be an integer, got 1.0"),
+        ((True,), TypeError, "t must be an integer, got True"),
+        ((-1, 0.0), ValueError, "final_alpha_bar must be greater than 0, got 0.0"),
+        ((-1, 1.5), ValueError, "final_alpha_bar must be a finite number in [0, 1], got 1.5"),
+        ((-1, "one"), TypeError, "final_alpha_bar must be a finite number in [0, 1], got 'one'"),
     ],
 )
 def test_bad_alpha_bar_arguments(arguments, error, message):
@@ -530,25 +530,25 @@ X = torch.zeros(2, 3)
 @pytest.mark.parametrize(
     ("x0", "other", "t", "error", "message"),
     [
-        (X, X, 10, IndexError, "t must lie in [0, 9] for a schedule of 10 timesteps, received 10"),
-        (X, X, -1, IndexError, "received -1"),
-        (X, X, 10**30, IndexError, f"received {10**30}"),
-        (X, X, torch.tensor([3, -1]), IndexError, "received -1"),
-        (X, X, torch.tensor([10, 3]), IndexError, "received 10"),
-        (X, X, 1.0, TypeError, "t must be an int or an integer tensor of shape (batch,), received 1.0"),
-        (X, X, True, TypeError, "received True"),
-        (X, X, [1, 2], TypeError, "received [1, 2]"),
-        (X, X, torch.tensor([1.0, 2.0]), TypeError, "integer tensor, received dtype torch.float32"),
-        (X, X, torch.tensor([True, False]), TypeError, "integer tensor, received dtype torch.bool"),
-        (X, X, torch.tensor([1, 2, 3]), ValueError, "(batch,) = (2,), received shape (3,)"),
-        (X, X, torch.tensor([1]), ValueError, "(batch,) = (2,), received shape (1,)"),
-        (X, X, torch.tensor([[1], [2]]), ValueError, "received shape (2, 1)"),
-        (X, torch.zeros(2, 1), 1, ValueError, "must have the shape of x0, (2, 3), received (2, 1)"),
-        (X, X.long(), 1, TypeError, "must be floating point, received torch.int64"),
-        (X.to(torch.complex64), X, 1, TypeError, "x0 must be floating point, received torch.complex64"),
-        (X.numpy(), X, 1, TypeError, "x0 must be a tensor, received ndarray"),
-        (X, 0.0, 1, TypeError, "must be a tensor, received float"),
-        (X, X.to("meta"), 1, ValueError, "must be on x0's device, cpu, received meta"),
+        (X, X, 10, IndexError, "t must lie in [0, 9] for a schedule of 10 timesteps, got 10"),
+        (X, X, -1, IndexError, "got -1"),
+        (X, X, 10**30, IndexError, f"got {10**30}"),
+        (X, X, torch.tensor([3, -1]), IndexError, "got -1"),
+        (X, X, torch.tensor([10, 3]), IndexError, "got 10"),
+        (X, X, 1.0, TypeError, "t must be an integer, got 1.0"),
+        (X, X, True, TypeError, "got True"),
+        (X, X, [1, 2], TypeError, "got [1, 2]"),
+        (X, X, torch.tensor([1.0, 2.0]), TypeError, "integer tensor, got dtype torch.float32"),
+        (X, X, torch.tensor([True, False]), TypeError, "integer tensor, got dtype torch.bool"),
+        (X, X, torch.tensor([1, 2, 3]), ValueError, "(batch,) = (2,), got shape (3,)"),
+        (X, X, torch.tensor([1]), ValueError, "(batch,) = (2,), got shape (1,)"),
+        (X, X, torch.tensor([[1], [2]]), ValueError, "got shape (2, 1)"),
+        (X, torch.zeros(2, 1), 1, ValueError, "must have the shape of x0, (2, 3), got (2, 1)"),
+        (X, X.long(), 1, TypeError, "must be floating point, got torch.int64"),
+        (X.to(torch.complex64), X, 1, TypeError, "x0 must be floating point, got torch.complex64"),
+        (X.numpy(), X, 1, TypeError, "x0 must be a tensor, got ndarray"),
+        (X, 0.0, 1, TypeError, "must be a tensor, got float"),
+        (X, X.to("meta"), 1, ValueError, "must be on x0's device, cpu, got meta"),
     ],
 )
 def test_bad_forward_arguments(method, x0, other, t, error, message):
