@@ -106,7 +106,8 @@ def _visited(
         return select_timesteps(count, total, spacing, steps_offset=steps_offset, schedule=schedule)
     if isinstance(timesteps, str):
         return _checked_count(respaced_timesteps(timesteps, total), count)
-    return _checked_count(explicit_timesteps(timesteps, total), count)  # type: ignore[arg-type]  (files were read before)
+    assert not isinstance(timesteps, (os.PathLike, TimestepList))  # files were read before
+    return _checked_count(explicit_timesteps(timesteps, total), count)
 
 
 def _checked_count(visited: tuple[int, ...], count: int | None) -> tuple[int, ...]:

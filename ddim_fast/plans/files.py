@@ -1,4 +1,4 @@
-"""A list of timesteps as a small JSON file, with where it came from: what ``ddim-fast search`` writes, and every sampler reads."""
+"""Timestep lists as small JSON files with their provenance: ``ddim-fast search`` writes them, every sampler reads them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ SUFFIX = ".json"
 
 @dataclass(frozen=True)
 class TimestepList:
-    """Timesteps to visit, and what they are meant for.
+    """Timesteps to visit, and what they were chosen for.
 
     Args:
         timesteps: strictly decreasing, each in [0, num_train_timesteps).
         num_train_timesteps: T of the schedule that they count in.
         schedule_digest: of that schedule (``NoiseSchedule.digest``); None where it does not matter.
-        order: of the steps that they were chosen for.
-        eps_residual: the mean squared error of the model's eps at each of them, for an analytic variance; None where not measured.
+        order: the order of the steps that they were chosen for.
+        eps_residual: the mean squared error of the model's eps at each of them, for an analytic variance;
+            None if it was not measured.
         provenance: how they were found, as JSON: method, model, samples, seeds, scores.
-        model_timesteps: what the model is told at each of them, in any order; None: the timesteps themselves. A sampler that cannot tell
-            the one apart from the other has no use for the list then.
+        model_timesteps: the timestep that the model is called with at each of them, in any order; None: the
+            timesteps themselves. A sampler without such a distinction cannot use the list then.
     """
 
     timesteps: tuple[int, ...]
@@ -50,20 +51,19 @@ class TimestepList:
                 f"eps_residual must be one for each of the {len(self.timesteps)} timesteps, got {len(self.eps_residual)}"
             )
         if self.model_timesteps is not None:
-            told = explicit_model_timesteps(self.model_timesteps, len(self.timesteps), self.num_train_timesteps)
-            object.__setattr__(self, "model_timesteps", told)
+            checked = explicit_model_timesteps(self.model_timesteps, len(self.timesteps), self.num_train_timesteps)
+            object.__setattr__(self, "model_timesteps", checked)
 
     def for_schedule(self, schedule: NoiseSchedule, path: str = "the list") -> tuple[int, ...]:
-        """The timesteps, for a sampler with this schedule.
+        """Return the timesteps for a sampler with this schedule. Warn if the schedule is another one of the
+        same length: the list works there, but was not chosen for it.
 
         Raises:
-            ValueError: they count in another number of training timesteps.
-
-        Warns where the schedule is another of the same length: the list works there, but was not chosen for it.
+            ValueError: they were made for another number of training timesteps.
         """
         if schedule.num_train_timesteps != self.num_train_timesteps:
             raise ValueError(
-                f"{path} counts {self.num_train_timesteps} training timesteps, and the schedule has {schedule.num_train_timesteps}: "
+                f"{path} is for {self.num_train_timesteps} training timesteps, got a schedule with {schedule.num_train_timesteps}: "
                 "search again with this schedule"
             )
         if self.schedule_digest not in (None, schedule.digest):
@@ -92,11 +92,11 @@ class TimestepList:
 
 
 def read_timesteps(path: str | os.PathLike[str]) -> TimestepList:
-    """The list in a file.
+    """Return the list in a file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no such list; the message says what is wrong with it.
+        ValueError: it holds no such list; the message says what is wrong with it.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))

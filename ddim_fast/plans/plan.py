@@ -1,7 +1,7 @@
-"""A sampling plan: every step of a run as data, worked out once, in float64, before the first model call.
+"""A sampling plan: every step of a run as data, computed once, in float64, before the first model call.
 
-The plan holds explicit pairs (t, t_prev) and, for each, one row of coefficients. Kernels see nothing else: schedule,
-prediction type, eta and clipping end here.
+The plan holds explicit pairs (t, t_prev) and, for each, one row of coefficients. Kernels see nothing else:
+schedule, prediction type, eta and clipping end here.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ BEFORE_FIRST = -1
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """From timestep ``t`` to ``t_prev`` (-1: clean data): the step's cumulative products, its noise, and its row.
+    """One step, from timestep ``t`` to ``t_prev`` (-1: clean data): its noise levels, its noise, and its row.
 
-    The model is told ``model_timestep``.
+    ``model_timestep`` is what the model is called with.
     """
 
     index: int
@@ -57,22 +57,25 @@ class SamplingPlan:
 
     Args:
         schedule: the noise schedule the model was trained with.
-        timesteps: which timesteps to visit, strictly decreasing: what the functions of ``timesteps`` return.
+        timesteps: which timesteps to visit, strictly decreasing, as the functions of ``plans.timesteps`` return them.
         prediction_type: what the model predicts, a key of ``PREDICTION_TYPES``.
         eta: 0 is deterministic DDIM, 1 adds as much noise as DDPM.
         eta_scales: what eta multiplies, "std_dev" (the paper) or "variance".
         sigma_hat: add the paper's larger DDPM noise, sqrt(1 - alpha_bar_t / alpha_bar_prev), with the direction term of eta = 1
             (appendix D.3). Needs eta = 1.
         set_alpha_to_one: the last step goes to alpha_bar = 1 (clean data); otherwise to alpha_bar_0, as some models were sampled.
-        clip_sample_range: clip the predicted x0 to [-range, range]; no clipping if none.
+        clip_sample_range: clip the predicted x0 to [-range, range]; None for no clipping.
         use_clipped_model_output: derive eps again from the clipped x0, so that the two agree (GLIDE and guided-diffusion do).
-        order: 1 is DDIM. 2 is its multistep form (DPM-Solver++(2M), see ``multistep_coefficients``), which reads the x0 that the step
-            before predicted: as many model calls, and an error that falls with the square of the number of steps. Needs eta = 0.
-        eps_residual: the mean squared error of the model's eps at each timestep visited, as ``search.measure_eps_residual`` measures it:
-            then the noise added has the analytic variance (``update.analytic_variance``) in place of eta's own. Not with ``sigma_hat``
-            or order 2.
-        model_timesteps: what the model is told at each of them, where that is another timestep (arXiv 2310.09469, 2405.15506): a long
-            step goes nearer to where many short ones lead with the output of a timestep on its way. In any order. None: those visited.
+        order: 1 is DDIM. 2 is its multistep form (DPM-Solver++(2M), see ``multistep_coefficients``), which
+            reads the x0 that the step before predicted: as many model calls, and an error that falls with
+            the square of the number of steps. Needs eta = 0.
+        eps_residual: the mean squared error of the model's eps at each timestep visited, as
+            ``search.measure_eps_residual`` measures it: the added noise then has the analytic variance
+            (``coefficients.analytic_variance``) instead of eta's own. Not with ``sigma_hat`` or order 2.
+        model_timesteps: the timestep that the model is called with at each of them, where it is a different
+            one (arXiv 2310.09469, 2405.15506): a long step ends nearer to where many short ones lead with the
+            output of a timestep on its way. In any order. Empty: those visited.
+        thresholding: dynamic thresholding of x0 before it is clipped; None for none.
 
     Raises:
         ValueError: an argument is unknown or out of range; eta asks for more noise than a step has room for; epsilon prediction at
@@ -117,7 +120,7 @@ class SamplingPlan:
             raise ValueError(f"order must be 1 (DDIM) or 2 (its multistep form), got {self.order!r}")
         if self.order == 2 and (self.eta != 0 or self.sigma_hat):
             raise ValueError(
-                "order=2 draws on from the step before, along a trajectory that fresh noise leaves: it needs eta = 0, got "
+                "order=2 extrapolates from the step before, along a trajectory that fresh noise leaves: it needs eta = 0, got "
                 f"eta = {self.eta}: use order=1, or eta=0"
             )
         self._check_eps_residual()
@@ -127,7 +130,7 @@ class SamplingPlan:
                 "a step cannot add more noise than its target holds: with these timesteps, eta may be at most "
                 f"{math.floor(self.largest_eta * 1e6) / 1e6}, got {self.eta}"
             )
-        self.steps  # noqa: B018  (worked out now, so that errors come here)
+        self.steps  # noqa: B018  (computed now, so that errors come here)
 
     def _check_eps_residual(self) -> None:
         values = self.eps_residual
@@ -139,7 +142,7 @@ class SamplingPlan:
             )
         if self.sigma_hat or self.order != 1:
             raise ValueError(
-                f"eps_residual says how much noise to add, got sigma_hat={self.sigma_hat} and order={self.order} beside it: "
+                f"eps_residual decides how much noise is added, got sigma_hat={self.sigma_hat} and order={self.order} beside it: "
                 "leave them out, or eps_residual"
             )
 
@@ -154,7 +157,7 @@ class SamplingPlan:
 
     @property
     def largest_eta(self) -> float:
-        """The eta at which some step's noise takes all of the variance that its target has, 1 - alpha_bar_prev."""
+        """The eta at which the noise of some step takes up all the variance of its target, 1 - alpha_bar_prev."""
         rooms = []
         for alpha_bar_t, alpha_bar_prev in self._levels:
             if variance := ddpm_variance(alpha_bar_t, alpha_bar_prev):
@@ -180,7 +183,7 @@ class SamplingPlan:
     def table(
         self, device: torch.device | str = "cpu", guidance_scale: float | Sequence[float] | None = None
     ) -> StepTable:
-        """All steps as one table in device memory, for ``ddim_step_from_table``."""
+        """Return all steps as one table in device memory, for ``ddim_step_from_table``."""
         return StepTable.of([step.coefficients for step in self.steps], device, guidance_scale)
 
     def _step(self, index: int, t: int, t_prev: int, alpha_bar_t: float, alpha_bar_prev: float) -> PlannedStep:
@@ -190,16 +193,24 @@ class SamplingPlan:
             std_dev_t = math.sqrt(1 - alpha_bar_t / alpha_bar_prev)
         if self.eps_residual is not None:
             std_dev_t = math.sqrt(analytic_variance(alpha_bar_t, alpha_bar_prev, variance, self.eps_residual[index]))
-        clipping = {
-            "clip_sample_range": self.clip_sample_range,
-            "use_clipped_model_output": self.use_clipped_model_output,
-        }
-        levels = alpha_bar_t, alpha_bar_prev
         if self.order == 2 and index > 0:
-            row = multistep_coefficients(self._levels[index - 1][0], *levels, self.prediction_type, **clipping)
+            row = multistep_coefficients(
+                self._levels[index - 1][0],
+                alpha_bar_t,
+                alpha_bar_prev,
+                self.prediction_type,
+                clip_sample_range=self.clip_sample_range,
+                use_clipped_model_output=self.use_clipped_model_output,
+            )
         else:
             row = ddim_coefficients(
-                *levels, self.prediction_type, variance=variance, std_dev_added=std_dev_t, **clipping
+                alpha_bar_t,
+                alpha_bar_prev,
+                self.prediction_type,
+                variance=variance,
+                std_dev_added=std_dev_t,
+                clip_sample_range=self.clip_sample_range,
+                use_clipped_model_output=self.use_clipped_model_output,
             )
         return PlannedStep(index, t, t_prev, self.model_timesteps[index], alpha_bar_t, alpha_bar_prev, std_dev_t, row)
 

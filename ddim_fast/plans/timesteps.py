@@ -269,8 +269,9 @@ def _nearest_non_decreasing(values: list[int]) -> list[int]:
     return best_ends
 
 
-def _finite_log_snr(schedule: NoiseSchedule) -> np.ndarray:
+def _finite_log_snr(schedule: NoiseSchedule | None) -> np.ndarray:
     """The schedule's log-SNR, an infinite end (ᾱ of exactly 0 or 1) replaced by a straight line from its neighbours."""
+    assert schedule is not None  # ``select_timesteps`` has checked that
     values = np.array(schedule.log_snr)
     finite = np.flatnonzero(np.isfinite(values))
     if finite.size < 2:  # T <= 3 and nothing to continue from: only the order is known

@@ -1,8 +1,9 @@
 """The sampling loop as CUDA graphs: captured once, replayed by every later call that differs in values only.
 
-A graph bakes in addresses, shapes and every Python number. Here all that changes between calls lies in static tensors that the
-captured work reads: samples, seeds, timesteps, coefficients, guidance scales, conditioning, known regions. What is baked in is part of
-the key under which a graph is kept (``_key``), so that another value of it means another graph, never a stale one.
+A graph bakes in addresses, shapes and every Python number. Here everything that changes between calls is in
+static tensors that the captured work reads: samples, seeds, timesteps, coefficients, guidance scales,
+conditioning, known regions. What is baked in is part of the key under which a graph is kept (``_key``), so a
+different value leads to a different graph, never to a stale one.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ MODES = ("auto", "loop", "step", "off")
 """One graph for the whole loop, one for a step that is replayed for each, or none; "auto": "step" where it can be."""
 
 _PACKAGE = __name__.partition(".")[0]
-_LOADED = ("x_t", "seeds", "mask", "known_x0")  # tensors of a Loop that a call brings
-_SCRATCH = ("noise", "known_noise", "model_input", "x_seen", "x0", "history")  # and that a step fills
+_LOADED = ("x_t", "seeds", "mask", "known_x0")  # tensors of a Loop that are copied in for each call
+_SCRATCH = ("noise", "known_noise", "model_input", "x_seen", "x0", "history")  # tensors that the steps fill
 
 
 @dataclass(frozen=True)
 class Job:
-    """One call of ``sample``: what is to be computed, in tensors that were made for this call.
+    """One call of ``sample``: what is to be computed, in tensors that were allocated for this call.
 
     Attributes:
-        loop: its tensors hold the start, x_T; its calls are those of the caller's conditioning.
-        conditionings: of each model call.
+        loop: its tensors hold x_T; its calls use the caller's conditioning.
+        conditionings: that of each model call.
     """
 
     model: Model
@@ -54,14 +55,14 @@ class Job:
 
     @cached_property
     def table(self) -> StepTable:
-        """The plan's steps, on the host, each with its guidance scale."""
+        """The steps of the plan, on the host, each with its guidance scale."""
         table = self.plan.table("cpu", self.loop.guidance_scales)
-        # Where the guided output is rescaled, the step is given that one output, and the scale is looked up before it.
+        # If the guided output is rescaled, the step gets that one output, and the scale is looked up before it.
         return replace(table, guided=table.guided and not self.loop.guidance_rescale)
 
 
 class CapturedLoop:
-    """Static tensors and the graph that works on them."""
+    """Static tensors, and the graph that works on them."""
 
     def __init__(self, mode: str, job: Job, graphs: GraphBackend):
         self.busy = False
@@ -80,11 +81,12 @@ class CapturedLoop:
         self._leaves, structure = tree_flatten(list(job.conditionings))
         self._leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         conditionings = tree_unflatten(self._leaves, structure)
+        tensors: dict[str, Any] = {name: _like(getattr(loop, name)) for name in (*_LOADED, *_SCRATCH)}
         self.loop = replace(
             loop,
             calls=model_calls(job.model, conditionings),
             generator=None,
-            **{name: _like(getattr(loop, name)) for name in (*_LOADED, *_SCRATCH)},
+            **tensors,
         )
         capacity = _capacity(mode, self._steps)
         rows = torch.zeros((capacity, job.table.rows.shape[1]), dtype=torch.float32, device=device)
@@ -99,7 +101,7 @@ class CapturedLoop:
 
     @torch.inference_mode()
     def load(self, job: Job) -> None:
-        """Make the static tensors those of another job, which has the same key."""
+        """Copy the values of another job with the same key into the static tensors."""
         count, device = job.plan.num_inference_steps, self.loop.x_t.device
         for name in _LOADED:
             if (static := getattr(self.loop, name)) is not None:
@@ -115,13 +117,13 @@ class CapturedLoop:
                 static.copy_(new)
 
     def replay_step(self, step: PlannedStep, timing: Timing) -> None:
-        """The next step of the loop, which is this one."""
+        """Replay the next step of the loop, which must be this one."""
         started = time.perf_counter()
         self.loop.draw_noise(step)
         self._replay(timing, started, 1)
 
     def replay_all(self, timing: Timing) -> None:
-        """All steps."""
+        """Replay all steps."""
         self._replay(timing, time.perf_counter(), self._steps)
 
     def _replay(self, timing: Timing, started: float, steps: int) -> None:
@@ -147,16 +149,16 @@ class CapturedLoop:
 
 
 class GraphCache:
-    """Captured loops, the latest used last; the earliest used are freed first.
+    """A cache of captured loops; the least recently used are freed first.
 
-    A graph holds its model and the memory of one call of it. ``clear`` and ``discard`` let go of them.
-
-    A loop that is in use, by another thread or by the sampler whose callback this is, is left alone: a second one is captured.
+    A graph holds its model and the memory of one call of it; ``clear`` and ``discard`` release them. A loop
+    that is in use, by another thread or by the sampler that calls this callback, is left alone: a second one
+    is captured. A copy or a pickle of a cache starts empty.
 
     Args:
         maxsize: how many graphs are kept.
-        backend: makes what captures on a device.
-        device_types: devices on which it does.
+        backend: returns the ``GraphBackend`` of a device.
+        device_types: devices on which it captures.
     """
 
     def __init__(
@@ -166,12 +168,12 @@ class GraphCache:
         device_types: Sequence[str] = ("cuda",),
     ):
         if maxsize < 1:
-            raise ValueError(f"a cache keeps at least one graph, got maxsize={maxsize}: use capture='off' for none")
+            raise ValueError(f"maxsize must be at least 1, got maxsize={maxsize}: use capture='off' for no graphs")
         self.maxsize = maxsize
         self.device_types = tuple(device_types)
         self._backend = backend
         self._captured: OrderedDict[Hashable, tuple[Model, CapturedLoop]] = OrderedDict()
-        self._failed: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
+        self._failed: WeakKeyDictionary[Any, set[Hashable]] = WeakKeyDictionary()
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -183,14 +185,14 @@ class GraphCache:
 
     @contextmanager
     def use(self, mode: str, job: Job, optional: bool = False) -> Iterator[CapturedLoop | None]:
-        """The captured loop for this job, with the job's values loaded; captured now if there is none.
+        """Return the captured loop for this job, with the job's values loaded; it is captured now if there is none.
 
         Args:
-            optional: give None where it cannot be captured, with one warning, instead of an error.
+            optional: return None, with one warning, instead of raising an error where it cannot be captured.
 
         Raises:
             CaptureError: the model cannot be captured.
-            TypeError: conditioning is neither tensors nor plain values.
+            TypeError: a conditioning entry is neither a tensor nor a plain value.
         """
         captured = self._get_or_none(mode, job) if optional else self._get(mode, job)
         try:
@@ -218,7 +220,7 @@ class GraphCache:
             return fresh
 
     def _get_or_none(self, mode: str, job: Job) -> CapturedLoop | None:
-        """With whatever goes wrong: what is the model's own fault shows again without a graph."""
+        """Return None whatever goes wrong: an error of the model itself shows again without a graph."""
         failed = self._failed.setdefault(job.model, set())
         key = None
         try:
@@ -231,7 +233,7 @@ class GraphCache:
             return None
 
     def discard(self, model: Model) -> None:
-        """Free every graph of this model, and let it be captured again, for instance after a change that graphs cannot see."""
+        """Free every graph of this model, so that it is captured again, for instance after a change that graphs cannot see."""
         with self._lock:
             if isinstance(model, nn.Module):
                 self._failed.pop(model, None)
@@ -247,7 +249,7 @@ class GraphCache:
 
 
 def _callers_level() -> int:
-    """``stacklevel`` of the line outside of this package that called the sampler."""
+    """Return the ``stacklevel`` of the line outside this package that called the sampler."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
         _PACKAGE,
@@ -258,13 +260,13 @@ def _callers_level() -> int:
 
 
 def _free(captured: CapturedLoop) -> None:
-    """Free a graph now, or where it is in use, when its run lets go of it."""
+    """Free a graph now, or if it is in use, when its run ends."""
     if not captured.busy:
         captured.reset()
 
 
 GRAPHS = GraphCache()
-"""The graphs of every sampler that was not given a cache of its own."""
+"""The graphs of every sampler without a cache of its own."""
 
 
 def choose_mode(
@@ -277,17 +279,18 @@ def choose_mode(
     model: Model,
     not_captured: str | None = None,
 ) -> str:
-    """The mode to sample in: "loop", "step" or "off".
+    """Choose the mode to sample in: "loop", "step" or "off".
 
     Args:
         between_steps: what the host has to do between two steps, in words; None for nothing.
-        not_captured: why no step of this call can be captured; None if nothing is in the way.
+        not_captured: why no step of this call can be captured; None if it can.
 
     Raises:
-        ValueError: the mode asked for is unknown, or cannot be; the message has the reason.
+        ValueError: the mode asked for is unknown or impossible; the message has the reason.
     """
     if capture not in MODES:
         raise ValueError(f"capture must be one of {', '.join(MODES)}, got {capture!r}")
+    reason: str | None
     if device.type not in cache.device_types:
         reason = f"it needs a CUDA device, and the samples are on {device}"
     elif dtype not in DTYPES_OF_KERNELS:
@@ -306,13 +309,13 @@ def choose_mode(
     if reason is not None or capture == "off":
         return "off"
     if capture == "auto":
-        # What a function holds cannot be seen, and so neither that it has changed since the capture.
+        # What a function holds is invisible, and so are changes to it after the capture.
         return "step" if isinstance(model, nn.Module) else "off"
     return capture
 
 
 def _capacity(mode: str, steps: int) -> int:
-    """Rows of a captured table: a step's graph serves any number of steps up to it, a loop's graph has its number baked in."""
+    """Return the rows of a captured table: the graph of a step serves up to so many steps, that of a loop exactly its own number."""
     return steps if mode == "loop" else max(64, 1 << (steps - 1).bit_length())
 
 
@@ -321,7 +324,7 @@ def _like(tensor: Tensor | None) -> Tensor | None:
 
 
 def _key(mode: str, job: Job) -> Hashable:
-    """Everything that a graph bakes in."""
+    """Return everything that a graph bakes in."""
     loop = job.loop
     leaves, structure = tree_flatten(list(job.conditionings))
     return (
@@ -343,7 +346,7 @@ def _key(mode: str, job: Job) -> Hashable:
 
 
 def _precisions() -> Hashable:
-    """Which kernels torch chooses for matrices and convolutions."""
+    """Return what decides which kernels torch chooses for matrix products and convolutions."""
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn, getattr(torch.backends.cudnn, "conv", None))
     chosen = [getattr(backend, "fp32_precision", None) for backend in backends]
     if chosen[0] is None:  # torch before 2.9
@@ -352,10 +355,11 @@ def _precisions() -> Hashable:
 
 
 def _model_key(model: Model) -> Hashable:
-    """The model and, of a module, what can be seen of what a replay would not follow.
+    """Return the model and, for a module, what a replay would not follow as far as it can be seen.
 
-    That is where its weights are (weights changed in place are followed; moved ones are not), its modules, hooks, whether they are in
-    training, and their plain attributes. The model of a graph is kept alive, so an id is not used twice.
+    That is where its weights are (weights changed in place are followed, moved ones are not), its modules,
+    their hooks, training mode and plain attributes. The model of a graph is kept alive, so an id is not
+    reused.
     """
     if not isinstance(model, nn.Module):
         return id(model)
@@ -386,7 +390,7 @@ _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
 
 
 def _plain_key(value: Any) -> Hashable:
-    """A plain value, told apart from equal ones of another type or sign: True and 1, 0.0 and -0.0; a NaN is equal to itself."""
+    """Return a key that differs between True and 1 and between 0.0 and -0.0, and is the same for every NaN."""
     return type(value), value.hex() if isinstance(value, float) else value
 
 
@@ -395,7 +399,7 @@ def _leaf_key(leaf: Any) -> Hashable:
         return _tensor_key(leaf)
     if not isinstance(leaf, _PLAIN):
         raise TypeError(
-            "conditioning that is baked into a captured graph must be tensors and plain values (numbers, strings, None), got a "
+            "conditioning of a captured graph must be tensors and plain values (numbers, strings, None), got a "
             f"{type(leaf).__name__}: pass a tensor, or use capture='off'"
         )
     return _plain_key(leaf)

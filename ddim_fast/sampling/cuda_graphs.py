@@ -1,7 +1,8 @@
 """CUDA graphs: a step is captured once and replayed, so that the host launches one graph instead of hundreds of kernels.
 
-What captures is a small object behind a protocol, ``GraphBackend``. ``CudaGraphs`` is the real one; ``ddim_fast.gpu_lab.replay`` has a
-stand-in that records and replays on the CPU, with the pointers and numbers frozen as in a real graph.
+Capturing is done by a small object behind a protocol, ``GraphBackend``. ``CudaGraphs`` is the real one;
+``ddim_fast.gpu_lab.replay`` has a stand-in that records and replays on the CPU, with pointers and numbers
+frozen as in a real graph.
 
 Sources: "CUDA Graphs", stream capture, in the CUDA C++ programming guide; "CUDA Graphs" in PyTorch's notes on CUDA semantics.
 """
@@ -23,14 +24,16 @@ WARM_UP_CALLS = 3
 
 
 class CaptureError(RuntimeError):
-    """What was to be captured cannot be. The message has the rule, what was called and where, and the remedy."""
+    """A capture that is impossible. The message has the rule, what was called and where, and the remedy."""
 
 
 class CapturedGraph(Protocol):
-    """What was captured. ``output`` is what the function returned: tensors that every replay fills anew, and that nothing has filled yet.
+    """A captured function. ``output`` is what it returned: tensors that every replay fills again, and that
+    nothing has filled yet.
 
-    Every tensor that the function used is used at the same address by every replay, and every Python number with the value that it had:
-    tensors that it did not make itself must stay alive, and what changes between replays must be in a tensor.
+    Every replay uses every tensor at the same address, and every Python number with the same value, as the
+    captured call: tensors that it did not make itself must stay alive, and what changes between replays must
+    be in a tensor.
     """
 
     output: Any
@@ -43,16 +46,16 @@ class CapturedGraph(Protocol):
 
 
 class GraphBackend(Protocol):
-    """Captures functions without arguments: what they work on, they hold."""
+    """Something that captures functions without arguments."""
 
     def warm_up(self, function: Callable[[], Any], times: int = WARM_UP_CALLS) -> None:
-        """Call ``function`` for real, so that nothing happens for the first time in a capture. It changes what it writes to."""
+        """Run ``function``, so that nothing happens for the first time in a capture. Its output tensors change."""
 
     def capture(self, function: Callable[[], Any]) -> CapturedGraph:
         """Call ``function`` once, recording instead of running: no tensor changes until the first replay.
 
         Raises:
-            CaptureError: it did what cannot be recorded.
+            CaptureError: it did something that cannot be recorded.
         """
 
 
@@ -64,13 +67,13 @@ class CudaGraph:
         self.output = output
 
     def replay(self) -> None:
-        """Launch the graph on the current stream. What was put on that stream before is seen by it.
+        """Launch the graph on the current stream, after what was put there before.
 
         Raises:
             RuntimeError: the graph was reset.
         """
         if self._graph is None:
-            raise RuntimeError("a graph can be replayed until it is reset, got one that was: capture again")
+            raise RuntimeError("a graph can be replayed until it is reset, got one that was reset: capture again")
         self._graph.replay()
 
     def reset(self) -> None:
@@ -81,12 +84,13 @@ class CudaGraph:
 
 
 class CudaGraphs:
-    """Captures with ``torch.cuda.CUDAGraph``, on a stream of its own, each graph in a private memory pool.
+    """Capturing by ``torch.cuda.CUDAGraph``, on a separate stream, each graph in a private memory pool.
 
     Args:
         device: the CUDA device. None: the current one.
-        pool: ``torch.cuda.graph_pool_handle()`` or another graph's pool, to share one pool between graphs that are replayed in the order
-            in which they were captured, and never at the same time. None: each its own.
+        pool: ``torch.cuda.graph_pool_handle()`` or the pool of another graph, to share one pool between
+            graphs that are replayed in the order in which they were captured, and never at the same time.
+            None: one pool each.
     """
 
     def __init__(self, device: str | int | torch.device | None = None, pool: tuple[int, int] | None = None):
@@ -101,17 +105,17 @@ class CudaGraphs:
         return self._side
 
     def warm_up(self, function: Callable[[], Any], times: int = WARM_UP_CALLS) -> None:
-        """Call ``function`` on the side stream, where it will be captured: libraries keep their workspaces by stream.
+        """Run ``function`` on the side stream, where it will be captured: libraries keep one workspace per stream.
 
-        The side stream first waits for what the current one was given; the current one then waits for the side stream. The host waits
-        for neither.
+        The side stream first waits for the current one, which then waits for the side stream. The host
+        waits for neither.
         """
         side = self._side_stream()
         with torch.cuda.device(side.device):
             current = torch.cuda.current_stream()
             side.wait_stream(current)
             try:
-                # What a model draws at random while it warms up is drawn again by the run.
+                # Random numbers drawn by the model while it warms up must not be missing from the run.
                 with torch.cuda.stream(side), torch.random.fork_rng(devices=[side.device.index]):
                     for _ in range(times):
                         function()
@@ -121,12 +125,14 @@ class CudaGraphs:
     def capture(self, function: Callable[[], Any]) -> CudaGraph:
         """Capture one call of ``function``. Waits for the device first.
 
-        The error mode is "thread_local". The default, "global", would fail the capture because of unsafe calls of *any* thread, such as
-        an allocation by a data loader's thread that pins memory; "relaxed" would let our own unsafe calls pass unnoticed.
+        The error mode is "thread_local". With the default, "global", unsafe calls of *any* thread, such as a
+        data loader that allocates pinned memory, would make the capture fail; with "relaxed" our own unsafe
+        calls would go unnoticed.
 
         Raises:
-            CaptureError: ``function`` raised, or did what a stream cannot record. The message names the line; the cause is the error
-                as it came. The current stream is what it was, the capture is over and its memory given back.
+            CaptureError: ``function`` raised, or did something that a stream cannot record. The message
+                names the line; the cause is the original error. The current stream is restored, the
+                capture has ended and its memory is released.
         """
         side = self._side_stream()
         graph, pool = torch.cuda.CUDAGraph(), self._pool
@@ -144,7 +150,7 @@ class CudaGraphs:
                         raised.append(error)
                         raise
             except BaseException as error:
-                # After a forbidden call torch.cuda.graph raises a second error when it ends the capture: the first one tells.
+                # After a forbidden call torch.cuda.graph raises a second error when it ends the capture: report the first.
                 first = raised[0] if raised else error
                 torch.cuda.set_stream(current)
                 _give_up(graph, pool, side.device)
@@ -157,13 +163,14 @@ class CudaGraphs:
 
 
 def _give_up(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.device) -> None:
-    """Leave the allocator as it was before a capture that failed.
+    """Restore the allocator after a failed capture.
 
-    Where the end of the capture fails, ``CUDAGraph`` neither takes the pool out of the allocator's list of captures underway, without
-    which no memory of other streams would be collected, nor gives up its share in the pool.
+    If ending the capture fails, ``CUDAGraph`` neither removes the pool from the allocator's list of running
+    captures (while it is there, memory of other streams is not collected), nor releases its share in the
+    pool.
     """
     graph.reset()
-    # RuntimeError: the capture did end, and the pool is not in the list any more.
+    # RuntimeError: the capture did end, and the pool is no longer in the list.
     with contextlib.suppress(AttributeError, RuntimeError):
         torch._C._cuda_endAllocateToPool(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)
@@ -174,7 +181,7 @@ _SITE_PACKAGES = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
 
 
 def _explained(error: Exception) -> CaptureError:
-    """The error of a capture, with the innermost line outside torch that led to it."""
+    """Return the error of a capture with the innermost line outside torch that led to it."""
     where, traceback = "", error.__traceback__
     while traceback is not None:
         code, line = traceback.tb_frame.f_code, traceback.tb_lineno
@@ -184,8 +191,8 @@ def _explained(error: Exception) -> CaptureError:
         traceback = traceback.tb_next
     message = (str(error).strip().splitlines() or ["without a message"])[0]
     return CaptureError(
-        "a captured step may launch kernels and nothing else: no waiting for the device, no shape that depends on data, no copy "
-        f"between host and device, got {type(error).__name__}: {message}{where}: do it before the loop or on the device, or sample "
+        "a captured step may only launch kernels: no waiting for the device, no shape that depends on data, no copy "
+        f"between host and device, got {type(error).__name__}: {message}{where}: do that before the loop or on the device, or sample "
         "without CUDA graphs"
     )
 

@@ -80,10 +80,11 @@ def interpolate(
 
 
 def slerp(first: Tensor, last: Tensor, weight: float) -> Tensor:
-    """Spherical interpolation of each sample (equation 67 of the DDIM paper, appendix D.5), in float64; 0 gives ``first``, 1 ``last``.
+    """Interpolate each sample spherically (equation 67 of the DDIM paper, appendix D.5), in float64; 0 gives
+    ``first``, 1 ``last``.
 
-    A mean of two noises would be too small for noise; what lies between them on the sphere is not. Where the angle is 0, or a sample is,
-    the interpolation is linear.
+    The mean of two noises has too small a variance for noise; points between them on the sphere have the
+    right one. Where the angle is 0, or a sample is zero, the interpolation is linear.
 
     Args:
         first, last: ``(B, C, ...)``, of the same shape, dtype and device.
@@ -92,18 +93,19 @@ def slerp(first: Tensor, last: Tensor, weight: float) -> Tensor:
         ``(B, C, ...)`` in the dtype of ``first``.
 
     Raises:
-        TypeError, ValueError: the tensors are of another kind, or opposite to each other: no way between them is the shortest.
+        TypeError, ValueError: the tensors are not alike, or opposite to each other: then there is no shortest arc.
     """
     check_samples("first", first)
     check_samples("last", last)
     check_alike("last", last, "first", first)
     a, b = (x.detach().double().flatten(1) for x in (first, last))
     u, v = (x / x.norm(dim=1, keepdim=True) for x in (a, b))
-    # The arccosine of u v would have half of the digits at small angles (Kahan, "How futile are mindless assessments of roundoff", 2006).
+    # The arccosine of u v would lose half of the digits at small angles (Kahan, "How futile are mindless
+    # assessments of roundoff", 2006).
     angle = 2 * torch.atan2((u - v).norm(dim=1, keepdim=True), (u + v).norm(dim=1, keepdim=True))
     if bool((angle > math.pi - 1e-6).any()):
         raise ValueError(
-            "x_T to interpolate between must not be opposite to each other, got an angle of pi: go by way of a third"
+            "x_T to interpolate between must not be opposite to each other, got an angle of pi: interpolate by way of a third"
         )
     straight = ~(angle > 1e-9)  # NaN, too: a sample of zeros has no direction
     sine = torch.sin(angle)
@@ -113,7 +115,11 @@ def slerp(first: Tensor, last: Tensor, weight: float) -> Tensor:
 
 
 def check_weights(weights: Sequence[float] | Tensor | np.ndarray) -> list[float]:
-    """The weights of an interpolation as numbers. Raises TypeError or ValueError where one is none, or not in [0, 1]."""
+    """Return the weights of an interpolation as floats.
+
+    Raises:
+        TypeError, ValueError: one is not a number in [0, 1].
+    """
     if isinstance(weights, (Tensor, np.ndarray)):
         weights = weights.tolist()
     if not isinstance(weights, Sequence) or not all(isinstance(w, Real) for w in weights):
@@ -124,7 +130,7 @@ def check_weights(weights: Sequence[float] | Tensor | np.ndarray) -> list[float]
 
 
 def steps_of_strength(strength: float, num_inference_steps: int) -> int:
-    """How many steps a strength is: ``round(strength * num_inference_steps)``, the last ones.
+    """Return how many of the last steps a strength is: ``round(strength * num_inference_steps)``.
 
     Raises:
         TypeError, ValueError: the strength is not in (0, 1], or leaves no step.
@@ -135,7 +141,7 @@ def steps_of_strength(strength: float, num_inference_steps: int) -> int:
         raise ValueError(f"strength must be in (0, 1] (1: all steps), got {strength}")
     count = round(float(strength) * num_inference_steps)
     if count == 0:
-        # Rounded up, so that the value named is one that is accepted.
+        # Rounded up, so that the value named is accepted.
         smallest = (math.floor(0.5e6 / num_inference_steps) + 1) / 1e6
         raise ValueError(
             f"strength must leave a step: at least {smallest} with {num_inference_steps} steps, got {strength}"
@@ -144,8 +150,8 @@ def steps_of_strength(strength: float, num_inference_steps: int) -> int:
 
 
 def check_left_out(method: str, source: str, options: Iterable[str]) -> None:
-    """Raise TypeError where options of ``sample`` are given that ``method`` takes from its argument ``source``."""
+    """Raise TypeError if an option of ``sample`` is given that ``method`` takes from its argument ``source``."""
     if given := [name for name in ("shape", "x_T", "device", "dtype") if name in options]:
         raise TypeError(
-            f"{method} takes its start, and shape, device and dtype, from {source}, got {given[0]}: leave it out"
+            f"{method} takes its start, shape, device and dtype from {source}, got {given[0]}: leave it out"
         )

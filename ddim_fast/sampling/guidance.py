@@ -1,4 +1,4 @@
-"""Guidance: what steers the model's output before a step, by a second output without the condition, or by a classifier's gradient."""
+"""Guidance: steer the model's output before a step, by a second output without the condition or by a classifier's gradient."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ class ClassifierGuidance:
     """Guidance by a classifier's gradient: algorithm 2 of Dhariwal and Nichol 2021, arXiv 2105.05233.
 
     Attributes:
-        cond_fn: ``cond_fn(x_t, t, **conditioning)``: the gradient of log p(y | x_t) by x_t, scaled as wanted, like ``x_t``.
-        conditioning: of the model's call; with classifier-free guidance, of the conditional one.
-        weights: for each step, what the model's output changes by where the gradient is 1.
-        timesteps: for each step, that of ``x_t``, which the classifier is told whatever the model is.
+        cond_fn: ``cond_fn(x_t, t, **conditioning)`` returns the gradient of log p(y | x_t) by x_t, times a
+            scale if wanted, like ``x_t``.
+        conditioning: that of the model's call; with classifier-free guidance, of the conditional one.
+        weights: for each step, the change of the model's output per unit of the gradient.
+        timesteps: for each step, that of ``x_t``: the classifier gets it whatever the model is called with.
     """
 
     cond_fn: Callable[..., Tensor]
@@ -35,12 +36,12 @@ class ClassifierGuidance:
     timesteps: Sequence[int]
 
     def shifted(self, model_output: Tensor, x_t: Tensor, step: int) -> Tensor:
-        """The model's output as if it knew what the classifier does, in the dtype of ``x_t``.
+        """Return the model's output shifted by the classifier's gradient, in the dtype of ``x_t``.
 
         Raises:
             TypeError, ValueError: the gradient is not like ``x_t``.
         """
-        # Copies that gradients can be taken for, and that cond_fn may change.
+        # A copy, for which gradients can be taken, and which cond_fn may change.
         with torch.inference_mode(False), torch.enable_grad():
             t = torch.full((len(x_t),), self.timesteps[step], device=x_t.device)
             gradient = self.cond_fn(x_t.clone(), t, **self.conditioning)
@@ -56,7 +57,7 @@ class ClassifierGuidance:
 
 
 def guidance_scales(guidance_scale: GuidanceScale | None, timesteps: Sequence[int]) -> tuple[float, ...] | None:
-    """One scale for each step; None where all are 1, which is no guidance.
+    """Return one scale for each step; None if all are 1, which is no guidance.
 
     Raises:
         TypeError, ValueError: a scale is no number or not finite in float32, or there is not one for each step.
@@ -86,21 +87,21 @@ def guidance_scales(guidance_scale: GuidanceScale | None, timesteps: Sequence[in
 
 
 def check_rescale(guidance_rescale: float, guidance_scale: GuidanceScale | None) -> None:
-    """Raise TypeError or ValueError where phi is no number in [0, 1], or there is no guidance to rescale."""
+    """Raise TypeError or ValueError unless phi is a number in [0, 1], 0 without guidance."""
     if not isinstance(guidance_rescale, Real):
         raise TypeError(f"guidance_rescale must be a number in [0, 1], got {guidance_rescale!r}")
     if not 0 <= guidance_rescale <= 1:
         raise ValueError(f"guidance_rescale must be in [0, 1], got {guidance_rescale}")
     if guidance_rescale and guidance_scale is None:
         raise ValueError(
-            f"guidance_rescale={guidance_rescale} mends what a guidance_scale does, got none: pass one, or leave both out"
+            f"guidance_rescale corrects a guidance_scale, got guidance_rescale={guidance_rescale} without one: pass one, or leave both out"
         )
 
 
 def classifier_guidance(
     cond_fn: Callable[..., Tensor] | None, conditioning: Mapping[str, Any], plan: SamplingPlan
 ) -> ClassifierGuidance | None:
-    """What steers the steps of a plan; None without ``cond_fn``.
+    """Return the classifier guidance of a plan's steps; None without ``cond_fn``.
 
     Raises:
         TypeError, ValueError: ``cond_fn`` cannot be called, or a step cannot be steered.
@@ -116,8 +117,9 @@ def classifier_guidance(
 def guided_output(
     conditional: Tensor, unconditional: Tensor, scale: float | Tensor, rescale: float, dtype: torch.dtype
 ) -> Tensor:
-    """``unconditional + scale * (conditional - unconditional)`` in ``dtype``, its standard deviation over each sample brought towards
-    that of ``conditional`` by the share ``rescale`` (Lin et al. 2023, arXiv 2305.08891, section 3.4).
+    """Return ``unconditional + scale * (conditional - unconditional)`` in ``dtype``, its standard deviation
+    over each sample brought towards that of ``conditional`` by the fraction ``rescale`` (Lin et al. 2023,
+    arXiv 2305.08891, section 3.4).
 
     Args:
         scale: a number, or one on the device.
@@ -128,6 +130,6 @@ def guided_output(
     if rescale and guided.numel():
         sizes = tuple(range(1, guided.ndim))
         wanted, found = (m.std(sizes, correction=0, keepdim=True) for m in (conditional, guided))
-        # An output that is the same everywhere has no deviation to change.
+        # A constant output has no deviation to rescale.
         guided = guided * (rescale * torch.where(found > 0, wanted / found, 1.0) + (1 - rescale))
     return guided.to(dtype)

@@ -1,4 +1,4 @@
-"""What a run starts with: its place, the conditioning of its model calls, seeds, noise, a noised picture, a known region."""
+"""What a run starts from: shape, device and dtype, the conditioning of its model calls, seeds, noise, a noised picture, a known region."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..plans.coefficients import known_region_coefficients, noising_coefficients
 from ..utils.checks import check_alike, check_samples, usable_device
 
 BEFORE_THE_FIRST_STEP = (1 << 32) - 1
-"""Step -1 of the noise standard's stream KNOWN_REGION: the noise of the known region at x_T, which no step makes."""
+"""Step -1 of the noise standard's stream KNOWN_REGION: the noise of the known region at x_T, before any step."""
 
 
 def place(
     shape: Sequence[int] | None, device: str | torch.device, dtype: torch.dtype, **given: Tensor | None
 ) -> tuple[tuple[int, ...], torch.device, torch.dtype]:
-    """Shape, device and dtype of the samples: of the tensors given, or else as asked for."""
+    """Return shape, device and dtype of the samples: those of the given tensors, or else those asked for."""
     given = {name: tensor for name, tensor in given.items() if tensor is not None}
     for name, tensor in given.items():
         check_samples(name, tensor)
@@ -40,7 +40,7 @@ def place(
 
 def _check_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
     if shape is None:
-        raise ValueError("shape is needed, for instance shape=(16, 3, 32, 32), where no x_T is given")
+        raise ValueError("shape is needed where no x_T is given, got None: for instance shape=(16, 3, 32, 32)")
     try:
         shape = tuple(operator.index(size) for size in shape)
     except TypeError:
@@ -51,7 +51,7 @@ def _check_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def conditionings_of(model: Model, conditioning, scales, unconditional_conditioning) -> list[Mapping[str, Any]]:
-    """The conditioning of each model call of a step: one, or a conditional and an unconditional one."""
+    """Return the conditioning of each model call of a step: one, or a conditional and an unconditional one."""
     conditioning = dict(conditioning or {})
     if not callable(model):
         raise TypeError(f"model must be callable as model(x, t, **conditioning), got {type(model).__name__}")
@@ -61,14 +61,15 @@ def conditionings_of(model: Model, conditioning, scales, unconditional_condition
         unconditional = getattr(model, "unconditional", None)
         if unconditional is None:
             raise ValueError(
-                f"guidance_scale={scales[0]} needs the model's unconditional output, too: pass unconditional_conditioning"
+                "guidance needs the model's unconditional output, too, "
+                f"got guidance_scale={scales[0]} alone: pass unconditional_conditioning"
             )
         unconditional_conditioning = unconditional(conditioning)
     return [conditioning, dict(unconditional_conditioning)]
 
 
 def repeat_conditioning(conditioning: Mapping[str, Any] | None, batch_size: int, times: int) -> dict[str, Any] | None:
-    """Conditioning for a batch that is ``times`` copies of one of ``batch_size``: tensors whose first size is that are repeated."""
+    """Return the conditioning of ``times`` copies of a batch: tensors with ``batch_size`` rows are repeated."""
     if conditioning is None:
         return None
 
@@ -80,10 +81,10 @@ def repeat_conditioning(conditioning: Mapping[str, Any] | None, batch_size: int,
 
 
 def seeds_of_samples(seed, seeds, generator, batch_size: int, needed: bool = True) -> Tensor | None:
-    """``(B,)`` int64 on the host: the seed of each sample; None where noise comes from a generator, or none is needed."""
+    """Return ``(B,)`` int64 on the host, the seed of each sample; None if noise comes from a generator or is not needed."""
     if generator is None and not needed and seeds is None:
         if seed is not None:
-            check_seed(_integer("seed", seed))  # wrong is wrong, needed or not
+            check_seed(_integer("seed", seed))  # a wrong seed is an error, needed or not
         return None
     if generator is None:
         return _per_sample_seeds(seed, seeds, batch_size)
@@ -93,7 +94,7 @@ def seeds_of_samples(seed, seeds, generator, batch_size: int, needed: bool = Tru
 
 
 def _per_sample_seeds(seed: int | None, seeds, batch_size: int) -> Tensor:
-    """``(B,)`` int64 from one seed, a list of seeds, or torch's global generator."""
+    """Return ``(B,)`` int64 from one seed, a list of seeds, or torch's global generator."""
     if seed is not None and seeds is not None:
         raise ValueError("noise comes from one place: pass seed or seeds, got both")
     if seeds is None:
@@ -119,7 +120,7 @@ def _integer(name: str, value: Any) -> int:
 
 
 def initial_state(shape, x_T, per_sample, generator, device, dtype) -> Tensor:
-    """x_T, in memory of its own. Outside inference mode, so that the caller gets ordinary tensors."""
+    """Return x_T in new memory. Called outside inference mode, so that the caller gets ordinary tensors."""
     if x_T is not None:
         return x_T.detach().clone(memory_format=torch.contiguous_format)
     if generator is not None:
@@ -128,9 +129,10 @@ def initial_state(shape, x_T, per_sample, generator, device, dtype) -> Tensor:
 
 
 def noised(x0: Tensor, alpha_bar_t: float, seeds: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    """x0 at a noise level (equation 4 of the DDIM paper), in one kernel pass.
+    """Return x0 at a noise level (equation 4 of the DDIM paper), in one kernel pass.
 
-    The noise is what ``sample`` would start from: of the stream INITIAL, or the generator's next ``randn``.
+    The noise is the one that ``sample`` would start from: of the stream INITIAL, or the generator's next
+    ``randn``.
     """
     x0 = x0.detach()
     noise = None
@@ -142,11 +144,11 @@ def noised(x0: Tensor, alpha_bar_t: float, seeds: Tensor | None, generator: torc
 
 
 def known_region(mask: Tensor | None, known_x0: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The mask in shape, dtype and device of ``known_x0``, and ``known_x0``, both contiguous; or neither.
+    """Return the mask like ``known_x0``, and ``known_x0``, both contiguous; or neither.
 
     Raises:
-        TypeError, ValueError: only one is given, a type or shape is wrong, or the mask leaves [0, 1]. (That is looked at on the CPU only:
-            elsewhere it would wait for the device.)
+        TypeError, ValueError: only one is given, a type or shape is wrong, or the mask leaves [0, 1].
+            (Checked on the CPU only: elsewhere the host would wait for the device.)
     """
     if mask is None and known_x0 is None:
         return None, None
@@ -159,7 +161,8 @@ def known_region(mask: Tensor | None, known_x0: Tensor | None) -> tuple[Tensor |
     mask = mask.detach()
     if mask.device.type == "cpu" and not bool(((mask >= 0) & (mask <= 1)).all()):
         raise ValueError(
-            f"mask must be from 0 (drawn anew) to 1 (known), got {mask.min().item()} to {mask.max().item()}: scale it"
+            "mask must be in [0, 1], 0 where the picture is drawn and 1 where it is known, "
+            f"got {mask.min().item()} to {mask.max().item()}: scale it"
         )
     try:
         mask = mask.expand(known_x0.shape)
@@ -180,7 +183,7 @@ def blend_known_region(
     generator: torch.Generator | None,
     backend: str | None,
 ) -> None:
-    """Put the known picture into the start x_T, in place and at its noise level, as every step does for its x_prev."""
+    """Put the known picture into x_T, in place and at its noise level, as every step does with its x_prev."""
     row = known_region_coefficients(alpha_bar_t)
     known_noise = None
     if generator is not None:

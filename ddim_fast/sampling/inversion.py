@@ -1,12 +1,13 @@
-"""Inversion: the noise x_T from which a deterministic sampler makes a given picture.
+"""Inversion: find the noise x_T from which a deterministic sampler makes a given picture.
 
-A sampler's steps are walked backwards. What a step does to x_t depends on the model's output at x_t, which is yet to be found. A plain
-inversion takes the output at x_prev instead, and is off by that; more iterations solve the equation.
+The steps are walked backwards. What a step does to x_t depends on the model's output at x_t, which is the
+unknown. A plain inversion uses the output at x_prev instead, which makes an error; more iterations solve the
+equation.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ def invert(
         raise ValueError(f"only a deterministic sampler has an inverse, got eta={plan.eta}: make one with eta=0")
     if plan.order != 1:
         raise ValueError(
-            f"a step is inverted by itself, and one of order={plan.order} depends on the step before, too: make a sampler with order=1"
+            f"a step that is inverted must depend on one state, got order={plan.order}, where it depends on the step before, too: "
+            "make a sampler with order=1"
         )
     _check_iterations(iterations, tolerance)
     check_samples("x0", x0)
@@ -68,6 +70,7 @@ def invert(
         for step in bar:
             search.back(step.index, rows[step.index], timesteps[step.index])
             if observation.return_trajectory:  # x_t and x_prev have changed places
+                assert loop.x0 is not None
                 trajectory.add(step.t, search.came_from, loop.x0)
     if observation.return_trajectory:
         trajectory.x_t.append(search.x_prev)
@@ -94,13 +97,13 @@ def reconstruct(
 
 
 def reconstruction_error(x0: Tensor, reconstructed: Tensor, *, clip_sample_range: float = 1.0) -> Tensor:
-    """Mean squared error of each sample per dimension, as in table 2 of the DDIM paper: ``(B,)`` float64.
+    """Return the mean squared error of each sample per dimension, as in table 2 of the DDIM paper: ``(B,)`` float64.
 
     Args:
         clip_sample_range: samples are in [-range, range], which is scaled to [0, 1].
 
     Raises:
-        TypeError, ValueError: the tensors are no samples, or differ in shape, dtype or device; or the range is not positive.
+        TypeError, ValueError: the tensors are not samples, or differ in shape, dtype or device; or the range is not positive.
     """
     check_samples("x0", x0)
     check_samples("reconstructed", reconstructed)
@@ -135,13 +138,13 @@ class _Rows:
 
 @dataclass
 class _Search:
-    """The way back, step by step.
+    """The inversion, step by step.
 
     Attributes:
-        loop: ``x_t`` is the guess of where a step came from; ``x0`` what is predicted from it, where wanted.
-        x_prev: like ``x_t``: where the step leads to. After a step the two change places.
-        next_guess: like ``x_t``, for the change between two guesses; or None.
-        outputs: of the last model call, with its guidance scale.
+        loop: ``x_t`` is the guess of where a step came from; ``x0`` the prediction from it, if wanted.
+        x_prev: like ``x_t``: where the step leads. After each step the two are swapped.
+        next_guess: like ``x_t``, to measure the change between two guesses; or None.
+        outputs: those of the last model call, with its guidance scale; empty before the first.
     """
 
     loop: Loop
@@ -150,17 +153,17 @@ class _Search:
     tolerance: float | None
     next_guess: Tensor | None
     backend: str | None
-    outputs: dict[str, Any] | None = None
+    outputs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def came_from(self) -> Tensor:
-        """x_prev of the last step back."""
+        """The x_prev of the last step back."""
         return self.loop.x_t
 
     def back(self, index: int, rows: _Rows, t: Tensor) -> None:
         """Go back over one step; ``t`` ``(B,)`` is its timestep."""
         loop = self.loop
-        if self.iterations == 1 or self.outputs is None:
+        if self.iterations == 1 or not self.outputs:
             loop.x_t.copy_(self.x_prev)
         else:
             self._step(self.x_prev, rows.encoding, loop.x_t)
@@ -175,18 +178,20 @@ class _Search:
 
     def predict(self, index: int, t: Tensor) -> None:
         model_output, uncond = self.loop.predict(t)
-        scale = None if uncond is None else self.loop.guidance_scales[index]
+        scales = self.loop.guidance_scales
+        scale = None if uncond is None or scales is None else scales[index]
         self.outputs = {"model_output": model_output, "model_output_uncond": uncond, "guidance_scale": scale}
 
     def _step(self, x: Tensor, row: StepCoefficients, out: Tensor, noise: Tensor | None = None) -> None:
         ddim_step(x, coefficients=row, noise=noise, out=out, x0_out=self.loop.x0, backend=self.backend, **self.outputs)
 
     def _change(self, row: StepCoefficients) -> float:
-        """Make the next guess, and say by how much any element changed."""
-        loop = self.loop
-        self._step(loop.x_t, row, self.next_guess, noise=self.x_prev)
-        loop.x_t, self.next_guess = self.next_guess, loop.x_t
-        return float((loop.x_t - self.next_guess).abs().max()) if loop.x_t.numel() else 0.0
+        """Make the next guess, and return by how much any element changed at most."""
+        loop, guess = self.loop, self.next_guess
+        assert guess is not None
+        self._step(loop.x_t, row, guess, noise=self.x_prev)
+        loop.x_t, self.next_guess = guess, loop.x_t
+        return float((loop.x_t - self.next_guess).abs().max()) if guess.numel() else 0.0
 
 
 def _check_iterations(iterations: object, tolerance: object) -> None:

@@ -1,8 +1,10 @@
-"""A run of the sampler as data: its tensors, allocated before the first step and reused in every one, and the step itself.
+"""A run of the sampler as data: its tensors, allocated before the first step and reused in every one, and
+the step itself.
 
-The step comes in two forms that compute the same bits. ``planned_step`` knows which step it is. ``step_by_index`` does not: its row
-of coefficients, its timestep and its place in the noise are found by a number in device memory that it then advances, so it can be
-captured in a CUDA graph once and replayed for every step.
+The step comes in two forms that compute the same bits. ``planned_step`` knows which step it is.
+``step_by_index`` does not: it finds its row of coefficients, its timestep and its place in the noise by a
+number in device memory, which it then advances, so it can be captured in a CUDA graph once and replayed for
+every step.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ ModelCall = Callable[[Tensor, Tensor], Any]
 
 @dataclass
 class Timing:
-    """Seconds spent in the model and in the update, filled in by ``sample(timing=...)``. On a GPU these are times to launch.
+    """Seconds spent in the model and in the update, added up by ``sample(timing=...)``. On a GPU these are
+    launch times.
 
-    Replays of a captured loop do not tell the two apart: their time is in ``captured_seconds``.
+    Replays of a captured loop do not separate the two: their time is in ``captured_seconds``.
     """
 
     model_seconds: float = 0.0
@@ -60,7 +63,7 @@ class Trajectory:
         return self.x_t[-1]
 
     def add(self, t: int, x_t: Tensor, x0: Tensor) -> None:
-        """Keep copies, as ordinary tensors also where inference mode is on."""
+        """Keep copies, as ordinary tensors even in inference mode."""
         with torch.inference_mode(False):
             self.timesteps.append(t)
             self.x_t.append(x_t.clone())
@@ -69,13 +72,13 @@ class Trajectory:
 
 @dataclass
 class Position:
-    """Where ``step_by_index`` is: everything it must not know from Python.
+    """The position of ``step_by_index``: everything that must not be a Python number.
 
     Attributes:
         table: the coefficients of the steps.
         index: ``(1,)`` int64: the number of the next step.
-        timesteps: ``(S, B)`` int64: what the model is told.
-        t: ``(1, B)`` int64: the same for the step underway.
+        timesteps: ``(S, B)`` int64: the timesteps that the model is called with.
+        t: ``(1, B)`` int64: those of the current step.
         thresholds: ``(B,)`` float32: its dynamic thresholds.
     """
 
@@ -88,22 +91,22 @@ class Position:
 
 @dataclass
 class Loop:
-    """The tensors of a run, and what its steps need beside them.
+    """The tensors of a run, and what its steps need beside them. None means: not needed.
 
     Attributes:
-        x_t: ``(B, C, ...)`` the noisy samples; each step's result takes their place.
-        calls: the model calls of a step: one; or with guidance a conditional and an unconditional one, or one of twice the batch that is
-            both.
-        guidance_scales: one for each step, where there are two calls; or None.
-        seeds: ``(B,)`` int64, for in-register noise; or None.
-        noise: like ``x_t``: what a ``generator`` fills before each step that adds noise; or None.
+        x_t: ``(B, C, ...)`` the noisy samples; each step's result replaces them.
+        calls: the model calls of a step: one; with guidance a conditional and an unconditional one, or one
+            call for both with twice the batch.
+        guidance_scales: one for each step, with guidance.
+        seeds: ``(B,)`` int64, for in-register noise.
+        noise: like ``x_t``: filled by ``generator`` before each step that adds noise.
         normals: the form of in-register noise, one of ``kernels.contract.NORMALS``.
-        model_input: like ``x_t``, in the model's dtype, where that differs; or None.
-        x_seen, x0: like ``x_t``, where the caller wants to see them: what the model saw, and what it predicted from it; or None.
+        model_input: like ``x_t``, in the model's dtype, if that differs.
+        x_seen, x0: like ``x_t``: what the model saw, and what it predicted from it, if the caller watches.
         guidance_rescale: phi of ``guided_output``; 0 leaves guidance to the step's kernel.
-        mask, known_x0: like ``x_t``: the known region (1) and the picture there; or None.
-        known_noise: like ``x_t``: what a ``generator`` fills before each step whose known region has noise; or None.
-        history: like ``x_t``: the x0 of the step before, for steps of a multistep form; or None. The first step reads none.
+        mask, known_x0: like ``x_t``: the known region (1) and the picture there.
+        known_noise: like ``x_t``: filled by ``generator`` before each step whose known region has noise.
+        history: like ``x_t``: the x0 of the step before, for a multistep form. The first step does not read it.
     """
 
     x_t: Tensor
@@ -128,13 +131,19 @@ class Loop:
     def shape(self) -> torch.Size:
         return self.x_t.shape
 
+    @property
+    def watched(self) -> tuple[Tensor, Tensor]:
+        """What the model saw in the last step, and the x0 predicted from it, in a loop that keeps them."""
+        assert self.x_seen is not None and self.x0 is not None
+        return self.x_seen, self.x0
+
     def planned_step(self, step: PlannedStep, t: Tensor, timing: Timing, backend: str | None) -> None:
-        """Advance ``x_t`` by this step; ``t`` ``(B,)`` are the timesteps that the model is told."""
+        """Advance ``x_t`` by this step; ``t`` ``(B,)`` are the timesteps that the model is called with."""
         started = time.perf_counter()
         x_t = self.x_t
         model_output, uncond = self.predict(t)
-        scale = None if uncond is None else self.guidance_scales[step.index]
-        if uncond is not None and (self.guidance_rescale or self.classifier is not None):
+        scale = None if uncond is None or self.guidance_scales is None else self.guidance_scales[step.index]
+        if uncond is not None and scale is not None and (self.guidance_rescale or self.classifier is not None):
             model_output = guided_output(model_output, uncond, scale, self.guidance_rescale, x_t.dtype)
             uncond = scale = None
         if self.classifier is not None:
@@ -148,7 +157,7 @@ class Loop:
         self.draw_noise(step)
         adds_noise = step.coefficients.adds_noise
         makes_noise = adds_noise or (self.mask is not None and step.coefficients.adds_known_noise)
-        # Where the caller wants to see what the model saw, the two buffers change places instead of a copy.
+        # If the caller watches what the model saw, the two buffers are swapped instead of copied.
         self.x_t = ddim_step(
             x_t,
             model_output,
@@ -176,9 +185,9 @@ class Loop:
         timing.steps += 1
 
     def step_by_index(self, position: Position) -> None:
-        """Advance ``x_t``, in place, by the step that ``position`` says, and the position by one.
+        """Advance ``x_t``, in place, by the step at ``position``, and the position by one.
 
-        Nothing waits for the device, nothing is allocated but by the model, and no Python number tells one step from another.
+        Nothing waits for the device, only the model allocates, and no Python number differs between steps.
         """
         p = position
         torch.index_select(p.timesteps, 0, p.index, out=p.t)
@@ -222,14 +231,14 @@ class Loop:
         p.index.add_(1)
 
     def draw_noise(self, step: PlannedStep) -> None:
-        """Fill what this step takes from the generator: first the noise that it adds, then that of the known region."""
+        """Fill what this step needs from the generator: first the noise that it adds, then that of the known region."""
         if self.noise is not None and step.coefficients.adds_noise:
             self.noise.normal_(generator=self.generator)
         if self.known_noise is not None and step.coefficients.adds_known_noise:
             self.known_noise.normal_(generator=self.generator)
 
     def predict(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The model's output, and its unconditional output with guidance."""
+        """Return the model's output, and with guidance its unconditional output."""
         x_t = self.x_t
         model_input = x_t if self.model_input is None else self.model_input.copy_(x_t)
         if self.guidance_scales is not None and len(self.calls) == 1:
@@ -240,14 +249,14 @@ class Loop:
             return outputs[0], None
         if outputs[0].numel() and _same_place(*outputs):
             raise ValueError(
-                "with guidance the model is called twice a step, and its second output overwrote the first, got one "
-                "tensor from both calls: return a tensor of its own from each, for instance with .clone()"
+                "with guidance the model is called twice a step, and its outputs must not share memory, got one "
+                "tensor from both calls: return a new tensor from each, for instance with .clone()"
             )
         return outputs[0], outputs[1]
 
 
 def model_calls(model: Model, conditionings: Sequence[Mapping[str, Any]]) -> list[ModelCall]:
-    """The calls of one step, each with its conditioning; or one call for both, where there are two and the model ``batches_guidance``."""
+    """Return the calls of one step, each with its conditioning; or one for both, if the model ``batches_guidance``."""
     if len(conditionings) == 2 and getattr(model, "batches_guidance", False):
         return [_call_of_both(model, *conditionings)]
 
@@ -258,7 +267,7 @@ def model_calls(model: Model, conditionings: Sequence[Mapping[str, Any]]) -> lis
 
 
 def _call_of_both(model: Model, first: Mapping[str, Any], second: Mapping[str, Any]) -> ModelCall:
-    """A call with twice the batch, whose halves differ in their conditioning."""
+    """Return a call with twice the batch, whose halves differ in their conditioning."""
 
     def both(x: Tensor, t: Tensor) -> Tensor:
         doubled = torch.cat([x, x])
@@ -269,10 +278,10 @@ def _call_of_both(model: Model, first: Mapping[str, Any], second: Mapping[str, A
 
 
 def merged_conditioning(first: Mapping[str, Any], second: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-    """The conditioning of a batch whose first half has one, and whose second half the other.
+    """Merge two conditionings into that of a batch whose first half has one, and whose second half the other.
 
     Raises:
-        ValueError: something is neither a tensor with a row for each sample in both, nor the same value in both.
+        ValueError: an entry is neither a tensor with a row for each sample in both, nor the same value in both.
     """
     return {name: _doubled(name, first.get(name), second.get(name), batch_size) for name in {**first, **second}}
 
@@ -293,14 +302,14 @@ def _same_place(a: Tensor, b: Tensor) -> bool:
 
 
 def _plain(model_output: Tensor) -> Tensor:
-    """A copy of a model's output whose samples are not contiguous, such as a transposed one: no kernel reads it as it is."""
+    """Copy a model's output if its samples are not contiguous, such as a transposed one: no kernel reads that."""
     return (
         model_output if model_output.is_contiguous() or model_output[:1].is_contiguous() else model_output.contiguous()
     )
 
 
 def _apart_from(x_t: Tensor, model_output: Tensor) -> Tensor:
-    """A copy of a model's output that is another view of its input, since the update overwrites the input."""
+    """Copy a model's output if it is another view of its input, which the update overwrites."""
     shared = torch._C._is_alias_of(model_output, x_t)
     same = shared and _same_place(model_output, x_t) and model_output.stride() == x_t.stride()
     return model_output.clone() if shared and not same else model_output

@@ -1,4 +1,4 @@
-"""A model made faster for one shape of batch, as far as its pictures stay what they are: each way is tried, timed and checked.
+"""Make a model faster for one shape of batch while its pictures stay the same: each way is tried, timed and checked.
 
 fast = sampler.optimize(model, (64, 1, 28, 28), conditioning={"class_labels": labels})
 print(fast.gain)
@@ -29,13 +29,13 @@ from .options import Options
 from .run import sample
 
 ROUNDS = 7
-"""Times that each way is timed, in turn with the others; the median counts."""
+"""How often each way is timed, in turn with the others; the median counts."""
 SHARES = (1.0, 0.75, 0.5, 0.25)
-"""Of a run's steps, the noisiest: candidates for convolutions in reduced precision, the most first."""
+"""Fractions of a run's steps, the noisiest ones, to try with convolutions in reduced precision, the largest first."""
 MARGIN = 3
-"""Reduced precision may change the samples tried by the tolerance over this: other samples change more."""
+"""Reduced precision may change the samples tried by the tolerance divided by this: other samples change more."""
 WORTHWHILE = 0.97
-"""A way is taken if it needs less than this share of the time."""
+"""A way is kept if it takes less than this fraction of the time."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Gain:
 
     Args:
         ways: what is done differently, in words.
-        before, after: seconds of a whole run of the sampler with the model as it was, and as it is now: medians, taken in turn.
-        largest_change: the largest difference of an element of the samples between the two.
-        tolerance: what it was allowed to be.
+        before, after: seconds of a whole run with the model as it was and as it is now: medians, timed in turn.
+        largest_change: the largest difference between elements of the two sets of samples.
+        tolerance: the largest difference allowed.
     """
 
     ways: tuple[str, ...]
@@ -68,10 +68,10 @@ class Gain:
 
 
 class OptimizedModel(nn.Module):
-    """A model with a faster one beside it for one shape of batch; other shapes go to the model itself.
+    """A model with a faster version for one shape of batch; other shapes go to the model itself.
 
     Attributes:
-        model: as it was given. Its other attributes are this one's, too.
+        model: the original, whose other attributes this one has, too.
         gain: what was measured.
         batches_guidance: whether both halves of guidance are one call.
     """
@@ -90,7 +90,7 @@ class OptimizedModel(nn.Module):
         self.reduced_from = reduced_from
         self.batches_guidance = batches_guidance
         self.gain: Gain | None = None
-        object.__setattr__(self, "fast", fast)  # its weights are the model's, or a copy: not a part of this one
+        object.__setattr__(self, "fast", fast)  # its weights are the model's or a copy: not a submodule
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -109,8 +109,8 @@ class OptimizedModel(nn.Module):
 
 @contextmanager
 def reduced_convolutions() -> Iterator[None]:
-    """Convolutions of float32 on the CPU by products of bfloat16, added up in float32. For the whole process, while it lasts."""
-    setting = torch.backends.mkldnn.conv
+    """Compute float32 convolutions on the CPU by bfloat16 products, summed in float32, in the whole process."""
+    setting = torch.backends.mkldnn.conv  # type: ignore[attr-defined]  # torch's stubs do not have it
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:
@@ -145,7 +145,7 @@ def optimize(
 
 @dataclass
 class _Trial:
-    """Ways of calling a model, tried on one batch."""
+    """Trials of faster ways to call a model, on one batch."""
 
     plan: SamplingPlan
     model: nn.Module
@@ -174,25 +174,26 @@ class _Trial:
         change, reduced = self._reduce(result, expected, change)
         ways += reduced
         before, after = _in_turn(lambda: self._samples(self.model), lambda: self._samples(result), rounds=3)
-        if after > before or change > self.tolerance:  # not seen yet; but what is promised is held
+        if after > before or change > self.tolerance:  # never seen, but the promise must hold
             result = OptimizedModel(self.model, self.model, self.shape, None, False)
             ways, change, after = [], 0.0, before
         result.gain = Gain(tuple(ways), before, after, change, self.tolerance)
         return result.eval()
 
     def _ways(self, pictures: bool, compile: bool) -> Iterator[tuple[str, Callable[[nn.Module], nn.Module | None]]]:
-        """What may make a model faster, each on top of those before it that did: what it is called, and how it is done."""
+        """Yield what may make a model faster, each on top of those before it that did: its name, and how it is done."""
         if pictures:
             yield "channels last", channels_last
         if pictures and self.device.type == "cpu":
             yield "convolutions by Winograd's minimal filtering", with_winograd
         if compile:
-            frozen = {"options": {"freezing": True}} if self.device.type == "cpu" else {}
-            name = "torch.compile with frozen weights" if frozen else "torch.compile"
-            yield name, lambda model: torch.compile(copy.deepcopy(model), dynamic=False, **frozen)
+            freezes = self.device.type == "cpu"
+            name = "torch.compile with frozen weights" if freezes else "torch.compile"
+            options = {"freezing": True} if freezes else None
+            yield name, lambda model: torch.compile(copy.deepcopy(model), dynamic=False, options=options)
 
     def _is_faster(self, way: Callable[..., Any], than: OptimizedModel) -> bool:
-        """Whether a call takes less time than one of what there is, worth mentioning."""
+        """Return whether a call takes noticeably less time than with the best so far."""
         call = self._example(than.shape, than.batches_guidance)
         with torch.inference_mode():
             before, after = _in_turn(lambda: call(than.fast), lambda: call(way), rounds=ROUNDS)
@@ -204,13 +205,13 @@ class _Trial:
         return samples
 
     @property
-    def _scale(self) -> float | None:
+    def _scale(self) -> Any:
         """The guidance scale; None where there is no guidance."""
         scale = self.options.guidance.guidance_scale
         return None if scale in (None, 1) else scale
 
     def _batches_guidance(self) -> bool:
-        """Whether the two conditionings can be one, and one call of twice the batch takes less time than two."""
+        """Return whether the two conditionings can be merged, and one call with twice the batch takes less time than two."""
         if self._scale is None:
             return False
         together = OptimizedModel(self.model, self.model, (2 * self.shape[0], *self.shape[1:]), None, True)
@@ -224,7 +225,7 @@ class _Trial:
         return one < WORTHWHILE * two
 
     def _example(self, shape: tuple[int, ...], batched: bool) -> Callable[[Callable[..., Any]], Any]:
-        """A call as the sampler makes it, of whatever it is given."""
+        """Return a call as the sampler makes it, of whatever it is given."""
         steps, guidance = self.plan.steps, self.options.guidance
         x = torch.zeros(shape, device=self.device)
         t = torch.full((shape[0],), steps[len(steps) // 2].model_timestep, device=self.device)
@@ -236,7 +237,7 @@ class _Trial:
         return lambda way: way(x, t, **first)
 
     def _reduce(self, result: OptimizedModel, expected: Tensor, change: float) -> tuple[float, list[str]]:
-        """Let the noisiest steps take convolutions in bfloat16, as many as the tolerance allows, where that is faster."""
+        """Use bfloat16 convolutions in the noisiest steps, in as many as the tolerance allows, if that is faster."""
         if self.device.type != "cpu" or not any(isinstance(m, nn.modules.conv._ConvNd) for m in self.model.modules()):
             return change, []
         timesteps = self.plan.model_timesteps
@@ -258,13 +259,13 @@ class _Trial:
 
 
 def _largest(samples: Tensor, expected: Tensor) -> float:
-    """NaN counts as infinity."""
+    """Return the largest absolute difference; NaN counts as infinity."""
     difference = (samples - expected).abs()
     return float(difference.nan_to_num(nan=torch.inf).max()) if difference.numel() else 0.0
 
 
 def _in_turn(*calls: Callable[[], Any], rounds: int) -> list[float]:
-    """Median seconds of each, called in turn, after one call that is not counted."""
+    """Return the median seconds of each, called in turn, after one warm-up call."""
     for call in calls:
         call()
     times: list[list[float]] = [[] for _ in calls]

@@ -197,7 +197,7 @@ def options_of(method: str, accepted: type, keywords: Mapping[str, Any]) -> Opti
     Raises:
         TypeError: the method has no such keyword.
     """
-    names = accepted.__optional_keys__  # type: ignore[attr-defined]  (every TypedDict has it; ``type`` does not say so)
+    names = accepted.__optional_keys__  # type: ignore[attr-defined]  # every TypedDict has it
     groups: dict[str, dict[str, Any]] = {}
     for name, value in keywords.items():
         if name not in names:
@@ -226,7 +226,7 @@ def shows_keywords(accepted: type) -> Callable[[_Method], _Method]:
             )
             for name, annotation in sorted(accepted.__annotations__.items(), key=lambda item: _ORDER.index(item[0]))
         ]
-        method.__signature__ = signature.replace(parameters=[*own, *flat])  # type: ignore[attr-defined]  (functions take any attribute)
+        method.__signature__ = signature.replace(parameters=[*own, *flat])  # type: ignore[attr-defined]  # a function takes any attribute
         return method
 
     return decorate

@@ -1,10 +1,12 @@
-"""Sampling in parallel over time: many steps of a run are solved for at once, so that a model that is idle at batch size 1 is not.
+"""Sampling in parallel over time: solve for many steps of a run at once, to use hardware that a batch of one
+leaves idle.
 
-ParaDiGMS (Shih, Belkhale, Ermon, Sadigh, Anari 2023, arXiv 2305.16317) guesses all states of a window of steps, calls the model for
-all of them in one batch, and mends the guesses (Picard iteration). Here they are mended by the steps themselves, in their order: each
-starts from the new x_t, and takes the velocity v that the model's output for the old guess of x_t means. Steps are cheap beside the
-model, the fixed point is the sequential run, and v is what changes least with x_t: fewer iterations than with the paper's sums of old
-steps where eta > 0, or with the output itself for epsilon prediction (docs/INVERSION.md).
+ParaDiGMS (Shih, Belkhale, Ermon, Sadigh, Anari 2023, arXiv 2305.16317) guesses all states of a window of
+steps, calls the model for all of them in one batch, and corrects the guesses (Picard iteration). Here they
+are corrected by the steps themselves, in order: each starts from the new x_t, and uses the velocity v that
+the model's output for the old guess of x_t stands for. Steps are cheap beside the model, the fixed point is
+the sequential run, and v changes least with x_t: that takes fewer iterations than the paper's sums of old
+steps where eta > 0, or than the output itself with epsilon prediction (docs/INVERSION.md).
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ from .run import model_timesteps
 
 @dataclass(frozen=True)
 class ParallelStatistics:
-    """What a run took.
+    """The cost of a run.
 
     Attributes:
-        iterations: model calls one after the other (with guidance, pairs of calls); in sequence it would be S.
-        model_evaluations: states that the model was called for, of each sample; in sequence it would be S.
-        converged: whether all steps were done, not ended by ``max_iterations``.
+        iterations: consecutive model calls (with guidance, pairs of calls); S for a sequential run.
+        model_evaluations: states per sample that the model was called for; S for a sequential run.
+        converged: whether all steps were done, rather than ended by ``max_iterations``.
     """
 
     iterations: int
@@ -61,7 +63,8 @@ def sample_parallel(
     noise, guidance, execution = options.noise, options.guidance, options.execution
     if plan.order != 1:
         raise ValueError(
-            f"steps solved for at once each depend on one state, and those of order={plan.order} on two: make a sampler with order=1"
+            f"steps that are solved for at once must depend on one state each, got order={plan.order}, where they depend on two: "
+            "make a sampler with order=1"
         )
     check_number("tolerance", tolerance, at_least=0, remedy="0 gives the sequential result")
     if window is not None:
@@ -95,7 +98,9 @@ def sample_parallel(
         while run.first < last and iterations != max_iterations:
             count = min(width, last - run.first)
             if count not in calls:
-                calls = {count: model_calls(model, [repeat_conditioning(c, shape[0], count) for c in conditionings])}
+                calls = {
+                    count: model_calls(model, [repeat_conditioning(c, shape[0], count) or {} for c in conditionings])
+                }
             bar.update(run.iterate(count, calls[count]))
             iterations, evaluations = iterations + 1, evaluations + count
     samples = guesses[last - run.first].clone()
@@ -105,15 +110,15 @@ def sample_parallel(
 
 @dataclass
 class _Window:
-    """A window of states, from the first that is not done.
+    """A window of states, starting with the first that is not done.
 
     Attributes:
         weights: for each step, see ``weight_at_constant_v``.
-        loop: what takes one step; its model calls are answered from those of the whole window.
+        loop: takes one step; its model calls are answered from the batched calls of the window.
         timesteps: ``(S, B)`` int64.
         limits: ``(S, 1)`` float64: the largest squared change, summed over a sample, of a state that is done, after each step.
         guesses: ``(W + 1, B, C, ...)``: states; the first is exact within the tolerance.
-        mended: like ``guesses``: the next ones.
+        corrected: like ``guesses``: the next ones.
         first: the step that starts from ``guesses[0]``.
     """
 
@@ -123,12 +128,12 @@ class _Window:
     timesteps: Tensor
     limits: Tensor
     guesses: Tensor
-    mended: Tensor
+    corrected: Tensor
     backend: str | None
     first: int = 0
 
     def iterate(self, count: int, calls: Sequence[ModelCall]) -> int:
-        """Mend the first ``count`` guesses after ``guesses[0]``, and move on by the number of steps returned, at least 1."""
+        """Correct the first ``count`` guesses after ``guesses[0]``, and move on by the returned number of steps, at least 1."""
         inside, batch_size = slice(self.first, self.first + count), self.guesses.shape[1]
         self.loop.x_t, self.loop.calls = self.guesses[:count].flatten(0, 1), calls
         outputs = [
@@ -136,31 +141,31 @@ class _Window:
             for m in self.loop.predict(self.timesteps[inside].flatten())
         ]
         self._take_steps(inside, outputs)
-        # An output of the next iteration differs from one of this only where the state that the model is given does.
+        # The outputs of the next iteration differ only where the states that the model is called with do.
         change = torch.linalg.vector_norm(
-            (self.mended[1:count] - self.guesses[1:count]).flatten(2), dim=2, dtype=torch.float64
+            (self.corrected[1:count] - self.guesses[1:count]).flatten(2), dim=2, dtype=torch.float64
         )
         done = (change.square() <= self.limits[inside][:-1]).all(1)
         moved = 1 + int(done.long().cumprod(0).sum())
         kept = count + 1 - moved
-        self.guesses[:kept].copy_(self.mended[moved : count + 1])
-        self.guesses[kept:].copy_(self.mended[count])
+        self.guesses[:kept].copy_(self.corrected[moved : count + 1])
+        self.guesses[kept:].copy_(self.corrected[count])
         self.first += moved
         return moved
 
     def _take_steps(self, inside: slice, outputs: Sequence[Tensor | None]) -> None:
-        """The steps of the window, each from what the one before gave, with the model's outputs for the guesses."""
+        """Take the steps of the window, each from the result of the one before, with the model's outputs for the guesses."""
         loop, timing = self.loop, Timing()
         x = self.guesses[0]
         for j, step in enumerate(self.steps[inside]):
-            loop.x_t, loop.x_seen = x, self.mended[j + 1]
+            loop.x_t, loop.x_seen = x, self.corrected[j + 1]
             at_x = [self._output_at(x, m[j], j, self.weights[step.index]) for m in outputs if m is not None]
             loop.calls = [_answer(m) for m in at_x]
             loop.planned_step(step, self.timesteps[step.index], timing, self.backend)
-            x = self.mended[j + 1]
+            x = self.corrected[j + 1]
 
     def _output_at(self, x: Tensor, model_output: Tensor, j: int, weight: float) -> Tensor:
-        """The output that means for ``x`` the v that the model's output means for ``guesses[j]``: the same where these are equal."""
+        """Return the output that gives ``x`` the v of the model's output at ``guesses[j]``: the same where the two are equal."""
         if j == 0 or weight == 0:
             return model_output
         return torch.add(model_output.to(x.dtype), x - self.guesses[j], alpha=weight)

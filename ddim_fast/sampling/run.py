@@ -196,8 +196,8 @@ def _take_steps(
 def _is_stopped(observation: Observation, step: PlannedStep, loop: Loop, trajectory: Trajectory) -> Any:
     """Show a step to the caller, and return whether that ends the run."""
     if observation.return_trajectory:
-        trajectory.add(step.t, loop.x_seen, loop.x0)
-    return observation.callback is not None and observation.callback(step.index, step.t, loop.x_seen, loop.x0) is True
+        trajectory.add(step.t, *loop.watched)
+    return observation.callback is not None and observation.callback(step.index, step.t, *loop.watched) is True
 
 
 def model_timesteps(plan: SamplingPlan, device: torch.device, batch_size: int) -> Tensor:

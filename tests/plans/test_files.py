@@ -60,7 +60,7 @@ def test_another_schedule(tmp_path):
     path = written(tmp_path / "list.json")
     with pytest.warns(UserWarning, match="was made for another noise schedule"):
         assert DDIMSampler(NoiseSchedule.cosine(), timesteps=path).timesteps == (999, 500, 10)
-    with pytest.raises(ValueError, match="counts 1000 training timesteps, and the schedule has 50: search again"):
+    with pytest.raises(ValueError, match="is for 1000 training timesteps, got a schedule with 50: search again"):
         DDIMSampler(NoiseSchedule.linear(50), timesteps=path)
 
 

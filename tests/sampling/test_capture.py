@@ -546,7 +546,7 @@ def test_graphs_are_let_go_of(cache):
 
 
 def test_a_cache_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="at least one graph, got maxsize=0"):
+    with pytest.raises(ValueError, match="maxsize must be at least 1, got maxsize=0"):
         GraphCache(maxsize=0)
 
 
