@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
 import warnings
 from importlib.abc import Loader, MetaPathFinder
@@ -96,7 +96,9 @@ class _Finder(MetaPathFinder):
         package, _, module = name.partition(".")
         if package != "ddim_fast" or module not in OLD_TO_NEW:
             return None
-        return ModuleSpec(name, _Loader(name, f"ddim_fast.{OLD_TO_NEW[module]}"))
+        new = f"ddim_fast.{OLD_TO_NEW[module]}"
+        found = importlib.util.find_spec(new)
+        return ModuleSpec(name, _Loader(name, new), origin=None if found is None else found.origin)
 
 
 def install() -> None:

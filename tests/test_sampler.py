@@ -1,8 +1,10 @@
 """The sampler against a loop written here in float64 NumPy, against closed forms for Gaussian data, and against its own promises."""
 
+import copy
 import gc
 import itertools
 import math
+import pickle
 from collections import OrderedDict, UserDict, namedtuple
 from types import SimpleNamespace
 
@@ -1174,3 +1176,105 @@ def test_sample_refuses_and_says_what_it_received(arguments, error, received):
 def test_a_clip_range_beyond_float32_is_refused_by_a_sentence():
     with pytest.raises(ValueError, match=r"1e\+39"):
         DDIMSampler(LINEAR, 2, clip_sample_range=1e39).sample(wavy, SHAPE, seed=0)
+
+
+# --- A sampler is a value ---------------------------------------------------------------------------------------------
+
+
+def test_a_sampler_is_frozen():
+    sampler = DDIMSampler(LINEAR, 4)
+    for name in ("eta", "timesteps", "anything"):
+        with pytest.raises(
+            AttributeError, match=rf"frozen, got sampler\.{name} = 1: .*sampler\.replace\({name}=\.\.\.\)"
+        ):
+            setattr(sampler, name, 1)
+    with pytest.raises(AttributeError, match="frozen"):
+        del sampler.eta
+    assert (sampler.eta, sampler.num_inference_steps) == (0.0, 4)
+
+
+def test_replace_makes_what_the_constructor_would():
+    sampler = DDIMSampler(LINEAR, 4, eta=0.5, timestep_spacing="trailing")
+    assert sampler.replace(num_inference_steps=7) == DDIMSampler(LINEAR, 7, eta=0.5, timestep_spacing="trailing")
+    assert sampler.replace(eta=0.0).timesteps == sampler.timesteps
+    assert sampler.eta == 0.5
+    with pytest.raises(ValueError, match="eta must be a finite number, 0"):
+        sampler.replace(eta=-1)
+    with pytest.raises(TypeError, match="no_such"):
+        sampler.replace(no_such=1)
+    explicit = DDIMSampler(LINEAR, timesteps=[9, 5])
+    with pytest.raises(ValueError, match="timesteps has 2 entries"):
+        explicit.replace(num_inference_steps=3)
+    assert explicit.replace(num_inference_steps=3, timesteps=None) == DDIMSampler(LINEAR, 3)
+
+
+CHANGES = [
+    dict(num_inference_steps=5),
+    dict(eta=0.5),
+    dict(timesteps=[9, 5, 3]),
+    dict(model_timesteps=[9, 8, 7, 6]),
+    dict(timestep_spacing="trailing"),
+    dict(steps_offset=1),
+    dict(prediction_type="sample"),
+    dict(order=2),
+    dict(analytic_variance=[0.1, 0.1, 0.1, 0.1]),
+    dict(eta=0.5, eta_scales="variance"),
+    dict(eta=1.0, sigma_hat=True),
+    dict(set_alpha_to_one=False),
+    dict(clip_sample=True),
+    dict(clip_sample=False),
+    dict(clip_sample_range=2.0),
+    dict(clip_sample=True, use_clipped_model_output=True),
+    dict(thresholding=True),
+    dict(thresholding=True, dynamic_thresholding_ratio=0.9),
+    dict(thresholding=True, sample_max_value=2.0),
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_equality_repr_and_copies_know_every_argument(changes):
+    base = DDIMSampler(LINEAR, 4)
+    arguments = dict(num_inference_steps=4) | changes
+    if "timesteps" in changes:
+        del arguments["num_inference_steps"]
+    sampler, again = (DDIMSampler(LINEAR, **arguments) for _ in range(2))
+    assert sampler == again
+    assert hash(sampler) == hash(again)
+    assert sampler != base
+    assert sampler != "a sampler"
+    shown = repr(sampler)
+    assert shown.startswith("DDIMSampler(NoiseSchedule(name='custom'")
+    assert all(f" {name}=" in shown for name in changes)
+    assert not any(
+        f" {name}=" in shown for other in CHANGES for name in other if name not in (*changes, "num_inference_steps")
+    )
+    for copied in (pickle.loads(pickle.dumps(sampler)), copy.copy(sampler), copy.deepcopy(sampler)):
+        assert copied == sampler
+        assert copied.plan() == sampler.plan()
+
+
+def test_copies_sample_the_same_before_and_after_use():
+    sampler = DDIMSampler(LINEAR, 4, eta=1.0)
+    before = pickle.loads(pickle.dumps(sampler))
+    result = sampler.sample(wavy, SHAPE, seed=0)
+    after = pickle.loads(pickle.dumps(sampler))
+    for copied in (before, after, copy.deepcopy(sampler)):
+        assert torch.equal(copied.sample(wavy, SHAPE, seed=0), result)
+
+
+def test_a_list_that_the_caller_changes_later_changes_nothing():
+    timesteps = [9, 5]
+    sampler = DDIMSampler(LINEAR, timesteps=timesteps)
+    timesteps.append(1)
+    assert sampler.replace(eta=1.0).timesteps == (9, 5)
+    assert pickle.loads(pickle.dumps(sampler)).timesteps == (9, 5)
+
+
+def test_a_pickled_sampler_takes_an_empty_cache_of_graphs_with_it():
+    from ddim_fast.sampling.capture import GRAPHS, GraphCache
+
+    own = DDIMSampler(LINEAR, 4, graphs=GraphCache(maxsize=3))
+    copied = pickle.loads(pickle.dumps(own))
+    assert (copied.graphs.maxsize, len(copied.graphs)) == (3, 0)
+    assert copied.graphs is not own.graphs
+    assert pickle.loads(pickle.dumps(DDIMSampler(LINEAR, 4))).graphs is GRAPHS

@@ -296,8 +296,8 @@ class NoiseSchedule:
             ValueError: shapes or devices disagree.
             IndexError: a timestep is outside [0, T).
         """
-        t = self._timestep_indices(t, x0, noise, "noise")
-        alpha_bar = self.alphas_cumprod[t]
+        indices = self._timestep_indices(t, x0, noise, "noise")
+        alpha_bar = self.alphas_cumprod[indices]
         return _linear_combination(np.sqrt(alpha_bar), x0, np.sqrt(1 - alpha_bar), noise)
 
     def velocity(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
@@ -308,8 +308,8 @@ class NoiseSchedule:
         Returns:
             v, with the shape, dtype and device of x0.
         """
-        t = self._timestep_indices(t, x0, noise, "noise")
-        alpha_bar = self.alphas_cumprod[t]
+        indices = self._timestep_indices(t, x0, noise, "noise")
+        alpha_bar = self.alphas_cumprod[indices]
         return _linear_combination(-np.sqrt(1 - alpha_bar), x0, np.sqrt(alpha_bar), noise)
 
     def posterior_mean_variance(self, x0: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, float | Tensor]:
@@ -329,16 +329,16 @@ class NoiseSchedule:
         Raises:
             TypeError, ValueError, IndexError: as for ``add_noise``.
         """
-        t = self._timestep_indices(t, x0, x_t, "x_t")
-        beta, previous = self.betas[t], self._previous_alphas_cumprod[t]
-        alpha = self.alphas_cumprod[t] / previous  # 1 - beta would lose digits where beta is near 1
+        indices = self._timestep_indices(t, x0, x_t, "x_t")
+        beta, previous = self.betas[indices], self._previous_alphas_cumprod[indices]
+        alpha = self.alphas_cumprod[indices] / previous  # 1 - beta would lose digits where beta is near 1
         # Where the schedule starts at ᾱ = 1, the formula is 0 / 0 at t = 0; its value there is known without division.
-        remaining = np.where(t == 0, 1.0, 1 - self.alphas_cumprod[t])
-        x0_coefficient = np.where(t == 0, 1.0, np.sqrt(previous) * beta / remaining)
+        remaining = np.where(indices == 0, 1.0, 1 - self.alphas_cumprod[indices])
+        x0_coefficient = np.where(indices == 0, 1.0, np.sqrt(previous) * beta / remaining)
         x_t_coefficient = np.sqrt(alpha) * (1 - previous) / remaining
         variance = (1 - previous) / remaining * beta
         mean = _linear_combination(x0_coefficient, x0, x_t_coefficient, x_t)
-        if t.ndim == 0:
+        if indices.ndim == 0:
             return mean, float(variance)
         return mean, _broadcastable(variance, x0, _computation_dtype(x0, x_t))
 

@@ -93,7 +93,7 @@ class CudaGraphs:
             None: one pool each.
     """
 
-    def __init__(self, device: str | int | torch.device | None = None, pool: tuple[int, int] | None = None):
+    def __init__(self, device: str | int | torch.device | None = None, pool: Any = None):
         self._device = device
         self._pool = pool
         self._side: torch.cuda.Stream | None = None
@@ -162,7 +162,7 @@ class CudaGraphs:
         return CudaGraph(graph, output)
 
 
-def _give_up(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.device) -> None:
+def _give_up(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
     """Restore the allocator after a failed capture.
 
     If ending the capture fails, ``CUDAGraph`` neither removes the pool from the allocator's list of running

@@ -25,14 +25,14 @@ def place(
     shape: Sequence[int] | None, device: str | torch.device, dtype: torch.dtype, **given: Tensor | None
 ) -> tuple[tuple[int, ...], torch.device, torch.dtype]:
     """Return shape, device and dtype of the samples: those of the given tensors, or else those asked for."""
-    given = {name: tensor for name, tensor in given.items() if tensor is not None}
-    for name, tensor in given.items():
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    for name, tensor in tensors.items():
         check_samples(name, tensor)
         if shape is not None and tuple(shape) != tuple(tensor.shape):
             raise ValueError(f"shape must be that of {name}, {tuple(tensor.shape)}, or left out, got {tuple(shape)}")
-    if not given:
+    if not tensors:
         return _check_shape(shape), usable_device(device), dtype
-    (first_name, first), *others = given.items()
+    (first_name, first), *others = tensors.items()
     for name, tensor in others:
         check_alike(name, tensor, first_name, first)
     return tuple(first.shape), first.device, first.dtype

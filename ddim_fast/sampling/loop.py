@@ -134,7 +134,8 @@ class Loop:
     @property
     def watched(self) -> tuple[Tensor, Tensor]:
         """What the model saw in the last step, and the x0 predicted from it, in a loop that keeps them."""
-        assert self.x_seen is not None and self.x0 is not None
+        assert self.x_seen is not None
+        assert self.x0 is not None
         return self.x_seen, self.x0
 
     def planned_step(self, step: PlannedStep, t: Tensor, timing: Timing, backend: str | None) -> None:

@@ -36,6 +36,7 @@ MARGIN = 3
 """Reduced precision may change the samples tried by the tolerance divided by this: other samples change more."""
 WORTHWHILE = 0.97
 """A way is kept if it takes less than this fraction of the time."""
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class _Trial:
         result.gain = Gain(tuple(ways), before, after, change, self.tolerance)
         return result.eval()
 
-    def _ways(self, pictures: bool, compile: bool) -> Iterator[tuple[str, Callable[[nn.Module], nn.Module | None]]]:
+    def _ways(self, pictures: bool, compile: bool) -> Iterator[tuple[str, Callable[[nn.Module], Any]]]:
         """Yield what may make a model faster, each on top of those before it that did: its name, and how it is done."""
         if pictures:
             yield "channels last", channels_last
@@ -189,8 +190,7 @@ class _Trial:
         if compile:
             freezes = self.device.type == "cpu"
             name = "torch.compile with frozen weights" if freezes else "torch.compile"
-            options = {"freezing": True} if freezes else None
-            yield name, lambda model: torch.compile(copy.deepcopy(model), dynamic=False, options=options)
+            yield name, lambda model: _compiled(model, freezes)
 
     def _is_faster(self, way: Callable[..., Any], than: OptimizedModel) -> bool:
         """Return whether a call takes noticeably less time than with the best so far."""
@@ -238,7 +238,7 @@ class _Trial:
 
     def _reduce(self, result: OptimizedModel, expected: Tensor, change: float) -> tuple[float, list[str]]:
         """Use bfloat16 convolutions in the noisiest steps, in as many as the tolerance allows, if that is faster."""
-        if self.device.type != "cpu" or not any(isinstance(m, nn.modules.conv._ConvNd) for m in self.model.modules()):
+        if self.device.type != "cpu" or not any(isinstance(m, _CONVOLUTIONS) for m in self.model.modules()):
             return change, []
         timesteps = self.plan.model_timesteps
         result.reduced_from = 0
@@ -256,6 +256,12 @@ class _Trial:
                     return reduced, [f"convolutions in bfloat16 in the {count} noisiest of {len(timesteps)} steps"]
         result.reduced_from = None
         return change, []
+
+
+def _compiled(model: nn.Module, freezes: bool) -> Callable[..., Any]:
+    if freezes:
+        return torch.compile(copy.deepcopy(model), dynamic=False, options={"freezing": True})
+    return torch.compile(copy.deepcopy(model), dynamic=False)
 
 
 def _largest(samples: Tensor, expected: Tensor) -> float:

@@ -92,5 +92,5 @@ def test_the_residual_is_measured():
 def test_edges():
     assert analytic_variance(0.3, 1.0, 0.0, 0.9) == 0.0  # nothing is added to clean data
     assert analytic_variance(0.3, 0.5, 0.1, 1.2) == analytic_variance(0.3, 0.5, 0.1, 1.0)
-    with pytest.raises(ValueError, match="needs some signal, got alpha_bar_t = 0"):
+    with pytest.raises(ValueError, match="needs alpha_bar_t > 0, got alpha_bar_t = 0"):
         analytic_variance(0.0, 0.5, 0.1, 0.5)

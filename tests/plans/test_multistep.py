@@ -220,7 +220,7 @@ def test_zero_terminal_snr():
 
 def test_noise_levels_must_fall():
     for levels in [(0.5, 0.4, 0.6), (0.5, 0.5, 0.6), (0.1, 0.5, 0.4), (-0.1, 0.5, 0.6), (0.1, 0.5, 1.1)]:
-        with pytest.raises(ValueError, match="from noise to data"):
+        with pytest.raises(ValueError, match="needs falling noise levels"):
             multistep_coefficients(*levels)
 
 
