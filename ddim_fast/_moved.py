@@ -1,4 +1,5 @@
-"""Find modules where they used to be, for one release: the old name imports, and warns of the new one."""
+"""Find modules where they used to be, for one release: the old name imports, and warns of the new
+one."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ OLD_TO_NEW = {
     "verify.write_html": "verify.reports.write_html",
     "whole_files": "utils.atomic_files",
 }
-"""Below ``ddim_fast``: what a module was called in 0.1, and where its names are now. To be removed in 0.3."""
+"""Below ``ddim_fast``: what a module was called in 0.1, and where its names are now. To be removed
+in 0.3."""
 
 
 class _Loader(Loader):

@@ -41,43 +41,47 @@ if TYPE_CHECKING:
 
 
 class DDIMSampler:
-    """Sample a diffusion model by DDIM (Song, Meng, Ermon 2020, arXiv 2010.02502): equation 12 over a
-    chosen part of the timesteps.
+    """Sample a diffusion model by DDIM (Song, Meng, Ermon 2020, arXiv 2010.02502): equation 12 over
+    a chosen part of the timesteps.
 
-    A sampler is frozen: ``sampler.replace(eta=1.0)`` makes another one. Samplers that compute the same are
-    equal. They can be copied and pickled; captured graphs stay behind.
+    A sampler is frozen: ``sampler.replace(eta=1.0)`` makes another one. Samplers that compute the
+    same are equal. They can be copied and pickled; captured graphs stay behind.
 
     Args:
         schedule: the noise schedule that the model was trained with.
-        num_inference_steps: S, how many timesteps to visit; 50 if neither it nor ``timesteps`` is given.
+        num_inference_steps: S, how many timesteps to visit; 50 if neither it nor ``timesteps`` is
+            given.
         eta: 0 is deterministic DDIM; 1 adds the noise of DDPM.
         timesteps: instead of a number: an explicit list; a respacing string such as "ddim50" or
             "10,15,20"; or a file that ``ddim-fast search`` wrote (a path that ends in .json, or a
             ``TimestepList``).
-        model_timesteps: the timestep given to the model at each of these, where it is a different one
-            (arXiv 2310.09469, 2405.15506). None: what the file of timesteps says, or else the timesteps
-            visited.
+        model_timesteps: the timestep given to the model at each of these, where it is a different
+            one (arXiv 2310.09469, 2405.15506). None: what the file of timesteps says, or else the
+            timesteps visited.
         timestep_spacing: how S timesteps are chosen, a key of ``plans.timesteps.SPACINGS``.
         steps_offset: added to the timesteps of "leading" spacing.
-        prediction_type: "epsilon", "sample" or "v_prediction". None: what the model says of itself, or
-            else "epsilon".
-        order: 2 for the multistep form of DDIM, of second order (DPM-Solver++(2M), arXiv 2211.01095):
-            nearer to the result of many steps with the same model calls. Needs eta = 0. None: what the file
-            of timesteps was searched for, or else 1.
-        analytic_variance: add the noise of Analytic-DPM (arXiv 2201.06503), whose variance follows from the
-            mean squared error of the model's eps: one number for each timestep, or True for those in the
-            file of timesteps.
+        prediction_type: "epsilon", "sample" or "v_prediction". None: what the model says of itself,
+            or else "epsilon".
+        order: 2 for the multistep form of DDIM, of second order (DPM-Solver++(2M), arXiv
+            2211.01095): nearer to the result of many steps with the same model calls. Needs eta =
+            0. None: what the file of timesteps was searched for, or else 1.
+        analytic_variance: add the noise of Analytic-DPM (arXiv 2201.06503), whose variance follows
+            from the mean squared error of the model's eps: one number for each timestep, or True
+            for those in the file of timesteps.
         eta_scales, sigma_hat, set_alpha_to_one: see ``SamplingPlan``.
-        clip_sample: clip the predicted x0 to [-clip_sample_range, clip_sample_range]. None: if the model
-            states a range.
-        clip_sample_range: half the width of the range of clean samples. None: the model's, or else 1.
+        clip_sample: clip the predicted x0 to [-clip_sample_range, clip_sample_range]. None: if the
+            model states a range.
+        clip_sample_range: half the width of the range of clean samples. None: the model's, or else
+            1.
         use_clipped_model_output: derive eps again from the clipped x0.
         thresholding: dynamic thresholding (arXiv 2205.11487): x0 is scaled by its
-            ``dynamic_thresholding_ratio`` quantile, at most ``sample_max_value``, before it is clipped.
+            ``dynamic_thresholding_ratio`` quantile, at most ``sample_max_value``, before it is
+            clipped.
         graphs: where CUDA graphs are kept; None for one cache that all samplers share.
 
     Raises:
-        TypeError, ValueError: an argument breaks a rule; the message states the rule and the remedy.
+        TypeError, ValueError: an argument breaks a rule; the message states the rule and the
+            remedy.
     """
 
     schedule: NoiseSchedule
@@ -154,7 +158,8 @@ class DDIMSampler:
         )
         for name in ("timesteps", "model_timesteps", "analytic_variance"):  # a list of the caller's may change
             given[name] = tuple(given[name]) if isinstance(given[name], list) else given[name]
-        # All but what a model may decide; checked now, with a prediction type that cannot fail at zero SNR.
+        # All but what a model may decide; checked now, with a prediction type that cannot fail at
+        # zero SNR.
         plan = SamplingPlan(
             schedule,
             chosen.timesteps,
@@ -191,8 +196,8 @@ class DDIMSampler:
         >>> sampler.replace(num_inference_steps=20, eta=1.0)
 
         Raises:
-            TypeError, ValueError: as the constructor; a number of steps contradicts an explicit list of
-                timesteps unless ``timesteps=None`` is passed with it.
+            TypeError, ValueError: as the constructor; a number of steps contradicts an explicit
+                list of timesteps unless ``timesteps=None`` is passed with it.
         """
         return type(self)(**{**self._given, **changes})
 
@@ -238,8 +243,8 @@ class DDIMSampler:
     # ---- what a run computes -----------------------------------------------------------------------------------
 
     def plan(self, model: Model | None = None) -> SamplingPlan:
-        """Return the steps of a run with this model. What the sampler leaves open is taken from the model's
-        attributes, then from defaults.
+        """Return the steps of a run with this model. What the sampler leaves open is taken from the
+        model's attributes, then from defaults.
 
         Raises:
             ValueError: sampler and model name different prediction types.
@@ -286,52 +291,54 @@ class DDIMSampler:
 
         Args:
             model: any callable, see ``models.Model``. Called under ``torch.inference_mode()``.
-            shape: ``(B, C, ...)``. May be left out where ``x_T`` or ``known_x0`` is given, whose device and
-                dtype the samples then have.
+            shape: ``(B, C, ...)``. May be left out where ``x_T`` or ``known_x0`` is given, whose
+                device and dtype the samples then have.
             seed: one number for the run; sample i gets its own seed from it (``sample_seeds``).
             seeds: instead: one 64-bit seed per sample. A sample depends on its own seed alone.
-            generator: instead: noise from this ``torch.Generator``, by torch's own randn.
-                With none of the three, a seed is drawn from torch's global generator (``torch.manual_seed``
+            generator: instead: noise from this ``torch.Generator``, by torch's own randn. With none
+                of the three, a seed is drawn from torch's global generator (``torch.manual_seed``
                 fixes it), if noise is needed.
             x_T: start from this noise ``(B, C, ...)`` (it is not changed).
             conditioning: passed to the model by name, for instance ``{"class_labels": labels}``.
-            guidance_scale: classifier-free guidance (arXiv 2207.12598), 1 for none: the model is called
-                twice per step, the second time with ``unconditional_conditioning``, or with what
-                ``model.unconditional(conditioning)`` returns. A number, one number for each step in order,
-                or a function of the timestep.
-            guidance_rescale: in [0, 1], how far the standard deviation of the guided output over each
-                sample is brought back to that of the conditional one (phi of arXiv 2305.08891, section
-                3.4). Guidance then takes a few torch operations before the step.
-            cond_fn: classifier guidance (arXiv 2105.05233): ``cond_fn(x_t, t, **conditioning)`` returns the
-                gradient of log p(y | x_t) by x_t, times a scale if wanted, like x_t. Called with gradients
-                enabled, and a copy of x_t::
+            guidance_scale: classifier-free guidance (arXiv 2207.12598), 1 for none: the model is
+                called twice per step, the second time with ``unconditional_conditioning``, or with
+                what ``model.unconditional(conditioning)`` returns. A number, one number for each
+                step in order, or a function of the timestep.
+            guidance_rescale: in [0, 1], how far the standard deviation of the guided output over
+                each sample is brought back to that of the conditional one (phi of arXiv 2305.08891,
+                section 3.4). Guidance then takes a few torch operations before the step.
+            cond_fn: classifier guidance (arXiv 2105.05233): ``cond_fn(x_t, t, **conditioning)``
+                returns the gradient of log p(y | x_t) by x_t, times a scale if wanted, like x_t.
+                Called with gradients enabled, and a copy of x_t::
 
                     def cond_fn(x_t, t, y):
                         log_p = classifier(x_t.requires_grad_(), t).log_softmax(-1)[range(len(y)), y]
                         return torch.autograd.grad(log_p.sum(), x_t)[0]
 
-            mask, known_x0: with both, inpainting, see ``inpaint``. ``x_T`` is blended with the known
-                picture, too.
+            mask, known_x0: with both, inpainting, see ``inpaint``. ``x_T`` is blended with the
+                known picture, too.
             device: where samples are drawn.
             dtype: of the samples. Half precision is computed in float32 and stored in half.
-            model_dtype: of the model's input, where it differs: a half-precision model beside float32
-                samples.
+            model_dtype: of the model's input, where it differs: a half-precision model beside
+                float32 samples.
             progress: show a progress bar.
-            callback: called after each step as ``callback(step, t, x_t, x0)``: the number of the step, its
-                timestep, the noisy samples that the model saw, and the x0 predicted from them. The run
-                stops early if it returns True.
+            callback: called after each step as ``callback(step, t, x_t, x0)``: the number of the
+                step, its timestep, the noisy samples that the model saw, and the x0 predicted from
+                them. The run stops early if it returns True.
             return_trajectory: return every state as a ``Trajectory`` instead of the samples.
-            timing: a ``Timing``, to which the seconds spent in the model and in the update are added.
+            timing: a ``Timing``, to which the seconds spent in the model and in the update are
+                added.
             backend: of the update, a name in ``kernels.dispatch.BACKENDS``.
-            normals: how seeds become the noise of steps: "exact", the same bits everywhere; or "fast" (see
-                ``ddim_step``).
-            capture: on a CUDA device, run the steps as CUDA graphs, captured in the first call and replayed
-                in later ones (see ``sampling.capture.GraphCache``): "step", one graph that is replayed for
-                each step; "loop", all steps and model calls in one; "off"; or "auto": "step" for an
-                ``nn.Module`` that can be captured, with one warning where it cannot. The model is called a
-                few more times before the first capture. With ``cond_fn`` nothing is captured.
-            reuse_output: with a captured loop, return its own memory, which the next call overwrites,
-                instead of a copy.
+            normals: how seeds become the noise of steps: "exact", the same bits everywhere; or
+                "fast" (see ``ddim_step``).
+            capture: on a CUDA device, run the steps as CUDA graphs, captured in the first call and
+                replayed in later ones (see ``sampling.capture.GraphCache``): "step", one graph that
+                is replayed for each step; "loop", all steps and model calls in one; "off"; or
+                "auto": "step" for an ``nn.Module`` that can be captured, with one warning where it
+                cannot. The model is called a few more times before the first capture. With
+                ``cond_fn`` nothing is captured.
+            reuse_output: with a captured loop, return its own memory, which the next call
+                overwrites, instead of a copy.
 
         Returns:
             Samples ``shape`` on ``device``, or a ``Trajectory``.
@@ -345,16 +352,17 @@ class DDIMSampler:
     def img2img(
         self, model: Model, x0: Tensor, strength: float, **options: Unpack[EditKeywords]
     ) -> Tensor | Trajectory:
-        """Regenerate pictures from rough ones (SDEdit, Meng et al. 2021, arXiv 2108.01073): add noise, and
-        sample from there.
+        """Regenerate pictures from rough ones (SDEdit, Meng et al. 2021, arXiv 2108.01073): add
+        noise, and sample from there.
 
-        The same as ``sample`` with the last ``round(strength * S)`` timesteps, and with x_T made from x0 by
-        equation 4 of the DDIM paper and the noise that ``sample`` would start from. Steps, and scales given
-        one for each, are counted from the first that is run.
+        The same as ``sample`` with the last ``round(strength * S)`` timesteps, and with x_T made
+        from x0 by equation 4 of the DDIM paper and the noise that ``sample`` would start from.
+        Steps, and scales given one for each, are counted from the first that is run.
 
         Args:
             x0: ``(B, C, ...)``, clean. The samples have its device and dtype.
-            strength: in (0, 1]. 1 runs all steps; the start still holds what alpha_bar_T leaves of x0.
+            strength: in (0, 1]. 1 runs all steps; the start still holds what alpha_bar_T leaves of
+                x0.
             options: those of ``sample``.
 
         Raises:
@@ -376,23 +384,25 @@ class DDIMSampler:
     ) -> Tensor | Trajectory:
         """Keep the known part of pictures, and draw the other part to fit.
 
-        After each step, and at x_T, the known part is put in at the noise level reached there, inside the
-        step's kernel; its noise comes from the stream KNOWN_REGION of each sample's seed. In the end it is
-        x0 itself (with ``set_alpha_to_one``). A ``generator`` draws, in this order: x_T, the noise of the
-        known part there, and for each step its own noise, where eta > 0, and that of the known part.
+        After each step, and at x_T, the known part is put in at the noise level reached there,
+        inside the step's kernel; its noise comes from the stream KNOWN_REGION of each sample's
+        seed. In the end it is x0 itself (with ``set_alpha_to_one``). A ``generator`` draws, in this
+        order: x_T, the noise of the known part there, and for each step its own noise, where eta >
+        0, and that of the known part.
 
         Args:
             x0: ``(B, C, ...)``, clean. The samples have its device and dtype.
-            mask: 1 where x0 is known and kept, 0 where it is drawn (diffusers' masks are the other way
-                round), a blend between. Any dtype and device; broadcast to x0: ``(B, 1, H, W)``, ``(H, W)``.
-            strength: below 1, the unknown part starts from x0, too, as in ``img2img``; at 1 from noise
-                alone.
-            options: those of ``sample``. The x0 of a trajectory is what the model predicts, in the known
-                part, too.
+            mask: 1 where x0 is known and kept, 0 where it is drawn (diffusers' masks are the other
+                way round), a blend between. Any dtype and device; broadcast to x0: ``(B, 1, H,
+                W)``, ``(H, W)``.
+            strength: below 1, the unknown part starts from x0, too, as in ``img2img``; at 1 from
+                noise alone.
+            options: those of ``sample``. The x0 of a trajectory is what the model predicts, in the
+                known part, too.
 
         Raises:
-            TypeError, ValueError: as ``sample`` and ``img2img``; or the mask does not fit, or leaves [0, 1];
-                or the sampler has order=2.
+            TypeError, ValueError: as ``sample`` and ``img2img``; or the mask does not fit, or
+                leaves [0, 1]; or the sampler has order=2.
         """
         editing.check_left_out("inpaint", "x0", options)
         keywords = options_of("inpaint", InpaintKeywords, options)
@@ -407,15 +417,17 @@ class DDIMSampler:
         weights: Sequence[float],
         **options: Unpack[EditKeywords],
     ) -> Tensor | Trajectory:
-        """Sample between two starts (section 5.3 of the DDIM paper, and its appendix D.5), all in one batch.
+        """Sample between two starts (section 5.3 of the DDIM paper, and its appendix D.5), all in
+        one batch.
 
         Args:
             x_T_first, x_T_last: ``(B, C, ...)``: B pairs. See ``slerp``.
             weights: K numbers in [0, 1]; 0 is the first start, 1 the last.
-            seed, seeds: of the noise of the steps, where eta > 0: one for each pair, the same for all of
-                its weights.
-            conditioning, unconditional_conditioning: tensors whose first size is B are repeated for each
-                weight. The model and callbacks see K * B samples, those of the first weight first.
+            seed, seeds: of the noise of the steps, where eta > 0: one for each pair, the same for
+                all of its weights.
+            conditioning, unconditional_conditioning: tensors whose first size is B are repeated for
+                each weight. The model and callbacks see K * B samples, those of the first weight
+                first.
             options: those of ``sample``.
 
         Returns:
@@ -438,25 +450,27 @@ class DDIMSampler:
         tolerance: float | None = None,
         **options: Unpack[InvertKeywords],
     ) -> Tensor | Trajectory:
-        """Find the noise x_T from which clean samples are made: the sampler's own steps, each solved for
-        where it came from, the last step first.
+        """Find the noise x_T from which clean samples are made: the sampler's own steps, each
+        solved for where it came from, the last step first.
 
-        The model is called at the timestep of the noisier end of a step, as in sampling, so the exact
-        solution is the exact inverse. Nothing is clipped: sample from the result with
-        ``clip_sample=False``, or use ``reconstruct``. Needs eta = 0. A clipped step has no inverse: a
-        sampler that was asked to clip is refused. The range that a model states of itself is ignored.
+        The model is called at the timestep of the noisier end of a step, as in sampling, so the
+        exact solution is the exact inverse. Nothing is clipped: sample from the result with
+        ``clip_sample=False``, or use ``reconstruct``. Needs eta = 0. A clipped step has no inverse:
+        a sampler that was asked to clip is refused. The range that a model states of itself is
+        ignored.
 
         Args:
-            x0: clean samples ``(B, C, ...)`` (not changed), in whose dtype is computed; float32 ends at a
-                residual of about 3e-8 in each step.
-            iterations: how often the model is called for a step (with guidance, twice as often). 1 is the
-                plain inversion, with the output at (x_prev, t) for that at (x_t, t); for epsilon
-                prediction, that of diffusers' DDIMInverseScheduler. With more, x_t starts from equation 14
-                of the DDIM paper with the last output at t_prev, and an iteration is a simplified Newton
-                step. Each is one pass over memory.
-            tolerance: end the iterations of a step when no element of the batch changed by more. The host
-                waits for each iteration to know.
-            conditioning, guidance_scale, unconditional_conditioning, progress, backend: as for ``sample``.
+            x0: clean samples ``(B, C, ...)`` (not changed), in whose dtype is computed; float32
+                ends at a residual of about 3e-8 in each step.
+            iterations: how often the model is called for a step (with guidance, twice as often). 1
+                is the plain inversion, with the output at (x_prev, t) for that at (x_t, t); for
+                epsilon prediction, that of diffusers' DDIMInverseScheduler. With more, x_t starts
+                from equation 14 of the DDIM paper with the last output at t_prev, and an iteration
+                is a simplified Newton step. Each is one pass over memory.
+            tolerance: end the iterations of a step when no element of the batch changed by more.
+                The host waits for each iteration to know.
+            conditioning, guidance_scale, unconditional_conditioning, progress, backend: as for
+                ``sample``.
             return_trajectory: return every state as a ``Trajectory`` from x0 to x_T; its ``x0`` are
                 predicted from the last guess of x_t.
 
@@ -464,8 +478,8 @@ class DDIMSampler:
             x_T, like ``x0``; or a ``Trajectory``.
 
         Raises:
-            TypeError, ValueError: an argument breaks a rule, the sampler has no inverse, or the model
-                returns the wrong thing.
+            TypeError, ValueError: an argument breaks a rule, the sampler has no inverse, or the
+                model returns the wrong thing.
         """
         keywords = options_of("invert", InvertKeywords, options)
         plan = self._unclipped().plan(model)
@@ -481,8 +495,8 @@ class DDIMSampler:
         tolerance: float | None = None,
         **options: Unpack[ReconstructKeywords],
     ) -> Tensor:
-        """Invert clean samples and sample them again by the same steps, without clipping. Arguments and
-        errors are those of ``invert``.
+        """Invert clean samples and sample them again by the same steps, without clipping. Arguments
+        and errors are those of ``invert``.
 
         Returns:
             Samples like ``x0``: equal to them but for the error of the inversion. See
@@ -507,28 +521,29 @@ class DDIMSampler:
         """Draw what ``sample`` draws, up to ``tolerance``, in fewer model calls of larger batches
         (ParaDiGMS, arXiv 2305.16317).
 
-        Each iteration calls the model once, for a window of W states of every sample: a batch of W * B,
-        with timesteps of their own, those of the first state first. Then the steps of the window are taken,
-        and it moves on to the first state whose model output may still change: by one step at least.
-        Memory: 2 (W + 1) states, and what the model needs for a batch of W * B.
+        Each iteration calls the model once, for a window of W states of every sample: a batch of W
+        * B, with timesteps of their own, those of the first state first. Then the steps of the
+        window are taken, and it moves on to the first state whose model output may still change: by
+        one step at least. Memory: 2 (W + 1) states, and what the model needs for a batch of W * B.
 
-        Any eta will do: the noise of a step depends on the seeds and the step alone, so the trajectory is
-        fixed in advance.
+        Any eta will do: the noise of a step depends on the seeds and the step alone, so the
+        trajectory is fixed in advance.
 
         Args:
             window: W, at most S (more is S); None for all S steps.
             tolerance: a state is done when its mean squared change in an iteration is at most
-                ``tolerance**2`` times the variance of its noise, 1 - alpha_bar, in every sample. 0: the
-                sequential result; bit by bit where a model's output does not depend on what else is in the
-                batch. A sample's result otherwise depends on the batch within the tolerance.
-            max_iterations: stop after so many with the last guess of the clean samples, which a window of
-                all steps has.
-            conditioning, unconditional_conditioning: tensors whose first size is B are repeated for each
-                state of the window; all else is passed on as it is.
+                ``tolerance**2`` times the variance of its noise, 1 - alpha_bar, in every sample. 0:
+                the sequential result; bit by bit where a model's output does not depend on what
+                else is in the batch. A sample's result otherwise depends on the batch within the
+                tolerance.
+            max_iterations: stop after so many with the last guess of the clean samples, which a
+                window of all steps has.
+            conditioning, unconditional_conditioning: tensors whose first size is B are repeated for
+                each state of the window; all else is passed on as it is.
             return_statistics: return ``ParallelStatistics``, too.
 
-        The other arguments are those of ``sample``; noise from a generator does not serve steps that are
-        taken more than once.
+        The other arguments are those of ``sample``; noise from a generator does not serve steps
+        that are taken more than once.
 
         Returns:
             Samples, or ``(samples, statistics)``.
@@ -562,22 +577,22 @@ class DDIMSampler:
     ) -> OptimizedModel:
         """Return a model that gives the same samples sooner, for batches of this shape.
 
-        Tried are: both halves of guidance in one batch; weights and activations with channels last; on a
-        CPU, 3 x 3 convolutions with a quarter of the products (``kernels.convolution``); torch.compile with
-        frozen weights (a minute or so, once); and on processors with instructions for it, the remaining
-        convolutions in bfloat16 in the noisiest steps, as many as keep the samples tried within a third of
-        ``tolerance``, since other samples change more. What does not help on this machine is left out. The
-        model itself is not changed: the copy takes its memory again, and with these convolutions four times
-        that of their weights on top.
+        Tried are: both halves of guidance in one batch; weights and activations with channels last;
+        on a CPU, 3 x 3 convolutions with a quarter of the products (``kernels.convolution``);
+        torch.compile with frozen weights (a minute or so, once); and on processors with
+        instructions for it, the remaining convolutions in bfloat16 in the noisiest steps, as many
+        as keep the samples tried within a third of ``tolerance``, since other samples change more.
+        What does not help on this machine is left out. The model itself is not changed: the copy
+        takes its memory again, and with these convolutions four times that of their weights on top.
 
         Args:
             model: a module; see ``models.Model``.
             shape: ``(B, C, ...)`` of the batches to be sampled. Others work, as slowly as before.
-            conditioning, guidance_scale, unconditional_conditioning: as for ``sample``; their values do not
-                matter, their shapes do.
+            conditioning, guidance_scale, unconditional_conditioning: as for ``sample``; their
+                values do not matter, their shapes do.
             compile: False leaves torch.compile out.
-            tolerance: how far an element of a sample may move; measured on one batch, so no promise for
-                each. The default is one of 255 levels, with samples in [-1, 1].
+            tolerance: how far an element of a sample may move; measured on one batch, so no promise
+                for each. The default is one of 255 levels, with samples in [-1, 1].
             seed: of the samples that are compared.
 
         Returns:

@@ -1,4 +1,5 @@
-"""Choose the timesteps of a run: from a count, a list, a respacing string, or a file of searched timesteps."""
+"""Choose the timesteps of a run: from a count, a list, a respacing string, or a file of searched
+timesteps."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ class ChosenTimesteps:
         timesteps: strictly decreasing.
         model_timesteps: the timestep given to the model at each of them.
         order: of the steps.
-        eps_residual: the mean squared error of the model's eps at each of them; None where no analytic
-            variance is asked for.
+        eps_residual: the mean squared error of the model's eps at each of them; None where no
+            analytic variance is asked for.
     """
 
     timesteps: tuple[int, ...]
@@ -34,7 +35,8 @@ class ChosenTimesteps:
 
 
 def read_if_file(timesteps: TimestepsArgument) -> TimestepsArgument:
-    """Return the list in a file where ``timesteps`` names one (a path, or a string that ends in .json)."""
+    """Return the list in a file where ``timesteps`` names one (a path, or a string that ends in
+    .json)."""
     if isinstance(timesteps, os.PathLike) or (isinstance(timesteps, str) and timesteps.endswith(SUFFIX)):
         return read_timesteps(timesteps)
     return timesteps

@@ -26,10 +26,11 @@ class Clipping:
 
     Args:
         clip_sample: clip x0 to [-range, range]. None: if a range is known.
-        clip_sample_range: half the width of the range of clean samples. None: the model's, or else 1.
+        clip_sample_range: half the width of the range of clean samples. None: the model's, or else
+            1.
         use_clipped_model_output: derive eps again from the clipped x0.
-        thresholding: scale x0 by its ``dynamic_thresholding_ratio`` quantile, at most ``sample_max_value``,
-            before it is clipped.
+        thresholding: scale x0 by its ``dynamic_thresholding_ratio`` quantile, at most
+            ``sample_max_value``, before it is clipped.
 
     Raises:
         TypeError, ValueError: a value is out of range, or two contradict each other.
@@ -64,7 +65,8 @@ class Clipping:
         return Thresholding(self.dynamic_thresholding_ratio, self.sample_max_value) if self.thresholding else None
 
     def half_range(self, model_range: float | None) -> float | None:
-        """Return what x0 is clipped to beside a model that states a range (or None); None for no clipping."""
+        """Return what x0 is clipped to beside a model that states a range (or None); None for no
+        clipping."""
         known = model_range if self.clip_sample_range is None else self.clip_sample_range
         clips = known is not None if self.asked_for is None else self.asked_for
         if not clips:

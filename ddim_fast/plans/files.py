@@ -1,4 +1,5 @@
-"""Timestep lists as small JSON files with their provenance: ``ddim-fast search`` writes them, every sampler reads them."""
+"""Timestep lists as small JSON files with their provenance: ``ddim-fast search`` writes them, every
+sampler reads them."""
 
 from __future__ import annotations
 
@@ -29,11 +30,12 @@ class TimestepList:
         num_train_timesteps: T of the schedule that they count in.
         schedule_digest: of that schedule (``NoiseSchedule.digest``); None where it does not matter.
         order: the order of the steps that they were chosen for.
-        eps_residual: the mean squared error of the model's eps at each of them, for an analytic variance;
-            None if it was not measured.
+        eps_residual: the mean squared error of the model's eps at each of them, for an analytic
+            variance; None if it was not measured.
         provenance: how they were found, as JSON: method, model, samples, seeds, scores.
-        model_timesteps: the timestep that the model is called with at each of them, in any order; None: the
-            timesteps themselves. A sampler without such a distinction cannot use the list then.
+        model_timesteps: the timestep that the model is called with at each of them, in any order;
+            None: the timesteps themselves. A sampler without such a distinction cannot use the list
+            then.
     """
 
     timesteps: tuple[int, ...]
@@ -55,8 +57,8 @@ class TimestepList:
             object.__setattr__(self, "model_timesteps", checked)
 
     def for_schedule(self, schedule: NoiseSchedule, path: str = "the list") -> tuple[int, ...]:
-        """Return the timesteps for a sampler with this schedule. Warn if the schedule is another one of the
-        same length: the list works there, but was not chosen for it.
+        """Return the timesteps for a sampler with this schedule. Warn if the schedule is another
+        one of the same length: the list works there, but was not chosen for it.
 
         Raises:
             ValueError: they were made for another number of training timesteps.

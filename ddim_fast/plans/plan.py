@@ -1,7 +1,8 @@
-"""A sampling plan: every step of a run as data, computed once, in float64, before the first model call.
+"""A sampling plan: every step of a run as data, computed once, in float64, before the first model
+call.
 
-The plan holds explicit pairs (t, t_prev) and, for each, one row of coefficients. Kernels see nothing else:
-schedule, prediction type, eta and clipping end here.
+The plan holds explicit pairs (t, t_prev) and, for each, one row of coefficients. Kernels see
+nothing else: schedule, prediction type, eta and clipping end here.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ BEFORE_FIRST = -1
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One step, from timestep ``t`` to ``t_prev`` (-1: clean data): its noise levels, its noise, and its row.
+    """One step, from timestep ``t`` to ``t_prev`` (-1: clean data): its noise levels, its noise,
+    and its row.
 
     ``model_timestep`` is what the model is called with.
     """
@@ -57,29 +59,35 @@ class SamplingPlan:
 
     Args:
         schedule: the noise schedule the model was trained with.
-        timesteps: which timesteps to visit, strictly decreasing, as the functions of ``plans.timesteps`` return them.
+        timesteps: which timesteps to visit, strictly decreasing, as the functions of
+            ``plans.timesteps`` return them.
         prediction_type: what the model predicts, a key of ``PREDICTION_TYPES``.
         eta: 0 is deterministic DDIM, 1 adds as much noise as DDPM.
         eta_scales: what eta multiplies, "std_dev" (the paper) or "variance".
-        sigma_hat: add the paper's larger DDPM noise, sqrt(1 - alpha_bar_t / alpha_bar_prev), with the direction term of eta = 1
-            (appendix D.3). Needs eta = 1.
-        set_alpha_to_one: the last step goes to alpha_bar = 1 (clean data); otherwise to alpha_bar_0, as some models were sampled.
+        sigma_hat: add the paper's larger DDPM noise, sqrt(1 - alpha_bar_t / alpha_bar_prev), with
+            the direction term of eta = 1 (appendix D.3). Needs eta = 1.
+        set_alpha_to_one: the last step goes to alpha_bar = 1 (clean data); otherwise to
+            alpha_bar_0, as some models were sampled.
         clip_sample_range: clip the predicted x0 to [-range, range]; None for no clipping.
-        use_clipped_model_output: derive eps again from the clipped x0, so that the two agree (GLIDE and guided-diffusion do).
-        order: 1 is DDIM. 2 is its multistep form (DPM-Solver++(2M), see ``multistep_coefficients``), which
-            reads the x0 that the step before predicted: as many model calls, and an error that falls with
-            the square of the number of steps. Needs eta = 0.
+        use_clipped_model_output: derive eps again from the clipped x0, so that the two agree (GLIDE
+            and guided-diffusion do).
+        order: 1 is DDIM. 2 is its multistep form (DPM-Solver++(2M), see
+            ``multistep_coefficients``), which reads the x0 that the step before predicted: as many
+            model calls, and an error that falls with the square of the number of steps. Needs eta =
+            0.
         eps_residual: the mean squared error of the model's eps at each timestep visited, as
-            ``search.measure_eps_residual`` measures it: the added noise then has the analytic variance
-            (``coefficients.analytic_variance``) instead of eta's own. Not with ``sigma_hat`` or order 2.
-        model_timesteps: the timestep that the model is called with at each of them, where it is a different
-            one (arXiv 2310.09469, 2405.15506): a long step ends nearer to where many short ones lead with the
-            output of a timestep on its way. In any order. Empty: those visited.
+            ``search.measure_eps_residual`` measures it: the added noise then has the analytic
+            variance (``coefficients.analytic_variance``) instead of eta's own. Not with
+            ``sigma_hat`` or order 2.
+        model_timesteps: the timestep that the model is called with at each of them, where it is a
+            different one (arXiv 2310.09469, 2405.15506): a long step ends nearer to where many
+            short ones lead with the output of a timestep on its way. In any order. Empty: those
+            visited.
         thresholding: dynamic thresholding of x0 before it is clipped; None for none.
 
     Raises:
-        ValueError: an argument is unknown or out of range; eta asks for more noise than a step has room for; epsilon prediction at
-            zero terminal SNR.
+        ValueError: an argument is unknown or out of range; eta asks for more noise than a step has
+            room for; epsilon prediction at zero terminal SNR.
     """
 
     schedule: NoiseSchedule
@@ -157,7 +165,8 @@ class SamplingPlan:
 
     @property
     def largest_eta(self) -> float:
-        """The eta at which the noise of some step takes up all the variance of its target, 1 - alpha_bar_prev."""
+        """The eta at which the noise of some step takes up all the variance of its target, 1 -
+        alpha_bar_prev."""
         rooms = []
         for alpha_bar_t, alpha_bar_prev in self._levels:
             if variance := ddpm_variance(alpha_bar_t, alpha_bar_prev):

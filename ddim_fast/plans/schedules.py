@@ -1,11 +1,12 @@
 """The noise schedule: how much of the signal is left at each training timestep, in float64.
 
-Everything follows from one array, ``alphas_cumprod`` (the ᾱ_t of the papers): q(x_t | x_0) = N(√ᾱ_t x_0, (1 - ᾱ_t) I).
-The presets are one classmethod each, and one entry of ``SCHEDULES``.
+Everything follows from one array, ``alphas_cumprod`` (the alpha_bar_t of the papers): q(x_t | x_0)
+= N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I). The presets are one classmethod each, and one entry
+of ``SCHEDULES``.
 
-Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2020, arXiv 2010.02502), improved DDPM (Nichol and
-Dhariwal 2021, arXiv 2102.09672), zero terminal SNR (Lin et al. 2023, arXiv 2305.08891), v-prediction (Salimans and Ho
-2022, arXiv 2202.00512).
+Sources: DDPM (Ho et al. 2020, arXiv 2006.11239), DDIM (Song et al. 2020, arXiv 2010.02502),
+improved DDPM (Nichol and Dhariwal 2021, arXiv 2102.09672), zero terminal SNR (Lin et al. 2023,
+arXiv 2305.08891), v-prediction (Salimans and Ho 2022, arXiv 2202.00512).
 """
 
 from __future__ import annotations
@@ -28,18 +29,21 @@ __all__ = ["SCHEDULES", "NoiseSchedule", "make_schedule"]
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """A discrete diffusion's ᾱ_t for t = 0 ... T-1, and what follows from it without a model.
+    """A discrete diffusion's alpha_bar_t for t = 0 ... T-1, and what follows from it without a
+    model.
 
-    Two schedules are equal, and hash alike, where their ``alphas_cumprod`` agree bit for bit; the name does not count.
+    Two schedules are equal, and hash alike, where their ``alphas_cumprod`` agree bit for bit; the
+    name does not count.
 
     Args:
-        alphas_cumprod: ᾱ_t, shape (T,), T >= 1: strictly decreasing within (0, 1]; the last may be 0 (zero terminal
-            SNR). Kept as a read-only float64 copy.
+        alphas_cumprod: alpha_bar_t, shape (T,), T >= 1: strictly decreasing within (0, 1]; the last
+            may be 0 (zero terminal SNR). Kept as a read-only float64 copy.
         name: what to call the schedule in messages and records.
 
     Raises:
         TypeError: ``alphas_cumprod`` does not hold real numbers, or ``name`` is no string.
-        ValueError: ``alphas_cumprod`` is not 1-D, is empty, holds NaN or infinity, leaves [0, 1] or fails to decrease.
+        ValueError: ``alphas_cumprod`` is not 1-D, is empty, holds NaN or infinity, leaves [0, 1] or
+            fails to decrease.
     """
 
     alphas_cumprod: np.ndarray
@@ -76,14 +80,15 @@ class NoiseSchedule:
 
     @classmethod
     def linear(cls, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-        """β rises linearly (DDPM, section 4).
+        """beta rises linearly (DDPM, section 4).
 
         Args:
             num_train_timesteps: T >= 1.
-            beta_start, beta_end: the first and the last β, in [0, 1].
+            beta_start, beta_end: the first and the last beta, in [0, 1].
 
         Raises:
-            TypeError, ValueError: a count that is no integer >= 1, a β outside [0, 1], or an ᾱ that fails to decrease.
+            TypeError, ValueError: a count that is no integer >= 1, a beta outside [0, 1], or an
+                alpha_bar that fails to decrease.
         """
         num_train_timesteps = _check_count(num_train_timesteps)
         _check_unit_interval(beta_start=beta_start, beta_end=beta_end)
@@ -93,7 +98,8 @@ class NoiseSchedule:
     def scaled_linear(
         cls, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
     ) -> NoiseSchedule:
-        """√β rises linearly (latent diffusion, Rombach et al. 2022; Stable Diffusion's defaults).
+        """sqrt(beta) rises linearly (latent diffusion, Rombach et al. 2022; Stable Diffusion's
+        defaults).
 
         Args and errors as for ``linear``.
         """
@@ -101,7 +107,8 @@ class NoiseSchedule:
 
     @classmethod
     def quad(cls, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-        """√β rises linearly: the original DDIM repository's name and defaults for ``scaled_linear``.
+        """sqrt(beta) rises linearly: the original DDIM repository's name and defaults for
+        ``scaled_linear``.
 
         Args and errors as for ``linear``.
         """
@@ -109,12 +116,13 @@ class NoiseSchedule:
 
     @classmethod
     def cosine(cls, num_train_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
-        """ᾱ follows a squared cosine, each β capped (improved DDPM, eq. 17; diffusers calls it squaredcos_cap_v2).
+        """alpha_bar follows a squared cosine, each beta capped (improved DDPM, eq. 17; diffusers
+        calls it squaredcos_cap_v2).
 
         Args:
             num_train_timesteps: T >= 1.
-            s: the offset that keeps β from vanishing near t = 0; finite, >= 0.
-            max_beta: no β exceeds it; in (0, 1].
+            s: the offset that keeps beta from vanishing near t = 0; finite, >= 0.
+            max_beta: no beta exceeds it; in (0, 1].
 
         Raises:
             TypeError, ValueError: an argument outside those ranges.
@@ -130,10 +138,10 @@ class NoiseSchedule:
     def sigmoid(
         cls, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> NoiseSchedule:
-        """β rises along a logistic curve over [-6, 6] (the original DDIM repository).
+        """beta rises along a logistic curve over [-6, 6] (the original DDIM repository).
 
-        ``beta_start`` and ``beta_end`` are its asymptotes, so the first β is a little above ``beta_start``.
-        Args and errors as for ``linear``.
+        ``beta_start`` and ``beta_end`` are its asymptotes, so the first beta is a little above
+        ``beta_start``. Args and errors as for ``linear``.
         """
         num_train_timesteps = _check_count(num_train_timesteps)
         _check_unit_interval(beta_start=beta_start, beta_end=beta_end)
@@ -142,7 +150,7 @@ class NoiseSchedule:
 
     @classmethod
     def const(cls, num_train_timesteps: int = 1000, beta: float = 0.02) -> NoiseSchedule:
-        """The same β at every step (the original DDIM repository; it takes its ``beta_end``).
+        """The same beta at every step (the original DDIM repository; it takes its ``beta_end``).
 
         Args:
             num_train_timesteps: T >= 1.
@@ -157,7 +165,8 @@ class NoiseSchedule:
 
     @classmethod
     def jsd(cls, num_train_timesteps: int = 1000) -> NoiseSchedule:
-        """β = 1/T, 1/(T-1), ..., 1 (Sohl-Dickstein et al. 2015, arXiv 1503.03585): ᾱ falls linearly to exactly 0.
+        """beta = 1/T, 1/(T-1), ..., 1 (Sohl-Dickstein et al. 2015, arXiv 1503.03585): alpha_bar
+        falls linearly to exactly 0.
 
         Args:
             num_train_timesteps: T >= 1.
@@ -170,15 +179,17 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Sequence[float] | np.ndarray | Tensor, name: str = "custom") -> NoiseSchedule:
-        """ᾱ_t = Π_{s <= t} (1 - β_s), multiplied in float64 (DDPM, eq. 4).
+        """alpha_bar_t = prod_{s <= t} (1 - beta_s), multiplied in float64 (DDPM, eq. 4).
 
         Args:
-            betas: shape (T,), in [0, 1]. Only the first may be 0 and only the last may be 1, or ᾱ would not decrease.
+            betas: shape (T,), in [0, 1]. Only the first may be 0 and only the last may be 1, or
+                alpha_bar would not decrease.
             name: what to call the schedule.
 
         Raises:
             TypeError: ``betas`` does not hold real numbers.
-            ValueError: ``betas`` is not 1-D, is empty, holds NaN or infinity, leaves [0, 1], or ᾱ fails to decrease.
+            ValueError: ``betas`` is not 1-D, is empty, holds NaN or infinity, leaves [0, 1], or
+                alpha_bar fails to decrease.
         """
         betas = _real_vector("betas", betas)
         outside = np.flatnonzero((betas < 0) | (betas > 1))
@@ -193,7 +204,8 @@ class NoiseSchedule:
     def from_alphas_cumprod(
         cls, alphas_cumprod: Sequence[float] | np.ndarray | Tensor, name: str = "custom"
     ) -> NoiseSchedule:
-        """A schedule from its ᾱ_t, shape (T,): the constructor, for any type of array. Errors as for the class."""
+        """A schedule from its alpha_bar_t, shape (T,): the constructor, for any type of array.
+        Errors as for the class."""
         return cls(alphas_cumprod, name)  # type: ignore[arg-type]
 
     @classmethod
@@ -213,18 +225,21 @@ class NoiseSchedule:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of ``alphas_cumprod``, in hexadecimal: what tells one schedule from another in files."""
+        """SHA-256 of ``alphas_cumprod``, in hexadecimal: what tells one schedule from another in
+        files."""
         return hashlib.sha256(np.ascontiguousarray(self.alphas_cumprod).tobytes()).hexdigest()
 
     @property
     def betas(self) -> np.ndarray:
-        """β_t = 1 - ᾱ_t / ᾱ_{t-1} with ᾱ_{-1} = 1; float64, shape (T,). Derived: within some 1e-16 of those given."""
+        """beta_t = 1 - alpha_bar_t / alpha_bar_{t-1} with alpha_bar_{-1} = 1; float64, shape (T,).
+        Derived: within some 1e-16 of those given."""
         previous = self._previous_alphas_cumprod
         return (previous - self.alphas_cumprod) / previous
 
     @property
     def log_snr(self) -> np.ndarray:
-        """log(ᾱ_t / (1 - ᾱ_t)), float64, shape (T,): decreasing; +inf where ᾱ is 1, -inf where it is 0."""
+        """log(alpha_bar_t / (1 - alpha_bar_t)), float64, shape (T,): decreasing; +inf where
+        alpha_bar is 1, -inf where it is 0."""
         with np.errstate(divide="ignore"):
             return np.log(self.alphas_cumprod) - np.log1p(-self.alphas_cumprod)
 
@@ -233,12 +248,15 @@ class NoiseSchedule:
         return np.concatenate([[1.0], self.alphas_cumprod[:-1]])
 
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
-        """The schedule with √ᾱ shifted and scaled so that the last ᾱ is exactly 0 and the first is exactly as before.
+        """The schedule with sqrt(alpha_bar) shifted and scaled so that the last alpha_bar is
+        exactly 0 and the first is exactly as before.
 
-        Lin et al. 2023, arXiv 2305.08891, Algorithm 1. A schedule that already ends at 0 is returned as it is.
+        Lin et al. 2023, arXiv 2305.08891, Algorithm 1. A schedule that already ends at 0 is
+        returned as it is.
 
         Raises:
-            ValueError: T = 1, where the first ᾱ is the last and cannot both stay and vanish.
+            ValueError: T = 1, where the first alpha_bar is the last and cannot both stay and
+                vanish.
         """
         if self.alphas_cumprod[-1] == 0:
             return self
@@ -253,11 +271,12 @@ class NoiseSchedule:
         return NoiseSchedule(alphas_cumprod, f"{self.name}_zero_terminal_snr")
 
     def alpha_bar(self, t: int, final_alpha_bar: float = 1.0) -> float:
-        """ᾱ_t as a float; t = -1, before the first step, gives ``final_alpha_bar``.
+        """alpha_bar_t as a float; t = -1, before the first step, gives ``final_alpha_bar``.
 
         Args:
             t: -1 <= t < T.
-            final_alpha_bar: in (0, 1]: 1.0, or ``alphas_cumprod[0]`` for diffusers' ``set_alpha_to_one=False``.
+            final_alpha_bar: in (0, 1]: 1.0, or ``alphas_cumprod[0]`` for diffusers'
+                ``set_alpha_to_one=False``.
 
         Raises:
             TypeError: ``t`` is no integer or ``final_alpha_bar`` no real number.
@@ -278,15 +297,18 @@ class NoiseSchedule:
     # --- The forward process ----------------------------------------------------------------------------------------
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
-        """x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) noise: a sample of q(x_t | x_0) where noise is standard normal (DDIM, eq. 4).
+        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise: a sample of q(x_t | x_0) where
+        noise is standard normal (DDIM, eq. 4).
 
-        Coefficients are computed in float64. The sum is taken in float64 where an input is float64, otherwise in
-        float32, and cast to x0's dtype. Values of a ``t`` on a GPU are read back and checked, which waits for it.
+        Coefficients are computed in float64. The sum is taken in float64 where an input is float64,
+        otherwise in float32, and cast to x0's dtype. Values of a ``t`` on a GPU are read back and
+        checked, which waits for it.
 
         Args:
             x0: shape (B, ...), floating point.
             noise: shape and device of x0, floating point.
-            t: one timestep for all samples (int or 0-d integer tensor), or an integer tensor of shape (B,); 0 <= t < T.
+            t: one timestep for all samples (int or 0-d integer tensor), or an integer tensor of
+                shape (B,); 0 <= t < T.
 
         Returns:
             x_t, with the shape, dtype and device of x0.
@@ -301,7 +323,8 @@ class NoiseSchedule:
         return _linear_combination(np.sqrt(alpha_bar), x0, np.sqrt(1 - alpha_bar), noise)
 
     def velocity(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
-        """v = √ᾱ_t noise - √(1 - ᾱ_t) x_0, the target of v-prediction (Salimans and Ho 2022, section 4).
+        """v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0, the target of v-prediction
+        (Salimans and Ho 2022, section 4).
 
         Args, precision and errors as for ``add_noise``.
 
@@ -313,18 +336,21 @@ class NoiseSchedule:
         return _linear_combination(-np.sqrt(1 - alpha_bar), x0, np.sqrt(alpha_bar), noise)
 
     def posterior_mean_variance(self, x0: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, float | Tensor]:
-        """Mean and variance of q(x_{t-1} | x_t, x_0) for adjacent timesteps, with ᾱ_{-1} = 1 (DDPM, eq. 6-7).
+        """Mean and variance of q(x_{t-1} | x_t, x_0) for adjacent timesteps, with alpha_bar_{-1} =
+        1 (DDPM, eq. 6-7).
 
-        mean = √ᾱ_{t-1} β_t / (1 - ᾱ_t) x_0 + √α_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t) x_t;
-        variance = (1 - ᾱ_{t-1}) / (1 - ᾱ_t) β_t. At t = 0 they are exactly x_0 and 0.
+        mean = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0 + sqrt(alpha_t) (1 -
+        alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t; variance = (1 - alpha_bar_{t-1}) / (1 -
+        alpha_bar_t) beta_t. At t = 0 they are exactly x_0 and 0.
 
         Args:
             x0, x_t: shape (B, ...), floating point, on one device.
             t: as for ``add_noise``.
 
         Returns:
-            The mean, with the shape, dtype and device of x0; and the variance, a float where ``t`` is one timestep,
-            otherwise a tensor of shape (B, 1, ..., 1) in the dtype of the computation (float64 or float32).
+            The mean, with the shape, dtype and device of x0; and the variance, a float where ``t``
+            is one timestep, otherwise a tensor of shape (B, 1, ..., 1) in the dtype of the
+            computation (float64 or float32).
 
         Raises:
             TypeError, ValueError, IndexError: as for ``add_noise``.
@@ -332,7 +358,8 @@ class NoiseSchedule:
         indices = self._timestep_indices(t, x0, x_t, "x_t")
         beta, previous = self.betas[indices], self._previous_alphas_cumprod[indices]
         alpha = self.alphas_cumprod[indices] / previous  # 1 - beta would lose digits where beta is near 1
-        # Where the schedule starts at ᾱ = 1, the formula is 0 / 0 at t = 0; its value there is known without division.
+        # Where the schedule starts at alpha_bar = 1, the formula is 0 / 0 at t = 0; its value there
+        # is known without division.
         remaining = np.where(indices == 0, 1.0, 1 - self.alphas_cumprod[indices])
         x0_coefficient = np.where(indices == 0, 1.0, np.sqrt(previous) * beta / remaining)
         x_t_coefficient = np.sqrt(alpha) * (1 - previous) / remaining

@@ -1,13 +1,15 @@
-"""Which training timesteps a sampler visits: always exactly as many as were asked for, in decreasing order.
+"""Which training timesteps a sampler visits: always exactly as many as were asked for, in
+decreasing order.
 
-A spacing is a function that says where on the real line the timesteps should lie, and one entry of ``SPACINGS``;
-``distinct_timesteps`` then makes integers of the positions, moving them as little as it can. Most conventions in use
-give a wrong count, a repeated timestep or t = -1 for some counts. Where a convention works, the list here is the same;
-where it does not, the function's docstring says what replaces it.
+A spacing is a function that says where on the real line the timesteps should lie, and one entry of
+``SPACINGS``; ``distinct_timesteps`` then makes integers of the positions, moving them as little as
+it can. Most conventions in use give a wrong count, a repeated timestep or t = -1 for some counts.
+Where a convention works, the list here is the same; where it does not, the function's docstring
+says what replaces it.
 
-Sources: DDIM (Song et al. 2020, arXiv 2010.02502, appendix D.2) and its repository, improved DDPM (arXiv 2102.09672),
-guided-diffusion, diffusers' schedulers, Lin et al. 2023 (arXiv 2305.08891, table 2), EDM (Karras et al. 2022,
-arXiv 2206.00364, eq. 5).
+Sources: DDIM (Song et al. 2020, arXiv 2010.02502, appendix D.2) and its repository, improved DDPM
+(arXiv 2102.09672), guided-diffusion, diffusers' schedulers, Lin et al. 2023 (arXiv 2305.08891,
+table 2), EDM (Karras et al. 2022, arXiv 2206.00364, eq. 5).
 """
 
 from __future__ import annotations
@@ -68,9 +70,10 @@ def select_timesteps(
     Args:
         num_inference_steps: 1 <= S <= T.
         num_train_timesteps: T >= 1.
-        spacing: a key of ``SPACINGS``. Only ``trailing``, ``log_snr``, ``karras``, ``cosine`` and ``beta`` always
-            start at T - 1.
-        steps_offset: added to every timestep of ``leading``, 0 <= steps_offset < T; the other spacings do not use it.
+        spacing: a key of ``SPACINGS``. Only ``trailing``, ``log_snr``, ``karras``, ``cosine`` and
+            ``beta`` always start at T - 1.
+        steps_offset: added to every timestep of ``leading``, 0 <= steps_offset < T; the other
+            spacings do not use it.
         schedule: needed by ``log_snr``, ``karras`` and ``cosine``; of length T.
         rho: the exponent of ``karras``, finite and > 0; the other spacings do not use it.
 
@@ -78,8 +81,10 @@ def select_timesteps(
         S distinct integers in [0, T-1], decreasing.
 
     Raises:
-        TypeError: a count or ``steps_offset`` is no int, ``rho`` no number, or ``schedule`` no NoiseSchedule.
-        ValueError: an argument is out of range, the spacing is unknown, or it needs a schedule and there is none.
+        TypeError: a count or ``steps_offset`` is no int, ``rho`` no number, or ``schedule`` no
+            NoiseSchedule.
+        ValueError: an argument is out of range, the spacing is unknown, or it needs a schedule and
+            there is none.
     """
     check_choice("spacing", spacing, SPACINGS, "for a list of your own use explicit_timesteps")
     num_train_timesteps = check_integer("num_train_timesteps", num_train_timesteps, at_least=1)
@@ -97,10 +102,11 @@ def select_timesteps(
 
 
 def leading(request: SpacingRequest) -> np.ndarray:
-    """0, k, 2k, ... with k = T // S, plus ``steps_offset``: diffusers' default, float64 of shape (S,).
+    """0, k, 2k, ... with k = T // S, plus ``steps_offset``: diffusers' default, float64 of shape
+    (S,).
 
-    An offset that would carry the last timestep past T - 1 is lowered to the largest that does not: the stride stays
-    even.
+    An offset that would carry the last timestep past T - 1 is lowered to the largest that does not:
+    the stride stays even.
     """
     stride = request.num_train_timesteps // request.num_inference_steps
     positions = stride * np.arange(request.num_inference_steps, dtype=np.float64)
@@ -108,9 +114,11 @@ def leading(request: SpacingRequest) -> np.ndarray:
 
 
 def trailing(request: SpacingRequest) -> np.ndarray:
-    """T, T - T/S, T - 2T/S, ... down to T/S, rounded, minus 1: diffusers' "trailing", float64 of shape (S,).
+    """T, T - T/S, T - 2T/S, ... down to T/S, rounded, minus 1: diffusers' "trailing", float64 of
+    shape (S,).
 
-    The float ``arange`` of the convention sometimes counts one position too many, near 0, hence t = -1: it is cut off.
+    The float ``arange`` of the convention sometimes counts one position too many, near 0, hence t =
+    -1: it is cut off.
     """
     stride = request.num_train_timesteps / request.num_inference_steps
     positions = np.arange(request.num_train_timesteps, 0, -stride)[: request.num_inference_steps]
@@ -119,43 +127,50 @@ def trailing(request: SpacingRequest) -> np.ndarray:
 
 
 def linspace(request: SpacingRequest) -> np.ndarray:
-    """Evenly from 0 to T - 1, both visited: diffusers' "linspace", float64 of shape (S,). One step is t = 0."""
+    """Evenly from 0 to T - 1, both visited: diffusers' "linspace", float64 of shape (S,). One step
+    is t = 0."""
     return np.linspace(0, request.num_train_timesteps - 1, request.num_inference_steps)
 
 
 def uniform(request: SpacingRequest) -> np.ndarray:
-    """⌊i T / S⌋: the original DDIM repository's "uniform" mended, float64 of shape (S,).
+    """floor(i T / S): the original DDIM repository's "uniform" mended, float64 of shape (S,).
 
-    The original strides by T // S, which gives exactly S timesteps only where S divides T. There this is the same list;
-    elsewhere it keeps the original's lowest timestep, 0, and spreads the rest over the range as evenly as integers can.
+    The original strides by T // S, which gives exactly S timesteps only where S divides T. There
+    this is the same list; elsewhere it keeps the original's lowest timestep, 0, and spreads the
+    rest over the range as evenly as integers can.
     """
     indices = np.arange(request.num_inference_steps)
     return (indices * request.num_train_timesteps // request.num_inference_steps).astype(np.float64)
 
 
 def quad(request: SpacingRequest) -> np.ndarray:
-    """Evenly in √t up to √(0.8 T), squared, rounded down: the original DDIM repository's "quad", float64 of shape (S,).
+    """Evenly in sqrt(t) up to sqrt(0.8 T), squared, rounded down: the original DDIM repository's
+    "quad", float64 of shape (S,).
 
-    With many steps the positions near 0 repeat; they are then moved apart by the least total change.
+    With many steps the positions near 0 repeat; they are then moved apart by the least total
+    change.
     """
     roots = np.linspace(0, np.sqrt(request.num_train_timesteps * 0.8), request.num_inference_steps)
     return np.floor(roots**2)
 
 
 def log_snr(request: SpacingRequest) -> np.ndarray:
-    """Evenly in log(ᾱ / (1 - ᾱ)) from t = T - 1 to t = 0, float64 of shape (S,). One step is t = T - 1."""
+    """Evenly in log(alpha_bar / (1 - alpha_bar)) from t = T - 1 to t = 0, float64 of shape (S,).
+    One step is t = T - 1."""
     snr = _finite_log_snr(request.schedule)
     return _timesteps_of_log_snr(np.linspace(snr[-1], snr[0], request.num_inference_steps), snr)
 
 
 def karras(request: SpacingRequest) -> np.ndarray:
-    """Evenly in the noise-to-signal ratio √((1 - ᾱ) / ᾱ) to the power 1 / rho (EDM, eq. 5), float64 of shape (S,).
+    """Evenly in the noise-to-signal ratio sqrt((1 - alpha_bar) / alpha_bar) to the power 1 / rho
+    (EDM, eq. 5), float64 of shape (S,).
 
     rho = 1 is even in the ratio itself, and rho → ∞ tends to ``log_snr``. One step is t = T - 1.
     """
     snr = _finite_log_snr(request.schedule)
-    # The ratio is exp(-log_snr / 2). Divided by its largest value it cannot overflow, whatever rho and the schedule.
-    # A smallest ratio that underflows has log_snr = inf, which is past the last timestep and so is it.
+    # The ratio is exp(-log_snr / 2). Divided by its largest value it cannot overflow, whatever rho
+    # and the schedule. A smallest ratio that underflows has log_snr = inf, which is past the last
+    # timestep and so is it.
     fraction = np.linspace(0, 1, request.num_inference_steps)
     with np.errstate(divide="ignore", under="ignore", over="ignore"):
         root = np.log1p(fraction * np.expm1(-(snr[0] - snr[-1]) / 2 / request.rho))
@@ -163,9 +178,11 @@ def karras(request: SpacingRequest) -> np.ndarray:
 
 
 def cosine(request: SpacingRequest) -> np.ndarray:
-    """The noise levels that the cosine schedule visits evenly (arXiv 2102.09672), whatever the model's own, float64 of shape (S,).
+    """The noise levels that the cosine schedule visits evenly (arXiv 2102.09672), whatever the
+    model's own, float64 of shape (S,).
 
-    There √ᾱ is the cosine of an angle that grows evenly: evenly in arctan √((1 - ᾱ) / ᾱ), from t = T - 1 to t = 0. One step is t = T - 1.
+    There sqrt(alpha_bar) is the cosine of an angle that grows evenly: evenly in arctan sqrt((1 -
+    alpha_bar) / alpha_bar), from t = T - 1 to t = 0. One step is t = T - 1.
     """
     snr = _finite_log_snr(request.schedule)
     with np.errstate(divide="ignore", over="ignore", under="ignore"):
@@ -176,10 +193,11 @@ def cosine(request: SpacingRequest) -> np.ndarray:
 
 
 def beta(request: SpacingRequest) -> np.ndarray:
-    """Quantiles of a Beta(0.6, 0.6) distribution over the range: denser at both ends, float64 of shape (S,).
+    """Quantiles of a Beta(0.6, 0.6) distribution over the range: denser at both ends, float64 of
+    shape (S,).
 
-    Lee et al. 2024, "Beta Sampling is All You Need" (arXiv 2407.12173): the early steps decide the picture's outline, the last its
-    detail. From t = T - 1 to t = 0; one step is t = T - 1.
+    Lee et al. 2024, "Beta Sampling is All You Need" (arXiv 2407.12173): the early steps decide the
+    picture's outline, the last its detail. From t = T - 1 to t = 0; one step is t = T - 1.
     """
     last = request.num_train_timesteps - 1
     if request.num_inference_steps == 1:
@@ -188,7 +206,8 @@ def beta(request: SpacingRequest) -> np.ndarray:
 
 
 def _beta_quantiles(p: np.ndarray, concentration: float) -> np.ndarray:
-    """Quantiles of Beta(a, a) to about 1e-7: with x = sin(angle)^2 its density is (sin cos)^(2a - 1), which is bounded for a >= 1/2."""
+    """Quantiles of Beta(a, a) to about 1e-7: with x = sin(angle)^2 its density is (sin cos)^(2a -
+    1), which is bounded for a >= 1/2."""
     # Squeezed towards the ends, where the density turns vertical.
     angles = np.pi / 4 * (1 - np.cos(np.linspace(0, np.pi, 20_001)))
     middles = (angles[1:] + angles[:-1]) / 2
@@ -208,7 +227,8 @@ SPACINGS: dict[str, Callable[[SpacingRequest], np.ndarray]] = {
     "cosine": cosine,
     "beta": beta,
 }
-"""Spacings by name: each takes a ``SpacingRequest`` and returns S real positions, not necessarily whole or distinct."""
+"""Spacings by name: each takes a ``SpacingRequest`` and returns S real positions, not necessarily
+whole or distinct."""
 
 _NEEDS_SCHEDULE = ("log_snr", "karras", "cosine")
 
@@ -216,8 +236,9 @@ _NEEDS_SCHEDULE = ("log_snr", "karras", "cosine")
 def distinct_timesteps(positions: Sequence[float] | np.ndarray, num_train_timesteps: int) -> tuple[int, ...]:
     """Round positions to S distinct integers in [0, T-1] by the least total change.
 
-    Positions are rounded to the nearest integer, ties to even as NumPy does. Where the result is distinct and within
-    range, it is returned; otherwise the answer has the smallest possible sum of |timestep - rounded position|.
+    Positions are rounded to the nearest integer, ties to even as NumPy does. Where the result is
+    distinct and within range, it is returned; otherwise the answer has the smallest possible sum of
+    |timestep - rounded position|.
 
     Args:
         positions: shape (S,), 1 <= S <= T, finite, in any order.
@@ -240,7 +261,8 @@ def distinct_timesteps(positions: Sequence[float] | np.ndarray, num_train_timest
     if not np.isfinite(positions).all():
         bad = positions[~np.isfinite(positions)][0]
         raise ValueError(f"positions must be finite, got {bad}: remove NaN and infinity")
-    # Clipping first changes no optimum: the answer is in range whatever it is, so an excess only adds a constant.
+    # Clipping first changes no optimum: the answer is in range whatever it is, so an excess only
+    # adds a constant.
     rounded = np.clip(np.round(np.sort(positions)), 0, num_train_timesteps - 1).astype(np.int64)
     if (np.diff(rounded) > 0).all():
         return tuple(rounded[::-1].tolist())
@@ -251,11 +273,12 @@ def distinct_timesteps(positions: Sequence[float] | np.ndarray, num_train_timest
 
 
 def _nearest_non_decreasing(values: list[int]) -> list[int]:
-    """The non-decreasing integers with the least sum of absolute differences from ``values`` (isotonic L1 regression).
+    """The non-decreasing integers with the least sum of absolute differences from ``values``
+    (isotonic L1 regression).
 
-    One pass keeps in a heap the kinks of the cost of ending at a given value; the largest kink is the best end so far.
-    A second pass, backwards, lowers each best end to its successor's. Clipping the answer to an interval leaves it best
-    among the answers within that interval.
+    One pass keeps in a heap the kinks of the cost of ending at a given value; the largest kink is
+    the best end so far. A second pass, backwards, lowers each best end to its successor's. Clipping
+    the answer to an interval leaves it best among the answers within that interval.
     """
     kinks: list[int] = []  # negated: heapq keeps the smallest first
     best_ends = []
@@ -270,7 +293,8 @@ def _nearest_non_decreasing(values: list[int]) -> list[int]:
 
 
 def _finite_log_snr(schedule: NoiseSchedule | None) -> np.ndarray:
-    """The schedule's log-SNR, an infinite end (ᾱ of exactly 0 or 1) replaced by a straight line from its neighbours."""
+    """The schedule's log-SNR, an infinite end (alpha_bar of exactly 0 or 1) replaced by a straight
+    line from its neighbours."""
     assert schedule is not None  # ``select_timesteps`` has checked that
     values = np.array(schedule.log_snr)
     finite = np.flatnonzero(np.isfinite(values))
@@ -296,11 +320,12 @@ def respaced_timesteps(
 ) -> tuple[int, ...]:
     """Timesteps of a respacing string in the notation of improved-diffusion and guided-diffusion.
 
-    - ``"ddimN"``: N timesteps 0, k, 2k, ... with the smallest stride k that gives exactly N below T. The original fails
-      where no stride does, for most N; here those N are spaced as ``uniform`` does, ⌊i T / N⌋.
-    - ``"10,15,20"`` or ``[10, 15, 20]``: the range is cut into as many sections, as equal as integers allow, the longer
-      ones first. Each is given its own count, evenly spaced, both ends visited (a count of 1: its first timestep). A
-      count may be 0 where another is not.
+    - ``"ddimN"``: N timesteps 0, k, 2k, ... with the smallest stride k that gives exactly N below
+      T. The original fails where no stride does, for most N; here those N are spaced as ``uniform``
+      does, floor(i T / N).
+    - ``"10,15,20"`` or ``[10, 15, 20]``: the range is cut into as many sections, as equal as
+      integers allow, the longer ones first. Each is given its own count, evenly spaced, both ends
+      visited (a count of 1: its first timestep). A count may be 0 where another is not.
 
     Args:
         respacing: such a string, or the sections' counts.
@@ -311,7 +336,8 @@ def respaced_timesteps(
 
     Raises:
         TypeError: ``respacing`` is neither a string nor a list of ints.
-        ValueError: the string cannot be read, N is not in 1 ... T, a count exceeds its section, or all counts are 0.
+        ValueError: the string cannot be read, N is not in 1 ... T, a count exceeds its section, or
+            all counts are 0.
     """
     num_train_timesteps = check_integer("num_train_timesteps", num_train_timesteps, at_least=1)
     if not isinstance(respacing, str):
@@ -330,7 +356,8 @@ def explicit_timesteps(timesteps: Sequence[int] | np.ndarray | Tensor, num_train
     """Check a list of the caller's own and return it as a tuple of ints.
 
     Args:
-        timesteps: 1 to T integers in [0, T-1], strictly decreasing: the order in which sampling visits them.
+        timesteps: 1 to T integers in [0, T-1], strictly decreasing: the order in which sampling
+            visits them.
         num_train_timesteps: T >= 1.
 
     Raises:
@@ -358,7 +385,8 @@ def explicit_timesteps(timesteps: Sequence[int] | np.ndarray | Tensor, num_train
 def explicit_model_timesteps(
     model_timesteps: Sequence[int] | np.ndarray | Tensor, num_inference_steps: int, num_train_timesteps: int
 ) -> tuple[int, ...]:
-    """Check what a model is to be told in S = ``num_inference_steps`` steps, and return it as a tuple of ints.
+    """Check what a model is to be told in S = ``num_inference_steps`` steps, and return it as a
+    tuple of ints.
 
     Args:
         model_timesteps: S integers in [0, T-1], in any order.
@@ -378,7 +406,8 @@ def explicit_model_timesteps(
 
 def _ddim_timesteps(count: int, num_train_timesteps: int) -> tuple[int, ...]:
     count = check_integer("the count of 'ddimN'", count, at_least=1, at_most=num_train_timesteps)
-    # A longer stride never gives more timesteps, so the shortest one that gives at most N is the only one to try.
+    # A longer stride never gives more timesteps, so the shortest one that gives at most N is the
+    # only one to try.
     stride = -(-num_train_timesteps // count)
     strided = range(0, num_train_timesteps, stride)
     if len(strided) == count:
@@ -405,9 +434,11 @@ def _sectioned_timesteps(counts: list[int], num_train_timesteps: int) -> tuple[i
 
 
 def _section(start: int, end: int, count: int) -> list[int]:
-    """``count`` timesteps of [start, end), evenly, ends included; a stride of 1 or more never repeats one."""
+    """``count`` timesteps of [start, end), evenly, ends included; a stride of 1 or more never
+    repeats one."""
     stride = (end - 1 - start) / (count - 1) if count > 1 else 1.0
-    # The original adds the stride up instead of multiplying, which settles some ties differently: so does this.
+    # The original adds the stride up instead of multiplying, which settles some ties differently:
+    # so does this.
     positions = np.cumsum([0.0] + [stride] * (count - 1))[:count]
     return [start + int(position) for position in np.round(positions)]
 

@@ -1,9 +1,10 @@
-"""The sampling loop as CUDA graphs: captured once, replayed by every later call that differs in values only.
+"""The sampling loop as CUDA graphs: captured once, replayed by every later call that differs in
+values only.
 
-A graph bakes in addresses, shapes and every Python number. Here everything that changes between calls is in
-static tensors that the captured work reads: samples, seeds, timesteps, coefficients, guidance scales,
-conditioning, known regions. What is baked in is part of the key under which a graph is kept (``_key``), so a
-different value leads to a different graph, never to a stale one.
+A graph bakes in addresses, shapes and every Python number. Here everything that changes between
+calls is in static tensors that the captured work reads: samples, seeds, timesteps, coefficients,
+guidance scales, conditioning, known regions. What is baked in is part of the key under which a
+graph is kept (``_key``), so a different value leads to a different graph, never to a stale one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from .cuda_graphs import CapturedGraph, CudaGraphs, GraphBackend
 from .loop import Loop, Position, Timing, model_calls
 
 MODES = ("auto", "loop", "step", "off")
-"""One graph for the whole loop, one for a step that is replayed for each, or none; "auto": "step" where it can be."""
+"""One graph for the whole loop, one for a step that is replayed for each, or none; "auto": "step"
+where it can be."""
 
 _PACKAGE = __name__.partition(".")[0]
 _LOADED = ("x_t", "seeds", "mask", "known_x0")  # tensors of a Loop that are copied in for each call
@@ -57,7 +59,8 @@ class Job:
     def table(self) -> StepTable:
         """The steps of the plan, on the host, each with its guidance scale."""
         table = self.plan.table("cpu", self.loop.guidance_scales)
-        # If the guided output is rescaled, the step gets that one output, and the scale is looked up before it.
+        # If the guided output is rescaled, the step gets that one output, and the scale is looked
+        # up before it.
         return replace(table, guided=table.guided and not self.loop.guidance_rescale)
 
 
@@ -151,9 +154,9 @@ class CapturedLoop:
 class GraphCache:
     """A cache of captured loops; the least recently used are freed first.
 
-    A graph holds its model and the memory of one call of it; ``clear`` and ``discard`` release them. A loop
-    that is in use, by another thread or by the sampler that calls this callback, is left alone: a second one
-    is captured. A copy or a pickle of a cache starts empty.
+    A graph holds its model and the memory of one call of it; ``clear`` and ``discard`` release
+    them. A loop that is in use, by another thread or by the sampler that calls this callback, is
+    left alone: a second one is captured. A copy or a pickle of a cache starts empty.
 
     Args:
         maxsize: how many graphs are kept.
@@ -185,10 +188,12 @@ class GraphCache:
 
     @contextmanager
     def use(self, mode: str, job: Job, optional: bool = False) -> Iterator[CapturedLoop | None]:
-        """Return the captured loop for this job, with the job's values loaded; it is captured now if there is none.
+        """Return the captured loop for this job, with the job's values loaded; it is captured now
+        if there is none.
 
         Args:
-            optional: return None, with one warning, instead of raising an error where it cannot be captured.
+            optional: return None, with one warning, instead of raising an error where it cannot be
+                captured.
 
         Raises:
             CaptureError: the model cannot be captured.
@@ -220,7 +225,8 @@ class GraphCache:
             return fresh
 
     def _get_or_none(self, mode: str, job: Job) -> CapturedLoop | None:
-        """Return None whatever goes wrong: an error of the model itself shows again without a graph."""
+        """Return None whatever goes wrong: an error of the model itself shows again without a
+        graph."""
         failed = self._failed.setdefault(job.model, set())
         key = None
         try:
@@ -233,7 +239,8 @@ class GraphCache:
             return None
 
     def discard(self, model: Model) -> None:
-        """Free every graph of this model, so that it is captured again, for instance after a change that graphs cannot see."""
+        """Free every graph of this model, so that it is captured again, for instance after a change
+        that graphs cannot see."""
         with self._lock:
             if isinstance(model, nn.Module):
                 self._failed.pop(model, None)
@@ -315,7 +322,8 @@ def choose_mode(
 
 
 def _capacity(mode: str, steps: int) -> int:
-    """Return the rows of a captured table: the graph of a step serves up to so many steps, that of a loop exactly its own number."""
+    """Return the rows of a captured table: the graph of a step serves up to so many steps, that of
+    a loop exactly its own number."""
     return steps if mode == "loop" else max(64, 1 << (steps - 1).bit_length())
 
 
@@ -357,9 +365,9 @@ def _precisions() -> Hashable:
 def _model_key(model: Model) -> Hashable:
     """Return the model and, for a module, what a replay would not follow as far as it can be seen.
 
-    That is where its weights are (weights changed in place are followed, moved ones are not), its modules,
-    their hooks, training mode and plain attributes. The model of a graph is kept alive, so an id is not
-    reused.
+    That is where its weights are (weights changed in place are followed, moved ones are not), its
+    modules, their hooks, training mode and plain attributes. The model of a graph is kept alive, so
+    an id is not reused.
     """
     if not isinstance(model, nn.Module):
         return id(model)
@@ -390,7 +398,8 @@ _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
 
 
 def _plain_key(value: Any) -> Hashable:
-    """Return a key that differs between True and 1 and between 0.0 and -0.0, and is the same for every NaN."""
+    """Return a key that differs between True and 1 and between 0.0 and -0.0, and is the same for
+    every NaN."""
     return type(value), value.hex() if isinstance(value, float) else value
 
 

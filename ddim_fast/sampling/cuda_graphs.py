@@ -1,10 +1,12 @@
-"""CUDA graphs: a step is captured once and replayed, so that the host launches one graph instead of hundreds of kernels.
+"""CUDA graphs: a step is captured once and replayed, so that the host launches one graph instead of
+hundreds of kernels.
 
-Capturing is done by a small object behind a protocol, ``GraphBackend``. ``CudaGraphs`` is the real one;
-``ddim_fast.gpu_lab.replay`` has a stand-in that records and replays on the CPU, with pointers and numbers
-frozen as in a real graph.
+Capturing is done by a small object behind a protocol, ``GraphBackend``. ``CudaGraphs`` is the real
+one; ``ddim_fast.gpu_lab.replay`` has a stand-in that records and replays on the CPU, with pointers
+and numbers frozen as in a real graph.
 
-Sources: "CUDA Graphs", stream capture, in the CUDA C++ programming guide; "CUDA Graphs" in PyTorch's notes on CUDA semantics.
+Sources: "CUDA Graphs", stream capture, in the CUDA C++ programming guide; "CUDA Graphs" in
+PyTorch's notes on CUDA semantics.
 """
 
 from __future__ import annotations
@@ -24,16 +26,17 @@ WARM_UP_CALLS = 3
 
 
 class CaptureError(RuntimeError):
-    """A capture that is impossible. The message has the rule, what was called and where, and the remedy."""
+    """A capture that is impossible. The message has the rule, what was called and where, and the
+    remedy."""
 
 
 class CapturedGraph(Protocol):
-    """A captured function. ``output`` is what it returned: tensors that every replay fills again, and that
-    nothing has filled yet.
+    """A captured function. ``output`` is what it returned: tensors that every replay fills again,
+    and that nothing has filled yet.
 
-    Every replay uses every tensor at the same address, and every Python number with the same value, as the
-    captured call: tensors that it did not make itself must stay alive, and what changes between replays must
-    be in a tensor.
+    Every replay uses every tensor at the same address, and every Python number with the same value,
+    as the captured call: tensors that it did not make itself must stay alive, and what changes
+    between replays must be in a tensor.
     """
 
     output: Any
@@ -49,10 +52,12 @@ class GraphBackend(Protocol):
     """Something that captures functions without arguments."""
 
     def warm_up(self, function: Callable[[], Any], times: int = WARM_UP_CALLS) -> None:
-        """Run ``function``, so that nothing happens for the first time in a capture. Its output tensors change."""
+        """Run ``function``, so that nothing happens for the first time in a capture. Its output
+        tensors change."""
 
     def capture(self, function: Callable[[], Any]) -> CapturedGraph:
-        """Call ``function`` once, recording instead of running: no tensor changes until the first replay.
+        """Call ``function`` once, recording instead of running: no tensor changes until the first
+        replay.
 
         Raises:
             CaptureError: it did something that cannot be recorded.
@@ -84,13 +89,14 @@ class CudaGraph:
 
 
 class CudaGraphs:
-    """Capturing by ``torch.cuda.CUDAGraph``, on a separate stream, each graph in a private memory pool.
+    """Capturing by ``torch.cuda.CUDAGraph``, on a separate stream, each graph in a private memory
+    pool.
 
     Args:
         device: the CUDA device. None: the current one.
-        pool: ``torch.cuda.graph_pool_handle()`` or the pool of another graph, to share one pool between
-            graphs that are replayed in the order in which they were captured, and never at the same time.
-            None: one pool each.
+        pool: ``torch.cuda.graph_pool_handle()`` or the pool of another graph, to share one pool
+            between graphs that are replayed in the order in which they were captured, and never at
+            the same time. None: one pool each.
     """
 
     def __init__(self, device: str | int | torch.device | None = None, pool: Any = None):
@@ -105,17 +111,19 @@ class CudaGraphs:
         return self._side
 
     def warm_up(self, function: Callable[[], Any], times: int = WARM_UP_CALLS) -> None:
-        """Run ``function`` on the side stream, where it will be captured: libraries keep one workspace per stream.
+        """Run ``function`` on the side stream, where it will be captured: libraries keep one
+        workspace per stream.
 
-        The side stream first waits for the current one, which then waits for the side stream. The host
-        waits for neither.
+        The side stream first waits for the current one, which then waits for the side stream. The
+        host waits for neither.
         """
         side = self._side_stream()
         with torch.cuda.device(side.device):
             current = torch.cuda.current_stream()
             side.wait_stream(current)
             try:
-                # Random numbers drawn by the model while it warms up must not be missing from the run.
+                # Random numbers drawn by the model while it warms up must not be missing from the
+                # run.
                 with torch.cuda.stream(side), torch.random.fork_rng(devices=[side.device.index]):
                     for _ in range(times):
                         function()
@@ -125,14 +133,14 @@ class CudaGraphs:
     def capture(self, function: Callable[[], Any]) -> CudaGraph:
         """Capture one call of ``function``. Waits for the device first.
 
-        The error mode is "thread_local". With the default, "global", unsafe calls of *any* thread, such as a
-        data loader that allocates pinned memory, would make the capture fail; with "relaxed" our own unsafe
-        calls would go unnoticed.
+        The error mode is "thread_local". With the default, "global", unsafe calls of *any* thread,
+        such as a data loader that allocates pinned memory, would make the capture fail; with
+        "relaxed" our own unsafe calls would go unnoticed.
 
         Raises:
-            CaptureError: ``function`` raised, or did something that a stream cannot record. The message
-                names the line; the cause is the original error. The current stream is restored, the
-                capture has ended and its memory is released.
+            CaptureError: ``function`` raised, or did something that a stream cannot record. The
+                message names the line; the cause is the original error. The current stream is
+                restored, the capture has ended and its memory is released.
         """
         side = self._side_stream()
         graph, pool = torch.cuda.CUDAGraph(), self._pool
@@ -150,7 +158,8 @@ class CudaGraphs:
                         raised.append(error)
                         raise
             except BaseException as error:
-                # After a forbidden call torch.cuda.graph raises a second error when it ends the capture: report the first.
+                # After a forbidden call torch.cuda.graph raises a second error when it ends the
+                # capture: report the first.
                 first = raised[0] if raised else error
                 torch.cuda.set_stream(current)
                 _give_up(graph, pool, side.device)
@@ -165,9 +174,9 @@ class CudaGraphs:
 def _give_up(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
     """Restore the allocator after a failed capture.
 
-    If ending the capture fails, ``CUDAGraph`` neither removes the pool from the allocator's list of running
-    captures (while it is there, memory of other streams is not collected), nor releases its share in the
-    pool.
+    If ending the capture fails, ``CUDAGraph`` neither removes the pool from the allocator's list of
+    running captures (while it is there, memory of other streams is not collected), nor releases its
+    share in the pool.
     """
     graph.reset()
     # RuntimeError: the capture did end, and the pool is no longer in the list.

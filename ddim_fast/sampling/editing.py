@@ -80,11 +80,11 @@ def interpolate(
 
 
 def slerp(first: Tensor, last: Tensor, weight: float) -> Tensor:
-    """Interpolate each sample spherically (equation 67 of the DDIM paper, appendix D.5), in float64; 0 gives
-    ``first``, 1 ``last``.
+    """Interpolate each sample spherically (equation 67 of the DDIM paper, appendix D.5), in
+    float64; 0 gives ``first``, 1 ``last``.
 
-    The mean of two noises has too small a variance for noise; points between them on the sphere have the
-    right one. Where the angle is 0, or a sample is zero, the interpolation is linear.
+    The mean of two noises has too small a variance for noise; points between them on the sphere
+    have the right one. Where the angle is 0, or a sample is zero, the interpolation is linear.
 
     Args:
         first, last: ``(B, C, ...)``, of the same shape, dtype and device.
@@ -93,15 +93,16 @@ def slerp(first: Tensor, last: Tensor, weight: float) -> Tensor:
         ``(B, C, ...)`` in the dtype of ``first``.
 
     Raises:
-        TypeError, ValueError: the tensors are not alike, or opposite to each other: then there is no shortest arc.
+        TypeError, ValueError: the tensors are not alike, or opposite to each other: then there is
+            no shortest arc.
     """
     check_samples("first", first)
     check_samples("last", last)
     check_alike("last", last, "first", first)
     a, b = (x.detach().double().flatten(1) for x in (first, last))
     u, v = (x / x.norm(dim=1, keepdim=True) for x in (a, b))
-    # The arccosine of u v would lose half of the digits at small angles (Kahan, "How futile are mindless
-    # assessments of roundoff", 2006).
+    # The arccosine of u v would lose half of the digits at small angles (Kahan, "How futile are
+    # mindless assessments of roundoff", 2006).
     angle = 2 * torch.atan2((u - v).norm(dim=1, keepdim=True), (u + v).norm(dim=1, keepdim=True))
     if bool((angle > math.pi - 1e-6).any()):
         raise ValueError(
@@ -150,7 +151,8 @@ def steps_of_strength(strength: float, num_inference_steps: int) -> int:
 
 
 def check_left_out(method: str, source: str, options: Iterable[str]) -> None:
-    """Raise TypeError if an option of ``sample`` is given that ``method`` takes from its argument ``source``."""
+    """Raise TypeError if an option of ``sample`` is given that ``method`` takes from its argument
+    ``source``."""
     if given := [name for name in ("shape", "x_T", "device", "dtype") if name in options]:
         raise TypeError(
             f"{method} takes its start, shape, device and dtype from {source}, got {given[0]}: leave it out"

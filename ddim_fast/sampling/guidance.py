@@ -1,4 +1,5 @@
-"""Guidance: steer the model's output before a step, by a second output without the condition or by a classifier's gradient."""
+"""Guidance: steer the model's output before a step, by a second output without the condition or by
+a classifier's gradient."""
 
 from __future__ import annotations
 
@@ -20,14 +21,17 @@ GuidanceScale = float | Sequence[float] | Callable[[int], float]
 
 @dataclass(frozen=True)
 class ClassifierGuidance:
-    """Guidance by a classifier's gradient: algorithm 2 of Dhariwal and Nichol 2021, arXiv 2105.05233.
+    """Guidance by a classifier's gradient: algorithm 2 of Dhariwal and Nichol 2021, arXiv
+    2105.05233.
 
     Attributes:
-        cond_fn: ``cond_fn(x_t, t, **conditioning)`` returns the gradient of log p(y | x_t) by x_t, times a
-            scale if wanted, like ``x_t``.
-        conditioning: that of the model's call; with classifier-free guidance, of the conditional one.
+        cond_fn: ``cond_fn(x_t, t, **conditioning)`` returns the gradient of log p(y | x_t) by x_t,
+            times a scale if wanted, like ``x_t``.
+        conditioning: that of the model's call; with classifier-free guidance, of the conditional
+            one.
         weights: for each step, the change of the model's output per unit of the gradient.
-        timesteps: for each step, that of ``x_t``: the classifier gets it whatever the model is called with.
+        timesteps: for each step, that of ``x_t``: the classifier gets it whatever the model is
+            called with.
     """
 
     cond_fn: Callable[..., Tensor]
@@ -60,7 +64,8 @@ def guidance_scales(guidance_scale: GuidanceScale | None, timesteps: Sequence[in
     """Return one scale for each step; None if all are 1, which is no guidance.
 
     Raises:
-        TypeError, ValueError: a scale is no number or not finite in float32, or there is not one for each step.
+        TypeError, ValueError: a scale is no number or not finite in float32, or there is not one
+            for each step.
     """
     if isinstance(guidance_scale, (Tensor, np.ndarray)):
         guidance_scale = guidance_scale.tolist()
@@ -117,9 +122,9 @@ def classifier_guidance(
 def guided_output(
     conditional: Tensor, unconditional: Tensor, scale: float | Tensor, rescale: float, dtype: torch.dtype
 ) -> Tensor:
-    """Return ``unconditional + scale * (conditional - unconditional)`` in ``dtype``, its standard deviation
-    over each sample brought towards that of ``conditional`` by the fraction ``rescale`` (Lin et al. 2023,
-    arXiv 2305.08891, section 3.4).
+    """Return ``unconditional + scale * (conditional - unconditional)`` in ``dtype``, its standard
+    deviation over each sample brought towards that of ``conditional`` by the fraction ``rescale``
+    (Lin et al. 2023, arXiv 2305.08891, section 3.4).
 
     Args:
         scale: a number, or one on the device.

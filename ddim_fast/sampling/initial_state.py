@@ -1,4 +1,5 @@
-"""What a run starts from: shape, device and dtype, the conditioning of its model calls, seeds, noise, a noised picture, a known region."""
+"""What a run starts from: shape, device and dtype, the conditioning of its model calls, seeds,
+noise, a noised picture, a known region."""
 
 from __future__ import annotations
 
@@ -18,13 +19,15 @@ from ..plans.coefficients import known_region_coefficients, noising_coefficients
 from ..utils.checks import check_alike, check_samples, usable_device
 
 BEFORE_THE_FIRST_STEP = (1 << 32) - 1
-"""Step -1 of the noise standard's stream KNOWN_REGION: the noise of the known region at x_T, before any step."""
+"""Step -1 of the noise standard's stream KNOWN_REGION: the noise of the known region at x_T, before
+any step."""
 
 
 def place(
     shape: Sequence[int] | None, device: str | torch.device, dtype: torch.dtype, **given: Tensor | None
 ) -> tuple[tuple[int, ...], torch.device, torch.dtype]:
-    """Return shape, device and dtype of the samples: those of the given tensors, or else those asked for."""
+    """Return shape, device and dtype of the samples: those of the given tensors, or else those
+    asked for."""
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     for name, tensor in tensors.items():
         check_samples(name, tensor)
@@ -51,7 +54,8 @@ def _check_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def conditionings_of(model: Model, conditioning, scales, unconditional_conditioning) -> list[Mapping[str, Any]]:
-    """Return the conditioning of each model call of a step: one, or a conditional and an unconditional one."""
+    """Return the conditioning of each model call of a step: one, or a conditional and an
+    unconditional one."""
     conditioning = dict(conditioning or {})
     if not callable(model):
         raise TypeError(f"model must be callable as model(x, t, **conditioning), got {type(model).__name__}")
@@ -69,7 +73,8 @@ def conditionings_of(model: Model, conditioning, scales, unconditional_condition
 
 
 def repeat_conditioning(conditioning: Mapping[str, Any] | None, batch_size: int, times: int) -> dict[str, Any] | None:
-    """Return the conditioning of ``times`` copies of a batch: tensors with ``batch_size`` rows are repeated."""
+    """Return the conditioning of ``times`` copies of a batch: tensors with ``batch_size`` rows are
+    repeated."""
     if conditioning is None:
         return None
 
@@ -81,7 +86,8 @@ def repeat_conditioning(conditioning: Mapping[str, Any] | None, batch_size: int,
 
 
 def seeds_of_samples(seed, seeds, generator, batch_size: int, needed: bool = True) -> Tensor | None:
-    """Return ``(B,)`` int64 on the host, the seed of each sample; None if noise comes from a generator or is not needed."""
+    """Return ``(B,)`` int64 on the host, the seed of each sample; None if noise comes from a
+    generator or is not needed."""
     if generator is None and not needed and seeds is None:
         if seed is not None:
             check_seed(_integer("seed", seed))  # a wrong seed is an error, needed or not
@@ -120,7 +126,8 @@ def _integer(name: str, value: Any) -> int:
 
 
 def initial_state(shape, x_T, per_sample, generator, device, dtype) -> Tensor:
-    """Return x_T in new memory. Called outside inference mode, so that the caller gets ordinary tensors."""
+    """Return x_T in new memory. Called outside inference mode, so that the caller gets ordinary
+    tensors."""
     if x_T is not None:
         return x_T.detach().clone(memory_format=torch.contiguous_format)
     if generator is not None:
@@ -131,8 +138,8 @@ def initial_state(shape, x_T, per_sample, generator, device, dtype) -> Tensor:
 def noised(x0: Tensor, alpha_bar_t: float, seeds: Tensor | None, generator: torch.Generator | None) -> Tensor:
     """Return x0 at a noise level (equation 4 of the DDIM paper), in one kernel pass.
 
-    The noise is the one that ``sample`` would start from: of the stream INITIAL, or the generator's next
-    ``randn``.
+    The noise is the one that ``sample`` would start from: of the stream INITIAL, or the generator's
+    next ``randn``.
     """
     x0 = x0.detach()
     noise = None
@@ -147,8 +154,8 @@ def known_region(mask: Tensor | None, known_x0: Tensor | None) -> tuple[Tensor |
     """Return the mask like ``known_x0``, and ``known_x0``, both contiguous; or neither.
 
     Raises:
-        TypeError, ValueError: only one is given, a type or shape is wrong, or the mask leaves [0, 1].
-            (Checked on the CPU only: elsewhere the host would wait for the device.)
+        TypeError, ValueError: only one is given, a type or shape is wrong, or the mask leaves [0,
+            1]. (Checked on the CPU only: elsewhere the host would wait for the device.)
     """
     if mask is None and known_x0 is None:
         return None, None
@@ -183,7 +190,8 @@ def blend_known_region(
     generator: torch.Generator | None,
     backend: str | None,
 ) -> None:
-    """Put the known picture into x_T, in place and at its noise level, as every step does with its x_prev."""
+    """Put the known picture into x_T, in place and at its noise level, as every step does with its
+    x_prev."""
     row = known_region_coefficients(alpha_bar_t)
     known_noise = None
     if generator is not None:

@@ -1,8 +1,8 @@
 """Inversion: find the noise x_T from which a deterministic sampler makes a given picture.
 
-The steps are walked backwards. What a step does to x_t depends on the model's output at x_t, which is the
-unknown. A plain inversion uses the output at x_prev instead, which makes an error; more iterations solve the
-equation.
+The steps are walked backwards. What a step does to x_t depends on the model's output at x_t, which
+is the unknown. A plain inversion uses the output at x_prev instead, which makes an error; more
+iterations solve the equation.
 """
 
 from __future__ import annotations
@@ -97,13 +97,15 @@ def reconstruct(
 
 
 def reconstruction_error(x0: Tensor, reconstructed: Tensor, *, clip_sample_range: float = 1.0) -> Tensor:
-    """Return the mean squared error of each sample per dimension, as in table 2 of the DDIM paper: ``(B,)`` float64.
+    """Return the mean squared error of each sample per dimension, as in table 2 of the DDIM paper:
+    ``(B,)`` float64.
 
     Args:
         clip_sample_range: samples are in [-range, range], which is scaled to [0, 1].
 
     Raises:
-        TypeError, ValueError: the tensors are not samples, or differ in shape, dtype or device; or the range is not positive.
+        TypeError, ValueError: the tensors are not samples, or differ in shape, dtype or device; or
+            the range is not positive.
     """
     check_samples("x0", x0)
     check_samples("reconstructed", reconstructed)
@@ -141,7 +143,8 @@ class _Search:
     """The inversion, step by step.
 
     Attributes:
-        loop: ``x_t`` is the guess of where a step came from; ``x0`` the prediction from it, if wanted.
+        loop: ``x_t`` is the guess of where a step came from; ``x0`` the prediction from it, if
+            wanted.
         x_prev: like ``x_t``: where the step leads. After each step the two are swapped.
         next_guess: like ``x_t``, to measure the change between two guesses; or None.
         outputs: those of the last model call, with its guidance scale; empty before the first.

@@ -1,10 +1,10 @@
-"""A run of the sampler as data: its tensors, allocated before the first step and reused in every one, and
-the step itself.
+"""A run of the sampler as data: its tensors, allocated before the first step and reused in every
+one, and the step itself.
 
 The step comes in two forms that compute the same bits. ``planned_step`` knows which step it is.
-``step_by_index`` does not: it finds its row of coefficients, its timestep and its place in the noise by a
-number in device memory, which it then advances, so it can be captured in a CUDA graph once and replayed for
-every step.
+``step_by_index`` does not: it finds its row of coefficients, its timestep and its place in the
+noise by a number in device memory, which it then advances, so it can be captured in a CUDA graph
+once and replayed for every step.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ ModelCall = Callable[[Tensor, Tensor], Any]
 
 @dataclass
 class Timing:
-    """Seconds spent in the model and in the update, added up by ``sample(timing=...)``. On a GPU these are
-    launch times.
+    """Seconds spent in the model and in the update, added up by ``sample(timing=...)``. On a GPU
+    these are launch times.
 
     Replays of a captured loop do not separate the two: their time is in ``captured_seconds``.
     """
@@ -95,18 +95,21 @@ class Loop:
 
     Attributes:
         x_t: ``(B, C, ...)`` the noisy samples; each step's result replaces them.
-        calls: the model calls of a step: one; with guidance a conditional and an unconditional one, or one
-            call for both with twice the batch.
+        calls: the model calls of a step: one; with guidance a conditional and an unconditional one,
+            or one call for both with twice the batch.
         guidance_scales: one for each step, with guidance.
         seeds: ``(B,)`` int64, for in-register noise.
         noise: like ``x_t``: filled by ``generator`` before each step that adds noise.
         normals: the form of in-register noise, one of ``kernels.contract.NORMALS``.
         model_input: like ``x_t``, in the model's dtype, if that differs.
-        x_seen, x0: like ``x_t``: what the model saw, and what it predicted from it, if the caller watches.
+        x_seen, x0: like ``x_t``: what the model saw, and what it predicted from it, if the caller
+            watches.
         guidance_rescale: phi of ``guided_output``; 0 leaves guidance to the step's kernel.
         mask, known_x0: like ``x_t``: the known region (1) and the picture there.
-        known_noise: like ``x_t``: filled by ``generator`` before each step whose known region has noise.
-        history: like ``x_t``: the x0 of the step before, for a multistep form. The first step does not read it.
+        known_noise: like ``x_t``: filled by ``generator`` before each step whose known region has
+            noise.
+        history: like ``x_t``: the x0 of the step before, for a multistep form. The first step does
+            not read it.
     """
 
     x_t: Tensor
@@ -133,13 +136,15 @@ class Loop:
 
     @property
     def watched(self) -> tuple[Tensor, Tensor]:
-        """What the model saw in the last step, and the x0 predicted from it, in a loop that keeps them."""
+        """What the model saw in the last step, and the x0 predicted from it, in a loop that keeps
+        them."""
         assert self.x_seen is not None
         assert self.x0 is not None
         return self.x_seen, self.x0
 
     def planned_step(self, step: PlannedStep, t: Tensor, timing: Timing, backend: str | None) -> None:
-        """Advance ``x_t`` by this step; ``t`` ``(B,)`` are the timesteps that the model is called with."""
+        """Advance ``x_t`` by this step; ``t`` ``(B,)`` are the timesteps that the model is called
+        with."""
         started = time.perf_counter()
         x_t = self.x_t
         model_output, uncond = self.predict(t)
@@ -188,7 +193,8 @@ class Loop:
     def step_by_index(self, position: Position) -> None:
         """Advance ``x_t``, in place, by the step at ``position``, and the position by one.
 
-        Nothing waits for the device, only the model allocates, and no Python number differs between steps.
+        Nothing waits for the device, only the model allocates, and no Python number differs between
+        steps.
         """
         p = position
         torch.index_select(p.timesteps, 0, p.index, out=p.t)
@@ -232,7 +238,8 @@ class Loop:
         p.index.add_(1)
 
     def draw_noise(self, step: PlannedStep) -> None:
-        """Fill what this step needs from the generator: first the noise that it adds, then that of the known region."""
+        """Fill what this step needs from the generator: first the noise that it adds, then that of
+        the known region."""
         if self.noise is not None and step.coefficients.adds_noise:
             self.noise.normal_(generator=self.generator)
         if self.known_noise is not None and step.coefficients.adds_known_noise:
@@ -257,7 +264,8 @@ class Loop:
 
 
 def model_calls(model: Model, conditionings: Sequence[Mapping[str, Any]]) -> list[ModelCall]:
-    """Return the calls of one step, each with its conditioning; or one for both, if the model ``batches_guidance``."""
+    """Return the calls of one step, each with its conditioning; or one for both, if the model
+    ``batches_guidance``."""
     if len(conditionings) == 2 and getattr(model, "batches_guidance", False):
         return [_call_of_both(model, *conditionings)]
 
@@ -279,10 +287,12 @@ def _call_of_both(model: Model, first: Mapping[str, Any], second: Mapping[str, A
 
 
 def merged_conditioning(first: Mapping[str, Any], second: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-    """Merge two conditionings into that of a batch whose first half has one, and whose second half the other.
+    """Merge two conditionings into that of a batch whose first half has one, and whose second half
+    the other.
 
     Raises:
-        ValueError: an entry is neither a tensor with a row for each sample in both, nor the same value in both.
+        ValueError: an entry is neither a tensor with a row for each sample in both, nor the same
+            value in both.
     """
     return {name: _doubled(name, first.get(name), second.get(name), batch_size) for name in {**first, **second}}
 
@@ -303,7 +313,8 @@ def _same_place(a: Tensor, b: Tensor) -> bool:
 
 
 def _plain(model_output: Tensor) -> Tensor:
-    """Copy a model's output if its samples are not contiguous, such as a transposed one: no kernel reads that."""
+    """Copy a model's output if its samples are not contiguous, such as a transposed one: no kernel
+    reads that."""
     return (
         model_output if model_output.is_contiguous() or model_output[:1].is_contiguous() else model_output.contiguous()
     )

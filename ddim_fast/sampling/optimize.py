@@ -1,4 +1,5 @@
-"""Make a model faster for one shape of batch while its pictures stay the same: each way is tried, timed and checked.
+"""Make a model faster for one shape of batch while its pictures stay the same: each way is tried,
+timed and checked.
 
 fast = sampler.optimize(model, (64, 1, 28, 28), conditioning={"class_labels": labels})
 print(fast.gain)
@@ -31,9 +32,11 @@ from .run import sample
 ROUNDS = 7
 """How often each way is timed, in turn with the others; the median counts."""
 SHARES = (1.0, 0.75, 0.5, 0.25)
-"""Fractions of a run's steps, the noisiest ones, to try with convolutions in reduced precision, the largest first."""
+"""Fractions of a run's steps, the noisiest ones, to try with convolutions in reduced precision, the
+largest first."""
 MARGIN = 3
-"""Reduced precision may change the samples tried by the tolerance divided by this: other samples change more."""
+"""Reduced precision may change the samples tried by the tolerance divided by this: other samples
+change more."""
 WORTHWHILE = 0.97
 """A way is kept if it takes less than this fraction of the time."""
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -45,7 +48,8 @@ class Gain:
 
     Args:
         ways: what is done differently, in words.
-        before, after: seconds of a whole run with the model as it was and as it is now: medians, timed in turn.
+        before, after: seconds of a whole run with the model as it was and as it is now: medians,
+            timed in turn.
         largest_change: the largest difference between elements of the two sets of samples.
         tolerance: the largest difference allowed.
     """
@@ -110,7 +114,8 @@ class OptimizedModel(nn.Module):
 
 @contextmanager
 def reduced_convolutions() -> Iterator[None]:
-    """Compute float32 convolutions on the CPU by bfloat16 products, summed in float32, in the whole process."""
+    """Compute float32 convolutions on the CPU by bfloat16 products, summed in float32, in the whole
+    process."""
     setting = torch.backends.mkldnn.conv  # type: ignore[attr-defined]  # torch's stubs do not have it
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
@@ -182,7 +187,8 @@ class _Trial:
         return result.eval()
 
     def _ways(self, pictures: bool, compile: bool) -> Iterator[tuple[str, Callable[[nn.Module], Any]]]:
-        """Yield what may make a model faster, each on top of those before it that did: its name, and how it is done."""
+        """Yield what may make a model faster, each on top of those before it that did: its name,
+        and how it is done."""
         if pictures:
             yield "channels last", channels_last
         if pictures and self.device.type == "cpu":
@@ -211,7 +217,8 @@ class _Trial:
         return None if scale in (None, 1) else scale
 
     def _batches_guidance(self) -> bool:
-        """Return whether the two conditionings can be merged, and one call with twice the batch takes less time than two."""
+        """Return whether the two conditionings can be merged, and one call with twice the batch
+        takes less time than two."""
         if self._scale is None:
             return False
         together = OptimizedModel(self.model, self.model, (2 * self.shape[0], *self.shape[1:]), None, True)
@@ -237,7 +244,8 @@ class _Trial:
         return lambda way: way(x, t, **first)
 
     def _reduce(self, result: OptimizedModel, expected: Tensor, change: float) -> tuple[float, list[str]]:
-        """Use bfloat16 convolutions in the noisiest steps, in as many as the tolerance allows, if that is faster."""
+        """Use bfloat16 convolutions in the noisiest steps, in as many as the tolerance allows, if
+        that is faster."""
         if self.device.type != "cpu" or not any(isinstance(m, _CONVOLUTIONS) for m in self.model.modules()):
             return change, []
         timesteps = self.plan.model_timesteps

@@ -1,8 +1,8 @@
 """The options of one run, as small frozen records.
 
-People type flat keywords (``sample(model, shape, seed=0, guidance_scale=2.0)``). Here they are grouped
-into records, which the methods of the sampler hand on as one ``Options``. To add an option, add a field
-to a record, and its keyword to the methods that take it.
+People type flat keywords (``sample(model, shape, seed=0, guidance_scale=2.0)``). Here they are
+grouped into records, which the methods of the sampler hand on as one ``Options``. To add an option,
+add a field to a record, and its keyword to the methods that take it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Callback = Callable[[int, int, Tensor, Tensor], Any]
-"""``callback(step, t, x_t, x0)``: the number of the step, its timestep, the noisy samples that the model
-saw, and the x0 predicted from them. The run stops early if it returns True."""
+"""``callback(step, t, x_t, x0)``: the number of the step, its timestep, the noisy samples that the
+model saw, and the x0 predicted from them. The run stops early if it returns True."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ _ORDER = list(_GROUP_OF)
 _DEFAULTS = Options()
 
 
-# The flat keywords of each method of the sampler, for type checkers, ``help`` and the check of names.
+# The flat keywords of each method of the sampler, for type checkers, ``help`` and the check of
+# names.
 
 
 class ConditioningKeywords(TypedDict, total=False):
@@ -173,7 +174,8 @@ class InpaintKeywords(ConditioningKeywords, total=False):
 
 
 class EditKeywords(InpaintKeywords, total=False):
-    """Keywords of ``img2img`` and ``interpolate``: those of ``sample``, without what their start says itself."""
+    """Keywords of ``img2img`` and ``interpolate``: those of ``sample``, without what their start
+    says itself."""
 
     mask: Tensor | None
     known_x0: Tensor | None

@@ -1,12 +1,13 @@
-"""Sampling in parallel over time: solve for many steps of a run at once, to use hardware that a batch of one
-leaves idle.
+"""Sampling in parallel over time: solve for many steps of a run at once, to use hardware that a
+batch of one leaves idle.
 
-ParaDiGMS (Shih, Belkhale, Ermon, Sadigh, Anari 2023, arXiv 2305.16317) guesses all states of a window of
-steps, calls the model for all of them in one batch, and corrects the guesses (Picard iteration). Here they
-are corrected by the steps themselves, in order: each starts from the new x_t, and uses the velocity v that
-the model's output for the old guess of x_t stands for. Steps are cheap beside the model, the fixed point is
-the sequential run, and v changes least with x_t: that takes fewer iterations than the paper's sums of old
-steps where eta > 0, or than the output itself with epsilon prediction (docs/INVERSION.md).
+ParaDiGMS (Shih, Belkhale, Ermon, Sadigh, Anari 2023, arXiv 2305.16317) guesses all states of a
+window of steps, calls the model for all of them in one batch, and corrects the guesses (Picard
+iteration). Here they are corrected by the steps themselves, in order: each starts from the new x_t,
+and uses the velocity v that the model's output for the old guess of x_t stands for. Steps are cheap
+beside the model, the fixed point is the sequential run, and v changes least with x_t: that takes
+fewer iterations than the paper's sums of old steps where eta > 0, or than the output itself with
+epsilon prediction (docs/INVERSION.md).
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ class _Window:
         weights: for each step, see ``weight_at_constant_v``.
         loop: takes one step; its model calls are answered from the batched calls of the window.
         timesteps: ``(S, B)`` int64.
-        limits: ``(S, 1)`` float64: the largest squared change, summed over a sample, of a state that is done, after each step.
+        limits: ``(S, 1)`` float64: the largest squared change, summed over a sample, of a state
+            that is done, after each step.
         guesses: ``(W + 1, B, C, ...)``: states; the first is exact within the tolerance.
         corrected: like ``guesses``: the next ones.
         first: the step that starts from ``guesses[0]``.
@@ -133,7 +135,8 @@ class _Window:
     first: int = 0
 
     def iterate(self, count: int, calls: Sequence[ModelCall]) -> int:
-        """Correct the first ``count`` guesses after ``guesses[0]``, and move on by the returned number of steps, at least 1."""
+        """Correct the first ``count`` guesses after ``guesses[0]``, and move on by the returned
+        number of steps, at least 1."""
         inside, batch_size = slice(self.first, self.first + count), self.guesses.shape[1]
         self.loop.x_t, self.loop.calls = self.guesses[:count].flatten(0, 1), calls
         outputs = [
@@ -141,7 +144,8 @@ class _Window:
             for m in self.loop.predict(self.timesteps[inside].flatten())
         ]
         self._take_steps(inside, outputs)
-        # The outputs of the next iteration differ only where the states that the model is called with do.
+        # The outputs of the next iteration differ only where the states that the model is called
+        # with do.
         change = torch.linalg.vector_norm(
             (self.corrected[1:count] - self.guesses[1:count]).flatten(2), dim=2, dtype=torch.float64
         )
@@ -154,7 +158,8 @@ class _Window:
         return moved
 
     def _take_steps(self, inside: slice, outputs: Sequence[Tensor | None]) -> None:
-        """Take the steps of the window, each from the result of the one before, with the model's outputs for the guesses."""
+        """Take the steps of the window, each from the result of the one before, with the model's
+        outputs for the guesses."""
         loop, timing = self.loop, Timing()
         x = self.guesses[0]
         for j, step in enumerate(self.steps[inside]):
@@ -165,7 +170,8 @@ class _Window:
             x = self.corrected[j + 1]
 
     def _output_at(self, x: Tensor, model_output: Tensor, j: int, weight: float) -> Tensor:
-        """Return the output that gives ``x`` the v of the model's output at ``guesses[j]``: the same where the two are equal."""
+        """Return the output that gives ``x`` the v of the model's output at ``guesses[j]``: the
+        same where the two are equal."""
         if j == 0 or weight == 0:
             return model_output
         return torch.add(model_output.to(x.dtype), x - self.guesses[j], alpha=weight)

@@ -1,9 +1,10 @@
-"""Check arguments: every error states the rule, the value received and, where there is one, the remedy.
+"""Check arguments: every error states the rule, the value received and, where there is one, the
+remedy.
 
     check_integer("window", window, at_least=1, remedy="1 solves for one step at a time")
 
-raises ``window must be an integer, at least 1, got 0: 1 solves for one step at a time``. A value of the wrong kind is a
-TypeError, a value out of range a ValueError.
+raises ``window must be an integer, at least 1, got 0: 1 solves for one step at a time``. A value of
+the wrong kind is a TypeError, a value out of range a ValueError.
 """
 
 from __future__ import annotations
