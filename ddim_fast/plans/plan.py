@@ -158,6 +158,16 @@ class SamplingPlan:
     def num_inference_steps(self) -> int:
         return len(self.timesteps)
 
+    @cached_property
+    def adds_noise(self) -> bool:
+        """Whether some step adds noise."""
+        return any(step.coefficients.adds_noise for step in self.steps)
+
+    @cached_property
+    def adds_known_noise(self) -> bool:
+        """Whether some step adds noise to a known region."""
+        return any(step.coefficients.adds_known_noise for step in self.steps)
+
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """(t, t_prev) of every step."""

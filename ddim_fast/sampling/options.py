@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
@@ -88,11 +88,11 @@ class Observation:
 class Options:
     """All options of a run."""
 
-    noise: Noise = field(default_factory=Noise)
-    guidance: Guidance = field(default_factory=Guidance)
-    known_region: KnownRegion = field(default_factory=KnownRegion)
-    execution: Execution = field(default_factory=Execution)
-    observation: Observation = field(default_factory=Observation)
+    noise: Noise = Noise()
+    guidance: Guidance = Guidance()
+    known_region: KnownRegion = KnownRegion()
+    execution: Execution = Execution()
+    observation: Observation = Observation()
 
     def replace(self, **keywords: Any) -> Self:
         """Return these options with other values for some of the flat keywords."""

@@ -51,7 +51,7 @@ def sample(
     return _take_steps(job, mode, using, bar, options)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Request:
     """A run whose options have been checked; nothing has been drawn or computed yet."""
 
@@ -81,7 +81,6 @@ def _check(plan: SamplingPlan, model: Model, shape: Sequence[int] | None, option
     check_rescale(guidance.guidance_rescale, guidance.guidance_scale)
     scales = guidance_scales(guidance.guidance_scale, plan.timesteps)
     conditionings = conditionings_of(model, guidance.conditioning, scales, guidance.unconditional_conditioning)
-    rows = [step.coefficients for step in plan.steps]
     return _Request(
         plan=plan,
         model=model,
@@ -94,31 +93,35 @@ def _check(plan: SamplingPlan, model: Model, shape: Sequence[int] | None, option
         classifier=classifier_guidance(guidance.cond_fn, conditionings[0], plan),
         mask=mask,
         known_x0=known_x0,
-        adds_noise=any(row.adds_noise for row in rows),
-        adds_known_noise=mask is not None and any(row.adds_known_noise for row in rows),
+        adds_noise=plan.adds_noise,
+        adds_known_noise=mask is not None and plan.adds_known_noise,
     )
 
 
 def _mode(request: _Request, options: Options, graphs: GraphCache) -> str:
     """Choose whether and how the steps are captured."""
-    observation = options.observation
-    draws = options.noise.generator is not None and (request.adds_noise or request.adds_known_noise)
-    between_steps = {
-        "a callback": observation.callback is not None,
-        "return_trajectory": observation.return_trajectory,
-        "progress": observation.progress,
-        "noise from a generator": draws,
-    }
     return choose_mode(
         options.execution.capture,
         graphs,
         request.device,
         request.dtype,
         options.execution.backend,
-        next((what for what, found in between_steps.items() if found), None),
+        _work_between_steps(request, options),
         request.model,
         None if request.classifier is None else "cond_fn takes gradients, which a captured step does not",
     )
+
+
+def _work_between_steps(request: _Request, options: Options) -> str | None:
+    """Return what the host has to do between two steps, in words; None for nothing."""
+    if options.observation.callback is not None:
+        return "a callback"
+    if options.observation.return_trajectory:
+        return "return_trajectory"
+    if options.observation.progress:
+        return "progress"
+    draws = options.noise.generator is not None and (request.adds_noise or request.adds_known_noise)
+    return "noise from a generator" if draws else None
 
 
 def _start(request: _Request, options: Options) -> Job:
@@ -182,7 +185,7 @@ def _take_steps(
                     captured.replay_step(step, timing)
                 else:
                     loop.planned_step(step, timesteps[step.index], timing, execution.backend)
-                if _is_stopped(observation, step, loop, trajectory):
+                if observation.wants_states and _is_stopped(observation, step, loop, trajectory):
                     break
         # A captured loop owns its tensors: the next call overwrites them.
         own = captured is None or (execution.reuse_output and not observation.return_trajectory)

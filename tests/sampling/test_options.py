@@ -18,7 +18,7 @@ METHODS = {
     "reconstruct": options.ReconstructKeywords,
     "sample_parallel": options.ParallelKeywords,
 }
-RECORDS = [option.default_factory for option in fields(Options)]
+RECORDS = [type(option.default) for option in fields(Options)]
 
 
 def test_every_option_is_a_field_of_one_record_and_a_keyword_of_sample():
