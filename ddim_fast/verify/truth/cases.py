@@ -1,4 +1,4 @@
-"""What is put to a subject: a setting of a sampler, one step of it, and what came of it. Data only."""
+"""The inputs and outputs of a subject: a sampler's setting, one step, and its result. Data only."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 from . import oracle
 
 CLEAN = -1
-"""The timestep of clean data, after the last step."""
+"""The timestep that stands for clean data, after the last step."""
 
 Model = Callable[[Tensor, Tensor], Tensor]
-"""``model(x_t, t)``: samples ``(B, C, ...)`` and timesteps ``(B,)`` to the model's output, like ``x_t``."""
+"""``model(x_t, t)`` returns the model's output, like ``x_t``: samples ``(B, C, ...)``, timesteps ``(B,)``."""
 
 
 class Level(NamedTuple):
-    """One step of a run as the subject's own tables have it: where it stands and where it goes, in float64."""
+    """The timesteps and noise levels between which a step goes, from the subject's own tables, in float64."""
 
     t: float
     t_prev: float
@@ -31,14 +31,14 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """A sampler as everybody in the field would describe it.
+    """The options of a sampler, by their usual names.
 
     Args:
-        num_inference_steps, timestep_spacing: the timesteps to visit, by a convention: "leading", "trailing" or "linspace".
-        timesteps: instead: these, strictly decreasing.
-        alpha_bars: instead: steps between these noise levels, (alpha_bar_t, alpha_bar_prev) each; for subjects with "levels".
+        num_inference_steps, timestep_spacing: choose the timesteps; "leading", "trailing" or "linspace".
+        timesteps: used instead, strictly decreasing.
+        alpha_bars: used instead: the (alpha_bar_t, alpha_bar_prev) of each step; for subjects with the feature "levels".
         schedule, num_train_timesteps, zero_terminal_snr: the noise schedule, see ``oracle.alphas_cumprod``.
-        clip_sample_range: x0 is clipped to [-range, range]; no clipping if none.
+        clip_sample_range: x0 is clipped to [-range, range]; None for no clipping.
     """
 
     num_inference_steps: int = 10
@@ -54,21 +54,24 @@ class Setting:
     use_clipped_model_output: bool = False
 
     def but(self, **changes: Any) -> Setting:
+        """Return a copy with these fields changed."""
         return replace(self, **changes)
 
     def alphas_cumprod(self) -> np.ndarray:
-        """The truth: float64, ``(num_train_timesteps,)``."""
+        """Return the exact schedule, float64, ``(num_train_timesteps,)``."""
         found = oracle.alphas_cumprod(self.schedule, self.num_train_timesteps)
         return oracle.zero_terminal_snr(found) if self.zero_terminal_snr else found
 
     def levels(
         self, timesteps: list[float] | None = None, alphas_cumprod: np.ndarray | None = None, final: float = 1.0
     ) -> tuple[Level, ...]:
-        """Each step to the next of these timesteps, the last to clean data. alpha_bar is NaN where there is no such timestep.
+        """Return the steps of a run, each to the next timestep and the last to clean data.
+
+        alpha_bar is NaN where the schedule has no such timestep.
 
         Args:
-            timesteps: those that the setting names, if none.
-            alphas_cumprod: the truth's, if none.
+            timesteps: those of the setting by default.
+            alphas_cumprod: the exact schedule by default.
             final: alpha_bar of clean data.
         """
         if self.alpha_bars is not None:
@@ -87,20 +90,20 @@ class Setting:
 
     @property
     def steps(self) -> int:
-        """How many steps are asked for."""
+        """The number of steps asked for."""
         return len(self.alpha_bars or self.timesteps or range(self.num_inference_steps))
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """One step: number ``index`` of a setting, from these samples and this output of the model, both ``(B, C, ...)``.
+    """Step number ``index`` of a setting, from given samples and model output, both ``(B, C, ...)``.
 
     Args:
-        noise: z, where the subject takes it.
-        source: where the subject gets noise from otherwise, made by ``Subject.source``.
-        in_place: write the result over ``x_t``, where the subject can.
-        more: arguments that few subjects have, by the names of ``ddim_step``: ``model_output_uncond`` and ``guidance_scale``,
-            ``thresholds``, ``mask`` and ``known_x0`` and ``known_noise``.
+        noise: z, for subjects that take it.
+        source: the source of noise for other subjects, made by ``Subject.source``.
+        in_place: write the result over ``x_t``.
+        more: arguments that few subjects have, by the names of ``ddim_step``: ``model_output_uncond``, ``guidance_scale``,
+            ``thresholds``, ``mask``, ``known_x0`` and ``known_noise``.
     """
 
     setting: Setting
@@ -113,7 +116,12 @@ class StepCase:
     more: dict[str, Any] = field(default_factory=dict)
 
     def but(self, **changes: Any) -> StepCase:
+        """Return a copy with these fields changed."""
         return replace(self, **changes)
+
+    def copied(self) -> StepCase:
+        """Return the case with copies of x_t and the model output, which a step may then write to."""
+        return self.but(x_t=self.x_t.clone(), model_output=self.model_output.clone())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,7 +129,7 @@ class StepCase:
 
 
 class StepResult(NamedTuple):
-    """What a step gave: x_prev, and the predicted x0 where the subject tells it."""
+    """The result of a step: x_prev, and the predicted x0 where the subject returns it."""
 
     x_prev: Tensor
     x0: Tensor | None = None
@@ -129,7 +137,7 @@ class StepResult(NamedTuple):
 
 @dataclass(frozen=True)
 class Observed:
-    """One step of a run that was watched."""
+    """One step of a run, seen through the calls of its model."""
 
     level: Level
     x_t: Tensor

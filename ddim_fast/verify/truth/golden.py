@@ -1,7 +1,7 @@
-"""The recorded runs: what a DDIM sampler gives from given samples, model outputs and noise, number by number.
+"""The recorded runs: every state of a DDIM sampler for given samples, model outputs and noise.
 
-``golden_trajectories.json`` beside this file is written by ``tools/golden_trajectories.py`` from the float64 oracle alone. It is
-versioned: a recorded number that changes is a new version.
+``golden_trajectories.json`` beside this file is written by ``tools/golden_trajectories.py`` from
+the float64 oracle alone. It is versioned: changing a recorded number makes a new version.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from ...utils.checks import refuse
 from .cases import Setting
 
 GOLDEN_VERSION = 1
-"""Of the recorded numbers."""
+"""The version of the recorded numbers."""
 
 PATH = Path(__file__).with_name("golden_trajectories.json")
 
@@ -27,12 +28,12 @@ class GoldenRun:
     """A complete run.
 
     Args:
-        name: what is special about it.
-        setting: with its timesteps; ``timestep_spacing`` and ``num_inference_steps`` choose the same ones, unless ``irregular``.
+        name: how it differs from the simplest run.
+        setting: with explicit timesteps; ``timestep_spacing`` and ``num_inference_steps`` give the same ones, unless ``irregular``.
         eta_scales: what eta multiplies, see ``Subject``.
-        quick: one of the few that between them use every option of a sampler.
-        irregular: its timesteps are those of no spacing.
-        alpha_bars: of each timestep, and of clean data at the end: ``(S + 1,)``.
+        quick: whether it belongs to the quick set, which together uses every option of a sampler.
+        irregular: whether its timesteps follow no spacing.
+        alpha_bars: one for each timestep, then that of clean data: ``(S + 1,)``.
         x_T, model_outputs, noise, states: float64, ``(B, C)`` and ``(S, B, C)``; ``states[i]`` is x_prev of step i.
     """
 
@@ -50,19 +51,21 @@ class GoldenRun:
 
 @lru_cache
 def golden_runs() -> tuple[GoldenRun, ...]:
-    """The runs that come with this version.
+    """Return the recorded runs of this version.
 
     Raises:
-        ValueError: the file is not of this version.
+        ValueError: the file has another version.
     """
     return runs_of(json.loads(PATH.read_text()))
 
 
 def runs_of(data: dict[str, Any]) -> tuple[GoldenRun, ...]:
+    """Return the runs of a file's contents, see ``golden_runs``."""
     if data.get("version") != GOLDEN_VERSION:
-        raise ValueError(
-            f"the recorded runs must be of version {GOLDEN_VERSION}, got {data.get('version')!r}: {PATH.name} and this code "
-            "must come from one release"
+        refuse(
+            f"the recorded runs must be of version {GOLDEN_VERSION}",
+            data.get("version"),
+            f"take {PATH.name} and this code from the same release",
         )
     return tuple(_run(entry, data["inputs"]) for entry in data["runs"])
 

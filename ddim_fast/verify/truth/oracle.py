@@ -1,39 +1,69 @@
-"""The DDIM step in float64 NumPy, written from the papers alone: nothing here comes from the rest of ddim_fast, so that nothing is
-shared but the truth.
+"""The DDIM step in float64 NumPy, written from the papers alone. It imports nothing else of ddim_fast, so that it cannot share
+an error with the code that it judges.
 
-``textbook_step`` has one formula per prediction type. ``row_step`` evaluates any row of coefficients, and says beside each result
-how large the terms were that make it up: the scale that rounding errors are measured in (see ``tolerances``).
+``textbook_step`` has one formula for each prediction type. ``row_step`` evaluates any row of coefficients, and returns with each
+result the sum of the magnitudes of its terms: the scale of its rounding errors (see ``tolerances``).
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import numpy as np
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_OLD_KEYWORDS = {"convention": "eta_scales", "rederive": "use_clipped_model_output"}
+
+
+def _with_old_keywords(function: _Function) -> _Function:
+    """Accept the names that two keywords had in ddim_fast 0.1, with a warning. To be removed in 0.3."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        for old in _OLD_KEYWORDS.keys() & options.keys():
+            new = _OLD_KEYWORDS[old]
+            warnings.warn(
+                f"{function.__name__}({old}=...) ends with ddim_fast 0.3: call it {new}",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            options[new] = options.pop(old)
+        return function(*args, **options)
+
+    return cast(_Function, call)
+
 
 # --- Correctly rounded results ----------------------------------------------------------------------------------------
 
 
 def round_to_float32(x: np.ndarray) -> np.ndarray:
+    """Return the nearest float32 of each element, as float64."""
     with np.errstate(over="ignore", under="ignore"):
         return np.asarray(x, np.float64).astype(np.float32).astype(np.float64)
 
 
 def round_to_float16(x: np.ndarray) -> np.ndarray:
+    """Return the nearest float16 of each element, as float64."""
     with np.errstate(over="ignore", under="ignore"):
         return np.asarray(x, np.float64).astype(np.float16).astype(np.float64)
 
 
 def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """Round to nearest even on the bits, through a float32 whose last bit is set where it is not exact (round to odd)."""
+    """Return the nearest bfloat16 of each element, as float64.
+
+    The bits are rounded to nearest even, from a float32 that is rounded to odd: its last bit is set where it is not exact.
+    """
     x = np.atleast_1d(np.asarray(x, np.float64))
     with np.errstate(over="ignore", under="ignore"):
         single = x.astype(np.float32)
     too_far = np.abs(single.astype(np.float64)) > np.abs(x)
-    bits = single.view(np.uint32) - too_far.astype(
-        np.uint32
-    )  # now truncated towards zero (infinity becomes the largest number)
+    # Truncate towards zero (infinity becomes the largest number).
+    bits = single.view(np.uint32) - too_far.astype(np.uint32)
     bits = np.where(np.isinf(x), single.view(np.uint32), bits).astype(np.uint32)
     bits |= (bits.view(np.float32).astype(np.float64) != x) & ~np.isnan(x)
     upper = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16
@@ -45,7 +75,11 @@ def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
 
 
 def alphas_cumprod(schedule: str = "linear", num_train_timesteps: int = 1000) -> np.ndarray:
-    """Cumulative products of 1 - beta: DDPM's linear schedule, Stable Diffusion's, or the cosine one (equation 17 of arXiv 2102.09672)."""
+    """Return the cumulative products of 1 - beta, float64, ``(num_train_timesteps,)``.
+
+    Args:
+        schedule: "linear" (DDPM's), "scaled_linear" (Stable Diffusion's) or "cosine" (equation 17 of arXiv 2102.09672).
+    """
     total = num_train_timesteps
     if schedule == "linear":
         betas = np.linspace(1e-4, 0.02, total)
@@ -60,13 +94,20 @@ def alphas_cumprod(schedule: str = "linear", num_train_timesteps: int = 1000) ->
 
 
 def zero_terminal_snr(alpha_bars: np.ndarray) -> np.ndarray:
-    """Algorithm 1 of arXiv 2305.08891: sqrt(alpha_bar) shifted and scaled so that the last is 0 and the first stays."""
+    """Rescale a schedule to zero terminal SNR: algorithm 1 of arXiv 2305.08891.
+
+    sqrt(alpha_bar) is shifted and scaled so that its last value is 0 and its first is unchanged.
+    """
     root = np.sqrt(alpha_bars)
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
 def timesteps(spacing: str, count: int, total: int) -> list[int]:
-    """Table 2 of arXiv 2305.08891, for counts that divide the timesteps: what every convention of rounding agrees on."""
+    """Return the timesteps of table 2 of arXiv 2305.08891, in decreasing order.
+
+    Raises:
+        ValueError: ``count`` does not divide the timesteps: implementations then round in different ways.
+    """
     if total % count or (spacing == "linspace" and (total - 1) % max(count - 1, 1)):
         raise ValueError(f"{count} does not divide {total}")
     stride = total // count
@@ -82,8 +123,13 @@ def timesteps(spacing: str, count: int, total: int) -> list[int]:
 # --- The paper --------------------------------------------------------------------------------------------------------
 
 
+@_with_old_keywords
 def std_dev(alpha_bar_t: float, alpha_bar_prev: float, eta: float, eta_scales: str = "std_dev") -> float:
-    """Equation 16 of arXiv 2010.02502 ("std_dev"), or the same with the variance, not the standard deviation, scaled by eta."""
+    """Return std_dev_t, the standard deviation of the noise that a step adds: equation 16 of arXiv 2010.02502.
+
+    Args:
+        eta_scales: "std_dev", as in the paper, or "variance": eta multiplies the variance instead.
+    """
     if eta == 0 or alpha_bar_prev == 1:
         return 0.0
     if eta_scales == "variance":
@@ -92,24 +138,51 @@ def std_dev(alpha_bar_t: float, alpha_bar_prev: float, eta: float, eta_scales: s
 
 
 def guide(cond: np.ndarray, uncond: np.ndarray, scale: float) -> np.ndarray:
-    """Classifier-free guidance as most code writes it: (1 - w) * uncond + w * cond."""
+    """Return the guided model output as most code writes it: (1 - w) * uncond + w * cond."""
     return (1 - scale) * uncond + scale * cond
 
 
 def per_sample(values: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Return one value for each sample, shaped to broadcast against ``like``, ``(B, C, ...)``."""
     return np.asarray(values, np.float64).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def split(kind, x_t, m, alpha_bar_t):
-    """(x0, eps) that the model's output m means."""
+def split(
+    prediction_type: str, x_t: np.ndarray, model_output: np.ndarray, alpha_bar_t: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the (x0, eps) that a model output stands for.
+
+    Sources: "epsilon", equation 9 of arXiv 2010.02502; "v_prediction", section 2.4 of arXiv 2202.00512.
+
+    Raises:
+        ValueError: the prediction type is unknown.
+    """
     signal, spread = math.sqrt(alpha_bar_t), math.sqrt(1 - alpha_bar_t)
-    if kind == "epsilon":
-        return (x_t - spread * m) / signal, m
-    if kind == "sample":
-        return m, (x_t - signal * m) / spread
-    return signal * x_t - spread * m, spread * x_t + signal * m
+    if prediction_type == "epsilon":
+        return (x_t - spread * model_output) / signal, model_output
+    if prediction_type == "sample":
+        return model_output, (x_t - signal * model_output) / spread
+    if prediction_type == "v_prediction":
+        return signal * x_t - spread * model_output, signal * model_output + spread * x_t
+    raise ValueError(prediction_type)
 
 
+def model_output(prediction_type: str, x0: np.ndarray, eps: np.ndarray, alpha_bar_t: float) -> np.ndarray:
+    """Return the model output that stands for (x0, eps), the inverse of ``split``.
+
+    Raises:
+        ValueError: the prediction type is unknown.
+    """
+    if prediction_type == "epsilon":
+        return eps
+    if prediction_type == "sample":
+        return x0
+    if prediction_type == "v_prediction":
+        return math.sqrt(alpha_bar_t) * eps - math.sqrt(1 - alpha_bar_t) * x0
+    raise ValueError(prediction_type)
+
+
+@_with_old_keywords
 def textbook_step(
     prediction_type: str,
     x_t: np.ndarray,
@@ -124,31 +197,33 @@ def textbook_step(
     use_clipped_model_output: bool = False,
     thresholds: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(x_prev, x0): equation 12, from what each prediction type means."""
-    signal, spread = math.sqrt(alpha_bar_t), math.sqrt(1 - alpha_bar_t)
-    if prediction_type == "epsilon":
-        eps = model_output
-        x0 = (x_t - spread * eps) / signal
-    elif prediction_type == "sample":
-        x0 = model_output
-        eps = (x_t - signal * x0) / spread
-    elif prediction_type == "v_prediction":
-        x0 = signal * x_t - spread * model_output
-        eps = signal * model_output + spread * x_t
-    else:
-        raise ValueError(prediction_type)
-    if thresholds is not None:  # Imagen, arXiv 2205.11487: clip to [-s, s], then divide by s
+    """Return (x_prev, x0) by equation 12 of arXiv 2010.02502.
+
+    Args:
+        x_t, model_output: float64, ``(B, C, ...)``.
+        eta_scales: see ``std_dev``.
+        noise: z, like ``x_t``. Needed where the step adds noise.
+        clip: x0 is clipped to [-clip, clip].
+        use_clipped_model_output: compute eps again from the clipped x0.
+        thresholds: one s for each sample: x0 is clipped to [-s, s] and scaled by ``clip / s`` (Imagen, arXiv 2205.11487).
+
+    Raises:
+        ValueError: the prediction type is unknown.
+    """
+    x0, eps = split(prediction_type, x_t, model_output, alpha_bar_t)
+    if thresholds is not None:
         s = per_sample(thresholds, x_t)
         x0 = np.minimum(np.maximum(x0, -s), s) / s * clip
     elif clip != math.inf:
         x0 = np.minimum(np.maximum(x0, -clip), clip)
     if use_clipped_model_output:
-        eps = (x_t - signal * x0) / spread
+        _, eps = split("sample", x_t, x0, alpha_bar_t)
     std_dev_t = std_dev(alpha_bar_t, alpha_bar_prev, eta, eta_scales)
     x_prev = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(max(1 - alpha_bar_prev - std_dev_t * std_dev_t, 0.0)) * eps
     return (x_prev if std_dev_t == 0 else x_prev + std_dev_t * noise), x0
 
 
+@_with_old_keywords
 def textbook_row(
     prediction_type: str,
     alpha_bar_t: float,
@@ -159,7 +234,11 @@ def textbook_row(
     clip: float = math.inf,
     use_clipped_model_output: bool = False,
 ) -> dict[str, float]:
-    """The same step as the columns of a row of coefficients."""
+    """Return the coefficients of the step of ``textbook_step``, by the names of a row's columns.
+
+    Raises:
+        KeyError: the prediction type is unknown.
+    """
     signal, spread = math.sqrt(alpha_bar_t), math.sqrt(1 - alpha_bar_t)
     x0_x, x0_m, eps_x, eps_m = {
         "epsilon": lambda: (1 / signal, -spread / signal, 0.0, 1.0),
@@ -186,8 +265,10 @@ def textbook_row(
 
 
 def ddpm_posterior(alpha_bar_t: float, alpha_bar_s: float) -> tuple[float, float, float]:
-    """(a, b, variance) of q(x_s | x_t, x0) = N(a x0 + b x_t, variance): equations 6 and 7 of arXiv 2006.11239 with the beta_t of
-    the pair, for any two noise levels of a Markov chain."""
+    """Return (a, b, variance) of q(x_s | x_t, x0) = N(a x0 + b x_t, variance), for any two noise levels of a Markov chain.
+
+    Source: equations 6 and 7 of arXiv 2006.11239, with beta_t = 1 - alpha_bar_t / alpha_bar_s.
+    """
     beta_t = 1 - alpha_bar_t / alpha_bar_s
     alpha_t = 1 - beta_t
     of_x0 = math.sqrt(alpha_bar_s) * beta_t / (1 - alpha_bar_t)
@@ -200,9 +281,13 @@ def ddpm_posterior(alpha_bar_t: float, alpha_bar_s: float) -> tuple[float, float
 
 @dataclass
 class Result:
-    """Results in float64, and beside each the sum of the magnitudes of its terms.
+    """The results of a step in float64, each with the sum of the magnitudes of its terms.
 
-    ``terms`` counts a step without clipping as the two or three terms that it folds to; ``long_terms`` never folds.
+    Attributes:
+        x_prev, x0: the results, like ``x_t``.
+        terms: of x_prev; a step without clipping counts as the two or three terms of its folded form (see ``fold``).
+        long_terms: of x_prev, never folded.
+        x0_terms: of x0.
     """
 
     x_prev: np.ndarray
@@ -210,6 +295,15 @@ class Result:
     long_terms: np.ndarray
     x0: np.ndarray
     x0_terms: np.ndarray
+
+
+def fold(row: dict[str, float]) -> tuple[float, float]:
+    """Return (a, b) of a step without clipping: x_prev = a x_t + b m, and what history and noise add."""
+    of_x0 = row["prev_x0"] + row["prev_eps"] * row["eps_0"]
+    return (
+        of_x0 * row["x0_x"] + row["prev_eps"] * row["eps_x"],
+        of_x0 * row["x0_m"] + row["prev_eps"] * row["eps_m"],
+    )
 
 
 def row_step(
@@ -226,10 +320,20 @@ def row_step(
     known_noise: np.ndarray | None = None,
     history: np.ndarray | None = None,
 ) -> Result:
+    """Evaluate a row of coefficients in float64.
+
+    Args:
+        row: by column; "clip" and "prev_history" may be missing, "known_x0" and "known_noise" only without a mask.
+        x_t, model_output, noise, history: ``(B, C, ...)``.
+        uncond, guidance: the unconditional output, and the guidance scale w: m = uncond + w (model_output - uncond).
+        thresholds: ``(B,)``, see ``textbook_step``.
+        mask, known_x0, known_noise: where the mask is 1, x_prev is the known image at the noise level of x_prev.
+    """
     c, clip = row, row.get("clip", math.inf)
     x, m = np.asarray(x_t, np.float64), np.asarray(model_output, np.float64)
     m_size = np.abs(m)
     if uncond is not None:
+        assert guidance is not None
         uncond = np.asarray(uncond, np.float64)
         m, m_size = uncond + guidance * (m - uncond), np.abs(uncond) + abs(guidance) * (np.abs(m) + np.abs(uncond))
     z = np.zeros_like(x) if noise is None or c["prev_noise"] == 0 else np.asarray(noise, np.float64)
@@ -241,30 +345,43 @@ def row_step(
     x0 = c["x0_x"] * x + c["x0_m"] * m
     x0_terms = abs(c["x0_x"]) * x_size + abs(c["x0_m"]) * m_size
     if clip != math.inf:
-        scale = clip / per_sample(thresholds, x) if thresholds is not None else 1.0
-        x0, x0_terms = x0 * scale, x0_terms * scale
-        # Well outside the bound nothing is left of x0's own rounding errors.
-        x0_terms = np.where(np.abs(x0) > clip + 1e-5 * x0_terms, clip, x0_terms)
-        x0 = np.minimum(np.maximum(x0, -clip), clip)
+        x0, x0_terms = _clipped(x0, x0_terms, clip, thresholds)
     eps = c["eps_x"] * x + c["eps_m"] * m + c["eps_0"] * x0
     eps_terms = abs(c["eps_x"]) * x_size + abs(c["eps_m"]) * m_size + abs(c["eps_0"]) * x0_terms
     x_prev = c["prev_x0"] * x0 + c["prev_eps"] * eps + past + c["prev_noise"] * z
     long_terms = abs(c["prev_x0"]) * x0_terms + abs(c["prev_eps"]) * eps_terms + added_size
     terms = long_terms
     if clip == math.inf:
-        total = c["prev_x0"] + c["prev_eps"] * c["eps_0"]
-        fold_x = total * c["x0_x"] + c["prev_eps"] * c["eps_x"]
-        fold_m = total * c["x0_m"] + c["prev_eps"] * c["eps_m"]
-        terms = abs(fold_x) * x_size + abs(fold_m) * m_size + added_size
-    if mask is not None:
-        # The known picture at the noise level of x_prev (equation 4 of the paper), blended in.
-        mask, known = np.asarray(mask, np.float64), c["known_x0"] * np.asarray(known_x0, np.float64)
-        known_terms = np.abs(known)
-        if c["known_noise"] != 0:
-            noise_part = c["known_noise"] * np.asarray(
-                known_noise, np.float64
-            )  # never in the float32 of the noise standard
-            known, known_terms = known + noise_part, known_terms + np.abs(noise_part)
-        x_prev = mask * known + (1 - mask) * x_prev
-        terms, long_terms = (np.abs(mask) * known_terms + (1 + np.abs(mask)) * t for t in (terms, long_terms))
-    return Result(x_prev, terms, long_terms, x0, x0_terms)
+        of_x, of_m = fold(row)
+        terms = abs(of_x) * x_size + abs(of_m) * m_size + added_size
+    result = Result(x_prev, terms, long_terms, x0, x0_terms)
+    return result if mask is None else _with_known_region(result, row, mask, known_x0, known_noise)
+
+
+def _clipped(
+    x0: np.ndarray, terms: np.ndarray, clip: float, thresholds: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return x0 scaled and clipped to [-clip, clip], and its terms."""
+    scale = clip / per_sample(thresholds, x0) if thresholds is not None else 1.0
+    x0, terms = x0 * scale, terms * scale
+    # Well outside the bound, nothing is left of x0's own rounding errors.
+    terms = np.where(np.abs(x0) > clip + 1e-5 * terms, clip, terms)
+    return np.minimum(np.maximum(x0, -clip), clip), terms
+
+
+def _with_known_region(
+    result: Result,
+    row: dict[str, float],
+    mask: np.ndarray,
+    known_x0: np.ndarray | None,
+    known_noise: np.ndarray | None,
+) -> Result:
+    """Blend the known image into x_prev, at the noise level of x_prev (equation 4 of arXiv 2010.02502)."""
+    mask, known = np.asarray(mask, np.float64), row["known_x0"] * np.asarray(known_x0, np.float64)
+    known_terms = np.abs(known)
+    if row["known_noise"] != 0:
+        noise_part = row["known_noise"] * np.asarray(known_noise, np.float64)
+        known, known_terms = known + noise_part, known_terms + np.abs(noise_part)
+    x_prev = mask * known + (1 - mask) * result.x_prev
+    terms, long_terms = (np.abs(mask) * known_terms + (1 + np.abs(mask)) * t for t in (result.terms, result.long_terms))
+    return Result(x_prev, terms, long_terms, result.x0, result.x0_terms)

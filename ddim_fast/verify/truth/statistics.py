@@ -1,10 +1,10 @@
-"""Tests of chance, whose rates of false alarm are exact or bounded from above.
+"""Statistical tests whose false-alarm rates are exact or bounded from above.
 
-Each test is a function of numbers and of ``rate``, the largest probability with which it may fail on numbers that are right. Where
-several tests are made at once, each gets its share of the rate (Bonferroni): ``together``.
+Each test takes numbers and ``rate``, the largest probability with which it may fail on correct numbers. Where several tests are
+made together, each gets an equal share of the rate (Bonferroni): ``together``.
 
-The rates meant here are 1e-8 and less, where the usual approximations by the normal distribution can be wrong many times over. What is
-exact, what is a bound, and what needs how many numbers is said at each test.
+The rates in use are 1e-8 and less, where the usual normal approximations can be wrong by a large factor. The docstring of each
+test says whether it is exact or a bound, and how many numbers it needs.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import numpy as np
 from scipy import special
 
 Test = Callable[[float], "Finding"]
-"""A test with its numbers already in it: from a rate to what it found."""
+"""A test with its numbers bound: it takes a rate and returns its finding."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a test found.
+    """The result of a test.
 
     Args:
         what: what was measured, in words.
-        found, expected: the quantity, and what it is if nothing is wrong.
-        statistic, threshold: how far it is off, and how far it may be at the stated rate.
-        p_value: the probability that numbers that are right are at least as far off, or a bound of it.
+        found, expected: the measured quantity, and its value for correct numbers.
+        statistic, threshold: how far it is off, and how far it may be off at this rate.
+        p_value: the probability that correct numbers are at least as far off, or an upper bound of it.
     """
 
     what: str
@@ -40,12 +40,12 @@ class Finding:
 
     @property
     def passed(self) -> bool:
-        """Not for NaN."""
+        """Whether the statistic is within the threshold; False for NaN."""
         return self.statistic <= self.threshold
 
     @property
     def share(self) -> float:
-        """How far it is off, as a share of what is allowed."""
+        """The statistic as a share of the threshold."""
         if math.isnan(self.statistic):
             return math.inf
         if self.threshold == 0:
@@ -63,7 +63,7 @@ class Finding:
 
 
 def mean(x: np.ndarray, rate: float, *, expected: float = 0.0, std_dev: float = 1.0) -> Finding:
-    """Exact for independent normal numbers of this standard deviation."""
+    """Test the mean. Exact for independent normal numbers of this standard deviation."""
     x = _flat(x)
     found, per_error = float(x.mean()), math.sqrt(len(x)) / std_dev
     off = abs(found - expected)
@@ -71,7 +71,7 @@ def mean(x: np.ndarray, rate: float, *, expected: float = 0.0, std_dev: float = 
 
 
 def variance(x: np.ndarray, rate: float, *, expected: float = 1.0, mean: float = 0.0) -> Finding:
-    """Chi-square. Exact for independent normal numbers of this mean."""
+    """Test the variance (chi-square). Exact for independent normal numbers of this mean."""
     x = _flat(x)
     n, found = len(x), float(np.mean(np.square(x - mean))) / expected
     half = n / 2
@@ -86,22 +86,28 @@ def variance(x: np.ndarray, rate: float, *, expected: float = 1.0, mean: float =
 
 
 def skewness(x: np.ndarray, rate: float) -> Finding:
-    """The mean of the Hermite polynomial x^3 - 3 x, which standard normal numbers have at 0. For 2^15 numbers or more, see ``_moment``."""
+    """Test the mean of the Hermite polynomial x^3 - 3 x, 0 for standard normal numbers.
+
+    Needs 2^15 numbers or more, see ``_moment``.
+    """
     x = _flat(x)
     return _moment("the third Hermite moment (skewness)", x * (x * x - 3), 6.0, rate)
 
 
 def kurtosis(x: np.ndarray, rate: float) -> Finding:
-    """The mean of x^4 - 6 x^2 + 3, which standard normal numbers have at 0. For 2^20 numbers or more, see ``_moment``."""
+    """Test the mean of the Hermite polynomial x^4 - 6 x^2 + 3, 0 for standard normal numbers.
+
+    Needs 2^20 numbers or more, see ``_moment``.
+    """
     square = np.square(_flat(x))
     return _moment("the fourth Hermite moment (excess kurtosis)", square * (square - 6) + 3, 24.0, rate)
 
 
 def _moment(what: str, terms: np.ndarray, variance_of_one: float, rate: float) -> Finding:
-    """The mean of independent terms, at an eighth of the rate.
+    """Test the mean of independent terms, at an eighth of the rate.
 
-    The eighth pays for the normal approximation: by Cramer's theorem the tail at z standard errors is exp(skewness z^3 / 6 ...) times the
-    normal's. The terms of the fourth moment have skewness 14.7, that of 2^20 of them is 0.0144: a factor of 2.2 at z = 6.9.
+    The eighth makes up for the normal approximation: by Cramer's theorem, the tail at z standard errors is exp(skewness z^3 / 6 ...)
+    times the normal's. The terms of the fourth moment have skewness 14.7, the mean of 2^20 of them 0.0144: a factor of 2.2 at z = 6.9.
     """
     found, error = float(terms.mean()), math.sqrt(variance_of_one / len(terms))
     p_value = min(1.0, 8 * _normal_p(abs(found) / error))
@@ -109,7 +115,7 @@ def _moment(what: str, terms: np.ndarray, variance_of_one: float, rate: float) -
 
 
 def tails(x: np.ndarray, beyond: float, rate: float) -> Finding:
-    """How many of standard normal numbers lie beyond +-``beyond``. Binomial: exact, at most the rate."""
+    """Test how many standard normal numbers lie beyond +-``beyond``. Binomial: exact, at most the rate."""
     x = _flat(x)
     n, chance = len(x), 2 * float(special.ndtr(-beyond))
     count, expected = int(np.count_nonzero(np.abs(x) > beyond)), n * chance
@@ -124,10 +130,10 @@ def tails(x: np.ndarray, beyond: float, rate: float) -> Finding:
 
 
 def kolmogorov_smirnov(x: np.ndarray, cdf: Callable[[np.ndarray], np.ndarray], rate: float) -> Finding:
-    """The largest distance between the numbers' distribution and ``cdf``.
+    """Test the largest distance between the numbers' distribution and ``cdf``.
 
-    The threshold is that of Dvoretzky, Kiefer and Wolfowitz with Massart's constant (1990): a bound for any count. The p value is that of
-    many numbers.
+    The threshold is that of Dvoretzky, Kiefer and Wolfowitz with Massart's constant (1990), a bound for any count. The p value is
+    the asymptotic one.
     """
     x = np.sort(_flat(x))
     n, at = len(x), cdf(x)
@@ -137,10 +143,13 @@ def kolmogorov_smirnov(x: np.ndarray, cdf: Callable[[np.ndarray], np.ndarray], r
 
 
 def kolmogorov_smirnov_two(x: np.ndarray, y: np.ndarray, rate: float) -> Finding:
-    """The same between two sets of as many numbers each. The bound holds for 458 and more (Wei and Dudley, 2012)."""
+    """Test the largest distance between the distributions of two sets of equal size.
+
+    The threshold is a bound for 458 numbers or more each (Wei and Dudley, 2012).
+    """
     x, y = np.sort(_flat(x)), np.sort(_flat(y))
     if len(x) != len(y):
-        raise ValueError(f"both sets must have as many numbers, got {len(x)} and {len(y)}")
+        raise ValueError(f"both sets must have the same number of values, got {len(x)} and {len(y)}")
     both = np.concatenate([x, y])
     distance = np.max(np.abs(np.searchsorted(x, both, "right") - np.searchsorted(y, both, "right"))) / len(x)
     distance = float(distance) if np.isfinite(both).all() else math.nan
@@ -156,13 +165,16 @@ def _distance(what: str, distance: float, n: float, rate: float) -> Finding:
 
 
 def correlation(x: np.ndarray, y: np.ndarray, rate: float) -> Finding:
-    """Student's t. Exact if one of them is independent normal numbers and independent of the other; both have mean 0."""
+    """Test the correlation of two sets of mean 0 (Student's t).
+
+    Exact if one of them consists of independent normal numbers and is independent of the other.
+    """
     x, y = _flat(x), _flat(y)
     return _correlation(float(x @ y / math.sqrt((x @ x) * (y @ y) or math.nan)), len(x), rate)
 
 
 def _correlation(r: float, n: int, rate: float, what: str = "the correlation") -> Finding:
-    """With known means, t = r sqrt((n - 1) / (1 - r^2)) has n - 1 degrees of freedom."""
+    """Test a correlation: with known means, t = r sqrt((n - 1) / (1 - r^2)) has n - 1 degrees of freedom."""
     freedom = n - 1
     t = math.sqrt(freedom) * abs(r) / math.sqrt(max(1 - r * r, 1e-300))
     quantile = -float(special.stdtrit(freedom, rate / 2))
@@ -171,14 +183,14 @@ def _correlation(r: float, n: int, rate: float, what: str = "the correlation") -
 
 
 def lag(rows: np.ndarray, distance: int, rate: float) -> Finding:
-    """The correlation of each row's numbers with those ``distance`` further on."""
+    """Test the correlation of each row's numbers with those ``distance`` places later."""
     return replace(
         correlation(rows[:, :-distance], rows[:, distance:], rate), what=f"the correlation at lag {distance}"
     )
 
 
 def pairs(rows: np.ndarray, rate: float) -> Finding:
-    """The largest correlation between any two rows, exact for each pair."""
+    """Test the largest correlation between any two rows; exact for each pair."""
     size = np.sqrt(np.einsum("ij,ij->i", rows, rows))
     found = (rows / size[:, None]) @ (rows / size[:, None]).T
     upper = np.triu_indices(len(rows), 1)
@@ -190,10 +202,10 @@ def pairs(rows: np.ndarray, rate: float) -> Finding:
 
 
 def any_lag(x: np.ndarray, rate: float, y: np.ndarray | None = None) -> Finding:
-    """The largest correlation of the rows ``(B, n)`` of ``x`` with themselves, or with those of ``y``, at every lag up to n / 2.
+    """Test the largest correlation of the rows ``(B, n)`` of ``x`` with themselves or with those of ``y``, at every lag up to n / 2.
 
-    The sum of 2^15 products or more is as good as normal here: the excess kurtosis 6 of a product of normals leaves 2e-4 of it, which at
-    8 standard errors raises the probability by 3 %.
+    A sum of 2^15 products or more is treated as normal: the excess kurtosis of a product of normals, 6, falls to 2e-4 in the sum,
+    which raises the probability at 8 standard errors by 3 %.
     """
     rows, n = x.shape
     x = x / math.sqrt(np.mean(np.square(x)) or math.nan)
@@ -220,20 +232,20 @@ def any_lag(x: np.ndarray, rate: float, y: np.ndarray | None = None) -> Finding:
 
 
 def covariance(points: np.ndarray, means: np.ndarray, covariance: np.ndarray, rate: float) -> Finding:
-    """Every entry of the covariance of normal points ``(n, d)``, made independent of each other by its Cholesky factor. Exact."""
+    """Test every entry of the covariance of normal points ``(n, d)``, whitened by its Cholesky factor. Exact."""
     white = np.linalg.solve(np.linalg.cholesky(np.asarray(covariance)), (points - means).T)
     d = len(white)
     tests = {f"of whitened coordinate {i}": lambda r, i=i: variance(white[i], r) for i in range(d)}
     if d == 1:
         return together(tests, rate)
-    share = (d - 1) / (d + 1)  # of the entries, those off the diagonal
+    share = (d - 1) / (d + 1)  # the share of the entries off the diagonal
     halves = [(together(tests, rate * (1 - share)), 1 - share), (pairs(white, rate * share), share)]
     worst, part = max(halves, key=lambda half: half[0].share)
     return replace(worst, p_value=min(1.0, worst.p_value / part))
 
 
 def directions(rng: np.random.Generator, count: int, d: int) -> np.ndarray:
-    """The axes, then random ones: ``(count, d)``, each of length 1."""
+    """Return directions of length 1, ``(count, d)``: the axes, then random ones."""
     found = rng.standard_normal((count, d))
     found[:d] = np.eye(d)[:count]
     return found / np.linalg.norm(found, axis=1, keepdims=True)
@@ -241,8 +253,8 @@ def directions(rng: np.random.Generator, count: int, d: int) -> np.ndarray:
 
 def sliced(
     points: np.ndarray, along: np.ndarray, test: Callable[[np.ndarray, np.ndarray, float], Finding], rate: float
-):
-    """``test(projected, direction, rate)`` on the projections of points ``(n, d)`` to each direction of ``(k, d)``."""
+) -> Finding:
+    """Make ``test(projected, direction, rate)`` on the points ``(n, d)`` projected to each direction of ``(k, d)``."""
     tests = {
         f"along {np.array2string(one, precision=3)}": lambda r, one=one: test(points @ one, one, r) for one in along
     }
@@ -250,7 +262,7 @@ def sliced(
 
 
 def sliced_two(x: np.ndarray, y: np.ndarray, along: np.ndarray, rate: float) -> Finding:
-    """Two-sample Kolmogorov-Smirnov on the projections of both."""
+    """Make ``kolmogorov_smirnov_two`` on the projections of both sets."""
     return sliced(x, along, lambda projected, one, r: kolmogorov_smirnov_two(projected, y @ one, r), rate)
 
 
@@ -258,7 +270,7 @@ def sliced_two(x: np.ndarray, y: np.ndarray, along: np.ndarray, rate: float) -> 
 
 
 def every(tests: dict[str, Test], rate: float) -> list[Finding]:
-    """Each test at its share of the rate; what it looked at is said by its name here."""
+    """Make each test at its share of the rate; its name is added to what it measured."""
     found = []
     for name, test in tests.items():
         one = test(rate / len(tests))
@@ -267,12 +279,13 @@ def every(tests: dict[str, Test], rate: float) -> list[Finding]:
 
 
 def together(tests: dict[str, Test], rate: float) -> Finding:
-    """The worst of them. All together fail with at most the rate."""
+    """Make all tests and return the worst finding. Together they fail with at most the rate."""
     worst = worst_of(every(tests, rate))
     return replace(worst, p_value=min(1.0, len(tests) * worst.p_value))
 
 
 def worst_of(findings: Iterable[Finding]) -> Finding:
+    """Return the finding that is furthest off, as a share of its threshold."""
     return max(findings, key=lambda one: one.share)
 
 
@@ -281,7 +294,7 @@ def _flat(x: np.ndarray) -> np.ndarray:
 
 
 def _normal(rate: float) -> float:
-    """How many standard errors are exceeded on either side with this probability."""
+    """Return the number of standard errors exceeded on either side with this probability."""
     return -float(special.ndtri(rate / 2))
 
 

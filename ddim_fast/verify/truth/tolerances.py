@@ -1,9 +1,9 @@
-"""How far a result may be from float64: the only table of tolerances, in units of the machine epsilon of the type computed in.
+"""How far a result may be from float64: the only table of tolerances, in machine epsilons of the type computed in.
 
-An error is measured against the sum of the magnitudes of the result's terms, as rounding makes it: a result small by cancellation
-may be wrong in more of its digits. 4 eps allow one rounding of each coefficient, product, sum and of the result, and little else.
-Half precision is computed in float32 and rounded once: its result must be the correct rounding of some number that float32 was
-allowed to find, which makes it the correctly rounded exact result in nearly all elements.
+An error is measured against the sum of the magnitudes of the result's terms, since rounding errors scale with it: a result that
+is small by cancellation may have more wrong digits. 4 eps allow for one rounding of each coefficient, product, sum and of the
+result, and little more. Half precision is computed in float32 and rounded once: the result must be the correct rounding of a
+number that float32 was allowed to give, and so is the correctly rounded exact result in nearly all elements.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COMPUTED_IN = {
 }
 SCALED_EPS = {torch.float64: 8.0, torch.float32: 4.0}
 SHARE_CORRECTLY_ROUNDED = 0.999
-"""Of the elements of a realistic half-precision step; the rest are off by one unit in the last place."""
+"""The share of the elements of a realistic half-precision step; the others are off by one unit in the last place."""
 
 ROUND = {
     torch.float64: lambda x: x,
@@ -36,22 +36,26 @@ _TINIEST = {torch.float64: 5e-324, torch.float32: 2.0**-149}  # results this sma
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Return the tensor's values as float64."""
     return tensor.detach().cpu().to(torch.float64).numpy()
 
 
 def allowed_error(dtype: torch.dtype, terms: np.ndarray) -> np.ndarray:
-    """The largest error of the number before it is rounded to a half type."""
+    """Return the largest error allowed before the result is rounded to half precision."""
     kind = COMPUTED_IN[dtype]
     return SCALED_EPS[kind] * (torch.finfo(kind).eps * terms + _TINIEST[kind])
 
 
 def allowed_error_in_type(dtype: torch.dtype, terms: np.ndarray) -> np.ndarray:
-    """The largest error where all is computed in the type itself, half types too."""
+    """Return the largest error allowed where everything is computed in the type itself, half precision too."""
     return SCALED_EPS[COMPUTED_IN[dtype]] * torch.finfo(dtype).eps * terms
 
 
 def worst_share(error: np.ndarray, allowed: np.ndarray) -> tuple[float, tuple[int, ...]]:
-    """The largest error as a share of what is allowed, and its place; infinity where there is a NaN. Not of empty arrays."""
+    """Return the largest error as a share of what is allowed (infinity for NaN), and its index.
+
+    The arrays must not be empty.
+    """
     share = np.asarray(error / allowed)
     share = np.where(np.isfinite(share), share, np.inf)
     place = tuple(int(i) for i in np.unravel_index(np.argmax(share), share.shape))
@@ -59,12 +63,12 @@ def worst_share(error: np.ndarray, allowed: np.ndarray) -> tuple[float, tuple[in
 
 
 def assert_near(actual: torch.Tensor, exact: np.ndarray, terms: np.ndarray, what: str = "result") -> None:
-    """Each element of ``actual`` is one that its type may have, for finite ``exact``."""
+    """Raise AssertionError unless each element is as near to the finite ``exact`` as its type allows."""
     assert_within(actual, exact, allowed_error(actual.dtype, terms), what)
 
 
 def assert_within(actual: torch.Tensor, exact: np.ndarray, allowed: np.ndarray, what: str = "result") -> None:
-    """Each element of ``actual`` is the rounding to its type of a number no further from ``exact`` than ``allowed``."""
+    """Raise AssertionError unless each element is the rounding of a number within ``allowed`` of ``exact``."""
     got, rounded = to_numpy(actual), ROUND[actual.dtype]
     lowest, highest = (rounded(bound).reshape(exact.shape) for bound in (exact - allowed, exact + allowed))
     wrong = ~((lowest <= got) & (got <= highest))  # NaN is wrong, too
@@ -78,15 +82,16 @@ def assert_within(actual: torch.Tensor, exact: np.ndarray, allowed: np.ndarray, 
 
 
 def share_correctly_rounded(actual: torch.Tensor, exact: np.ndarray) -> float:
+    """Return the share of elements that are the correctly rounded exact result."""
     return float(np.mean(to_numpy(actual) == ROUND[actual.dtype](exact).reshape(exact.shape)))
 
 
-# --- Subjects that claim less ------------------------------------------------------------------------------------------
+# --- Subjects with float32 coefficients -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Every number that some order of roundings to relative precision ``eps`` may give."""
+    """All values that a computation can have when each operation is rounded to relative precision ``eps``."""
 
     low: float
     high: float
@@ -117,7 +122,7 @@ class Interval:
         return self._rounded(*ends)
 
     def sqrt(self) -> Interval:
-        """The part below 0, which only rounding reaches, counts as 0."""
+        """Return the square root; values below 0, which only rounding can give, count as 0."""
         return self._rounded(math.sqrt(max(self.low, 0.0)), math.sqrt(max(self.high, 0.0)))
 
     @property
@@ -134,10 +139,11 @@ def coefficient_spread(
     eps: float,
     alpha_eps: tuple[float, float] = (0.0, 0.0),
 ) -> dict[str, float]:
-    """How far each column of a row may be off where the textbook's formulas are evaluated with relative precision ``eps``.
+    """Return how far each column of a row may be off, where ``oracle.textbook_row`` is evaluated with relative precision ``eps``.
 
     Args:
-        alpha_eps: the relative errors that alpha_bar_t and alpha_bar_prev have already.
+        eta: the paper's, which scales the standard deviation.
+        alpha_eps: the relative errors of alpha_bar_t and alpha_bar_prev themselves.
     """
     one, zero = Interval.exact(1.0, eps), Interval.exact(0.0, eps)
     bar_t, bar_prev = (
@@ -171,7 +177,7 @@ def spread_of_result(
     z: np.ndarray,
     result: oracle.Result,
 ) -> np.ndarray:
-    """How far x_prev may be off where each column of its row is off by its spread."""
+    """Return how far x_prev may be off, where each column of its row is off by its spread."""
     x_t, m, z = (np.abs(np.asarray(a, np.float64)) for a in (x_t, m, z))
     of_x0 = spread["x0_x"] * x_t + spread["x0_m"] * m
     x0, eps_size = (
