@@ -1,4 +1,4 @@
-"""How samplers of other people are called: a table of adapters, and how an object finds its own."""
+"""Adapters for schedulers, steps and samplers of any origin, and the choice of one for an object."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ import torch
 from torch import Tensor
 
 from ...kernels.dispatch import BACKENDS
+from ...utils.checks import refuse
 from ...utils.import_string import import_string
 from ..truth.cases import Level, Model, Setting, StepCase, StepResult
 from .backends import backend_subject
-from .subject import FEATURES, Subject
+from .subject import FEATURES, Subject, with_new_features
 
 # --- A scheduler as diffusers has them --------------------------------------------------------------------------------
 
 
 class Scheduler(Subject):
-    """A class with ``set_timesteps(count)`` and ``step(model_output, timestep, sample, ...)``, built anew for each setting.
+    """A class with ``set_timesteps(count)`` and ``step(model_output, timestep, sample, ...)``.
+
+    A new scheduler is made for each setting.
 
     Args:
-        make: called with as many of diffusers' configuration fields as its signature names.
-        base: fields that stay as they are, whatever is verified.
+        make: called with those of diffusers' configuration fields that its signature names.
+        base: fields that are the same for every setting.
     """
 
     def __init__(self, make: Callable[..., Any], base: dict[str, Any] | None = None, name: str | None = None):
@@ -33,20 +36,21 @@ class Scheduler(Subject):
         self.name = name or f"{make.__module__}:{make.__qualname__}"
         self._fields = frozenset(_parameters(make))
         step = _parameters(make.step) if inspect.isclass(make) else ()
-        features = {"step", "timesteps", "epsilon", "torch", "half"}
-        features |= {"eta"} if "eta" in step else set()
-        features |= {"given_noise"} if "variance_noise" in step else set()
-        features |= (
-            {"draws_noise"} if "eta" in step and ("generator" in step or "variance_noise" not in step) else set()
-        )
-        features |= {"x0"} if "return_dict" in step else set()
-        features |= {"sample", "v_prediction"} if "prediction_type" in self._free else set()
-        features |= {"clip"} if "clip_sample" in self._free else set()
-        features |= {"clip_range"} if {"clip_sample", "clip_sample_range"} <= self._free else set()
-        features |= {"use_clipped_model_output"} if "use_clipped_model_output" in step else set()
-        features |= {"zero_terminal_snr"} if "rescale_betas_zero_snr" in self._free else set()
-        features |= {"num_train_timesteps"} if "num_train_timesteps" in self._free else set()
-        self.features = frozenset(features)
+        offered = {
+            "eta": "eta" in step,
+            "given_noise": "variance_noise" in step,
+            "draws_noise": "eta" in step and ("generator" in step or "variance_noise" not in step),
+            "x0": "return_dict" in step,
+            "sample": "prediction_type" in self._free,
+            "v_prediction": "prediction_type" in self._free,
+            "clip": "clip_sample" in self._free,
+            "clip_range": {"clip_sample", "clip_sample_range"} <= self._free,
+            "use_clipped_model_output": "use_clipped_model_output" in step,
+            "zero_terminal_snr": "rescale_betas_zero_snr" in self._free,
+            "num_train_timesteps": "num_train_timesteps" in self._free,
+        }
+        always = {"step", "timesteps", "epsilon", "torch", "half"}
+        self.features = frozenset(always | {name for name, is_offered in offered.items() if is_offered})
         self.spacings = self.spacings if "timestep_spacing" in self._free else ()
         self.schedules = self._schedules()
         self.steps_offset = int(self.base.get("steps_offset", 0))
@@ -63,7 +67,7 @@ class Scheduler(Subject):
         return self.schedules if "beta_schedule" in self._free else ("linear",)
 
     def config(self, setting: Setting) -> dict[str, Any]:
-        """The fields of its class for a setting, by diffusers' names; only those that it has."""
+        """Return the fields for a setting, by diffusers' names; only those that the class has."""
         beta_start, beta_end, beta_schedule = {
             "linear": (1e-4, 0.02, "linear"),
             "scaled_linear": (0.00085, 0.012, "scaled_linear"),
@@ -84,7 +88,7 @@ class Scheduler(Subject):
 
     @lru_cache(maxsize=512)  # noqa: B019 (subjects live as long as the process)
     def built(self, setting: Setting) -> Any:
-        """The scheduler of a setting, with its timesteps set."""
+        """Return the scheduler of a setting, with its timesteps set."""
         scheduler = self.make(**self.config(setting))
         scheduler.set_timesteps(setting.num_inference_steps)
         return scheduler
@@ -137,10 +141,11 @@ class Scheduler(Subject):
 
 
 class StepFunction(Subject):
-    """``step(x_t, model_output, alpha_bar_t, alpha_bar_prev, ...) -> x_prev``, or ``(x_prev, x0)``.
+    """A function ``step(x_t, model_output, alpha_bar_t, alpha_bar_prev, ...)`` that returns x_prev, or (x_prev, x0).
 
-    What else it takes of ``eta``, ``noise``, ``generator``, ``prediction_type``, ``clip_sample_range``, ``use_clipped_model_output``
-    and ``out``, it is given by name. Without ``noise`` and ``generator``, its noise comes from torch's global generator.
+    It may also take ``eta``, ``noise``, ``generator``, ``prediction_type``, ``clip_sample_range``,
+    ``use_clipped_model_output`` and ``out``, which are passed by name. Without ``noise`` and ``generator``, it draws its
+    noise from torch's global generator.
     """
 
     REQUIRED = ("model_output", "alpha_bar_t", "alpha_bar_prev")
@@ -213,23 +218,27 @@ class StepFunction(Subject):
 
 
 class SamplerFunction(Subject):
-    """``sample(model, x_T, ...) -> x0``, given by name what it takes of ``alphas_cumprod``, ``timesteps``, ``num_inference_steps``,
-    ``eta``, ``generator``, ``seeds`` and ``prediction_type``. ``model(x_t, t)`` takes timesteps ``(B,)``.
+    """A function ``sample(model, x_T, ...)`` that returns x0. ``model(x_t, t)`` takes timesteps ``(B,)``.
 
-    It is watched through the calls of its model: the steps between them are checked one by one.
+    It may also take ``alphas_cumprod``, ``timesteps``, ``num_inference_steps``, ``eta``, ``generator``, ``seeds`` and
+    ``prediction_type``, which are passed by name. The calls of its model show the steps, which are checked one by one.
     """
 
     def __init__(self, function: Callable[..., Tensor], name: str | None = None):
         self.function = function
         self.name = name or f"{function.__module__}:{function.__qualname__}"
         self._takes = frozenset(_parameters(function))
+        by_parameter = {
+            "num_inference_steps": {"timesteps"},
+            "timesteps": {"explicit_timesteps"},
+            "eta": {"eta", "draws_noise"},
+            "seeds": {"seeds"},
+            "prediction_type": {"sample", "v_prediction"},
+            "alphas_cumprod": {"num_train_timesteps"},
+        }
         features = {"epsilon", "half"}
-        features |= {"timesteps"} if "num_inference_steps" in self._takes else set()
-        features |= {"explicit_timesteps"} if "timesteps" in self._takes else set()
-        features |= {"eta", "draws_noise"} if "eta" in self._takes else set()
-        features |= {"seeds"} if "seeds" in self._takes else set()
-        features |= {"sample", "v_prediction"} if "prediction_type" in self._takes else set()
-        features |= {"num_train_timesteps"} if "alphas_cumprod" in self._takes else set()
+        for parameter, offered in by_parameter.items():
+            features |= offered if parameter in self._takes else set()
         self.features = frozenset(features)
         self.spacings = ()
         self.own_alphas_cumprod = "alphas_cumprod" not in self._takes
@@ -262,7 +271,7 @@ class SamplerFunction(Subject):
 
 
 class Adapter(NamedTuple):
-    """A form that a subject may have: how it is recognised, and what is made of it."""
+    """A form that a subject may have, how to recognise it, and how to make a ``Subject`` of it."""
 
     form: str
     recognises: Callable[[Any], bool]
@@ -299,20 +308,20 @@ def _scheduler(value: Any, name: str | None) -> Subject:
 
 ADAPTERS = (
     Adapter("a Subject of ddim_fast.verify", lambda v: isinstance(v, Subject), lambda v, name: v),
-    Adapter("a class of them", lambda v: inspect.isclass(v) and issubclass(v, Subject), lambda v, name: v()),
+    Adapter("a subclass of it", lambda v: inspect.isclass(v) and issubclass(v, Subject), lambda v, name: v()),
     Adapter("a scheduler: a class, or an object, with set_timesteps and step", _is_scheduler, _scheduler),
     Adapter("a step: step(x_t, model_output, alpha_bar_t, alpha_bar_prev, ...)", _is_step, StepFunction),
     Adapter("a sampler: sample(model, x_T, ...)", _is_sampler, SamplerFunction),
 )
-"""In order: the first that recognises a subject takes it."""
+"""The adapters; the first that recognises an object takes it."""
 
 
 def subject_of(value: Any, device: torch.device | str = "cpu") -> Subject:
-    """The subject that a value is: the name of a backend, ``"module:attribute"``, or any form in ``ADAPTERS``.
+    """Return the subject for the name of a backend, ``"module:attribute"``, or an object of any form in ``ADAPTERS``.
 
     Raises:
         ValueError: there is no such backend, module or attribute.
-        TypeError: its form is unknown.
+        TypeError: the object has none of the forms.
     """
     name = None
     if isinstance(value, str):
@@ -321,17 +330,17 @@ def subject_of(value: Any, device: torch.device | str = "cpu") -> Subject:
         name, value = value, _imported(value)
     for adapter in ADAPTERS:
         if adapter.recognises(value):
-            return adapter.make(value, name)
+            return with_new_features(adapter.make(value, name))
     forms = "\n".join(f"  {adapter.form}" for adapter in ADAPTERS)
-    raise TypeError(f"a subject is a backend ({', '.join(BACKENDS)}) or one of\n{forms}\ngot {value!r:.200}")
+    refuse(f"a subject must be a backend ({', '.join(BACKENDS)}) or one of\n{forms}", value, kind=TypeError)
 
 
 def _imported(name: str) -> Any:
     module, colon, attribute = name.partition(":")
     if not colon or not module or not attribute:
-        raise ValueError(
-            f"a subject is a backend ({', '.join(BACKENDS)}) or module:attribute, for instance "
-            f"diffusers:DDIMScheduler, got {name!r}"
+        refuse(
+            f"a subject must be a backend ({', '.join(BACKENDS)}) or module:attribute, such as diffusers:DDIMScheduler",
+            name,
         )
     return import_string(name, "the subject")
 

@@ -13,14 +13,16 @@ from ...kernels.contract import StepCoefficients, StepInputs, check_inputs
 from ...kernels.dispatch import BACKENDS, ddim_step
 from ...kernels.noise import sample_seeds
 from ...plans.coefficients import ddim_coefficients, ddim_variance
+from ...plans.plan import SamplingPlan
 from ...plans.schedules import make_schedule
 from ...sampler import DDIMSampler
+from ...utils.checks import check_choice
 from ..truth.cases import Level, Model, Setting, StepCase, StepResult
 from .subject import FEATURES, Subject
 
 
 class Backend(Subject):
-    """One of the backends of ``ddim_fast``, through ``ddim_step`` and ``DDIMSampler``."""
+    """A backend of ``ddim_fast``, called through ``ddim_step`` and ``DDIMSampler``."""
 
     arithmetic = "exact"
     features = frozenset(FEATURES) - {"float64", "torch", "no_waiting", "no_allocation"}
@@ -41,10 +43,10 @@ class Backend(Subject):
         return tuple(Level(s.t, s.t_prev, s.alpha_bar_t, s.alpha_bar_prev) for s in steps)
 
     def step(self, case: StepCase) -> StepResult:
-        x0 = None if case.in_place else torch.empty_like(case.x_t)  # in place, nothing is to be allocated
-        noise_from = dict(noise=case.noise)
+        x0 = None if case.in_place else torch.empty_like(case.x_t)  # a step in place must allocate nothing
+        noise_from: dict[str, Any] = {"noise": case.noise}
         if case.noise is None and case.source is not None:
-            noise_from = dict(seeds=case.source, noise_step=case.index)
+            noise_from = {"seeds": case.source, "noise_step": case.index}
         x_prev = self._step(
             case.x_t,
             case.model_output,
@@ -85,20 +87,20 @@ class Backend(Subject):
         return "\n".join(lines)
 
     def coefficients(self, setting: Setting, index: int) -> StepCoefficients:
-        """The row of a step, a ``StepCoefficients``."""
+        """Return the row of a step."""
         if setting.alpha_bars is None:
             return self._plan(setting).steps[index].coefficients
         return _coefficients(*setting.alpha_bars[index], setting, self.eta_scales)
 
-    def _plan(self, setting: Setting):
+    def _plan(self, setting: Setting) -> SamplingPlan:
         return self._sampler(setting).plan()
 
-    def _sampler(self, setting: Setting):
-        return _our_sampler(setting, self.eta_scales)
+    def _sampler(self, setting: Setting) -> DDIMSampler:
+        return _sampler_of(setting, self.eta_scales)
 
 
 @lru_cache(maxsize=256)
-def _coefficients(alpha_bar_t: float, alpha_bar_prev: float, setting: Setting, eta_scales: str):
+def _coefficients(alpha_bar_t: float, alpha_bar_prev: float, setting: Setting, eta_scales: str) -> StepCoefficients:
     variance = ddim_variance(alpha_bar_t, alpha_bar_prev, setting.eta, eta_scales)
     return ddim_coefficients(
         alpha_bar_t,
@@ -112,18 +114,14 @@ def _coefficients(alpha_bar_t: float, alpha_bar_prev: float, setting: Setting, e
 
 
 @lru_cache(maxsize=320)
-def _our_sampler(setting: Setting, eta_scales: str):
+def _sampler_of(setting: Setting, eta_scales: str) -> DDIMSampler:
     schedule = make_schedule(setting.schedule, setting.num_train_timesteps)
     if setting.zero_terminal_snr:
         schedule = schedule.rescale_zero_terminal_snr()
-    chosen = (
-        dict(timesteps=setting.timesteps)
-        if setting.timesteps
-        else dict(num_inference_steps=setting.num_inference_steps)
-    )
     return DDIMSampler(
         schedule,
-        **chosen,
+        num_inference_steps=None if setting.timesteps else setting.num_inference_steps,
+        timesteps=setting.timesteps or None,
         timestep_spacing=setting.timestep_spacing,
         eta=setting.eta,
         eta_scales=eta_scales,
@@ -135,7 +133,7 @@ def _our_sampler(setting: Setting, eta_scales: str):
 
 
 class EmulatedTriton(Backend):
-    """The Triton backend where there is no GPU: compiled for one, and its PTX executed on the CPU (see ``emulated_gpu``)."""
+    """The Triton backend without a GPU: compiled for one, its PTX executed on the CPU (see ``emulated_gpu``)."""
 
     features = Backend.features - {"invert"}
 
@@ -165,7 +163,6 @@ class EmulatedTriton(Backend):
 
 
 def backend_subject(name: str, device: torch.device | str = "cpu") -> Backend:
-    """The subject for a name in ``BACKENDS``."""
-    if name not in BACKENDS:
-        raise ValueError(f"a backend is one of {', '.join(BACKENDS)}, got {name!r}")
+    """Return the subject for a name in ``BACKENDS``."""
+    check_choice("a backend", name, BACKENDS)
     return EmulatedTriton() if name == "triton" and torch.device(device).type == "cpu" else Backend(name)

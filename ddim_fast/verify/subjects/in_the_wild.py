@@ -1,7 +1,7 @@
 """DDIM samplers of other libraries as subjects: ``ddim-fast verify ddim_fast.verify.subjects.in_the_wild:Azula``.
 
-Each translates names, and declares the library's conventions; the arithmetic is the library's own. The libraries are imported when
-a subject is made. docs/FINDINGS.md has what was found.
+Each translates names and declares the library's conventions; all arithmetic is the library's own. A library is imported when its
+subject is made. docs/FINDINGS.md lists what was found.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .subject import Subject
 
 
 def library(module: str, package: str) -> Any:
-    """Import a module of a library that is not one of ours.
+    """Import a module of another library.
 
     Raises:
-        ImportError: with what to install.
+        ImportError: it is not installed; the message says what to install.
     """
     try:
         return importlib.import_module(module)
@@ -36,7 +36,7 @@ def library(module: str, package: str) -> Any:
 
 @contextmanager
 def global_generator(source: torch.Generator | None) -> Iterator[None]:
-    """torch's global generator, from which these libraries draw, goes on from where ``source`` stands; ``source`` moves along."""
+    """Draw from ``source`` where a library draws from torch's global generator; restore the global generator's state afterwards."""
     if source is None:
         yield
         return
@@ -53,10 +53,7 @@ def global_generator(source: torch.Generator | None) -> Iterator[None]:
 
 
 class Diffusers(Scheduler):
-    """diffusers' ``DDIMScheduler``; with ``DDIMInverseScheduler`` as its inversion.
-
-    The setting's fields are diffusers' own. A subclass adds others in ``base``.
-    """
+    """diffusers' ``DDIMScheduler``. A subclass sets further configuration fields in ``fixed``."""
 
     home = "diffusers"
     scheduler = "DDIMScheduler"
@@ -76,7 +73,7 @@ class Diffusers(Scheduler):
 
 
 class DiffusersInversion(Diffusers):
-    """``DDIMScheduler``, and ``DDIMInverseScheduler`` for the way back."""
+    """``DDIMScheduler``, with ``DDIMInverseScheduler`` for inversion."""
 
     def __init__(self):
         super().__init__()
@@ -93,13 +90,13 @@ class DiffusersInversion(Diffusers):
 
 
 class DiffusersFinalAlpha(Diffusers):
-    """``set_alpha_to_one=False``: the last step goes to the noise level of timestep 0, as Stable Diffusion has it."""
+    """``DDIMScheduler`` with ``set_alpha_to_one=False``: the last step goes to the noise level of timestep 0."""
 
     fixed = dict(set_alpha_to_one=False)  # noqa: RUF012 (never written to)
 
 
 class DiffusersOffset(Diffusers):
-    """``steps_offset=1`` with ``set_alpha_to_one=False``: the configuration of Stable Diffusion 1 and 2."""
+    """``DDIMScheduler`` as Stable Diffusion 1 and 2 configure it: ``set_alpha_to_one=False``, ``steps_offset=1``."""
 
     fixed = dict(set_alpha_to_one=False, steps_offset=1)  # noqa: RUF012 (never written to)
 
@@ -111,7 +108,7 @@ class DiffusersParallel(Diffusers):
 
 
 class DiffusersBatch(DiffusersParallel):
-    """``DDIMParallelScheduler``, through ``batch_step_no_noise``: all samples at once, eta = 0."""
+    """``DDIMParallelScheduler``, through ``batch_step_no_noise``: the whole batch at once, eta = 0."""
 
     def __init__(self):
         super().__init__()
@@ -120,31 +117,27 @@ class DiffusersBatch(DiffusersParallel):
     def step(self, case: StepCase) -> StepResult:
         scheduler = self.built(case.setting.but(eta=0.0, use_clipped_model_output=False))
         timesteps = scheduler.timesteps[case.index].expand(len(case.x_t))
-        use_clipped_model_output = case.setting.use_clipped_model_output
-        return StepResult(
-            scheduler.batch_step_no_noise(
-                case.model_output, timesteps, case.x_t, use_clipped_model_output=use_clipped_model_output
-            )
-        )
+        options = {"use_clipped_model_output": case.setting.use_clipped_model_output}
+        return StepResult(scheduler.batch_step_no_noise(case.model_output, timesteps, case.x_t, **options))
 
     def code(self, case: StepCase) -> str:
         lines = super().code(case).split("\n")
-        use_clipped_model_output = case.setting.use_clipped_model_output
+        option = f"use_clipped_model_output={case.setting.use_clipped_model_output}"
         lines[-3:] = [
             f"t = scheduler.timesteps[{case.index}].expand(len(x_t))",
-            f"x_prev = scheduler.batch_step_no_noise(model_output, t, x_t, use_clipped_model_output={use_clipped_model_output})",
+            f"x_prev = scheduler.batch_step_no_noise(model_output, t, x_t, {option})",
         ]
         return "\n".join(lines)
 
 
 class DiffusersBatchFinalAlpha(DiffusersBatch):
-    """The same with ``set_alpha_to_one=False``."""
+    """``batch_step_no_noise`` with ``set_alpha_to_one=False``."""
 
     fixed = dict(set_alpha_to_one=False)  # noqa: RUF012 (never written to)
 
 
 class FastDiffusersFinalAlpha(DiffusersFinalAlpha):
-    """The drop-in of this package for ``DDIMScheduler``, with ``set_alpha_to_one=False``."""
+    """This package's drop-in for ``DDIMScheduler``, with ``set_alpha_to_one=False``."""
 
     home = "ddim_fast.integrations.diffusers"
     scheduler = "FastDDIMScheduler"
@@ -154,8 +147,10 @@ class FastDiffusersFinalAlpha(DiffusersFinalAlpha):
 
 
 class Azula(Subject):
-    """azula's ``DDIMSampler``. Time is continuous there and the noise schedule the user's: it is given one with the levels asked for,
-    at the times (t + 1) / T. Its eta scales the variance.
+    """azula's ``DDIMSampler``. Its eta scales the variance.
+
+    Time is continuous in azula, and the user supplies the noise schedule: here one with the noise level of timestep t at time
+    (t + 1) / T.
     """
 
     eta_scales = "variance"
@@ -212,7 +207,7 @@ class Azula(Subject):
 
 
 class AzulaSchedule:
-    """A schedule of azula that knows the two noise levels of a step: (alpha, sigma) of a time."""
+    """A schedule for azula that has the two noise levels of a step: (alpha, sigma) of a time."""
 
     def __init__(self, setting: Setting, level: Level):
         self.total = setting.steps if setting.alpha_bars is not None else setting.num_train_timesteps
@@ -224,7 +219,7 @@ class AzulaSchedule:
 
 
 class AzulaDenoiser:
-    """A model's output as the mean that azula asks for; eps as azula's own plugins for such models have it."""
+    """A denoiser for azula that turns a model output into the mean, eps as azula's own plugins do."""
 
     def __init__(self, schedule: AzulaSchedule, prediction_type: str, output: Tensor):
         self.schedule, self.prediction_type, self.output = schedule, prediction_type, output
@@ -240,8 +235,10 @@ class AzulaDenoiser:
 
 
 class DenoisingDiffusionPytorch(Subject):
-    """denoising-diffusion-pytorch's ``GaussianDiffusion.ddim_sample``. It chooses its timesteps ("trailing" where their number divides
-    T), starts from noise of its own, which is replaced by the x_T given, and always clips x0 to [-1, 1], which is left to the setting here.
+    """denoising-diffusion-pytorch's ``GaussianDiffusion.ddim_sample``.
+
+    It chooses its timesteps itself ("trailing" where their number divides T). The noise that it starts from is replaced by x_T.
+    It always clips x0 to [-1, 1]; here the setting decides.
     """
 
     objectives = {"epsilon": "pred_noise", "sample": "pred_x0", "v_prediction": "pred_v"}  # noqa: RUF012 (never written to)
@@ -255,11 +252,10 @@ class DenoisingDiffusionPytorch(Subject):
         def called(x: Tensor, t: Tensor, x_self_cond: None) -> Tensor:
             return model(x, t)
 
-        called.channels = called.out_dim = x_T.shape[1]
-        called.self_condition = False
+        vars(called).update(channels=x_T.shape[1], out_dim=x_T.shape[1], self_condition=False)
         diffusion = self._diffusion(setting)(
             called,
-            image_size=1,  # of no use to ddim_sample
+            image_size=1,  # ddim_sample does not use it
             timesteps=setting.num_train_timesteps,
             sampling_timesteps=setting.num_inference_steps,
             objective=self.objectives[setting.prediction_type],
@@ -271,16 +267,15 @@ class DenoisingDiffusionPytorch(Subject):
             return diffusion.ddim_sample(tuple(x_T.shape)).clone()
 
     def _diffusion(self, setting: Setting) -> type:
-        """The class, with the clipping that it always does left to the setting, through its own arguments of ``model_predictions``."""
+        """Return the class with clipping as the setting says, by the arguments that ``model_predictions`` has for it."""
         original = self.module.GaussianDiffusion
 
-        class WithClipping(original):
-            def model_predictions(self, *args: Any, **options: Any) -> Any:
-                options["clip_x_start"] = setting.clip_sample_range is not None
-                options["rederive_pred_noise"] = setting.use_clipped_model_output
-                return super().model_predictions(*args, **options)
+        def model_predictions(self: Any, *args: Any, **options: Any) -> Any:
+            options["clip_x_start"] = setting.clip_sample_range is not None
+            options["rederive_pred_noise"] = setting.use_clipped_model_output
+            return original.model_predictions(self, *args, **options)
 
-        return WithClipping
+        return type("WithClipping", (original,), {"model_predictions": model_predictions})
 
     def levels(self, setting: Setting) -> tuple[Level, ...]:
         return setting.levels(list(_times_of(self, setting.but(prediction_type="epsilon", eta=0.0, schedule="linear"))))
@@ -290,14 +285,14 @@ class DenoisingDiffusionPytorch(Subject):
 
 
 class DenoisingDiffusionPytorchClipped(DenoisingDiffusionPytorch):
-    """The same with its clipping: x0 to [-1, 1], after which eps is always derived again."""
+    """``ddim_sample`` as it is: x0 is clipped to [-1, 1], and eps computed again from it."""
 
     features = frozenset(["eta", "draws_noise", "epsilon", "clip", "use_clipped_model_output"])
 
 
 @lru_cache(maxsize=64)
 def _times_of(subject: DenoisingDiffusionPytorch, setting: Setting) -> tuple[int, ...]:
-    seen = []
+    seen: list[int] = []
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         seen.append(int(t[0]))
@@ -308,13 +303,13 @@ def _times_of(subject: DenoisingDiffusionPytorch, setting: Setting) -> tuple[int
 
 
 class StartFrom(TorchFunctionMode):
-    """The first call of ``torch.randn`` gives this tensor."""
+    """A mode in which the first call of ``torch.randn`` returns a given tensor."""
 
     def __init__(self, x_T: Tensor):
         super().__init__()
-        self.x_T = x_T
+        self.x_T: Tensor | None = x_T
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.randn and self.x_T is not None:
             found, self.x_T = self.x_T, None
             return found
@@ -323,7 +318,7 @@ class StartFrom(TorchFunctionMode):
 
 @contextmanager
 def quiet(module: Any) -> Iterator[None]:
-    """Without progress bars of a module that imports ``tqdm`` by name."""
+    """Switch off the progress bars of a module that imports ``tqdm`` by name."""
     before = module.tqdm
     module.tqdm = lambda steps, **_: steps
     try:
@@ -336,9 +331,10 @@ def quiet(module: Any) -> Iterator[None]:
 
 
 class KDiffusion(Subject):
-    """k-diffusion's ``sample_euler``, and with eta ``sample_euler_ancestral``. They work on x_t / sqrt(alpha_bar_t) with noise of standard
-    deviation sigma = sqrt((1 - alpha_bar_t) / alpha_bar_t), where Euler's step is DDIM's; models of eps and v are wrapped by k-diffusion's
-    own ``DiscreteEpsDDPMDenoiser`` and ``DiscreteVDDPMDenoiser``, which go back to x_t.
+    """k-diffusion's ``sample_euler``, and with eta ``sample_euler_ancestral``.
+
+    They work on x_t / sqrt(alpha_bar_t) with noise of standard deviation sigma = sqrt((1 - alpha_bar_t) / alpha_bar_t), where Euler's
+    step is DDIM's. k-diffusion's ``DiscreteEpsDDPMDenoiser`` and ``DiscreteVDDPMDenoiser`` convert for models of eps and v.
     """
 
     features = frozenset(["explicit_timesteps", "eta", "draws_noise", "epsilon", "v_prediction"])
@@ -386,7 +382,7 @@ SUBJECTS = {
     "denoising-diffusion-pytorch": (DenoisingDiffusionPytorch, DenoisingDiffusionPytorchClipped),
     "k-diffusion": (KDiffusion,),
 }
-"""Every adapter here, by the package that it needs."""
+"""The adapters of this module, by the package that they need."""
 
 __all__ = [
     "SUBJECTS",

@@ -1,11 +1,13 @@
-"""What can be verified: the one face that every kind of sampler is given, and nothing of what is right.
+"""The interface of everything that can be verified.
 
-A subject says by its ``features`` what it offers. Checks that need more do not apply to it. An adapter of your own is a subclass of
-``Subject``; give it to ``verify`` as it is, or name it on the command line as ``module:attribute``.
+A subject lists what it offers in ``features``. Checks that need more do not apply to it. To verify a sampler of another form,
+write a subclass of ``Subject``, and pass it to ``verify`` or name it on the command line as ``module:attribute``.
 """
 
 from __future__ import annotations
 
+import copy
+import warnings
 from typing import Any
 
 import torch
@@ -14,57 +16,60 @@ from torch import Tensor
 from ..truth.cases import Level, Model, Observed, Setting, StepCase, StepResult
 
 FEATURES = {
-    "step": "single steps can be made, in any order",
+    "step": "makes single steps, in any order",
     "levels": "steps between any two noise levels, not only those of a schedule",
-    "timesteps": "it chooses the timesteps, from their number and spacing",
-    "num_train_timesteps": "schedules may have any number of timesteps, not only 1000",
-    "explicit_timesteps": "it takes a list of timesteps",
-    "eta": "it can add noise",
-    "given_noise": "noise can be given as a tensor",
-    "draws_noise": "it draws its noise itself, from a seed",
-    "seeds": "a sample's noise depends on its own seed",
-    "x0": "a step tells the predicted x0",
-    "epsilon": "models that predict eps",
-    "sample": "models that predict x0",
-    "v_prediction": "models that predict v",
-    "clip": "the predicted x0 can be clipped",
-    "clip_range": "to another bound than 1, too",
-    "use_clipped_model_output": "eps can be derived again from the clipped x0",
-    "zero_terminal_snr": "schedules that end in pure noise",
-    "in_place": "the result can be written over the samples",
-    "guidance": "the guided output is computed by the step",
-    "thresholds": "x0 can be scaled by a threshold for each sample",
-    "inpainting": "a known region can be blended in by the step",
+    "timesteps": "chooses the timesteps from their number and spacing",
+    "num_train_timesteps": "takes schedules with any number of timesteps, not only 1000",
+    "explicit_timesteps": "takes a list of timesteps",
+    "eta": "can add noise",
+    "given_noise": "takes noise as a tensor",
+    "draws_noise": "draws its noise itself, from a seed",
+    "seeds": "has a seed for each sample, which alone decides the sample's noise",
+    "x0": "returns the predicted x0 of a step",
+    "epsilon": "takes models that predict eps",
+    "sample": "takes models that predict x0",
+    "v_prediction": "takes models that predict v",
+    "clip": "can clip the predicted x0",
+    "clip_range": "can clip it to bounds other than 1",
+    "use_clipped_model_output": "can compute eps again from the clipped x0",
+    "zero_terminal_snr": "takes schedules that end in pure noise",
+    "in_place": "can write the result over the samples",
+    "guidance": "applies classifier-free guidance in the step",
+    "thresholds": "can scale x0 by a threshold for each sample",
+    "inpainting": "can blend in a known region in the step",
     "float64": "computes in double precision",
     "half": "takes float16 and bfloat16",
-    "invert": "finds the noise that a sample comes from",
-    "torch": "is made of torch's operators, so that a fake device can run it",
-    "no_waiting": "steps on a GPU never wait for it, and copy nothing between host and device",
-    "no_allocation": "steps in place allocate nothing",
+    "invert": "finds the noise that leads to a sample",
+    "torch": "uses torch operators only, so that it runs on a fake device",
+    "no_waiting": "makes steps on a GPU that never wait for it and copy nothing between host and device",
+    "no_allocation": "makes steps in place that allocate nothing",
 }
 """What a subject may offer."""
 
+OLD_FEATURES = {"rederive": "use_clipped_model_output"}
+"""The names that features had in ddim_fast 0.1. To be removed in 0.3."""
+
 ARITHMETIC = {
     "exact": "coefficients in float64, half precision computed in float32 and rounded once",
-    "float32": "coefficients worked out in float32, half precision computed as such",
+    "float32": "coefficients in float32, half precision computed as such",
 }
-"""How exact a subject claims to be. It is held to that."""
+"""How exact a subject claims to be. The checks hold it to that."""
 
 
 class Subject:
-    """What is verified. A subclass overrides ``step`` or ``sample``, and what else it differs in.
+    """A sampler under test. A subclass overrides ``step`` or ``sample``, and what else is different.
 
     Attributes:
-        name: of this subject, in reports.
+        name: its name in reports.
         features: keys of ``FEATURES``.
         arithmetic: a key of ``ARITHMETIC``.
-        eta_scales: what its eta multiplies: "std_dev" (the paper), or "variance".
-        ends_clean: its last step goes to clean data; False for one that goes to alpha_bar_0 (``set_alpha_to_one=False``).
-        spacings: the values of ``Setting.timestep_spacing`` that it can be asked for; none where it has one of its own.
-        schedules: likewise of ``Setting.schedule``; none where it has one of its own.
+        eta_scales: what its eta multiplies: "std_dev" (the paper's), or "variance".
+        ends_clean: whether its last step goes to clean data; False where it goes to alpha_bar_0 (``set_alpha_to_one=False``).
+        spacings: the values of ``Setting.timestep_spacing`` that it takes; empty where it has a spacing of its own.
+        schedules: the values of ``Setting.schedule`` that it takes; empty where it has a schedule of its own.
         steps_offset: what it adds to the timesteps of "leading".
-        slow: a step takes 10 ms or more: the quick set makes fewer.
-        own_alphas_cumprod: it works with a table of its own, in float32, which ``levels`` cannot tell exactly.
+        slow: whether a step takes 10 ms or more: the quick set then makes fewer steps.
+        own_alphas_cumprod: whether it uses a table of its own in float32, which ``levels`` does not give exactly.
     """
 
     name = "subject"
@@ -79,19 +84,19 @@ class Subject:
     own_alphas_cumprod = False
 
     def levels(self, setting: Setting) -> tuple[Level, ...]:
-        """The steps of a setting: the timesteps that the subject chooses, each to the next, and its own alpha_bar of each."""
+        """Return the steps of a setting: the timesteps that the subject chooses, with its own alpha_bar of each."""
         return setting.levels()
 
     def step(self, case: StepCase) -> StepResult:
-        """One step. Needed for the feature "step"."""
+        """Make one step. Needed for the feature "step"."""
         raise NotImplementedError
 
     def source(self, seed: int, batch_size: int) -> Any:
-        """Where one run of ``batch_size`` samples gets its noise from: a ``torch.Generator``, unless overridden."""
+        """Return the source of noise of a run of ``batch_size`` samples: a ``torch.Generator``, unless overridden."""
         return torch.Generator().manual_seed(seed)
 
     def sample(self, setting: Setting, model: Model, x_T: Tensor, source: Any) -> Tensor:
-        """A whole run. The steps one after the other, unless overridden."""
+        """Make a whole run: the steps one after the other, unless overridden."""
         x_t = x_T
         for index, level in enumerate(self.levels(setting)):
             output = model(x_t, torch.full((len(x_t),), level.t, device=x_t.device))
@@ -99,20 +104,21 @@ class Subject:
         return x_t
 
     def invert(self, setting: Setting, model: Model, x0: Tensor) -> Tensor:
-        """x_T of clean samples. Needed for the feature "invert"."""
+        """Return the x_T of clean samples. Needed for the feature "invert"."""
         raise NotImplementedError
 
     def on_gpu(self) -> Subject:
-        """The subject for tensors on a GPU, which may be a pretended one."""
+        """Return the subject for tensors on a GPU, real or fake."""
         return self
 
     def code(self, case: StepCase) -> str:
-        """Python that makes the step of a case and leaves ``x_prev``; it finds torch and the case's tensors defined."""
+        """Return Python that assigns ``x_prev`` of a case, where torch and the case's tensors are defined."""
         raise NotImplementedError
 
     def observe(self, setting: Setting, model: Model, x_T: Tensor, source: Any) -> list[Observed]:
-        """A whole run, watched through the calls of its model."""
-        seen, outputs = [], []
+        """Make a whole run and return its steps, seen through the calls of its model."""
+        seen: list[tuple[Tensor, float]] = []
+        outputs: list[Tensor] = []
 
         def watched(x_t: Tensor, t: Tensor) -> Tensor:
             seen.append((x_t.clone(), float(t.reshape(-1)[0])))
@@ -126,5 +132,20 @@ class Subject:
         return [Observed(level, x_t, output, x_prev) for level, x_t, output, x_prev in steps]
 
     def levels_seen(self, setting: Setting, timesteps: list[float]) -> tuple[Level, ...]:
-        """The steps of a run whose model was given these timesteps."""
+        """Return the steps of a run whose model was called with these timesteps."""
         return self.levels(setting)
+
+
+def with_new_features(subject: Subject) -> Subject:
+    """Return the subject with the present names of its features; warn where it has old ones."""
+    if not (old := OLD_FEATURES.keys() & subject.features):
+        return subject
+    for name in sorted(old):
+        warnings.warn(
+            f"the feature {name!r} of a subject ends with ddim_fast 0.3: call it {OLD_FEATURES[name]!r}",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+    subject = copy.copy(subject)
+    subject.features = frozenset(OLD_FEATURES.get(name, name) for name in subject.features)
+    return subject
