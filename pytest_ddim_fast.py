@@ -1,9 +1,9 @@
-"""pytest's plugin of ddim_fast: the checks of ``ddim-fast verify`` as tests, and fixtures for tests of your own.
+"""The pytest plugin of ddim_fast: the checks of ``ddim-fast verify`` as tests, and fixtures for tests of your own.
 
 pytest --ddim-subject diffusers:DDIMScheduler
 
-It lies outside the package because pytest imports it in every run of every project where ddim_fast is installed: importing the
-package would cost each of them torch. Nothing of ddim_fast is imported before an option or a fixture asks for it. PYTEST_DONT_REWRITE
+It is outside the package because pytest imports it in every run wherever ddim_fast is installed, and importing the package would
+import torch. It imports nothing of ddim_fast before an option or a fixture needs it. PYTEST_DONT_REWRITE
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from ddim_fast.verify.checks import Check
 
 COLLECTOR = "ddim-fast"
-"""What the checks' node ids begin with: ``ddim-fast::update``."""
+"""The beginning of the checks' node ids: ``ddim-fast::update``."""
 
 HOW = ("--ddim-check", "--ddim-require", "--ddim-full", "--ddim-eta-scales", "--ddim-arithmetic")
-"""Options that mean nothing by themselves."""
+"""Options that need --ddim-subject."""
 
 MARKERS = {
     "ddim_slow": "a check of ddim_fast that only the full set has (--ddim-full)",
@@ -34,29 +34,31 @@ MARKERS = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("ddim_fast", "a DDIM sampler held against the paper (ddim_fast)")
+    group = parser.getgroup("ddim_fast", "verify a DDIM sampler against the paper (ddim_fast)")
     group.addoption(
         "--ddim-subject",
         metavar="SUBJECT",
         help="verify this sampler, one test for each check: module:attribute, or cpu, reference, triton",
     )
     group.addoption("--ddim-eta-scales", metavar="WHAT", help="what its eta multiplies: std_dev or variance")
-    group.addoption("--ddim-arithmetic", metavar="CLAIM", help="how exact it claims to be: exact or float32")
-    group.addoption("--ddim-full", action="store_true", help="all checks, thorough; the quick set otherwise")
-    group.addoption("--ddim-seed", type=int, default=0, metavar="N", help="of all that is random in the checks")
-    group.addoption("--ddim-device", default="cpu", metavar="DEVICE", help="where the tensors are: cpu, cuda")
-    group.addoption("--ddim-check", action="append", metavar="NAME", help="only this check; may be given several times")
+    group.addoption("--ddim-arithmetic", metavar="CLAIM", help="how exact it must be: exact or float32")
+    group.addoption("--ddim-full", action="store_true", help="run the full set of checks instead of the quick one")
+    group.addoption(
+        "--ddim-seed", type=int, default=0, metavar="N", help="the seed of all random numbers in the checks"
+    )
+    group.addoption("--ddim-device", default="cpu", metavar="DEVICE", help="the device of the tensors: cpu, cuda")
+    group.addoption("--ddim-check", action="append", metavar="NAME", help="run only this check; may be repeated")
     group.addoption(
         "--ddim-require",
         action="append",
         default=[],
         metavar="NAME",
-        help="a check that must run: it fails where it would be skipped; may be given several times",
+        help="fail if this check would be skipped; may be repeated",
     )
 
 
 class Verification(NamedTuple):
-    """What the options ask for."""
+    """The verification that the options ask for."""
 
     subject: Subject
     checks: list[Check]
@@ -75,24 +77,26 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("ddim_subject"):
         config.stash[_ASKED_FOR] = _asked_for(config)
     elif given := [name for name in HOW if config.getoption(name.removeprefix("--").replace("-", "_"))]:
-        raise pytest.UsageError(f"{given[0]} says how to verify, and --ddim-subject what: give both, or neither")
+        raise pytest.UsageError(f"{given[0]} needs --ddim-subject: give both, or neither")
 
 
 def _asked_for(config: pytest.Config) -> Verification:
     if importlib.util.find_spec("scipy") is None:
         raise pytest.UsageError("ddim_fast: the checks need scipy, not installed here: pip install 'ddim-fast[verify]'")
+    from ddim_fast.utils.checks import check_integer
     from ddim_fast.verify.run import choose_checks, prepared_subject
 
     full, device = config.getoption("ddim_full"), config.getoption("ddim_device")
     required, seed = config.getoption("ddim_require"), config.getoption("ddim_seed")
     try:
+        check_integer("--ddim-seed", seed, at_least=0)
         _check_device(device)
         chosen = choose_checks(config.getoption("ddim_check"), full)
         if left_out := sorted(set(required) - {one.name for one in chosen}):
             choose_checks(left_out, full)
-            raise ValueError(f"--ddim-require {left_out[0]}: these options leave that check out")
-        held_to = config.getoption("ddim_eta_scales"), config.getoption("ddim_arithmetic")
-        subject = prepared_subject(config.getoption("ddim_subject"), device, *held_to)
+            raise ValueError(f"--ddim-require {left_out[0]}: the other options leave that check out")
+        conventions = config.getoption("ddim_eta_scales"), config.getoption("ddim_arithmetic")
+        subject = prepared_subject(config.getoption("ddim_subject"), device, *conventions)
     except (ValueError, TypeError) as error:
         raise pytest.UsageError(f"ddim_fast: {error}") from error
     return Verification(subject, chosen, full, seed, device, required)
@@ -120,7 +124,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Add the checks to whatever was collected, before -k, -m and --deselect choose among all of it."""
+    """Add the checks to the collected tests, before -k, -m and --deselect select from them."""
     asked_for = config.stash.get(_ASKED_FOR, None)
     if asked_for is not None:
         collector = Verified.from_parent(session, name=COLLECTOR, nodeid=COLLECTOR)
@@ -128,7 +132,7 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
 
 
 class Verified(pytest.Collector):
-    """The checks' parent: it stands for no file."""
+    """The parent of the checks; it belongs to no file."""
 
     def collect(self) -> list[pytest.Item]:
         return []
@@ -158,20 +162,20 @@ class CheckItem(pytest.Item):
 
         asked_for = self.asked_for
         with warnings.catch_warnings():
-            warnings.simplefilter("default")  # this project's filters are for its tests: no warning is a wrong result
+            warnings.simplefilter("default")  # filters that turn warnings into errors are for the project's own tests
             result = run_check(
                 self.check, asked_for.subject, asked_for.full, asked_for.seed, torch.device(asked_for.device)
             )
         self.user_properties += _measured(result)
         if result.outcome in (Outcome.NOT_APPLICABLE, Outcome.SKIPPED):
             if self.name in asked_for.required:
-                raise AssertionError(f"{self.name} is required, and did not run: {result.message}")
+                raise AssertionError(f"{self.name} is required and did not run: {result.message}")
             pytest.skip(result.message)
         if result.outcome is not Outcome.PASSED:
             raise AssertionError(_explained(result))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        """A check's own words. Where something else went wrong, the traceback."""
+        """Return the check's message, or the traceback of any other error."""
         return (
             excinfo.getrepr(style="value") if excinfo.errisinstance(AssertionError) else super().repr_failure(excinfo)
         )
@@ -182,7 +186,7 @@ class CheckItem(pytest.Item):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
-    """A skipped check is named, where pytest would name the line in this file."""
+    """Name a skipped check by its node id, where pytest would name a line of this file."""
     report = yield
     if isinstance(item, CheckItem) and report.skipped and isinstance(report.longrepr, tuple):
         report.longrepr = (str(item.config.rootpath / item.nodeid), None, report.longrepr[2])
@@ -190,7 +194,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
 
 
 def _measured(result: CheckResult) -> list[tuple[str, object]]:
-    """For reports as XML."""
+    """Return the properties of a result for XML reports."""
     worst = [] if math.isnan(result.worst) else [("worst_share_of_allowed", f"{result.worst:.6g}")]
     return [("proves", result.proves), ("source", result.source), ("cases", result.cases), *worst]
 
@@ -198,7 +202,7 @@ def _measured(result: CheckResult) -> list[tuple[str, object]]:
 def _explained(result: CheckResult) -> str:
     lines = [result.message, "", f"What {result.name} proves: {result.proves}", f"Source: {result.source}"]
     if result.code:
-        lines += ["", "This fails for as long as the sampler is wrong:", "", result.code]
+        lines += ["", "This code fails while the sampler is wrong:", "", result.code]
     return "\n".join(lines)
 
 
@@ -210,19 +214,19 @@ def ddim_subject(request: pytest.FixtureRequest) -> Subject:
     """The sampler of --ddim-subject, as a ``ddim_fast.verify.Subject``."""
     asked_for = request.config.stash.get(_ASKED_FOR, None)
     if asked_for is None:
-        pytest.fail("the fixture ddim_subject is the sampler of --ddim-subject: give that option", pytrace=False)
+        pytest.fail("the fixture ddim_subject needs the option --ddim-subject", pytrace=False)
     return asked_for.subject
 
 
 @pytest.fixture(scope="session")
 def ddim_seed(request: pytest.FixtureRequest) -> int:
-    """The number of --ddim-seed."""
+    """The seed of --ddim-seed."""
     return request.config.getoption("ddim_seed")
 
 
 @pytest.fixture(scope="session")
 def ddim_oracle() -> ModuleType:
-    """The DDIM step in float64 NumPy, from the papers alone: the module ``ddim_fast.verify.truth.oracle``."""
+    """The DDIM step in float64 NumPy, written from the papers alone: the module ``ddim_fast.verify.truth.oracle``."""
     from ddim_fast.verify.truth import oracle
 
     return oracle
@@ -230,7 +234,7 @@ def ddim_oracle() -> ModuleType:
 
 @pytest.fixture
 def nan_memory() -> Iterator[None]:
-    """New tensors are full of NaN until they are written, so that an output nobody wrote cannot pass."""
+    """Fill new tensors with NaN, so that an element that is never written cannot pass."""
     from ddim_fast.testing import nan_memory
 
     with nan_memory():

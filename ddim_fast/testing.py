@@ -1,4 +1,4 @@
-"""For the tests of your own sampler: comparisons with float64 whose tolerances are derived, and memory that shows what nobody wrote.
+"""Tools for the tests of your own sampler: a float64 oracle, a comparison with derived tolerances, and memory filled with NaN.
 
 from ddim_fast.testing import assert_close, oracle
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .utils.checks import check_choice, check_number
 from .verify.checks.new_memory import nan_memory
 from .verify.run import verify
 from .verify.subjects.subject import ARITHMETIC
@@ -30,19 +31,20 @@ def assert_close(
     arithmetic: str = "exact",
     what: str = "result",
 ) -> None:
-    """Each element is the truth, within what rounding may do to it: 4 eps of the type computed in (8 of float64).
+    """Check that each element is the exact value up to rounding: 4 eps of the type computed in (8 for float64).
 
     Args:
         actual: float64, float32, float16 or bfloat16, on any device.
-        expected: the truth, float64, of the same shape, finite. A truth of lower precision would hide errors of its size.
-        terms: the sum of the magnitudes of the terms that each element is made of, like ``expected``; its own magnitude if none. A sum
-            that is small by cancellation has larger terms than itself: ``oracle.row_step`` tells them for a step.
-        factor: for results of many operations: how many times as much is allowed.
+        expected: the exact values, float64, of the same shape, finite. Values of lower precision would hide errors of their size.
+        terms: the sum of the magnitudes of each element's terms, like ``expected``; by default the element's own magnitude. A sum
+            that is small by cancellation has larger terms than itself: ``oracle.row_step`` returns them for a step.
+        factor: allow this many times as much, for results of many operations.
         arithmetic: "exact": half precision is computed in float32 and rounded once. "float32": half precision is computed as such.
         what: the result's name in the message.
 
     Raises:
-        AssertionError: how many elements are too far off; of the worst, its place, its value, the truth, and the interval allowed.
+        AssertionError: elements are too far off. The message has their number, and the index, value, exact value and allowed
+            interval of the worst.
         ValueError, TypeError: an argument breaks a rule.
     """
     expected = _float64("expected", expected)
@@ -53,11 +55,9 @@ def assert_close(
     if terms.shape != expected.shape:
         raise ValueError(f"terms must have the shape of expected, {expected.shape}, got {terms.shape}")
     if not np.isfinite(expected).all() or not np.isfinite(terms).all():
-        raise ValueError("expected and terms must be finite: compare infinities and NaN by themselves")
-    if not factor > 0:
-        raise ValueError(f"factor must be above 0, got {factor!r}")
-    if arithmetic not in ARITHMETIC:
-        raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETIC)}, got {arithmetic!r}")
+        raise ValueError("expected and terms must be finite, got infinity or NaN: compare those separately")
+    factor = check_number("factor", factor, above=0)
+    check_choice("arithmetic", arithmetic, ARITHMETIC)
     if tuple(actual.shape) != expected.shape:
         raise AssertionError(f"{what}: the shape must be {expected.shape}, got {tuple(actual.shape)}")
     assert_within(actual, expected, _allowed(actual.dtype, factor * terms, arithmetic), what)
@@ -70,12 +70,11 @@ def _allowed(dtype: torch.dtype, terms: np.ndarray, arithmetic: str) -> np.ndarr
 
 
 def _float64(name: str, values: np.ndarray | Tensor) -> np.ndarray:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy() if values.dtype == torch.float64 else values
-    if getattr(values, "dtype", None) != np.float64:
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) and values.dtype == torch.float64 else values
+    if not isinstance(array, (np.ndarray, np.generic)) or array.dtype != np.float64:
         found = getattr(values, "dtype", type(values).__name__)
-        raise TypeError(f"{name} must be float64, an array or a tensor (for instance of oracle.row_step), got {found}")
-    return np.asarray(values)
+        raise TypeError(f"{name} must be float64, an array or a tensor (such as oracle.row_step returns), got {found}")
+    return np.asarray(array)
 
 
 __all__ = ["assert_close", "nan_memory", "oracle", "verify"]

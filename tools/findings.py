@@ -1,6 +1,6 @@
-"""The numbers of docs/FINDINGS.md: the harness on the DDIM samplers of other libraries.
+"""Verify the DDIM samplers of other libraries, and write docs/FINDINGS.md.
 
-The libraries are kept out of this project's environment; `prepare` makes one beside it that has both.
+The libraries are not in this project's environment; `prepare` makes another one that has both.
 
 \b
 python tools/findings.py prepare /tmp/wild
@@ -44,22 +44,21 @@ SUBJECTS = {
     "FastDDIMScheduler (ours)": ("ddim_fast.integrations.diffusers:FastDDIMScheduler", "ddim-fast"),
     "FastDDIMScheduler (ours), set_alpha_to_one=False": (f"{IN_THE_WILD}FastDiffusersFinalAlpha", "ddim-fast"),
 }
-"""What is verified: its name in the table, its name for ``verify``, and the package that it comes from."""
+"""The subjects: name in the table, then the name for ``verify`` and the package."""
 
 SPACINGS = ("leading", "trailing", "linspace")
 
 FULL = ("DDIMScheduler", "DDIMSampler", "GaussianDiffusion.ddim_sample", "sample_euler, sample_euler_ancestral")
-"""Verified with the full set, too."""
+"""The subjects that are verified with the full set, too."""
 
 # --- What a failure means ---------------------------------------------------------------------------------------------
 
 KINDS = {
     "wrong result": "the samples are not those of the algorithm",
-    "intended": "upstream does this on purpose, or offers it as an option",
     "approximation": "as exact as its method, which is not exact",
-    "type": "the values are right, in another type than the samples",
-    "side effect": "the samples are right; something else is touched",
-    "compatibility": "ours does as the library does, so that results stay the same",
+    "type": "the values are right, but not in the type of the samples",
+    "side effect": "the samples are right; something else changes",
+    "compatibility": "ours does what the library does, so that results stay the same",
 }
 
 SCHEDULERS = tuple(label for label, (_, package) in SUBJECTS.items() if package == "diffusers")
@@ -71,11 +70,11 @@ OFFSET = "DDIMScheduler, set_alpha_to_one=False, steps_offset=1"
 INVERSION = "DDIMScheduler with DDIMInverseScheduler"
 
 MEANINGS: dict[tuple[str, str], tuple[str, str]] = {}
-"""By subject and check: a key of KINDS, and what it means to a user. Every failure must have one."""
+"""The meaning of each failure, by subject and check: a key of KINDS, and what it means to a user."""
 
 
 def meaning(checks: str, kind: str, text: str, *subjects: str) -> None:
-    """What a failure of any of these checks, separated by spaces, means for these subjects."""
+    """Record what a failure of any of these checks, separated by spaces, means for these subjects."""
     for subject in subjects:
         MEANINGS.update({(subject, check): (kind, " ".join(text.split())) for check in checks.split()})
 
@@ -84,8 +83,8 @@ meaning(
     "previous-timestep golden",
     "wrong result",
     """With `timestep_spacing` "trailing" or "linspace", a step goes to the noise level of `t - T // N`, which is not the
-    next timestep visited unless N divides T ("trailing"), or at all ("linspace", from 2 steps on). The next call of
-    the model is told another noise level than its samples have. The default, "leading", is not affected. Cause:
+    next timestep visited unless N divides T ("trailing"), and never is for "linspace" with 2 steps or more. The model
+    is then called with a timestep whose noise level is not that of its samples. The default, "leading", is not affected. Cause:
     `DDIMScheduler.step` and `_get_variance` (`schedulers/scheduling_ddim.py`, and likewise
     `scheduling_ddim_parallel.py`) compute `prev_timestep` from the numbers alone; `DDPMScheduler` looks it up.
     Reported upstream as huggingface/diffusers issues 11347 and 12633. With the exact model of data of standard
@@ -95,11 +94,11 @@ meaning(
 meaning(
     "timesteps",
     "wrong result",
-    """With "trailing", some numbers of steps give one timestep too many, the last of them -1. The model is asked at
+    """With "trailing", some numbers of steps give one timestep too many, the last of them -1. The model is called with
     timestep -1, and the step from there reads the noise level of the last timestep, as negative indices count from
     the end: the nearly clean sample is treated as pure noise. Cause: `DDIMScheduler.set_timesteps` counts down to 0
-    with `np.arange` and a step that is not an integer; rounding can leave one more element. Up to 1000 steps, 62
-    numbers are affected, 61 the smallest; none of those that divide 1000.""",
+    with `np.arange` and a step that is not an integer; rounding can leave one more element. Of the numbers up to 1000,
+    62 are affected, the smallest is 61; none of them divides 1000.""",
     *SCHEDULERS,
 )
 meaning(
@@ -126,7 +125,7 @@ meaning(
     "finite",
     "wrong result",
     """The same, without rescaling: one step of "trailing" from timestep 999 to the noise level of timestep 0 at eta = 1
-    gives NaN with `set_alpha_to_one=False`, where what is left for `pred_epsilon` is 4e-18.""",
+    gives NaN with `set_alpha_to_one=False`, where the exact squared coefficient of `pred_epsilon` is 4e-18.""",
     "DDIMScheduler, set_alpha_to_one=False",
     OFFSET,
 )
@@ -134,7 +133,7 @@ meaning(
     "update observed-update endpoints whole-run zero-terminal-snr previous-timestep",
     "wrong result",
     """`batch_step_no_noise` goes to alpha_bar = 1 in the last step even with `set_alpha_to_one=False`, where `step` of
-    the same object goes to the noise level of timestep 0. The two differ in the last step alone, by about 1 % of the
+    the same object goes to the noise level of timestep 0. The two differ in the last step only, by about 1 % of the
     predicted noise. Cause: `DDIMParallelScheduler.batch_step_no_noise` (`schedulers/scheduling_ddim_parallel.py`)
     writes 1 where it should take `final_alpha_cumprod`, which it moves to the device just before. The spacings above
     are wrong here, too.""",
@@ -144,24 +143,24 @@ meaning(
     "no-stale-state half-precision",
     "type",
     """`batch_step_no_noise` gives float32 for float16 and bfloat16 samples, where `step` keeps the type. Its
-    coefficients are float32 tensors with a dimension for each sample, which promote; those of `step` have none, and
+    coefficients are float32 tensors with a batch dimension, which promote the samples; those of `step` are scalars and
     do not. The next call of a model in half precision gets float32.""",
     *BATCH,
 )
 meaning(
     "inversion",
     "approximation",
-    """`DDIMInverseScheduler` inverts each step with the model's output at the sample it has, not at the one it is
-    looking for, as the paper and most code do. Inverted and sampled again, a sample comes back up to an error that
-    falls in proportion to the number of steps (root mean square, data of standard deviation 0.5: 0.143 after 10
-    steps, 0.0154 after 100, 0.0031 after 500). The check asks for what an inversion by fixed-point iteration gives.""",
+    """`DDIMInverseScheduler` inverts each step with the model's output at the known sample instead of the unknown one, as
+    the paper and most code do. A sample that is inverted and sampled again comes back with an error that is inversely
+    proportional to the number of steps (root mean square, data of standard deviation 0.5: 0.143 after 10 steps, 0.0154
+    after 100, 0.0031 after 500). The check demands the accuracy of an inversion by fixed-point iteration.""",
     INVERSION,
 )
 meaning(
     "draws-nothing",
     "side effect",
     """At eta = 0, normal numbers are drawn from torch's global generator and multiplied by 0, or not used. The samples
-    do not depend on them; what else draws from that generator gets other numbers, and the drawing takes time. Cause:
+    do not depend on them, but other code that draws from that generator gets other numbers, and drawing takes time. Cause:
     `DDIMSampler.step` (`azula/sample.py`), `GaussianDiffusion.ddim_sample` (`denoising_diffusion_pytorch.py`) and
     `sample_euler` (`k_diffusion/sampling.py`) call `torch.randn_like` in every step.""",
     *(label for label, (_, package) in SUBJECTS.items() if package not in ("diffusers", "ddim-fast")),
@@ -169,8 +168,8 @@ meaning(
 meaning(
     "timesteps previous-timestep golden",
     "compatibility",
-    """`FastDDIMScheduler` is a drop-in for `DDIMScheduler`: it visits the same timesteps and makes the same steps, those
-    of the findings above included, so that exchanging one for the other changes no picture. `ddim_fast.DDIMSampler`
+    """`FastDDIMScheduler` is a drop-in for `DDIMScheduler`: it visits the same timesteps and makes the same steps,
+    including those of the findings above, so that replacing one by the other changes no image. `ddim_fast.DDIMSampler`
     has none of them.""",
     *OURS,
 )
@@ -183,7 +182,7 @@ def version_of(package: str) -> str:
 
 
 def verified(subject: str, full: bool, seed: int = 0) -> list[dict]:
-    """Each check's outcome on a subject; where it fails, with message and code."""
+    """Return each check's outcome on a subject; where it fails, with message and code."""
     from ddim_fast.verify import verify
 
     report = verify(subject, full=full, seed=seed, required=())
@@ -192,7 +191,7 @@ def verified(subject: str, full: bool, seed: int = 0) -> list[dict]:
 
 
 def spacing_sweep() -> list[dict]:
-    """diffusers' timesteps for every number of steps from 1 to 1000, by arithmetic alone: what is visited and where steps go."""
+    """Return which numbers of steps from 1 to 1000 diffusers gets wrong: the timesteps visited, and where steps go."""
     from diffusers import DDIMScheduler
 
     rows = []
@@ -221,7 +220,7 @@ def spacing_sweep() -> list[dict]:
 
 
 def samples_by_spacing() -> list[dict]:
-    """(mean, standard deviation) of diffusers' samples of N(0.3, 0.5^2) from its exact model, at eta = 0."""
+    """Return the (mean, standard deviation) of diffusers' samples of N(0.3, 0.5^2) with the exact model, at eta = 0."""
     import torch
     from diffusers import DDIMScheduler
 
@@ -245,7 +244,7 @@ def samples_by_spacing() -> list[dict]:
 
 
 def rendered(found: dict) -> str:
-    """What stands between the markers: tables, then each failure."""
+    """Return the text between the markers: tables, then each failure."""
     return "\n\n".join([_table(found), _sweep(found["spacings"]), _samples(found["samples"]), *_failures(found)])
 
 
@@ -282,7 +281,7 @@ def _sweep(rows: list[dict]) -> str:
             cells.append(f"{row[name]['counts']} ({first}{more})" if row[name]["counts"] else "0")
         lines.append(_row(f"`{row['spacing']}`", *cells))
     title = (
-        "Of the numbers of steps from 1 to 1000, how many diffusers' `DDIMScheduler` gets wrong, and the first of them:"
+        "How many of the numbers of steps from 1 to 1000 diffusers' `DDIMScheduler` gets wrong, and the first of them:"
     )
     return f"{title}\n\n" + "\n".join(lines)
 
@@ -292,12 +291,12 @@ def _samples(rows: list[dict]) -> str:
     for row in rows:
         lines.append(_row(row["steps"], *("{:.3f}, {:.3f}".format(*row[spacing]) for spacing in SPACINGS)))
     return (
-        "What that does to samples: data N(0.3, 0.5^2), its exact model, eta = 0, 20 000 samples in float64, "
-        "the mean and the standard deviation of the result. A right sampler's standard deviation comes near "
-        "0.5 from below as steps are added. At 61 and 206 steps of `trailing` the model is asked at timestep "
-        "-1; the exact model used here answers for the noise level that the scheduler reads there, that of "
-        "timestep 999, and all variety is lost. What another model answers at timestep -1 depends on the "
-        "model.\n\n" + "\n".join(lines)
+        "The effect on samples: mean and standard deviation of 20 000 samples in float64 of the data N(0.3, 0.5^2), "
+        "with the exact model and eta = 0. The standard deviation of a right sampler approaches 0.5 from below as "
+        "the number of steps grows. With 61 and 206 steps of `trailing` the model is called with timestep -1; the "
+        "exact model used here answers for the noise level that the scheduler reads there, that of timestep 999, and "
+        "all samples become nearly equal. What another model answers at timestep -1 depends on the model.\n\n"
+        + "\n".join(lines)
     )
 
 
@@ -353,10 +352,10 @@ def main() -> None:
     pass
 
 
-@main.command("run", help="Verify all subjects that are installed here, and write docs/findings.json and the document.")
-@click.option("--only", multiple=True, help="Only subjects of this package; the others' results stay.")
-@click.option("--quick", is_flag=True, help="The quick set only; what the full set found stays.")
-@click.option("--full", is_flag=True, help="The full set only.")
+@main.command("run", help="Verify all subjects, and write docs/findings.json and docs/FINDINGS.md.")
+@click.option("--only", multiple=True, help="Only subjects of this package; keep the results of others.")
+@click.option("--quick", is_flag=True, help="The quick set only; keep the results of the full set.")
+@click.option("--full", is_flag=True, help="The full set only; keep the results of the quick set.")
 def run_command(only: tuple[str, ...], quick: bool, full: bool) -> None:
     from tqdm.auto import tqdm
 
@@ -378,7 +377,7 @@ def run_command(only: tuple[str, ...], quick: bool, full: bool) -> None:
     render(found)
 
 
-@main.command("render", help="Write the document again from docs/findings.json.")
+@main.command("render", help="Write docs/FINDINGS.md from docs/findings.json.")
 def render_command() -> None:
     render(json.loads(JSON_FILE.read_text()))
 
@@ -386,7 +385,7 @@ def render_command() -> None:
 PACKAGES = ("azula==0.11.1", "denoising-diffusion-pytorch==2.3.4", "k-diffusion==0.1.1.post1")
 NEEDED = ("einops", "ema-pytorch", "torchdiffeq", "torchsde", "trampoline", "boltons")
 STANDING_IN = "torchvision accelerate pytorch_fid skimage cleanfid clip dctorch jsonmerge kornia wandb"
-"""What the libraries import for training, data and pictures alone. Their samplers use nothing of it, so that empty modules do."""
+"""What the libraries import only for training, data and images. Their samplers do not use it, so empty modules suffice."""
 
 _STAND_INS = f'''
 import sys
@@ -423,7 +422,9 @@ sys.meta_path.append(Finder)
 '''
 
 
-@main.command("prepare", help="Make an environment in FOLDER that has the libraries, and all of this one.")
+@main.command(
+    "prepare", help="Make an environment in FOLDER that has the libraries and everything of this environment."
+)
 @click.argument("folder", type=click.Path(path_type=Path, exists=False))
 def prepare_command(folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)

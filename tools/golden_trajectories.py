@@ -1,9 +1,9 @@
 """Write the recorded runs: ``python tools/golden_trajectories.py > ddim_fast/verify/truth/golden_trajectories.json``.
 
-They come from the float64 oracle alone, so that nothing of the sampler can spoil them, and have the same bytes on every machine: only
-operations that IEEE 754 rounds correctly are used (+ - * / and square roots; so no cosine schedule, whose last bits are the C
-library's), and floats are written as the shortest decimal that reads back. A test compares. To change a number is a new
-``GOLDEN_VERSION`` (ddim_fast/verify/truth/golden.py), and a line in the changelog.
+They are computed by the float64 oracle alone, so that no error of the sampler can affect them, and have the same bytes on every
+machine: only operations that IEEE 754 rounds correctly are used (+ - * / and square roots, hence no cosine schedule, whose last bits
+depend on the C library), and floats are written as the shortest decimal that reads back. A test compares the bytes. Changing a number
+needs a new ``GOLDEN_VERSION`` (ddim_fast/verify/truth/golden.py) and a line in the changelog.
 """
 
 import json
@@ -13,6 +13,7 @@ import sys
 import numpy as np
 
 from ddim_fast.verify.truth import oracle
+from ddim_fast.verify.truth.cases import Setting
 from ddim_fast.verify.truth.golden import GOLDEN_VERSION
 
 SHAPE = (2, 3)
@@ -32,7 +33,7 @@ SIMPLEST = {
 
 
 def settings() -> list[dict]:
-    """Each run by what it differs in from ``SIMPLEST``. Those that are "quick" use every option at least once."""
+    """Return how each run differs from ``SIMPLEST``. The "quick" ones together use every option."""
     runs = []
     for prediction_type in ("epsilon", "sample", "v_prediction"):
         base = {"prediction_type": prediction_type}
@@ -57,12 +58,13 @@ def settings() -> list[dict]:
 
 
 def scripted(first: int) -> np.ndarray:
-    """Numbers from -2 to 2 that half precision holds, too: 37 steps at a time through the multiples of 1/32."""
+    """Return numbers from -2 to 2 that are exact in half precision: every 37th multiple of 1/32, in a circle."""
     count = first + np.arange(math.prod(SHAPE))
     return ((37 * count % 129 - 64) / 32).reshape(SHAPE)
 
 
 def inputs() -> dict[str, np.ndarray]:
+    """Return the inputs of all runs."""
     size = math.prod(SHAPE)
     return {
         "x_T": scripted(5),
@@ -71,13 +73,8 @@ def inputs() -> dict[str, np.ndarray]:
     }
 
 
-def alphas_cumprod(setting: dict) -> np.ndarray:
-    found = oracle.alphas_cumprod(setting["schedule"], setting["num_train_timesteps"])
-    return oracle.zero_terminal_snr(found) if setting["zero_terminal_snr"] else found
-
-
 def run(special: dict, given: dict[str, np.ndarray]) -> dict:
-    """A complete run, step by step, by equation 12."""
+    """Return a complete run, step by step, by equation 12."""
     setting = SIMPLEST | {name: value for name, value in special.items() if name not in ("eta_scales", "quick")}
     irregular = "timesteps" in setting
     if irregular:
@@ -86,7 +83,7 @@ def run(special: dict, given: dict[str, np.ndarray]) -> dict:
         spacing, total = setting["timestep_spacing"], setting["num_train_timesteps"]
         setting.setdefault("num_inference_steps", STEPS[spacing])
         setting["timesteps"] = oracle.timesteps(spacing, setting["num_inference_steps"], total)
-    table = alphas_cumprod(setting)
+    table = Setting(**setting).alphas_cumprod()
     alpha_bars = [float(table[t]) for t in setting["timesteps"]] + [1.0]
     eta_scales = special.get("eta_scales", "std_dev")
     x_t, states = given["x_T"], []
@@ -120,7 +117,7 @@ def _shown(name: str, value: object) -> object:
 
 
 def text() -> str:
-    """The file, with a line for each run, so that a comparison shows which changed."""
+    """Return the file's text, with a line for each run, so that a diff shows which changed."""
     given = inputs()
     runs = ",\n".join(json.dumps(run(special, given), sort_keys=True, allow_nan=False) for special in settings())
     plain = json.dumps({name: array.tolist() for name, array in given.items()}, sort_keys=True)

@@ -1,4 +1,4 @@
-"""The table of checks in docs/VERIFY.md, from the checks themselves: ``python tools/list_checks.py``."""
+"""Write the table of checks in docs/VERIFY.md from the checks themselves: ``python tools/list_checks.py``."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ BEGIN, END = "<!-- checks: begin -->", "<!-- checks: end -->"
 
 
 def table() -> str:
-    """Markdown: what each check proves, its source and tolerance, and what a subject must offer for it."""
+    """Return the table in Markdown: what each check proves, its source, its tolerance, and the features that it needs."""
     lines = ["| check | proves | source | tolerance | applies to |", "|---|---|---|---|---|"]
     for check in CHECKS.values():
         needs = ", ".join(f"`{feature}`" for feature in sorted(check.needs)) or "all"
@@ -21,7 +21,7 @@ def table() -> str:
 
 
 def rewritten(text: str) -> str:
-    """The document with the table as it should be."""
+    """Return the document with the table replaced."""
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
 

@@ -1,4 +1,4 @@
-"""``ddim-fast verify``."""
+"""The command ``ddim-fast verify``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _REPORT = click.Path(path_type=Path)
 
 
 class _CouldNotRunError(click.ClickException):
-    """Exit code 2: nothing is known of the subject."""
+    """Nothing is known of the subject: exit code 2."""
 
     exit_code = 2
 
@@ -56,76 +56,78 @@ class _Request:
 
 @click.command()
 @click.argument("subject", required=False)
-@click.option("--against", metavar="SUBJECT", help="Run the same checks on a second subject, and show both.")
+@click.option("--against", metavar="SUBJECT", help="Run the same checks on a second subject and show both.")
 @click.option(
-    "--device", default="cpu", show_default=True, metavar="DEVICE", help="Where the tensors are: cpu, cuda or cuda:1."
+    "--device", default="cpu", show_default=True, metavar="DEVICE", help="Device of the tensors: cpu, cuda or cuda:1."
 )
 @click.option(
-    "--quick/--full", "quick", default=True, show_default=True, help="A look in seconds, or a thorough one in minutes."
+    "--quick/--full",
+    "quick",
+    default=True,
+    show_default=True,
+    help="The quick set (seconds), or the full set (minutes).",
 )
-@click.option("--check", multiple=True, metavar="NAME", help="Only this check; may be repeated.")
+@click.option("--check", multiple=True, metavar="NAME", help="Run only this check; may be repeated.")
 @click.option(
     "--require",
     multiple=True,
     metavar="NAME",
-    help="This check must have run, or the exit code is 3; may be repeated.  [default: observed-update, or what --check names]",
+    help="Exit with 3 unless this check ran; may be repeated.  [default: observed-update, or what --check names]",
 )
 @click.option(
     "--seed",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Of all that is random in the checks. A right sampler passes with any.",
+    help="Seed of all random numbers in the checks. A right sampler passes with any.",
 )
 @click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),
     metavar="SECONDS",
-    help="For each check.  [default: 300, with --full 1800]",
+    help="Time limit of each check.  [default: 300, with --full 1800]",
 )
 @click.option(
     "--eta-scales",
     type=click.Choice(ETA_SCALES),
-    help="What the subject's eta multiplies; the paper's is std_dev.  [default: what the subject says]",
+    help="What the subject's eta multiplies; the paper's is std_dev.  [default: as the subject says]",
 )
 @click.option(
     "--arithmetic",
     type=click.Choice(("exact", "float32")),
-    help="How exact it must be: coefficients in float64, or in float32.  [default: what the subject says]",
+    help="How exact it must be: coefficients in float64, or in float32.  [default: as the subject says]",
 )
 @click.option("--junit", type=_REPORT, metavar="FILE.xml", help="Write JUnit XML, which CI systems show.")
-@click.option("--json", type=_REPORT, metavar="FILE.json", help="Write everything that was found, as JSON.")
-@click.option("--html", type=_REPORT, metavar="FILE.html", help="Write a page to look at: one file, no network.")
-@click.option(
-    "--list", "list_", is_flag=True, help="Say what each check proves, where it is written, and its tolerance."
-)
-@click.option("--golden", is_flag=True, help="Only the check against the stored results of a standard run.")
-@click.option("--quiet", is_flag=True, help="Say nothing but what is wrong.")
+@click.option("--json", type=_REPORT, metavar="FILE.json", help="Write the complete report as JSON.")
+@click.option("--html", type=_REPORT, metavar="FILE.html", help="Write the report as one HTML file.")
+@click.option("--list", "list_", is_flag=True, help="List the checks: what each proves, its source and its tolerance.")
+@click.option("--golden", is_flag=True, help="Run only the comparison with the recorded runs.")
+@click.option("--quiet", is_flag=True, help="Print failures only.")
 @click.pass_context
 def verify(context: click.Context, quick: bool, **options: Any) -> None:
-    """Hold a DDIM sampler, ours or anyone's, against the paper.
+    """Verify a DDIM sampler, ours or anyone's, against the paper.
 
     \b
     SUBJECT is one of
-      cpu, triton, reference  a backend of this package; if none is named, that
-                              which runs here. triton needs no GPU: its machine
-                              code is executed on the CPU.
-      MODULE:ATTRIBUTE        imported from this folder or what is installed:
+      cpu, triton, reference  a backend of this package; by default the one that
+                              runs here. triton needs no GPU: its machine code
+                              is executed on the CPU.
+      MODULE:ATTRIBUTE        imported from this folder or an installed package:
         a scheduler             a class or object with set_timesteps and step
         a step                  step(x_t, model_output, alpha_bar_t,
                                      alpha_bar_prev, ...)
         a sampler               sample(model, x_T, ...)
         a Subject               of ddim_fast.verify: an adapter of your own
 
-    It runs in a process of its own: a crash, or a call that never returns, costs
+    It runs in a process of its own: a crash, or a call that never returns, loses
     one check.
 
     \b
     Examples:
       ddim-fast verify                                  this package, here
-      ddim-fast verify diffusers:DDIMScheduler --full   another's, thoroughly
+      ddim-fast verify diffusers:DDIMScheduler --full   another, the full set
       ddim-fast verify mine:step --check update         one check, of mine.py
-      ddim-fast verify mine:step --against cpu          beside one that is right
+      ddim-fast verify mine:step --against cpu          beside a right one
       ddim-fast verify mine:step --junit report.xml     in a CI job
       ddim-fast verify --list                           what is checked
 
@@ -133,9 +135,9 @@ def verify(context: click.Context, quick: bool, **options: Any) -> None:
     Exit codes:
       0  it is right
       1  it is wrong: each failure is shown with Python that fails
-      2  it could not be verified to the end: no such subject, a crash, a
-         timeout, Ctrl-C
-      3  what is required was skipped, or does not apply to it
+      2  it was not verified to the end: no such subject, a crash, a timeout,
+         Ctrl-C
+      3  a required check was skipped, or does not apply
     """
     request = _Request(full=not quick, **options)
     try:
@@ -146,16 +148,16 @@ def verify(context: click.Context, quick: bool, **options: Any) -> None:
     except KeyboardInterrupt as ended:
         click.echo(f"ended by {_name(ended)} before any check ran", err=True)
         code = 2
-    except BrokenPipeError:  # whoever read the output has seen enough; nothing more can be said
+    except BrokenPipeError:  # the reader of the output has closed it
         code = 2
-    except Exception:  # 1 would say that the subject is wrong
-        click.echo(f"ddim-fast verify itself went wrong:\n{traceback.format_exc()}", err=True)
+    except Exception:  # 1 would mean that the subject is wrong
+        click.echo(f"ddim-fast verify itself raised an error:\n{traceback.format_exc()}", err=True)
         code = 2
     context.exit(code)
 
 
 def _verify(request: _Request) -> int:
-    """Everything that can be refused is refused before the first check runs."""
+    """Check all options before the first check runs; return the exit code."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise _CouldNotRunError(
             f"verify needs {', '.join(missing)}, not installed here: pip install 'ddim-fast[verify]'"
@@ -187,13 +189,13 @@ def _run(request: _Request, names: list[str], checks: Sequence[Any], required: t
     from ..verify.isolate import IsolatedSubject
     from ..verify.reports.show import display_for
 
-    number = "1 check" if len(checks) == 1 else f"{len(checks)} checks"
-    heading = f"{number}, {'full' if request.full else 'quick'}, seed {request.seed}, on {request.device}"
+    count = "1 check" if len(checks) == 1 else f"{len(checks)} checks"
+    heading = f"{count}, {'full' if request.full else 'quick'}, seed {request.seed}, on {request.device}"
     display = display_for(names, checks, heading, request.quiet)
     results: list[list[Any]] = [[] for _ in names]
     ended_by = ""
     with contextlib.ExitStack() as stack:
-        # All are imported before the first check: one that cannot be had costs no waiting.
+        # Import all before the first check, so that a subject that cannot be imported is reported at once.
         subjects = [stack.enter_context(_isolated(IsolatedSubject, request, name)) for name in names]
         try:
             with display:
@@ -225,21 +227,21 @@ def _isolated(isolated: Any, request: _Request, name: str) -> Any:
     )
 
 
-# --- What is asked for ------------------------------------------------------------------------------------------------
+# --- Options ----------------------------------------------------------------------------------------------------------
 
 
 def _chosen_checks(request: _Request) -> tuple[list[Any], tuple[str, ...]]:
-    """The checks to run, and the names of those that must have."""
+    """Return the checks to run, and the names of the required ones."""
     from ..verify.run import REQUIRED, choose_checks
 
     if request.golden and request.check:
-        raise ValueError("--golden is a check by itself: leave out --check")
+        raise ValueError("--golden and --check must not be given together: leave out one")
     named = ("golden",) if request.golden else request.check
     checks = choose_checks(named or None, request.full)
     required = request.require or named or REQUIRED
     choose_checks(required, full=True)
     if left_out := [name for name in required if name not in [one.name for one in checks]]:
-        raise ValueError(f"{left_out[0]} is required but would not run: name it with --check too, or use --full")
+        raise ValueError(f"{left_out[0]} is required but would not run: add it with --check, or use --full")
     return checks, tuple(dict.fromkeys(required))
 
 
@@ -250,11 +252,11 @@ def _check_outputs(request: _Request) -> None:
     for path in paths:
         check_writable(path)
     if len({path.resolve() for path in paths}) < len(paths):
-        raise ValueError("each report needs a file of its own: two have the same name")
+        raise ValueError("each report must have its own file, got one name twice: rename one")
 
 
 def _backend_here(device: str) -> str:
-    """The backend that steps on this device would run on."""
+    """Return the name of the backend that steps on this device use."""
     x = torch.zeros(1, 4, device=device)
     inputs = StepInputs(x, x, StepCoefficients(1, 0, 0, 1, 0, 1, 0, 0))
     return next(name for name, backend in BACKENDS.items() if not backend.unsupported_reasons(inputs))
@@ -282,11 +284,11 @@ def _list_checks() -> None:
         click.echo()
 
 
-# --- What comes of it -------------------------------------------------------------------------------------------------
+# --- Reports ----------------------------------------------------------------------------------------------------------
 
 
 def _refused(request: _Request, name: str, required: tuple[str, ...], why: str) -> Any:
-    """The report of a run without results, so that none of an earlier run is taken for this one's."""
+    """Return a report without results, so that an earlier report is not mistaken for this run's."""
     from ..verify.reports.report import Report
 
     return Report(
@@ -302,7 +304,7 @@ def _refused(request: _Request, name: str, required: tuple[str, ...], why: str) 
 
 
 def _write(request: _Request, names: list[str], reports: list[Any]) -> list[str]:
-    """The reports asked for; the names of their files."""
+    """Write the reports asked for, and return the names of their files."""
     from ..verify.reports.write import json_text, junit_text, write_text
     from ..verify.reports.write_html import html_text
 
@@ -323,7 +325,7 @@ def _write(request: _Request, names: list[str], reports: list[Any]) -> list[str]
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM, by which CI systems end a job, ends it as Ctrl-C does: with the reports written."""
+    """Treat SIGTERM, with which CI systems end a job, like Ctrl-C: the reports are still written."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

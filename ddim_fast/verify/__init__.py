@@ -1,9 +1,12 @@
-"""Proof that a DDIM sampler is right, ours or anyone's, and that GPU code is, on machines without a GPU. Sampling needs nothing of it.
+"""The correctness harness: it verifies DDIM samplers, ours or anyone's, against the papers. Sampling does not need it.
 
 from ddim_fast.verify import verify
 
 report = verify("diffusers:DDIMScheduler")
 print(report.passed, [result.message for result in report.results])
+
+Its rooms, top to bottom; imports only point down: ``run`` and ``isolate`` (verify a subject, here or in a process of
+its own), ``reports``, ``checks``, ``subjects``, ``truth``.
 """
 
 from typing import Any
@@ -19,7 +22,7 @@ __all__ = ["CheckResult", "Outcome", "Report", "Subject", "verify"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loaded when asked for: the proofs on GPU code need none of it."""
+    """Import a public name when it is first used."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

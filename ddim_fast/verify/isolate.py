@@ -1,11 +1,11 @@
-"""The checks in a process of their own: a subject that crashes, ends the process or never returns costs one check, and not the rest.
+"""The checks in a process of their own: a subject that crashes, exits or hangs loses one check, not all of them.
 
 with IsolatedSubject("diffusers:DDIMScheduler", timeout=60) as subject:
     results = [subject.run(one) for one in choose_checks(None, full=False)]
 report = subject.report(results)
 
-One process runs all checks, since importing torch takes seconds; after a crash or a timeout a new one goes on. It is started afresh
-rather than by ``multiprocessing``, which would run the caller's main module in it once more and let it write to the caller's terminal.
+One process runs all checks, since importing torch takes seconds; after a crash or a timeout, a new one continues. It is a new
+interpreter rather than a ``multiprocessing`` child, which would run the caller's main module again and write to the caller's terminal.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -30,16 +30,17 @@ import torch
 
 from ..kernels.contract import StepCoefficients, StepInputs
 from ..kernels.dispatch import BACKENDS
+from ..utils.checks import check_integer, check_number
 from .checks import CHECKS, Check
 from .reports.report import CheckResult, Outcome, Report
-from .run import choose_checks, prepared_subject, report_of, result_of, run_check
+from .run import prepared_subject, report_of, result_of, run_check
 from .subjects.backends import Backend, EmulatedTriton
 
 TIMEOUTS = {False: 300.0, True: 1800.0}
-"""Seconds for one check, quick and full."""
+"""Seconds for one check, in the quick set (False) and the full one (True)."""
 
 STARTING = 120.0
-"""Seconds at least for importing the subject."""
+"""The least seconds that a subject has to be imported."""
 
 _MOST_OUTPUT = 16 << 20  # bytes kept of what a process writes
 _SHOWN_LINES, _SHOWN_WIDTH = 30, 200
@@ -47,16 +48,16 @@ _TICK = 0.1  # s
 
 
 class SubjectRefusedError(Exception):
-    """There is no such subject, or it could not be imported. The message says why."""
+    """The subject does not exist or could not be imported; the message says why."""
 
 
 class _EndedError(Exception):
-    """The process can run no more checks; the message says what became of it."""
+    """The process can run no more checks; the message says how it ended."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What the process is told first."""
+    """The first message to the process."""
 
     subject: str
     device: str
@@ -70,15 +71,15 @@ class _Job:
 
 
 class IsolatedSubject:
-    """A subject in a process of its own, as a context manager: leaving it ends the process, whatever it does.
+    """A subject in a process of its own, as a context manager: leaving it ends the process.
 
     Args:
-        name: a backend, or ``"module:attribute"``: it is imported in the process only.
-        timeout: seconds for each check; ``TIMEOUTS`` if none. To import the subject it has ``STARTING``, or as much if that is more.
+        name: a backend, or ``"module:attribute"``, which only that process imports.
+        timeout: seconds for each check, ``TIMEOUTS`` by default. Importing the subject may take as long, and at least ``STARTING``.
         full, seed, device, eta_scales, arithmetic: as for ``verify``.
 
     Raises, when entered:
-        SubjectRefusedError: there is no such subject, or its import failed, crashed or took too long.
+        SubjectRefusedError: the subject does not exist, or its import failed, crashed or took too long.
     """
 
     def __init__(
@@ -92,7 +93,9 @@ class IsolatedSubject:
         arithmetic: str | None = None,
         timeout: float | None = None,
     ):
-        self.name, self.timeout = name, TIMEOUTS[full] if timeout is None else timeout
+        seed = check_integer("seed", seed, at_least=0)
+        self.name = name
+        self.timeout = TIMEOUTS[full] if timeout is None else check_number("timeout", timeout, above=0)
         self._job = _Job(name, device, full, seed, eta_scales, arithmetic)
         self._process: subprocess.Popen | None = None
         self._empty: Report | None = None
@@ -105,7 +108,7 @@ class IsolatedSubject:
         self._end()
 
     def run(self, one: Check) -> CheckResult:
-        """The result of one check, "error" where the process did not survive it."""
+        """Run one check. The outcome is "error" where the process did not survive it."""
         began = time.perf_counter()
         try:
             if self._process is None:
@@ -124,7 +127,8 @@ class IsolatedSubject:
         return result_of(one, Outcome.ERROR, message, seconds=time.perf_counter() - began, code=self._command(one))
 
     def report(self, results: Sequence[CheckResult], **more: Any) -> Report:
-        """These results with all that is known of the subject."""
+        """Return these results as a report on the subject; ``more`` are further fields of the report."""
+        assert self._empty is not None, "the subject must be entered first"
         return replace(self._empty, results=tuple(results), **more)
 
     def _command(self, one: Check) -> str:
@@ -136,7 +140,7 @@ class IsolatedSubject:
 
     def _start(self) -> None:
         self._pipe, theirs = Pipe()
-        self._output = tempfile.TemporaryFile("a+b")  # noqa: SIM115 (closed by _end); appending, so that it can be cut
+        self._output = tempfile.TemporaryFile("a+b")  # noqa: SIM115 (closed by _end); appended to, so that it can be truncated
         self._written_before = 0
         command = f"import sys; sys.path[:] = {sys.path!r}; from ddim_fast.verify import isolate; isolate.serve({theirs.fileno()})"
         self._process = subprocess.Popen(
@@ -145,7 +149,7 @@ class IsolatedSubject:
             stdout=self._output,
             stderr=self._output,
             pass_fds=[theirs.fileno()],
-            start_new_session=True,  # a Ctrl-C is the caller's; what the subject starts is ended with it
+            start_new_session=True,  # Ctrl-C goes to the caller only, and the subject's own children end with it
         )
         theirs.close()
         try:
@@ -164,23 +168,24 @@ class IsolatedSubject:
         self._empty = answer
 
     def _receive(self, timeout: float) -> Any:
-        """The process's next answer.
+        """Return the process's next answer.
 
         Raises:
-            _EndedError: it ended, or took too long.
+            _EndedError: the process ended, or took too long.
         """
+        assert self._process is not None
         deadline = time.monotonic() + timeout
         while True:
             try:
                 if self._pipe.poll(_TICK):
                     return self._pipe.recv()
-            except Exception:  # the end of the pipe, or something on it that is no answer
+            except Exception:  # the end of the pipe, or something that is not an answer
                 raise _EndedError(self._how_it_ended()) from None
             if self._process.poll() is not None and not self._pipe.poll():
                 raise _EndedError(self._how_it_ended())
             if time.monotonic() > deadline:
                 with contextlib.suppress(OSError):
-                    self._process.send_signal(signal.SIGUSR1)  # it writes down where it is, see serve
+                    self._process.send_signal(signal.SIGUSR1)  # it writes its traceback, see serve
                     time.sleep(3 * _TICK)
                 raise _EndedError(f"did not answer within {timeout:g} s and was ended.{self._last_words()}")
             if os.fstat(self._output.fileno()).st_size > _MOST_OUTPUT:
@@ -188,6 +193,7 @@ class IsolatedSubject:
                 self._written_before = 0
 
     def _how_it_ended(self) -> str:
+        assert self._process is not None
         try:
             status = self._process.wait(20 * _TICK)
         except subprocess.TimeoutExpired:
@@ -218,38 +224,11 @@ class IsolatedSubject:
         self._output.close()
 
 
-def verify_isolated(
-    name: str,
-    *,
-    checks: Sequence[str] | None = None,
-    on_start: Callable[[Check], None] | None = None,
-    full: bool = False,
-    **options: Any,
-) -> Iterator[CheckResult]:
-    """Each check's result as it comes.
-
-    Args:
-        name, full, options: see ``IsolatedSubject``.
-        checks: names of checks; all if none.
-        on_start: called with each check before it runs.
-
-    Raises:
-        ValueError: a check is unknown.
-        SubjectRefusedError: the subject cannot be had.
-    """
-    chosen = choose_checks(checks, full)
-    with IsolatedSubject(name, full=full, **options) as subject:
-        for one in chosen:
-            if on_start is not None:
-                on_start(one)
-            yield subject.run(one)
-
-
 # --- The process ------------------------------------------------------------------------------------------------------
 
 
 def serve(descriptor: int) -> None:
-    """Run the checks whose names come through the pipe with this descriptor."""
+    """Run the checks whose names arrive through the pipe with this descriptor."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     _end_with_parent()
@@ -259,7 +238,7 @@ def serve(descriptor: int) -> None:
         subject = prepared_subject(job.subject, job.device, job.eta_scales, job.arithmetic)
         if reasons := _reasons_against(subject, job.device):
             raise ValueError(f"the backend {job.subject} does not run here: {'; '.join(reasons)}")
-    except BaseException as error:  # the subject's module may raise anything, SystemExit too
+    except BaseException as error:  # the subject's module may raise anything, even SystemExit
         known = isinstance(error, (ValueError, TypeError))
         pipe.send(str(error) if known else f"importing {job.subject!r} raised {type(error).__name__}: {error}")
         return
@@ -279,12 +258,12 @@ def serve(descriptor: int) -> None:
 def _send(pipe: Connection, result: CheckResult) -> None:
     try:
         pipe.send(result)
-    except Exception:  # a number of the check's own that cannot be pickled
+    except Exception:  # a detail that cannot be pickled
         pipe.send(replace(result, details={str(name): repr(value) for name, value in result.details.items()}))
 
 
 def _reasons_against(subject: Any, device: str) -> list[str]:
-    """Why a backend cannot run here; nothing for other subjects."""
+    """Return why a backend cannot run here; nothing for other subjects."""
     if isinstance(subject, EmulatedTriton):
         missing = importlib.util.find_spec("triton") is None
         return ["triton is not installed: pip install 'ddim-fast[triton]'"] if missing else []
@@ -295,7 +274,7 @@ def _reasons_against(subject: Any, device: str) -> list[str]:
 
 
 def _end_with_parent() -> None:
-    """Linux ends this process when its parent dies, even where it hangs."""
+    """Have Linux kill this process when its parent dies, even if it hangs."""
     set_parent_death_signal = 1
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""``verify``: the checks, one after the other, on a subject."""
+"""``verify``: run the checks on a subject, one after the other."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from ..plans.coefficients import ETA_SCALES
+from ..utils.checks import check_choice, check_integer
 from .checks import CHECKS, Check, CheckFailedError, CheckSkippedError, Context, SubjectRaisedError
 from .reports.report import CheckResult, Outcome, Report
 from .subjects.adapters import subject_of
 from .subjects.subject import ARITHMETIC, Subject
 
 REQUIRED = ("observed-update",)
-"""What must have run, unless told otherwise: it applies to steps and to whole samplers."""
+"""The checks that must have run by default: they apply to steps and to whole samplers."""
 
 
 def verify(
@@ -35,21 +36,24 @@ def verify(
     arithmetic: str | None = None,
     on_result: Callable[[CheckResult], None] | None = None,
 ) -> Report:
-    """Hold a sampler against the DDIM paper.
+    """Verify a sampler against the DDIM paper, and return the report.
 
     Args:
         subject: a backend's name, ``"module:attribute"``, a ``Subject``, a scheduler, a step or a sampler: see ``adapters.ADAPTERS``.
-        checks: names of checks, in any order; all if none.
-        full: thorough, in minutes; otherwise quick.
-        seed: of all that is random in the checks. Another seed asks other questions; right subjects pass with any.
-        device: where the tensors are.
-        required: checks that must have run for the report to pass; ``REQUIRED`` if none, or all of ``checks``.
-        eta_scales, arithmetic: what the subject is held to, keys of ``update.ETA_SCALES`` and ``subject.ARITHMETIC``; its own if none.
-        on_result: called with each result as it comes.
+        checks: names of checks, in any order; all by default.
+        full: whether to run the full set, in minutes, or the quick one.
+        seed: of all random numbers in the checks, 0 or more. A right subject passes with any seed.
+        device: of the tensors.
+        required: checks that must have run for the report to pass; ``checks`` by default, or ``REQUIRED``.
+        eta_scales: what the subject's eta multiplies, "std_dev" or "variance"; as the subject says by default.
+        arithmetic: how exact the subject must be, a key of ``subject.ARITHMETIC``; as the subject says by default.
+        on_result: called with each result.
 
     Raises:
-        ValueError, TypeError: an argument breaks a rule, or the subject has no form that is known. What a subject raises is in the report.
+        ValueError, TypeError: an argument breaks a rule, or the subject has no known form. Exceptions of the subject are
+            reported, not raised.
     """
+    seed = check_integer("seed", seed, at_least=0)
     chosen = choose_checks(checks, full)
     required = tuple(checks or REQUIRED) if required is None else tuple(required)
     choose_checks(required or None, full=True)
@@ -63,7 +67,7 @@ def verify(
 
 
 def choose_checks(names: Iterable[str] | None, full: bool) -> list[Check]:
-    """The checks of these names, in the order in which they run; all of the set if none.
+    """Return the checks with these names, in the order in which they run; by default all of the set.
 
     Raises:
         ValueError: a name is unknown.
@@ -71,22 +75,23 @@ def choose_checks(names: Iterable[str] | None, full: bool) -> list[Check]:
     if names is None:
         return [one for one in CHECKS.values() if full or not one.full_only]
     names = list(names)
-    if unknown := [name for name in names if name not in CHECKS]:
-        raise ValueError(f"checks are {', '.join(CHECKS)}, got {unknown[0]!r}")
+    for name in names:
+        check_choice("a check", name, CHECKS)
     return [one for one in CHECKS.values() if one.name in names]
 
 
 def prepared_subject(
     value: Any, device: torch.device | str = "cpu", eta_scales: str | None = None, arithmetic: str | None = None
 ) -> Subject:
-    """The subject that a value is, held to these conventions; to its own where none is given.
+    """Return the subject for a value, with these conventions instead of its own where they are given.
 
     Raises:
-        ValueError, TypeError: a convention is unknown, or see ``subject_of``.
+        ValueError, TypeError: a convention is unknown, or as ``subject_of`` raises.
     """
-    for name, given, known in (("eta_scales", eta_scales, ETA_SCALES), ("arithmetic", arithmetic, ARITHMETIC)):
-        if given is not None and given not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
+    if eta_scales is not None:
+        check_choice("eta_scales", eta_scales, ETA_SCALES)
+    if arithmetic is not None:
+        check_choice("arithmetic", arithmetic, ARITHMETIC)
     subject = subject_of(value, device)
     if eta_scales is not None or arithmetic is not None:
         subject = copy.copy(subject)
@@ -96,6 +101,7 @@ def prepared_subject(
 
 
 def report_of(subject: Subject, results: Sequence[CheckResult], **more: Any) -> Report:
+    """Return these results as a report on the subject; ``more`` are further fields of the report."""
     conventions = {"eta scales": subject.eta_scales, "arithmetic": subject.arithmetic}
     if not subject.ends_clean:
         conventions["last step"] = "to alpha_bar_0, not to clean data"
@@ -103,7 +109,7 @@ def report_of(subject: Subject, results: Sequence[CheckResult], **more: Any) -> 
 
 
 def run_check(one: Check, subject: Subject, full: bool, seed: int, device: torch.device) -> CheckResult:
-    """One check on one subject. Whatever is raised becomes a result."""
+    """Run one check on a subject. Every exception becomes a result."""
     if lacking := sorted(one.needs - subject.features):
         return result_of(one, Outcome.NOT_APPLICABLE, f"the subject does not offer {', '.join(lacking)}")
     rng = np.random.default_rng([seed, zlib.crc32(one.name.encode())])
@@ -121,9 +127,9 @@ def run_check(one: Check, subject: Subject, full: bool, seed: int, device: torch
     except CheckSkippedError as error:
         outcome, message = Outcome.SKIPPED, str(error)
     except Exception:
-        outcome, message = Outcome.ERROR, f"the check itself went wrong:\n{traceback.format_exc()}"
+        outcome, message = Outcome.ERROR, f"the check itself raised an error:\n{traceback.format_exc()}"
     if outcome is Outcome.PASSED and context.cases == 0:
-        outcome, message = Outcome.ERROR, "the check looked at nothing: it must count its cases"
+        outcome, message = Outcome.ERROR, "the check made no case: it must count its cases"
     if outcome is Outcome.FAILED and not code:
         code = _again(one, subject, full, seed)
     return result_of(
@@ -139,7 +145,7 @@ def run_check(one: Check, subject: Subject, full: bool, seed: int, device: torch
 
 
 def result_of(one: Check, outcome: Outcome, message: str, **more: Any) -> CheckResult:
-    """A check's result, with what is written about the check."""
+    """Return a check's result, with the description of the check."""
     return CheckResult(
         one.name,
         outcome,
@@ -153,7 +159,7 @@ def result_of(one: Check, outcome: Outcome, message: str, **more: Any) -> CheckR
 
 
 def _again(one: Check, subject: Subject, full: bool, seed: int) -> str:
-    """Python that repeats a check which has no smaller case."""
+    """Return Python that repeats a check that has no smaller case."""
     name = getattr(subject, "backend", subject.name)
     held = [f"{c}={getattr(subject, c)!r}" for c in ("eta_scales", "arithmetic") if c in vars(subject)]
     options = ", ".join([f"checks=[{one.name!r}]", f"full={full}", f"seed={seed}", *held])
@@ -169,10 +175,10 @@ def _again(one: Check, subject: Subject, full: bool, seed: int) -> str:
 
 @contextmanager
 def _own_random_state():
-    """What a check draws from torch's and NumPy's global generators leaves no trace."""
-    numpy_state = np.random.get_state()  # noqa: NPY002 (that of others, kept)
+    """Restore the state of torch's and NumPy's global generators after a check."""
+    numpy_state = np.random.get_state()  # noqa: NPY002 (others use the global one)
     try:
         with torch.random.fork_rng():
             yield
     finally:
-        np.random.set_state(numpy_state)  # noqa: NPY002 (put back)
+        np.random.set_state(numpy_state)  # noqa: NPY002 (likewise)

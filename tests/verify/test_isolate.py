@@ -1,4 +1,4 @@
-"""A subject in a process of its own: whatever it does to that process costs one check, and is told."""
+"""A subject in a process of its own: whatever it does to that process loses one check, and is reported."""
 
 import os
 import time
@@ -7,7 +7,7 @@ from multiprocessing import active_children
 import pytest
 
 from ddim_fast.verify.checks import CHECKS
-from ddim_fast.verify.isolate import IsolatedSubject, SubjectRefusedError, verify_isolated
+from ddim_fast.verify.isolate import IsolatedSubject, SubjectRefusedError
 from ddim_fast.verify.reports.report import Outcome
 from ddim_fast.verify.run import verify
 
@@ -75,12 +75,9 @@ def test_each_way_to_die_is_told_and_the_next_check_goes_on(folder, capfd):
 
 
 def test_results_are_those_of_the_same_process(folder):
-    started = []
-    results = list(
-        verify_isolated("dying:step", checks=["update"], on_start=started.append, seed=3, arithmetic="exact")
-    )
+    with IsolatedSubject("dying:step", seed=3, arithmetic="exact") as subject:
+        results = [subject.run(CHECKS["update"])]
     here = verify("dying:step", checks=["update"], seed=3, arithmetic="exact")
-    assert [one.name for one in started] == ["update"]
     for one, other in zip(results, here.results, strict=True):
         assert (one.outcome, one.cases, one.message) == (other.outcome, other.cases, other.message)
         assert one.worst == other.worst or (one.worst != one.worst and other.worst != other.worst)
@@ -97,10 +94,11 @@ def test_report_knows_the_subject_and_leaving_ends_the_process(folder):
     assert (report.seed, report.full, report.exit_code) == (5, True, 2)
 
 
-def test_unknown_check_is_refused_before_anything_starts(monkeypatch):
+@pytest.mark.parametrize(("options", "words"), [({"seed": -1}, "seed must"), ({"timeout": 0}, "timeout must")])
+def test_a_wrong_argument_is_refused_before_anything_starts(monkeypatch, options, words):
     monkeypatch.setattr("subprocess.Popen", None)
-    with pytest.raises(ValueError, match="nonsense"):
-        next(verify_isolated("cpu", checks=["nonsense"]))
+    with pytest.raises(ValueError, match=words):
+        IsolatedSubject("cpu", **options)
 
 
 def test_a_subject_that_ends_its_import_is_refused_with_its_last_words(folder):

@@ -1,4 +1,4 @@
-"""What a check is, and what it is given."""
+"""A check, its registration, and the context that it works in."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class CheckFailedError(Exception):
 
     Args:
         message: the rule, what was found, what is allowed.
-        code: the smallest failing case that was found, as Python that fails.
+        code: the smallest failing case, as Python that fails.
     """
 
     def __init__(self, message: str, code: str = ""):
@@ -34,21 +34,22 @@ class CheckSkippedError(Exception):
 
 
 class SubjectRaisedError(Exception):
-    """The subject raised ``__cause__`` where it should have given a result."""
+    """The subject raised ``__cause__`` instead of returning a result."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that is verified.
+    """One verified property.
 
     Args:
         name: lower case, with hyphens.
         proves: one sentence.
-        source: where it is written: an equation of a paper, a standard.
-        tolerance: how far a result may be off, and where that comes from.
-        needs: features of the subject, without which the check does not apply.
-        full_only: left out of the quick set.
-        false_alarm_rate: the probability that a right subject fails, for checks of chance.
+        source: an equation of a paper, or a standard.
+        tolerance: how far a result may be off, and why.
+        run: see ``check``.
+        needs: the features of a subject without which the check does not apply.
+        full_only: whether the quick set leaves it out.
+        false_alarm_rate: of statistical checks: the probability that a right subject fails.
     """
 
     name: str
@@ -62,10 +63,10 @@ class Check:
 
 
 _NEW = object()
-"""Asks for a source of noise made for the call. (None is a source, too: that of subjects which draw from torch's own generator.)"""
+"""Asks for a new source of noise. (None is a source, too: that of subjects which draw from torch's global generator.)"""
 
 CHECKS: dict[str, Check] = {}
-"""Every check by its name, in the order in which they run. ``checks`` fills it."""
+"""Every check by its name, in the order in which they run. The modules of this package fill it."""
 
 
 def check(
@@ -78,7 +79,9 @@ def check(
     full_only: bool = False,
     false_alarm_rate: float = 0.0,
 ) -> Callable[[Callable[[Context], None]], Callable[[Context], None]]:
-    """Decorator: a function of a ``Context`` is a check. It returns if the subject is right, and raises ``CheckFailedError`` if not.
+    """Register a function of a ``Context`` as a check.
+
+    The function returns if the subject is right, and raises ``CheckFailedError`` if not.
 
     Args:
         needs: features, separated by spaces.
@@ -95,11 +98,12 @@ def check(
 
 @dataclass
 class Context:
-    """What a check works with: the subject, chance, and a place for what it measures.
+    """What a check works with: the subject, random numbers, and a record of what is measured.
 
     Attributes:
-        rng: of this check alone; the same for the same seed.
-        full: thorough rather than quick.
+        rng: a generator for this check alone; the same for the same seed.
+        full: whether the full set runs, rather than the quick one.
+        device: of the tensors.
         cases, worst, details: what is reported, see ``report.CheckResult``.
     """
 
@@ -112,11 +116,12 @@ class Context:
     details: dict[str, Any] = field(default_factory=dict)
 
     def offers(self, *features: str) -> bool:
+        """Return whether the subject has all of these features."""
         return set(features) <= self.subject.features
 
     @property
     def few(self) -> bool:
-        """Whether to look at few cases: in the quick set, where the subject is slow."""
+        """Whether to make few cases: in the quick set, where the subject is slow."""
         return self.subject.slow and not self.full
 
     def measured(self, share: float) -> None:
@@ -125,39 +130,47 @@ class Context:
         self.worst = share if math.isnan(self.worst) else max(self.worst, share)
 
     def seed(self) -> int:
+        """Draw a seed."""
         return int(self.rng.integers(2**62))
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+        """Draw normal numbers of standard deviation ``scale``."""
         return torch.from_numpy(scale * self.rng.standard_normal(shape)).to(dtype).to(self.device)
 
-    # What the subject does, with its own errors told apart from those of a check.
+    # The subject's methods. Its exceptions become SubjectRaisedError, so that they differ from those of a check.
 
     def step(self, case: StepCase) -> StepResult:
-        with _subject(f"step {case.index} of {case.setting}"):
+        """Call ``Subject.step``."""
+        with _as_subject_raised(f"step {case.index} of {case.setting}"):
             return self.subject.step(case)
 
     def levels(self, setting: Setting) -> tuple[Level, ...]:
-        with _subject(f"the timesteps of {setting}"):
+        """Call ``Subject.levels``."""
+        with _as_subject_raised(f"the timesteps of {setting}"):
             return self.subject.levels(setting)
 
     def source(self, batch_size: int, seed: int | None = None) -> Any:
+        """Call ``Subject.source`` with this seed, or with a new one."""
         return self.subject.source(self.seed() if seed is None else seed, batch_size)
 
     def sample(self, setting: Setting, model: Model, x_T: Tensor, source: Any = _NEW) -> Tensor:
-        with _subject(f"a run of {setting}"):
+        """Call ``Subject.sample``, with a new source of noise unless one is given."""
+        with _as_subject_raised(f"a run of {setting}"):
             return self.subject.sample(setting, model, x_T, self.source(len(x_T)) if source is _NEW else source)
 
     def observe(self, setting: Setting, model: Model, x_T: Tensor, source: Any = _NEW) -> list[Observed]:
-        with _subject(f"a run of {setting}"):
+        """Call ``Subject.observe``, with a new source of noise unless one is given."""
+        with _as_subject_raised(f"a run of {setting}"):
             return self.subject.observe(setting, model, x_T, self.source(len(x_T)) if source is _NEW else source)
 
     def invert(self, setting: Setting, model: Model, x0: Tensor) -> Tensor:
-        with _subject(f"the inversion of {setting}"):
+        """Call ``Subject.invert``."""
+        with _as_subject_raised(f"the inversion of {setting}"):
             return self.subject.invert(setting, model, x0)
 
 
 @contextmanager
-def _subject(doing: str) -> Iterator[None]:
+def _as_subject_raised(doing: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:

@@ -1,4 +1,4 @@
-"""Results held against each other: bit for bit, or as near as a subject's arithmetic lets the same numbers be."""
+"""Comparison of two results of a subject: bit for bit, or within what its arithmetic allows."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def kept(result: StepResult) -> StepResult:
-    """A copy that nobody writes to."""
+    """Return a copy, which no later step can write to."""
     return StepResult(result.x_prev.clone(), None if result.x0 is None else result.x0.clone())
 
 
 def bits(tensor: Tensor) -> Tensor:
+    """Return the elements' bits as integers."""
     return tensor.detach().contiguous().view(_BITS[tensor.element_size()])
 
 
 def difference(got: Tensor, expected: Tensor) -> str:
-    """How two tensors differ, in words; empty where every bit is the same."""
+    """Return how two tensors differ, in words; empty where every bit is the same."""
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return f"got {got.dtype} of shape {tuple(got.shape)}, where it is {expected.dtype} of shape {tuple(expected.shape)}"
     changed = bits(got) != bits(expected)
@@ -35,23 +36,26 @@ def difference(got: Tensor, expected: Tensor) -> str:
     return f"got {float(got[place])!r} at {place}, where it is {float(expected[place])!r}; {count} of {total} elements differ"
 
 
-def same_bits(context: Context, rule: str, got: Tensor | None, expected: Tensor | None) -> None:
+def same_bits(context: Context, rule: str, got: Tensor, expected: Tensor) -> None:
     """Raise CheckFailedError with this rule unless every bit is the same."""
-    found = "" if got is None and expected is None else difference(got, expected)
+    found = difference(got, expected)
     context.measured(0.0)
     if found:
         raise CheckFailedError(f"{rule}, {found}")
 
 
 def same_results(context: Context, rule: str, got: StepResult, expected: StepResult) -> None:
+    """Raise CheckFailedError with this rule unless x_prev, and x0 where both have it, are the same bits."""
     same_bits(context, f"{rule}: x_prev", got.x_prev, expected.x_prev)
     if got.x0 is not None and expected.x0 is not None:
         same_bits(context, f"{rule}: x0", got.x0, expected.x0)
 
 
 def same_numbers(context: Context, rule: str, got: Tensor, expected: Tensor, allowed: np.ndarray | float) -> None:
-    """Raise CheckFailedError with this rule unless the bits are the same, where the subject's arithmetic is exact; else the numbers
-    within ``allowed``, of which each of the two may be off to its own side."""
+    """Raise CheckFailedError with this rule unless two results are the same.
+
+    Where the subject's arithmetic is exact, every bit must be; otherwise each of the two may be off by ``allowed``.
+    """
     if context.subject.arithmetic == "exact":
         same_bits(context, rule, got, expected)
         return
@@ -71,7 +75,7 @@ def same_numbers(context: Context, rule: str, got: Tensor, expected: Tensor, all
 
 
 def allowed_of(context: Context, case: StepCase) -> np.ndarray:
-    """How far x_prev of a step may be off, its own rounding included."""
+    """Return how far x_prev of a step may be off, including its own rounding."""
     true = truth(context.subject, case, context.levels(case.setting)[case.index])
     finfo = torch.finfo(case.dtype)
     return true.allowed + finfo.eps * np.abs(true.exact.x_prev) + finfo.smallest_normal

@@ -1,10 +1,10 @@
-"""How much noise a step adds: equation 16, the two conventions of eta, and DDPM."""
+"""The amount of noise that a step adds: equation 16, the two conventions of eta, and DDPM."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -18,15 +18,15 @@ from .judge import Verdict, code_of, judge, truth, verdict
 from .update import TOLERANCE, random_step, settings_of, some_steps, with_sizes
 
 RATE = 1e-8
-"""Of false alarms of each check of chance here, divided among its tests."""
+"""The false-alarm rate of each statistical check here, divided among its tests."""
 FEW_SIZES = ((1, 1), (2, 1, 3, 5), (2, 129))
 DRAWN = (4, 2**14)
-"""Samples whose noise is measured: a variance 4 % off is found."""
+"""The shape of the noise that is measured: enough to detect a variance that is 4 % off."""
 
 
 @check(
     "update-with-noise",
-    proves="A step with noise is equation 12, its std_dev_t that of equation 16, for every prediction type.",
+    proves="A step with noise is equation 12 with the std_dev_t of equation 16, for every prediction type.",
     source="equations 12 and 16 of arXiv 2010.02502",
     tolerance=TOLERANCE,
     needs="step epsilon eta given_noise",
@@ -40,13 +40,12 @@ def update_with_noise(context: Context) -> None:
 
 
 def _other_convention(context: Context, case: StepCase, found: Verdict) -> str:
-    """Says so, where the case is right by the other meaning of eta."""
+    """Return a hint where the case is right in the other convention of eta."""
     subject = context.subject
     other = copy.copy(subject)
     other.eta_scales = "std_dev" if subject.eta_scales == "variance" else "variance"
     level = subject.levels(case.setting)[case.index]
-    given = case.but(x_t=case.x_t.clone(), model_output=case.model_output.clone())
-    right = verdict(other, case, level, case, subject.step(given)).share <= 1
+    right = verdict(other, case, level, case, subject.step(case.copied())).share <= 1
     return _declare(other.eta_scales) if right and case.setting.eta not in (0, 1) else ""
 
 
@@ -69,7 +68,7 @@ def _declare(eta_scales: str) -> str:
     "eta-convention",
     proves="The noise has the standard deviation of equation 16 in the declared convention: eta scales it, or its variance.",
     source="equation 16 of arXiv 2010.02502; with eta scaling the variance: eta_variance = eta**2",
-    tolerance="given noise: 4 eps and what float32 coefficients may be off; drawn noise: its variance within the chi-square bounds",
+    tolerance="given noise: 4 eps, and the errors of float32 coefficients; drawn noise: its variance within the chi-square bounds",
     needs="eta epsilon",
     false_alarm_rate=RATE,
 )
@@ -88,10 +87,10 @@ def eta_convention(context: Context) -> None:
 
 
 def _given_noise(context: Context, setting: Setting, index: int, level: Level) -> None:
-    """From x_t = 0 by an output of 0, only the noise is left."""
+    """Check a step from x_t = 0 with a model output of 0: x_prev is the noise alone."""
     zero = torch.zeros(2, 16, device=context.device)
     case = StepCase(setting, index, zero, zero.clone(), context.normal(2, 16))
-    result = context.step(case.but(x_t=zero.clone(), model_output=zero.clone()))
+    result = context.step(case.copied())
     found = verdict(context.subject, case, level, case, result)
     context.measured(found.share)
     if not found.share <= 1:
@@ -101,10 +100,10 @@ def _given_noise(context: Context, setting: Setting, index: int, level: Level) -
 
 
 def _pure_noise(context: Context, setting: Setting) -> Iterator[tuple[Setting, Observed]]:
-    """Steps from an output of 0 that draw their noise: eps = 0, so that x_prev is the scaled x_t and noise, in any convention."""
+    """Yield steps that draw their noise, with a model output of 0: x_prev is the scaled x_t and noise, in either convention."""
     x_t = torch.zeros(DRAWN, device=context.device)
     for one in drawn_steps(context, setting, lambda level, x: torch.zeros_like(x), x_t):
-        if one.level.alpha_bar_t < one.level.alpha_bar_prev < 1:  # some schedulers end in a step to where it started
+        if one.level.alpha_bar_t < one.level.alpha_bar_prev < 1:  # the last step of some schedulers goes nowhere
             yield setting, one
 
 
@@ -120,7 +119,7 @@ def _drawn_noise(context: Context, eta: float, one: Observed, rate: float) -> No
 
 
 def std_dev_of(context: Context, level: Level, eta: float) -> float:
-    """Equation 16 in the subject's convention."""
+    """Return std_dev_t by equation 16, in the subject's convention."""
     return oracle.std_dev(level.alpha_bar_t, level.alpha_bar_prev, eta, context.subject.eta_scales)
 
 
@@ -146,8 +145,10 @@ def _wrong_std_dev(context: Context, eta: float, level: Level, measured: float, 
     return " ".join([text, *list(fitting)[:1]])
 
 
-def drawn_steps(context: Context, setting: Setting, model, x_t: torch.Tensor) -> Iterator[Observed]:
-    """Steps that draw their own noise, each from these samples where single steps can be made, and otherwise those of a run.
+def drawn_steps(
+    context: Context, setting: Setting, model: Callable[[Level, torch.Tensor], torch.Tensor], x_t: torch.Tensor
+) -> Iterator[Observed]:
+    """Yield steps that draw their own noise: each from ``x_t`` where the subject makes single steps, otherwise those of a run.
 
     Args:
         model: ``model(level, x_t)``.
@@ -172,9 +173,9 @@ def drawn_steps(context: Context, setting: Setting, model, x_t: torch.Tensor) ->
 
 @check(
     "ddpm",
-    proves="At eta = 1 a step is DDPM's: the mean and the variance of q(x_s | x_t, x0), for any two noise levels.",
+    proves="At eta = 1 a step is DDPM's: it has the mean and variance of q(x_s | x_t, x0), for any two noise levels.",
     source="equations 6 and 7 of arXiv 2006.11239 with beta_t = 1 - alpha_bar_t / alpha_bar_s; arXiv 2010.02502, section 4.1",
-    tolerance="given noise: 4 eps and what float32 coefficients may be off; drawn noise: exact tests of mean, variance and correlation",
+    tolerance="given noise: 4 eps, and the errors of float32 coefficients; drawn noise: exact tests of mean, variance and correlation",
     needs="eta epsilon",
     false_alarm_rate=RATE,
 )
@@ -190,7 +191,7 @@ def ddpm(context: Context) -> None:
 
 
 def _ddpm_settings(context: Context) -> Iterator[Setting]:
-    """Every prediction, with strides and in steps of 1, where beta_t is that of the schedule."""
+    """Yield a setting for every prediction type, with strides and with steps of 1, where beta_t is the schedule's."""
     for setting in settings_of(context, eta=1.0):
         if setting.clip_sample_range is None:
             yield setting
@@ -215,7 +216,7 @@ def _given_posterior(context: Context, setting: Setting, index: int) -> None:
         x0, _ = oracle.split(setting.prediction_type, x_t, output, level.alpha_bar_t)
         exact = of_x0 * x0 + of_x_t * x_t + math.sqrt(variance) * z
         allowed = truth(context.subject, case, level).allowed + np.finfo(np.float32).eps * np.abs(exact) + 1e-37
-        got = to_numpy(context.step(case.but(x_t=case.x_t.clone(), model_output=case.model_output.clone())).x_prev)
+        got = to_numpy(context.step(case.copied()).x_prev)
         share, i = worst_share(np.abs(got - exact), allowed)
         context.measured(share)
         if share > 1:
@@ -233,9 +234,10 @@ def _not_ddpm(what: str, setting: Setting, level: Level, found: Verdict) -> str:
 
 def _steps_of_ddpm(context: Context) -> Iterator[Observed]:
     def model(level: Level, x_t: torch.Tensor) -> torch.Tensor:
-        """eps whose x0 is about 1 in size, and not a multiple of x_t."""
+        """Return the eps of an x0 of about unit size that is not a multiple of x_t."""
         x0 = math.sqrt(1 - level.alpha_bar_t) * context.normal(*x_t.shape) + math.sqrt(level.alpha_bar_t) * x_t
-        return (x_t - math.sqrt(level.alpha_bar_t) * x0) / math.sqrt(1 - level.alpha_bar_t)
+        _, eps = oracle.split("sample", x_t, x0, level.alpha_bar_t)
+        return eps
 
     for count in (5, 20) if context.full else (5,):
         setting = Setting(num_inference_steps=count, eta=1.0)

@@ -1,4 +1,4 @@
-"""Whole runs at eta = 0: where they end, that they can be taken apart and walked back, and how their error falls."""
+"""Whole runs at eta = 0: their end, composition and inversion of steps, and the order of convergence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPE = (2, 3, 5, 7)
 
 
 def _hold(context: Context, what: str, got: torch.Tensor, exact: np.ndarray, allowed: np.ndarray) -> None:
-    """Raise CheckFailedError unless a run's result is as near to the exact one as rounding allows."""
+    """Raise CheckFailedError unless a result is within ``allowed`` of the exact one."""
     if tuple(got.shape) != exact.shape:
         raise CheckFailedError(
             f"{what} must have the shape of what it starts from, {exact.shape}, got {tuple(got.shape)}"
@@ -34,9 +34,9 @@ def _hold(context: Context, what: str, got: torch.Tensor, exact: np.ndarray, all
 
 @check(
     "whole-run",
-    proves="A run at eta = 0 ends where equation 12 ends in float64, step by step over the timesteps of the sampler.",
+    proves="A run at eta = 0 ends where equation 12 ends in float64, applied step by step over the sampler's timesteps.",
     source="equation 12 of arXiv 2010.02502",
-    tolerance="what each step may be off, and the rounding of samples and model outputs, carried through the steps that follow",
+    tolerance="the errors that each step may make, and the rounding of samples and model outputs, propagated through the later steps",
     needs="epsilon",
 )
 def whole_run(context: Context) -> None:
@@ -55,9 +55,9 @@ ALPHA_BARS = (0.004, 0.05, 0.4, 0.9, 0.9999, 1.0)
 
 @check(
     "composition",
-    proves="With one output of the model, a step from t to s and then from s to r is the step from t to r.",
-    source="equation 12 of arXiv 2010.02502 at eta = 0: eps is kept, so x0 is",
-    tolerance="what each of the steps may be off",
+    proves="With the same model output, a step from t to s followed by one from s to r is the step from t to r.",
+    source="equation 12 of arXiv 2010.02502 at eta = 0: eps stays the same, and so does x0",
+    tolerance="the errors that each of the steps may make",
     needs="step levels epsilon",
 )
 def composition(context: Context) -> None:
@@ -73,19 +73,18 @@ def composition(context: Context) -> None:
 
 
 def _stepped(context: Context, case: StepCase) -> tuple[torch.Tensor, np.ndarray]:
-    """x_prev of a step, and how far it may be off."""
+    """Return x_prev of a step, and how far it may be off."""
     level = context.levels(case.setting)[case.index]
-    kept = case.but(x_t=case.x_t.clone(), model_output=case.model_output.clone())
-    x_prev = context.step(kept).x_prev
+    x_prev = context.step(case.copied()).x_prev
     true = truth(context.subject, case, level)
     return x_prev, true.allowed + torch.finfo(case.dtype).eps * np.abs(true.exact.x_prev)
 
 
 @check(
     "inversion",
-    proves="Clean samples, inverted and sampled again by the same steps, come back; and a single step can be taken back.",
+    proves="Clean samples that are inverted and sampled again with the same steps come back, and so do those of a single step.",
     source="equation 14 of arXiv 2010.02502; table 2 there",
-    tolerance="8 times what the steps of the run may be off: an inversion ends at a residual, and x_T is rounded, too",
+    tolerance="8 times the errors that the run's steps may make: an inversion stops at a residual, and x_T is rounded, too",
     needs="invert epsilon",
 )
 def inversion(context: Context) -> None:
@@ -124,9 +123,9 @@ LOWEST_ORDER, HIGHEST_ORDER = 0.8, 1.3
 
 @check(
     "first-order",
-    proves="With the exact model of normal data, the error of a run at eta = 0 falls in proportion to the length of its steps.",
+    proves="With the exact model of normal data, the error of a run at eta = 0 is proportional to the size of its steps.",
     source="section 4.3 of arXiv 2010.02502: equation 13 is Euler's method for an ordinary differential equation, equation 14",
-    tolerance=f"the order measured is from {LOWEST_ORDER} to {HIGHEST_ORDER}: 1, and what terms of higher order do to it at these counts",
+    tolerance=f"a measured order from {LOWEST_ORDER} to {HIGHEST_ORDER}: 1, changed by terms of higher order at these step counts",
     needs="epsilon",
 )
 def first_order(context: Context) -> None:
@@ -142,12 +141,12 @@ def first_order(context: Context) -> None:
         raise CheckFailedError(
             "the error of deterministic DDIM must fall in proportion to its number of steps, an order from "
             f"{LOWEST_ORDER} to {HIGHEST_ORDER}, got order {order:.3g}: root mean squared errors {table} steps, against the exact "
-            "flow of data N(0.3, 0.5^2): timesteps that are paired wrongly, or a step that is left out, do this"
+            "flow of data N(0.3, 0.5^2): wrongly paired timesteps or a missing step have this effect"
         )
 
 
 def _error_of(context: Context, count: int, normals: torch.Tensor) -> float:
-    """Root mean squared, against the exact flow from where the run starts: it keeps a sample's standard score."""
+    """Return the root mean squared error against the exact flow, which keeps each sample's standard score."""
     setting = Setting(num_inference_steps=count)
     levels = context.levels(setting)
     model = GaussianModel(levels)

@@ -1,4 +1,4 @@
-"""The recorded runs: whether a sampler's numbers are still those that were written down."""
+"""Comparison with the recorded runs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .judge import paper_eta, row_of, truth
 
 @check(
     "golden",
-    proves="Complete runs give the numbers on record, at every step: a change of speed has changed no result.",
+    proves="Complete runs give the recorded numbers at every step: a change made for speed has changed no result.",
     source="golden_trajectories.json, written by tools/golden_trajectories.py from equation 12 in float64",
-    tolerance="what each step may be off, carried through the steps that follow; and what the subject's own table of alpha_bar is off",
+    tolerance="the errors that each step may make, propagated through the later steps, and those of the subject's own alpha_bar",
     needs="epsilon",
 )
 def golden(context: Context) -> None:
     posed_runs = [(run, posed(context.subject, run)) for run in golden_runs() if context.full or run.quick]
     runs = [(run, setting) for run, setting in posed_runs if setting is not None]
     if not runs:
-        raise CheckSkippedError("no run on record can be put to this subject: it takes none of their timesteps")
+        raise CheckSkippedError("this subject can make none of the recorded runs: it takes none of their timesteps")
     dtypes = (torch.float32, torch.float64) if context.offers("float64") else (torch.float32,)
     changed = []
     for run, setting in runs:
@@ -47,7 +47,7 @@ def golden(context: Context) -> None:
 
 
 def posed(subject: Subject, run: GoldenRun) -> Setting | None:
-    """A run as a setting that the subject takes; none where it takes none such."""
+    """Return the run as a setting that the subject takes, or None where there is none."""
     if not _needed(run) <= subject.features:
         return None
     if 0 < run.setting.eta < 1 and run.eta_scales != subject.eta_scales:
@@ -78,25 +78,23 @@ def _needed(run: GoldenRun) -> set[str]:
 
 @dataclass
 class Seen:
-    """What a subject did: its steps as it says, and x_prev of each."""
+    """A subject's run: the steps as the subject gives them, and x_prev of each."""
 
     levels: list[Level]
     states: list[Tensor]
 
 
 def _difference(context: Context, run: GoldenRun, setting: Setting, dtype: torch.dtype) -> str:
-    """Where a subject's run leaves the one on record; empty if nowhere."""
+    """Return where a subject's run first differs from the recorded one, in words; empty if nowhere."""
     where = f"the run on record with {run.name}, in {str(dtype).removeprefix('torch.')},"
     seen = _run(context, run, setting, dtype)
-    asked = list(run.setting.timesteps)
+    asked = list(run.setting.timesteps or ())
     visited = asked if setting.alpha_bars is not None else [round(level.t) for level in seen.levels]
     if visited != asked or len(seen.states) != len(asked):
         context.measured(np.inf)
         return f"{where} visits the timesteps {asked}; the subject makes {len(seen.states)} steps, at {visited}"
     compared = len(asked)
-    if (
-        seen.levels[-1].alpha_bar_prev != 1
-    ):  # it says that it ends short of clean data: the check "endpoints" judges that
+    if seen.levels[-1].alpha_bar_prev != 1:  # the check "endpoints" judges a subject that ends before clean data
         compared -= 1
     allowed = _allowed(context.subject, run, setting, seen.levels, dtype)
     for i in range(compared):
@@ -117,7 +115,7 @@ def _difference(context: Context, run: GoldenRun, setting: Setting, dtype: torch
 
 
 def _run(context: Context, run: GoldenRun, setting: Setting, dtype: torch.dtype) -> Seen:
-    """As a whole, where no noise has to be given; otherwise step by step."""
+    """Make the run as a whole where no noise is needed, otherwise step by step."""
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(dtype).to(context.device)
@@ -138,8 +136,11 @@ def _run(context: Context, run: GoldenRun, setting: Setting, dtype: torch.dtype)
 def _allowed(
     subject: Subject, run: GoldenRun, setting: Setting, levels: list[Level], dtype: torch.dtype
 ) -> list[np.ndarray]:
-    """How far each state may be from the one on record: the errors of all steps up to there, each grown by the slope of the steps after
-    it; and what it makes in float64 that the subject's own alpha_bars are off, by rounding alone (see ``_rounded_only``)."""
+    """Return how far each state may be from the recorded one.
+
+    That is the error of each step so far, multiplied by the slopes of the later steps, and the difference made by the
+    subject's own alpha_bars where rounding alone explains them (see ``_rounded_only``).
+    """
     x = own_x = run.x_T
     error, found = np.zeros_like(x), []
     for i, (bars, own) in enumerate(zip(_pairs(run), levels, strict=True)):
@@ -161,7 +162,7 @@ def _allowed(
 
 
 def _recorded_off(subject, setting, level, row, x, m, z, exact: oracle.Result) -> np.ndarray:
-    """How far the record may be off itself: float64, too, rounds its coefficients, and at eta = 1 most of one's digits cancel."""
+    """Return how far the record itself may be off: float64 rounds coefficients, too, and at eta = 1 most of their digits cancel."""
     eta = paper_eta(subject, setting)
     bars, eps = (level.alpha_bar_t, level.alpha_bar_prev), torch.finfo(torch.float64).eps
     spread = coefficient_spread(setting.prediction_type, *bars, eta, setting.use_clipped_model_output, eps)
@@ -174,7 +175,7 @@ def _pairs(run: GoldenRun) -> list[tuple[float, float]]:
 
 
 def _rounded_only(level: Level, alpha_bar_t: float, alpha_bar_prev: float, subject: Subject, run: GoldenRun) -> Level:
-    """The subject's own alpha_bars where they are the recorded ones but for rounding, and the recorded ones elsewhere."""
+    """Return the level with the subject's own alpha_bars where they differ from the recorded ones by rounding alone."""
     eps = torch.finfo(torch.float64 if subject.arithmetic == "exact" else torch.float32).eps
     most = run.setting.num_train_timesteps * eps
 

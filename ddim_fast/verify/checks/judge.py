@@ -1,4 +1,4 @@
-"""Whether a step is right: its distance from equation 12 in float64, and the smallest case that shows where it is not."""
+"""Judgement of a step: its distance from equation 12 in float64, and the smallest case that fails."""
 
 from __future__ import annotations
 
@@ -29,7 +29,14 @@ _SIMPLE = (0.0, 1.0, 0.5)
 
 @dataclass
 class Verdict:
-    """How far a step's result is from the truth. ``share``: the largest error as a share of what is allowed there (infinity for NaN)."""
+    """How far a step's result is from the exact one.
+
+    Attributes:
+        share: the largest error, as a share of what is allowed there; infinity for NaN.
+        place: its index.
+        what: "x_prev" or "x0".
+        got, exact, allowed: the values there.
+    """
 
     share: float
     place: tuple[int, ...]
@@ -40,7 +47,7 @@ class Verdict:
 
 
 def verdict(subject: Subject, case: StepCase, level: Level, before: StepCase, result: StepResult) -> Verdict:
-    """Compare x_prev, and x0 where there is one, with equation 12 in float64.
+    """Compare x_prev, and x0 where it is given, with equation 12 in float64.
 
     Args:
         before: the case as it was before the step, which may have written over its samples.
@@ -53,7 +60,7 @@ def verdict(subject: Subject, case: StepCase, level: Level, before: StepCase, re
 
 
 class Truth(NamedTuple):
-    """A step's exact result, and how far x_prev and x0 may be off before they are rounded to the type of the samples."""
+    """The exact result of a step, and how far x_prev and x0 may be off before rounding to the type of the samples."""
 
     exact: oracle.Result
     allowed: np.ndarray
@@ -61,7 +68,7 @@ class Truth(NamedTuple):
 
 
 def truth(subject: Subject, before: StepCase, level: Level) -> Truth:
-    """Equation 12 in float64, and what a subject of this arithmetic may be off."""
+    """Return equation 12 in float64, and how far a subject of this arithmetic may be off."""
     setting, x, m = before.setting, to_numpy(before.x_t), to_numpy(before.model_output)
     row = row_of(subject, setting, level)
     names = {"model_output_uncond": "uncond", "guidance_scale": "guidance"}
@@ -84,7 +91,7 @@ def truth(subject: Subject, before: StepCase, level: Level) -> Truth:
 
 
 def row_of(subject: Subject, setting: Setting, level: Level) -> dict[str, float]:
-    """The columns of a step from one level to another, in the subject's convention of eta."""
+    """Return the row of a step, in the subject's convention of eta."""
     return oracle.textbook_row(
         setting.prediction_type,
         level.alpha_bar_t,
@@ -97,11 +104,12 @@ def row_of(subject: Subject, setting: Setting, level: Level) -> dict[str, float]
 
 
 def paper_eta(subject: Subject, setting: Setting) -> float:
-    """The paper's eta, which scales the standard deviation, for that of the subject."""
+    """Return the paper's eta, which scales the standard deviation, for the subject's."""
     return setting.eta if subject.eta_scales == "std_dev" else math.sqrt(setting.eta)
 
 
-def _spread(subject, case, level) -> dict[str, float]:
+def _spread(subject: Subject, case: StepCase, level: Level) -> dict[str, float]:
+    """Return how far each column may be off in float32, see ``coefficient_spread``."""
     setting = case.setting
     eps = torch.finfo(torch.float32).eps
     bars = level.alpha_bar_t, level.alpha_bar_prev
@@ -112,7 +120,7 @@ def _spread(subject, case, level) -> dict[str, float]:
 
 
 def _alpha_eps(subject: Subject, t: float, alpha_bar: float) -> float:
-    """How far alpha_bar may be off in the subject's own float32, relatively: rounded once, or made of t + 1 betas there."""
+    """Return the relative error that alpha_bar may have in float32: rounded once, or the product of t + 1 rounded factors."""
     if subject.own_alphas_cumprod:
         return 2 * (t + 1) * torch.finfo(torch.float32).eps
     return 0.0 if float(np.float32(alpha_bar)) == alpha_bar else torch.finfo(torch.float32).eps
@@ -132,20 +140,20 @@ def _compare(what: str, got: torch.Tensor, exact: np.ndarray, allowed: np.ndarra
 
 
 Explain = Callable[[StepCase, Verdict], str]
-"""What a check knows of the reason for which a case fails: sentences, or nothing."""
+"""Given a failing case, returns what a check knows of the reason: sentences, or nothing."""
 
 
 def judge(context: Context, case: StepCase, explain: Explain = lambda case, found: "") -> StepResult:
-    """Make a step and compare it.
+    """Make a step and compare it with equation 12.
 
     Args:
-        explain: asked about the smallest failing case; its answer begins the message.
+        explain: called with the smallest failing case; the message begins with its answer.
 
     Raises:
-        CheckFailedError: it is too far from equation 12, with the smallest failing case that was found.
+        CheckFailedError: the result is too far off, with the smallest failing case.
     """
     level = context.levels(case.setting)[case.index]
-    before = _copied(case)
+    before = case.copied()
     result = context.step(case)
     found = verdict(context.subject, case, level, before, result)
     context.measured(found.share)
@@ -157,13 +165,13 @@ def judge(context: Context, case: StepCase, explain: Explain = lambda case, foun
 def judge_observed(
     context: Context, setting: Setting, index: int, seen: Observed, noise: torch.Tensor | None = None, where: str = ""
 ) -> None:
-    """Compare a step of a run that was watched.
+    """Compare one step of an observed run with equation 12.
 
     Args:
-        where: what the message begins with.
+        where: the beginning of the message.
 
     Raises:
-        CheckFailedError: it is too far from equation 12.
+        CheckFailedError: the result is too far off.
     """
     case = StepCase(setting, index, seen.x_t, seen.model_output, noise)
     found = verdict(context.subject, case, seen.level, case, StepResult(seen.x_prev, seen.x0))
@@ -201,12 +209,8 @@ def _described(case: StepCase) -> str:
     return ", ".join(f"{name} = {value}" for name, value in named.items() if value is not None)
 
 
-def _copied(case: StepCase) -> StepCase:
-    return case.but(x_t=case.x_t.clone(), model_output=case.model_output.clone())
-
-
 def _smallest(context: Context, case: StepCase, found: Verdict) -> tuple[StepCase, Verdict]:
-    """A simpler case that fails, too: each simplification is kept if it does."""
+    """Return a simpler case that still fails: a simplification is kept if the result fails."""
     tries = 0
     progress = True
     while progress and tries < _MOST_TRIES:
@@ -225,13 +229,13 @@ def _smallest(context: Context, case: StepCase, found: Verdict) -> tuple[StepCas
 def _try(subject: Subject, case: StepCase) -> Verdict | None:
     try:
         level = subject.levels(case.setting)[case.index]
-        given = _copied(case)
-        return verdict(subject, case, level, case, subject.step(given))
-    except Exception:  # a simplification that the subject does not take is none
+        return verdict(subject, case, level, case, subject.step(case.copied()))
+    except Exception:  # the subject does not take this simplification
         return None
 
 
 def _simpler(case: StepCase, found: Verdict) -> Iterator[StepCase]:
+    """Yield cases that are simpler in one respect each."""
     setting = case.setting
     if case.x_t.numel() > 1 and not case.more:
         one = tuple(slice(i, i + 1) for i in found.place)
@@ -261,8 +265,8 @@ def _simpler(case: StepCase, found: Verdict) -> Iterator[StepCase]:
 
 
 def code_of(subject: Subject, case: StepCase, found: Verdict) -> str:
-    """The case as Python that raises AssertionError while the subject is wrong; empty where there is none."""
-    if found.what == "x0":  # the call's text keeps x_prev alone
+    """Return the case as Python that raises AssertionError while the subject is wrong; empty where there is none."""
+    if found.what == "x0":  # the code keeps only x_prev
         return ""
     tensors = [f"{name} = {_literal(getattr(case, name))}" for name in ("x_t", "model_output", "noise")]
     more = "more = {" + ", ".join(f"{k!r}: {_literal(v)}" for k, v in case.more.items()) + "}"

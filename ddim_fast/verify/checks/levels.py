@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..truth.cases import Level, Setting
+from ..truth.cases import Level, Setting, StepCase
 from .base import CheckFailedError, Context, check
-from .judge import judge
+from .judge import Verdict, judge
 from .update import TOLERANCE, random_step
 
 PURE_NOISE = 2.0**-23
-"""alpha_bar_T so small is 0: some put 2**-24 there."""
+"""The largest alpha_bar_T that counts as 0: some implementations use 2**-24 instead."""
 
 
 def _eps(context: Context) -> float:
@@ -25,9 +25,9 @@ def _eps(context: Context) -> float:
 
 @check(
     "alphas-cumprod",
-    proves="alpha_bar of every timestep is the cumulative product of 1 - beta, for every schedule that the subject takes.",
+    proves="The alpha_bar of every timestep is the cumulative product of 1 - beta, for every schedule that the subject takes.",
     source="arXiv 2006.11239, section 2 and 4 (linear); arXiv 2112.10752 (scaled_linear); arXiv 2102.09672, equation 17 (cosine)",
-    tolerance="one rounding of each beta, 1 - beta and product up to t, in float64 where the subject is exact and otherwise in float32",
+    tolerance="one rounding of each beta, 1 - beta and product up to t, in float64 where the subject is exact, otherwise in float32",
     needs="step timesteps",
 )
 def alphas_cumprod(context: Context) -> None:
@@ -62,7 +62,7 @@ def _equal(context: Context, setting: Setting, levels: list[Level]) -> None:
 
 
 def _plausible(context: Context, levels: list[Level]) -> None:
-    """A schedule of the subject's own: alpha_bar grows from nearly 0 to nearly 1 on the way to clean data."""
+    """Check a schedule of the subject's own: alpha_bar grows from nearly 0 to nearly 1 towards clean data."""
     bars = np.array([level.alpha_bar_t for level in levels])
     right = bars.size and (np.diff(bars) > 0).all() and 0 <= bars[0] < 0.1 and 0.9 < bars[-1] <= 1
     context.measured(0.0)
@@ -79,13 +79,13 @@ def _plausible(context: Context, levels: list[Level]) -> None:
 
 @check(
     "zero-terminal-snr",
-    proves="At zero terminal SNR, alpha_bar_T is 0, sampling starts there, and steps from v and x0 prediction are equation 12.",
+    proves="At zero terminal SNR, alpha_bar_T is 0, sampling starts there, and steps with v and x0 prediction are equation 12.",
     source="algorithm 1 and sections 3.1 to 3.3 of arXiv 2305.08891",
     tolerance=f"{TOLERANCE}; sqrt(alpha_bar) within T eps",
     needs="step timesteps zero_terminal_snr",
 )
 def zero_terminal_snr(context: Context) -> None:
-    schedules = [name for name in context.subject.schedules if name != "cosine"]  # that one is nearly there already
+    schedules = [name for name in context.subject.schedules if name != "cosine"]  # cosine nearly ends there already
     for schedule in schedules or ("linear",):
         setting = Setting(
             num_inference_steps=5,
@@ -145,12 +145,12 @@ def _settings(context: Context) -> Iterator[Setting]:
                     )
 
 
-def _explain(case, found) -> str:
+def _explain(case: StepCase, found: Verdict) -> str:
     return f"At zero terminal SNR. {'' if math.isfinite(found.got) else negative_variance(case.setting)}".strip()
 
 
 def negative_variance(setting: Setting) -> str:
-    """Where NaN comes from, most often."""
+    """Return the most frequent cause of NaN."""
     if setting.eta == 0:
         return "Is there a division by sqrt(alpha_bar_t) = 0?" if setting.zero_terminal_snr else ""
     return (

@@ -1,6 +1,7 @@
-"""What comes out of whole runs: the distribution of samples of data whose exact model has a closed form.
+"""The distribution of a run's samples, for data whose exact model has a closed form.
 
-Points lie along the channels: a batch ``(B, C, n)`` is B x n points of C coordinates, so that runs of few samples have many points.
+A point's coordinates are the channels: a batch ``(B, C, n)`` is B x n points of C coordinates, so that small batches have many
+points.
 """
 
 from __future__ import annotations
@@ -17,13 +18,11 @@ from torch import Tensor
 
 from ..truth import oracle, statistics
 from ..truth.cases import CLEAN, Level, Model, Setting, StepCase
-from ..truth.statistics import Test
+from ..truth.statistics import Finding, Test
 from ..truth.tolerances import to_numpy
 from .base import CheckFailedError, Context, check
-from .noise import bar_at, bars_by_timestep, hold
+from .noise import RATE, TOLERANCE, bar_at, bars_by_timestep, hold
 
-RATE = 1e-8
-TOLERANCE = "a right subject fails once in 1e8 verifications: exact or bounded tests, the rate divided among them"
 ETAS = (0.0, 0.5, 1.0)
 
 
@@ -32,14 +31,14 @@ ETAS = (0.0, 0.5, 1.0)
 
 @dataclass(frozen=True)
 class Mixture:
-    """Normal distributions of diagonal covariance, mixed: weights ``(k,)``, means and std_devs ``(k, d)``. With k = 1, a Gaussian."""
+    """A mixture of normal distributions of diagonal covariance: weights ``(k,)``, means and std_devs ``(k, d)``."""
 
     weights: np.ndarray
     means: np.ndarray
     std_devs: np.ndarray
 
     def eps(self, points: np.ndarray, alpha_bar: float) -> np.ndarray:
-        """E[eps | x_t] of points ``(n, d)`` in float64."""
+        """Return E[eps | x_t] of points ``(n, d)`` in float64."""
         per_variance = 1 / (alpha_bar * self.std_devs**2 + 1 - alpha_bar)
         means = math.sqrt(alpha_bar) * self.means
         log = points @ (means * per_variance).T - points**2 @ per_variance.T / 2
@@ -49,7 +48,7 @@ class Mixture:
         return math.sqrt(1 - alpha_bar) * (points * (share @ per_variance) - share @ (means * per_variance))
 
     def cdf_along(self, direction: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-        """The distribution of the points' projection to a direction."""
+        """Return the cumulative distribution of the points projected to a direction."""
         means, std_devs = self.means @ direction, np.sqrt(self.std_devs**2 @ direction**2)
 
         def cdf(x: np.ndarray) -> np.ndarray:
@@ -64,7 +63,7 @@ class Mixture:
 
 @lru_cache
 def mixture(dimensions: int) -> Mixture:
-    """Clusters of several sizes: fixed, because the bias of ``DISCRETISATION`` is measured on them."""
+    """Return clusters of several sizes: always the same, because ``DISCRETISATION`` is measured on them."""
     rng = np.random.default_rng([2010, 2502, dimensions])
     count = 5
     means = rng.uniform(-1.5, 1.5, (count, dimensions))
@@ -72,17 +71,14 @@ def mixture(dimensions: int) -> Mixture:
 
 
 def as_model(data: Mixture, setting: Setting) -> Model:
-    """The exact model, its output as the setting's prediction type says, worked out in float64 and rounded to the samples' dtype."""
+    """Return the exact model of the setting's prediction type, computed in float64 and rounded to the samples' dtype."""
     bars = bars_by_timestep(setting)
 
     def model(x_t: Tensor, t: Tensor) -> Tensor:
         alpha_bar = bar_at(bars, t)
-        signal, spread = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
         points = _points(x_t)
-        eps = data.eps(points, alpha_bar)
-        x0 = (points - spread * eps) / signal
-        output = {"epsilon": lambda: eps, "sample": lambda: x0, "v_prediction": lambda: signal * eps - spread * x0}
-        return _samples(output[setting.prediction_type](), x_t)
+        x0, eps = oracle.split("epsilon", points, data.eps(points, alpha_bar), alpha_bar)
+        return _samples(oracle.model_output(setting.prediction_type, x0, eps, alpha_bar), x_t)
 
     return model
 
@@ -92,17 +88,17 @@ def as_model(data: Mixture, setting: Setting) -> Model:
 
 @dataclass(frozen=True)
 class Run:
-    """The clean points ``(n, d)`` of a run in float64, and its steps, their alpha_bar the truth's."""
+    """The clean points ``(n, d)`` of a run in float64, and its steps with the exact alpha_bar."""
 
     points: np.ndarray
     levels: tuple[Level, ...]
 
 
 def run_of(context: Context, setting: Setting, model: Model, dimensions: int, count: int, batch: int = 16) -> Run:
-    """About ``count`` points, from x_T drawn here.
+    """Sample about ``count`` points from a new x_T.
 
     Raises:
-        CheckFailedError: the samples have another shape, or are not finite.
+        CheckFailedError: the samples have the wrong shape, or are not finite.
     """
     x_T = context.normal(batch, dimensions, -(-count // batch))
     called = []
@@ -117,13 +113,13 @@ def run_of(context: Context, setting: Setting, model: Model, dimensions: int, co
             f"a run must give samples of the shape of x_T, {tuple(x_T.shape)}, got {tuple(x0.shape)}"
         )
     if not bool(torch.isfinite(x0).all()):
-        raise CheckFailedError(f"the samples of a run must be finite, they are not for {setting}")
+        raise CheckFailedError(f"the samples of a run must be finite, got NaN or infinity for {setting}")
     levels = true_levels(setting, context.subject.levels_seen(setting, called))
     return Run(_points(x0), levels)
 
 
 def _sampled(context: Context, setting: Setting, model: Model, x_T: Tensor) -> Tensor:
-    """A run; with noise given at each step, where the subject draws none itself."""
+    """Make a run, with noise given at each step where the subject draws none itself."""
     if setting.eta == 0 or context.offers("draws_noise"):
         return context.sample(setting, model, x_T.clone())
     x_t = x_T
@@ -139,28 +135,28 @@ def _points(x: Tensor) -> np.ndarray:
 
 
 def _samples(points: np.ndarray, like: Tensor) -> Tensor:
-    """Points ``(n, d)`` as a batch ``(B, d, ...)``."""
+    """Return points ``(n, d)`` as a batch ``(B, d, ...)``."""
     batch, d, *rest = like.shape
     found = np.moveaxis(points.reshape(batch, *rest, d), -1, 1)
     return torch.from_numpy(np.ascontiguousarray(found)).to(like.dtype).to(like.device)
 
 
 def true_levels(setting: Setting, levels: tuple[Level, ...]) -> tuple[Level, ...]:
-    """The same steps with the truth's alpha_bar. Clean data stays what the subject takes it for."""
+    """Return the steps with the exact alpha_bar; that of clean data remains the subject's."""
     bars = bars_by_timestep(setting)
 
     def bar(t: float, own: float) -> float:
         return own if round(t) == CLEAN else bars.get(round(t), own)
 
     found = (Level(v.t, v.t_prev, bar(v.t, v.alpha_bar_t), bar(v.t_prev, v.alpha_bar_prev)) for v in levels)
-    # Clean data may be timestep 0 again, which the subject's own rounding can put behind the truth's.
+    # Clean data may have the noise level of timestep 0, where the subject's rounding can put it below the exact one.
     return tuple(v._replace(alpha_bar_prev=max(v.alpha_bar_t, v.alpha_bar_prev)) for v in found)
 
 
 def exact_run(
     data: Mixture, levels: tuple[Level, ...], count: int, setting: Setting, eta_scales: str, rng: np.random.Generator
 ) -> np.ndarray:
-    """Points of these steps in float64, from x_T and noise of its own."""
+    """Sample points with these steps in float64, from a new x_T and new noise."""
     x_t = rng.standard_normal((count, data.dimensions))
     for level in levels:
         eps = data.eps(x_t, level.alpha_bar_t)
@@ -180,27 +176,25 @@ def exact_run(
 def gaussian_after(
     data: Mixture, levels: tuple[Level, ...], eta: float, eta_scales: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation, ``(d,)`` each, of each coordinate after these steps from x_T ~ N(0, I): exact, for any number of steps.
+    """Return the exact mean and standard deviation, ``(d,)`` each, after these steps from x_T ~ N(0, I).
 
-    The exact eps of N(mu, s^2) is linear in x_t, so a step is x_prev = a x_t + b + std_dev_t z: mean -> a mean + b, and
-    variance -> a^2 variance + std_dev_t^2.
+    The exact eps of N(mu, s^2) is linear in x_t, and so is a step: x_prev = a x_t + b + std_dev_t z. The mean becomes a mean + b,
+    the variance a^2 variance + std_dev_t^2.
     """
     mu, s = data.means[0], data.std_devs[0]
     mean, variance = np.zeros_like(mu), np.ones_like(mu)
     for level in levels:
-        bar, bar_prev = level.alpha_bar_t, level.alpha_bar_prev
-        std_dev_t = oracle.std_dev(bar, bar_prev, eta, eta_scales)
-        direction = math.sqrt(max(1 - bar_prev - std_dev_t**2, 0.0))
+        bar = level.alpha_bar_t
+        row = oracle.textbook_row("epsilon", bar, level.alpha_bar_prev, eta=eta, eta_scales=eta_scales)
+        of_x, of_eps = oracle.fold(row)
         slope = math.sqrt(1 - bar) / (bar * s**2 + 1 - bar)  # eps = slope (x_t - sqrt(bar) mu)
-        of_eps = direction - math.sqrt(bar_prev) * math.sqrt(1 - bar) / math.sqrt(bar)
-        a = math.sqrt(bar_prev) / math.sqrt(bar) + of_eps * slope
-        b = -of_eps * slope * math.sqrt(bar) * mu
-        mean, variance = a * mean + b, a**2 * variance + std_dev_t**2
+        a, b = of_x + of_eps * slope, -of_eps * slope * math.sqrt(bar) * mu
+        mean, variance = a * mean + b, a**2 * variance + row["prev_noise"] ** 2
     return mean, np.sqrt(variance)
 
 
 def settings_of(context: Context, steps: int) -> list[Setting]:
-    """Every eta that the subject takes; every prediction type, with every eta if there is time."""
+    """Return every eta with a prediction type each; in the full set, every eta with every prediction type."""
     kinds = [kind for kind in ("epsilon", "v_prediction", "sample") if context.offers(kind)]
     etas = ETAS if context.offers("eta") else (0.0,)
     base = Setting(num_inference_steps=steps)
@@ -218,7 +212,7 @@ def _named(setting: Setting) -> str:
 
 @check(
     "gaussian-marginals",
-    proves="With the exact model of Gaussian data, runs give the Gaussian that theory gives for their steps, at any eta.",
+    proves="With the exact model of Gaussian data, samples have the Gaussian distribution that follows from the steps, at any eta.",
     source="equation 12 of arXiv 2010.02502 with the eps of N(mu, s^2), which is linear: a recursion of mean and variance in float64",
     tolerance=TOLERANCE,
     needs="epsilon",
@@ -248,18 +242,20 @@ def gaussian_marginals(context: Context) -> None:
 
 
 DISCRETISATION = {(0.0, 50): 0.018, (1.0, 50): 0.035, (0.0, 200): 0.006, (1.0, 200): 0.011}
-"""By eta and steps: how far the distribution of exact runs on ``mixture(2)`` may be from the data's, as the largest Kolmogorov-Smirnov
-distance along any of 64 directions: that measured in 2^18 points or more, and a third more. The tests measure it again."""
+"""By eta and steps: how far the distribution of exact runs on ``mixture(2)`` may be from that of the data. It is the largest
+Kolmogorov-Smirnov distance along any of 64 directions, measured with 2^18 points or more, and a third more. The tests measure
+it again."""
 
 
 def some_directions(context: Context, d: int) -> np.ndarray:
+    """Return the directions along which distributions are compared."""
     return statistics.directions(context.rng, 64 if context.full else 16, d)
 
 
 @check(
     "mixture-marginals",
-    proves="With the exact model of a mixture of Gaussians, runs give the distribution of float64 runs of the same steps.",
-    source="equations 12 and 16 of arXiv 2010.02502; the score of a mixture of Gaussians is a closed form",
+    proves="With the exact model of a mixture of Gaussians, samples are distributed as those of float64 runs with the same steps.",
+    source="equations 12 and 16 of arXiv 2010.02502; the score of a mixture of Gaussians has a closed form",
     tolerance=TOLERANCE,
     needs="epsilon",
     false_alarm_rate=RATE,
@@ -287,9 +283,10 @@ def mixture_marginals(context: Context) -> None:
 
 @check(
     "data-marginals",
-    proves="In many steps, runs with the exact model of a mixture of Gaussians give samples of the data's own distribution.",
+    proves="With many steps and the exact model of a mixture of Gaussians, samples have the distribution of the data.",
     source="section 4 and theorem 1 of arXiv 2010.02502: with the exact model and small steps, x_0 is distributed as the data",
-    tolerance=TOLERANCE + "; and the discretisation's bias, measured in float64: see ``DISCRETISATION``",
+    tolerance=TOLERANCE
+    + "; and the bias of the discretisation, measured in float64 (``DISCRETISATION`` in checks/marginals.py)",
     needs="epsilon timesteps",
     false_alarm_rate=RATE,
 )
@@ -307,9 +304,8 @@ def data_marginals(context: Context) -> None:
     hold(context, "samples of many steps from the exact model of a mixture must be distributed as the data", tests)
 
 
-def _from_data(data: Mixture, bias: float, projected: np.ndarray, direction: np.ndarray, rate: float):
-    """Kolmogorov-Smirnov against the data, less the distance that the discretisation may make: the distances of three distributions
-    obey the triangle inequality."""
+def _from_data(data: Mixture, bias: float, projected: np.ndarray, direction: np.ndarray, rate: float) -> Finding:
+    """Make the Kolmogorov-Smirnov test against the data, less the distance that discretisation may add (triangle inequality)."""
     found = statistics.kolmogorov_smirnov(projected, data.cdf_along(direction), rate)
     left = max(0.0, found.statistic - bias)
     return replace(

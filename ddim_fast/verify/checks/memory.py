@@ -1,10 +1,12 @@
-"""Where a step reads and writes: in place, in any layout, every element and nothing else, without waiting or allocating."""
+"""What a step reads and writes: in place, in any layout, every element and nothing else, without waiting or allocating."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from .compare import allowed_of, kept, same_bits, same_numbers, same_results
 from .judge import judge
 from .new_memory import nan_memory
 from .runs import GaussianModel, float64_run
-from .safety import a_step
+from .update import random_step
 
 # --- In place ---------------------------------------------------------------------------------------------------------
 
@@ -24,7 +26,7 @@ SIZES_IN_PLACE = (0, 1, 127, 128, 129, 4097)
 
 @check(
     "in-place",
-    proves="A step that writes over x_t gives the bits of one that does not, at every size.",
+    proves="A step that writes over x_t gives the same bits as one that does not, at every size.",
     source="equation 12 of arXiv 2010.02502, element for element",
     tolerance="none: every bit",
     needs="step in_place epsilon",
@@ -35,13 +37,13 @@ def in_place(context: Context) -> None:
     settings += [Setting(eta=1.0)] if context.offers("eta", "given_noise") else []
     for setting in settings:
         for size in SIZES_IN_PLACE if context.full or setting == settings[0] else SIZES_IN_PLACE[-2:]:
-            case = a_step(context, setting, 4, (1, size))
+            case = random_step(context, setting, 4, (1, size))
             expected = kept(context.step(case))
             over = case.but(x_t=case.x_t.clone(), in_place=True)
             result = context.step(over)
-            rule = f"a step in place must give the bits of one that is not, for {size} elements"
+            rule = f"a step in place must give the same bits as one that is not, for {size} elements"
             same_results(context, rule, result, expected)
-            same_bits(context, f"{rule}: what is in the place of x_t", over.x_t, expected.x_prev)
+            same_bits(context, f"{rule}: x_t after the step", over.x_t, expected.x_prev)
 
 
 # --- Layout -----------------------------------------------------------------------------------------------------------
@@ -50,7 +52,7 @@ IMAGES = (2, 4, 6, 5)
 
 
 class Place(NamedTuple):
-    """Memory, and the part of it that a tensor is."""
+    """Memory, and the tensor that is a part of it."""
 
     memory: Tensor
     part: Tensor
@@ -74,13 +76,13 @@ LAYOUTS: dict[str, Callable[[tuple[int, ...], torch.dtype], Place]] = {
         torch.full(s, 7.5, dtype=d).contiguous(memory_format=torch.channels_last), lambda t: t
     ),
     "one element past an aligned address": lambda s, d: _place(
-        torch.full((s.numel() + 1,), 7.5, dtype=d), lambda t: t[1:].view(s)
+        torch.full((math.prod(s) + 1,), 7.5, dtype=d), lambda t: t[1:].view(s)
     ),
 }
 
 
 def _laid_out(name: str, values: Tensor) -> Place:
-    """The same values in another layout, on the same device."""
+    """Return the same values in another layout, on the same device."""
     place = LAYOUTS[name](values.shape, values.dtype)
     if values.device.type != "cpu":
         offset, strides = place.part.storage_offset(), place.part.stride()
@@ -94,16 +96,16 @@ def _laid_out(name: str, values: Tensor) -> Place:
 
 @check(
     "layout",
-    proves="The result does not depend on how tensors lie in memory: sliced, transposed, expanded, unaligned, channels_last.",
+    proves="The result does not depend on the layout of tensors in memory: sliced, transposed, expanded, unaligned, channels_last.",
     source="equation 12 of arXiv 2010.02502, element for element; torch's tensors are views of memory",
-    tolerance="every bit where the arithmetic is exact; else what the update may be off",
+    tolerance="none where the arithmetic is exact; otherwise that of the update",
     needs="epsilon",
 )
 def layout(context: Context) -> None:
     if context.offers("step"):
         noisy = [Setting(eta=1.0)] if context.offers("eta", "given_noise") and context.full else []
         for setting in [Setting(), *noisy]:
-            _steps_by_layout(context, a_step(context, setting, 4, IMAGES))
+            _steps_by_layout(context, random_step(context, setting, 4, IMAGES))
     _runs_by_layout(context)
 
 
@@ -127,14 +129,14 @@ def _in_place_by_layout(context: Context, case: StepCase, layout_name: str, expe
     inside = _laid_out(layout_name, torch.full_like(case.x_t, 1.0)).memory == 1.0
     before = place.memory.clone()
     context.step(case.but(x_t=place.part, in_place=True))
-    rule = f"a step in place must give the bits of one that is not ({layout_name})"
+    rule = f"a step in place must give the same bits as one that is not ({layout_name})"
     same_numbers(context, rule, place.part, expected, allowed_of(context, case))
-    rule = f"a step in place must write to x_t alone, not to the memory around it ({layout_name})"
+    rule = f"a step in place must write to x_t only, not to the memory around it ({layout_name})"
     same_bits(context, rule, place.memory[~inside], before[~inside])
 
 
 def _expanded(context: Context, case: StepCase) -> None:
-    """One sample or one channel that stands for all, without memory of its own for each."""
+    """Check inputs in which one sample or one channel is expanded to all, without memory for each."""
     for name in ("x_t", "model_output"):
         for dim in (0, 1):
             one = getattr(case, name).narrow(dim, 0, 1)
@@ -171,8 +173,8 @@ FEW_SIZES = (1, 3, 8, 17, 33, 127, 257, 1025, 4097)
 
 @check(
     "every-element",
-    proves="Every element of a result is written, whatever its size: no tail is forgotten.",
-    source="equation 12 of arXiv 2010.02502, for each element; new memory is filled with NaN here",
+    proves="Every element of a result is written, at every size: no tail is forgotten.",
+    source="equation 12 of arXiv 2010.02502, for each element; new memory is filled with NaN for this check",
     tolerance="none: no NaN",
     needs="epsilon",
 )
@@ -184,7 +186,7 @@ def every_element(context: Context) -> None:
         for dtype in dtypes:
             for size in sizes:
                 if context.offers("step"):
-                    result = context.step(a_step(context, setting, 0, (1, size), dtype))
+                    result = context.step(random_step(context, setting, 0, (1, size), dtype))
                     _no_nan(context, f"x_prev of {size} elements in {dtype}", result.x_prev)
                     if result.x0 is not None:
                         _no_nan(context, f"x0 of {size} elements in {dtype}", result.x0)
@@ -198,28 +200,28 @@ def _no_nan(context: Context, what: str, tensor: Tensor) -> None:
     context.measured(0.0)
     if missing:
         raise CheckFailedError(
-            f"every element of {what} must be written, got NaN, which all new memory was filled with, in {len(missing)} of them: "
-            f"from element {missing[0]} to {missing[-1]}"
+            f"every element of {what} must be written, got NaN in {len(missing)} of them, from element {missing[0]} to {missing[-1]}: "
+            "new memory was filled with NaN for this check"
         )
 
 
-# --- Speed that is claimed --------------------------------------------------------------------------------------------
+# --- Claims about speed -----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _pretended_gpu() -> Iterator:
+def _fake_gpu() -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
         try:
             from ...gpu_lab.fake_cuda import fake_cuda
 
             device = stack.enter_context(fake_cuda())
         except (ImportError, RuntimeError) as error:
-            raise CheckSkippedError(f"this machine has no pretended GPU: {error}") from error
+            raise CheckSkippedError(f"the fake GPU does not work on this machine: {error}") from error
         yield device
 
 
 def _on_gpu(context: Context, in_place: bool) -> tuple[Context, list[StepCase]]:
-    """A context for the subject on a pretended GPU, and steps there; to be used inside one."""
+    """Return a context for the subject on the fake GPU, and steps there; to be called inside ``_fake_gpu``."""
     eta = 1.0 if context.offers("eta", "given_noise") else 0.0
     subject = context.subject.on_gpu()
     there = Context(subject, context.rng, context.full, torch.device("cuda"))
@@ -232,35 +234,35 @@ def _on_gpu(context: Context, in_place: bool) -> tuple[Context, list[StepCase]]:
 
 @check(
     "no-waiting",
-    proves="A step on a GPU neither waits for it nor copies anything between host and device.",
-    source="CUDA C++ programming guide, stream capture: what waits or copies from the host cannot be captured. It is about speed alone",
+    proves="A step on a GPU neither waits for the GPU nor copies anything between host and device.",
+    source="CUDA C++ programming guide, stream capture: what waits or copies from the host cannot be captured. This concerns speed only",
     tolerance="none: no wait, no copy",
     needs="step no_waiting epsilon",
 )
 def no_waiting(context: Context) -> None:
     _rehearse(context)
-    with _pretended_gpu() as device:
+    with _fake_gpu() as device:
         there, cases = _on_gpu(context, in_place=False)
         for case in cases:
             with device.steady_state(refuse=False):
-                there.step(case)  # what is made once, such as a table of coefficients on the device, is made now
+                there.step(case)  # what is made only once, such as a table of coefficients on the device, is made here
             with device.steady_state(refuse=False) as steady:
                 there.step(case)
             context.measured(0.0)
             if found := [*steady.syncs, *steady.copies]:
                 raise CheckFailedError(
-                    f"a step on a GPU must not wait for it, nor copy between host and device, got {len(found)} that do, the first: "
-                    f"{found[0]}"
+                    f"a step on a GPU must not wait for it or copy between host and device, got {len(found)} such operations, the "
+                    f"first: {found[0]}"
                 )
 
 
 def _rehearse(context: Context) -> None:
-    """The same steps on the host: what a subject reads from its tables once, it can read here, where they hold numbers."""
+    """Make the same steps on the host: here a subject can read what it reads once from its tables, which have no values on a fake GPU."""
     eta = 1.0 if context.offers("eta", "given_noise") else 0.0
     for setting in (Setting(), Setting(eta=eta)):
         context.levels(setting)
         for index in (0, 4):
-            context.step(a_step(context, setting, index, IMAGES))
+            context.step(random_step(context, setting, index, IMAGES))
 
 
 _WRAPPED_NUMBER = 64  # bytes at most: torch makes tensors of Python numbers for its operators
@@ -269,14 +271,14 @@ _WRAPPED_NUMBER = 64  # bytes at most: torch makes tensors of Python numbers for
 @check(
     "no-allocation",
     proves="A step in place allocates no tensor.",
-    source="what the subject says of itself. It is about speed alone",
-    tolerance=f"none; what is not larger than {_WRAPPED_NUMBER} bytes on a CPU is one of torch's wrapped numbers",
+    source="the subject's own claim. This concerns speed only",
+    tolerance=f"none; on a CPU, allocations of up to {_WRAPPED_NUMBER} bytes are not counted: torch wraps Python numbers in them",
     needs="step in_place no_allocation epsilon",
 )
 def no_allocation(context: Context) -> None:
     _rehearse(context)
     if context.subject.on_gpu() is not context.subject:
-        with _pretended_gpu() as device:
+        with _fake_gpu() as device:
             there, cases = _on_gpu(context, in_place=True)
             for case in cases:
                 with device.steady_state(refuse=False):
@@ -288,13 +290,13 @@ def no_allocation(context: Context) -> None:
                 )
         return
     for index in (0, 4):
-        case = a_step(context, Setting(), index, IMAGES).but(in_place=True)
+        case = random_step(context, Setting(), index, IMAGES).but(in_place=True)
         context.step(case)
-        _allocated_nothing(context, _allocations(lambda case=case: context.step(case), context.device))
+        _allocated_nothing(context, _allocations(partial(context.step, case), context.device))
 
 
 def _allocations(call: Callable[[], object], device: torch.device) -> dict[str, int]:
-    """Bytes that torch's allocators gave out, by the operator that asked."""
+    """Return the bytes that torch allocates during a call, by the operator that asked for them."""
     if device.type == "cuda":
         before = torch.cuda.memory_stats(device)["allocated_bytes.all.allocated"]
         call()
@@ -303,10 +305,9 @@ def _allocations(call: Callable[[], object], device: torch.device) -> dict[str, 
     try:
         from torch.autograd import profiler_legacy
     except ImportError as error:
-        raise CheckSkippedError(f"this torch does not tell what it allocates on a CPU: {error}") from error
-    with profiler_legacy.profile(
-        profile_memory=True
-    ) as profiler:  # torch.profiler writes lines of its own to the terminal
+        raise CheckSkippedError(f"this torch does not report what it allocates on a CPU: {error}") from error
+    # torch.profiler would write lines of its own to the terminal.
+    with profiler_legacy.profile(profile_memory=True) as profiler:
         call()
     found: dict[str, int] = {}
     for event in profiler.function_events:

@@ -1,4 +1,4 @@
-"""New tensors full of NaN, so that an element nobody wrote cannot pass."""
+"""New tensors filled with NaN, so that an element that is never written cannot pass."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 @contextmanager
 def nan_memory(nondeterministic: str = "error") -> Iterator[None]:
-    """What torch allocates is full of NaN until it is written; torch's switches are put back afterwards.
+    """Fill what torch allocates with NaN; restore torch's settings afterwards.
 
     Args:
-        nondeterministic: torch fills memory only where operations must be deterministic: what it does at one that is not, "error" or
-            "warn".
+        nondeterministic: torch fills memory only while deterministic operations are required: "error" or "warn" at an operation that
+            is not deterministic.
     """
     # (torch.use_deterministic_algorithms would import a compiler.)
     mode = torch.get_deterministic_debug_mode()

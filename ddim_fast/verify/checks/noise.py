@@ -1,8 +1,8 @@
-"""The noise of a run: normal, independent in every direction, and decided by the seed.
+"""The noise of a run: normal, independent in every respect, and determined by the seed.
 
-It is found by watching runs at eta = 1, where both conventions of eta mean the same: z = (x_prev - the deterministic part) / std_dev_t in
-float64, by equations 12 and 16, at the steps whose noise is large enough for float32 to tell. The model is exact for data N(0, 1), so that
-all samples stay near 1.
+It is computed from the steps of runs at eta = 1, where both conventions of eta agree: z = (x_prev - the deterministic part) /
+std_dev_t in float64, by equations 12 and 16, for the steps that add enough noise to measure in float32. The model is exact for data
+N(0, 1), so that all samples stay near 1.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from ..truth.tolerances import to_numpy
 from .base import CheckFailedError, Context, check
 
 LARGE = 0.1
-"""Noise of this standard deviation and more is looked at: float32 then tells z to 1e-5, far below what any test here can see."""
-SOURCE = "equations 12 and 16 of arXiv 2010.02502: z is standard Gaussian noise, independent of x_t, drawn anew for each step"
+"""The smallest std_dev_t that is measured: float32 then gives z to 1e-5, far below what any test here can detect."""
+SOURCE = "equations 12 and 16 of arXiv 2010.02502: z is standard Gaussian noise, independent of x_t, with new values for each step"
 TOLERANCE = "a right subject fails once in 1e8 verifications: exact or bounded tests, the rate divided among them"
 RATE = 1e-8
+"""The false-alarm rate of each check of noise and of distributions."""
 
 
 # --- Noise from runs --------------------------------------------------------------------------------------------------
@@ -41,18 +42,19 @@ class NoisyStep:
 
 
 def setting_of(context: Context) -> Setting:
+    """Return the setting of the runs."""
     return Setting(num_inference_steps=20 if context.full else 5, eta=1.0)
 
 
 def bars_by_timestep(setting: Setting) -> dict[int, float]:
-    """alpha_bar of each timestep that the model may be called with: the truth, or the levels that the setting itself gives."""
+    """Return the alpha_bar of each timestep that the model may be called with: exact, or as the setting gives it."""
     if setting.alpha_bars is not None:
         return {round(level.t): level.alpha_bar_t for level in setting.levels()}
     return dict(enumerate(setting.alphas_cumprod().tolist()))
 
 
 def bar_at(bars: dict[int, float], t: torch.Tensor) -> float:
-    """alpha_bar of the timestep of a model's call.
+    """Return the alpha_bar of the timestep that a model is called with.
 
     Raises:
         CheckFailedError: there is no such timestep.
@@ -65,22 +67,22 @@ def bar_at(bars: dict[int, float], t: torch.Tensor) -> float:
 
 
 def unit_model(setting: Setting) -> Model:
-    """The exact eps for data N(0, 1): sqrt(1 - alpha_bar_t) x_t."""
+    """Return the exact model of data N(0, 1): eps = sqrt(1 - alpha_bar_t) x_t."""
     bars = bars_by_timestep(setting)
     return lambda x_t, t: math.sqrt(1 - bar_at(bars, t)) * x_t
 
 
 def watch(context: Context, shape: tuple[int, ...]) -> list[Observed]:
-    """A run from new samples of this shape."""
+    """Make a run from a new x_T of this shape."""
     setting = setting_of(context)
     return context.observe(setting, unit_model(setting), context.normal(*shape))
 
 
 def noise_of(run: list[Observed]) -> list[NoisyStep]:
-    """The noise of each step that adds much.
+    """Return the noise of each step that adds enough to measure.
 
     Raises:
-        CheckFailedError: there is none, or it is not finite.
+        CheckFailedError: no step does, or the noise is not finite.
     """
     found = []
     for step in run:
@@ -93,7 +95,7 @@ def noise_of(run: list[Observed]) -> list[NoisyStep]:
         z = (to_numpy(step.x_prev) - mean) / std_dev_t
         if not np.isfinite(z).all():
             raise CheckFailedError(
-                f"x_prev must be finite at eta = 1, it is not after the step from t = {step.level.t:g}"
+                f"x_prev must be finite at eta = 1, got NaN or infinity after the step from t = {step.level.t:g}"
             )
         found.append(NoisyStep(step.level, x_t, z))
     if not found:
@@ -103,7 +105,7 @@ def noise_of(run: list[Observed]) -> list[NoisyStep]:
 
 
 def noise_of_at_least(context: Context, numbers: int, channels: int = 4, side: int = 32) -> np.ndarray:
-    """``(steps, B, C, H, W)``: noise of as many numbers, whatever number of steps the subject makes."""
+    """Return at least this many numbers of noise, ``(steps, B, C, H, W)``, for any number of steps."""
     steps = len(noise_of(watch(context, (1, channels, 2, 2))))
     batch = max(2, -(-numbers // (steps * channels * side * side)))
     return np.stack([step.z for step in noise_of(watch(context, (batch, channels, side, side)))])
@@ -113,7 +115,7 @@ def hold(context: Context, rule: str, tests: dict[str, Test], rate: float = RATE
     """Make all tests at their shares of the rate.
 
     Raises:
-        CheckFailedError: some fail, with the rule and what each found.
+        CheckFailedError: some fail; the message has the rule and their findings.
     """
     found = statistics.every(tests, rate)
     for one in found:
@@ -135,7 +137,7 @@ def _listed(wrong: list[Finding]) -> str:
     "noise-normal",
     proves="The noise that a step adds is standard normal: mean, variance, distribution, tails, in every channel and step.",
     source=SOURCE,
-    tolerance=TOLERANCE + "; 1 % of the variance is found in 2^21 numbers",
+    tolerance=TOLERANCE + "; a variance 1 % off is detected in 2^21 numbers",
     needs="epsilon eta draws_noise",
     false_alarm_rate=RATE,
 )
@@ -160,7 +162,7 @@ def noise_normal(context: Context) -> None:
 
 
 def _group_variances(rows: np.ndarray, rate: float) -> Finding:
-    """The variance of each row; the worst."""
+    """Test the variance of each row, and return the worst finding."""
     if rows.shape[1] < 2:
         return statistics.variance(rows, rate)
     spread = np.mean(np.square(rows), axis=1)
@@ -171,9 +173,9 @@ def _group_variances(rows: np.ndarray, rate: float) -> Finding:
 
 @check(
     "noise-within-sample",
-    proves="The noise of one element tells nothing of another's in the same sample: near it, in its row, in another channel.",
+    proves="The noise of one element is independent of all others in the same sample: near it, in its row, in another channel.",
     source=SOURCE,
-    tolerance=TOLERANCE + "; a correlation of 0.01 is found",
+    tolerance=TOLERANCE + "; a correlation of 0.01 is detected",
     needs="epsilon eta draws_noise",
     false_alarm_rate=RATE,
 )
@@ -194,28 +196,28 @@ def noise_within_sample(context: Context) -> None:
 
 
 def _lag_of_sizes(rows: np.ndarray, distance: int, rate: float) -> Finding:
-    """The correlation of |z|, made normal again by its own distribution: an element whose size, not sign, follows another's."""
+    """Test the correlation of magnitudes: an element may depend on another in size and not in sign."""
     normal = _ranked_sizes(rows)
     return statistics.lag(normal, distance, rate)
 
 
 def _ranked_sizes(rows: np.ndarray) -> np.ndarray:
-    """|z| mapped to what would be standard normal."""
+    """Return |z| mapped to a standard normal distribution."""
     return special.ndtri(np.clip(special.erf(np.abs(rows) / math.sqrt(2)), 1e-12, 1 - 1e-12))
 
 
 def _variance_of_sums(rows: np.ndarray, rate: float) -> Finding:
-    """Sums over n independent numbers, divided by sqrt(n), are standard normal: a small common part adds up in them."""
+    """Test the sums of n independent numbers over sqrt(n), which are standard normal: a small common part adds up in them."""
     sums = rows.sum(axis=1) / math.sqrt(rows.shape[1] * np.mean(np.square(rows)))
     return statistics.variance(sums, rate)
 
 
 @check(
     "noise-between-samples",
-    proves="Each sample of a batch has noise of its own: no two are equal, correlated, or the same numbers at another place.",
+    proves="Each sample of a batch has its own noise: no two samples have equal, correlated or shifted noise.",
     source=SOURCE,
     tolerance=TOLERANCE
-    + "; any two samples with a correlation of 0.05, or a common part of 0.1 % of the variance, are found",
+    + "; a correlation of 0.05 of any two samples, or a common part of 0.1 % of the variance, is detected",
     needs="epsilon eta draws_noise",
     false_alarm_rate=RATE,
 )
@@ -234,9 +236,9 @@ def noise_between_samples(context: Context) -> None:
 
 @check(
     "noise-between-steps",
-    proves="Each step draws its noise anew: none is used again, none comes from x_T or from the samples.",
+    proves="Each step draws new noise: none is used twice, and none depends on x_T or on the samples.",
     source=SOURCE,
-    tolerance=TOLERANCE + "; a correlation of 0.02 is found",
+    tolerance=TOLERANCE + "; a correlation of 0.02 is detected",
     needs="epsilon eta draws_noise",
     false_alarm_rate=RATE,
 )
@@ -264,9 +266,9 @@ def noise_between_steps(context: Context) -> None:
 
 @check(
     "noise-between-seeds",
-    proves="A run is decided by its seed: the same seed gives the same bits, another seed other noise.",
+    proves="The seed determines a run: the same seed gives the same bits, another seed gives independent noise.",
     source=SOURCE,
-    tolerance="the same seed: none; another: " + TOLERANCE,
+    tolerance="for the same seed none; for another, " + TOLERANCE,
     needs="epsilon eta draws_noise",
     false_alarm_rate=RATE,
 )
@@ -274,7 +276,7 @@ def noise_between_seeds(context: Context) -> None:
     shape = (16, 4, 16, 16)
     setting = setting_of(context)
     x_T, model = context.normal(*shape), unit_model(setting)
-    seed = context.seed() >> 31  # in 31 bits: every generator takes it
+    seed = context.seed() >> 31  # 31 bits, which every generator takes
 
     def run(seed: int) -> list[Observed]:
         return context.observe(setting, model, x_T, context.source(len(x_T), seed))
@@ -283,9 +285,9 @@ def noise_between_seeds(context: Context) -> None:
     if wrong := [a for a, b in zip(one, again, strict=True) if not torch.equal(a.x_prev, b.x_prev)]:
         apart = (len(wrong), len(one), wrong[0].level.t)
         raise CheckFailedError(
-            "two runs with the same seed must give the same bits, they differ after {} of {} steps, first after the step from "
-            "t = {:g} (the seed goes to the generator or the seeds that the subject takes; where it takes neither, to torch's "
-            "global generator)".format(*apart)
+            "two runs with the same seed must give the same bits, got different ones after {} of {} steps, first after the step "
+            "from t = {:g} (the seed goes to the generator or the seeds that the subject takes; where it takes neither, to "
+            "torch's global generator)".format(*apart)
         )
     context.measured(0.0)
     runs = {f"seed {seed}": one, f"seed {seed + 1}": neighbour, f"seed {seed ^ 0x5A5A5A5A}": far}
@@ -295,4 +297,4 @@ def noise_between_seeds(context: Context) -> None:
     for i, name in enumerate(names):
         for other in names[:i]:
             tests[f"between {other} and {name}"] = partial(statistics.correlation, noise[name], noise[other])
-    hold(context, "runs of other seeds must have independent noise", tests)
+    hold(context, "runs with different seeds must have independent noise", tests)

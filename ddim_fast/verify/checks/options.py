@@ -1,4 +1,4 @@
-"""What few steps can do beside the update: guidance, thresholds of each sample, a known region."""
+"""Options that few steps have: guidance, a threshold for each sample, a known region."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def _cases(context: Context, setting: Setting) -> Iterator[StepCase]:
 
 @check(
     "guidance",
-    proves="A guided step works with uncond + w (cond - uncond), w being guidance_scale.",
-    source="equation 6 of arXiv 2207.12598, with w = 1 for no guidance, as most code has it",
+    proves="A guided step uses uncond + w (cond - uncond) as the model output, w being guidance_scale.",
+    source="equation 6 of arXiv 2207.12598, with w = 1 for no guidance, as in most code",
     tolerance=TOLERANCE,
     needs="step epsilon guidance",
 )
@@ -37,7 +37,7 @@ def guidance(context: Context) -> None:
 
 @check(
     "thresholds",
-    proves="With a threshold s for each sample, the predicted x0 is clipped to [-s, s] and scaled by clip_sample_range / s.",
+    proves="With a threshold s for each sample, the predicted x0 is clipped to [-s, s], then scaled by clip_sample_range / s.",
     source="arXiv 2205.11487, section 2.3 (dynamic thresholding)",
     tolerance=TOLERANCE,
     needs="step epsilon clip thresholds",

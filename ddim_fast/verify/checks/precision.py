@@ -1,4 +1,4 @@
-"""Half and double precision: results rounded as they should be, and rounded to nearest."""
+"""Half and double precision, and rounding to nearest."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from ..truth.cases import Level, Setting, StepCase
 from ..truth.tolerances import SHARE_CORRECTLY_ROUNDED, assert_within, share_correctly_rounded, to_numpy
 from .base import CheckFailedError, Context, check
 from .judge import judge, truth
-from .safety import a_step
-from .update import settings_of
+from .update import random_step, settings_of
 
 HALF = (torch.float16, torch.bfloat16)
 
 
 def _realistic(context: Context, setting: Setting, index: int, size: int, dtype: torch.dtype) -> tuple[StepCase, Level]:
-    """A step as it is in a run: x_t of data and noise, and a model that finds most of the noise."""
+    """Return a step as it occurs in a run: x_t of data and noise, and a model that predicts most of the noise."""
     level = context.levels(setting)[index]
     data, noise = context.normal(1, size, dtype=torch.float64, scale=0.5), context.normal(1, size, dtype=torch.float64)
     x_t = math.sqrt(level.alpha_bar_t) * data + math.sqrt(1 - level.alpha_bar_t) * noise
@@ -28,17 +27,17 @@ def _realistic(context: Context, setting: Setting, index: int, size: int, dtype:
 
 @check(
     "half-precision",
-    proves="In float16 and bfloat16 a step is equation 12 of the rounded inputs, rounded as the subject claims.",
+    proves="In float16 and bfloat16 a step is equation 12 of the rounded inputs, as exactly as the subject claims.",
     source="equation 12 of arXiv 2010.02502; IEEE 754, section 4.3.1",
-    tolerance=f"exact arithmetic: the correct rounding of what float32 may find, and of the exact result in {SHARE_CORRECTLY_ROUNDED:.1%} "
-    "of elements; else 4 eps of the half type of the sum of the terms' magnitudes",
+    tolerance="exact arithmetic: the correct rounding of a result that float32 may give, and of the exact result in "
+    f"{SHARE_CORRECTLY_ROUNDED:.1%} of elements; otherwise 4 eps of the half-precision type of the sum of the terms' magnitudes",
     needs="step half epsilon",
 )
 def half_precision(context: Context) -> None:
     settings = list(settings_of(context))
     for dtype in HALF:
         for setting in settings if context.full else [settings[0], settings[-1]]:
-            case = a_step(context, setting, 4, (2, 129), dtype)
+            case = random_step(context, setting, 4, (2, 129), dtype)
             result = judge(context, case)
             if context.subject.arithmetic == "exact":
                 _hold_rounding(context, case, result.x_prev)
@@ -70,7 +69,7 @@ def _hold_share(context: Context, dtype: torch.dtype) -> None:
 
 @check(
     "float64",
-    proves="In float64 a step is equation 12 to the last digits.",
+    proves="In float64 a step is equation 12 to double precision.",
     source="equation 12 of arXiv 2010.02502",
     tolerance="8 eps of float64 of the sum of the terms' magnitudes",
     needs="step float64 epsilon",
@@ -78,10 +77,10 @@ def _hold_share(context: Context, dtype: torch.dtype) -> None:
 def float64(context: Context) -> None:
     for setting in settings_of(context):
         for index in (0, 4, 9):
-            judge(context, a_step(context, setting, index, (3, 129), torch.float64))
+            judge(context, random_step(context, setting, index, (3, 129), torch.float64))
 
 
-# --- The mean of many roundings ---------------------------------------------------------------------------------------
+# --- The bias of rounding ---------------------------------------------------------------------------------------------
 
 BIAS, BIAS_OF_FLOAT32 = 0.01, 0.15
 STANDARD_ERRORS = 6
@@ -90,9 +89,9 @@ STANDARD_ERRORS = 6
 @check(
     "unbiased-rounding",
     proves="Results are rounded to nearest: as often away from zero as towards it.",
-    source="IEEE 754, section 4.3.1: roundTiesToEven is the default. Truncation is half a unit in the last place off, on average",
+    source="IEEE 754, section 4.3.1: roundTiesToEven is the default. Truncation is off by half a unit in the last place on average",
     tolerance=f"{STANDARD_ERRORS} standard errors of the mean, and {BIAS} units in the last place; {BIAS_OF_FLOAT32} where the "
-    "arithmetic is not exact: numbers of few bits, rounded several times, have small biases of their own",
+    "arithmetic is not exact, since rounding several times has a small bias in short formats",
     needs="step epsilon",
     false_alarm_rate=1e-7,
 )
@@ -117,20 +116,20 @@ def unbiased_rounding(context: Context) -> None:
 
 
 def _bias(context: Context, case: StepCase, level: Level, x_prev: torch.Tensor) -> tuple[float, float]:
-    """Mean rounding error in units of the last place, positive away from zero, and its standard error.
+    """Return the mean rounding error in units of the last place, positive away from zero, and its standard error.
 
-    A coefficient that is itself rounded to the type of the result moves all results in proportion to its term. That is no bias of the
-    rounding of results, so the least-squares fit to the errors has both terms beside the constant.
+    A coefficient that is rounded to the type of the result moves all results in proportion to its term. That is not a bias of
+    rounding results, so the least-squares fit to the errors has both terms besides the constant.
     """
     exact = truth(context.subject, case, level).exact
     got, x, m = to_numpy(x_prev), to_numpy(case.x_t), to_numpy(case.model_output)
-    # Where most of the terms cancels, the result's last place says nothing of how they were rounded.
+    # Where the terms nearly cancel, the last place of the result says nothing about their rounding.
     use = np.abs(exact.x_prev) > 0.5 * exact.long_terms
     got, exact_x, x, m = (a[use] for a in (got, exact.x_prev, x, m))
     ulp = _last_place(exact_x, case.dtype)
     error = (got - exact_x) * np.sign(exact_x) / ulp
     terms = np.stack([np.ones_like(error), x * np.sign(exact_x) / ulp, m * np.sign(exact_x) / ulp])
-    if context.subject.arithmetic == "exact" and case.dtype in HALF:  # whose coefficients have digits enough
+    if context.subject.arithmetic == "exact" and case.dtype in HALF:  # its coefficients have enough digits
         terms = terms[:1]
     scale = np.sqrt((terms**2).mean(1, keepdims=True))
     normal = np.linalg.inv(terms / scale @ (terms / scale).T)
@@ -140,7 +139,7 @@ def _bias(context: Context, case: StepCase, level: Level, x_prev: torch.Tensor) 
 
 
 def _last_place(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """The distance of a type's numbers around each value."""
+    """Return the distance between neighbouring numbers of the type at each value."""
     exponent = np.frexp(values)[1]
     return np.ldexp(torch.finfo(dtype).eps, exponent - 1)
 

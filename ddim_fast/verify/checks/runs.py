@@ -1,4 +1,4 @@
-"""What the checks of whole runs share: a model whose exact answer is known, and where float64 ends with it."""
+"""What the checks of whole runs share: a model whose exact flow is known, and the float64 result of a run with it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class GaussianModel:
     """The exact eps of data that are N(mean, std_dev^2) in each dimension: linear in x_t, smooth in t.
 
     Args:
-        levels: the steps of the run, which say the alpha_bar of each timestep; clean data are at timestep -1.
-        mean, std_dev: numbers.
+        levels: the steps of the run, from which the alpha_bar of each timestep is taken.
+        mean, std_dev: of the data.
     """
 
     def __init__(self, levels: Sequence[Level], mean: float = 0.3, std_dev: float = 0.5):
@@ -35,13 +35,13 @@ class GaussianModel:
         return (slope * x_t.double() + offset).to(x_t.dtype)
 
     def line(self, alpha_bar: float) -> tuple[float, float]:
-        """(slope, offset) of eps = slope * x_t + offset."""
+        """Return (slope, offset) of eps = slope * x_t + offset."""
         spread = math.sqrt(1 - alpha_bar)
         slope = spread / (alpha_bar * self.std_dev**2 + spread**2)
         return slope, -slope * math.sqrt(alpha_bar) * self.mean
 
     def x_t(self, normals: Tensor, alpha_bar: float) -> Tensor:
-        """Samples at a noise level of which ``normals`` are the standard scores: the flow keeps these."""
+        """Return the samples at a noise level whose standard scores are ``normals``; the exact flow keeps the scores."""
         std_dev = math.sqrt(alpha_bar * self.std_dev**2 + 1 - alpha_bar)
         return (math.sqrt(alpha_bar) * self.mean + std_dev * normals.double()).to(normals.dtype)
 
@@ -49,19 +49,22 @@ class GaussianModel:
         found = self._alpha_bars.get(round(t))
         if found is None:
             known = ", ".join(map(str, sorted(self._alpha_bars, reverse=True)))
-            raise ValueError(f"the model must be asked at the timesteps of the run ({known}), got {t:g}")
+            raise ValueError(f"the model must be called at the timesteps of the run ({known}), got {t:g}")
         return found
 
 
 class Run(NamedTuple):
-    """Where a run at eta = 0 ends in float64, and how far rounding may have taken a subject from there."""
+    """The end of a run at eta = 0 in float64, and how far from it rounding may take a subject."""
 
     x_0: np.ndarray
     allowed: np.ndarray
 
 
 def float64_run(subject: Subject, setting: Setting, levels: Sequence[Level], model: GaussianModel, x_T: Tensor) -> Run:
-    """Equation 12, step by step; samples and outputs are kept in the type of ``x_T``, which is part of what is allowed."""
+    """Make a run at eta = 0 with the oracle.
+
+    Samples and model outputs are rounded to the type of ``x_T`` in each step; ``allowed`` includes that.
+    """
     eps = torch.finfo(x_T.dtype).eps
     x, off = x_T, np.zeros(x_T.shape)
     end = to_numpy(x_T)
@@ -69,19 +72,13 @@ def float64_run(subject: Subject, setting: Setting, levels: Sequence[Level], mod
         slope, offset = model.line(level.alpha_bar_t)
         m = (slope * x.double() + offset).to(x.dtype)
         true = truth(subject, StepCase(setting, index, x, m), level)
-        of_x, of_m = _derivatives(level)
-        # What there was of error, both roundings of the model's output, those of the step, and both of its result.
+        of_x, of_m = oracle.fold(oracle.textbook_row("epsilon", level.alpha_bar_t, level.alpha_bar_prev))
+        # The error so far, the two roundings of the model's output, those of the step, and the two of its result.
         off = abs(of_x + of_m * slope) * off + abs(of_m) * eps * np.abs(to_numpy(m)) + true.allowed
         end = true.exact.x_prev
         off = off + eps * np.abs(end)
         x = torch.from_numpy(end).to(x_T.device, x_T.dtype)
     return Run(end, off)
-
-
-def _derivatives(level: Level) -> tuple[float, float]:
-    """Of x_prev by x_t, and by the eps that is predicted."""
-    row = oracle.textbook_row("epsilon", level.alpha_bar_t, level.alpha_bar_prev)
-    return row["prev_x0"] * row["x0_x"], row["prev_x0"] * row["x0_m"] + row["prev_eps"]
 
 
 __all__ = ["GaussianModel", "Run", "float64_run"]

@@ -1,4 +1,4 @@
-"""What a sampler may do beside its arithmetic: nothing. Same inputs, same bits; inputs stay as they are; samples do not mix."""
+"""Side effects, which a sampler must not have: same inputs give the same bits, inputs stay unchanged, samples do not mix."""
 
 from __future__ import annotations
 
@@ -16,55 +16,45 @@ from .base import CheckFailedError, Context, check
 from .compare import allowed_of, kept, same_bits, same_numbers, same_results
 from .judge import judge
 from .runs import GaussianModel, float64_run
-from .update import settings_of
-
-SHAPE = (3, 2, 5, 7)
+from .update import SHAPE, random_step, settings_of
 
 
 def linear_model(x_t: Tensor, t: Tensor) -> Tensor:
-    """One multiplication for each element: the same bits wherever in memory the element is."""
+    """Return one product for each element: the same bits wherever in memory the element is."""
     return x_t * 0.4
 
 
-def a_step(
-    context: Context, setting: Setting, index: int, shape: Sequence[int] = SHAPE, dtype=torch.float32
-) -> StepCase:
-    """A step from normal numbers; with noise, where it adds any."""
-    noise = context.normal(*shape, dtype=dtype) if setting.eta else None
-    return StepCase(setting, index, context.normal(*shape, dtype=dtype), context.normal(*shape, dtype=dtype), noise)
-
-
 def _at_eta_0(context: Context) -> list[Setting]:
-    """One of every kind of prediction; all that the subject offers, where thorough."""
+    """Return a setting for each prediction type; in the full set, all that the subject offers."""
     every = list(settings_of(context))
     last = {setting.prediction_type: setting for setting in every}
     return every if context.full else [every[0], *last.values()]
 
 
 def _some_settings(context: Context) -> list[Setting]:
-    """The same, and one with noise that is given as a tensor."""
+    """Return the same settings, and one with noise that is given as a tensor."""
     return _at_eta_0(context) + ([Setting(eta=1.0)] if context.offers("eta", "given_noise") else [])
 
 
 def _disturbed(seed: int) -> None:
-    """The global generators in another state. (``verify`` puts them back.)"""
+    """Put the global generators into another state. (``verify`` restores them.)"""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (it is the global one that is meant)
 
 
-# --- Nothing is random, nothing is kept -------------------------------------------------------------------------------
+# --- No randomness, no state ------------------------------------------------------------------------------------------
 
 
 @check(
     "deterministic",
-    proves="At eta = 0 the same inputs give the same bits, whatever the random generators' state and whatever was run in between.",
+    proves="At eta = 0 the same inputs give the same bits, whatever the state of the random generators and whatever ran in between.",
     source="section 4.1 of arXiv 2010.02502: with sigma = 0 the samples are a function of x_T",
     tolerance="none: every bit",
     needs="epsilon",
 )
 def deterministic(context: Context) -> None:
     if context.offers("step"):
-        cases = [a_step(context, setting, 4) for setting in _at_eta_0(context)]
+        cases = [random_step(context, setting, 4) for setting in _at_eta_0(context)]
         cases = [case.but(source=context.source(SHAPE[0])) for case in cases]
         first = [kept(context.step(case)) for case in cases]
         for seed in (1, 2):
@@ -110,14 +100,14 @@ def draws_nothing(context: Context) -> None:
         for setting in _at_eta_0(context):
             for index in (4, 9):
                 source = context.source(SHAPE[0])
-                case = a_step(context, setting, index).but(source=source)
+                case = random_step(context, setting, index).but(source=source)
                 hold("a step", source, lambda case=case: context.step(case))
     source, x_T = context.source(SHAPE[0]), context.normal(*SHAPE)
     hold("a run", source, lambda: context.sample(Setting(num_inference_steps=4), linear_model, x_T, source))
 
 
 def _states(source: Any) -> dict[str, Any]:
-    """Every generator that a sampler may draw from, as what can be compared."""
+    """Return the state of every generator that a sampler may draw from, in a form that can be compared."""
     given = source if isinstance(source, (list, tuple)) else [source]
     generators = [g for g in given if isinstance(g, torch.Generator)]
     states = {f"the generator given (number {i})": g.get_state().numpy().tobytes() for i, g in enumerate(generators)}
@@ -131,29 +121,29 @@ def _states(source: Any) -> dict[str, Any]:
 
 
 def _interleaved(context: Context) -> Iterator[StepCase]:
-    """Steps that a cache with too narrow a key would confuse: all but one thing is the same in each and the first."""
+    """Yield steps that a cache with too narrow a key would confuse: each differs from the first in one respect."""
     base = Setting()
-    yield a_step(context, base, 4)
-    yield a_step(context, base, 5)
-    yield a_step(context, base.but(num_inference_steps=20), 9)  # the same timestep, half as far
-    yield a_step(context, base.but(schedule="cosine"), 4)
-    yield a_step(context, base, 4, (2, 9))
-    yield from (a_step(context, setting, 4) for setting in _some_settings(context) if setting != base)
+    yield random_step(context, base, 4)
+    yield random_step(context, base, 5)
+    yield random_step(context, base.but(num_inference_steps=20), 9)  # the same timestep, half as far
+    yield random_step(context, base.but(schedule="cosine"), 4)
+    yield random_step(context, base, 4, (2, 9))
+    yield from (random_step(context, setting, 4) for setting in _some_settings(context) if setting != base)
     if context.offers("levels"):
-        yield a_step(context, base.but(alpha_bars=((0.1, 0.5), (0.1, 0.6), (0.2, 0.6))), 0)
-        yield a_step(context, base.but(alpha_bars=((0.1, 0.5), (0.1, 0.6), (0.2, 0.6))), 1)
-        yield a_step(context, base.but(alpha_bars=((0.1, 0.5), (0.1, 0.6), (0.2, 0.6))), 2)
+        yield random_step(context, base.but(alpha_bars=((0.1, 0.5), (0.1, 0.6), (0.2, 0.6))), 0)
+        yield random_step(context, base.but(alpha_bars=((0.1, 0.5), (0.1, 0.6), (0.2, 0.6))), 1)
+        yield random_step(context, base.but(alpha_bars=((0.1, 0.5), (0.1, 0.6), (0.2, 0.6))), 2)
     if context.offers("half"):
-        yield a_step(context, base, 4, dtype=torch.bfloat16)
+        yield random_step(context, base, 4, dtype=torch.bfloat16)
     if context.offers("float64"):
-        yield a_step(context, base, 4, dtype=torch.float64)
+        yield random_step(context, base, 4, dtype=torch.float64)
 
 
 @check(
     "no-stale-state",
-    proves="Steps of different settings, levels, shapes and types, in any order, are each what they are alone; so are runs within runs.",
+    proves="Steps of different settings, levels, shapes and types give the same results in any order; so do runs within runs.",
     source="equation 12 of arXiv 2010.02502: a step is a function of its arguments",
-    tolerance="that of the update for a step's first time; after that every bit",
+    tolerance="that of the update the first time; after that none: every bit",
     needs="epsilon",
 )
 def no_stale_state(context: Context) -> None:
@@ -177,11 +167,11 @@ def no_stale_state(context: Context) -> None:
     within = context.sample(setting, model_that_samples, x_T.clone())
     same_bits(context, "a run must not depend on runs that begin and end between its steps", within, alone)
     for end in inner:
-        same_bits(context, "a run must not depend on the run that it is made within", end, other_alone)
+        same_bits(context, "a run must not depend on a run around it", end, other_alone)
 
 
 def _judged_among_others(context: Context, case: StepCase) -> StepResult:
-    """``judge``; a failure that other steps caused has no smallest case of its own."""
+    """Judge a step without its smallest failing case, since other steps may cause the failure."""
     try:
         return judge(context, case)
     except CheckFailedError as error:
@@ -190,11 +180,11 @@ def _judged_among_others(context: Context, case: StepCase) -> StepResult:
         ) from None
 
 
-# --- Inputs stay as they are ------------------------------------------------------------------------------------------
+# --- Inputs stay unchanged --------------------------------------------------------------------------------------------
 
 
 def tensors_of(case: StepCase) -> dict[str, Tensor]:
-    """All that a step is given."""
+    """Return all tensors that a step is given, by name."""
     named = {
         "x_t": case.x_t,
         "model_output": case.model_output,
@@ -206,12 +196,13 @@ def tensors_of(case: StepCase) -> dict[str, Tensor]:
 
 
 def shares_memory(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have the same storage."""
     return a.numel() > 0 and b.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 @check(
     "inputs-untouched",
-    proves="A step and a run write to none of their inputs, nor to what a model returns, and their results are memory of their own.",
+    proves="Steps and runs write neither to their inputs nor to what a model returns, and their results have memory of their own.",
     source="equation 12 of arXiv 2010.02502: a step is a function of its arguments",
     tolerance="none: every bit",
     needs="epsilon",
@@ -219,7 +210,7 @@ def shares_memory(a: Tensor, b: Tensor) -> bool:
 def inputs_untouched(context: Context) -> None:
     if context.offers("step"):
         for setting, index in itertools.product(_some_settings(context), (0, 4, 9) if context.full else (9,)):
-            _step_leaves_inputs(context, a_step(context, setting, index))
+            _step_leaves_inputs(context, random_step(context, setting, index))
     _run_leaves_inputs(context)
 
 
@@ -227,16 +218,16 @@ def _step_leaves_inputs(context: Context, case: StepCase) -> None:
     before = {name: tensor.clone() for name, tensor in tensors_of(case).items()}
     result = context.step(case)
     for name, tensor in tensors_of(case).items():
-        same_bits(context, f"a step must leave {name} as it is", tensor, before[name])
+        same_bits(context, f"a step must leave {name} unchanged", tensor, before[name])
         if shares_memory(result.x_prev, tensor):
             raise CheckFailedError(
-                f"x_prev must be memory of its own unless in place was asked for, got that of {name}"
+                f"x_prev must have memory of its own unless the step is in place, got that of {name}"
             )
     if result.x0 is not None and shares_memory(result.x_prev, result.x0):
         raise CheckFailedError("x_prev and x0 must not share memory, got one tensor for both")
     found = kept(result)
     context.step(case.but(x_t=context.normal(*case.x_t.shape), model_output=context.normal(*case.x_t.shape)))
-    same_results(context, "a step must leave the results of earlier steps as they are", result, found)
+    same_results(context, "a step must leave the results of earlier steps unchanged", result, found)
 
 
 def _run_leaves_inputs(context: Context) -> None:
@@ -245,24 +236,24 @@ def _run_leaves_inputs(context: Context) -> None:
     output_before = output.clone()
 
     def model_with_one_output(x_t: Tensor, t: Tensor) -> Tensor:
-        same_bits(context, "a run must leave the tensor that its model returned as it is", output, output_before)
+        same_bits(context, "a run must leave the tensor that its model returned unchanged", output, output_before)
         return output
 
     end = _run_of(context, setting, model_with_one_output, x_T)
-    same_bits(context, "a run must leave x_T as it is", x_T, before)
-    same_bits(context, "a run must leave the tensor that its model returned as it is", output, output_before)
+    same_bits(context, "a run must leave x_T unchanged", x_T, before)
+    same_bits(context, "a run must leave the tensor that its model returned unchanged", output, output_before)
     for name, tensor in (("x_T", x_T), ("the model's output", output)):
         if shares_memory(end, tensor):
-            raise CheckFailedError(f"the samples must be memory of their own, got that of {name}")
+            raise CheckFailedError(f"the samples must have memory of their own, got that of {name}")
     mirrored = _run_of(context, setting, lambda x_t, t: x_t, x_T)
     apart = context.sample(setting, lambda x_t, t: x_t.clone(), x_T)
-    rule = "a model that returns its own input must give the run of one that returns a copy of it"
+    rule = "a model that returns its input must give the same run as one that returns a copy of it"
     same_bits(context, rule, mirrored, apart)
-    same_bits(context, "a run must leave x_T as it is", x_T, before)
+    same_bits(context, "a run must leave x_T unchanged", x_T, before)
 
 
 def _run_of(context: Context, setting: Setting, model: Any, x_T: Tensor) -> Tensor:
-    """``context.sample``, where the model may raise a check's own error."""
+    """Make a run whose model may raise ``CheckFailedError``."""
     try:
         return context.sample(setting, model, x_T)
     except Exception as error:
@@ -279,24 +270,24 @@ _PERMUTED = (3, 0, 5, 1, 4, 2)
 
 @check(
     "batch-independence",
-    proves="A sample's result does not depend on the batch that it is in: not on its size, its order, nor on NaN in another sample.",
+    proves="A sample's result does not depend on its batch: not on the batch's size or order, nor on NaN in another sample.",
     source="equation 12 of arXiv 2010.02502 is for one sample",
-    tolerance="every bit where the arithmetic is exact; else twice what the update may be off",
+    tolerance="none where the arithmetic is exact; otherwise twice that of the update",
     needs="epsilon",
 )
 def batch_independence(context: Context) -> None:
     shape = (6, 3, 5, 7)
     groups = [*_SPLIT, _PERMUTED]
-    rule = "a sample must not depend on the batch that it is in"
+    rule = "a sample must not depend on its batch"
     if context.offers("step"):
         settings = _some_settings(context)
         for setting in settings if context.full else settings[:: len(settings) - 1 or 1]:
-            case = a_step(context, setting, 4, shape)
+            case = random_step(context, setting, 4, shape)
             whole, allowed = kept(context.step(case)), allowed_of(context, case)
             for group in map(list, groups):
                 part = context.step(_samples_of(case, group))
                 same_numbers(context, f"{rule}: x_prev", part.x_prev, whole.x_prev[group], allowed[group])
-            _nan_stays(context, case, whole, allowed)
+            _nan_in_one_sample(context, case, whole, allowed)
     setting, x_T = Setting(num_inference_steps=2), context.normal(*shape)
     levels = context.levels(setting)
     model = GaussianModel(levels)
@@ -313,7 +304,7 @@ def _samples_of(case: StepCase, group: list[int]) -> StepCase:
     return case.but(x_t=case.x_t[group], model_output=case.model_output[group], noise=noise)
 
 
-def _nan_stays(context: Context, case: StepCase, whole: StepResult, allowed: np.ndarray) -> None:
+def _nan_in_one_sample(context: Context, case: StepCase, whole: StepResult, allowed: np.ndarray) -> None:
     x_t, others = case.x_t.clone(), [0, 1, 3, 4, 5]
     x_t[2] = torch.nan
     found = context.step(case.but(x_t=x_t)).x_prev[others]
@@ -328,5 +319,5 @@ def _seeds_belong_to_samples(context: Context, x_T: Tensor, groups: Sequence[Seq
     for group in map(list, groups):
         own = seeds[group] if isinstance(seeds, Tensor) else [seeds[i] for i in group]
         part = context.sample(setting, linear_model, x_T[group], own)
-        rule = "at eta = 1 a sample with its own seed must not depend on the batch that it is in"
+        rule = "at eta = 1 a sample with its own seed must not depend on its batch"
         same_numbers(context, rule, part, whole[group], 1e4 * torch.finfo(x_T.dtype).eps)

@@ -1,9 +1,9 @@
-"""Which timesteps are visited, that each step goes to the next of them, and that nothing overflows on the way."""
+"""The timesteps: which are visited, where each step goes, and that all results are finite."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -18,49 +18,18 @@ from .levels import negative_variance
 from .update import TOLERANCE, random_model
 
 TOTAL, SMALL_TOTAL = 1000, 30
-# What divides 1000 and 999 and what does not, neighbours of both, powers of 2, and what people use.
+# Divisors of 1000 and 999 and other numbers, their neighbours, powers of 2, and the usual counts.
 FEWEST_COUNTS = (1, 2, 3, 7, 13, 50)
 RUN_COUNTS = (1, 2, 3, 7, 13, 50, 99, 333)
 FEW_COUNTS = (1, 2, 3, 4, 6, 7, 10, 13, 28, 50, 75, 99, 112, 333, 501, 999)
-COUNTS = tuple(
-    sorted(
-        {
-            *FEW_COUNTS,
-            5,
-            8,
-            9,
-            11,
-            12,
-            15,
-            16,
-            20,
-            25,
-            30,
-            33,
-            38,
-            40,
-            64,
-            100,
-            125,
-            128,
-            250,
-            334,
-            499,
-            500,
-            667,
-            998,
-            1000,
-        }
-    )
-)
-
-
+_MORE_COUNTS = (5, 8, 9, 11, 12, 15, 16, 20, 25, 30, 33, 38, 40, 64, 100, 125, 128, 250, 334, 499, 500, 667, 998, 1000)
+COUNTS = tuple(sorted({*FEW_COUNTS, *_MORE_COUNTS}))
 ALL_COUNTS = tuple(range(1, TOTAL + 1))
 SPREAD_COUNTS = tuple(sorted({*COUNTS, *range(1, 200), *range(200, TOTAL, 7)}))
 
 
 def settings_of_timesteps(context: Context, quick: tuple[int, ...], full: tuple[int, ...]) -> Iterator[Setting]:
-    """Every spacing with these counts, and with all counts of few timesteps."""
+    """Yield every spacing with these counts, and with all counts of a short schedule."""
     totals = {TOTAL: full if context.full else quick}
     if context.offers("num_train_timesteps") and not context.few:
         totals[SMALL_TOTAL] = tuple(range(1, SMALL_TOTAL + 1))
@@ -71,7 +40,7 @@ def settings_of_timesteps(context: Context, quick: tuple[int, ...], full: tuple[
 
 
 def _settings_of_steps(context: Context) -> Iterator[Setting]:
-    """The same, fewer: steps are made in each."""
+    """Yield the settings in which steps are made: fewer, since that takes longer."""
     quick = FEW_COUNTS if context.offers("step") else RUN_COUNTS
     return settings_of_timesteps(
         context, FEWEST_COUNTS if context.few else quick, COUNTS if context.subject.slow else SPREAD_COUNTS
@@ -87,12 +56,12 @@ def _run(context: Context, setting: Setting) -> list[Observed]:
     return context.observe(setting, random_model(context), context.normal(1, 3))
 
 
-# --- Which ------------------------------------------------------------------------------------------------------------
+# --- Which timesteps --------------------------------------------------------------------------------------------------
 
 
 @check(
     "timesteps",
-    proves="As many timesteps are visited as are asked for, strictly decreasing, integers in [0, T), and those of the published table.",
+    proves="The timesteps are as many as asked for, strictly decreasing, integers in [0, T), and those of the published table.",
     source="table 2 of arXiv 2305.08891 (leading, linspace, trailing), where the count divides the timesteps",
     tolerance="none: they are integers",
     needs="timesteps",
@@ -114,7 +83,7 @@ def timesteps(context: Context) -> None:
 
 
 def _fault(context: Context, setting: Setting, found: list[float]) -> str | None:
-    """What is wrong with these timesteps, in words."""
+    """Return what is wrong with these timesteps, in words, or None."""
     count, total = setting.num_inference_steps, setting.num_train_timesteps
     if len(found) != count:
         return f"{count} must be visited, got {len(found)}: {_shown(found)}"
@@ -140,24 +109,24 @@ def _fault(context: Context, setting: Setting, found: list[float]) -> str | None
 def _table(setting: Setting, steps_offset: int) -> list[int] | None:
     try:
         found = oracle.timesteps(setting.timestep_spacing, setting.num_inference_steps, setting.num_train_timesteps)
-    except ValueError:  # the count does not divide: conventions of rounding differ
+    except ValueError:  # the count does not divide the timesteps: implementations round in different ways
         return None
     if setting.timestep_spacing == "leading":
         found = [t + steps_offset for t in found]
     return found if found[0] < setting.num_train_timesteps else None
 
 
-def _shown(values: list[float]) -> str:
+def _shown(values: Sequence[float]) -> str:
     texts = [f"{value:g}" for value in values]
     return ", ".join(texts if len(texts) <= 8 else [*texts[:3], "...", *texts[-3:]])
 
 
-# --- To which ---------------------------------------------------------------------------------------------------------
+# --- Where each step goes ---------------------------------------------------------------------------------------------
 
 
 @check(
     "previous-timestep",
-    proves="Each step goes to the noise level of the next timestep that is visited, and the last to clean data.",
+    proves="Each step goes to the noise level of the next timestep visited, and the last to clean data.",
     source="section 4.2 of arXiv 2010.02502: steps along a sub-sequence tau of the timesteps, from tau_i to tau_(i-1)",
     tolerance=TOLERANCE,
     needs="timesteps epsilon",
@@ -176,28 +145,28 @@ def previous_timestep(context: Context) -> None:
 
 
 def _samples(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
-    """x_t and a model's output in which every wrong level shows."""
+    """Return an x_t and a model output that reveal every wrong noise level."""
     x_t, output = torch.tensor([[1.0, 0.0, 0.7]]), torch.tensor([[0.0, 1.0, -0.6]])
     return x_t.to(context.device), output.to(context.device)
 
 
 def _chosen(context: Context, levels: list[Level] | tuple[Level, ...]) -> list[int]:
-    """The first and the last two, and one of each distance to the next timestep: a rule for t_prev that is wrong is wrong there."""
+    """Return the first and last two steps, and one of each distance to the next timestep, where a wrong rule for t_prev shows."""
     count = len(levels)
     chosen = {0, 1, count - 2, count - 1} & set(range(count))
     by_distance: dict[float, list[int]] = {}
     for index, level in enumerate(levels):
         by_distance.setdefault(level.t - level.t_prev, []).append(index)
     chosen |= {int(context.rng.choice(indices)) for indices in by_distance.values()}
-    # Timesteps that do not exist are the business of the check "timesteps".
+    # The check "timesteps" judges timesteps that do not exist.
     return [i for i in sorted(chosen) if math.isfinite(levels[i].alpha_bar_t + levels[i].alpha_bar_prev)]
 
 
 def _where_it_went(context: Context, case: StepCase, found: Verdict) -> str:
-    """The timestep whose noise level explains a result."""
+    """Return the timestep whose noise level explains the result, in words."""
     subject, setting = context.subject, case.setting
     level = subject.levels(setting)[case.index]
-    result = subject.step(case.but(x_t=case.x_t.clone(), model_output=case.model_output.clone()))
+    result = subject.step(case.copied())
     every = subject.levels(setting.but(num_inference_steps=setting.num_train_timesteps))
     bars = {int(one.t): one.alpha_bar_t for one in every if math.isfinite(one.alpha_bar_t)}
     went = _went(setting, level, bars, lambda to: verdict(subject, case, to, case, result).share <= 1)
@@ -220,7 +189,7 @@ def _result(one: Observed) -> StepResult:
     return StepResult(one.x_prev, one.x0)
 
 
-def _went(setting: Setting, level: Level, bars: dict[int, float], fits) -> str:
+def _went(setting: Setting, level: Level, bars: dict[int, float], fits: Callable[[Level], bool]) -> str:
     t, stride = int(level.t), setting.num_train_timesteps // setting.num_inference_steps
     by_stride = t - stride
     candidates = sorted([*bars, CLEAN], key=lambda s: abs(s - max(by_stride, CLEAN)))
@@ -235,7 +204,7 @@ def _went(setting: Setting, level: Level, bars: dict[int, float], fits) -> str:
     return f"{about}; it goes to the noise level of no timestep."
 
 
-# --- Whether ----------------------------------------------------------------------------------------------------------
+# --- Finite results ---------------------------------------------------------------------------------------------------
 
 
 @check(
@@ -270,7 +239,7 @@ def _finite_steps(context: Context, setting: Setting) -> None:
         noise = context.normal(1, 3) if setting.eta and context.offers("given_noise") else None
         source = context.source(1) if setting.eta and noise is None else None
         case = StepCase(setting, index, *_samples(context), noise, source)
-        result = context.step(case.but(x_t=case.x_t.clone(), model_output=case.model_output.clone()))
+        result = context.step(case.copied())
         good = bool(torch.isfinite(result.x_prev).all())
         context.measured(0.0 if good else math.inf)
         if not good:
@@ -280,8 +249,10 @@ def _finite_steps(context: Context, setting: Setting) -> None:
 
 
 def _riskiest(levels: tuple[Level, ...], few: bool) -> list[int]:
-    """The first and the last steps, one between, and that which removes the largest share of the noise: the room that is left for eps,
-    1 - alpha_bar_prev - std_dev_t**2, is (1 - alpha_bar_prev) SNR_t / SNR_prev at eta = 1."""
+    """Return the first, last and middle steps, and the one that removes the largest share of the noise.
+
+    At eta = 1 the squared coefficient of eps, 1 - alpha_bar_prev - std_dev_t**2, is (1 - alpha_bar_prev) SNR_t / SNR_prev.
+    """
     known = [i for i, level in enumerate(levels) if math.isfinite(level.alpha_bar_t + level.alpha_bar_prev)]
 
     def room(i: int) -> float:

@@ -1,4 +1,4 @@
-"""The update: one step held against equation 12."""
+"""The update: single steps compared with equation 12."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from .judge import Verdict, judge, judge_observed
 
 SIZES = ((1, 1), (2, 1, 3, 5), (1, 127), (3, 128), (2, 129), (0, 4), (1, 3, 33, 31))
 EXTREMES = (0.0, -0.0, 1.0, -1.0, 1e-6, 30.0, -30.0, 1e-30)
-TOLERANCE = "4 eps of the sum of the terms' magnitudes, and what float32 coefficients may be off where the subject claims no more"
+TOLERANCE = (
+    "4 eps of the sum of the terms' magnitudes, and the errors of float32 coefficients where the subject uses them"
+)
+SHAPE = (3, 2, 5, 7)
 
 
 def settings_of(context: Context, eta: float = 0.0) -> Iterator[Setting]:
-    """Settings that between them use all that the subject offers of predictions and clipping."""
+    """Yield settings that together use all prediction types and clipping that the subject offers."""
     for prediction_type in ("epsilon", "sample", "v_prediction"):
         if not context.offers(prediction_type):
             continue
@@ -32,9 +35,9 @@ def settings_of(context: Context, eta: float = 0.0) -> Iterator[Setting]:
 
 
 def random_step(
-    context: Context, setting: Setting, index: int, shape: tuple[int, ...], dtype=torch.float32
+    context: Context, setting: Setting, index: int, shape: Sequence[int] = SHAPE, dtype: torch.dtype = torch.float32
 ) -> StepCase:
-    """A step from normal samples and an output of the model; with noise, where it adds any and the subject takes it."""
+    """Return a step from normal samples and model output, with noise where the step adds it and the subject takes it."""
     noise = context.normal(*shape, dtype=dtype) if setting.eta and context.offers("given_noise") else None
     return StepCase(setting, index, context.normal(*shape, dtype=dtype), context.normal(*shape, dtype=dtype), noise)
 
@@ -59,21 +62,21 @@ def update(context: Context) -> None:
 def with_sizes(
     context: Context, settings: Iterable[Setting], sizes: Sequence[tuple[int, ...]]
 ) -> Iterator[tuple[Setting, tuple[int, ...]]]:
-    """Each setting at every size; where few are made, the first at every size, and each of the others at one of them in turn."""
+    """Yield each setting with every size. Where few cases are made, only the first has every size, the others one in turn."""
     for number, setting in enumerate(settings):
         in_turn = (sizes[number % len(sizes)],)
         yield from ((setting, size) for size in (in_turn if context.few and number else sizes))
 
 
 def some_steps(context: Context, setting: Setting) -> list[int]:
-    """The first, the middle and the last; all in the full set."""
+    """Return the first, middle and last steps; all in the full set."""
     count = len(context.levels(setting))
     return list(range(count)) if context.full else sorted({0, count // 2, count - 1})
 
 
 @check(
     "observed-update",
-    proves="Each step of a whole run, watched through the calls of its model, is equation 12 between its own noise levels.",
+    proves="Each step of a whole run, seen through the calls of its model, is equation 12 between the step's noise levels.",
     source="equation 12 of arXiv 2010.02502",
     tolerance=TOLERANCE,
     needs="epsilon",
@@ -92,7 +95,7 @@ def observed_update(context: Context) -> None:
 
 
 def runs_of(context: Context) -> Iterator[Setting]:
-    """Deterministic runs: few and many steps, every prediction, and irregular timesteps."""
+    """Yield deterministic runs: few and many steps, every prediction type, and irregular timesteps."""
     for setting in settings_of(context):
         yield setting.but(num_inference_steps=4) if context.few else setting
     for count in (1, 2) if context.few else (1, 2, 50):
@@ -105,7 +108,7 @@ def runs_of(context: Context) -> Iterator[Setting]:
 
 
 def random_model(context: Context) -> Model:
-    """Says something else at each call, whatever it is asked."""
+    """Return a model that gives new random output at each call."""
     return lambda x_t, t: context.normal(*x_t.shape).to(x_t)
 
 
@@ -114,7 +117,7 @@ def random_model(context: Context) -> Model:
 
 @check(
     "endpoints",
-    proves="A step to alpha_bar_prev = 1 gives the predicted x0 and adds no noise, at any eta, and so does the last step of a run; "
+    proves="A step to alpha_bar_prev = 1 gives the predicted x0 and adds no noise at any eta, and so does the last step of a run; "
     "a step to its own noise level changes nothing.",
     source="equations 12 and 16 of arXiv 2010.02502 at alpha_bar_prev = 1 (std_dev_t = 0) and alpha_bar_prev = alpha_bar_t",
     tolerance=TOLERANCE,

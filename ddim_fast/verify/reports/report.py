@@ -1,4 +1,4 @@
-"""What a verification found: data, and its JSON."""
+"""The data of a report, and its form as JSON."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ import torch
 from ..._version import __version__
 
 REPORT_VERSION = 1
-"""Of the JSON's form."""
+"""The version of the JSON's form."""
 
 
 class Outcome(str, Enum):
-    """What became of a check."""
+    """The outcome of a check."""
 
     PASSED = "passed"
     FAILED = "failed"  # the subject is wrong
     NOT_APPLICABLE = "not applicable"  # the subject does not offer what is checked
-    SKIPPED = "skipped"  # this machine lacks something
-    ERROR = "error"  # the check could not end: a crash, a timeout, an error of its own
+    SKIPPED = "skipped"  # this machine lacks something that the check needs
+    ERROR = "error"  # the check did not finish: a crash, a timeout, an error of its own
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One check's outcome.
+    """The result of one check.
 
     Args:
-        name, proves, source, tolerance: of the check, see ``checks.Check``.
+        name, proves, source, tolerance, false_alarm_rate: of the check, see ``checks.Check``.
         message: why it did not pass; empty where it did.
-        cases: how many were looked at.
-        worst: the largest error found, as a share of what is allowed; NaN where nothing is measured so.
-        code: the smallest failing case that was found, as Python that fails.
-        details: numbers of this check's own.
+        cases: how many cases were made.
+        worst: the largest error, as a share of what is allowed; NaN where none was measured.
+        code: the smallest failing case, as Python that fails.
+        details: further numbers of this check.
     """
 
     name: str
@@ -57,13 +57,13 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class Report:
-    """All results, and what they were found with.
+    """All results on a subject, and how they were obtained.
 
     Args:
         required: names of checks that must have run.
-        complete: False where the run was ended before its last check.
-        ended_by: what ended it.
-        made_at: when, UTC, as ISO 8601 has it.
+        complete: whether the last check was reached.
+        ended_by: what ended the run before that.
+        made_at: UTC, in ISO 8601.
     """
 
     subject: str
@@ -80,17 +80,18 @@ class Report:
     made_at: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
 
     def of(self, outcome: Outcome) -> list[CheckResult]:
+        """Return the results with this outcome."""
         return [result for result in self.results if result.outcome is outcome]
 
     @property
     def missing(self) -> list[str]:
-        """Required checks that did not run."""
+        """The required checks that did not run."""
         ran = {r.name for r in self.results if r.outcome not in (Outcome.NOT_APPLICABLE, Outcome.SKIPPED)}
         return [name for name in self.required if name not in ran]
 
     @property
     def exit_code(self) -> int:
-        """0: right. 1: wrong. 2: it could not run to its end. 3: something that was required was skipped."""
+        """0: right. 1: wrong. 2: not verified to the end. 3: a required check did not run."""
         if not self.complete or not self.results:
             return 2
         if self.of(Outcome.FAILED):
@@ -101,20 +102,22 @@ class Report:
 
     @property
     def seconds(self) -> float:
-        """That all checks took."""
+        """The time of all checks."""
         return sum(result.seconds for result in self.results)
 
     @property
     def passed(self) -> bool:
+        """Whether the exit code is 0."""
         return self.exit_code == 0
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: no NaN, no infinity."""
+        """Return the report as JSON values, None for NaN and infinity."""
         data = {"report_version": REPORT_VERSION, "exit_code": self.exit_code, "missing": self.missing} | asdict(self)
         return _plain(data)
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of this package, its dependencies and the machine."""
     return {
         "ddim_fast": __version__,
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""A verification on the screen: in a terminal a table that fills while it runs, elsewhere (CI logs, files) a line for each check."""
+"""The display of a running verification: in a terminal a growing table, elsewhere (CI logs, files) a line for each check."""
 
 from __future__ import annotations
 
@@ -30,34 +30,35 @@ _STYLES = {
     Outcome.ERROR: "bold yellow",
 }
 _OF_EXIT = {0: "bold green", 1: "bold red", 2: "bold yellow", 3: "bold yellow"}
-_LINES_KEPT_FREE = 9  # of the terminal's height, beside the rows of a table that still grows
+_LINES_KEPT_FREE = 9  # of the terminal's height, besides the rows of a growing table
 
 
 class Display(Protocol):
-    """What the command tells of a run, in this order."""
+    """The calls that a display gets, in this order."""
 
     def __enter__(self) -> Display: ...
 
     def __exit__(self, *exception: Any) -> None: ...
 
     def started(self, subject: int, one: Check) -> None:
-        """A check of subject 0, or of the one beside it, runs now."""
+        """Show that a check of subject 0, or of the second subject, runs now."""
 
     def finished(self, subject: int, result: CheckResult) -> None: ...
 
     def ended(self, reports: Sequence[Report], names: Sequence[str], written: Sequence[str]) -> None:
-        """Everything ran, or was ended. Called after the display was left."""
+        """Show the result, after the display was left."""
 
 
 def display_for(names: Sequence[str], checks: Sequence[Check], heading: str, quiet: bool) -> Display:
-    """The display for where standard output goes.
+    """Return the display for standard output.
 
     Args:
         names: of the subjects.
-        heading: what is run, in a few words.
+        heading: what runs, in a few words.
+        quiet: show failures only.
     """
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a mark that the terminal's encoding lacks ends nothing
+        sys.stdout.reconfigure(errors="replace")  # for encodings that lack a character
     console = Console(highlight=False)
     if console.is_terminal:
         return Terminal(console, names, checks, heading, quiet)
@@ -68,7 +69,7 @@ def display_for(names: Sequence[str], checks: Sequence[Check], heading: str, qui
 
 
 class Lines:
-    """Plain text, each check's line when it ends."""
+    """Plain text: a line for each check when it ends."""
 
     def __init__(self, names: Sequence[str], checks: Sequence[Check], heading: str, quiet: bool):
         self.names, self.checks, self.heading, self.quiet = names, checks, heading, quiet
@@ -123,7 +124,7 @@ class Lines:
 
 
 class Terminal:
-    """Colours, and while it runs a table that fills, with what runs now below it."""
+    """Colours, and during the run a growing table with the running check below it."""
 
     def __init__(self, console: Console, names: Sequence[str], checks: Sequence[Check], heading: str, quiet: bool):
         self.console, self.names, self.checks, self.heading, self.quiet = console, names, checks, heading, quiet
@@ -131,7 +132,7 @@ class Terminal:
         self._running: tuple[int, str, float] | None = None
         self._began = time.monotonic()
         self._spinner = Spinner("dots", style="cyan")
-        # Where colours were asked for without a terminal, nothing moves.
+        # Where colours are forced without a terminal, nothing is animated.
         animated = console.file.isatty() and not console.is_dumb_terminal and not quiet
         self._live = (
             Live(console=console, get_renderable=self._now, refresh_per_second=8, transient=True) if animated else None
@@ -178,7 +179,7 @@ class Terminal:
             out.print(Text(f"Written: {', '.join(written)}", "dim"))
 
     def table(self, names: Sequence[str]) -> Table:
-        """Of the checks of these names."""
+        """Return the table of these checks."""
         table = Table(box=None, pad_edge=False, expand=False, header_style="dim", padding=(0, 2, 0, 0))
         table.add_column("check", no_wrap=True)
         if len(self.names) == 1:
@@ -216,7 +217,7 @@ class Terminal:
         return cells
 
     def _now(self) -> RenderableType:
-        """What the terminal shows while it runs: the last rows that fit, a bar, what runs."""
+        """Return what is shown during the run: the last rows that fit, a progress bar, the running check."""
         done = sum(len(results) for results in self._results)
         total = len(self.checks) * len(self.names)
         bar = Table.grid(padding=(0, 1))
@@ -235,7 +236,7 @@ class Terminal:
         return f"{name}{of} {_elapsed(began)}"
 
     def _why_not_run(self, reports: Sequence[Report]) -> None:
-        """Each reason once, with the checks that it kept from running."""
+        """Show each reason for not running once, with the checks that it concerns."""
         for report in reports:
             reasons: dict[str, list[str]] = {}
             for result in (*report.of(Outcome.NOT_APPLICABLE), *report.of(Outcome.SKIPPED)):
@@ -251,7 +252,7 @@ class Terminal:
         out.print(Text(plain_text(result.message.strip())), soft_wrap=False)
         if result.code:
             out.print(Text("\nPython that fails:\n", "dim"))
-            # Not cut or wrapped here, so that it can be copied.
+            # Without line breaks, so that it can be copied.
             code = Syntax("", "python", theme="ansi_dark", background_color="default").highlight(
                 plain_text(result.code)
             )
@@ -259,7 +260,7 @@ class Terminal:
 
 
 def _to_explain(reports: Sequence[Report]) -> list[tuple[str, CheckResult]]:
-    """What did not pass, with a title for each: that of the first subject, then of the one beside it."""
+    """Return the results that need an explanation, each with a title, of the first subject and then of the second."""
     found = []
     for report in reports:
         for result in report.results:

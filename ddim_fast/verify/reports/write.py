@@ -1,4 +1,4 @@
-"""A report as files: JSON (its schema is ``report.schema.json``), and JUnit XML, which CI systems read. And its verdict in words."""
+"""A report as JSON (see ``report.schema.json``) and JUnit XML, which CI systems read, and its verdict in words."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_NAMED = 5  # checks, in a command
 
 
 def verdict(report: Report) -> str:
-    """One sentence: right or not, and how much of it was seen."""
+    """Return one sentence: whether the subject is right, and how many checks say so."""
     ran = len(report.of(Outcome.PASSED)) + len(report.of(Outcome.FAILED)) + len(report.of(Outcome.ERROR))
     name = plain_text(report.subject)
     if not report.complete:
@@ -28,36 +28,36 @@ def verdict(report: Report) -> str:
     if report.exit_code == 1:
         return f"{name} is wrong: {len(report.of(Outcome.FAILED))} of {_checks(ran)} failed"
     if report.exit_code == 2:
-        return f"{name} was not verified to the end: {len(report.of(Outcome.ERROR))} of {_checks(ran)} could not run to its end"
+        return f"{name} was not verified to the end: {len(report.of(Outcome.ERROR))} of {_checks(ran)} did not finish"
     if report.exit_code == 3:
-        return f"{name} was not shown to be right: what is required did not run ({', '.join(report.missing)})"
+        return f"{name} was not shown to be right: required checks did not run ({', '.join(report.missing)})"
     return f"{name} is right: {_checks(ran)} passed"
 
 
 def counts(report: Report) -> str:
-    """How many checks had each outcome."""
+    """Return how many checks had each outcome, in words."""
     numbers = {outcome: len(report.of(outcome)) for outcome in Outcome}
     return ", ".join(f"{number} {outcome.value}" for outcome, number in numbers.items() if number)
 
 
 def remedy(report: Report) -> str:
-    """What to do next; ``again`` is the command for it."""
+    """Return what to do next, in words; ``again`` gives the command."""
     if not report.complete:
-        return "Nothing is known of the checks that did not run. To run them:"
+        return "The remaining checks did not run. To run them:"
     if report.exit_code == 1:
-        return "Run the Python given with each failure, mend the subject, then:"
+        return "Run the Python given with each failure, fix the subject, then:"
     if report.exit_code == 2:
-        return "The messages say what ended each check. To repeat only these:"
+        return "The messages say why each check did not finish. To repeat only these:"
     if report.exit_code == 3:
-        return "Give this machine what the messages name, or require only what the subject offers (--require NAME)."
-    return "" if report.full else "For a longer look:"
+        return "Install what the messages name, or require only what the subject offers (--require NAME)."
+    return "" if report.full else "For a thorough verification:"
 
 
 def again(report: Report, name: str | None = None) -> str:
-    """The command for what to do next.
+    """Return the command for what to do next; empty where there is none.
 
     Args:
-        name: of the subject, as it was asked for.
+        name: of the subject, as given on the command line.
     """
     if report.exit_code == 3 or (report.passed and report.full):
         return ""
@@ -72,13 +72,14 @@ def again(report: Report, name: str | None = None) -> str:
 
 
 def share_text(share: float) -> str:
-    """The largest error as a share of what is allowed; empty where nothing was measured."""
+    """Return the largest error as a share of what is allowed, as text; empty where none was measured."""
     if share != share:
         return ""
     return f"{share:.2f}" if share < 100 else f"{share:.1e}"
 
 
 def seconds_text(seconds: float) -> str:
+    """Return a time as text."""
     return f"{seconds:.1f} s" if seconds < 100 else f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
 
 
@@ -90,7 +91,7 @@ def _checks(count: int) -> str:
 
 
 def json_text(report: Report, against: Report | None = None) -> str:
-    """``Report.to_dict`` as JSON; the second subject's, where there is one, under "against"."""
+    """Return the report as JSON text; that on the second subject, if any, is under "against"."""
     data: dict[str, Any] = report.to_dict()
     if against is not None:
         data["against"] = against.to_dict()
@@ -98,7 +99,7 @@ def json_text(report: Report, against: Report | None = None) -> str:
 
 
 def schema() -> dict[str, Any]:
-    """The JSON's schema (draft 2020-12)."""
+    """Return the JSON's schema (draft 2020-12)."""
     return json.loads(resources.files(__package__).joinpath("report.schema.json").read_text("utf-8"))
 
 
@@ -106,10 +107,10 @@ def schema() -> dict[str, Any]:
 
 
 def junit_text(report: Report) -> str:
-    """A test suite with a test case for each check.
+    """Return a test suite with a test case for each check, as JUnit XML.
 
-    Kept to what both schemas allow that readers of JUnit XML go by: Jenkins' (junit-10.xsd), and that of Ant's reports. What is
-    required and did not run is an error; what else did not run is skipped.
+    It conforms to both schemas that readers of JUnit XML use: Jenkins' (junit-10.xsd), and that of Ant's reports. A required check
+    that did not run is an error; any other that did not run is skipped.
     """
     cases = [_case(report, result) for result in report.results]
     if not report.complete or not report.results:
@@ -195,24 +196,24 @@ def _said(case: ElementTree.Element, tag: str, kind: str, message: str, text: st
 
 
 def check_writable(path: Path) -> None:
-    """Raise ValueError where ``write_text`` could not write a file of this name. Leaves nothing behind."""
+    """Raise ValueError if ``write_text`` could not write a file with this name. No file remains."""
     path = path.resolve()
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a file: name another for the report")
+        raise ValueError(f"a report must be a file, got {path}: choose another name")
     if not path.parent.is_dir():
-        raise ValueError(f"the folder of {path} does not exist: make it first")
+        raise ValueError(f"the folder of a report must exist, got {path}: create it first")
     beside = name_beside(path)
     try:
         beside.open("x").close()
         beside.unlink()
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}): name another folder for the report") from error
+        raise ValueError(f"a report must be writable, got {path} ({error.strerror}): choose another folder") from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a name of its own first, then renamed.
+    """Write a file atomically.
 
     Raises:
-        OSError: it could not be written; what was there before still is.
+        OSError: it could not be written; an earlier file with this name is unchanged.
     """
     write_atomically(path, text.encode())

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: no network, no other files. Sortable, filterable, for screens of any width."""
+"""A report as one HTML file that needs no network and no other file; sortable, filterable, for screens of any width."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _VERDICTS = {0: "right", 1: "wrong", 2: "not verified", 3: "not shown"}
 
 
 def html_text(report: Report, against: Report | None = None, name: str | None = None) -> str:
-    """The page.
+    """Return the page.
 
     Args:
-        against: the same checks on a second subject, shown beside.
-        name: of the subject, as it was asked for.
+        against: the report on a second subject, shown beside the first.
+        name: of the subject, as given on the command line.
     """
     return render_page(
         __package__,
@@ -57,10 +57,10 @@ def _row(report: Report, result: CheckResult, against: Report | None) -> dict[st
 
 
 def _tenths(share: float) -> int:
-    """The length of a bar, 0 to 10."""
+    """Return the length of a bar, 0 to 10."""
     return 0 if math.isnan(share) else math.ceil(10 * min(share, 1.0))
 
 
 def _coloured(code: str) -> Markup:
-    """Python with its words marked by classes; pygments escapes them."""
+    """Return Python with syntax highlighting, escaped by pygments."""
     return Markup(highlight(plain_text(code), PythonLexer(), HtmlFormatter(nowrap=True)))

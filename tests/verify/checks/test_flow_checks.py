@@ -113,7 +113,7 @@ def test_a_model_asked_at_another_timestep_is_told_of():
 
     found = verify(late, checks=["whole-run"]).results[0]
     assert found.outcome is Outcome.FAILED
-    assert "the model must be asked at the timesteps of the run" in found.message
+    assert "the model must be called at the timesteps of the run" in found.message
 
 
 def test_steps_that_do_not_compose_are_caught():
