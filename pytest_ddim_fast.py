@@ -1,9 +1,11 @@
-"""The pytest plugin of ddim_fast: the checks of ``ddim-fast verify`` as tests, and fixtures for tests of your own.
+"""The pytest plugin of ddim_fast: the checks of ``ddim-fast verify`` as tests, and fixtures for
+tests of your own.
 
 pytest --ddim-subject diffusers:DDIMScheduler
 
-It is outside the package because pytest imports it in every run wherever ddim_fast is installed, and importing the package would
-import torch. It imports nothing of ddim_fast before an option or a fixture needs it. PYTEST_DONT_REWRITE
+It is outside the package because pytest imports it in every run wherever ddim_fast is installed,
+and importing the package would import torch. It imports nothing of ddim_fast before an option or a
+fixture needs it. PYTEST_DONT_REWRITE
 """
 
 from __future__ import annotations
@@ -226,7 +228,8 @@ def ddim_seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="session")
 def ddim_oracle() -> ModuleType:
-    """The DDIM step in float64 NumPy, written from the papers alone: the module ``ddim_fast.verify.truth.oracle``."""
+    """The DDIM step in float64 NumPy, written from the papers alone: the module
+    ``ddim_fast.verify.truth.oracle``."""
     from ddim_fast.verify.truth import oracle
 
     return oracle

@@ -1,11 +1,13 @@
-"""Tools for the tests of your own sampler: a float64 oracle, a comparison with derived tolerances, and memory filled with NaN.
+"""Tools for the tests of your own sampler: a float64 oracle, a comparison with derived tolerances,
+and memory filled with NaN.
 
 from ddim_fast.testing import assert_close, oracle
 
 exact, _ = oracle.textbook_step("epsilon", x_t, eps, alpha_bar_t, alpha_bar_prev)
 assert_close(my_step(...), exact, terms=...)
 
-With pytest come the fixtures ``ddim_oracle``, ``ddim_subject``, ``ddim_seed`` and ``nan_memory``: see docs/CI.md.
+With pytest come the fixtures ``ddim_oracle``, ``ddim_subject``, ``ddim_seed`` and ``nan_memory``:
+see docs/CI.md.
 """
 
 from __future__ import annotations
@@ -31,20 +33,24 @@ def assert_close(
     arithmetic: str = "exact",
     what: str = "result",
 ) -> None:
-    """Check that each element is the exact value up to rounding: 4 eps of the type computed in (8 for float64).
+    """Check that each element is the exact value up to rounding: 4 eps of the type computed in (8
+    for float64).
 
     Args:
         actual: float64, float32, float16 or bfloat16, on any device.
-        expected: the exact values, float64, of the same shape, finite. Values of lower precision would hide errors of their size.
-        terms: the sum of the magnitudes of each element's terms, like ``expected``; by default the element's own magnitude. A sum
-            that is small by cancellation has larger terms than itself: ``oracle.row_step`` returns them for a step.
+        expected: the exact values, float64, of the same shape, finite. Values of lower precision
+            would hide errors of their size.
+        terms: the sum of the magnitudes of each element's terms, like ``expected``; by default the
+            element's own magnitude. A sum that is small by cancellation has larger terms than
+            itself: ``oracle.row_step`` returns them for a step.
         factor: allow this many times as much, for results of many operations.
-        arithmetic: "exact": half precision is computed in float32 and rounded once. "float32": half precision is computed as such.
+        arithmetic: "exact": half precision is computed in float32 and rounded once. "float32": half
+            precision is computed as such.
         what: the result's name in the message.
 
     Raises:
-        AssertionError: elements are too far off. The message has their number, and the index, value, exact value and allowed
-            interval of the worst.
+        AssertionError: elements are too far off. The message has their number, and the index,
+            value, exact value and allowed interval of the worst.
         ValueError, TypeError: an argument breaks a rule.
     """
     expected = _float64("expected", expected)

@@ -19,7 +19,8 @@ BAD = (Outcome.FAILED, Outcome.ERROR)
 
 
 def repeat(subject: str, checks: list[str] | None, seeds: range, full: bool, bar: tqdm) -> dict:
-    """Run all checks with each seed; return how often each failed, its worst error, and every failure with its seed."""
+    """Run all checks with each seed; return how often each failed, its worst error, and every
+    failure with its seed."""
     failures: list[dict] = []
     found = {}
     for seed in seeds:

@@ -70,7 +70,8 @@ OFFSET = "DDIMScheduler, set_alpha_to_one=False, steps_offset=1"
 INVERSION = "DDIMScheduler with DDIMInverseScheduler"
 
 MEANINGS: dict[tuple[str, str], tuple[str, str]] = {}
-"""The meaning of each failure, by subject and check: a key of KINDS, and what it means to a user."""
+"""The meaning of each failure, by subject and check: a key of KINDS, and what it means to a user.
+"""
 
 
 def meaning(checks: str, kind: str, text: str, *subjects: str) -> None:
@@ -191,7 +192,8 @@ def verified(subject: str, full: bool, seed: int = 0) -> list[dict]:
 
 
 def spacing_sweep() -> list[dict]:
-    """Return which numbers of steps from 1 to 1000 diffusers gets wrong: the timesteps visited, and where steps go."""
+    """Return which numbers of steps from 1 to 1000 diffusers gets wrong: the timesteps visited, and
+    where steps go."""
     from diffusers import DDIMScheduler
 
     rows = []
@@ -220,7 +222,8 @@ def spacing_sweep() -> list[dict]:
 
 
 def samples_by_spacing() -> list[dict]:
-    """Return the (mean, standard deviation) of diffusers' samples of N(0.3, 0.5^2) with the exact model, at eta = 0."""
+    """Return the (mean, standard deviation) of diffusers' samples of N(0.3, 0.5^2) with the exact
+    model, at eta = 0."""
     import torch
     from diffusers import DDIMScheduler
 
@@ -385,7 +388,8 @@ def render_command() -> None:
 PACKAGES = ("azula==0.11.1", "denoising-diffusion-pytorch==2.3.4", "k-diffusion==0.1.1.post1")
 NEEDED = ("einops", "ema-pytorch", "torchdiffeq", "torchsde", "trampoline", "boltons")
 STANDING_IN = "torchvision accelerate pytorch_fid skimage cleanfid clip dctorch jsonmerge kornia wandb"
-"""What the libraries import only for training, data and images. Their samplers do not use it, so empty modules suffice."""
+"""What the libraries import only for training, data and images. Their samplers do not use it, so
+empty modules suffice."""
 
 _STAND_INS = f'''
 import sys

@@ -1,8 +1,10 @@
-"""Write the recorded runs: ``python tools/golden_trajectories.py > ddim_fast/verify/truth/golden_trajectories.json``.
+"""Write the recorded runs: ``python tools/golden_trajectories.py >
+ddim_fast/verify/truth/golden_trajectories.json``.
 
-They are computed by the float64 oracle alone, so that no error of the sampler can affect them, and have the same bytes on every
-machine: only operations that IEEE 754 rounds correctly are used (+ - * / and square roots, hence no cosine schedule, whose last bits
-depend on the C library), and floats are written as the shortest decimal that reads back. A test compares the bytes. Changing a number
+They are computed by the float64 oracle alone, so that no error of the sampler can affect them, and
+have the same bytes on every machine: only operations that IEEE 754 rounds correctly are used (+ - *
+/ and square roots, hence no cosine schedule, whose last bits depend on the C library), and floats
+are written as the shortest decimal that reads back. A test compares the bytes. Changing a number
 needs a new ``GOLDEN_VERSION`` (ddim_fast/verify/truth/golden.py) and a line in the changelog.
 """
 
@@ -58,7 +60,8 @@ def settings() -> list[dict]:
 
 
 def scripted(first: int) -> np.ndarray:
-    """Return numbers from -2 to 2 that are exact in half precision: every 37th multiple of 1/32, in a circle."""
+    """Return numbers from -2 to 2 that are exact in half precision: every 37th multiple of 1/32, in
+    a circle."""
     count = first + np.arange(math.prod(SHAPE))
     return ((37 * count % 129 - 64) / 32).reshape(SHAPE)
 

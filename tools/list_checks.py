@@ -1,4 +1,5 @@
-"""Write the table of checks in docs/VERIFY.md from the checks themselves: ``python tools/list_checks.py``."""
+"""Write the table of checks in docs/VERIFY.md from the checks themselves: ``python
+tools/list_checks.py``."""
 
 from pathlib import Path
 
@@ -9,7 +10,8 @@ BEGIN, END = "<!-- checks: begin -->", "<!-- checks: end -->"
 
 
 def table() -> str:
-    """Return the table in Markdown: what each check proves, its source, its tolerance, and the features that it needs."""
+    """Return the table in Markdown: what each check proves, its source, its tolerance, and the
+    features that it needs."""
     lines = ["| check | proves | source | tolerance | applies to |", "|---|---|---|---|---|"]
     for check in CHECKS.values():
         needs = ", ".join(f"`{feature}`" for feature in sorted(check.needs)) or "all"

@@ -195,7 +195,8 @@ def _run(request: _Request, names: list[str], checks: Sequence[Any], required: t
     results: list[list[Any]] = [[] for _ in names]
     ended_by = ""
     with contextlib.ExitStack() as stack:
-        # Import all before the first check, so that a subject that cannot be imported is reported at once.
+        # Import all before the first check, so that a subject that cannot be imported is reported
+        # at once.
         subjects = [stack.enter_context(_isolated(IsolatedSubject, request, name)) for name in names]
         try:
             with display:

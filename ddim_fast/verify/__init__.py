@@ -1,12 +1,13 @@
-"""The correctness harness: it verifies DDIM samplers, ours or anyone's, against the papers. Sampling does not need it.
+"""The correctness harness: it verifies DDIM samplers, ours or anyone's, against the papers.
+Sampling does not need it.
 
 from ddim_fast.verify import verify
 
 report = verify("diffusers:DDIMScheduler")
 print(report.passed, [result.message for result in report.results])
 
-Its rooms, top to bottom; imports only point down: ``run`` and ``isolate`` (verify a subject, here or in a process of
-its own), ``reports``, ``checks``, ``subjects``, ``truth``.
+Its rooms, top to bottom; imports only point down: ``run`` and ``isolate`` (verify a subject, here
+or in a process of its own), ``reports``, ``checks``, ``subjects``, ``truth``.
 """
 
 from typing import Any

@@ -1,11 +1,13 @@
-"""The checks in a process of their own: a subject that crashes, exits or hangs loses one check, not all of them.
+"""The checks in a process of their own: a subject that crashes, exits or hangs loses one check, not
+all of them.
 
 with IsolatedSubject("diffusers:DDIMScheduler", timeout=60) as subject:
     results = [subject.run(one) for one in choose_checks(None, full=False)]
 report = subject.report(results)
 
-One process runs all checks, since importing torch takes seconds; after a crash or a timeout, a new one continues. It is a new
-interpreter rather than a ``multiprocessing`` child, which would run the caller's main module again and write to the caller's terminal.
+One process runs all checks, since importing torch takes seconds; after a crash or a timeout, a new
+one continues. It is a new interpreter rather than a ``multiprocessing`` child, which would run the
+caller's main module again and write to the caller's terminal.
 """
 
 from __future__ import annotations
@@ -75,11 +77,13 @@ class IsolatedSubject:
 
     Args:
         name: a backend, or ``"module:attribute"``, which only that process imports.
-        timeout: seconds for each check, ``TIMEOUTS`` by default. Importing the subject may take as long, and at least ``STARTING``.
+        timeout: seconds for each check, ``TIMEOUTS`` by default. Importing the subject may take as
+            long, and at least ``STARTING``.
         full, seed, device, eta_scales, arithmetic: as for ``verify``.
 
     Raises, when entered:
-        SubjectRefusedError: the subject does not exist, or its import failed, crashed or took too long.
+        SubjectRefusedError: the subject does not exist, or its import failed, crashed or took too
+            long.
     """
 
     def __init__(
@@ -127,7 +131,8 @@ class IsolatedSubject:
         return result_of(one, Outcome.ERROR, message, seconds=time.perf_counter() - began, code=self._command(one))
 
     def report(self, results: Sequence[CheckResult], **more: Any) -> Report:
-        """Return these results as a report on the subject; ``more`` are further fields of the report."""
+        """Return these results as a report on the subject; ``more`` are further fields of the
+        report."""
         assert self._empty is not None, "the subject must be entered first"
         return replace(self._empty, results=tuple(results), **more)
 

@@ -39,19 +39,23 @@ def verify(
     """Verify a sampler against the DDIM paper, and return the report.
 
     Args:
-        subject: a backend's name, ``"module:attribute"``, a ``Subject``, a scheduler, a step or a sampler: see ``adapters.ADAPTERS``.
+        subject: a backend's name, ``"module:attribute"``, a ``Subject``, a scheduler, a step or a
+            sampler: see ``adapters.ADAPTERS``.
         checks: names of checks, in any order; all by default.
         full: whether to run the full set, in minutes, or the quick one.
         seed: of all random numbers in the checks, 0 or more. A right subject passes with any seed.
         device: of the tensors.
-        required: checks that must have run for the report to pass; ``checks`` by default, or ``REQUIRED``.
-        eta_scales: what the subject's eta multiplies, "std_dev" or "variance"; as the subject says by default.
-        arithmetic: how exact the subject must be, a key of ``subject.ARITHMETIC``; as the subject says by default.
+        required: checks that must have run for the report to pass; ``checks`` by default, or
+            ``REQUIRED``.
+        eta_scales: what the subject's eta multiplies, "std_dev" or "variance"; as the subject says
+            by default.
+        arithmetic: how exact the subject must be, a key of ``subject.ARITHMETIC``; as the subject
+            says by default.
         on_result: called with each result.
 
     Raises:
-        ValueError, TypeError: an argument breaks a rule, or the subject has no known form. Exceptions of the subject are
-            reported, not raised.
+        ValueError, TypeError: an argument breaks a rule, or the subject has no known form.
+            Exceptions of the subject are reported, not raised.
     """
     seed = check_integer("seed", seed, at_least=0)
     chosen = choose_checks(checks, full)
@@ -67,7 +71,8 @@ def verify(
 
 
 def choose_checks(names: Iterable[str] | None, full: bool) -> list[Check]:
-    """Return the checks with these names, in the order in which they run; by default all of the set.
+    """Return the checks with these names, in the order in which they run; by default all of the
+    set.
 
     Raises:
         ValueError: a name is unknown.
@@ -83,7 +88,8 @@ def choose_checks(names: Iterable[str] | None, full: bool) -> list[Check]:
 def prepared_subject(
     value: Any, device: torch.device | str = "cpu", eta_scales: str | None = None, arithmetic: str | None = None
 ) -> Subject:
-    """Return the subject for a value, with these conventions instead of its own where they are given.
+    """Return the subject for a value, with these conventions instead of its own where they are
+    given.
 
     Raises:
         ValueError, TypeError: a convention is unknown, or as ``subject_of`` raises.

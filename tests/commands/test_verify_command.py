@@ -1,4 +1,5 @@
-"""``ddim-fast verify``: its exit codes, what it says, and that what cannot work is refused before anything runs."""
+"""``ddim-fast verify``: its exit codes, what it says, and that what cannot work is refused before
+anything runs."""
 
 import json
 import os

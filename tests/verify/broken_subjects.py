@@ -1,7 +1,9 @@
-"""Samplers that are wrong on purpose: each breaks one thing of a right one, and names the checks that must find it.
+"""Samplers that are wrong on purpose: each breaks one thing of a right one, and names the checks
+that must find it.
 
-``Textbook`` is right: plain torch in float64, rounded once, with each thing that can go wrong in a method of its own.
-``TextbookScheduler``, ``textbook_step`` and ``textbook_sample`` are right, too, in the other forms that a subject may have.
+``Textbook`` is right: plain torch in float64, rounded once, with each thing that can go wrong in a
+method of its own. ``TextbookScheduler``, ``textbook_step`` and ``textbook_sample`` are right, too,
+in the other forms that a subject may have.
 """
 
 from __future__ import annotations

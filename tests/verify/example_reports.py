@@ -1,4 +1,5 @@
-"""Reports for the tests of what is written: every outcome, and a subject whose words are as bad as can be."""
+"""Reports for the tests of what is written: every outcome, and a subject whose words are as bad as
+can be."""
 
 import math
 from dataclasses import replace

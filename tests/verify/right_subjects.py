@@ -1,4 +1,5 @@
-"""Right samplers, for tests of the checks: small ones in plain torch, and all that the checks must let pass."""
+"""Right samplers, for tests of the checks: small ones in plain torch, and all that the checks must
+let pass."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""docs/CI.md and its examples: files of the right shape, options that exist, and commands that do what is said of them."""
+"""docs/CI.md and its examples: files of the right shape, options that exist, and commands that do
+what is said of them."""
 
 import os
 import re

@@ -1,4 +1,5 @@
-"""A subject in a process of its own: whatever it does to that process loses one check, and is reported."""
+"""A subject in a process of its own: whatever it does to that process loses one check, and is
+reported."""
 
 import os
 import time

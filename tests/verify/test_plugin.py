@@ -79,7 +79,8 @@ def checks(monkeypatch):
     run.CHECKS.update(before)
 
 
-# Where the plugin is installed, pytest would rewrite the asserts of all of its distribution, which this process has imported long since.
+# Where the plugin is installed, pytest would rewrite the asserts of all of its distribution, which
+# this process has imported long since.
 _IN_ONE_PROCESS = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
 
 
@@ -310,7 +311,8 @@ def test_in_processes_of_their_own(tmp_path):
 
 
 def test_it_is_an_entry_point():
-    """Loaded by itself wherever ddim_fast is installed, under the name that -p takes, so that it is not loaded twice."""
+    """Loaded by itself wherever ddim_fast is installed, under the name that -p takes, so that it is
+    not loaded twice."""
     project = (ROOT / "pyproject.toml").read_text()
     assert '[project.entry-points.pytest11]\npytest_ddim_fast = "pytest_ddim_fast"' in project
     assert 'py_modules=["pytest_ddim_fast"]' in (ROOT / "setup.py").read_text()

@@ -1,7 +1,8 @@
-"""The checks. Each module registers its own with ``base.check``; ``CHECKS`` has all of them by name.
+"""The checks. Each module registers its own with ``base.check``; ``CHECKS`` has all of them by
+name.
 
-``judge`` holds a step against the oracle, ``compare`` two results of a subject against each other, ``runs`` and
-``noise`` what the checks of whole runs share.
+``judge`` holds a step against the oracle, ``compare`` two results of a subject against each other,
+``runs`` and ``noise`` what the checks of whole runs share.
 """
 
 from . import eta, flow, golden, levels, marginals, memory, noise, options, precision, safety, timesteps, update  # noqa: F401 (they register themselves)

@@ -63,7 +63,8 @@ class Check:
 
 
 _NEW = object()
-"""Asks for a new source of noise. (None is a source, too: that of subjects which draw from torch's global generator.)"""
+"""Asks for a new source of noise. (None is a source, too: that of subjects which draw from torch's
+global generator.)"""
 
 CHECKS: dict[str, Check] = {}
 """Every check by its name, in the order in which they run. The modules of this package fill it."""
@@ -137,7 +138,8 @@ class Context:
         """Draw normal numbers of standard deviation ``scale``."""
         return torch.from_numpy(scale * self.rng.standard_normal(shape)).to(dtype).to(self.device)
 
-    # The subject's methods. Its exceptions become SubjectRaisedError, so that they differ from those of a check.
+    # The subject's methods. Its exceptions become SubjectRaisedError, so that they differ from
+    # those of a check.
 
     def step(self, case: StepCase) -> StepResult:
         """Call ``Subject.step``."""

@@ -45,7 +45,8 @@ def same_bits(context: Context, rule: str, got: Tensor, expected: Tensor) -> Non
 
 
 def same_results(context: Context, rule: str, got: StepResult, expected: StepResult) -> None:
-    """Raise CheckFailedError with this rule unless x_prev, and x0 where both have it, are the same bits."""
+    """Raise CheckFailedError with this rule unless x_prev, and x0 where both have it, are the same
+    bits."""
     same_bits(context, f"{rule}: x_prev", got.x_prev, expected.x_prev)
     if got.x0 is not None and expected.x0 is not None:
         same_bits(context, f"{rule}: x0", got.x0, expected.x0)
@@ -54,7 +55,8 @@ def same_results(context: Context, rule: str, got: StepResult, expected: StepRes
 def same_numbers(context: Context, rule: str, got: Tensor, expected: Tensor, allowed: np.ndarray | float) -> None:
     """Raise CheckFailedError with this rule unless two results are the same.
 
-    Where the subject's arithmetic is exact, every bit must be; otherwise each of the two may be off by ``allowed``.
+    Where the subject's arithmetic is exact, every bit must be; otherwise each of the two may be off
+    by ``allowed``.
     """
     if context.subject.arithmetic == "exact":
         same_bits(context, rule, got, expected)

@@ -100,7 +100,8 @@ def _given_noise(context: Context, setting: Setting, index: int, level: Level) -
 
 
 def _pure_noise(context: Context, setting: Setting) -> Iterator[tuple[Setting, Observed]]:
-    """Yield steps that draw their noise, with a model output of 0: x_prev is the scaled x_t and noise, in either convention."""
+    """Yield steps that draw their noise, with a model output of 0: x_prev is the scaled x_t and
+    noise, in either convention."""
     x_t = torch.zeros(DRAWN, device=context.device)
     for one in drawn_steps(context, setting, lambda level, x: torch.zeros_like(x), x_t):
         if one.level.alpha_bar_t < one.level.alpha_bar_prev < 1:  # the last step of some schedulers goes nowhere
@@ -148,7 +149,8 @@ def _wrong_std_dev(context: Context, eta: float, level: Level, measured: float, 
 def drawn_steps(
     context: Context, setting: Setting, model: Callable[[Level, torch.Tensor], torch.Tensor], x_t: torch.Tensor
 ) -> Iterator[Observed]:
-    """Yield steps that draw their own noise: each from ``x_t`` where the subject makes single steps, otherwise those of a run.
+    """Yield steps that draw their own noise: each from ``x_t`` where the subject makes single
+    steps, otherwise those of a run.
 
     Args:
         model: ``model(level, x_t)``.
@@ -191,7 +193,8 @@ def ddpm(context: Context) -> None:
 
 
 def _ddpm_settings(context: Context) -> Iterator[Setting]:
-    """Yield a setting for every prediction type, with strides and with steps of 1, where beta_t is the schedule's."""
+    """Yield a setting for every prediction type, with strides and with steps of 1, where beta_t is
+    the schedule's."""
     for setting in settings_of(context, eta=1.0):
         if setting.clip_sample_range is None:
             yield setting

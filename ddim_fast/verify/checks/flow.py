@@ -1,4 +1,5 @@
-"""Whole runs at eta = 0: their end, composition and inversion of steps, and the order of convergence."""
+"""Whole runs at eta = 0: their end, composition and inversion of steps, and the order of
+convergence."""
 
 from __future__ import annotations
 
@@ -146,7 +147,8 @@ def first_order(context: Context) -> None:
 
 
 def _error_of(context: Context, count: int, normals: torch.Tensor) -> float:
-    """Return the root mean squared error against the exact flow, which keeps each sample's standard score."""
+    """Return the root mean squared error against the exact flow, which keeps each sample's standard
+    score."""
     setting = Setting(num_inference_steps=count)
     levels = context.levels(setting)
     model = GaussianModel(levels)

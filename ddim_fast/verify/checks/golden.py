@@ -138,8 +138,9 @@ def _allowed(
 ) -> list[np.ndarray]:
     """Return how far each state may be from the recorded one.
 
-    That is the error of each step so far, multiplied by the slopes of the later steps, and the difference made by the
-    subject's own alpha_bars where rounding alone explains them (see ``_rounded_only``).
+    That is the error of each step so far, multiplied by the slopes of the later steps, and the
+    difference made by the subject's own alpha_bars where rounding alone explains them (see
+    ``_rounded_only``).
     """
     x = own_x = run.x_T
     error, found = np.zeros_like(x), []
@@ -162,7 +163,8 @@ def _allowed(
 
 
 def _recorded_off(subject, setting, level, row, x, m, z, exact: oracle.Result) -> np.ndarray:
-    """Return how far the record itself may be off: float64 rounds coefficients, too, and at eta = 1 most of their digits cancel."""
+    """Return how far the record itself may be off: float64 rounds coefficients, too, and at eta = 1
+    most of their digits cancel."""
     eta = paper_eta(subject, setting)
     bars, eps = (level.alpha_bar_t, level.alpha_bar_prev), torch.finfo(torch.float64).eps
     spread = coefficient_spread(setting.prediction_type, *bars, eta, setting.use_clipped_model_output, eps)
@@ -175,7 +177,8 @@ def _pairs(run: GoldenRun) -> list[tuple[float, float]]:
 
 
 def _rounded_only(level: Level, alpha_bar_t: float, alpha_bar_prev: float, subject: Subject, run: GoldenRun) -> Level:
-    """Return the level with the subject's own alpha_bars where they differ from the recorded ones by rounding alone."""
+    """Return the level with the subject's own alpha_bars where they differ from the recorded ones
+    by rounding alone."""
     eps = torch.finfo(torch.float64 if subject.arithmetic == "exact" else torch.float32).eps
     most = run.setting.num_train_timesteps * eps
 

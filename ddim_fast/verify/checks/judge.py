@@ -60,7 +60,8 @@ def verdict(subject: Subject, case: StepCase, level: Level, before: StepCase, re
 
 
 class Truth(NamedTuple):
-    """The exact result of a step, and how far x_prev and x0 may be off before rounding to the type of the samples."""
+    """The exact result of a step, and how far x_prev and x0 may be off before rounding to the type
+    of the samples."""
 
     exact: oracle.Result
     allowed: np.ndarray
@@ -120,7 +121,8 @@ def _spread(subject: Subject, case: StepCase, level: Level) -> dict[str, float]:
 
 
 def _alpha_eps(subject: Subject, t: float, alpha_bar: float) -> float:
-    """Return the relative error that alpha_bar may have in float32: rounded once, or the product of t + 1 rounded factors."""
+    """Return the relative error that alpha_bar may have in float32: rounded once, or the product of
+    t + 1 rounded factors."""
     if subject.own_alphas_cumprod:
         return 2 * (t + 1) * torch.finfo(torch.float32).eps
     return 0.0 if float(np.float32(alpha_bar)) == alpha_bar else torch.finfo(torch.float32).eps
@@ -265,7 +267,8 @@ def _simpler(case: StepCase, found: Verdict) -> Iterator[StepCase]:
 
 
 def code_of(subject: Subject, case: StepCase, found: Verdict) -> str:
-    """Return the case as Python that raises AssertionError while the subject is wrong; empty where there is none."""
+    """Return the case as Python that raises AssertionError while the subject is wrong; empty where
+    there is none."""
     if found.what == "x0":  # the code keeps only x_prev
         return ""
     tensors = [f"{name} = {_literal(getattr(case, name))}" for name in ("x_t", "model_output", "noise")]

@@ -62,7 +62,8 @@ def _equal(context: Context, setting: Setting, levels: list[Level]) -> None:
 
 
 def _plausible(context: Context, levels: list[Level]) -> None:
-    """Check a schedule of the subject's own: alpha_bar grows from nearly 0 to nearly 1 towards clean data."""
+    """Check a schedule of the subject's own: alpha_bar grows from nearly 0 to nearly 1 towards
+    clean data."""
     bars = np.array([level.alpha_bar_t for level in levels])
     right = bars.size and (np.diff(bars) > 0).all() and 0 <= bars[0] < 0.1 and 0.9 < bars[-1] <= 1
     context.measured(0.0)

@@ -1,7 +1,7 @@
 """The distribution of a run's samples, for data whose exact model has a closed form.
 
-A point's coordinates are the channels: a batch ``(B, C, n)`` is B x n points of C coordinates, so that small batches have many
-points.
+A point's coordinates are the channels: a batch ``(B, C, n)`` is B x n points of C coordinates, so
+that small batches have many points.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ ETAS = (0.0, 0.5, 1.0)
 
 @dataclass(frozen=True)
 class Mixture:
-    """A mixture of normal distributions of diagonal covariance: weights ``(k,)``, means and std_devs ``(k, d)``."""
+    """A mixture of normal distributions of diagonal covariance: weights ``(k,)``, means and
+    std_devs ``(k, d)``."""
 
     weights: np.ndarray
     means: np.ndarray
@@ -63,7 +64,8 @@ class Mixture:
 
 @lru_cache
 def mixture(dimensions: int) -> Mixture:
-    """Return clusters of several sizes: always the same, because ``DISCRETISATION`` is measured on them."""
+    """Return clusters of several sizes: always the same, because ``DISCRETISATION`` is measured on
+    them."""
     rng = np.random.default_rng([2010, 2502, dimensions])
     count = 5
     means = rng.uniform(-1.5, 1.5, (count, dimensions))
@@ -71,7 +73,8 @@ def mixture(dimensions: int) -> Mixture:
 
 
 def as_model(data: Mixture, setting: Setting) -> Model:
-    """Return the exact model of the setting's prediction type, computed in float64 and rounded to the samples' dtype."""
+    """Return the exact model of the setting's prediction type, computed in float64 and rounded to
+    the samples' dtype."""
     bars = bars_by_timestep(setting)
 
     def model(x_t: Tensor, t: Tensor) -> Tensor:
@@ -149,7 +152,8 @@ def true_levels(setting: Setting, levels: tuple[Level, ...]) -> tuple[Level, ...
         return own if round(t) == CLEAN else bars.get(round(t), own)
 
     found = (Level(v.t, v.t_prev, bar(v.t, v.alpha_bar_t), bar(v.t_prev, v.alpha_bar_prev)) for v in levels)
-    # Clean data may have the noise level of timestep 0, where the subject's rounding can put it below the exact one.
+    # Clean data may have the noise level of timestep 0, where the subject's rounding can put it
+    # below the exact one.
     return tuple(v._replace(alpha_bar_prev=max(v.alpha_bar_t, v.alpha_bar_prev)) for v in found)
 
 
@@ -176,10 +180,10 @@ def exact_run(
 def gaussian_after(
     data: Mixture, levels: tuple[Level, ...], eta: float, eta_scales: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the exact mean and standard deviation, ``(d,)`` each, after these steps from x_T ~ N(0, I).
+    """Return the exact mean and standard deviation, ``(d,)`` each, after these steps from N(0, I).
 
-    The exact eps of N(mu, s^2) is linear in x_t, and so is a step: x_prev = a x_t + b + std_dev_t z. The mean becomes a mean + b,
-    the variance a^2 variance + std_dev_t^2.
+    The exact eps of N(mu, s^2) is linear in x_t, and so is a step:
+    x_prev = a x_t + b + std_dev_t z. The mean becomes a mean + b, the variance a^2 variance + std_dev_t^2.
     """
     mu, s = data.means[0], data.std_devs[0]
     mean, variance = np.zeros_like(mu), np.ones_like(mu)
@@ -194,7 +198,8 @@ def gaussian_after(
 
 
 def settings_of(context: Context, steps: int) -> list[Setting]:
-    """Return every eta with a prediction type each; in the full set, every eta with every prediction type."""
+    """Return every eta with a prediction type each; in the full set, every eta with every
+    prediction type."""
     kinds = [kind for kind in ("epsilon", "v_prediction", "sample") if context.offers(kind)]
     etas = ETAS if context.offers("eta") else (0.0,)
     base = Setting(num_inference_steps=steps)
@@ -242,9 +247,9 @@ def gaussian_marginals(context: Context) -> None:
 
 
 DISCRETISATION = {(0.0, 50): 0.018, (1.0, 50): 0.035, (0.0, 200): 0.006, (1.0, 200): 0.011}
-"""By eta and steps: how far the distribution of exact runs on ``mixture(2)`` may be from that of the data. It is the largest
-Kolmogorov-Smirnov distance along any of 64 directions, measured with 2^18 points or more, and a third more. The tests measure
-it again."""
+"""By eta and steps: how far the distribution of exact runs on ``mixture(2)`` may be from that of
+the data. It is the largest Kolmogorov-Smirnov distance along any of 64 directions, measured with
+2^18 points or more, and a third more. The tests measure it again."""
 
 
 def some_directions(context: Context, d: int) -> np.ndarray:
@@ -305,7 +310,8 @@ def data_marginals(context: Context) -> None:
 
 
 def _from_data(data: Mixture, bias: float, projected: np.ndarray, direction: np.ndarray, rate: float) -> Finding:
-    """Make the Kolmogorov-Smirnov test against the data, less the distance that discretisation may add (triangle inequality)."""
+    """Make the Kolmogorov-Smirnov test against the data, less the distance that discretisation may
+    add (triangle inequality)."""
     found = statistics.kolmogorov_smirnov(projected, data.cdf_along(direction), rate)
     left = max(0.0, found.statistic - bias)
     return replace(

@@ -1,4 +1,5 @@
-"""What a step reads and writes: in place, in any layout, every element and nothing else, without waiting or allocating."""
+"""What a step reads and writes: in place, in any layout, every element and nothing else, without
+waiting or allocating."""
 
 from __future__ import annotations
 
@@ -221,7 +222,8 @@ def _fake_gpu() -> Iterator[Any]:
 
 
 def _on_gpu(context: Context, in_place: bool) -> tuple[Context, list[StepCase]]:
-    """Return a context for the subject on the fake GPU, and steps there; to be called inside ``_fake_gpu``."""
+    """Return a context for the subject on the fake GPU, and steps there; to be called inside
+    ``_fake_gpu``."""
     eta = 1.0 if context.offers("eta", "given_noise") else 0.0
     subject = context.subject.on_gpu()
     there = Context(subject, context.rng, context.full, torch.device("cuda"))
@@ -257,7 +259,8 @@ def no_waiting(context: Context) -> None:
 
 
 def _rehearse(context: Context) -> None:
-    """Make the same steps on the host: here a subject can read what it reads once from its tables, which have no values on a fake GPU."""
+    """Make the same steps on the host: here a subject can read what it reads once from its tables,
+    which have no values on a fake GPU."""
     eta = 1.0 if context.offers("eta", "given_noise") else 0.0
     for setting in (Setting(), Setting(eta=eta)):
         context.levels(setting)

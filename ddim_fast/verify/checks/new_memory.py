@@ -13,8 +13,8 @@ def nan_memory(nondeterministic: str = "error") -> Iterator[None]:
     """Fill what torch allocates with NaN; restore torch's settings afterwards.
 
     Args:
-        nondeterministic: torch fills memory only while deterministic operations are required: "error" or "warn" at an operation that
-            is not deterministic.
+        nondeterministic: torch fills memory only while deterministic operations are required:
+            "error" or "warn" at an operation that is not deterministic.
     """
     # (torch.use_deterministic_algorithms would import a compiler.)
     mode = torch.get_deterministic_debug_mode()

@@ -1,8 +1,9 @@
 """The noise of a run: normal, independent in every respect, and determined by the seed.
 
-It is computed from the steps of runs at eta = 1, where both conventions of eta agree: z = (x_prev - the deterministic part) /
-std_dev_t in float64, by equations 12 and 16, for the steps that add enough noise to measure in float32. The model is exact for data
-N(0, 1), so that all samples stay near 1.
+It is computed from the steps of runs at eta = 1, where both conventions of eta agree: z = (x_prev -
+the deterministic part) / std_dev_t in float64, by equations 12 and 16, for the steps that add
+enough noise to measure in float32. The model is exact for data N(0, 1), so that all samples stay
+near 1.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from ..truth.tolerances import to_numpy
 from .base import CheckFailedError, Context, check
 
 LARGE = 0.1
-"""The smallest std_dev_t that is measured: float32 then gives z to 1e-5, far below what any test here can detect."""
+"""The smallest std_dev_t that is measured: float32 then gives z to 1e-5, far below what any test
+here can detect."""
 SOURCE = "equations 12 and 16 of arXiv 2010.02502: z is standard Gaussian noise, independent of x_t, with new values for each step"
 TOLERANCE = "a right subject fails once in 1e8 verifications: exact or bounded tests, the rate divided among them"
 RATE = 1e-8
@@ -47,7 +49,8 @@ def setting_of(context: Context) -> Setting:
 
 
 def bars_by_timestep(setting: Setting) -> dict[int, float]:
-    """Return the alpha_bar of each timestep that the model may be called with: exact, or as the setting gives it."""
+    """Return the alpha_bar of each timestep that the model may be called with: exact, or as the
+    setting gives it."""
     if setting.alpha_bars is not None:
         return {round(level.t): level.alpha_bar_t for level in setting.levels()}
     return dict(enumerate(setting.alphas_cumprod().tolist()))
@@ -207,7 +210,8 @@ def _ranked_sizes(rows: np.ndarray) -> np.ndarray:
 
 
 def _variance_of_sums(rows: np.ndarray, rate: float) -> Finding:
-    """Test the sums of n independent numbers over sqrt(n), which are standard normal: a small common part adds up in them."""
+    """Test the sums of n independent numbers over sqrt(n), which are standard normal: a small
+    common part adds up in them."""
     sums = rows.sum(axis=1) / math.sqrt(rows.shape[1] * np.mean(np.square(rows)))
     return statistics.variance(sums, rate)
 

@@ -17,7 +17,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def _realistic(context: Context, setting: Setting, index: int, size: int, dtype: torch.dtype) -> tuple[StepCase, Level]:
-    """Return a step as it occurs in a run: x_t of data and noise, and a model that predicts most of the noise."""
+    """Return a step as it occurs in a run: x_t of data and noise, and a model that predicts most of
+    the noise."""
     level = context.levels(setting)[index]
     data, noise = context.normal(1, size, dtype=torch.float64, scale=0.5), context.normal(1, size, dtype=torch.float64)
     x_t = math.sqrt(level.alpha_bar_t) * data + math.sqrt(1 - level.alpha_bar_t) * noise
@@ -116,10 +117,12 @@ def unbiased_rounding(context: Context) -> None:
 
 
 def _bias(context: Context, case: StepCase, level: Level, x_prev: torch.Tensor) -> tuple[float, float]:
-    """Return the mean rounding error in units of the last place, positive away from zero, and its standard error.
+    """Return the mean rounding error in units of the last place, positive away from zero, and its
+    standard error.
 
-    A coefficient that is rounded to the type of the result moves all results in proportion to its term. That is not a bias of
-    rounding results, so the least-squares fit to the errors has both terms besides the constant.
+    A coefficient that is rounded to the type of the result moves all results in proportion to its
+    term. That is not a bias of rounding results, so the least-squares fit to the errors has both
+    terms besides the constant.
     """
     exact = truth(context.subject, case, level).exact
     got, x, m = to_numpy(x_prev), to_numpy(case.x_t), to_numpy(case.model_output)

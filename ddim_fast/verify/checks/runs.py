@@ -1,4 +1,5 @@
-"""What the checks of whole runs share: a model whose exact flow is known, and the float64 result of a run with it."""
+"""What the checks of whole runs share: a model whose exact flow is known, and the float64 result of
+a run with it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from .judge import truth
 
 
 class GaussianModel:
-    """The exact eps of data that are N(mean, std_dev^2) in each dimension: linear in x_t, smooth in t.
+    """The exact eps of data that are N(mean, std_dev^2) in each dimension: linear in x_t, smooth in
+    t.
 
     Args:
         levels: the steps of the run, from which the alpha_bar of each timestep is taken.
@@ -41,7 +43,8 @@ class GaussianModel:
         return slope, -slope * math.sqrt(alpha_bar) * self.mean
 
     def x_t(self, normals: Tensor, alpha_bar: float) -> Tensor:
-        """Return the samples at a noise level whose standard scores are ``normals``; the exact flow keeps the scores."""
+        """Return the samples at a noise level whose standard scores are ``normals``; the exact flow
+        keeps the scores."""
         std_dev = math.sqrt(alpha_bar * self.std_dev**2 + 1 - alpha_bar)
         return (math.sqrt(alpha_bar) * self.mean + std_dev * normals.double()).to(normals.dtype)
 
@@ -63,7 +66,8 @@ class Run(NamedTuple):
 def float64_run(subject: Subject, setting: Setting, levels: Sequence[Level], model: GaussianModel, x_T: Tensor) -> Run:
     """Make a run at eta = 0 with the oracle.
 
-    Samples and model outputs are rounded to the type of ``x_T`` in each step; ``allowed`` includes that.
+    Samples and model outputs are rounded to the type of ``x_T`` in each step; ``allowed`` includes
+    that.
     """
     eps = torch.finfo(x_T.dtype).eps
     x, off = x_T, np.zeros(x_T.shape)
@@ -73,7 +77,8 @@ def float64_run(subject: Subject, setting: Setting, levels: Sequence[Level], mod
         m = (slope * x.double() + offset).to(x.dtype)
         true = truth(subject, StepCase(setting, index, x, m), level)
         of_x, of_m = oracle.fold(oracle.textbook_row("epsilon", level.alpha_bar_t, level.alpha_bar_prev))
-        # The error so far, the two roundings of the model's output, those of the step, and the two of its result.
+        # The error so far, the two roundings of the model's output, those of the step, and the two
+        # of its result.
         off = abs(of_x + of_m * slope) * off + abs(of_m) * eps * np.abs(to_numpy(m)) + true.allowed
         end = true.exact.x_prev
         off = off + eps * np.abs(end)

@@ -1,4 +1,5 @@
-"""Side effects, which a sampler must not have: same inputs give the same bits, inputs stay unchanged, samples do not mix."""
+"""Side effects, which a sampler must not have: same inputs give the same bits, inputs stay
+unchanged, samples do not mix."""
 
 from __future__ import annotations
 
@@ -107,7 +108,8 @@ def draws_nothing(context: Context) -> None:
 
 
 def _states(source: Any) -> dict[str, Any]:
-    """Return the state of every generator that a sampler may draw from, in a form that can be compared."""
+    """Return the state of every generator that a sampler may draw from, in a form that can be
+    compared."""
     given = source if isinstance(source, (list, tuple)) else [source]
     generators = [g for g in given if isinstance(g, torch.Generator)]
     states = {f"the generator given (number {i})": g.get_state().numpy().tobytes() for i, g in enumerate(generators)}
@@ -121,7 +123,8 @@ def _states(source: Any) -> dict[str, Any]:
 
 
 def _interleaved(context: Context) -> Iterator[StepCase]:
-    """Yield steps that a cache with too narrow a key would confuse: each differs from the first in one respect."""
+    """Yield steps that a cache with too narrow a key would confuse: each differs from the first in
+    one respect."""
     base = Setting()
     yield random_step(context, base, 4)
     yield random_step(context, base, 5)

@@ -151,7 +151,8 @@ def _samples(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _chosen(context: Context, levels: list[Level] | tuple[Level, ...]) -> list[int]:
-    """Return the first and last two steps, and one of each distance to the next timestep, where a wrong rule for t_prev shows."""
+    """Return the first and last two steps, and one of each distance to the next timestep, where a
+    wrong rule for t_prev shows."""
     count = len(levels)
     chosen = {0, 1, count - 2, count - 1} & set(range(count))
     by_distance: dict[float, list[int]] = {}
@@ -249,9 +250,11 @@ def _finite_steps(context: Context, setting: Setting) -> None:
 
 
 def _riskiest(levels: tuple[Level, ...], few: bool) -> list[int]:
-    """Return the first, last and middle steps, and the one that removes the largest share of the noise.
+    """Return the first, last and middle steps, and the one that removes the largest share of the
+    noise.
 
-    At eta = 1 the squared coefficient of eps, 1 - alpha_bar_prev - std_dev_t**2, is (1 - alpha_bar_prev) SNR_t / SNR_prev.
+    At eta = 1 the squared coefficient of eps, 1 - alpha_bar_prev - std_dev_t**2, is (1 -
+    alpha_bar_prev) SNR_t / SNR_prev.
     """
     known = [i for i, level in enumerate(levels) if math.isfinite(level.alpha_bar_t + level.alpha_bar_prev)]
 

@@ -37,7 +37,8 @@ def settings_of(context: Context, eta: float = 0.0) -> Iterator[Setting]:
 def random_step(
     context: Context, setting: Setting, index: int, shape: Sequence[int] = SHAPE, dtype: torch.dtype = torch.float32
 ) -> StepCase:
-    """Return a step from normal samples and model output, with noise where the step adds it and the subject takes it."""
+    """Return a step from normal samples and model output, with noise where the step adds it and the
+    subject takes it."""
     noise = context.normal(*shape, dtype=dtype) if setting.eta and context.offers("given_noise") else None
     return StepCase(setting, index, context.normal(*shape, dtype=dtype), context.normal(*shape, dtype=dtype), noise)
 
@@ -62,7 +63,8 @@ def update(context: Context) -> None:
 def with_sizes(
     context: Context, settings: Iterable[Setting], sizes: Sequence[tuple[int, ...]]
 ) -> Iterator[tuple[Setting, tuple[int, ...]]]:
-    """Yield each setting with every size. Where few cases are made, only the first has every size, the others one in turn."""
+    """Yield each setting with every size. Where few cases are made, only the first has every size,
+    the others one in turn."""
     for number, setting in enumerate(settings):
         in_turn = (sizes[number % len(sizes)],)
         yield from ((setting, size) for size in (in_turn if context.few and number else sizes))

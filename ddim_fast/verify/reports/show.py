@@ -1,4 +1,5 @@
-"""The display of a running verification: in a terminal a growing table, elsewhere (CI logs, files) a line for each check."""
+"""The display of a running verification: in a terminal a growing table, elsewhere (CI logs, files)
+a line for each check."""
 
 from __future__ import annotations
 
@@ -217,7 +218,8 @@ class Terminal:
         return cells
 
     def _now(self) -> RenderableType:
-        """Return what is shown during the run: the last rows that fit, a progress bar, the running check."""
+        """Return what is shown during the run: the last rows that fit, a progress bar, the running
+        check."""
         done = sum(len(results) for results in self._results)
         total = len(self.checks) * len(self.names)
         bar = Table.grid(padding=(0, 1))
@@ -260,7 +262,8 @@ class Terminal:
 
 
 def _to_explain(reports: Sequence[Report]) -> list[tuple[str, CheckResult]]:
-    """Return the results that need an explanation, each with a title, of the first subject and then of the second."""
+    """Return the results that need an explanation, each with a title, of the first subject and then
+    of the second."""
     found = []
     for report in reports:
         for result in report.results:

@@ -1,4 +1,5 @@
-"""A report as JSON (see ``report.schema.json``) and JUnit XML, which CI systems read, and its verdict in words."""
+"""A report as JSON (see ``report.schema.json``) and JUnit XML, which CI systems read, and its
+verdict in words."""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ def again(report: Report, name: str | None = None) -> str:
 
 
 def share_text(share: float) -> str:
-    """Return the largest error as a share of what is allowed, as text; empty where none was measured."""
+    """Return the largest error as a share of what is allowed, as text; empty where none was
+    measured."""
     if share != share:
         return ""
     return f"{share:.2f}" if share < 100 else f"{share:.1e}"
@@ -109,8 +111,9 @@ def schema() -> dict[str, Any]:
 def junit_text(report: Report) -> str:
     """Return a test suite with a test case for each check, as JUnit XML.
 
-    It conforms to both schemas that readers of JUnit XML use: Jenkins' (junit-10.xsd), and that of Ant's reports. A required check
-    that did not run is an error; any other that did not run is skipped.
+    It conforms to both schemas that readers of JUnit XML use: Jenkins' (junit-10.xsd), and that of
+    Ant's reports. A required check that did not run is an error; any other that did not run is
+    skipped.
     """
     cases = [_case(report, result) for result in report.results]
     if not report.complete or not report.results:

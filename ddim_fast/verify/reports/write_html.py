@@ -1,4 +1,5 @@
-"""A report as one HTML file that needs no network and no other file; sortable, filterable, for screens of any width."""
+"""A report as one HTML file that needs no network and no other file; sortable, filterable, for
+screens of any width."""
 
 from __future__ import annotations
 

@@ -141,11 +141,12 @@ class Scheduler(Subject):
 
 
 class StepFunction(Subject):
-    """A function ``step(x_t, model_output, alpha_bar_t, alpha_bar_prev, ...)`` that returns x_prev, or (x_prev, x0).
+    """A function ``step(x_t, model_output, alpha_bar_t, alpha_bar_prev, ...)`` that returns x_prev,
+    or (x_prev, x0).
 
     It may also take ``eta``, ``noise``, ``generator``, ``prediction_type``, ``clip_sample_range``,
-    ``use_clipped_model_output`` and ``out``, which are passed by name. Without ``noise`` and ``generator``, it draws its
-    noise from torch's global generator.
+    ``use_clipped_model_output`` and ``out``, which are passed by name. Without ``noise`` and
+    ``generator``, it draws its noise from torch's global generator.
     """
 
     REQUIRED = ("model_output", "alpha_bar_t", "alpha_bar_prev")
@@ -218,10 +219,12 @@ class StepFunction(Subject):
 
 
 class SamplerFunction(Subject):
-    """A function ``sample(model, x_T, ...)`` that returns x0. ``model(x_t, t)`` takes timesteps ``(B,)``.
+    """A function ``sample(model, x_T, ...)`` that returns x0. ``model(x_t, t)`` takes timesteps
+    ``(B,)``.
 
-    It may also take ``alphas_cumprod``, ``timesteps``, ``num_inference_steps``, ``eta``, ``generator``, ``seeds`` and
-    ``prediction_type``, which are passed by name. The calls of its model show the steps, which are checked one by one.
+    It may also take ``alphas_cumprod``, ``timesteps``, ``num_inference_steps``, ``eta``,
+    ``generator``, ``seeds`` and ``prediction_type``, which are passed by name. The calls of its
+    model show the steps, which are checked one by one.
     """
 
     def __init__(self, function: Callable[..., Tensor], name: str | None = None):
@@ -317,7 +320,8 @@ ADAPTERS = (
 
 
 def subject_of(value: Any, device: torch.device | str = "cpu") -> Subject:
-    """Return the subject for the name of a backend, ``"module:attribute"``, or an object of any form in ``ADAPTERS``.
+    """Return the subject for the name of a backend, ``"module:attribute"``, or an object of any
+    form in ``ADAPTERS``.
 
     Raises:
         ValueError: there is no such backend, module or attribute.

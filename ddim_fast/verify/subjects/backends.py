@@ -133,7 +133,8 @@ def _sampler_of(setting: Setting, eta_scales: str) -> DDIMSampler:
 
 
 class EmulatedTriton(Backend):
-    """The Triton backend without a GPU: compiled for one, its PTX executed on the CPU (see ``emulated_gpu``)."""
+    """The Triton backend without a GPU: compiled for one, its PTX executed on the CPU (see
+    ``emulated_gpu``)."""
 
     features = Backend.features - {"invert"}
 

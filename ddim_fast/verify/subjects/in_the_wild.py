@@ -1,7 +1,8 @@
-"""DDIM samplers of other libraries as subjects: ``ddim-fast verify ddim_fast.verify.subjects.in_the_wild:Azula``.
+"""DDIM samplers of other libraries as subjects: ``ddim-fast verify
+ddim_fast.verify.subjects.in_the_wild:Azula``.
 
-Each translates names and declares the library's conventions; all arithmetic is the library's own. A library is imported when its
-subject is made. docs/FINDINGS.md lists what was found.
+Each translates names and declares the library's conventions; all arithmetic is the library's own. A
+library is imported when its subject is made. docs/FINDINGS.md lists what was found.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def library(module: str, package: str) -> Any:
 
 @contextmanager
 def global_generator(source: torch.Generator | None) -> Iterator[None]:
-    """Draw from ``source`` where a library draws from torch's global generator; restore the global generator's state afterwards."""
+    """Draw from ``source`` where a library draws from torch's global generator; restore the global
+    generator's state afterwards."""
     if source is None:
         yield
         return
@@ -90,13 +92,15 @@ class DiffusersInversion(Diffusers):
 
 
 class DiffusersFinalAlpha(Diffusers):
-    """``DDIMScheduler`` with ``set_alpha_to_one=False``: the last step goes to the noise level of timestep 0."""
+    """``DDIMScheduler`` with ``set_alpha_to_one=False``: the last step goes to the noise level of
+    timestep 0."""
 
     fixed = dict(set_alpha_to_one=False)  # noqa: RUF012 (never written to)
 
 
 class DiffusersOffset(Diffusers):
-    """``DDIMScheduler`` as Stable Diffusion 1 and 2 configure it: ``set_alpha_to_one=False``, ``steps_offset=1``."""
+    """``DDIMScheduler`` as Stable Diffusion 1 and 2 configure it: ``set_alpha_to_one=False``,
+    ``steps_offset=1``."""
 
     fixed = dict(set_alpha_to_one=False, steps_offset=1)  # noqa: RUF012 (never written to)
 
@@ -149,8 +153,8 @@ class FastDiffusersFinalAlpha(DiffusersFinalAlpha):
 class Azula(Subject):
     """azula's ``DDIMSampler``. Its eta scales the variance.
 
-    Time is continuous in azula, and the user supplies the noise schedule: here one with the noise level of timestep t at time
-    (t + 1) / T.
+    Time is continuous in azula, and the user supplies the noise schedule: here one with the noise
+    level of timestep t at time (t + 1) / T.
     """
 
     eta_scales = "variance"
@@ -237,8 +241,8 @@ class AzulaDenoiser:
 class DenoisingDiffusionPytorch(Subject):
     """denoising-diffusion-pytorch's ``GaussianDiffusion.ddim_sample``.
 
-    It chooses its timesteps itself ("trailing" where their number divides T). The noise that it starts from is replaced by x_T.
-    It always clips x0 to [-1, 1]; here the setting decides.
+    It chooses its timesteps itself ("trailing" where their number divides T). The noise that it
+    starts from is replaced by x_T. It always clips x0 to [-1, 1]; here the setting decides.
     """
 
     objectives = {"epsilon": "pred_noise", "sample": "pred_x0", "v_prediction": "pred_v"}  # noqa: RUF012 (never written to)
@@ -267,7 +271,8 @@ class DenoisingDiffusionPytorch(Subject):
             return diffusion.ddim_sample(tuple(x_T.shape)).clone()
 
     def _diffusion(self, setting: Setting) -> type:
-        """Return the class with clipping as the setting says, by the arguments that ``model_predictions`` has for it."""
+        """Return the class with clipping as the setting says, by the arguments that
+        ``model_predictions`` has for it."""
         original = self.module.GaussianDiffusion
 
         def model_predictions(self: Any, *args: Any, **options: Any) -> Any:
@@ -333,8 +338,9 @@ def quiet(module: Any) -> Iterator[None]:
 class KDiffusion(Subject):
     """k-diffusion's ``sample_euler``, and with eta ``sample_euler_ancestral``.
 
-    They work on x_t / sqrt(alpha_bar_t) with noise of standard deviation sigma = sqrt((1 - alpha_bar_t) / alpha_bar_t), where Euler's
-    step is DDIM's. k-diffusion's ``DiscreteEpsDDPMDenoiser`` and ``DiscreteVDDPMDenoiser`` convert for models of eps and v.
+    They work on x_t / sqrt(alpha_bar_t) with noise of standard deviation sigma = sqrt((1 -
+    alpha_bar_t) / alpha_bar_t), where Euler's step is DDIM's. k-diffusion's
+    ``DiscreteEpsDDPMDenoiser`` and ``DiscreteVDDPMDenoiser`` convert for models of eps and v.
     """
 
     features = frozenset(["explicit_timesteps", "eta", "draws_noise", "epsilon", "v_prediction"])

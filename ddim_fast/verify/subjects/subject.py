@@ -1,7 +1,8 @@
 """The interface of everything that can be verified.
 
-A subject lists what it offers in ``features``. Checks that need more do not apply to it. To verify a sampler of another form,
-write a subclass of ``Subject``, and pass it to ``verify`` or name it on the command line as ``module:attribute``.
+A subject lists what it offers in ``features``. Checks that need more do not apply to it. To verify
+a sampler of another form, write a subclass of ``Subject``, and pass it to ``verify`` or name it on
+the command line as ``module:attribute``.
 """
 
 from __future__ import annotations
@@ -57,19 +58,24 @@ ARITHMETIC = {
 
 
 class Subject:
-    """A sampler under test. A subclass overrides ``step`` or ``sample``, and what else is different.
+    """A sampler under test. A subclass overrides ``step`` or ``sample``, and what else is
+    different.
 
     Attributes:
         name: its name in reports.
         features: keys of ``FEATURES``.
         arithmetic: a key of ``ARITHMETIC``.
         eta_scales: what its eta multiplies: "std_dev" (the paper's), or "variance".
-        ends_clean: whether its last step goes to clean data; False where it goes to alpha_bar_0 (``set_alpha_to_one=False``).
-        spacings: the values of ``Setting.timestep_spacing`` that it takes; empty where it has a spacing of its own.
-        schedules: the values of ``Setting.schedule`` that it takes; empty where it has a schedule of its own.
+        ends_clean: whether its last step goes to clean data; False where it goes to alpha_bar_0
+            (``set_alpha_to_one=False``).
+        spacings: the values of ``Setting.timestep_spacing`` that it takes; empty where it has a
+            spacing of its own.
+        schedules: the values of ``Setting.schedule`` that it takes; empty where it has a schedule
+            of its own.
         steps_offset: what it adds to the timesteps of "leading".
         slow: whether a step takes 10 ms or more: the quick set then makes fewer steps.
-        own_alphas_cumprod: whether it uses a table of its own in float32, which ``levels`` does not give exactly.
+        own_alphas_cumprod: whether it uses a table of its own in float32, which ``levels`` does not
+            give exactly.
     """
 
     name = "subject"
@@ -84,7 +90,8 @@ class Subject:
     own_alphas_cumprod = False
 
     def levels(self, setting: Setting) -> tuple[Level, ...]:
-        """Return the steps of a setting: the timesteps that the subject chooses, with its own alpha_bar of each."""
+        """Return the steps of a setting: the timesteps that the subject chooses, with its own
+        alpha_bar of each."""
         return setting.levels()
 
     def step(self, case: StepCase) -> StepResult:
@@ -92,7 +99,8 @@ class Subject:
         raise NotImplementedError
 
     def source(self, seed: int, batch_size: int) -> Any:
-        """Return the source of noise of a run of ``batch_size`` samples: a ``torch.Generator``, unless overridden."""
+        """Return the source of noise of a run of ``batch_size`` samples: a ``torch.Generator``,
+        unless overridden."""
         return torch.Generator().manual_seed(seed)
 
     def sample(self, setting: Setting, model: Model, x_T: Tensor, source: Any) -> Tensor:
@@ -112,7 +120,8 @@ class Subject:
         return self
 
     def code(self, case: StepCase) -> str:
-        """Return Python that assigns ``x_prev`` of a case, where torch and the case's tensors are defined."""
+        """Return Python that assigns ``x_prev`` of a case, where torch and the case's tensors are
+        defined."""
         raise NotImplementedError
 
     def observe(self, setting: Setting, model: Model, x_T: Tensor, source: Any) -> list[Observed]:

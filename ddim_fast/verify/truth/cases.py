@@ -17,11 +17,13 @@ CLEAN = -1
 """The timestep that stands for clean data, after the last step."""
 
 Model = Callable[[Tensor, Tensor], Tensor]
-"""``model(x_t, t)`` returns the model's output, like ``x_t``: samples ``(B, C, ...)``, timesteps ``(B,)``."""
+"""``model(x_t, t)`` returns the model's output, like ``x_t``: samples ``(B, C, ...)``, timesteps
+``(B,)``."""
 
 
 class Level(NamedTuple):
-    """The timesteps and noise levels between which a step goes, from the subject's own tables, in float64."""
+    """The timesteps and noise levels between which a step goes, from the subject's own tables, in
+    float64."""
 
     t: float
     t_prev: float
@@ -34,10 +36,13 @@ class Setting:
     """The options of a sampler, by their usual names.
 
     Args:
-        num_inference_steps, timestep_spacing: choose the timesteps; "leading", "trailing" or "linspace".
+        num_inference_steps, timestep_spacing: choose the timesteps; "leading", "trailing" or
+            "linspace".
         timesteps: used instead, strictly decreasing.
-        alpha_bars: used instead: the (alpha_bar_t, alpha_bar_prev) of each step; for subjects with the feature "levels".
-        schedule, num_train_timesteps, zero_terminal_snr: the noise schedule, see ``oracle.alphas_cumprod``.
+        alpha_bars: used instead: the (alpha_bar_t, alpha_bar_prev) of each step; for subjects with
+            the feature "levels".
+        schedule, num_train_timesteps, zero_terminal_snr: the noise schedule, see
+            ``oracle.alphas_cumprod``.
         clip_sample_range: x0 is clipped to [-range, range]; None for no clipping.
     """
 
@@ -96,14 +101,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class StepCase:
-    """Step number ``index`` of a setting, from given samples and model output, both ``(B, C, ...)``.
+    """Step number ``index`` of a setting, from given samples and model output, both ``(B, C,
+    ...)``.
 
     Args:
         noise: z, for subjects that take it.
         source: the source of noise for other subjects, made by ``Subject.source``.
         in_place: write the result over ``x_t``.
-        more: arguments that few subjects have, by the names of ``ddim_step``: ``model_output_uncond``, ``guidance_scale``,
-            ``thresholds``, ``mask``, ``known_x0`` and ``known_noise``.
+        more: arguments that few subjects have, by the names of ``ddim_step``:
+            ``model_output_uncond``, ``guidance_scale``, ``thresholds``, ``mask``, ``known_x0`` and
+            ``known_noise``.
     """
 
     setting: Setting

@@ -29,12 +29,14 @@ class GoldenRun:
 
     Args:
         name: how it differs from the simplest run.
-        setting: with explicit timesteps; ``timestep_spacing`` and ``num_inference_steps`` give the same ones, unless ``irregular``.
+        setting: with explicit timesteps; ``timestep_spacing`` and ``num_inference_steps`` give the
+            same ones, unless ``irregular``.
         eta_scales: what eta multiplies, see ``Subject``.
         quick: whether it belongs to the quick set, which together uses every option of a sampler.
         irregular: whether its timesteps follow no spacing.
         alpha_bars: one for each timestep, then that of clean data: ``(S + 1,)``.
-        x_T, model_outputs, noise, states: float64, ``(B, C)`` and ``(S, B, C)``; ``states[i]`` is x_prev of step i.
+        x_T, model_outputs, noise, states: float64, ``(B, C)`` and ``(S, B, C)``; ``states[i]`` is
+            x_prev of step i.
     """
 
     name: str

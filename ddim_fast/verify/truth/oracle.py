@@ -1,8 +1,9 @@
-"""The DDIM step in float64 NumPy, written from the papers alone. It imports nothing else of ddim_fast, so that it cannot share
-an error with the code that it judges.
+"""The DDIM step in float64 NumPy, written from the papers alone. It imports nothing else of
+ddim_fast, so that it cannot share an error with the code that it judges.
 
-``textbook_step`` has one formula for each prediction type. ``row_step`` evaluates any row of coefficients, and returns with each
-result the sum of the magnitudes of its terms: the scale of its rounding errors (see ``tolerances``).
+``textbook_step`` has one formula for each prediction type. ``row_step`` evaluates any row of
+coefficients, and returns with each result the sum of the magnitudes of its terms: the scale of its
+rounding errors (see ``tolerances``).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _OLD_KEYWORDS = {"convention": "eta_scales", "rederive": "use_clipped_model_outp
 
 
 def _with_old_keywords(function: _Function) -> _Function:
-    """Accept the names that two keywords had in ddim_fast 0.1, with a warning. To be removed in 0.3."""
+    """Accept the names that two keywords had in ddim_fast 0.1, with a warning. To be removed in
+    0.3."""
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
@@ -56,7 +58,8 @@ def round_to_float16(x: np.ndarray) -> np.ndarray:
 def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
     """Return the nearest bfloat16 of each element, as float64.
 
-    The bits are rounded to nearest even, from a float32 that is rounded to odd: its last bit is set where it is not exact.
+    The bits are rounded to nearest even, from a float32 that is rounded to odd: its last bit is set
+    where it is not exact.
     """
     x = np.atleast_1d(np.asarray(x, np.float64))
     with np.errstate(over="ignore", under="ignore"):
@@ -78,7 +81,8 @@ def alphas_cumprod(schedule: str = "linear", num_train_timesteps: int = 1000) ->
     """Return the cumulative products of 1 - beta, float64, ``(num_train_timesteps,)``.
 
     Args:
-        schedule: "linear" (DDPM's), "scaled_linear" (Stable Diffusion's) or "cosine" (equation 17 of arXiv 2102.09672).
+        schedule: "linear" (DDPM's), "scaled_linear" (Stable Diffusion's) or "cosine" (equation 17
+            of arXiv 2102.09672).
     """
     total = num_train_timesteps
     if schedule == "linear":
@@ -106,7 +110,8 @@ def timesteps(spacing: str, count: int, total: int) -> list[int]:
     """Return the timesteps of table 2 of arXiv 2305.08891, in decreasing order.
 
     Raises:
-        ValueError: ``count`` does not divide the timesteps: implementations then round in different ways.
+        ValueError: ``count`` does not divide the timesteps: implementations then round in different
+            ways.
     """
     if total % count or (spacing == "linspace" and (total - 1) % max(count - 1, 1)):
         raise ValueError(f"{count} does not divide {total}")
@@ -125,7 +130,8 @@ def timesteps(spacing: str, count: int, total: int) -> list[int]:
 
 @_with_old_keywords
 def std_dev(alpha_bar_t: float, alpha_bar_prev: float, eta: float, eta_scales: str = "std_dev") -> float:
-    """Return std_dev_t, the standard deviation of the noise that a step adds: equation 16 of arXiv 2010.02502.
+    """Return std_dev_t, the standard deviation of the noise that a step adds: equation 16 of arXiv
+    2010.02502.
 
     Args:
         eta_scales: "std_dev", as in the paper, or "variance": eta multiplies the variance instead.
@@ -152,7 +158,8 @@ def split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the (x0, eps) that a model output stands for.
 
-    Sources: "epsilon", equation 9 of arXiv 2010.02502; "v_prediction", section 2.4 of arXiv 2202.00512.
+    Sources: "epsilon", equation 9 of arXiv 2010.02502; "v_prediction", section 2.4 of arXiv
+    2202.00512.
 
     Raises:
         ValueError: the prediction type is unknown.
@@ -205,7 +212,8 @@ def textbook_step(
         noise: z, like ``x_t``. Needed where the step adds noise.
         clip: x0 is clipped to [-clip, clip].
         use_clipped_model_output: compute eps again from the clipped x0.
-        thresholds: one s for each sample: x0 is clipped to [-s, s] and scaled by ``clip / s`` (Imagen, arXiv 2205.11487).
+        thresholds: one s for each sample: x0 is clipped to [-s, s] and scaled by ``clip / s``
+            (Imagen, arXiv 2205.11487).
 
     Raises:
         ValueError: the prediction type is unknown.
@@ -265,7 +273,8 @@ def textbook_row(
 
 
 def ddpm_posterior(alpha_bar_t: float, alpha_bar_s: float) -> tuple[float, float, float]:
-    """Return (a, b, variance) of q(x_s | x_t, x0) = N(a x0 + b x_t, variance), for any two noise levels of a Markov chain.
+    """Return (a, b, variance) of q(x_s | x_t, x0) = N(a x0 + b x_t, variance), for any two noise
+    levels of a Markov chain.
 
     Source: equations 6 and 7 of arXiv 2006.11239, with beta_t = 1 - alpha_bar_t / alpha_bar_s.
     """
@@ -285,7 +294,8 @@ class Result:
 
     Attributes:
         x_prev, x0: the results, like ``x_t``.
-        terms: of x_prev; a step without clipping counts as the two or three terms of its folded form (see ``fold``).
+        terms: of x_prev; a step without clipping counts as the two or three terms of its folded
+            form (see ``fold``).
         long_terms: of x_prev, never folded.
         x0_terms: of x0.
     """
@@ -298,7 +308,8 @@ class Result:
 
 
 def fold(row: dict[str, float]) -> tuple[float, float]:
-    """Return (a, b) of a step without clipping: x_prev = a x_t + b m, and what history and noise add."""
+    """Return (a, b) of a step without clipping: x_prev = a x_t + b m, and what history and noise
+    add."""
     of_x0 = row["prev_x0"] + row["prev_eps"] * row["eps_0"]
     return (
         of_x0 * row["x0_x"] + row["prev_eps"] * row["eps_x"],
@@ -323,11 +334,14 @@ def row_step(
     """Evaluate a row of coefficients in float64.
 
     Args:
-        row: by column; "clip" and "prev_history" may be missing, "known_x0" and "known_noise" only without a mask.
+        row: by column; "clip" and "prev_history" may be missing, "known_x0" and "known_noise" only
+            without a mask.
         x_t, model_output, noise, history: ``(B, C, ...)``.
-        uncond, guidance: the unconditional output, and the guidance scale w: m = uncond + w (model_output - uncond).
+        uncond, guidance: the unconditional output, and the guidance scale w: m = uncond + w
+            (model_output - uncond).
         thresholds: ``(B,)``, see ``textbook_step``.
-        mask, known_x0, known_noise: where the mask is 1, x_prev is the known image at the noise level of x_prev.
+        mask, known_x0, known_noise: where the mask is 1, x_prev is the known image at the noise
+            level of x_prev.
     """
     c, clip = row, row.get("clip", math.inf)
     x, m = np.asarray(x_t, np.float64), np.asarray(model_output, np.float64)
@@ -376,7 +390,8 @@ def _with_known_region(
     known_x0: np.ndarray | None,
     known_noise: np.ndarray | None,
 ) -> Result:
-    """Blend the known image into x_prev, at the noise level of x_prev (equation 4 of arXiv 2010.02502)."""
+    """Blend the known image into x_prev, at the noise level of x_prev (equation 4 of arXiv
+    2010.02502)."""
     mask, known = np.asarray(mask, np.float64), row["known_x0"] * np.asarray(known_x0, np.float64)
     known_terms = np.abs(known)
     if row["known_noise"] != 0:

@@ -1,10 +1,12 @@
 """Statistical tests whose false-alarm rates are exact or bounded from above.
 
-Each test takes numbers and ``rate``, the largest probability with which it may fail on correct numbers. Where several tests are
-made together, each gets an equal share of the rate (Bonferroni): ``together``.
+Each test takes numbers and ``rate``, the largest probability with which it may fail on correct
+numbers. Where several tests are made together, each gets an equal share of the rate (Bonferroni):
+``together``.
 
-The rates in use are 1e-8 and less, where the usual normal approximations can be wrong by a large factor. The docstring of each
-test says whether it is exact or a bound, and how many numbers it needs.
+The rates in use are 1e-8 and less, where the usual normal approximations can be wrong by a large
+factor. The docstring of each test says whether it is exact or a bound, and how many numbers it
+needs.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class Finding:
         what: what was measured, in words.
         found, expected: the measured quantity, and its value for correct numbers.
         statistic, threshold: how far it is off, and how far it may be off at this rate.
-        p_value: the probability that correct numbers are at least as far off, or an upper bound of it.
+        p_value: the probability that correct numbers are at least as far off, or an upper bound of
+            it.
     """
 
     what: str
@@ -106,8 +109,9 @@ def kurtosis(x: np.ndarray, rate: float) -> Finding:
 def _moment(what: str, terms: np.ndarray, variance_of_one: float, rate: float) -> Finding:
     """Test the mean of independent terms, at an eighth of the rate.
 
-    The eighth makes up for the normal approximation: by Cramer's theorem, the tail at z standard errors is exp(skewness z^3 / 6 ...)
-    times the normal's. The terms of the fourth moment have skewness 14.7, the mean of 2^20 of them 0.0144: a factor of 2.2 at z = 6.9.
+    The eighth makes up for the normal approximation: by Cramer's theorem, the tail at z standard
+    errors is exp(skewness z^3 / 6 ...) times the normal's. The terms of the fourth moment have
+    skewness 14.7, the mean of 2^20 of them 0.0144: a factor of 2.2 at z = 6.9.
     """
     found, error = float(terms.mean()), math.sqrt(variance_of_one / len(terms))
     p_value = min(1.0, 8 * _normal_p(abs(found) / error))
@@ -115,7 +119,8 @@ def _moment(what: str, terms: np.ndarray, variance_of_one: float, rate: float) -
 
 
 def tails(x: np.ndarray, beyond: float, rate: float) -> Finding:
-    """Test how many standard normal numbers lie beyond +-``beyond``. Binomial: exact, at most the rate."""
+    """Test how many standard normal numbers lie beyond +-``beyond``. Binomial: exact, at most the
+    rate."""
     x = _flat(x)
     n, chance = len(x), 2 * float(special.ndtr(-beyond))
     count, expected = int(np.count_nonzero(np.abs(x) > beyond)), n * chance
@@ -132,8 +137,8 @@ def tails(x: np.ndarray, beyond: float, rate: float) -> Finding:
 def kolmogorov_smirnov(x: np.ndarray, cdf: Callable[[np.ndarray], np.ndarray], rate: float) -> Finding:
     """Test the largest distance between the numbers' distribution and ``cdf``.
 
-    The threshold is that of Dvoretzky, Kiefer and Wolfowitz with Massart's constant (1990), a bound for any count. The p value is
-    the asymptotic one.
+    The threshold is that of Dvoretzky, Kiefer and Wolfowitz with Massart's constant (1990), a bound
+    for any count. The p value is the asymptotic one.
     """
     x = np.sort(_flat(x))
     n, at = len(x), cdf(x)
@@ -174,7 +179,8 @@ def correlation(x: np.ndarray, y: np.ndarray, rate: float) -> Finding:
 
 
 def _correlation(r: float, n: int, rate: float, what: str = "the correlation") -> Finding:
-    """Test a correlation: with known means, t = r sqrt((n - 1) / (1 - r^2)) has n - 1 degrees of freedom."""
+    """Test a correlation: with known means, t = r sqrt((n - 1) / (1 - r^2)) has n - 1 degrees of
+    freedom."""
     freedom = n - 1
     t = math.sqrt(freedom) * abs(r) / math.sqrt(max(1 - r * r, 1e-300))
     quantile = -float(special.stdtrit(freedom, rate / 2))
@@ -202,10 +208,11 @@ def pairs(rows: np.ndarray, rate: float) -> Finding:
 
 
 def any_lag(x: np.ndarray, rate: float, y: np.ndarray | None = None) -> Finding:
-    """Test the largest correlation of the rows ``(B, n)`` of ``x`` with themselves or with those of ``y``, at every lag up to n / 2.
+    """Test the largest correlation of the rows ``(B, n)`` of ``x`` with themselves or with those of
+    ``y``, at every lag up to n / 2.
 
-    A sum of 2^15 products or more is treated as normal: the excess kurtosis of a product of normals, 6, falls to 2e-4 in the sum,
-    which raises the probability at 8 standard errors by 3 %.
+    A sum of 2^15 products or more is treated as normal: the excess kurtosis of a product of
+    normals, 6, falls to 2e-4 in the sum, which raises the probability at 8 standard errors by 3 %.
     """
     rows, n = x.shape
     x = x / math.sqrt(np.mean(np.square(x)) or math.nan)
@@ -232,7 +239,8 @@ def any_lag(x: np.ndarray, rate: float, y: np.ndarray | None = None) -> Finding:
 
 
 def covariance(points: np.ndarray, means: np.ndarray, covariance: np.ndarray, rate: float) -> Finding:
-    """Test every entry of the covariance of normal points ``(n, d)``, whitened by its Cholesky factor. Exact."""
+    """Test every entry of the covariance of normal points ``(n, d)``, whitened by its Cholesky
+    factor. Exact."""
     white = np.linalg.solve(np.linalg.cholesky(np.asarray(covariance)), (points - means).T)
     d = len(white)
     tests = {f"of whitened coordinate {i}": lambda r, i=i: variance(white[i], r) for i in range(d)}
@@ -254,7 +262,8 @@ def directions(rng: np.random.Generator, count: int, d: int) -> np.ndarray:
 def sliced(
     points: np.ndarray, along: np.ndarray, test: Callable[[np.ndarray, np.ndarray, float], Finding], rate: float
 ) -> Finding:
-    """Make ``test(projected, direction, rate)`` on the points ``(n, d)`` projected to each direction of ``(k, d)``."""
+    """Make ``test(projected, direction, rate)`` on the points ``(n, d)`` projected to each
+    direction of ``(k, d)``."""
     tests = {
         f"along {np.array2string(one, precision=3)}": lambda r, one=one: test(points @ one, one, r) for one in along
     }

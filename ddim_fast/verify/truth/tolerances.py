@@ -1,9 +1,11 @@
-"""How far a result may be from float64: the only table of tolerances, in machine epsilons of the type computed in.
+"""How far a result may be from float64: the only table of tolerances, in machine epsilons of the
+type computed in.
 
-An error is measured against the sum of the magnitudes of the result's terms, since rounding errors scale with it: a result that
-is small by cancellation may have more wrong digits. 4 eps allow for one rounding of each coefficient, product, sum and of the
-result, and little more. Half precision is computed in float32 and rounded once: the result must be the correct rounding of a
-number that float32 was allowed to give, and so is the correctly rounded exact result in nearly all elements.
+An error is measured against the sum of the magnitudes of the result's terms, since rounding errors
+scale with it: a result that is small by cancellation may have more wrong digits. 4 eps allow for
+one rounding of each coefficient, product, sum and of the result, and little more. Half precision is
+computed in float32 and rounded once: the result must be the correct rounding of a number that
+float32 was allowed to give, and so is the correctly rounded exact result in nearly all elements.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ COMPUTED_IN = {
 }
 SCALED_EPS = {torch.float64: 8.0, torch.float32: 4.0}
 SHARE_CORRECTLY_ROUNDED = 0.999
-"""The share of the elements of a realistic half-precision step; the others are off by one unit in the last place."""
+"""The share of the elements of a realistic half-precision step; the others are off by one unit in
+the last place."""
 
 ROUND = {
     torch.float64: lambda x: x,
@@ -47,7 +50,8 @@ def allowed_error(dtype: torch.dtype, terms: np.ndarray) -> np.ndarray:
 
 
 def allowed_error_in_type(dtype: torch.dtype, terms: np.ndarray) -> np.ndarray:
-    """Return the largest error allowed where everything is computed in the type itself, half precision too."""
+    """Return the largest error allowed where everything is computed in the type itself, half
+    precision too."""
     return SCALED_EPS[COMPUTED_IN[dtype]] * torch.finfo(dtype).eps * terms
 
 
@@ -63,12 +67,14 @@ def worst_share(error: np.ndarray, allowed: np.ndarray) -> tuple[float, tuple[in
 
 
 def assert_near(actual: torch.Tensor, exact: np.ndarray, terms: np.ndarray, what: str = "result") -> None:
-    """Raise AssertionError unless each element is as near to the finite ``exact`` as its type allows."""
+    """Raise AssertionError unless each element is as near to the finite ``exact`` as its type
+    allows."""
     assert_within(actual, exact, allowed_error(actual.dtype, terms), what)
 
 
 def assert_within(actual: torch.Tensor, exact: np.ndarray, allowed: np.ndarray, what: str = "result") -> None:
-    """Raise AssertionError unless each element is the rounding of a number within ``allowed`` of ``exact``."""
+    """Raise AssertionError unless each element is the rounding of a number within ``allowed`` of
+    ``exact``."""
     got, rounded = to_numpy(actual), ROUND[actual.dtype]
     lowest, highest = (rounded(bound).reshape(exact.shape) for bound in (exact - allowed, exact + allowed))
     wrong = ~((lowest <= got) & (got <= highest))  # NaN is wrong, too
@@ -91,7 +97,8 @@ def share_correctly_rounded(actual: torch.Tensor, exact: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Interval:
-    """All values that a computation can have when each operation is rounded to relative precision ``eps``."""
+    """All values that a computation can have when each operation is rounded to relative precision
+    ``eps``."""
 
     low: float
     high: float
@@ -139,7 +146,8 @@ def coefficient_spread(
     eps: float,
     alpha_eps: tuple[float, float] = (0.0, 0.0),
 ) -> dict[str, float]:
-    """Return how far each column of a row may be off, where ``oracle.textbook_row`` is evaluated with relative precision ``eps``.
+    """Return how far each column of a row may be off, where ``oracle.textbook_row`` is evaluated
+    with relative precision ``eps``.
 
     Args:
         eta: the paper's, which scales the standard deviation.

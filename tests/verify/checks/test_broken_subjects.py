@@ -1,4 +1,5 @@
-"""The checks find what they are for: every subject that is wrong on purpose fails those named beside it, and right ones pass all."""
+"""The checks find what they are for: every subject that is wrong on purpose fails those named
+beside it, and right ones pass all."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""The checks of whole runs' distributions: their closed forms are right, they pass what is right, and each finds what it is meant for."""
+"""The checks of whole runs' distributions: their closed forms are right, they pass what is right,
+and each finds what it is meant for."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""The checks of where a step reads and writes: right samplers pass, and each breakage is caught by the check meant for it."""
+"""The checks of where a step reads and writes: right samplers pass, and each breakage is caught by
+the check meant for it."""
 
 import math
 

@@ -36,7 +36,8 @@ def normal(x_t, generator):
 
 
 def sampler(draw):
-    """A right sampler function that can only be watched; ``draw(x_T, x_t, generator, steps)`` is called once a step."""
+    """A right sampler function that can only be watched; ``draw(x_T, x_t, generator, steps)`` is
+    called once a step."""
 
     def sample(model, x_T, alphas_cumprod, timesteps, eta=0.0, generator=None):
         x_t, before = x_T, []
@@ -101,7 +102,8 @@ def lag(z, distance, r):
 
 
 def signs_only(z):
-    """Neighbours of the same size with signs of their own: not correlated, but far from independent."""
+    """Neighbours of the same size with signs of their own: not correlated, but far from
+    independent."""
     flat = z.reshape(-1).clone()
     flat[1::2] = flat[0::2].abs() * flat[1::2].sign()
     return flat.reshape(z.shape)

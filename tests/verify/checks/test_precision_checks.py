@@ -1,4 +1,5 @@
-"""The checks of half and double precision: right samplers pass, and each breakage is caught by the check meant for it."""
+"""The checks of half and double precision: right samplers pass, and each breakage is caught by the
+check meant for it."""
 
 import math
 

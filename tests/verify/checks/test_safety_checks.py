@@ -1,4 +1,5 @@
-"""The checks of what a sampler does beside its arithmetic: right samplers pass, and each breakage is caught by the check meant for it."""
+"""The checks of what a sampler does beside its arithmetic: right samplers pass, and each breakage
+is caught by the check meant for it."""
 
 import functools
 import math
@@ -265,7 +266,8 @@ def test_seeds_of_other_samples_are_caught():
 
 
 class BitsOff(Backend):
-    """A claim to exact arithmetic is a claim to the same bits: the vector loop's tail is computed otherwise."""
+    """A claim to exact arithmetic is a claim to the same bits: the vector loop's tail is computed
+    otherwise."""
 
     def __init__(self):
         super().__init__("reference")

@@ -1,4 +1,5 @@
-"""The checks of noise schedules and timesteps: right subjects pass, and each break is found, in words that tell why."""
+"""The checks of noise schedules and timesteps: right subjects pass, and each break is found, in
+words that tell why."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""The checks of single steps and watched runs: right subjects pass, and each break is found, in words that tell why."""
+"""The checks of single steps and watched runs: right subjects pass, and each break is found, in
+words that tell why."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""The report as a page: what is in it, that nothing of a subject's can break out of it, and that it works in a browser."""
+"""The report as a page: what is in it, that nothing of a subject's can break out of it, and that it
+works in a browser."""
 
 import re
 from dataclasses import replace

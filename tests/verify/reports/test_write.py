@@ -1,4 +1,5 @@
-"""Reports as JSON and as JUnit XML: valid by their schemas, read back whole, written whole or not at all."""
+"""Reports as JSON and as JUnit XML: valid by their schemas, read back whole, written whole or not
+at all."""
 
 import json
 import math
@@ -86,7 +87,8 @@ def test_junit_is_valid_and_its_counts_are_true(name):
     for tag, attribute in {"failure": "failures", "error": "errors", "skipped": "skipped"}.items():
         assert int(suite.get(attribute)) == len(suite.findall(f"testcase/{tag}"))
     assert int(suite.get("tests")) == len(suite.findall("testcase"))
-    # A CI system that sees this file alone comes to the same verdict as one that sees the exit code.
+    # A CI system that sees this file alone comes to the same verdict as one that sees the exit
+    # code.
     assert (int(suite.get("failures")) + int(suite.get("errors")) == 0) == ALL[name].passed
 
 

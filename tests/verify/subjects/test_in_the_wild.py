@@ -1,4 +1,5 @@
-"""The findings on other libraries: those on diffusers are found again, and the document says what the data say."""
+"""The findings on other libraries: those on diffusers are found again, and the document says what
+the data say."""
 
 import importlib.util
 import json

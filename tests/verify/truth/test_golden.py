@@ -1,4 +1,5 @@
-"""The recorded runs: the same bytes wherever they are made, right samplers in agreement with them, any other result found."""
+"""The recorded runs: the same bytes wherever they are made, right samplers in agreement with them,
+any other result found."""
 
 import importlib.util
 import json

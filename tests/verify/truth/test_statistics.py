@@ -1,4 +1,5 @@
-"""The tests of chance: p values of right numbers are uniform, thresholds are those of the stated rate, wrong numbers are found."""
+"""The tests of chance: p values of right numbers are uniform, thresholds are those of the stated
+rate, wrong numbers are found."""
 
 import math
 from functools import partial
