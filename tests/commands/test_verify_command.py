@@ -135,7 +135,7 @@ def test_broken_subject_is_shown_with_python_that_fails_beside_one_that_is_right
 def test_a_crash_an_end_and_a_hanging_call_cost_a_check_each(folder):
     names = applicable(4)
     said = program("subjects:dying", *only(*names), "--timeout", 2, "--json", "r.json", code=2)
-    for word in ("SIGABRT", "status 0", "within 2 s", "3 of 4 checks could not run to its end"):
+    for word in ("SIGABRT", "status 0", "within 2 s", "3 of 4 checks did not finish"):
         assert word in said
     outcomes = [r["outcome"] for r in read(folder / "r.json")["results"]]
     assert outcomes == ["error", "error", "error", "passed"]
@@ -186,7 +186,7 @@ def test_required_check_that_does_not_apply(folder):
     name = next(one.name for one in CHECKS.values() if not one.needs <= offered and not one.full_only)
     said = verify("subjects:right", *only("update", name), "--require", name, code=3)
     assert f"not applicable: {name}, which is required" in said
-    assert f"what is required did not run ({name})" in said
+    assert f"required checks did not run ({name})" in said
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------
@@ -226,11 +226,11 @@ def test_a_subject_that_cannot_be_had(folder, subject, words):
         (["--check", "nonsense"], ["update", "'nonsense'"]),
         (["--require", "nonsense"], ["update", "'nonsense'"]),
         (["--check", "golden", "--require", "update"], ["update is required but would not run"]),
-        (["--golden", "--check", "update"], ["--golden", "leave out --check"]),
-        (["--json", "none/r.json"], ["none", "does not exist"]),
-        (["--junit", "."], ["is not a file"]),
-        (["--html", "/proc/r.html"], ["/proc/r.html cannot be written"]),
-        (["--html", "r", "--json", "./r"], ["two have the same name"]),
+        (["--golden", "--check", "update"], ["--golden", "leave out one"]),
+        (["--json", "none/r.json"], ["none", "must exist"]),
+        (["--junit", "."], ["must be a file"]),
+        (["--html", "/proc/r.html"], ["must be writable, got /proc/r.html"]),
+        (["--html", "r", "--json", "./r"], ["got one name twice"]),
         (["--device", "abacus"], ["abacus", "cuda"]),
         (["--device", "cuda:77"], ["cuda"]),
         (["--timeout", "0"], ["--timeout"]),
@@ -311,8 +311,8 @@ def test_a_report_that_cannot_be_written_after_all_is_no_verdict(stub, monkeypat
 @pytest.mark.parametrize(
     ("raised", "words"),
     [
-        (RuntimeError("a mistake of ours"), ["itself went wrong", "a mistake of ours"]),
-        (ValueError("another"), ["itself went wrong", "another"]),
+        (RuntimeError("a mistake of ours"), ["itself raised an error", "a mistake of ours"]),
+        (ValueError("another"), ["itself raised an error", "another"]),
         (KeyboardInterrupt(), ["ended by Ctrl-C"]),
         (SubjectRefusedError("no such thing"), ["no such thing"]),
     ],

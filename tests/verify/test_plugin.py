@@ -133,7 +133,7 @@ def test_a_failure_is_the_checks_words_and_its_code_alone(checks, pytest_in):
             "What wrong proves: It proves.",
             "Source: equation 1",
             "",
-            "This fails for as long as the sampler is wrong:",
+            "This code fails while the sampler is wrong:",
             "",
             "assert 1 == 2, 'the code'",
             "=* short test summary info =*",
@@ -149,7 +149,7 @@ def test_what_the_subject_raises_and_what_a_check_gets_wrong(checks, pytest_in):
     result = pytest_in("--ddim-check", "raises", "--ddim-check", "broken")
     result.assert_outcomes(failed=2)
     result.stdout.fnmatch_lines(
-        ["the check itself went wrong:*", "*ZeroDivisionError: of its own", "*raised ValueError: none*"]
+        ["the check itself raised an error:*", "*ZeroDivisionError: of its own", "*raised ValueError: none*"]
     )
 
 
@@ -204,7 +204,7 @@ def test_junit(checks, pytest_in, pytester):
 def test_required_checks_must_run(checks, pytest_in):
     result = pytest_in("--ddim-require", "inapplicable", "--ddim-require", "right", "-k", "right or inapplicable")
     result.assert_outcomes(passed=1, failed=1)
-    result.stdout.fnmatch_lines(["inapplicable is required, and did not run: the subject does not offer eta"])
+    result.stdout.fnmatch_lines(["inapplicable is required and did not run: the subject does not offer eta"])
 
 
 def test_the_seed_and_the_conventions_reach_the_checks(checks, pytest_in):
@@ -229,18 +229,19 @@ def test_the_seed_and_the_conventions_reach_the_checks(checks, pytest_in):
     [
         ([], "mine:absent", "the subject 'mine:absent' cannot be imported"),
         ([], "absent:step", "the subject 'absent:step' cannot be imported"),
-        ([], "mine:math", "a subject is a backend"),
-        (["--ddim-check", "absent"], "mine:ddim_step", "checks are right, wrong"),
-        (["--ddim-require", "absent"], "mine:ddim_step", "checks are right, wrong"),
+        ([], "mine:math", "a subject must be a backend"),
+        (["--ddim-check", "absent"], "mine:ddim_step", "a check must be one of right, wrong"),
+        (["--ddim-require", "absent"], "mine:ddim_step", "a check must be one of right, wrong"),
         (
             ["--ddim-check", "right", "--ddim-require", "wrong"],
             "mine:ddim_step",
-            "wrong: these options leave that check out",
+            "wrong: the other options leave that check out",
         ),
         (["--ddim-device", "nowhere"], "mine:ddim_step", "--ddim-device nowhere cannot be used here"),
         (["--ddim-eta-scales", "nothing"], "mine:ddim_step", "eta_scales must be one of"),
-        (["--ddim-check", "right"], None, "--ddim-check says how to verify, and --ddim-subject what"),
-        (["--ddim-full"], None, "--ddim-full says how to verify"),
+        (["--ddim-check", "right"], None, "--ddim-check needs --ddim-subject: give both, or neither"),
+        (["--ddim-full"], None, "--ddim-full needs --ddim-subject"),
+        (["--ddim-seed", "-1"], "mine:ddim_step", "--ddim-seed must be an integer, at least 0, got -1"),
     ],
 )
 def test_what_cannot_run_is_a_usage_error(checks, pytest_in, arguments, subject, message):
@@ -351,7 +352,7 @@ def test_the_subject_is_asked_for(pytest_in, pytester):
     pytester.makepyfile(test_own="def test_own(ddim_subject): pass")
     result = pytest_in(subject=None)
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(["the fixture ddim_subject is the sampler of --ddim-subject: give that option"])
+    result.stdout.fnmatch_lines(["the fixture ddim_subject needs the option --ddim-subject"])
 
 
 # --- assert_close -----------------------------------------------------------------------------------------------------
@@ -423,7 +424,7 @@ def test_empty_tensors_are_right():
         (TypeError, "terms must be float64", dict(terms=np.ones(3, np.float32))),
         (ValueError, r"terms must have the shape of expected, \(3,\), got \(2,\)", dict(terms=np.ones(2))),
         (ValueError, "must be finite", dict(expected=np.array([1, 1, np.inf]))),
-        (ValueError, "factor must be above 0, got 0", dict(factor=0)),
+        (ValueError, "factor must be a finite number, above 0, got 0", dict(factor=0)),
         (ValueError, "arithmetic must be one of exact, float32, got 'loose'", dict(arithmetic="loose")),
     ],
 )

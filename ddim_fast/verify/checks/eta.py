@@ -89,12 +89,13 @@ def eta_convention(context: Context) -> None:
 def _given_noise(context: Context, setting: Setting, index: int, level: Level) -> None:
     """Check a step from x_t = 0 with a model output of 0: x_prev is the noise alone."""
     zero = torch.zeros(2, 16, device=context.device)
-    case = StepCase(setting, index, zero, zero.clone(), context.normal(2, 16))
+    noise = context.normal(2, 16)
+    case = StepCase(setting, index, zero, zero.clone(), noise)
     result = context.step(case.copied())
     found = verdict(context.subject, case, level, case, result)
     context.measured(found.share)
     if not found.share <= 1:
-        scale = to_numpy(result.x_prev) / to_numpy(case.noise)
+        scale = to_numpy(result.x_prev) / to_numpy(noise)
         message = _wrong_std_dev(context, setting.eta, level, float(np.median(scale)), 1e-3)
         raise CheckFailedError(message, code_of(context.subject, case, found))
 
@@ -215,6 +216,7 @@ def _given_posterior(context: Context, setting: Setting, index: int) -> None:
         "standard deviation": full.but(x_t=zero, model_output=zero),
     }
     for what, case in cases.items():
+        assert case.noise is not None  # the settings have eta = 1, and the subject takes noise
         x_t, output, z = (to_numpy(a) for a in (case.x_t, case.model_output, case.noise))
         x0, _ = oracle.split(setting.prediction_type, x_t, output, level.alpha_bar_t)
         exact = of_x0 * x0 + of_x_t * x_t + math.sqrt(variance) * z

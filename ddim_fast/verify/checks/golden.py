@@ -149,7 +149,8 @@ def _allowed(
         own = _rounded_only(own, *bars, subject, run)
         m, z = run.model_outputs[i], run.noise[i]
         row = row_of(subject, setting, own)
-        case = StepCase(setting, i, *(torch.from_numpy(array).to(dtype) for array in (own_x, m, z)))
+        x_t, output, noise = (torch.from_numpy(array).to(dtype) for array in (own_x, m, z))
+        case = StepCase(setting, i, x_t, output, noise)
         exact = oracle.row_step(row, own_x, m, noise=z)
         off = truth(subject, case, own).allowed + _recorded_off(subject, setting, own, row, own_x, m, z, exact)
         slope = abs(row["prev_x0"] + row["prev_eps"] * row["eps_0"]) * abs(row["x0_x"]) + abs(

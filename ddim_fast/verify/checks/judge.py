@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -73,7 +73,9 @@ def truth(subject: Subject, before: StepCase, level: Level) -> Truth:
     setting, x, m = before.setting, to_numpy(before.x_t), to_numpy(before.model_output)
     row = row_of(subject, setting, level)
     names = {"model_output_uncond": "uncond", "guidance_scale": "guidance"}
-    more = {names.get(k, k): to_numpy(v) if isinstance(v, torch.Tensor) else v for k, v in before.more.items()}
+    more: dict[str, Any] = {
+        names.get(k, k): to_numpy(v) if isinstance(v, torch.Tensor) else v for k, v in before.more.items()
+    }
     z = np.zeros_like(x) if before.noise is None else to_numpy(before.noise)
     exact = oracle.row_step(row, x, m, noise=z, **more)
     if "uncond" in more:
@@ -114,7 +116,7 @@ def _spread(subject: Subject, case: StepCase, level: Level) -> dict[str, float]:
     setting = case.setting
     eps = torch.finfo(torch.float32).eps
     bars = level.alpha_bar_t, level.alpha_bar_prev
-    off = tuple(_alpha_eps(subject, t, bar) for t, bar in zip((level.t, level.t_prev), bars, strict=True))
+    off = _alpha_eps(subject, level.t, level.alpha_bar_t), _alpha_eps(subject, level.t_prev, level.alpha_bar_prev)
     return coefficient_spread(
         setting.prediction_type, *bars, paper_eta(subject, setting), setting.use_clipped_model_output, eps, off
     )

@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 import torch
-from scipy import special
+from scipy import special  # type: ignore[import-untyped]  # scipy has no types
 from torch import Tensor
 
 from ..truth import oracle, statistics

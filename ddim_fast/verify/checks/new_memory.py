@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -18,11 +19,12 @@ def nan_memory(nondeterministic: str = "error") -> Iterator[None]:
     """
     # (torch.use_deterministic_algorithms would import a compiler.)
     mode = torch.get_deterministic_debug_mode()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic  # torch declares no types for its attributes
+    filled = settings.fill_uninitialized_memory
     torch.set_deterministic_debug_mode(nondeterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(mode)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        settings.fill_uninitialized_memory = filled

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from scipy import special
+from scipy import special  # type: ignore[import-untyped]  # scipy has no types
 
 from ..truth import oracle, statistics
 from ..truth.cases import Level, Model, Observed, Setting

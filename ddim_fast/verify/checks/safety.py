@@ -112,12 +112,14 @@ def _states(source: Any) -> dict[str, Any]:
     compared."""
     given = source if isinstance(source, (list, tuple)) else [source]
     generators = [g for g in given if isinstance(g, torch.Generator)]
-    states = {f"the generator given (number {i})": g.get_state().numpy().tobytes() for i, g in enumerate(generators)}
+    states: dict[str, Any] = {
+        f"the generator given (number {i})": g.get_state().numpy().tobytes() for i, g in enumerate(generators)
+    }
     states["torch's global generator"] = torch.get_rng_state().numpy().tobytes()
     if torch.cuda.is_available():
         states["the CUDA device's generator"] = torch.cuda.get_rng_state().numpy().tobytes()
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 (the global one)
-    states["NumPy's global generator"] = (name, keys.tobytes(), *rest)
+    of_numpy: Any = np.random.get_state(legacy=True)  # noqa: NPY002 (the global one)
+    states["NumPy's global generator"] = (of_numpy[0], of_numpy[1].tobytes(), *of_numpy[2:])
     states["Python's global generator"] = random.getstate()
     return states
 
@@ -295,9 +297,9 @@ def batch_independence(context: Context) -> None:
     levels = context.levels(setting)
     model = GaussianModel(levels)
     allowed = float64_run(context.subject, setting, levels, model, x_T).allowed
-    whole = context.sample(setting, model, x_T).clone()
+    samples = context.sample(setting, model, x_T).clone()
     for group in map(list, groups):
-        same_numbers(context, rule, context.sample(setting, model, x_T[group]), whole[group], allowed[group])
+        same_numbers(context, rule, context.sample(setting, model, x_T[group]), samples[group], allowed[group])
     if context.offers("eta", "seeds"):
         _seeds_belong_to_samples(context, x_T, groups)
 

@@ -65,10 +65,16 @@ class Backend(Subject):
         return torch.from_numpy(sample_seeds(seed, batch_size))
 
     def sample(self, setting: Setting, model: Model, x_T: Tensor, source: Tensor) -> Tensor:
-        return self._sampler(setting).sample(model, x_T=x_T, seeds=source, backend=self.backend, capture="off")
+        called: Any = model  # it takes no conditions, and none are given
+        samples = self._sampler(setting).sample(called, x_T=x_T, seeds=source, backend=self.backend, capture="off")
+        assert isinstance(samples, Tensor)  # not the whole trajectory
+        return samples
 
     def invert(self, setting: Setting, model: Model, x0: Tensor) -> Tensor:
-        return self._sampler(setting).invert(model, x0, iterations=20, backend=self.backend)
+        called: Any = model
+        x_T = self._sampler(setting).invert(called, x0, iterations=20, backend=self.backend)
+        assert isinstance(x_T, Tensor)
+        return x_T
 
     def code(self, case: StepCase) -> str:
         level = self.levels(case.setting)[case.index]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -68,7 +68,7 @@ class Setting:
         return oracle.zero_terminal_snr(found) if self.zero_terminal_snr else found
 
     def levels(
-        self, timesteps: list[float] | None = None, alphas_cumprod: np.ndarray | None = None, final: float = 1.0
+        self, timesteps: Sequence[float] | None = None, alphas_cumprod: np.ndarray | None = None, final: float = 1.0
     ) -> tuple[Level, ...]:
         """Return the steps of a run, each to the next timestep and the last to clean data.
 
@@ -82,16 +82,15 @@ class Setting:
         if self.alpha_bars is not None:
             count = len(self.alpha_bars)
             return tuple(Level(count - 1 - i, count - 2 - i, *pair) for i, pair in enumerate(self.alpha_bars))
-        if timesteps is None:
-            timesteps = self.timesteps
-        if timesteps is None:
-            timesteps = oracle.timesteps(self.timestep_spacing, self.num_inference_steps, self.num_train_timesteps)
+        visited = self.timesteps if timesteps is None else timesteps
+        if visited is None:
+            visited = oracle.timesteps(self.timestep_spacing, self.num_inference_steps, self.num_train_timesteps)
         bars = self.alphas_cumprod() if alphas_cumprod is None else alphas_cumprod
-        known = [0 <= t < len(bars) and float(t).is_integer() for t in timesteps]
-        bar = [float(bars[int(t)]) if exists else math.nan for t, exists in zip(timesteps, known, strict=True)]
+        exists = [0 <= t < len(bars) and float(t).is_integer() for t in visited]
+        bar = [float(bars[int(t)]) if there else math.nan for t, there in zip(visited, exists, strict=True)]
         bar.append(final)
-        pairs = zip(timesteps, [*timesteps[1:], CLEAN], strict=True)
-        return tuple(Level(*pair, bar[i], bar[i + 1]) for i, pair in enumerate(pairs))
+        pairs = zip(visited, [*visited[1:], CLEAN], strict=True)
+        return tuple(Level(t, t_prev, bar[i], bar[i + 1]) for i, (t, t_prev) in enumerate(pairs))
 
     @property
     def steps(self) -> int:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_Array = TypeVar("_Array", bound=Any)
 _OLD_KEYWORDS = {"convention": "eta_scales", "rederive": "use_clipped_model_output"}
 
 
@@ -153,10 +154,8 @@ def per_sample(values: np.ndarray, like: np.ndarray) -> np.ndarray:
     return np.asarray(values, np.float64).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def split(
-    prediction_type: str, x_t: np.ndarray, model_output: np.ndarray, alpha_bar_t: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the (x0, eps) that a model output stands for.
+def split(prediction_type: str, x_t: _Array, model_output: _Array, alpha_bar_t: float) -> tuple[_Array, _Array]:
+    """Return the (x0, eps) that a model output stands for; arrays or tensors.
 
     Sources: "epsilon", equation 9 of arXiv 2010.02502; "v_prediction", section 2.4 of arXiv
     2202.00512.
@@ -228,7 +227,10 @@ def textbook_step(
         _, eps = split("sample", x_t, x0, alpha_bar_t)
     std_dev_t = std_dev(alpha_bar_t, alpha_bar_prev, eta, eta_scales)
     x_prev = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(max(1 - alpha_bar_prev - std_dev_t * std_dev_t, 0.0)) * eps
-    return (x_prev if std_dev_t == 0 else x_prev + std_dev_t * noise), x0
+    if std_dev_t != 0:
+        assert noise is not None, "a step that adds noise needs it"
+        x_prev = x_prev + std_dev_t * noise
+    return x_prev, x0
 
 
 @_with_old_keywords

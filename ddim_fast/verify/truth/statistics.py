@@ -14,9 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
-from scipy import special
+from scipy import special  # type: ignore[import-untyped]  # scipy has no types
 
 Test = Callable[[float], "Finding"]
 """A test with its numbers bound: it takes a rate and returns its finding."""
@@ -243,7 +244,7 @@ def covariance(points: np.ndarray, means: np.ndarray, covariance: np.ndarray, ra
     factor. Exact."""
     white = np.linalg.solve(np.linalg.cholesky(np.asarray(covariance)), (points - means).T)
     d = len(white)
-    tests = {f"of whitened coordinate {i}": lambda r, i=i: variance(white[i], r) for i in range(d)}
+    tests: dict[str, Test] = {f"of whitened coordinate {i}": partial(variance, white[i]) for i in range(d)}
     if d == 1:
         return together(tests, rate)
     share = (d - 1) / (d + 1)  # the share of the entries off the diagonal
@@ -264,8 +265,8 @@ def sliced(
 ) -> Finding:
     """Make ``test(projected, direction, rate)`` on the points ``(n, d)`` projected to each
     direction of ``(k, d)``."""
-    tests = {
-        f"along {np.array2string(one, precision=3)}": lambda r, one=one: test(points @ one, one, r) for one in along
+    tests: dict[str, Test] = {
+        f"along {np.array2string(one, precision=3)}": partial(test, points @ one, one) for one in along
     }
     return together(tests, rate)
 

@@ -58,8 +58,8 @@ def test_nothing_of_the_subject_is_markup():
 
 def test_two_subjects_stand_beside_each_other():
     page = Page(html_text(EVERY_OUTCOME, RIGHT))
-    assert "Beside it: cpu is right" in page.text
-    assert "Beside it" not in Page(html_text(EVERY_OUTCOME)).text
+    assert "For comparison: cpu is right" in page.text
+    assert "For comparison" not in Page(html_text(EVERY_OUTCOME)).text
 
 
 # --- In a browser -----------------------------------------------------------------------------------------------------

@@ -152,10 +152,10 @@ def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_what_cannot_be_written_is_known_before(tmp_path):
     for path, words in {
-        tmp_path: "not a file",
-        tmp_path / "none" / "r.json": "does not exist",
-        Path("/proc/r.json"): "cannot be written",
-        Path("/dev/null"): "not a file",
+        tmp_path: "must be a file",
+        tmp_path / "none" / "r.json": "folder of a report must exist",
+        Path("/proc/r.json"): "must be writable",
+        Path("/dev/null"): "must be a file",
     }.items():
         with pytest.raises(ValueError, match=words):
             write.check_writable(path)
