@@ -30,13 +30,11 @@ from typing import Any
 
 import torch
 
-from ..kernels.contract import StepCoefficients, StepInputs
-from ..kernels.dispatch import BACKENDS
 from ..utils.checks import check_integer, check_number
 from .checks import CHECKS, Check
 from .reports.report import CheckResult, Outcome, Report
 from .run import prepared_subject, report_of, result_of, run_check
-from .subjects.backends import Backend, EmulatedTriton
+from .subjects.backends import Backend, EmulatedTriton, reasons_against
 
 TIMEOUTS = {False: 300.0, True: 1800.0}
 """Seconds for one check, in the quick set (False) and the full one (True)."""
@@ -274,8 +272,7 @@ def _reasons_against(subject: Any, device: str) -> list[str]:
         return ["triton is not installed: pip install 'ddim-fast[triton]'"] if missing else []
     if not isinstance(subject, Backend):
         return []
-    x = torch.zeros(1, 4, device=device)
-    return BACKENDS[subject.backend].unsupported_reasons(StepInputs(x, x, StepCoefficients(1, 0, 0, 1, 0, 1, 0, 0)))
+    return reasons_against(subject.backend, device)
 
 
 def _end_with_parent() -> None:

@@ -169,6 +169,15 @@ class EmulatedTriton(Backend):
         return Backend("triton")
 
 
+def reasons_against(name: str, device: torch.device | str) -> list[str]:
+    """Return why a backend cannot make steps on this device; empty where it can."""
+    x = torch.zeros(1, 4, device=device)
+    row = StepCoefficients(
+        x0_x=1.0, x0_m=0.0, eps_x=0.0, eps_m=1.0, eps_0=0.0, prev_x0=1.0, prev_eps=0.0, prev_noise=0.0
+    )
+    return BACKENDS[name].unsupported_reasons(StepInputs(x, x, row))
+
+
 def backend_subject(name: str, device: torch.device | str = "cpu") -> Backend:
     """Return the subject for a name in ``BACKENDS``."""
     check_choice("a backend", name, BACKENDS)
