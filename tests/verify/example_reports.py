@@ -1,5 +1,4 @@
-"""Reports for the tests of what is written: every outcome, and a subject whose words are as bad as
-can be."""
+"""Reports for tests: one with every outcome, and a subject whose texts try to break the format."""
 
 import math
 from dataclasses import replace

@@ -1,5 +1,4 @@
-"""Right samplers, for tests of the checks: small ones in plain torch, and all that the checks must
-let pass."""
+"""Right samplers for tests of the checks: small ones in plain torch, and installed ones."""
 
 import math
 

@@ -1,5 +1,4 @@
-"""docs/CI.md and its examples: files of the right shape, options that exist, and commands that do
-what is said of them."""
+"""docs/CI.md and its examples: well-formed files, existing options, commands that work."""
 
 import os
 import re

@@ -1,5 +1,4 @@
-"""A subject in a process of its own: whatever it does to that process loses one check, and is
-reported."""
+"""A subject in a process of its own: a crash or hang loses one check, and is reported."""
 
 import os
 import time

@@ -1,5 +1,4 @@
-"""The checks find what they are for: every subject that is wrong on purpose fails those named
-beside it, and right ones pass all."""
+"""Every subject that is wrong on purpose fails the checks named for it; right ones pass all."""
 
 import json
 

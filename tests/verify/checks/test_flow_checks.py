@@ -1,5 +1,4 @@
-"""The checks of whole runs: right samplers pass, and each breakage is caught by the check meant for
-it."""
+"""The checks of whole runs: they pass right samplers and detect wrong ones."""
 
 import math
 

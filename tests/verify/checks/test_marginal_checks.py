@@ -1,5 +1,4 @@
-"""The checks of whole runs' distributions: their closed forms are right, they pass what is right,
-and each finds what it is meant for."""
+"""The checks of distributions: their closed forms are right, and they detect wrong samplers."""
 
 import math
 

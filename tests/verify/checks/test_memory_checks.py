@@ -1,5 +1,4 @@
-"""The checks of where a step reads and writes: right samplers pass, and each breakage is caught by
-the check meant for it."""
+"""The checks of what a step reads and writes: they pass right samplers and detect wrong ones."""
 
 import math
 

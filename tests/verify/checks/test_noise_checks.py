@@ -1,4 +1,4 @@
-"""The checks of noise: they pass what is right, and each finds what it is meant for."""
+"""The checks of noise: they pass right samplers and detect wrong ones."""
 
 import math
 
@@ -227,7 +227,7 @@ def test_right_subjects_pass_with_200_seeds():
 
 
 def test_noise_is_recovered_to_single_precision():
-    """What the tests of chance see is the noise itself, not the arithmetic."""
+    """The statistical tests measure the noise itself, not the arithmetic."""
     from ddim_fast.verify.checks.base import Context
     from ddim_fast.verify.checks.noise import noise_of, watch
 

@@ -1,5 +1,4 @@
-"""The checks of half and double precision: right samplers pass, and each breakage is caught by the
-check meant for it."""
+"""The checks of half and double precision: they pass right samplers and detect wrong ones."""
 
 import math
 

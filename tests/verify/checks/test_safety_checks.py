@@ -1,5 +1,4 @@
-"""The checks of what a sampler does beside its arithmetic: right samplers pass, and each breakage
-is caught by the check meant for it."""
+"""The checks of side effects: they pass right samplers and detect wrong ones."""
 
 import functools
 import math

@@ -1,5 +1,4 @@
-"""The checks of noise schedules and timesteps: right subjects pass, and each break is found, in
-words that tell why."""
+"""The checks of noise schedules and timesteps: they pass right subjects, and explain what is wrong."""
 
 import numpy as np
 import pytest

@@ -1,5 +1,4 @@
-"""The checks of single steps and watched runs: right subjects pass, and each break is found, in
-words that tell why."""
+"""The checks of steps and observed runs: they pass right subjects, and explain what is wrong."""
 
 import math
 
@@ -48,7 +47,7 @@ def step_with(std_dev=paper_std_dev, room=room, of_x0=math.sqrt):
 
 
 def drawing(step):
-    """The same with noise of its own."""
+    """The same with its own noise."""
 
     def draws(x_t, model_output, alpha_bar_t, alpha_bar_prev, eta=0.0, generator=None):
         noise = torch.randn(x_t.shape, generator=generator)

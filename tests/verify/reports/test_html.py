@@ -1,5 +1,4 @@
-"""The report as a page: what is in it, that nothing of a subject's can break out of it, and that it
-works in a browser."""
+"""The HTML report: its contents, that no text of a subject breaks out of it, and a browser."""
 
 import re
 from dataclasses import replace

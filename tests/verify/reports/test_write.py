@@ -1,5 +1,4 @@
-"""Reports as JSON and as JUnit XML: valid by their schemas, read back whole, written whole or not
-at all."""
+"""Reports as JSON and JUnit XML: valid by their schemas, complete, written atomically."""
 
 import json
 import math

@@ -1,5 +1,4 @@
-"""The findings on other libraries: those on diffusers are found again, and the document says what
-the data say."""
+"""The findings on other libraries: diffusers' are reproduced, and the document shows the data."""
 
 import importlib.util
 import json

@@ -1,5 +1,4 @@
-"""The recorded runs: the same bytes wherever they are made, right samplers in agreement with them,
-any other result found."""
+"""The recorded runs: the same bytes everywhere; right samplers agree, and wrong ones do not."""
 
 import importlib.util
 import json

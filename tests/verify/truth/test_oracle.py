@@ -1,5 +1,4 @@
-"""The oracle by itself: that it is independent of the rest, its inverses, and the old names of its
-keywords."""
+"""The oracle: its independence, its inverses, and the old names of its keywords."""
 
 import ast
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""The tests of chance: p values of right numbers are uniform, thresholds are those of the stated
-rate, wrong numbers are found."""
+"""The statistical tests: uniform p values, thresholds at the stated rate, wrong numbers detected."""
 
 import math
 from functools import partial
