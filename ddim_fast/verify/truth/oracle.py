@@ -18,7 +18,6 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_Array = TypeVar("_Array", bound=Any)
 _OLD_KEYWORDS = {"convention": "eta_scales", "rederive": "use_clipped_model_output"}
 
 
@@ -154,8 +153,8 @@ def per_sample(values: np.ndarray, like: np.ndarray) -> np.ndarray:
     return np.asarray(values, np.float64).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def split(prediction_type: str, x_t: _Array, model_output: _Array, alpha_bar_t: float) -> tuple[_Array, _Array]:
-    """Return the (x0, eps) that a model output stands for; arrays or tensors.
+def split(prediction_type: str, x_t: Any, model_output: Any, alpha_bar_t: float) -> tuple[Any, Any]:
+    """Return the (x0, eps) that a model output stands for. Takes arrays, or tensors.
 
     Sources: "epsilon", equation 9 of arXiv 2010.02502; "v_prediction", section 2.4 of arXiv
     2202.00512.
