@@ -53,20 +53,20 @@ def assert_close(
             value, exact value and allowed interval of the worst.
         ValueError, TypeError: an argument breaks a rule.
     """
-    expected = _float64("expected", expected)
-    terms = np.abs(expected) if terms is None else np.abs(_float64("terms", terms))
+    exact = _float64("expected", expected)
+    sizes = np.abs(exact if terms is None else _float64("terms", terms))
     if not isinstance(actual, Tensor) or actual.dtype not in COMPUTED_IN:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPUTED_IN)
         raise TypeError(f"actual must be a tensor of {names}, got {getattr(actual, 'dtype', type(actual).__name__)}")
-    if terms.shape != expected.shape:
-        raise ValueError(f"terms must have the shape of expected, {expected.shape}, got {terms.shape}")
-    if not np.isfinite(expected).all() or not np.isfinite(terms).all():
+    if sizes.shape != exact.shape:
+        raise ValueError(f"terms must have the shape of expected, {exact.shape}, got {sizes.shape}")
+    if not np.isfinite(exact).all() or not np.isfinite(sizes).all():
         raise ValueError("expected and terms must be finite, got infinity or NaN: compare those separately")
     factor = check_number("factor", factor, above=0)
     check_choice("arithmetic", arithmetic, ARITHMETIC)
-    if tuple(actual.shape) != expected.shape:
-        raise AssertionError(f"{what}: the shape must be {expected.shape}, got {tuple(actual.shape)}")
-    assert_within(actual, expected, _allowed(actual.dtype, factor * terms, arithmetic), what)
+    if tuple(actual.shape) != exact.shape:
+        raise AssertionError(f"{what}: the shape must be {exact.shape}, got {tuple(actual.shape)}")
+    assert_within(actual, exact, _allowed(actual.dtype, factor * sizes, arithmetic), what)
 
 
 def _allowed(dtype: torch.dtype, terms: np.ndarray, arithmetic: str) -> np.ndarray:
