@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .ptx.execute import Execution, LaunchError, Module, NotModelledError, Region, execute, parse
+from .ptx import Execution, LaunchError, Module, NotModelledError, Region, execute, parse
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import triton.language as tl
 from mutants import MUTANTS, MUTANTS_BY_NAME, NothingToMutateError
 
 from ddim_fast.gpu_lab.emulated_gpu import TARGETS, emulated_gpu
-from ddim_fast.gpu_lab.ptx.execute import (
+from ddim_fast.gpu_lab.ptx import (
     AddressError,
     LaunchError,
     NotModelledError,

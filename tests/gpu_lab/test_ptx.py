@@ -8,8 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from ddim_fast.gpu_lab.ptx import operations as ptx_operations
-from ddim_fast.gpu_lab.ptx.execute import (
+from ddim_fast.gpu_lab.ptx import (
     AddressError,
     DivergenceError,
     EndlessError,
@@ -25,6 +24,7 @@ from ddim_fast.gpu_lab.ptx.execute import (
     execute,
     parse,
 )
+from ddim_fast.gpu_lab.ptx import operations as ptx_operations
 
 HEADER = ".version 8.7\n.target sm_90a\n.address_size 64\n"
 REGISTERS = """

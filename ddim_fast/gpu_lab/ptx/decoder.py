@@ -7,20 +7,18 @@ Instructions".
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import floats, operations, warp
-from .errors import LaunchError, NotModelledError, PtxError
-from .memory import Region, Threads, as_slice, granule_of
-from .operations import DTYPES
+from .errors import NotModelledError, PtxError
+from .memory import Threads, as_slice
+from .operations import DTYPES, unsigned
 from .parser import (
     TYPE_BYTES,
     Address,
     Instruction,
     Literal,
-    Module,
     Not,
     Operand,
     Pair,
@@ -28,29 +26,20 @@ from .parser import (
     Sink,
     Special,
     Symbol,
-    Variable,
     Vector,
 )
-from .scheduler import LOCAL_BASE, SHARED_BASE, Chunk, Lanes, Step
+from .program import VECTORS, Program, cached
+from .scheduler import Chunk, Execution, Lanes, Read, Run, Step
 
-if TYPE_CHECKING:
-    from .execute import Program
-
-Read = Callable[[Chunk, Lanes], np.ndarray]
 Write = Callable[[Chunk, np.ndarray, Lanes], None]
 
 _CACHE = {"ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc"}
 _CACHE |= {f"L1::{how}" for how in ("evict_normal", "evict_unchanged", "evict_first", "evict_last", "no_allocate")}
 _CACHE |= {f"L2::{how}" for how in ("evict_normal", "evict_first", "evict_last", "64B", "128B", "256B")}
 _SPACES = ("global", "shared", "shared::cta", "local", "param", "const")
-_VECTORS = {"v2": 2, "v4": 4, "v8": 8}
 _LARGEST_ACCESS = 32
 _ATOMIC_ORDERS = {"relaxed", "acquire", "release", "acq_rel"}
 _SCOPES = {"cta", "gpu", "sys"}
-
-
-def unsigned(kind: str) -> np.dtype:
-    return np.dtype(np.bool_) if kind == "pred" else np.dtype(f"u{TYPE_BYTES[kind]}")
 
 
 # --- operands ---
@@ -153,127 +142,14 @@ def writer(operand: Operand, kind: str) -> Write:
 
 
 class Decoder:
-    """Places variables and parameters, and decodes a kernel's instructions for one launch."""
+    """Decodes a placed kernel's instructions. ``contractible`` and ``approximate`` are complete after ``steps``."""
 
-    def __init__(self, program: Program, module: Module):
-        self.program, self.module, self.kernel = program, module, program.kernel
-        self.shared_bytes = self.local_bytes = self._end_of_dynamic = 0
-        self.constants: list[Region] = []
-        self._constant_names: dict[str, Region] = {}
-        # What is the same in every launch of the kernel: names, and instructions that see registers alone, by their index.
-        self.contractible: set[str] = self._once("contractible", set)
-        self.approximate: set[str] = self._once("approximate", set)
-        self._runs: dict[int, Callable] = self._once("runs", dict)
-
-    # --- variables and parameters ---
-
-    def place_variables(self, dynamic_bytes: int) -> dict[str, int]:
-        """The address of each variable in its own space. Dynamic shared memory follows the static."""
-        placed: dict[str, int] = {}
-        variables = [*self.module.variables.values(), *self.kernel.variables.values()]
-        for variable in sorted(variables, key=lambda v: v.nbytes is None):
-            if variable.space == "shared":
-                placed[variable.name] = SHARED_BASE + self._shared(variable, dynamic_bytes)
-            elif variable.space == "local":
-                start = -(-self.local_bytes // variable.align) * variable.align
-                self.local_bytes = start + (variable.nbytes or 0)
-                placed[variable.name] = LOCAL_BASE + start
-            else:
-                self._keep(variable)
-        self.shared_bytes = max(self.shared_bytes, self._end_of_dynamic)
-        return placed
-
-    def _shared(self, variable: Variable, dynamic_bytes: int) -> int:
-        if variable.nbytes is None:
-            start = -(-self.shared_bytes // variable.align) * variable.align
-            self._end_of_dynamic = max(self._end_of_dynamic, start + dynamic_bytes)
-            return start
-        start = -(-self.shared_bytes // variable.align) * variable.align
-        self.shared_bytes = start + variable.nbytes
-        return start
-
-    def _keep(self, variable: Variable) -> None:
-        """A module's variable in global or constant memory, with its initial value, anew for each launch."""
-        data = np.zeros(max(variable.nbytes or 0, 1) + 64, np.uint8)
-        data = data[-data.ctypes.data % 64 :][: variable.nbytes or 0]
-        if variable.data:
-            data[:] = np.frombuffer(variable.data, np.uint8)
-        region = Region.of(data, variable.name, writable=variable.space == "global")
-        self.constants.append(region)
-        self._constant_names[variable.name] = region
-
-    def place_parameters(self, arguments: list[object]) -> dict[str, np.ndarray]:
-        """The bytes of each parameter, as one unsigned number. Pointers get the addresses that the kernel sees."""
-        parameters = self.kernel.parameters
-        if len(arguments) != len(parameters):
-            raise LaunchError(f"the kernel takes {len(parameters)} arguments, got {len(arguments)}")
-        for name, region in self._constant_names.items():
-            self.program.variables[name] = self.program.memory.virtual(region)
-        return {
-            p.name: self._parameter(p.name, p.type, p.is_pointer, value)
-            for p, value in zip(parameters, arguments, strict=True)
-        }
-
-    def _parameter(self, name: str, kind: str, is_pointer: bool, value: object) -> np.ndarray:
-        if value is None:
-            value = 0
-        if isinstance(value, Region):
-            if TYPE_BYTES[kind] != 8:
-                raise LaunchError(f"parameter {name} has type {kind} and takes no pointer")
-            return np.array([self.program.memory.virtual(value)], np.uint64)
-        if is_pointer and value != 0:
-            raise LaunchError(f"parameter {name} is a pointer: pass an array, a tensor or a Region, got {value!r}")
-        if isinstance(value, (float, np.floating)):
-            if kind[0] not in "f":
-                raise LaunchError(f"parameter {name} has type {kind}: pass an integer, or the bits of {value!r}")
-            return np.array([value], DTYPES[kind]).view(unsigned(kind))
-        bits = 8 * TYPE_BYTES[kind]
-        if not -(1 << bits - 1) <= int(value) < 1 << bits:
-            raise LaunchError(f"parameter {name} has {bits} bits, got {value}")
-        return np.array([int(value) & (1 << bits) - 1], unsigned(kind))
-
-    def granules(self) -> dict[str, int]:
-        """The smallest access to each space."""
-        return self._once("granules", self._granules)
-
-    def _once(self, key: object, make: Callable[[], Any]) -> Any:
-        """What is the same in every launch of the kernel, made by the first."""
-        cache = self.kernel.cache
-        if key not in cache:
-            cache[key] = make()
-        return cache[key]
-
-    def _granules(self) -> dict[str, int]:
-        sizes: dict[str, list[int]] = {"global": [], "shared": [], "local": []}
-        for instruction in self.kernel.instructions:
-            words = instruction.modifiers
-            if instruction.opcode not in ("ld", "st", "atom", "red", "ldmatrix", "stmatrix", "cp"):
-                continue
-            kind = next((w for w in reversed(words) if w in TYPE_BYTES), None)
-            size = TYPE_BYTES[kind] if kind else 4
-            size *= next((_VECTORS[w] for w in words if w in _VECTORS), 1)
-            for space in (
-                sizes if instruction.opcode == "cp" else [s for s in sizes if any(w.startswith(s) for w in words)]
-            ):
-                sizes[space].append(size)
-        return {space: granule_of(found) for space, found in sizes.items()}
-
-    def registers(self) -> dict[str, np.dtype]:
-        """Every register that an instruction names."""
-        return self._once("registers", self._registers)
-
-    def _registers(self) -> dict[str, np.dtype]:
-        found = {operations.CARRY.name: np.dtype(np.bool_)}
-        left = [x for i in self.kernel.instructions for x in (i.guard, *i.operands)]
-        while left:
-            operand = left.pop()
-            if isinstance(operand, Register):
-                found[operand.name] = unsigned(operand.type)
-            elif isinstance(operand, Vector):
-                left += operand.elements
-            elif isinstance(operand, (Not, Pair, Address)):
-                left += operand
-        return found
+    def __init__(self, program: Program, execution: Execution):
+        self.program, self.kernel, self.execution = program, program.kernel, execution
+        # Names, and what runs instructions on registers alone, by their index: the same in every launch of the kernel.
+        self.contractible: set[str] = cached(self.kernel, "contractible", set)
+        self.approximate: set[str] = cached(self.kernel, "approximate", set)
+        self._runs: dict[int, Run] = cached(self.kernel, "runs", dict)
 
     # --- instructions ---
 
@@ -376,11 +252,11 @@ class Decoder:
         (label,) = instruction.operands
         if label.name not in self.kernel.labels:
             raise NotModelledError(f"there is no label {label.name}")
-        return Step(instruction, None, kind="branch", target=self.kernel.labels[label.name])
+        return Step(instruction, _never, kind="branch", target=self.kernel.labels[label.name])
 
     def _end(self, instruction: Instruction) -> Step:
         _only(instruction, set())
-        return Step(instruction, None, kind="end")
+        return Step(instruction, _never, kind="end")
 
     def _trap(self, instruction: Instruction) -> Step:
         def run(chunk: Chunk, lanes: Lanes) -> None:
@@ -398,7 +274,7 @@ class Decoder:
             raise NotModelledError(f"{instruction.name} is not modelled, only bar.sync and bar.warp.sync")
         if instruction.operands != (Literal(0),):
             raise NotModelledError("only barrier 0 of the whole CTA is modelled")
-        execution, per_cta = self.program.execution, self.program.threads_per_cta
+        execution, per_cta = self.execution, self.program.shape.threads_per_cta
 
         def run(chunk: Chunk, lanes: Lanes) -> None:
             chunk.cta_barrier(lanes)
@@ -523,10 +399,8 @@ class Decoder:
         space = next((w for w in words if w in _SPACES), None)
         if space is None:
             raise NotModelledError(f"{instruction.name}: generic addresses are not modelled")
-        elements = next((_VECTORS[w] for w in words if w in _VECTORS), 1)
-        left = [
-            w for w in words if w not in _CACHE and w not in _VECTORS and w not in (space, "weak", "L2::cache_hint")
-        ]
+        elements = next((VECTORS[w] for w in words if w in VECTORS), 1)
+        left = [w for w in words if w not in _CACHE and w not in VECTORS and w not in (space, "weak", "L2::cache_hint")]
         if left:
             raise NotModelledError(f"{instruction.name}: the modifier .{left[0]} is not modelled")
         if elements * TYPE_BYTES[kind] > _LARGEST_ACCESS:
@@ -567,8 +441,7 @@ class Decoder:
         return lambda chunk, lanes: writes[0](chunk, value, lanes)
 
     def _loader(self, space: str, elements: int, dtype: np.dtype) -> Callable:
-        size, program = elements * dtype.itemsize, self.program
-        memory, execution = program.memory, program.execution
+        size, memory, execution = elements * dtype.itemsize, self.program.memory, self.execution
 
         def load_global(chunk: Chunk, addresses: np.ndarray, lanes: Lanes) -> np.ndarray:
             threads = chunk.threads(lanes)
@@ -617,7 +490,7 @@ class Decoder:
         return Step(instruction, run)
 
     def _storer(self, space: str) -> Callable:
-        memory, execution = self.program.memory, self.program.execution
+        memory, execution = self.program.memory, self.execution
 
         def store_global(chunk: Chunk, addresses: np.ndarray, values: np.ndarray, lanes: Lanes) -> None:
             threads = chunk.threads(lanes)
@@ -672,7 +545,7 @@ class Decoder:
         return Step(instruction, run)
 
     def _updater(self, space: str) -> Callable:
-        memory, execution = self.program.memory, self.program.execution
+        memory, execution = self.program.memory, self.execution
 
         def update_global(
             chunk: Chunk, addresses: np.ndarray, function: Callable, values: list, lanes: Lanes
@@ -803,6 +676,11 @@ class Decoder:
                 put(chunk, fragments[every, i], lanes)
 
         return self._whole_warp(instruction, run)
+
+
+def _never(chunk: Chunk, lanes: Lanes) -> None:
+    """What the scheduler does itself is not run."""
+    raise AssertionError("the scheduler follows branches and ends threads itself")
 
 
 def _check_widths(operands: list[tuple[Operand, str]]) -> None:

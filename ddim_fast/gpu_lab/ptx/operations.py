@@ -28,6 +28,12 @@ DTYPES = {
 }
 """How the bits of a type are held. bf16 and packed types have no NumPy type and stay unsigned."""
 
+
+def unsigned(kind: str) -> np.dtype:
+    """Return the dtype that holds the raw bits of a register of type ``kind``."""
+    return np.dtype(np.bool_) if kind == "pred" else np.dtype(f"u{TYPE_BYTES[kind]}")
+
+
 CARRY = Register("%carry", "pred")
 """The condition code register that ``.cc`` writes."""
 

@@ -5,36 +5,72 @@ Source: PTX ISA, "Control Flow Instructions" and "Parallel Synchronization and C
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from .errors import DivergenceError, EndlessError, PtxError, PtxSyntaxError, UnwrittenError
 from .memory import WARP, ScratchMemory, Threads
 from .parser import Instruction, Not
+from .program import LOCAL_BASE, SHARED_BASE, Program
 
-if TYPE_CHECKING:
-    from .execute import Program
+Lanes = np.ndarray | None
+"""Positions of the threads that take part within the chunk, ascending; None: all threads of the chunk."""
 
-SHARED_BASE = (
-    1024  # where shared and local memory begin in their windows; any multiple of the largest alignment would do
-)
-LOCAL_BASE = 1024
-
-Lanes = np.ndarray | None  # positions of the threads that take part, ascending; None: all threads of the chunk
+Read = Callable[["Chunk", Lanes], np.ndarray]
+Run = Callable[["Chunk", Lanes], None]
 
 
+@dataclass
+class Execution:
+    """What a launch did. Counts are of instructions whose guard was true.
+
+    Attributes:
+        thread_instructions, warp_instructions: How often each instruction ran, by its name with all modifiers.
+        barriers: ``bar.sync`` of whole CTAs.
+        bytes_read, bytes_written: Of global memory, by all threads; atomics count as both.
+        contractible: Names of floating-point instructions that ran without a rounding modifier. The assembler may
+            contract these to fused multiply-adds: bits are only certain with contraction off, or where this is empty.
+        approximate: Names of instructions whose hardware error is not modelled.
+    """
+
+    thread_instructions: Counter[str] = field(default_factory=Counter)
+    warp_instructions: Counter[str] = field(default_factory=Counter)
+    barriers: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    contractible: set[str] = field(default_factory=set)
+    approximate: set[str] = field(default_factory=set)
+
+
+@dataclass(eq=False)
 class Step:
-    """An instruction, ready to run. ``scope`` is what must have arrived first: "cta", "warp" or nothing."""
+    """A decoded instruction.
 
-    def __init__(
-        self, instruction: Instruction, run: Callable | None, *, kind: str = "plain", scope: str = "", target: int = -1
-    ):
-        self.instruction, self.run, self.kind, self.scope, self.target = instruction, run, kind, scope, target
-        self.name = instruction.name
-        self.needs: Callable | None = None  # the member mask of an instruction of a warp
-        self.threads = self.warps = 0
+    Attributes:
+        instruction: What was decoded.
+        run: Does it for some threads of a chunk; not called for branches and ends.
+        kind: "plain", "branch" or "end".
+        scope: Which threads must have arrived before it runs: those of the "cta" or of the "warp", or "" for none.
+        target: Of a branch, the index of the next step.
+        needs: Reads the member mask of an instruction of a warp.
+        threads, warps: How often it ran.
+    """
+
+    instruction: Instruction
+    run: Run
+    kind: str = "plain"
+    scope: str = ""
+    target: int = -1
+    needs: Read | None = None
+    threads: int = 0
+    warps: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.instruction.name
 
 
 class Chunk:
@@ -42,24 +78,32 @@ class Chunk:
 
     def __init__(self, program: Program, first_cta: int, ctas: int):
         self.program, self.ctas = program, ctas
-        per_cta = program.threads_per_cta
+        per_cta = program.shape.threads_per_cta
         self.size = ctas * per_cta
         self.first_thread = first_cta * per_cta
         self.lane_numbers = np.arange(self.size)
         self.who = (self.lane_numbers + (self.first_thread + 1)).astype(np.int32)
-        self.registers = dict(program.blank_registers)
-        self.undefined = dict(program.blank_undefined)  # bits that nothing has written, of registers that have any
+        self.registers = {name: np.zeros(1, dtype) for name, dtype in program.registers.items()}
+        # Bits that nothing has written, of the registers that have any.
+        self.undefined = {name: ~zero for name, zero in self.registers.items()}
         self.warp_epoch = np.zeros(self.size // WARP, np.int64)
         self.when: np.ndarray | None = np.zeros(self.size, np.int64) if program.has_barriers else None
-        shadow = dict(threads_per_cta=per_cta, orders=program.has_barriers, describe=program.describe)
-        cta_of = self.lane_numbers // per_cta
-        granule = program.granules["shared"]
-        self.shared = ScratchMemory("shared memory", SHARED_BASE, program.shared_bytes, cta_of, granule, **shadow)
-        self.local = ScratchMemory(
-            "local memory", LOCAL_BASE, program.local_bytes, self.lane_numbers, program.granules["local"], **shadow
-        )
+        self.shared = self._scratch("shared", SHARED_BASE, program.shared_bytes, self.lane_numbers // per_cta)
+        self.local = self._scratch("local", LOCAL_BASE, program.local_bytes, self.lane_numbers)
         self.copies = Copies()
         self.alive: np.ndarray | None = None  # None: no thread has ended
+
+    def _scratch(self, space: str, base: int, nbytes: int, owner: np.ndarray) -> ScratchMemory:
+        return ScratchMemory(
+            f"{space} memory",
+            base,
+            nbytes,
+            owner,
+            self.program.granules[space],
+            describe=self.program.shape.describe,
+            threads_per_cta=self.program.shape.threads_per_cta,
+            orders=self.program.has_barriers,
+        )
 
     # --- threads ---
 
@@ -83,14 +127,14 @@ class Chunk:
 
     def special(self, name: str, axis: int, lanes: Lanes) -> np.ndarray:
         """%tid, %ntid, %ctaid, %nctaid and %laneid."""
-        program = self.program
+        launch = self.program.shape
         if name in ("%ntid", "%nctaid"):
-            return np.array([(program.block if name == "%ntid" else program.grid)[axis]])
+            return np.array([(launch.block if name == "%ntid" else launch.grid)[axis]])
         every = self.lane_numbers if lanes is None else lanes
         if name == "%laneid":
             return every % WARP
-        cta, inside = divmod(every + self.first_thread, program.threads_per_cta)
-        number, shape = (inside, program.block) if name == "%tid" else (cta, program.grid)
+        cta, inside = np.divmod(every + self.first_thread, launch.threads_per_cta)
+        number, shape = (inside, launch.block) if name == "%tid" else (cta, launch.grid)
         if axis == 2 or shape[axis] == 1:
             return number // (shape[0] * shape[1]) if shape[axis] > 1 else np.zeros(1, np.int64)
         return number % shape[0] if axis == 0 else number // shape[0] % shape[1]
@@ -181,8 +225,8 @@ class Copies:
 class Scheduler:
     """Runs one chunk to its end."""
 
-    def __init__(self, chunk: Chunk, max_steps: int):
-        self.chunk, self.steps, self.max_steps = chunk, chunk.program.steps, max_steps
+    def __init__(self, chunk: Chunk, steps: Sequence[Step], max_steps: int):
+        self.chunk, self.steps, self.max_steps = chunk, steps, max_steps
         self.waiting: dict[int, Lanes] = {0: None}  # groups that can run, by their next instruction
         self.parked: dict[int, np.ndarray] = {}  # threads that wait for others of their warp or CTA
 
@@ -230,7 +274,7 @@ class Scheduler:
             instruction, program = self.steps[here].instruction, self.chunk.program
             error.line, error.instruction, error.kernel = instruction.line, instruction.text, program.kernel.name
             if error.lane is not None:
-                error.cta, error.thread = program.thread_name(self.chunk.first_thread + error.lane)
+                error.cta, error.thread = program.shape.thread_name(self.chunk.first_thread + error.lane)
         return error
 
     def _run_plain(self, here: int, step: Step, lanes: Lanes) -> None:
@@ -301,7 +345,7 @@ class Scheduler:
         if step.scope == "cta":
             alive = np.ones(size, bool) if self.chunk.alive is None else self.chunk.alive
             full = ~(alive & ~present).reshape(self.chunk.ctas, -1).any(axis=1)
-            ready = np.repeat(full, self.chunk.program.threads_per_cta)
+            ready = np.repeat(full, self.chunk.program.shape.threads_per_cta)
         else:
             try:
                 ready = self._has_members(step, lanes, present)
@@ -344,10 +388,10 @@ class Scheduler:
     def _missing(self, here: int) -> DivergenceError:
         step, parked = self.steps[here], self.parked[here]
         lane = int(parked[0])
-        group = self.chunk.program.threads_per_cta if step.scope == "cta" else WARP
+        group = self.chunk.program.shape.threads_per_cta if step.scope == "cta" else WARP
         members = np.arange(lane // group * group, lane // group * group + group)
         absent = np.setdiff1d(members, parked)
-        cta, thread = self.chunk.program.thread_name(self.chunk.first_thread + int(absent[0]))
+        cta, thread = self.chunk.program.shape.thread_name(self.chunk.first_thread + int(absent[0]))
         elsewhere = "has ended"
         for other, lanes in self.parked.items():
             if absent[0] in lanes:
