@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from . import triton_internals
 from .ptx import Execution, LaunchError, Module, NotModelledError, Region, execute, parse
+from .ptx.floats import f64_to_bf16
+from .ptx.memory import WARP
 
 
 @dataclass(frozen=True)
@@ -85,128 +87,62 @@ def emulated_gpu(
     """
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
-    try:
-        from triton.runtime import driver as config
-    except ImportError:
-        raise ImportError("an emulated GPU compiles with Triton, which is not installed: pip install triton") from None
-    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes"):
-        raise RuntimeError(
-            "TRITON_INTERPRET is set, so Triton would interpret kernels and emit no PTX: unset it, in a process of its own"
-        )
+    driver_class = triton_internals.emulated_driver_class()
+    triton_internals.check_compiles()
     gpu = EmulatedGpu(target, TARGETS[target], transform, frozenset(read_only))
-    before = config._active  # reading .active would look for a real GPU
-    config.set_active(_driver_class()(gpu))
-    try:
+    properties = dict(
+        max_shared_mem=gpu.target.shared_bytes,
+        max_num_regs=65536,
+        multiprocessor_count=gpu.target.multiprocessors,
+        warpSize=WARP,
+    )
+    with triton_internals.active_driver(driver_class(f"emulated {target}", target, properties, _Launcher, gpu)):
         yield gpu
-    finally:
-        config.set_active(before)
 
 
-@functools.cache
-def _driver_class() -> type:
-    """Our driver, made when Triton is known to be there."""
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
+def run(
+    kernel: Any,
+    grid: tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]],
+    *arguments: Any,
+    target: str = "sm_90",
+    transform: Callable[[str], str] | None = None,
+    read_only: Collection[str] = (),
+    **options: Any,
+) -> Launch:
+    """Run ``kernel[grid](*arguments, **options)`` on an emulated GPU, and return what it did.
 
-    class EmulatedDriver(DriverBase):
-        """What Triton asks of a driver: triton/backends/driver.py and its users."""
+    Args:
+        kernel: A function decorated by ``triton.jit``.
+        grid: As Triton takes it.
+        arguments, options: Of the kernel; pointers are CPU tensors. Constants and ``num_warps`` may be options.
+        target, transform, read_only: See ``emulated_gpu``.
 
-        launcher_cls = _Launcher
-
-        def __init__(self, gpu: EmulatedGpu):
-            self.gpu, self.utils = gpu, _Utilities(gpu.target)
-
-        @classmethod
-        def is_active(cls) -> bool:
-            return False  # never chosen by itself
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", self.gpu.target.capability, 32)
-
-        def get_current_device(self) -> str:
-            """The key of Triton's cache of compiled kernels: one for each target."""
-            return f"emulated {self.gpu.name}"
-
-        def set_current_device(self, device: object) -> None:
-            pass
-
-        def get_current_stream(self, device: object) -> int:
-            return 0
-
-        def get_active_torch_device(self):
-            import torch
-
-            return torch.device("cpu")
-
-        def get_device_interface(self) -> type:
-            return _Interface
-
-        def map_python_to_cpp_type(self, ty: str) -> str:
-            raise NotModelledError("an emulated GPU has no launcher in C++")
-
-        def get_benchmarker(self) -> Callable:
-            return _run_once
-
-        def get_empty_cache_for_benchmark(self):
-            import torch
-
-            return torch.empty(0)
-
-        def clear_cache(self, cache: object) -> None:
-            pass
-
-    return EmulatedDriver
-
-
-def _run_once(kernel_call: Callable, *, quantiles: Collection[float] = (0.5,), **options: object) -> list[float]:
-    """Triton's benchmark for autotuning: all configurations run and are checked, none is faster, the first is taken."""
-    kernel_call()
-    return [0.0] * len(quantiles)
-
-
-class _Interface:
-    """The part of ``torch.cuda`` that has a meaning here."""
-
-    @staticmethod
-    def current_device() -> int:
-        return 0
-
-    @staticmethod
-    def synchronize(device: object = None) -> None:
-        pass
-
-
-class _Utilities:
-    def __init__(self, target: Target):
-        self.target = target
-
-    def get_device_properties(self, device: object) -> dict[str, int]:
-        return dict(
-            max_shared_mem=self.target.shared_bytes,
-            max_num_regs=65536,
-            multiprocessor_count=self.target.multiprocessors,
-            warpSize=32,
-        )
-
-    def load_binary(self, name: str, binary: bytes, shared: int, device: object) -> tuple:
-        """Module, function, registers, spills, and the threads that a CTA may have. The binary is not used."""
-        return None, name, 0, 0, 1024
+    Raises:
+        ValueError, ImportError, RuntimeError, PtxError: See ``emulated_gpu``; ValueError also where the grid is empty,
+            so that nothing was launched.
+    """
+    with emulated_gpu(target, transform, read_only) as gpu:
+        kernel[grid](*arguments, **options)
+    if not gpu.launches:
+        raise ValueError(f"a grid must have at least one CTA, got {grid}: nothing was launched")
+    return gpu.launches[-1]
 
 
 class _Launcher:
-    """Triton makes one for each compiled kernel, and keeps it: so it asks at each launch which GPU is active."""
+    """Calls the emulator. Triton makes one for each compiled kernel, and keeps it: the active GPU is asked for at each launch."""
 
-    def __init__(self, src: object, metadata: object):
+    def __init__(self, src: Any, metadata: Any):
         self.metadata = metadata
         self.signature = dict(src.signature)
-        self.ptx = _compiled_text(src.name, metadata)
+        text = triton_internals.ptx_of(src.name, metadata)
+        if text is None:
+            raise LaunchError("Triton kept no PTX of this kernel: unset TRITON_STORE_BINARY_ONLY and clear its cache")
+        self.ptx = text
         if getattr(metadata, "num_ctas", 1) != 1:
             raise NotModelledError(f"clusters are not modelled, got num_ctas={metadata.num_ctas}")
 
     def __call__(self, x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *arguments):
-        from triton.runtime import driver as config
-
-        gpu: EmulatedGpu = config.active.gpu
+        gpu: EmulatedGpu = triton_internals.current_driver().gpu
         grid = (int(x), int(y), int(z))
         if 0 in grid:
             return  # as Triton's own launcher does
@@ -221,7 +157,7 @@ class _Launcher:
             self.metadata.name,
             grid,
             values,
-            block=32 * self.metadata.num_warps,
+            block=WARP * self.metadata.num_warps,
             shared_bytes=self.metadata.shared,
         )
         if exit_hook is not None:
@@ -239,7 +175,7 @@ class _Launcher:
         return values
 
 
-def _append(values: list[object], name: str, kind: object, value: object, read_only: frozenset[str]) -> None:
+def _append(values: list[object], name: str, kind: Any, value: Any, read_only: frozenset[str]) -> None:
     if isinstance(kind, tuple):
         for i, (inner_kind, inner) in enumerate(zip(kind, value, strict=True)):
             _append(values, f"{name}[{i}]", inner_kind, inner, read_only)
@@ -252,14 +188,12 @@ def _append(values: list[object], name: str, kind: object, value: object, read_o
         values.append(_bits(name, kind, value))
 
 
-def _bits(name: str, kind: str, value: object) -> int:
+def _bits(name: str, kind: str, value: Any) -> int:
     """A scalar as the integer that has its bits."""
     if kind[0] in "iu":
         return int(value)
     dtypes = {"fp16": np.float16, "fp32": np.float32, "f32": np.float32, "fp64": np.float64}
     if kind == "bf16":
-        from .ptx.floats import f64_to_bf16
-
         return int(f64_to_bf16(np.array([float(value)]))[0])
     if kind not in dtypes:
         raise LaunchError(f"a scalar of type {kind} is not modelled, got {name}")
@@ -271,16 +205,6 @@ def _bits(name: str, kind: str, value: object) -> int:
 def _scratch(name: str, nbytes: int, align: int) -> Region:
     data = np.full(nbytes + align, 0xA5, np.uint8)
     return Region.of(data[-data.ctypes.data % align :][:nbytes], name)
-
-
-def _compiled_text(name: str, metadata: object) -> str:
-    """The PTX from Triton's cache, where compilation leaves it. The metadata names the entry by its hash."""
-    from triton.runtime.cache import get_cache_manager
-
-    found = get_cache_manager(metadata.hash).get_file(f"{name[:150]}.ptx")
-    if found is None:
-        raise LaunchError("Triton kept no PTX of this kernel: unset TRITON_STORE_BINARY_ONLY and clear its cache")
-    return Path(found).read_text()
 
 
 @functools.lru_cache(maxsize=64)

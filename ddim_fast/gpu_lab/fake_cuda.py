@@ -37,7 +37,6 @@ import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +53,7 @@ from torch.utils._pytree import tree_flatten
 from .. import kernels
 from ..kernels import layout
 from ..sampling.cuda_graphs import WARM_UP_CALLS, CaptureError
+from . import triton_internals
 
 OWN_NAMESPACE = "ddim_fast"
 SAMPLER = "sampler"
@@ -150,23 +150,13 @@ def hook_triton(stack: contextlib.ExitStack, hook: Callable[[str, Callable, tupl
 
     The name is in this package's namespace if the kernel is, or else in "triton::". Without Triton nothing is done.
     """
-    if find_spec("triton") is None:
-        return
-    from triton.runtime.interpreter import InterpretedFunction
-    from triton.runtime.jit import JITFunction
 
-    def hooked(run: Callable) -> Callable:
-        def launch(kernel: Any, *args: Any, warmup: bool = False, **options: Any) -> Any:
-            if warmup:
-                return run(kernel, *args, warmup=True, **options)
-            own = kernel.fn.__module__.partition(".")[0] == OWN_NAMESPACE
-            name = f"{OWN_NAMESPACE if own else 'triton'}::{kernel.fn.__name__}"
-            return hook(name, functools.partial(run, kernel, warmup=False), args, options)
+    def named(kernel: Any, run: Callable, args: tuple, options: dict) -> Any:
+        module, name = triton_internals.name_of(kernel)
+        own = module.partition(".")[0] == OWN_NAMESPACE
+        return hook(f"{OWN_NAMESPACE if own else 'triton'}::{name}", run, args, options)
 
-        return launch
-
-    for kind in (JITFunction, InterpretedFunction):
-        stack.enter_context(mock.patch.object(kind, "run", hooked(kind.run)))
+    triton_internals.hook_launches(stack, named)
 
 
 def tensors_in(*trees: Any) -> list[Tensor]:

@@ -23,7 +23,6 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -35,6 +34,8 @@ import torch
 
 from ..kernels import triton_backend
 from ..kernels.contract import StepCoefficients, StepInputs, StepTable
+from .compiling import Compiled, compiling_for
+from .triton_internals import nvidia_tool
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,11 @@ def measure(variant: Variant, target: str) -> MachineCode:
     """
     if target not in DEVICES:
         raise ValueError(f"target must be one of {', '.join(DEVICES)}, got {target!r}")
-    with _compiling_for(target) as compiled:
+    with compiling_for(target) as compiled:
         triton_backend.run(inputs_of(variant))
     kernel = compiled[-1]
-    threads = kernel.metadata.num_warps * kernel.metadata.warp_size
-    elements = kernel.src.constants[(kernel.src.fn.arg_names.index("BLOCK_SIZE"),)] // threads
-    return _count_amd(kernel, target, elements) if target.startswith("gfx") else _count_nvidia(kernel, target, elements)
+    elements = kernel.constant("BLOCK_SIZE") // (kernel.num_warps * kernel.warp_size)
+    return _count_amd(kernel, elements) if target.startswith("gfx") else _count_nvidia(kernel, elements)
 
 
 def inputs_of(variant: Variant, device: str = "meta", n_elements: int = 1 << 20) -> StepInputs:
@@ -193,76 +193,6 @@ def inputs_of(variant: Variant, device: str = "meta", n_elements: int = 1 << 20)
     )
 
 
-# --- compiling without a GPU ------------------------------------------------------------------------------------------------------
-
-
-class _Nothing:
-    """Launches nothing."""
-
-    def __init__(self, *args: Any):
-        pass
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
-class _CompileOnly:
-    """A Triton driver for a device that is not there: kernels are compiled for the target, and not run."""
-
-    launcher_cls = _Nothing
-
-    def __init__(self, name: str, target: Any):
-        self._name = name
-        self._target = target
-        self.utils = self
-
-    def get_current_target(self) -> Any:
-        return self._target
-
-    def get_current_device(self) -> int:
-        # A kernel keeps what it has compiled by device: each target is one of its own.
-        return 1000 + list(DEVICES).index(self._name)
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def load_binary(self, *args: Any) -> tuple[int, int, int, int, int]:
-        return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads: any that Triton accepts
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 1 << 20, "multiprocessor_count": 1, "warpSize": self._target.warp_size}
-
-
-@contextmanager
-def _compiling_for(target: str) -> Iterator[list[Any]]:
-    """What is launched inside is compiled for the target, and listed."""
-    from triton import knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    amd = target.startswith("gfx")
-    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)
-    compiled: list[Any] = []
-    before = driver._active
-    hook = knobs.runtime.launch_enter_hook
-    driver.set_active(_CompileOnly(target, gpu))
-    from ..kernels.triton_step import ddim_step_kernel
-
-    run = ddim_step_kernel.run
-
-    def run_and_keep(*args: Any, **kwargs: Any) -> Any:
-        compiled.append(run(*args, **kwargs))
-        return compiled[-1]
-
-    ddim_step_kernel.run = run_and_keep
-    try:
-        yield compiled
-    finally:
-        del ddim_step_kernel.run
-        knobs.runtime.launch_enter_hook = hook
-        driver._active = before
-
-
 # --- NVIDIA: SASS ------------------------------------------------------------------------------------------------------------------
 
 _SASS = re.compile(
@@ -292,19 +222,15 @@ class _Instruction:
         return int(found[1], 16) if found else None
 
 
-def _tool(name: str) -> str:
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _count_nvidia(kernel: Any, target: str, elements: int) -> MachineCode:
+def _count_nvidia(kernel: Compiled, elements: int) -> MachineCode:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(kernel.assembly["cubin"])
         file.flush()
-        text = subprocess.run([_tool("cuobjdump"), "-sass", "-res-usage", file.name], capture_output=True, text=True)
+        text = subprocess.run(
+            [nvidia_tool("cuobjdump"), "-sass", "-res-usage", file.name], capture_output=True, text=True
+        )
     if text.returncode:
-        raise RuntimeError(f"cuobjdump could not read the kernel for {target}: {text.stderr.strip()}")
+        raise RuntimeError(f"cuobjdump could not read the kernel for {kernel.target}: {text.stderr.strip()}")
     listing = text.stdout + text.stderr
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing)
     path = _longest_path(
@@ -319,7 +245,7 @@ def _count_nvidia(kernel: Any, target: str, elements: int) -> MachineCode:
     if any(i.name in ("LDL", "STL") for i in path):
         raise RuntimeError("the kernel spills registers to local memory")
     return MachineCode(
-        target,
+        kernel.target,
         len(path),
         elements,
         dict(Counter(i.name for i in path).most_common()),
@@ -381,15 +307,15 @@ def _longest_path(instructions: list[_Instruction]) -> list[_Instruction]:
 # --- AMD: GCN assembly --------------------------------------------------------------------------------------------------------------
 
 
-def _count_amd(kernel: Any, target: str, elements: int) -> MachineCode:
-    text = kernel.asm["amdgcn"]
+def _count_amd(kernel: Compiled, elements: int) -> MachineCode:
+    text = kernel.assembly["amdgcn"]
     body, _, after = text.partition("s_endpgm")
     if re.search(r"^\t[vs]_\w+", after.partition("s_code_end")[0].partition(".section")[0], re.MULTILINE):
         raise RuntimeError("code follows the end of the program: its count is not known")
     names = re.findall(r"^\t([a-z]\w+)\b", body, re.MULTILINE)
     widths = Counter(32 * int(w) for w in re.findall(r"\b(?:global|buffer)_(?:load|store)_dwordx(\d)", body))
     return MachineCode(
-        target,
+        kernel.target,
         len(names),
         elements,
         dict(Counter(name.split("_")[0] + "_" + name.split("_")[1] for name in names).most_common()),
