@@ -1,7 +1,10 @@
-"""The Triton kernels in Triton's interpreter, against float64. Run by ``test_triton.py`` in a process with TRITON_INTERPRET=1.
+"""The Triton kernels in Triton's interpreter, against float64.
 
-The interpreter shows what the program says, not what is compiled: its ``tl.fma`` rounds twice and its conversion to bfloat16 truncates,
-so results are held to float64 within the table of tolerances, and bfloat16 is rounded here where the interpreter would not.
+Run by ``test_triton.py`` in a process with TRITON_INTERPRET=1.
+
+The interpreter shows what the program says, not what is compiled: its ``tl.fma`` rounds twice and
+its conversion to bfloat16 truncates, so results are held to float64 within the table of tolerances,
+and bfloat16 is rounded here where the interpreter would not.
 """
 
 import os
@@ -42,7 +45,10 @@ def test_step_is_near_float64(choice, monkeypatch):
 
 
 def test_a_million_elements_in_large_tiles():
-    """Without noise, which the interpreter takes minutes for, and the executed PTX half a second: see test_triton.py."""
+    """Without noise.
+
+    The interpreter takes minutes for it, the executed PTX half a second (test_triton.py).
+    """
     rng = np.random.default_rng(0)
     x, m = (torch.from_numpy(rng.standard_normal((1, 1 << 20))).float() for _ in range(2))
     row = StepCoefficients(1.5, -0.5, 0.0, 1.0, 0.0, 0.75, 0.5, 0.0)

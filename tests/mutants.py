@@ -1,8 +1,10 @@
 """PTX that is wrong on purpose: a test that passes on one of these could not have failed.
 
     for mutant in MUTANTS:
-        for wrong in mutant.sites(ptx): ...                # one text for each place that can be broken
-    with emulated_gpu("sm_90", transform=MUTANTS_BY_NAME["dropped-barrier"]): ...     # only the first place
+        for wrong in mutant.sites(ptx): ...                # one text for each place that can be
+        broken
+    with emulated_gpu("sm_90", transform=MUTANTS_BY_NAME["dropped-barrier"]): ...     # only the
+    first place
 
 Each is a mutation of the text, so it needs no compiler, and the emulated GPU runs it as it is.
 """
@@ -15,12 +17,15 @@ from dataclasses import dataclass
 
 
 class NothingToMutateError(ValueError):
-    """The PTX has no place that this mutant could break."""
+    """PTX that has no place that a mutant could break."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """``corrupts`` says what the mutation breaks; ``find`` gives ``(start, end, replacement)`` for each place in a text."""
+    """A mutation of PTX.
+
+    ``corrupts`` says what it breaks; ``find`` yields ``(start, end, replacement)`` for each place.
+    """
 
     name: str
     corrupts: str
@@ -28,13 +33,13 @@ class Mutant:
     at_once: bool = False  # whether all places are one mutation
 
     def sites(self, ptx: str) -> list[str]:
-        """The mutated texts, one for each place, or one for all where they only make sense together."""
+        """Return the mutated texts, one for each place, or one for all places that only work together."""
         places = [place for place in self.find(ptx) if ptx[place[0] : place[1]] != place[2]]
         groups = [places] if self.at_once and places else [[place] for place in places]
         return [_replaced(ptx, group) for group in groups]
 
     def __call__(self, ptx: str) -> str:
-        """The text broken in its first place.
+        """Return the text broken in its first place.
 
         Raises:
             NothingToMutateError: There is none.
@@ -80,7 +85,10 @@ def _other_multiplier(match: re.Match) -> str:
 
 
 def _tenth_products(ptx: str) -> Iterator[tuple[int, int, str]]:
-    """Products by Philox's multipliers that come of nine others, one after the other: the tenth round's."""
+    """Find products by Philox's multipliers that follow from nine others in a row.
+
+    The tenth round's.
+    """
     multipliers = {*_spellings(_M0), *_spellings(_M1), *_HOLDER.findall(ptx)}
     rounds: dict[str, int] = {}  # of a register: how many products it has come through
     for match in re.finditer(r"[^;\n]*;", ptx):
@@ -98,7 +106,7 @@ def _tenth_products(ptx: str) -> Iterator[tuple[int, int, str]]:
 
 
 def _pass_on(statement: str, rounds: dict[str, int]) -> None:
-    """What an instruction computes has come through as many products as its deepest operand."""
+    """Give an instruction's results the number of products of its deepest operand."""
     words = re.findall(r"%\w+", statement)
     unpacked = re.match(r"[^,{%]*\{([^}]*)\}", statement)
     targets = re.findall(r"%\w+", unpacked.group(1)) if unpacked else words[:1]

@@ -1,4 +1,4 @@
-"""Calls of the Triton step for the tests: every option met with every other, few launches."""
+"""Calls of the Triton step for the tests: every pair of options is covered, in few launches."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ _STEPS = [(0.98, 0.9995), (0.5, 0.6), (0.05, 0.09), (0.9999, 1.0)]
 
 
 def covering(seed: int, strength: int = 2) -> list[dict]:
-    """Choices of the options in which any two values of two options (three of three, ...) meet, found greedily."""
+    """Return choices that cover every pair (triple, ...) of values of different options, found greedily."""
     rng = random.Random(seed)
     names = list(OPTIONS)
 
@@ -71,7 +71,10 @@ class Case:
 
 
 def make(choice: dict, seed: int = 0) -> Case:
-    """Tensors for a choice of the options, and the float64 result. The outputs are full of NaN, or are the sample itself."""
+    """Make tensors for a choice of the options, and the float64 result.
+
+    The outputs are full of NaN, or are the sample itself.
+    """
     rng = np.random.default_rng(seed)
     state, output = choice["types"]
     shape = choice["shape"]

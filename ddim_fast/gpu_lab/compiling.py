@@ -17,7 +17,8 @@ class Compiled:
     Attributes:
         name: The kernel's.
         target: Such as "sm_90" or "gfx942".
-        assembly: What the compiler left, by kind: "ttir", "llir", and "ptx" and "cubin" for NVIDIA, "amdgcn" for AMD.
+        assembly: What the compiler left, by kind: "ttir", "llir", and "ptx" and "cubin" for NVIDIA,
+            "amdgcn" for AMD.
         num_warps, warp_size: A CTA has ``num_warps * warp_size`` threads.
         shared_bytes: Shared memory of a CTA.
     """
@@ -52,17 +53,18 @@ def _compiled(kernel: Any, target: str) -> Compiled:
 
 
 def compile(kernel: Any, *arguments: Any, target: str = "sm_90", **options: Any) -> Compiled:
-    """Compile a kernel as ``kernel[grid](*arguments, **options)`` would on the target. No GPU is needed.
+    """Compile a kernel as ``kernel[grid](*arguments, **options)`` would, for a GPU that is not there.
 
     Args:
         kernel: A function decorated by ``triton.jit``.
-        arguments: Of the kernel. They decide what Triton specialises on (dtypes, divisibility by 16, numbers equal to 1).
-            Tensors may be on the CPU or on "meta"; a dtype stands for a pointer to it.
+        arguments: Of the kernel. They decide what Triton specialises on (dtypes, divisibility by
+            16, numbers equal to 1). Tensors may be on the CPU or on "meta"; a dtype stands for a
+            pointer to it.
         target: Such as "sm_90" or "gfx942".
         options: Constants, and options of the compiler such as ``num_warps``.
 
     Raises:
-        ValueError: The target is none.
+        ValueError: The target is unknown.
         ImportError: Triton is not installed, or too different.
         RuntimeError: Triton's interpreter is switched on.
     """

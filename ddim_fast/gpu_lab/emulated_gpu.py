@@ -1,14 +1,21 @@
-"""Run Triton kernels on CPU tensors, without a GPU: Triton compiles for the GPU asked for, and the PTX is executed by ``ptx``.
+"""Run Triton kernels on CPU tensors: Triton compiles for the GPU asked for, ``ptx`` executes the PTX.
+
+    launch = run(kernel, grid, x, y, n, BLOCK_SIZE=1024, target="sm_90")
+    launch.execution.thread_instructions
+
+or, where a launcher of your own makes the launches:
 
     with emulated_gpu("sm_90") as gpu:
         kernel[grid](x, y, n, BLOCK_SIZE=1024)
     gpu.launches[0].execution.thread_instructions
 
-Everything before the launch is Triton's own: specialisation of arguments (divisibility by 16, equality to 1), compilation, even the
-assembler, which must accept the kernel. Every access of every thread is checked while it runs: see ``ptx``.
+Everything before the launch is Triton's own: specialisation of arguments (divisibility by 16,
+equality to 1), compilation, and the assembler, which must accept the kernel. Every access of every
+thread is checked while it runs: see ``ptx``.
 
-``TRITON_INTERPRET=1`` makes ``@triton.jit`` functions run in Triton's interpreter instead, so it must not be set in the process. Pointers
-are CPU tensors; clusters, tensor descriptors and what else ``ptx`` does not model are refused. An autotuned kernel runs once in each
+``TRITON_INTERPRET=1`` makes ``@triton.jit`` functions run in Triton's interpreter instead, so it
+must not be set in the process. Pointers are CPU tensors. Clusters, tensor descriptors and
+everything else that ``ptx`` does not model are refused. An autotuned kernel runs once in each
 configuration, so that each is checked; none counts as faster.
 """
 
@@ -30,12 +37,15 @@ from .ptx.memory import WARP
 
 @dataclass(frozen=True)
 class Target:
+    """The limits of a GPU that Triton asks about."""
+
     capability: int
     shared_bytes: int  # that one CTA may have
     multiprocessors: int
 
 
-# CUDA C++ Programming Guide, "Compute Capabilities"; the number of multiprocessors is that of a typical card.
+# CUDA C++ Programming Guide, "Compute Capabilities". The number of multiprocessors is that of a
+# typical card.
 TARGETS = {
     "sm_80": Target(80, 166912, 108),
     "sm_89": Target(89, 101376, 128),
@@ -47,7 +57,11 @@ TARGETS = {
 
 @dataclass
 class Launch:
-    """One ``kernel[grid](...)``. ``execution`` is None where a check failed; ``ptx`` is the text that ran, after any transformation."""
+    """One ``kernel[grid](...)``.
+
+    ``ptx`` is the text that ran, after any transformation. ``execution`` is None where a check
+    failed.
+    """
 
     kernel: str
     grid: tuple[int, int, int]
@@ -59,7 +73,7 @@ class Launch:
 
 @dataclass
 class EmulatedGpu:
-    """What ``emulated_gpu`` yields: ``launches`` in order."""
+    """The GPU that ``emulated_gpu`` yields: ``launches`` are in order."""
 
     name: str
     target: Target
@@ -83,7 +97,7 @@ def emulated_gpu(
         ValueError: The target is unknown.
         ImportError: Triton is not installed.
         RuntimeError: Triton's interpreter is switched on.
-        PtxError: (from a launch) a check failed; see ``ptx_errors``.
+        PtxError: (from a launch) a check failed; see ``ptx.errors``.
     """
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
@@ -114,12 +128,13 @@ def run(
     Args:
         kernel: A function decorated by ``triton.jit``.
         grid: As Triton takes it.
-        arguments, options: Of the kernel; pointers are CPU tensors. Constants and ``num_warps`` may be options.
+        arguments, options: Of the kernel; pointers are CPU tensors. Constants and ``num_warps`` may
+            be options.
         target, transform, read_only: See ``emulated_gpu``.
 
     Raises:
-        ValueError, ImportError, RuntimeError, PtxError: See ``emulated_gpu``; ValueError also where the grid is empty,
-            so that nothing was launched.
+        ValueError, ImportError, RuntimeError, PtxError: See ``emulated_gpu``; ValueError also where
+            the grid is empty, so that nothing was launched.
     """
     with emulated_gpu(target, transform, read_only) as gpu:
         kernel[grid](*arguments, **options)
@@ -129,7 +144,10 @@ def run(
 
 
 class _Launcher:
-    """Calls the emulator. Triton makes one for each compiled kernel, and keeps it: the active GPU is asked for at each launch."""
+    """A launcher that calls the emulator.
+
+    Triton makes one for each compiled kernel, and keeps it, so each launch asks for the active GPU.
+    """
 
     def __init__(self, src: Any, metadata: Any):
         self.metadata = metadata
@@ -164,7 +182,7 @@ class _Launcher:
             exit_hook(launch_metadata)
 
     def _values(self, arguments: tuple, ctas: int, read_only: frozenset[str]) -> list[object]:
-        """The kernel's own arguments, constants left out, then the scratch memory that Triton appends."""
+        """Return the kernel's arguments without constants, then the scratch memory that Triton appends."""
         values: list[object] = []
         for (name, kind), value in zip(self.signature.items(), arguments, strict=True):
             _append(values, name, kind, value, read_only)
@@ -189,7 +207,7 @@ def _append(values: list[object], name: str, kind: Any, value: Any, read_only: f
 
 
 def _bits(name: str, kind: str, value: Any) -> int:
-    """A scalar as the integer that has its bits."""
+    """Return the bits of a scalar, as an integer."""
     if kind[0] in "iu":
         return int(value)
     dtypes = {"fp16": np.float16, "fp32": np.float32, "f32": np.float32, "fp64": np.float64}

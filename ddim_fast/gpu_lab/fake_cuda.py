@@ -1,63 +1,79 @@
-"""A CUDA device that only pretends, and the rules of a captured step: the sampling loop is proved capturable on a machine without a GPU.
+"""A CUDA device without a GPU, and the rules of a captured step.
 
-``fake_cuda()`` gives tensors with ``device="cuda"`` and no memory behind them (PyTorch's FakeTensorMode), on any build of torch. Inside
-``device.steady_state()`` every operation is held against what CUDA graphs allow, and counted:
+With it, the sampling loop is proved capturable on a machine without a GPU.
 
-    with fake_cuda() as device:
+``FakeCuda`` gives tensors with ``device="cuda"`` and no memory (PyTorch's FakeTensorMode), on any
+build of torch. Inside ``device.steady_state()`` every operation is checked against the rules of
+CUDA graphs, and counted:
+
+    with FakeCuda() as device:
         x = torch.empty(2, 4, 64, 64, device="cuda")
         model = device.tagged("model", make_unet().to("cuda"))
         with device.steady_state() as steady:
             one_step(x, model)
     print(steady)
 
-The rules, from "CUDA Graphs" in the CUDA C++ programming guide (stream capture: prohibited and unhandled operations) and from the notes
-on CUDA graphs in PyTorch's "CUDA semantics":
+The rules, from "CUDA Graphs" in the CUDA C++ programming guide (stream capture: prohibited and
+unhandled operations) and from the notes on CUDA graphs in PyTorch's "CUDA semantics":
 
-- The host never waits for the device: no ``.item()``, ``if`` on a tensor, ``torch.cuda.synchronize()``, nor the query of an event.
+- The host never waits for the device: no ``.item()``, ``if`` on a tensor,
+  ``torch.cuda.synchronize()``, nor the query of an event.
 - No shape depends on a value: no ``nonzero``, ``unique``, nor indexing by a boolean mask.
-- Nothing is copied between host and device, and so no CUDA tensor is made of Python data or indexed by host tensors. What a replay would
-  copy is the memory that the host had at capture.
-- What the host computes is computed once, at capture, and frozen into the graph: a captured step computes nothing on CPU tensors.
-  Python numbers are frozen, too; that nothing but constants is frozen is what ``ddim_fast.gpu_lab.replay`` shows.
-- Random numbers may come from the default CUDA generator, which every graph registers and whose offset moves on at each replay; from
-  another CUDA generator only if it was registered with the graph; never from a generator of the host. Seeding is not allowed.
+- Nothing is copied between host and device, and so no CUDA tensor is made of Python data or indexed
+  by host tensors. What a replay would copy is the memory that the host had at capture.
+- What the host computes is computed once, at capture, and frozen into the graph: a captured step
+  computes nothing on CPU tensors. Python numbers are frozen, too; ``ddim_fast.gpu_lab.replay``
+  shows that only constants are frozen.
+- Random numbers may come from the default CUDA generator, which every graph registers and whose
+  offset moves on at each replay; from another CUDA generator only if it was registered with the
+  graph; never from a generator of the host. Seeding is not allowed.
 
-What happens inside a kernel or a composed CUDA operator is not seen, because a fake device runs none: an operator that waits for the
-device deep inside its CUDA implementation, without data in its schema to betray it, passes here unless ``WAITING`` names it.
+What happens inside a kernel or a composed CUDA operator is not seen, because a fake device runs
+none. An operator that waits for the device inside its CUDA implementation, with nothing in its
+schema that shows it, passes unless ``WAITING`` names it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import linecache
+import os
 import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from .. import kernels
 from ..kernels import layout
 from ..sampling.cuda_graphs import WARM_UP_CALLS, CaptureError
 from . import triton_internals
+from .torch_internals import (
+    CUDA_INITIALISERS,
+    FakeTensor,
+    PretendCudaMode,
+    TorchDispatchMode,
+    cuda_device_guard,
+    forget_fake_tensors,
+    implementation_of,
+    same_generator,
+    schema_of,
+    storage_key,
+    tree_flatten,
+)
 
 OWN_NAMESPACE = "ddim_fast"
 SAMPLER = "sampler"
-"""The region of whatever is not in a region of its own."""
+"""The region of everything outside of other regions."""
 
 WAITING = {
     "_local_scalar_dense": "reads a value back to the host",
@@ -73,7 +89,7 @@ WAITING = {
     "_linalg_check_errors": "asks on the host whether the factorization succeeded",
     "_pin_memory": "allocates host memory",
 }
-"""Operators that wait for the device, and why; beside these, all that torch tags as of data-dependent shape or result."""
+"""Operators that wait for the device, and why, beside those that torch tags as data-dependent."""
 
 HOST_METHODS = {
     "tolist": "reads values back to the host",
@@ -97,8 +113,10 @@ _RANDOM = (
 )
 
 
-class NotCapturable(CaptureError):  # noqa: N818  (it is told of an operation)
-    """An operation breaks a rule of captured steps. The message has the rule, what was called and where, and the remedy.
+class NotCapturable(CaptureError):  # noqa: N818  (it names a property of an operation)
+    """An operation that breaks a rule of captured steps.
+
+    The message has the rule, what was called and where, and the remedy.
 
     Attributes:
         operator: such as "aten::_local_scalar_dense".
@@ -117,7 +135,7 @@ class NotCapturable(CaptureError):  # noqa: N818  (it is told of an operation)
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why an operator may not be captured.
+    """The reason why an operator may not be captured.
 
     Attributes:
         kind: as in ``NotCapturable``.
@@ -132,23 +150,17 @@ class Refusal:
     remedy: str
 
 
-def operator_name(func) -> str:
-    """``"aten::add.Tensor"`` of ``torch.ops.aten.add.Tensor``."""
-    namespace, name = func.namespace, func.overloadpacket.__name__
-    overload = func._overloadname
-    return f"{namespace}::{name}" + (f".{overload}" if overload != "default" else "")
-
-
 def function_name(function: Callable) -> str:
-    """The name of a function, of what a ``functools.partial`` calls, or else of a callable's class."""
+    """Return the name of a function, of what a ``functools.partial`` calls, or of a callable's class."""
     function = getattr(function, "func", function)
     return getattr(function, "__name__", type(function).__name__)
 
 
 def hook_triton(stack: contextlib.ExitStack, hook: Callable[[str, Callable, tuple, dict], None]) -> None:
-    """Have ``hook(name, run, args, options)`` called instead of each launch ``run(*args, **options)`` of a Triton kernel.
+    """Have ``hook(name, run, args, options)`` called instead of each launch of a Triton kernel.
 
-    The name is in this package's namespace if the kernel is, or else in "triton::". Without Triton nothing is done.
+    ``run(*args, **options)`` is the launch. The name is in this package's namespace if the kernel
+    is, or else in "triton::". Without Triton nothing is done.
     """
 
     def named(kernel: Any, run: Callable, args: tuple, options: dict) -> Any:
@@ -160,14 +172,14 @@ def hook_triton(stack: contextlib.ExitStack, hook: Callable[[str, Callable, tupl
 
 
 def tensors_in(*trees: Any) -> list[Tensor]:
-    """Every tensor in nested arguments or results."""
+    """Return every tensor in nested arguments or results."""
     return [leaf for leaf in tree_flatten(trees)[0] if isinstance(leaf, Tensor)]
 
 
 def written_tensors(func, args: tuple, kwargs: dict) -> list[Tensor]:
-    """The arguments that an operator's schema says it writes to."""
+    """Return the tensors that an operator writes to, by its schema."""
     written = []
-    for index, argument in enumerate(func._schema.arguments):
+    for index, argument in enumerate(schema_of(func).arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         value = kwargs.get(argument.name) if argument.kwarg_only or index >= len(args) else args[index]
@@ -176,15 +188,18 @@ def written_tensors(func, args: tuple, kwargs: dict) -> list[Tensor]:
 
 
 def _is_view(func) -> bool:
-    returns = func._schema.returns
+    returns = schema_of(func).returns
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 def waiting_refusal(func, args: tuple, kwargs: dict) -> Refusal | None:
-    """Why this call waits for the device or has a shape that depends on data; None if it does not."""
+    """Return why this call waits for the device or has a data-dependent shape.
+
+    None if it does not.
+    """
     name = func.overloadpacket.__name__
     if name in ("item", "is_nonzero"):
-        return None  # names for _local_scalar_dense
+        return None  # these call _local_scalar_dense
     why = WAITING.get(name)
     if why is None and name in ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"):
         why = _mask_reason(name, args)
@@ -196,7 +211,7 @@ def waiting_refusal(func, args: tuple, kwargs: dict) -> Refusal | None:
 
 
 def _is_static(name: str, args: tuple, kwargs: dict) -> bool:
-    """Whether the number of results was given, for an operator that would otherwise ask the data."""
+    """Return whether the number of results was given, instead of depending on data."""
     if name in ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"):
         return True  # only masks make these dynamic
     if name == "one_hot":
@@ -216,9 +231,12 @@ def _mask_reason(name: str, args: tuple) -> str | None:
 
 
 def generator_refusal(args: tuple, kwargs: dict, registered: Sequence[torch.Generator], device: str) -> Refusal | None:
-    """Why a captured step may not draw from the generator among these arguments; None if it may, or there is none."""
+    """Return why a captured step may not draw from the generator among these arguments.
+
+    None if it may, or there is none.
+    """
     for generator in tree_flatten((args, kwargs))[0]:
-        if not isinstance(generator, torch.Generator) or any(generator._cdata == r._cdata for r in registered):
+        if not isinstance(generator, torch.Generator) or any(same_generator(generator, r) for r in registered):
             continue
         what = f"draws from one on {generator.device} that is neither"
         return Refusal("random", "draws from the device's default generator or registered ones", what, _RANDOM)
@@ -231,39 +249,49 @@ PYTHON_DATA = Refusal(
     "copies the data from host to device",
     "make the tensor before the loop, or fill one on the device (torch.full, torch.arange)",
 )
-"""Of ``lift_fresh``, which torch.tensor, torch.as_tensor and indexing by a list begin with."""
+"""Refuses ``lift_fresh``, which torch.tensor, torch.as_tensor and indexing by a list begin with."""
 
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = (str(Path(torch.__file__).parent),)
 _OWN = (str(Path(__file__).parents[1]), *(str(Path(path).resolve()) for path in kernels.__path__))
+_LAB = (str(Path(__file__).parent),)
 _STDLIB = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
 
 
 def user_line() -> str:
-    """``file:line, in function: code`` of the innermost frame outside torch, ddim_fast and the standard library.
+    """Return ``file:line, in function: code`` of the innermost frame that is the user's.
 
-    The line of ddim_fast that it called follows in brackets, where there is one.
+    That is, outside of torch, ddim_fast and the standard library. The line of ddim_fast that it
+    called follows in brackets, where there is one outside of the laboratory.
     """
-    frame, own = sys._getframe(1), ""
-    here = str(Path(__file__).parent)
+    frame: FrameType | None = sys._getframe(1)
+    own = ""
     while frame is not None:
         name, line = frame.f_code.co_filename, frame.f_lineno
-        if name.startswith(_OWN):
-            if not own and not name.startswith(here):
-                own = f" (by way of {Path(name).name}:{line})"
-        elif not (name.startswith((_TORCH, "<frozen")) or _in_stdlib(name)):
+        if _is_in(_OWN, name):
+            if not own and not _is_in(_LAB, name):
+                own = f" (through {Path(name).name}:{line})"
+        elif not (_is_in(_TORCH, name) or name.startswith("<frozen") or _in_stdlib(name)):
             code = linecache.getline(name, line).strip()
             return f"{name}:{line}, in {frame.f_code.co_name}: `{code}`{own}"
         frame = frame.f_back
-    return own.strip(" ()").replace("by way of ", "")
+    return own.strip(" ()").removeprefix("through ")
+
+
+def _is_in(folders: Sequence[str], name: str) -> bool:
+    """Return whether a file is in one of the folders.
+
+    A folder whose name only begins alike is another.
+    """
+    return name.startswith(tuple(folder + os.sep for folder in folders))
 
 
 def _in_stdlib(name: str) -> bool:
-    return name.startswith(_STDLIB) and "site-packages" not in name
+    return _is_in(_STDLIB, name) and "site-packages" not in name
 
 
 @dataclass
 class Region:
-    """What one region of a steady state did: operator -> how many times."""
+    """What one region of a steady state did: how often each operator ran."""
 
     launches: Counter[str] = field(default_factory=Counter)
     allocations: Counter[str] = field(default_factory=Counter)
@@ -277,16 +305,18 @@ class Region:
 
 @dataclass
 class Steady:
-    """What happened in a steady state, by region (``device.region``; "sampler" is what lies outside of all).
+    """What happened in a steady state, by region.
 
-    A launch is a Triton kernel, or an operator that would put at least one node into a graph: a kernel, a copy within the device, a
-    fill. Views and uninitialised allocations are none. Operators of ours that are written in Python are looked into. An allocation is
-    a result in device memory that is new; what a CUDA operator takes as scratch inside is not seen. Under a graph's private pool the
-    model may allocate at capture; the sampler's own part should not.
+    A launch is a Triton kernel, or an operator that would put at least one node into a graph: a
+    kernel, a copy within the device, a fill. Views and uninitialised allocations are no launches.
+    Operators of ours that are written in Python are looked into. An allocation is a result in new
+    device memory; scratch memory inside a CUDA operator is not seen. In a graph's private pool the
+    model may allocate at capture; the sampler's own part should not. Regions are those of
+    ``device.region``, and "sampler" for the rest.
 
     Attributes:
-        syncs, copies: descriptions of what waited for the device or crossed between host and device; empty, unless
-            ``steady_state(refuse=False)`` let it pass.
+        syncs, copies: descriptions of what waited for the device or crossed between host and
+            device; empty, unless ``steady_state(refuse=False)`` let it pass.
         others: the same of other rules (host computation, random numbers).
     """
 
@@ -326,42 +356,87 @@ class Steady:
         return "\n".join(lines)
 
 
-class _PretendCudaMode(FakeTensorMode):
-    """FakeTensorMode that never tries to initialise CUDA, even though torch.cuda says for now that it is there."""
-
-    @property
-    def avoid_device_init(self) -> bool:
-        return True
+_active: FakeCuda | None = None
 
 
 class FakeCuda:
-    """The device that ``fake_cuda()`` gives.
+    """A CUDA device without a GPU, with the rules of captured steps.
+
+    Its tensors have no memory, and torch.cuda needs no driver:
+
+        with FakeCuda() as device:
+            ...
+
+    Inside, every new tensor is fake, on the CPU, too, so that weights cannot be read from a file:
+    build the model here without them, or load it before and move it here, after which it is fake
+    for good. Tensors from outside are taken as fake ones when used. ``Tensor.data_ptr()`` gives
+    addresses that do not overlap. Triton kernels are not run, only counted. Where torch has no
+    support for CUDA, its own do-nothing device guard is registered for the duration.
+
+    Args:
+        capability: What ``torch.cuda.get_device_capability()`` answers.
+        launchers: For launches outside torch and Triton. Each is a list in the launcher's module,
+            which the launcher looks at before each launch: while the fake device is active it holds
+            ``record_call``, to be called as ``record_call(function, *arguments, **options)``
+            instead of ``function(*arguments, **options)``.
 
     Attributes:
         device: ``torch.device("cuda", 0)``.
-        steady: the report being filled in, None outside of ``steady_state()``.
+        steady: The report being filled in; None outside of ``steady_state()``.
+
+    Raises:
+        RuntimeError: (on entry) a fake device is active already, or this torch has no way to
+            register a device guard.
     """
 
-    def __init__(self, mode: FakeTensorMode):
+    def __init__(self, *, capability: tuple[int, int] = (9, 0), launchers: Sequence[list[Callable]] = ()):
         self.device = torch.device("cuda", 0)
-        self.mode = mode
         self.steady: Steady | None = None
+        self.mode = PretendCudaMode(allow_non_fake_inputs=True)
         self.functions = _Functions(self)
+        self._capability, self._launchers = capability, launchers
+        self._stack = contextlib.ExitStack()
         self._refuse = True
         self._generators: Sequence[torch.Generator] = ()
         self._regions = [SAMPLER]
-        self._functions: list[Any] = []  # the public function that is running, for messages
-        self._literals: set[int] = set()  # host numbers that indexing made of Python numbers
+        self._running: list[Any] = []  # the public functions that are running, for messages
+        self._literals: set[int] = set()  # storages of host numbers that indexing made of Python numbers
         self._addresses: dict[int, tuple[int, int]] = {}
         self._next_address = 1 << 40
 
+    def __enter__(self) -> FakeCuda:
+        global _active
+        if _active is not None:
+            raise RuntimeError("one fake device can be active at a time, got a second: use the first")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(cuda_device_guard())
+            _pretend(stack, self, self._capability)
+            stack.enter_context(self.mode)
+            stack.enter_context(self.functions)
+            stack.enter_context(_Operators(self))
+            hook_triton(stack, lambda name, run, args, options: self._launch(name, (args, options)))
+            for launcher in self._launchers:
+                launcher.append(self.record_call)
+                stack.callback(launcher.remove, self.record_call)
+            self._stack = stack.pop_all()
+        _active = self
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        global _active
+        _active = None
+        self._stack.__exit__(*exception)
+
     @contextlib.contextmanager
     def steady_state(self, *, refuse: bool = True, generators: Sequence[torch.Generator] = ()) -> Iterator[Steady]:
-        """Hold every operation against the rules of a captured step, and count. For figures per step, open one for each step.
+        """Check every operation against the rules of a captured step, and count it.
+
+        For numbers per step, open one for each step.
 
         Args:
             refuse: False counts what breaks a rule instead of raising; a value read back is then 0.
-            generators: those that will be registered with the graph (``CUDAGraph.register_generator_state``).
+            generators: those that will be registered with the graph
+                (``CUDAGraph.register_generator_state``).
 
         Raises:
             NotCapturable: an operation breaks a rule.
@@ -380,7 +455,7 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def region(self, name: str) -> Iterator[None]:
-        """Count what happens inside under this name, the innermost region where they nest."""
+        """Count what happens inside under this name. Where regions nest, the innermost counts."""
         self._regions.append(name)
         try:
             yield
@@ -388,11 +463,13 @@ class FakeCuda:
             self._regions.pop()
 
     def tagged(self, name: str, function: Callable) -> Callable:
-        """The same callable, its calls a region; other attributes are the callable's."""
+        """Return the same callable with each call a region. Other attributes are the callable's."""
         return _Tagged(self, name, function)
 
     def record_call(self, function: Callable, /, *arguments: Any, **options: Any) -> None:
-        """Count a launch of ours that does not pass through torch's dispatcher, without running it. See ``fake_cuda(launchers=...)``.
+        """Count a launch that does not pass through torch's dispatcher, without running it.
+
+        See ``launchers`` of ``FakeCuda``.
 
         Raises:
             NotCapturable: an argument is a tensor of the host.
@@ -408,22 +485,27 @@ class FakeCuda:
         self._count(name, [])
 
     def refuse(self, operator: str, refusal: Refusal) -> None:
-        """Raise ``NotCapturable``, or note it, where the steady state was told not to refuse."""
-        called = resolve_name(self._functions[-1]) or "" if self._functions else ""
+        """Raise ``NotCapturable``, or add it to the report where the steady state does not refuse."""
+        called = resolve_name(self._running[-1]) or "" if self._running else ""
         error = NotCapturable(operator, refusal, called, user_line())
         if self._refuse:
             raise error
-        kinds = {"sync": self.steady.syncs, "copy": self.steady.copies}
-        kinds.get(refusal.kind, self.steady.others).append(str(error))
+        report = self.steady
+        assert report is not None, "refusals belong to a steady state"
+        kinds = {"sync": report.syncs, "copy": report.copies}
+        kinds.get(refusal.kind, report.others).append(str(error))
 
     def host_call(self, operator: str, what: str) -> None:
-        """A call that bypasses the dispatcher and makes the host wait: refused in a steady state, harmless elsewhere."""
+        """Refuse, in a steady state, a call that bypasses the dispatcher and makes the host wait."""
         if self.steady is not None:
             self.refuse(operator, Refusal("sync", _NEVER_WAITS, what, "call it before or after the loop"))
 
     def address(self, storage: torch.UntypedStorage) -> int:
-        """An address for a storage without memory, such that two storages that live at once do not overlap."""
-        key, size = storage._cdata, storage.nbytes()
+        """Return an address for a storage without memory.
+
+        Storages that live at once do not overlap.
+        """
+        key, size = storage_key(storage), storage.nbytes()
         address, known_size = self._addresses.get(key, (0, -1))
         if size > known_size:
             address = self._next_address
@@ -432,43 +514,43 @@ class FakeCuda:
         return address
 
     def _dispatch(self, mode: TorchDispatchMode, func, args: tuple, kwargs: dict) -> Any:
-        """One operator: decomposed where it is only a name for others, checked, run, and counted."""
+        """Check, run and count one operator; decompose it where it only calls others."""
         name = func.overloadpacket.__name__
         if func.namespace == "prim" or self.steady is None:
             return func(*args, **kwargs)
         refusal = waiting_refusal(func, args, kwargs)
         if refusal is None:
-            # Under inference mode operators arrive here that autograd would have taken apart before.
+            # Under inference mode, operators arrive here that autograd would have decomposed before.
             with mode:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
             refusal = generator_refusal(args, kwargs, self._generators, "cuda") or self._placement(func, args, kwargs)
         if refusal is not None:
-            self.refuse(operator_name(func), refusal)
+            self.refuse(func.name(), refusal)
             if name in ("_local_scalar_dense", "equal", "allclose"):
                 return 0
-        implementation = _own_implementation(func)
+        implementation = implementation_of(func, "cuda") if func.namespace == OWN_NAMESPACE else None
         if implementation is not None:
             with self.functions, mode:  # what it launches counts, not that it was called
                 return implementation(*args, **kwargs)
-        inputs = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_in(args, kwargs)}
+        inputs = {storage_key(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors_in(args, kwargs)}
         result = func(*args, **kwargs)
         if name == "lift_fresh":
-            self._literals.update(t.untyped_storage()._cdata for t in tensors_in(result) if t.dim() == 0)
+            self._literals.update(storage_key(t.untyped_storage()) for t in tensors_in(result) if t.dim() == 0)
             return result
         outputs = [t for t in tensors_in(result) if t.device.type == "cuda"]
         new = {}
         for tensor in (*outputs, *written_tensors(func, args, kwargs)):
             storage = tensor.untyped_storage()
-            if storage.nbytes() > inputs.get(storage._cdata, 0):
-                new[storage._cdata] = storage.nbytes()
+            if storage.nbytes() > inputs.get(storage_key(storage), 0):
+                new[storage_key(storage)] = storage.nbytes()
         written = [t for t in written_tensors(func, args, kwargs) if t.numel()]
-        fresh = [t for t in outputs if t.untyped_storage()._cdata not in inputs and t.numel()]
+        fresh = [t for t in outputs if storage_key(t.untyped_storage()) not in inputs and t.numel()]
         is_view = bool(outputs) and not written and not fresh
         launches = not is_view and name not in UNINITIALIZED and name not in ("set_", "resize_")
         launches = launches and bool(written or fresh or not outputs)
-        self._count(operator_name(func), new.values(), launches)
+        self._count(func.name(), new.values(), launches)
         return result
 
     def _count(self, operator: str, allocated: Any, launches: bool = True) -> None:
@@ -482,14 +564,14 @@ class FakeCuda:
             region.allocated_bytes += size
 
     def _placement(self, func, args: tuple, kwargs: dict) -> Refusal | None:
-        """Why the devices of an operator's tensors are not those of a captured step."""
+        """Return why the devices of an operator's tensors are not those of a captured step, or None."""
         name = func.overloadpacket.__name__
         tensors = tensors_in(args, kwargs)
         kinds = {t.device.type for t in tensors}
         device = kwargs.get("device")
         target = None if device is None else torch.device(device).type
         if name == "lift_fresh":
-            function = getattr(self._functions[-1], "__name__", "") if self._functions else ""
+            function = getattr(self._running[-1], "__name__", "") if self._running else ""
             if function == "__setitem__" and all(t.dim() == 0 for t in tensors):
                 return None  # x[i] = 2.0: a fill with a constant
             return PYTHON_DATA
@@ -499,7 +581,9 @@ class FakeCuda:
             remedy = "keep what a step needs on the device, and copy before or after the loop"
             return Refusal("copy", "copies nothing between host and device", f"copies {way}", remedy)
         if "cuda" in kinds:
-            hosts = [t for t in tensors if t.device.type == "cpu" and t.untyped_storage()._cdata not in self._literals]
+            hosts = [
+                t for t in tensors if t.device.type == "cpu" and storage_key(t.untyped_storage()) not in self._literals
+            ]
             if not hosts:
                 return None
             widest = max(hosts, key=lambda t: t.dim())
@@ -508,22 +592,12 @@ class FakeCuda:
             return Refusal(kind, "gives operators tensors of the device only", what, "move it there before the loop")
         if tensors and _is_view(func):
             return None
-        if kinds == {"cpu"} or target == "cpu" or (not kinds and target is None and func._schema.returns):
+        if kinds == {"cpu"} or target == "cpu" or (not kinds and target is None and schema_of(func).returns):
             if torch.Tag.nondeterministic_seeded in func.tags:
                 return Refusal("random", "draws its random numbers on the device", "draws them on the host", _RANDOM)
             what = "would be computed once, at capture"
             return Refusal("host", "computes nothing on the host", what, "compute it on the device, or before the loop")
         return None
-
-
-def _own_implementation(func) -> Callable | None:
-    """The Python function behind an operator of ours that ``torch.library.custom_op`` made; None for other operators."""
-    if func.namespace != OWN_NAMESPACE:
-        return None
-    definition = OPDEFS.get(f"{func.namespace}::{func.overloadpacket.__name__}")
-    if definition is None:
-        return None
-    return definition._backend_fns.get("cuda") or definition._backend_fns.get(None) or definition._init_fn
 
 
 class _Tagged:
@@ -539,7 +613,10 @@ class _Tagged:
 
 
 class FakeGraph:
-    """What ``FakeGraphs`` captured: nothing that could be replayed, but what it did (``steady``), and what the function returned."""
+    """What ``FakeGraphs`` captured.
+
+    A report (``steady``) and the function's result, nothing to replay.
+    """
 
     def __init__(self, output: Any, steady: Steady):
         self.output, self.steady, self.replays = output, steady, 0
@@ -552,7 +629,10 @@ class FakeGraph:
 
 
 class FakeGraphs:
-    """``ddim_fast.sampling.cuda_graphs.GraphBackend`` on the fake device: a capture is a steady state, and a replay is only counted."""
+    """A ``ddim_fast.sampling.cuda_graphs.GraphBackend`` on the fake device.
+
+    A capture is a steady state, and a replay is only counted.
+    """
 
     def __init__(self, device: FakeCuda, generators: Sequence[torch.Generator] = ()):
         self._device, self._generators = device, generators
@@ -581,7 +661,11 @@ class _Operators(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Knows which public function is running, refuses methods that read without an operator, and gives fake tensors addresses."""
+    """A mode that sees public functions.
+
+    It knows which one is running, refuses methods that read without an operator, and gives fake
+    tensors addresses.
+    """
 
     def __init__(self, device: FakeCuda):
         super().__init__()
@@ -597,102 +681,21 @@ class _Functions(TorchFunctionMode):
                     f"{tuple(tensor.shape)}: give host tensors to kernels outside fake_cuda()"
                 )
             return device.address(tensor.untyped_storage()) + tensor.storage_offset() * tensor.element_size()
-        device._functions.append(func)
+        device._running.append(func)
         try:
             if name in HOST_METHODS and device.steady is not None and isinstance(args[0], Tensor):
                 device.host_call(f"Tensor.{name}", HOST_METHODS[name])
             return func(*args, **(kwargs or {}))
         finally:
-            device._functions.pop()
+            device._running.pop()
 
 
-_active: FakeCuda | None = None
+def fake_cuda(*, capability: tuple[int, int] = (9, 0), launchers: Sequence[list[Callable]] = ()) -> FakeCuda:
+    """Return ``FakeCuda(...)``."""
+    return FakeCuda(capability=capability, launchers=launchers)
 
 
-@contextlib.contextmanager
-def fake_cuda(*, capability: tuple[int, int] = (9, 0), launchers: Sequence[list[Callable]] = ()) -> Iterator[FakeCuda]:
-    """A pretended CUDA device: CUDA tensors without memory, torch.cuda without a driver, and the rules of captured steps.
-
-    Inside, every new tensor is fake, on the CPU, too, so that weights cannot be read from a file: build the model here without them, or
-    load it before and move it here, after which it is fake for good. Tensors from outside are taken as fake ones when used.
-    ``Tensor.data_ptr()`` gives addresses that do not overlap. Triton kernels are not run, only counted. Where torch has no support for
-    CUDA, its own do-nothing device guard is registered for the duration.
-
-    Args:
-        capability: what ``torch.cuda.get_device_capability()`` says.
-        launchers: lists to which a launcher looks before each launch that is neither torch's nor Triton's: while the fake device is
-            active they hold its ``record_call``, to be called as ``record_call(function, *arguments, **options)`` instead of
-            ``function(*arguments, **options)``.
-
-    Raises:
-        RuntimeError: a fake device is active already, or this torch has no way to register a device guard.
-    """
-    global _active
-    if _active is not None:
-        raise RuntimeError("one fake device can be active at a time, got a second fake_cuda(): use the first")
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_device_guard())
-        mode = _PretendCudaMode(allow_non_fake_inputs=True)
-        device = FakeCuda(mode)
-        _pretend(stack, device, capability)
-        stack.enter_context(mode)
-        stack.enter_context(device.functions)
-        stack.enter_context(_Operators(device))
-        hook_triton(stack, lambda name, run, args, options: device._launch(name, (args, options)))
-        for launcher in launchers:
-            launcher.append(device.record_call)
-            stack.callback(launcher.remove, device.record_call)
-        stack.callback(_forget)
-        _active = device
-        yield device
-
-
-def _forget() -> None:
-    global _active
-    _active = None
-
-
-_CUDA = 1  # c10::DeviceType::CUDA
-_REGISTER = "_ZN3c104impl19registerDeviceGuardENS_10DeviceTypeEPKNS0_24DeviceGuardImplInterfaceE"
-_VIRTUAL_FUNCTIONS = 64  # more than a device guard has
-
-
-@contextlib.contextmanager
-def _device_guard() -> Iterator[None]:
-    """Have torch register its own do-nothing device guard for CUDA, where it has none, and take it away afterwards.
-
-    ``torch._C._ensureCUDADeviceGuardSet`` does so, but only where torch was built for CUDA and finds no device: it asks the guard that is
-    registered for the number of devices. So a guard is registered first whose every virtual function answers 0: a pointer to a table of
-    pointers, which is what an object with virtual functions is to the compilers that torch is built with on Linux and macOS. It is asked
-    that one question, then replaced.
-    """
-    if torch.backends.cuda.is_built():
-        yield  # FakeTensorMode does the rest
-        return
-    folder = Path(torch.__file__).parent / "lib"
-    library = next((p for p in (folder / "libc10.so", folder / "libc10.dylib") if p.exists()), None)
-    ensure = getattr(torch._C, "_ensureCUDADeviceGuardSet", None)
-    register = None if library is None else getattr(ctypes.CDLL(str(library)), _REGISTER, None)
-    if ensure is None or register is None:
-        raise RuntimeError(
-            "a fake CUDA device needs a torch that can register a device guard (2.13 on Linux or macOS is known to), "
-            f"got torch {torch.__version__} on {sys.platform}: use that, or a build of torch with CUDA"
-        )
-    register.argtypes, register.restype = [ctypes.c_int8, ctypes.c_void_p], None
-    answer = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(lambda this: 0)
-    table = (ctypes.c_void_p * _VIRTUAL_FUNCTIONS)(*[ctypes.cast(answer, ctypes.c_void_p).value] * _VIRTUAL_FUNCTIONS)
-    guard = ctypes.c_void_p(ctypes.addressof(table))
-    register(_CUDA, ctypes.addressof(guard))
-    try:
-        ensure()
-        yield
-    finally:
-        register(_CUDA, None)
-
-
-def _pretend(stack: contextlib.ExitStack, device: FakeCuda, capability: tuple[int, int]) -> None:
-    """Replace what asks CUDA's driver by what a machine with one idle GPU would answer."""
-
+def _event_class(device: FakeCuda) -> type:
     class Event:
         def __init__(self, *args: Any, **kwargs: Any):
             pass
@@ -714,17 +717,21 @@ def _pretend(stack: contextlib.ExitStack, device: FakeCuda, capability: tuple[in
             device.host_call("torch.cuda.Event.elapsed_time", "asks an event")
             return 0.0
 
+    return Event
+
+
+def _stream_class(fake: FakeCuda, event_class: type) -> type:
     class Stream:
         cuda_stream, stream_id, device_index = 0, 0, 0
 
         def __init__(self, *args: Any, **kwargs: Any):
-            self.device = device.device
+            self.device = fake.device
 
         def synchronize(self) -> None:
-            device.host_call("torch.cuda.Stream.synchronize", "waits for a stream")
+            fake.host_call("torch.cuda.Stream.synchronize", "waits for a stream")
 
         def query(self) -> bool:
-            device.host_call("torch.cuda.Stream.query", "asks a stream")
+            fake.host_call("torch.cuda.Stream.query", "asks a stream")
             return True
 
         def wait_stream(self, stream: Any) -> None:
@@ -733,8 +740,14 @@ def _pretend(stack: contextlib.ExitStack, device: FakeCuda, capability: tuple[in
         def wait_event(self, event: Any) -> None:
             pass
 
-        def record_event(self, event: Any = None) -> Event:
-            return Event() if event is None else event
+        def record_event(self, event: Any = None) -> Any:
+            return event_class() if event is None else event
+
+    return Stream
+
+
+def _cuda_functions(device: FakeCuda, capability: tuple[int, int]) -> dict[str, Any]:
+    """Return replacements for the functions and classes of ``torch.cuda`` that ask the driver, by name."""
 
     def waits(name: str, what: str, answer: Any = None) -> Callable:
         def function(*args: Any, **kwargs: Any) -> Any:
@@ -751,15 +764,16 @@ def _pretend(stack: contextlib.ExitStack, device: FakeCuda, capability: tuple[in
     properties = SimpleNamespace(
         name=name, major=major, minor=minor, total_memory=80 << 30, multi_processor_count=132, warp_size=32
     )
-    current = Stream()
+    event = _event_class(device)
+    stream = _stream_class(device, event)
+    current = stream()
     seeded = "touches the state of the generator"
-    replacements = {
+    return {
         "is_available": says(True),
         "is_initialized": says(True),
         "is_bf16_supported": says(True),
         "is_current_stream_capturing": lambda: device.steady is not None,
-        "init": says(None),
-        "_lazy_init": says(None),
+        **dict.fromkeys(CUDA_INITIALISERS, says(None)),
         "device_count": says(1),
         "current_device": says(0),
         "set_device": says(None),
@@ -772,8 +786,8 @@ def _pretend(stack: contextlib.ExitStack, device: FakeCuda, capability: tuple[in
         "stream": contextlib.nullcontext,
         "device": contextlib.nullcontext,
         "device_of": contextlib.nullcontext,
-        "Stream": Stream,
-        "Event": Event,
+        "Stream": stream,
+        "Event": event,
         "memory_allocated": says(0),
         "max_memory_allocated": says(0),
         "memory_reserved": says(0),
@@ -789,17 +803,20 @@ def _pretend(stack: contextlib.ExitStack, device: FakeCuda, capability: tuple[in
         "get_rng_state": waits("get_rng_state", seeded),
         "set_rng_state": waits("set_rng_state", seeded),
     }
+
+
+def _pretend(stack: contextlib.ExitStack, device: FakeCuda, capability: tuple[int, int]) -> None:
+    """Let ``torch.cuda`` answer as with one idle GPU, and give fake tensors addresses."""
+    replacements = _cuda_functions(device, capability)
     for attribute, replacement in replacements.items():
         stack.enter_context(mock.patch.object(torch.cuda, attribute, replacement))
-    stack.enter_context(
-        mock.patch.object(torch.accelerator, "synchronize", waits("synchronize", "waits for the device"))
-    )
+    stack.enter_context(mock.patch.object(torch.accelerator, "synchronize", replacements["synchronize"]))
 
-    swap, memo = torch.utils.swap_tensors, device.mode.fake_tensor_converter.meta_converter.tensor_memo
+    swap = torch.utils.swap_tensors
 
     @functools.wraps(swap)
     def swap_tensors(first: Tensor, second: Tensor) -> None:
-        memo.clear()  # its weak references to the tensors would forbid the swap, and Module.to needs it
+        forget_fake_tensors(device.mode)  # Module.to swaps, which weak references forbid
         swap(first, second)
 
     stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", swap_tensors))
@@ -808,9 +825,9 @@ def _pretend(stack: contextlib.ExitStack, device: FakeCuda, capability: tuple[in
     plain = mock.patch.object(layout, "_is_wrapper", lambda t: not isinstance(t, FakeTensor) and wraps(t))
     stack.enter_context(plain)
 
+    real_data_ptr = torch.UntypedStorage.data_ptr
+
     def data_ptr(storage: torch.UntypedStorage) -> int:
-        if storage.device.type == "meta":
-            return device.address(storage)
-        return torch._C.StorageBase.data_ptr(storage)
+        return device.address(storage) if storage.device.type == "meta" else real_data_ptr(storage)
 
     stack.enter_context(mock.patch.object(torch.UntypedStorage, "data_ptr", data_ptr))

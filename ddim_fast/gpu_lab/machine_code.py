@@ -1,16 +1,18 @@
-"""The GPU kernels' machine code, counted: what a step costs on a GPU that is not there.
+"""Count the GPU kernels' machine code: what a step costs on a GPU that is not there.
 
-The kernels are compiled for a named target by the real launcher, and the result is disassembled with the tools that come with Triton.
-Counted are the instructions that one thread executes, the width of its bulk memory accesses, and spills. From the count and the bytes
-that a step moves follows a **prediction**, no measurement, of the share of memory bandwidth that it can use::
+The kernels are compiled for a named target by the real launcher, and the result is disassembled
+with the tools that come with Triton. Counted are the instructions that one thread executes, the
+width of its bulk memory accesses, and spills. From the count and the bytes that a step moves
+follows a **prediction**, not a measurement, of the share of memory bandwidth that it can use::
 
     seconds per element to move  = bytes / bandwidth
     seconds per element to issue = instructions / (processors * lanes * clock)
     share                        = min(1, to move / to issue)
 
-The path counted is the longest one through the kernel that does not call the out-of-line slow paths of square root and division, which
-serve subnormal, infinite and NaN arguments. (For AMD it is all code up to the end of the program: an upper bound.) Latency, occupancy and
-the launch are not in the model: it is a bound for large tensors.
+The path counted is the longest one through the kernel that does not call the out-of-line slow paths
+of square root and division, which serve subnormal, infinite and NaN arguments. (For AMD it is all
+code up to the end of the program: an upper bound.) Latency, occupancy and the launch are not in the
+model, which is a bound for large tensors.
 
     python -m ddim_fast.gpu_lab.machine_code --target sm_90
 """
@@ -44,7 +46,8 @@ class Device:
 
     Attributes:
         processors: streaming multiprocessors, or compute units.
-        lanes: instructions of one thread that a processor issues per clock, over all its schedulers.
+        lanes: instructions of one thread that a processor issues per clock, over all its
+            schedulers.
         clock: Hz.
         bandwidth: bytes per second.
     """
@@ -116,7 +119,8 @@ class MachineCode:
         executed: instructions on the path counted, of one thread.
         elements: elements that one thread computes.
         by_class: ``executed`` by the first part of the mnemonic.
-        access_bits: width -> how many global accesses wider than 32 bits a thread makes. (64: the row's number, a seed.)
+        access_bits: width -> how many global accesses wider than 32 bits a thread makes. (64: the
+            row's number, a seed.)
         spills: bytes of local memory (scratch) of a thread.
         registers: of a thread.
     """
@@ -135,7 +139,7 @@ class MachineCode:
 
 
 def predicted_share(variant: Variant, code: MachineCode) -> float:
-    """The share of ``DEVICES[code.target]``'s bandwidth that the variant can use, by the model of this module."""
+    """Return the share of ``DEVICES[code.target]``'s bandwidth that the variant can use, by the model above."""
     device = DEVICES[code.target]
     to_move = variant.bytes / device.bandwidth
     to_issue = code.per_element / (device.processors * device.lanes * device.clock)
@@ -143,7 +147,7 @@ def predicted_share(variant: Variant, code: MachineCode) -> float:
 
 
 def measure(variant: Variant, target: str) -> MachineCode:
-    """Compile a variant of the step for a target, as the launcher does for large tensors, and count.
+    """Compile a variant of the step as the launcher does for large tensors, and count.
 
     Raises:
         ValueError: the target is not one of ``DEVICES``.
@@ -159,7 +163,10 @@ def measure(variant: Variant, target: str) -> MachineCode:
 
 
 def inputs_of(variant: Variant, device: str = "meta", n_elements: int = 1 << 20) -> StepInputs:
-    """Four aligned samples of ``n_elements``, updated in place as in a captured loop; on "meta" there is no memory behind them."""
+    """Return four aligned samples of ``n_elements``, updated in place as in a captured loop.
+
+    On "meta" they have no memory.
+    """
     samples = 4
 
     def tensor(wanted: bool, dtype: torch.dtype) -> torch.Tensor | None:
@@ -193,7 +200,7 @@ def inputs_of(variant: Variant, device: str = "meta", n_elements: int = 1 << 20)
     )
 
 
-# --- NVIDIA: SASS ------------------------------------------------------------------------------------------------------------------
+# --- NVIDIA: SASS ---
 
 _SASS = re.compile(
     r"^\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<opcode>[A-Z0-9_.]+)(?P<operands>[^;]*);"
@@ -213,13 +220,28 @@ class _Instruction:
 
     @property
     def conditional(self) -> bool:
-        """Whether some threads may not do it; a branch can also depend on a predicate that all threads of a warp share (UP0)."""
+        """Whether some threads may skip it.
+
+        A branch can also depend on a predicate that all threads of a warp share (UP0).
+        """
         return self.predicated or re.match(r"\s*!?UP\d", self.operands) is not None
 
     @property
     def branch_target(self) -> int | None:
         found = re.search(r"0x([0-9a-f]+)", self.operands) if self.name == "BRA" else None
         return int(found[1], 16) if found else None
+
+
+def _numbers(pattern: str, listing: str) -> tuple[int, ...]:
+    """Return the numbers that a pattern finds.
+
+    Raises:
+        RuntimeError: It finds none.
+    """
+    found = re.search(pattern, listing)
+    if found is None:
+        raise RuntimeError(f"the listing of a kernel has {pattern}, got one without it: the tools have changed")
+    return tuple(int(number) for number in found.groups())
 
 
 def _count_nvidia(kernel: Compiled, elements: int) -> MachineCode:
@@ -232,7 +254,7 @@ def _count_nvidia(kernel: Compiled, elements: int) -> MachineCode:
     if text.returncode:
         raise RuntimeError(f"cuobjdump could not read the kernel for {kernel.target}: {text.stderr.strip()}")
     listing = text.stdout + text.stderr
-    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing)
+    registers, stack, local = _numbers(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing)
     path = _longest_path(
         [
             _Instruction(int(m["address"], 16), m["predicate"] is not None, m["opcode"], m["operands"])
@@ -250,13 +272,15 @@ def _count_nvidia(kernel: Compiled, elements: int) -> MachineCode:
         elements,
         dict(Counter(i.name for i in path).most_common()),
         dict(widths),
-        int(usage[2]) + int(usage[3]),
-        int(usage[1]),
+        stack + local,
+        registers,
     )
 
 
 def _longest_path(instructions: list[_Instruction]) -> list[_Instruction]:
-    """The longest way from the first instruction to an exit, over forward branches, around blocks that call a subroutine.
+    """Return the longest way from the first instruction to an exit.
+
+    It follows forward branches, and avoids blocks that call a subroutine.
 
     Raises:
         RuntimeError: there is a loop, whose count would not be known.
@@ -265,7 +289,10 @@ def _longest_path(instructions: list[_Instruction]) -> list[_Instruction]:
 
     @cache
     def best(start: int) -> tuple[int, tuple[int, ...]] | None:
-        """(length, indices of the first instructions of the blocks) from ``start``; None if it must call."""
+        """Return the length, and the first instruction of each block, from ``start``.
+
+        None if it must call.
+        """
         k = start
         while True:
             i = instructions[k]
@@ -279,8 +306,8 @@ def _longest_path(instructions: list[_Instruction]) -> list[_Instruction]:
                 target = at[i.branch_target]
                 if target <= k:
                     raise RuntimeError(f"the kernel has a loop, to {i.branch_target:#x}: its count is not known")
-                ways = [best(target)] + ([best(k + 1)] if i.conditional else [])
-                ways = [way for way in ways if way is not None]
+                starts = [target, k + 1] if i.conditional else [target]
+                ways = [way for way in map(best, starts) if way is not None]
                 if not ways:
                     return None
                 length, blocks = max(ways)
@@ -304,7 +331,7 @@ def _longest_path(instructions: list[_Instruction]) -> list[_Instruction]:
     return path
 
 
-# --- AMD: GCN assembly --------------------------------------------------------------------------------------------------------------
+# --- AMD: GCN assembly ---
 
 
 def _count_amd(kernel: Compiled, elements: int) -> MachineCode:
@@ -320,16 +347,16 @@ def _count_amd(kernel: Compiled, elements: int) -> MachineCode:
         elements,
         dict(Counter(name.split("_")[0] + "_" + name.split("_")[1] for name in names).most_common()),
         dict(widths),
-        int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)[1]),
-        int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]),
+        _numbers(r"\.private_segment_fixed_size:\s*(\d+)", text)[0],
+        _numbers(r"\.vgpr_count:\s*(\d+)", text)[0],
     )
 
 
-# --- the table ----------------------------------------------------------------------------------------------------------------------
+# --- the table ---
 
 
 def report(targets: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Every variant for each target, as plain data."""
+    """Yield every variant for each target, as plain data."""
     for target in targets:
         for name, variant in VARIANTS.items():
             code = measure(variant, target)

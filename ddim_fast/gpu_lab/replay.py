@@ -1,19 +1,25 @@
-"""A stand-in for CUDA graphs on the CPU: what was captured is replayed with its pointers and numbers frozen, on real tensors.
+"""A stand-in for CUDA graphs on the CPU, which replays with pointers and numbers frozen.
 
-``RecordedGraph`` records the operators of one call of a function and runs them again on the same memory. As in a CUDA graph ("CUDA
-Graphs" in the CUDA C++ programming guide and in PyTorch's notes on CUDA semantics):
+``RecordedGraph`` records the operators of one call of a function and runs them again on the same
+memory. As in a CUDA graph ("CUDA Graphs" in the CUDA C++ programming guide and in PyTorch's notes
+on CUDA semantics):
 
-- Addresses are frozen. Memory that existed before belongs to the caller, who must keep it: a replay that finds it freed or moved raises,
-  where a GPU would read or write whatever lies there. Memory made during the capture lives as long as the graph.
-- Numbers are frozen. A step's index, a coefficient, a seed taken from Python are those of the capture in every replay, and so is the
-  branch that an ``if`` took.
-- The capture itself changes nothing: what it wrote to is as before, the default generator, too, and what it made holds nothing yet
-  (every byte of it is 255). Each replay draws new random numbers.
-- What a capture refuses is refused, as far as operators on CPU tensors show it; ``ddim_fast.gpu_lab.fake_cuda`` sees the rest.
+- Addresses are frozen. Memory that existed before belongs to the caller, who must keep it: a replay
+  that finds it freed or moved raises, where a GPU would read or write whatever lies there. Memory
+  made during the capture lives as long as the graph.
+- Numbers are frozen. A step's index, a coefficient or a seed that Python passes keeps its value
+  from the capture in every replay, and an ``if`` its branch.
+- The capture itself changes nothing: memory that it wrote to and the default generator are as
+  before, and memory that it made holds nothing yet (every byte of it is 255). Each replay draws new
+  random numbers.
+- What a capture refuses is refused, as far as operators on CPU tensors show it; ``FakeCuda`` sees
+  the rest.
 
-Triton kernels are recorded (they run on the CPU with TRITON_INTERPRET=1). Others that are launched outside torch's dispatcher are recorded
-by their launcher: a list in the launcher's module is looked at before each launch, and while it holds something,
-``launchers[-1](function, *arguments, **options)`` is called instead of ``function(*arguments, **options)``.
+Triton kernels are recorded (they run on the CPU with TRITON_INTERPRET=1). Others that are launched
+outside torch's dispatcher are recorded by their launcher: a list in the launcher's module is looked
+at before each launch, and while it holds something,
+``launchers[-1](function, *arguments, **options)`` is called instead of
+``function(*arguments, **options)``.
 """
 
 from __future__ import annotations
@@ -25,10 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from ..sampling.cuda_graphs import WARM_UP_CALLS, CaptureError
 from .fake_cuda import (
@@ -41,12 +44,12 @@ from .fake_cuda import (
     function_name,
     generator_refusal,
     hook_triton,
-    operator_name,
     tensors_in,
     user_line,
     waiting_refusal,
     written_tensors,
 )
+from .torch_internals import TorchDispatchMode, WeakStorage, schema_of, storage_key, tree_map_only
 
 _NEVER_WRITTEN = 255
 
@@ -56,10 +59,13 @@ class ReplayError(RuntimeError):
 
 
 class _Memory:
-    """One storage, at the address that it had: kept alive if the graph made it, watched if it is the caller's."""
+    """One storage at the address that it had.
+
+    It is kept alive if the graph made it, and only watched if it is the caller's.
+    """
 
     def __init__(self, storage: torch.UntypedStorage, made_here: bool):
-        self._weak = StorageWeakRef(storage)
+        self._weak = WeakStorage(storage)
         self._kept = storage if made_here else None
         self._recording: torch.UntypedStorage | None = storage
         self._address, self._size = storage.data_ptr(), storage.nbytes()
@@ -67,26 +73,26 @@ class _Memory:
         self._made_here = made_here
 
     def keep(self) -> None:
-        """Keep it alive, with what it holds."""
+        """Keep the storage alive, with its contents."""
         self._kept = self._recording
 
     def about_to_be_written(self) -> None:
-        """Keep what it holds, the first time."""
-        if not self._made_here and self._before is None:
+        """Save the contents, the first time."""
+        if not self._made_here and self._before is None and self._recording is not None:
             self._before = self._recording.clone()
 
     def end_recording(self) -> None:
-        """Undo what the recording wrote, and let go of what is the caller's."""
-        if self._made_here:
-            self._recording.fill_(_NEVER_WRITTEN)
-        elif self._before is not None:
+        """Undo what the recording wrote, and release the caller's memory."""
+        if self._recording is not None and self._made_here:
+            torch.empty(0, dtype=torch.uint8).set_(self._recording).fill_(_NEVER_WRITTEN)
+        elif self._recording is not None and self._before is not None:
             self._recording.copy_(self._before)
         self._recording = self._before = None
 
     def storage(self) -> torch.UntypedStorage:
         if self._kept is not None:
             return self._kept
-        alive = torch.UntypedStorage._new_with_weak_ptr(self._weak.cdata)
+        alive = self._weak.get()
         if alive is None or alive.data_ptr() != self._address or alive.nbytes() != self._size:
             raise ReplayError(
                 "a graph works on the memory that it saw at capture, so the caller must keep it, got "
@@ -111,7 +117,7 @@ class _Frozen:
 
 @dataclass(frozen=True)
 class _Node:
-    """One launch: run ``function`` on the arguments and put what is new of its results where it was at capture."""
+    """One launch: runs ``function``, and copies its new results to where they were at capture."""
 
     name: str
     function: Callable
@@ -130,7 +136,7 @@ class _Node:
 
 
 class RecordedGraph:
-    """Records one call of a function, to be replayed. Made by ``RecordedGraphs.capture``, or by hand:
+    """A recording of one call of a function, made by ``Replay.capture`` or by hand:
 
         graph = RecordedGraph()
         with graph.recording():
@@ -138,12 +144,12 @@ class RecordedGraph:
         graph.replay()
 
     Args:
-        launchers: lists of launchers outside the dispatcher, see the module.
-        generators: those that are registered with the graph, beside the default one.
+        launchers: Lists of launchers outside the dispatcher, see the module.
+        generators: Generators registered with the graph, beside the default one.
 
     Attributes:
-        output: what ``RecordedGraphs.capture`` got from the function.
-        paused: whether what is dispatched now belongs to a launch that is recorded as a whole.
+        output: What the function returned to ``Replay.capture``.
+        paused: Whether what is dispatched now belongs to a launch that is recorded as a whole.
     """
 
     def __init__(self, launchers: Sequence[list[Callable]] = (), generators: Sequence[torch.Generator] = ()):
@@ -157,12 +163,17 @@ class RecordedGraph:
 
     @property
     def launches(self) -> tuple[str, ...]:
-        """The names of what a replay launches, in order: operators such as "aten::add_.Tensor", and functions of ``record_call``."""
+        """The names of what a replay launches, in order.
+
+        They are operators such as "aten::add_.Tensor", and functions given to ``record_call``.
+        """
         return tuple(node.name for node in self._nodes or ())
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Record what happens inside. It runs, and is undone at the end: on a GPU it would not have run.
+        """Record what happens inside.
+
+        It runs, and is undone at the end, since on a GPU it would not have run.
 
         Raises:
             RuntimeError: the graph has a recording already.
@@ -195,14 +206,16 @@ class RecordedGraph:
                 self._nodes = None
 
     def record_call(self, function: Callable, /, *arguments: Any, **options: Any) -> None:
-        """Run a function now, and again in each replay with the same memory and numbers: for launches outside the dispatcher.
+        """Run a function outside the dispatcher, now and in each replay with the same memory and numbers.
 
-        Arguments may be nested. Tensors must be given as tensors: an address taken from one would be frozen without keeping it alive.
-        What the function launches is not recorded for itself, and it must write into tensors that it is given.
+        Arguments may be nested. Tensors must be given as tensors: an address taken from one would
+        be frozen without keeping it alive. What the function launches is not recorded separately,
+        and it must write into tensors among its arguments.
 
         Raises:
             RuntimeError: nothing is being recorded.
-            TypeError: it returned a tensor, or an argument is a tensor that is no dense memory of the CPU.
+            TypeError: it returned a tensor, or an argument is a tensor that is no dense memory of
+                the CPU.
         """
         self._launch(f"{OWN_NAMESPACE}::{function_name(function)}", function, arguments, options)
 
@@ -214,7 +227,7 @@ class RecordedGraph:
             return
         self.paused = True
         try:
-            frozen = tree_map_only(Tensor, self._freeze, (arguments, options))
+            frozen_args, frozen_kwargs = tree_map_only(Tensor, self._freeze, (arguments, options))
             for tensor in tensors_in(arguments, options):
                 self._memory(tensor).about_to_be_written()
             result = function(*arguments, **options)
@@ -225,13 +238,18 @@ class RecordedGraph:
                 f"a recorded launch writes into tensors that it is given, got {name}, which returned a tensor: pass it "
                 "the tensor to write to"
             )
-        self._nodes.append(_Node(name, function, *frozen, ()))
+        self._add(_Node(name, function, frozen_args, frozen_kwargs, ()))
+
+    def _add(self, node: _Node) -> None:
+        assert self._nodes is not None, "launches are recorded between the start and the end of a recording"
+        self._nodes.append(node)
 
     def replay(self) -> None:
         """Run what was recorded.
 
         Raises:
-            ReplayError: memory of the caller's that it works on is gone or was moved, or there is nothing to replay.
+            ReplayError: memory of the caller's that it works on is gone or was moved, or there is
+                nothing to replay.
         """
         if self._nodes is None:
             raise ReplayError("a graph is replayed between its capture and its reset, got one with nothing captured")
@@ -240,20 +258,20 @@ class RecordedGraph:
                 node.run()
 
     def reset(self) -> None:
-        """Forget the recording and free its memory."""
+        """Drop the recording and free its memory."""
         self._nodes, self.output = None, None
 
     def _memory(self, tensor: Tensor, made_here: bool = False) -> _Memory:
         storage = tensor.untyped_storage()
-        memory = self._memories.get(storage._cdata)
+        memory = self._memories.get(storage_key(storage))
         if memory is None:
-            memory = self._memories[storage._cdata] = _Memory(storage, made_here)
+            memory = self._memories[storage_key(storage)] = _Memory(storage, made_here)
         return memory
 
     def _freeze(self, tensor: Tensor, made_here: bool = False) -> _Frozen:
         _check_dense(tensor)
-        place = tuple(tensor.size()), tuple(tensor.stride()), tensor.storage_offset()
-        return _Frozen(self._memory(tensor, made_here), tensor.dtype, *place)
+        memory, offset = self._memory(tensor, made_here), int(tensor.storage_offset())
+        return _Frozen(memory, tensor.dtype, tuple(tensor.size()), tuple(tensor.stride()), offset)
 
     def _dispatch(self, mode: TorchDispatchMode, func, args: tuple, kwargs: dict) -> Any:
         name = func.overloadpacket.__name__
@@ -269,22 +287,22 @@ class RecordedGraph:
             if name == "lift_fresh" and not _is_literal(args[0]):
                 refusal = PYTHON_DATA
         if refusal is not None:
-            raise NotCapturable(operator_name(func), refusal, _running(), user_line())
-        frozen = tree_map_only(Tensor, self._freeze, (args, kwargs))
+            raise NotCapturable(func.name(), refusal, _running(), user_line())
+        frozen_args, frozen_kwargs = tree_map_only(Tensor, self._freeze, (args, kwargs))
         for tensor in written_tensors(func, args, kwargs):
             self._memory(tensor).about_to_be_written()
-        known = {t.untyped_storage()._cdata for t in tensors_in(args, kwargs)}
+        before = {storage_key(t.untyped_storage()) for t in tensors_in(args, kwargs)}
         result = func(*args, **kwargs)
         outputs = tensors_in(result)
         for tensor in outputs:
             _check_dense(tensor)
-        new = [i for i, t in enumerate(outputs) if t.untyped_storage()._cdata not in known]
+        new = [i for i, t in enumerate(outputs) if storage_key(t.untyped_storage()) not in before]
         places = tuple((i, self._freeze(outputs[i], made_here=True)) for i in new)
-        writes = any(argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments)
+        writes = any(argument.alias_info and argument.alias_info.is_write for argument in schema_of(func).arguments)
         if name == "lift_fresh":
             self._memory(outputs[0]).keep()  # a constant
         elif (new and name not in UNINITIALIZED) or writes or not outputs:
-            self._nodes.append(_Node(operator_name(func), func, *frozen, places))
+            self._add(_Node(func.name(), func, frozen_args, frozen_kwargs, places))
         return result
 
 
@@ -305,7 +323,7 @@ def _running() -> str:
 
 
 def _is_literal(tensor: Tensor) -> bool:
-    """Whether a lifted tensor is the 2.0 of ``x[i] = 2.0``."""
+    """Return whether a lifted tensor is the 2.0 of ``x[i] = 2.0``."""
     return tensor.dim() == 0 and bool(_functions) and getattr(_functions[-1], "__name__", "") == "__setitem__"
 
 
@@ -321,7 +339,7 @@ class _Operators(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Knows which public function is running, and refuses those that read values without an operator."""
+    """A mode that knows which public function runs, and refuses those that read without an operator."""
 
     def __init__(self, graph: RecordedGraph):
         super().__init__()
@@ -343,11 +361,14 @@ class _Functions(TorchFunctionMode):
             _functions.pop()
 
 
-class RecordedGraphs:
-    """``ddim_fast.sampling.cuda_graphs.GraphBackend`` on the CPU, by ``RecordedGraph``.
+class Replay:
+    """A stand-in for CUDA graphs: a ``ddim_fast.sampling.cuda_graphs.GraphBackend`` on the CPU.
+
+        graph = Replay().capture(function)
+        graph.replay()
 
     Args:
-        launchers, generators: see ``RecordedGraph``.
+        launchers, generators: See ``RecordedGraph``.
     """
 
     def __init__(self, launchers: Sequence[list[Callable]] = (), generators: Sequence[torch.Generator] = ()):
@@ -359,10 +380,11 @@ class RecordedGraphs:
                 function()
 
     def capture(self, function: Callable[[], Any]) -> RecordedGraph:
-        """Record one call. Nothing has changed afterwards but what Python itself remembers.
+        """Record one call. Afterwards nothing has changed but Python's own state.
 
         Raises:
-            CaptureError: an operation that a capture refuses (as ``NotCapturable``, which names it), or ``function`` raised.
+            CaptureError: an operation that a capture refuses (as ``NotCapturable``, which names
+                it), or ``function`` raised.
         """
         graph = RecordedGraph(self._launchers, self._generators)
         try:
@@ -372,6 +394,10 @@ class RecordedGraphs:
             raise
         except Exception as error:
             raise CaptureError(
-                f"what is captured must run through, got {type(error).__name__}: {error}: mend it outside of a capture first"
+                f"what is captured must run through, got {type(error).__name__}: {error}: fix it outside of a capture first"
             ) from error
         return graph
+
+
+RecordedGraphs = Replay
+"""The name of ``Replay`` in 0.1."""

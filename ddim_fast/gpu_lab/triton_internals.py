@@ -1,8 +1,9 @@
-"""Everything of Triton that is not documented for users, in one place.
+"""Everything undocumented of Triton that the laboratory needs, in one place.
 
-Triton has no public way to launch on a device that is not there, so a driver is put in front of it: an object that
-answers what Triton's compiler and launcher ask (``triton/backends/driver.py`` and its callers). Triton 3.6 and 3.7 are
-known to fit. Where a name is missing, ``TritonChangedError`` says which one and what for.
+Triton has no public way to launch on a device that is not there, so a driver is put in front of it:
+an object that answers what Triton's compiler and launcher ask (``triton/backends/driver.py`` and
+its callers). Triton 3.6 and 3.7 are known to fit. Where a name is missing, ``TritonChangedError``
+says which one and what for.
 
 Triton is imported by the functions that need it, so that this module loads without it.
 """
@@ -17,14 +18,14 @@ from collections.abc import Callable, Collection, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from unittest import mock
 
 KNOWN_VERSIONS = "3.6 and 3.7"
 
 
 class TritonChangedError(ImportError):
-    """The installed Triton lacks a name that the laboratory builds on."""
+    """A name of Triton that the laboratory needs is missing."""
 
 
 def _internal(module: str, name: str, purpose: str) -> Any:
@@ -39,9 +40,7 @@ def _internal(module: str, name: str, purpose: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError):
-        import triton
-
-        version = getattr(triton, "__version__", "of an unknown version")
+        version = getattr(import_module("triton"), "__version__", "of an unknown version")
         raise TritonChangedError(
             f"{purpose} needs {module}.{name} (Triton {KNOWN_VERSIONS} have it), got Triton {version} without it: "
             "pip install triton==3.7.*"
@@ -63,24 +62,12 @@ def check_compiles() -> None:
 # --- the active driver ---
 
 
-class Driver(Protocol):
-    """What Triton asks of a driver in order to compile a kernel and to call its launcher."""
-
-    launcher_cls: type
-
-    def get_current_target(self) -> Any: ...
-
-    def get_current_device(self) -> Any: ...
-
-    def get_current_stream(self, device: Any = ...) -> int: ...
-
-
 @contextlib.contextmanager
 def active_driver(driver: Any) -> Iterator[None]:
     """Let Triton use ``driver`` inside the ``with`` block.
 
-    ``set_active`` is public. What was active before is read from a private attribute, because the public one looks for
-    a real GPU, and raises where there is none.
+    ``set_active`` is public. What was active before is read from a private attribute, because the
+    public one looks for a real GPU, and raises where there is none.
     """
     config = _internal("triton.runtime", "driver", "launching on a device that is not there")
     if not hasattr(config, "_active"):
@@ -112,63 +99,69 @@ def gpu_target(target: str) -> Any:
     return target_class("cuda", int(target.removeprefix("sm_")), 32)
 
 
+class _EmulatedDriver:
+    """A driver whose kernels are run by a launcher of ours.
+
+    Args:
+        key: Names the device in Triton's cache of compiled kernels.
+        target: Such as "sm_90".
+        properties: Of the device.
+        launcher: The class of launchers.
+        gpu: Kept for the launcher.
+    """
+
+    def __init__(self, key: str, target: str, properties: dict[str, int], launcher: type, gpu: Any):
+        self._key, self._target, self.launcher_cls, self.gpu = key, gpu_target(target), launcher, gpu
+        self.utils = _Utilities(properties)
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False  # Triton never chooses it by itself
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> str:
+        return self._key
+
+    def set_current_device(self, device: object) -> None:
+        pass
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> Any:
+        import torch
+
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> type:
+        return _DeviceInterface
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError("an emulated GPU has no launcher in C++")
+
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        return _run_once
+
+    def get_empty_cache_for_benchmark(self) -> Any:
+        import torch
+
+        return torch.empty(0)
+
+    def clear_cache(self, cache: object) -> None:
+        pass
+
+
 @functools.cache
 def emulated_driver_class() -> Callable[..., Any]:
-    """Return the class of a driver whose kernels are run by ``launcher``. Its base is Triton's, so it is made late.
-
-    ``EmulatedDriver(key, target, properties, launcher, gpu)``: ``key`` names the device in Triton's cache of compiled
-    kernels, ``properties`` are the device's, ``gpu`` is kept for the launcher.
-    """
+    """Return ``_EmulatedDriver`` with Triton's own base class, which is only loaded when it is first needed."""
     base = _internal("triton.backends.driver", "DriverBase", "an emulated GPU")
-
-    class EmulatedDriver(base):
-        def __init__(self, key: str, target: str, properties: dict[str, int], launcher: type, gpu: Any):
-            self._key, self._target, self.launcher_cls, self.gpu = key, gpu_target(target), launcher, gpu
-            self.utils = _Utilities(properties)
-
-        @classmethod
-        def is_active(cls) -> bool:
-            return False  # Triton never chooses it by itself
-
-        def get_current_target(self) -> Any:
-            return self._target
-
-        def get_current_device(self) -> str:
-            return self._key
-
-        def set_current_device(self, device: object) -> None:
-            pass
-
-        def get_current_stream(self, device: object = None) -> int:
-            return 0
-
-        def get_active_torch_device(self) -> Any:
-            import torch
-
-            return torch.device("cpu")
-
-        def get_device_interface(self) -> type:
-            return _DeviceInterface
-
-        def map_python_to_cpp_type(self, ty: str) -> str:
-            raise NotImplementedError("an emulated GPU has no launcher in C++")
-
-        def get_benchmarker(self) -> Callable[..., list[float]]:
-            return _run_once
-
-        def get_empty_cache_for_benchmark(self) -> Any:
-            import torch
-
-            return torch.empty(0)
-
-        def clear_cache(self, cache: object) -> None:
-            pass
-
-    return EmulatedDriver
+    return type("EmulatedDriver", (_EmulatedDriver, base), {})
 
 
 def _run_once(kernel_call: Callable, *, quantiles: Collection[float] = (0.5,), **options: object) -> list[float]:
-    """Stand in for Triton's benchmark: each configuration of an autotuned kernel runs once, and none is faster."""
+    """Run each configuration of an autotuned kernel once, instead of timing it: none is faster."""
     kernel_call()
     return [0.0] * len(quantiles)
 
@@ -193,7 +186,10 @@ class _Utilities:
         return dict(self._properties)
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: object) -> tuple:
-        """Return module, function, registers, spills and the threads that a CTA may have. The binary is not used."""
+        """Return module, function, registers, spills and the limit of threads.
+
+        The binary is not used.
+        """
         return None, name, 0, 0, 1024
 
 
@@ -220,9 +216,10 @@ def compile_only(target: str) -> Iterator[None]:
 
 
 def ptx_of(name: str, metadata: Any) -> str | None:
-    """Return the PTX of a kernel that is being loaded, from the cache where compilation leaves it; None if it is not kept.
+    """Return the PTX of a kernel that is being loaded; None if Triton did not keep it.
 
-    A launcher is given the metadata of a kernel, but not its text, which is public only on the compiled kernel (``asm``).
+    It is read from the cache where compilation leaves it. A launcher gets the metadata of a kernel,
+    but not its text, which is public only on the compiled kernel (``asm``).
     """
     get_cache_manager = _internal("triton.runtime.cache", "get_cache_manager", "reading a kernel's PTX")
     found = get_cache_manager(metadata.hash).get_file(f"{name[:150]}.ptx")
@@ -230,30 +227,33 @@ def ptx_of(name: str, metadata: Any) -> str | None:
 
 
 def constant_of(kernel: Any, name: str) -> Any:
-    """Return the value of a constexpr parameter that a kernel was compiled with. Triton shows it in no public attribute."""
+    """Return the value of a constexpr parameter of a compiled kernel.
+
+    No public attribute has it.
+    """
     return kernel.src.constants[(kernel.src.fn.arg_names.index(name),)]
 
 
 def nvidia_tool(name: str) -> str:
     """Return the path of a tool of NVIDIA's that Triton brings along, such as "cuobjdump"."""
-    import triton
-
+    triton = import_module("triton")
     knobs = getattr(triton, "knobs", None)
     tool = getattr(getattr(knobs, "nvidia", None), name, None)
     if tool is not None:
         return str(tool.path)
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+    return str(Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / name)
 
 
 # --- launches ---
 
 
 def hook_launches(stack: contextlib.ExitStack, hook: Callable[[Any, Callable, tuple, dict], None]) -> None:
-    """Have ``hook(kernel, run, args, options)`` called instead of each launch ``run(*args, **options)``, until the stack closes.
+    """Have ``hook(kernel, run, args, options)`` called instead of each launch, until the stack closes.
 
-    Compilations without a launch (``kernel.warmup``) are left alone. Without Triton nothing is done. ``run`` is what
-    ``kernel[grid](...)`` calls in either class. Triton's launch hooks (``triton.knobs.runtime``) would not do: they are
-    not called in the interpreter, and cannot keep a kernel from being launched.
+    ``run(*args, **options)`` is the launch. Compilations without a launch (``kernel.warmup``) are
+    left alone. Without Triton nothing is done. The method ``run`` that is replaced is what
+    ``kernel[grid](...)`` calls. Triton's launch hooks (``triton.knobs.runtime``) would not do: they
+    are not called in the interpreter, and cannot keep a kernel from being launched.
     """
     if find_spec("triton") is None:
         return

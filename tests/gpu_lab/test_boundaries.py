@@ -92,3 +92,68 @@ def run_alone(code: str, folder: Path) -> str:
 
 def test_ptx_runs_as_a_package_of_its_own():
     assert "which has 32 bytes; first at CTA (0, 0, 0), thread (8, 0, 0)" in run_alone(ALONE, LAB)
+
+
+LAB_FLOORS = (
+    {"machine_code", "replay"},
+    {"compiling", "emulated_gpu", "fake_cuda"},
+    {"torch_internals", "triton_internals"},
+    {"ptx"},
+)
+BELOW_THE_LAB = ("kernels", "sampling.cuda_graphs")
+"""What the laboratory uses of the other rooms."""
+
+INTERNALS = {"torch_internals", "triton_internals"}
+MODULES = [path for path in sorted(LAB.glob("*.py")) if path.stem != "__init__"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_the_laboratory_imports_only_what_is_below(path):
+    floor_of = {name: floor for floor, names in enumerate(LAB_FLOORS) for name in names}
+    for level, name in imports_of(path):
+        assert level <= 2, f"{path.name} imports {name} from outside of the package"
+        if level == 2:
+            assert name.startswith(BELOW_THE_LAB), f"{path.name} imports {name}, which is not below the laboratory"
+        elif level == 1:
+            assert floor_of[name.partition(".")[0]] > floor_of[path.stem], f"{path.name} imports {name}"
+
+
+def private_names(tree: ast.AST) -> Iterator[str]:
+    """What is private to torch or Triton, or in a module of Triton's own."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            if node.module.startswith("triton."):
+                yield node.module
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+            if node.attr in {"_cdata", "_schema", "_overloadname", "_backend_fns", "_init_fn", "_new_with_weak_ptr"}:
+                yield names[0]
+        for name in names:
+            parts = name.split(".")
+            hidden = [part for part in parts[1:] if part.startswith("_") and not part.startswith("__")]
+            if parts[0] in ("torch", "triton") and hidden:
+                yield name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_private_names_of_torch_and_triton_have_one_place(path):
+    found = sorted(set(private_names(ast.parse(path.read_text()))))
+    assert path.stem in INTERNALS or found == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from torch._subclasses.fake_tensor import FakeTensor",
+        "import torch._C",
+        "x = torch._C._ensureCUDADeviceGuardSet()",
+        "from triton.runtime import driver",
+        "key = storage._cdata",
+    ],
+)
+def test_private_names_are_seen(line):
+    assert list(private_names(ast.parse(line)))

@@ -173,7 +173,7 @@ def test_an_error_inside_the_package_names_the_callers_line_and_ours(device, x):
     with torch.inference_mode():
         error = refused(device, lambda: ddim_step(x, x, row, out=x))
     assert error.where.startswith(__file__)
-    assert "by way of contract.py" in str(error)
+    assert "through contract.py" in str(error)
 
 
 # --- What is allowed --------------------------------------------------------------------------------------------------

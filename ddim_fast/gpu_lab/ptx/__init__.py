@@ -3,9 +3,9 @@
     module = parse(ptx_text)
     execution = execute(module, "kernel", grid=(8,), arguments=[x, y, 1000], block=128)
 
-Needs NumPy, and nothing else of this package. The files, top to bottom (imports only point down): ``executor``;
-``decoder`` and ``warp``; ``scheduler``; ``program``; ``operations``, ``memory`` and ``parser``; ``floats``,
-``integers`` and ``errors``.
+Needs NumPy, and nothing else of this package. The files, top to bottom (imports only point down):
+``executor``; ``decoder`` and ``warp``; ``scheduler``; ``program``; ``operations``, ``memory`` and
+``parser``; ``floats``, ``integers`` and ``errors``.
 """
 
 from .errors import (

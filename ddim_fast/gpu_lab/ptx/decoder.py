@@ -1,12 +1,13 @@
-"""Instructions to steps that the scheduler runs: operands to reads and writes of registers, and every access to memory.
+"""Decode instructions to steps that the scheduler runs: operands, and every access to memory.
 
-Source: PTX ISA, "Instruction Operands", "Data Movement and Conversion Instructions" and "Parallel Synchronization and Communication
-Instructions".
+Source: PTX ISA, "Instruction Operands", "Data Movement and Conversion Instructions" and "Parallel
+Synchronization and Communication Instructions".
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,8 @@ from .parser import (
 from .program import VECTORS, Program, cached
 from .scheduler import Chunk, Execution, Lanes, Read, Run, Step
 
-Write = Callable[[Chunk, np.ndarray, Lanes], None]
+Write = Callable[..., None]
+"""``write(chunk, values, lanes, undefined=None)`` puts values and undefined bits into a register."""
 
 _CACHE = {"ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc"}
 _CACHE |= {f"L1::{how}" for how in ("evict_normal", "evict_unchanged", "evict_first", "evict_last", "no_allocate")}
@@ -46,7 +48,10 @@ _SCOPES = {"cta", "gpu", "sys"}
 
 
 def reader(operand: Operand, kind: str, program: Program, *, defined: bool = True) -> Read:
-    """A function that gives an operand's values as numbers of type ``kind``; they must be defined unless it says otherwise."""
+    """Return a function that reads an operand's values as numbers of type ``kind``.
+
+    The values must be defined, unless ``defined`` is false.
+    """
     dtype = DTYPES[kind]
     if isinstance(operand, Literal):
         return _constant(_literal(operand, kind))
@@ -88,7 +93,10 @@ def _literal(literal: Literal, kind: str) -> np.ndarray:
 
 
 def _special(name: str, dtype: np.dtype) -> Read:
-    """PTX ISA, "Special Registers": those that a program's result may depend on, in a grid without clusters."""
+    """Return a reader of a special register that a result may depend on, in a grid without clusters.
+
+    Source: PTX ISA, "Special Registers".
+    """
     base, _, axis = name.partition(".")
     i = "xyz".find(axis)
     if base == "%laneid":
@@ -99,7 +107,10 @@ def _special(name: str, dtype: np.dtype) -> Read:
 
 
 def undefined_reader(operand: Operand, kind: str) -> Callable[[Chunk, Lanes], np.ndarray | None]:
-    """A function that gives an operand's undefined bits as unsigned numbers as wide as ``kind``; None if there are none."""
+    """Return a function that reads an operand's undefined bits; it returns None if there are none.
+
+    The bits are unsigned numbers as wide as ``kind``.
+    """
     name = register_name(operand)
     if name is None:
         return lambda chunk, lanes: None
@@ -119,16 +130,20 @@ def register_name(operand: Operand) -> str | None:
 
 
 def writer(operand: Operand, kind: str) -> Write:
-    """A function that puts numbers of type ``kind`` into a register; a wider register takes them extended."""
+    """Return a function that writes numbers of type ``kind`` to a register, extended to a wider one."""
     if isinstance(operand, Sink):
-        return lambda chunk, values, lanes, undefined=None: None
+        return _throw_away
     if not isinstance(operand, Register):
         raise NotModelledError(f"a result in a form that is not modelled: {operand}")
     name, held, dtype = operand.name, unsigned(operand.type), DTYPES[kind]
     if (held == np.bool_) != (kind == "pred") or held.itemsize < dtype.itemsize:
         raise NotModelledError(f"register {name} of type {operand.type} cannot hold {kind}")
     if held.itemsize == dtype.itemsize:
-        return lambda chunk, values, lanes, undefined=None: chunk.write(name, values.view(held), lanes, undefined)
+
+        def write_same(chunk: Chunk, values: np.ndarray, lanes: Lanes, undefined: np.ndarray | None = None) -> None:
+            chunk.write(name, values.view(held), lanes, undefined)
+
+        return write_same
     wide = np.dtype(f"{dtype.kind if dtype.kind == 'i' else 'u'}{held.itemsize}")
 
     def extend(values: np.ndarray) -> np.ndarray:
@@ -141,12 +156,20 @@ def writer(operand: Operand, kind: str) -> Write:
     return write
 
 
+def _throw_away(chunk: Chunk, values: np.ndarray, lanes: Lanes, undefined: np.ndarray | None = None) -> None:
+    pass
+
+
 class Decoder:
-    """Decodes a placed kernel's instructions. ``contractible`` and ``approximate`` are complete after ``steps``."""
+    """A decoder of one placed kernel.
+
+    ``contractible`` and ``approximate`` are complete after ``steps``.
+    """
 
     def __init__(self, program: Program, execution: Execution):
         self.program, self.kernel, self.execution = program, program.kernel, execution
-        # Names, and what runs instructions on registers alone, by their index: the same in every launch of the kernel.
+        # The same in every launch of the kernel. ``_runs`` has what runs an instruction on registers
+        # alone, by the instruction's index.
         self.contractible: set[str] = cached(self.kernel, "contractible", set)
         self.approximate: set[str] = cached(self.kernel, "approximate", set)
         self._runs: dict[int, Run] = cached(self.kernel, "runs", dict)
@@ -236,8 +259,10 @@ class Decoder:
                 put(chunk, part, lanes)
 
         def run_with_undefined(chunk: Chunk, lanes: Lanes, values: list[np.ndarray]) -> None:
-            found = [read(chunk, lanes) for read in masks]
-            found = [np.zeros(1, width) if mask is None else mask for mask, width in zip(found, widths, strict=True)]
+            found: list[np.ndarray] = []
+            for read, width in zip(masks, widths, strict=True):
+                mask = read(chunk, lanes)
+                found.append(np.zeros(1, width) if mask is None else mask)
             result = apply(*values)
             bits = operation.undefined_results(values, found)
             for put, part, undefined in zip(writes, result if several else [result], bits, strict=True):
@@ -250,6 +275,8 @@ class Decoder:
     def _branch(self, instruction: Instruction) -> Step:
         _only(instruction, {"uni"})
         (label,) = instruction.operands
+        if not isinstance(label, Symbol):
+            raise NotModelledError("a branch goes to a label")
         if label.name not in self.kernel.labels:
             raise NotModelledError(f"there is no label {label.name}")
         return Step(instruction, _never, kind="branch", target=self.kernel.labels[label.name])
@@ -283,7 +310,10 @@ class Decoder:
         return Step(instruction, run, scope="cta")
 
     def _fence(self, instruction: Instruction) -> Step:
-        """A fence orders one thread's accesses; what orders two threads is a barrier, so nothing is left to do."""
+        """Do nothing.
+
+        A fence orders one thread's accesses, and only barriers order those of two threads.
+        """
         _only(instruction, {"cta", "gl", "sys", "gpu", "sc", "acq_rel"})
         return Step(instruction, lambda chunk, lanes: None)
 
@@ -298,7 +328,11 @@ class Decoder:
         members: Operand,
         of_undefined: Callable | None = None,
     ) -> Step:
-        """``of_undefined`` makes undefined bits of the first result from those of the first source, which else must be defined."""
+        """Return the step of an instruction of a whole warp.
+
+        ``of_undefined`` computes the undefined bits of the first result from those of the first
+        source; without it the first source must be defined.
+        """
         value, kind = sources[0]
         first = reader(value, kind, self.program, defined=of_undefined is None)
         undefined_bits = undefined_reader(value, kind)
@@ -310,7 +344,9 @@ class Decoder:
             others = [np.broadcast_to(read(chunk, lanes), n) for read in reads]
             outcome = function(chunk, lanes, np.broadcast_to(first(chunk, lanes), n), *others)
             bits = undefined_bits(chunk, lanes)
-            if bits is not None:
+            if of_undefined is None:
+                bits = None  # the source has been found to be defined
+            elif bits is not None:
                 bits = of_undefined(chunk, lanes, np.broadcast_to(bits, n), *others) if bits.any() else None
             for put, values in zip(writes, outcome if isinstance(outcome, tuple) else (outcome,), strict=True):
                 put(chunk, values, lanes, bits)
@@ -373,14 +409,17 @@ class Decoder:
         return Step(instruction, lambda chunk, lanes: put(chunk, warp.active_mask(chunk, lanes), lanes))
 
     def _policy(self, instruction: Instruction) -> Step:
-        """A cache policy has no effect on results: any number will do."""
+        """Return any number: a cache policy has no effect on results."""
         put = writer(instruction.operands[0], "b64")
         return Step(instruction, lambda chunk, lanes: put(chunk, np.zeros(1, np.uint64), lanes))
 
     # --- loads and stores ---
 
     def _address(self, operand: Operand, space: str) -> Read:
-        """Addresses: 64 bits for global memory, and as wide as the register for the others."""
+        """Return a reader of addresses.
+
+        They have 64 bits in global memory, and elsewhere are as wide as the register.
+        """
         if not isinstance(operand, Address):
             raise NotModelledError("an address must be in brackets")
         base, offset = operand
@@ -391,7 +430,7 @@ class Decoder:
         return (lambda chunk, lanes: read(chunk, lanes) + shift) if offset else read
 
     def _access(self, instruction: Instruction) -> tuple[str, int, str]:
-        """The space, the number of elements and their type of a load or store."""
+        """Return the space, the number of elements and their type of a load or store."""
         words = list(instruction.modifiers)
         kind = words.pop()
         if kind not in TYPE_BYTES:
@@ -446,16 +485,16 @@ class Decoder:
         def load_global(chunk: Chunk, addresses: np.ndarray, lanes: Lanes) -> np.ndarray:
             threads = chunk.threads(lanes)
             execution.bytes_read += size * len(threads.lanes)
-            found = None
+            found = np.empty((0, elements), dtype)
             for cluster, positions in memory.parts(addresses, size, threads):
                 memory.shadowed(cluster)
                 chosen = addresses if positions is None else addresses[positions]
-                some = threads if positions is None or len(addresses) == 1 else _part(threads, positions)
+                some = _part(threads, None if len(addresses) == 1 else positions)
                 rows = as_slice(((chosen - np.uint64(cluster.virtual_base)) // np.uint64(size)).astype(np.int64))
                 data = cluster.load(rows, elements, dtype, some, repeat=len(addresses) == 1)
                 if positions is None:
                     return data
-                found = np.empty((len(addresses), elements), dtype) if found is None else found
+                found = found if len(found) else np.empty((len(addresses), elements), dtype)
                 found[positions] = data
             return found
 
@@ -498,12 +537,11 @@ class Decoder:
             execution.bytes_written += size * len(threads.lanes)
             addresses = np.broadcast_to(addresses, len(values))
             for cluster, positions in memory.parts(addresses, size, threads):
-                every = positions is None
-                chosen, some = (addresses, threads) if every else (addresses[positions], _part(threads, positions))
+                chosen, some = addresses[_every(positions)], _part(threads, positions)
                 cluster.check_writable(chosen, size, some)
                 memory.shadowed(cluster)
                 rows = as_slice(((chosen - np.uint64(cluster.virtual_base)) // np.uint64(size)).astype(np.int64))
-                cluster.store(rows, values if every else values[positions], some)
+                cluster.store(rows, values[_every(positions)], some)
 
         def store_scratch(chunk: Chunk, addresses: np.ndarray, values: np.ndarray, lanes: Lanes) -> None:
             threads = chunk.threads(lanes)
@@ -575,12 +613,19 @@ class Decoder:
     # --- asynchronous copies and matrices ---
 
     def _copy(self, instruction: Instruction) -> Step:
-        """``cp.async``: the data appear when the thread waits for its group; until then the bytes count as unwritten."""
+        """Decode ``cp.async``.
+
+        The data appear when the thread waits for its group. Until then the bytes count as
+        unwritten.
+        """
         words = [w for w in instruction.modifiers if w not in _CACHE and w != "L2::cache_hint"]
         if words == ["async", "commit_group"]:
             return Step(instruction, _for_all(lambda chunk: chunk.copies.commit()))
         if words in (["async", "wait_group"], ["async", "wait_all"]):
-            keep = instruction.operands[0].bits if instruction.operands else 0
+            count = instruction.operands[0] if instruction.operands else Literal(0)
+            if not isinstance(count, Literal):
+                raise NotModelledError("cp.async.wait_group takes a constant")
+            keep = count.bits
             commit_first = words[1] == "wait_all"
 
             def wait(chunk: Chunk) -> None:
@@ -591,10 +636,10 @@ class Decoder:
             return Step(instruction, _for_all(wait))
         if words not in (["async", "shared", "global"], ["async", "shared::cta", "global"]):
             raise NotModelledError(f"{instruction.name} is not modelled")
-        target, source, size, *count = instruction.operands
-        if not isinstance(size, Literal) or size.bits not in (4, 8, 16) or len(count) > 1:
+        target, source, size, *used = instruction.operands
+        if not isinstance(size, Literal) or size.bits not in (4, 8, 16) or len(used) > 1:
             raise NotModelledError("cp.async copies 4, 8 or 16 bytes here")
-        return Step(instruction, self._copy_function(target, source, size.bits, count))
+        return Step(instruction, self._copy_function(target, source, size.bits, used))
 
     def _copy_function(self, target: Operand, source: Operand, size: int, count: list[Operand]) -> Callable:
         to, of = self._address(target, "shared"), self._address(source, "global")
@@ -613,13 +658,13 @@ class Decoder:
                 addresses = np.broadcast_to(of(chunk, lanes), n)[copied]
                 data[copied] = load(chunk, addresses, copied if lanes is None else lanes[copied])
             chunk.shared.check_write(rows, size, threads)
-            chunk.shared.shadow.forget(rows, size)
+            chunk.shared.tracked.forget(rows, size)
             chunk.copies.open.append(lambda: chunk.shared.store(rows, data, chunk.threads(lanes)))
 
         return run
 
     def _matrices(self, instruction: Instruction) -> tuple[int, bool]:
-        """How many 8 x 8 matrices of 16-bit numbers, and whether they are transposed."""
+        """Return the number of 8 x 8 matrices of 16-bit numbers, and whether they are transposed."""
         words = [w for w in instruction.modifiers if w not in ("shared", "shared::cta", "trans")]
         counts = {"x1": 1, "x2": 2, "x4": 4}
         if len(words) != 5 or words[:3] != ["sync", "aligned", "m8n8"] or words[3] not in counts or words[4] != "b16":
@@ -679,8 +724,8 @@ class Decoder:
 
 
 def _never(chunk: Chunk, lanes: Lanes) -> None:
-    """What the scheduler does itself is not run."""
-    raise AssertionError("the scheduler follows branches and ends threads itself")
+    """Fail: the scheduler follows branches and ends threads itself."""
+    raise AssertionError("a branch or an end is not run")
 
 
 def _check_widths(operands: list[tuple[Operand, str]]) -> None:
@@ -696,8 +741,11 @@ def _only(instruction: Instruction, allowed: set[str]) -> None:
         raise NotModelledError(f"{instruction.name} is not modelled: the modifier .{unknown[0]} has no rule")
 
 
-def _located(apply: Callable, values: list[np.ndarray], lanes: Lanes) -> object:
-    """Errors of an operation know the position among the operands; make a thread of it."""
+def _located(apply: Callable, values: list[np.ndarray], lanes: Lanes) -> Any:
+    """Apply an operation.
+
+    Its errors give a position among the operands, which becomes that of a thread of the chunk.
+    """
     try:
         return apply(*values)
     except PtxError as error:
@@ -710,7 +758,13 @@ def _single(operand: Operand) -> Operand:
     return operand.elements[0] if isinstance(operand, Vector) and len(operand.elements) == 1 else operand
 
 
-def _part(threads: Threads, positions: np.ndarray) -> Threads:
+def _every(positions: np.ndarray | None) -> slice | np.ndarray:
+    return slice(None) if positions is None else positions
+
+
+def _part(threads: Threads, positions: np.ndarray | None) -> Threads:
+    if positions is None:
+        return threads
     when = None if threads.when is None else threads.when[positions]
     return Threads(threads.lanes[positions], threads.who[positions], when)
 
@@ -734,7 +788,10 @@ def _warp_barrier(members: Read) -> Callable:
 
 
 def _atomic_function(operator: str, kind: str, space: str) -> Callable | None:
-    """PTX ISA, "atom": the new value from the old one and the operands."""
+    """Return the function from the old value and the operands to the new; None where there is no rule.
+
+    Source: PTX ISA, "atom".
+    """
     if operator == "exch" and kind in ("b32", "b64"):
         return lambda old, new: new
     if operator == "cas" and kind in ("b16", "b32", "b64"):
@@ -756,5 +813,6 @@ def _atomic_function(operator: str, kind: str, space: str) -> Callable | None:
         return lambda old, b: floats.fma_bf16(old, one, b)
     if kind in ("f16x2", "bf16x2"):
         element = _atomic_function("add", kind[:-2], space)
+        assert element is not None, "each half type has a sum"
         return operations.over_elements(element, kind)
     return None

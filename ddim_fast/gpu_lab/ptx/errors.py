@@ -1,10 +1,10 @@
-"""What may be wrong with a PTX program: every error says the rule, the line, the instruction, the first thread at fault and its values."""
+"""Errors of PTX programs. Each gives the rule, the line, the instruction, the first thread at fault and its values."""
 
 from __future__ import annotations
 
 
 class PtxError(Exception):
-    """The base of all errors here.
+    """The base class of all errors of ``ptx``.
 
     Attributes:
         rule: What is wrong, in one sentence with the values.
@@ -32,23 +32,23 @@ class PtxError(Exception):
 
 
 class PtxSyntaxError(PtxError):
-    """The text is not PTX as the parser knows it."""
+    """Text that is not PTX as the parser knows it."""
 
 
 class NotModelledError(PtxError):
-    """Something this emulator has no exact rule for. It is refused, never guessed."""
+    """Something that the emulator has no exact rule for. It is refused, never guessed."""
 
 
 class LaunchError(PtxError):
-    """The grid, the block or the arguments do not fit the kernel."""
+    """A grid, a block or arguments that do not fit the kernel."""
 
 
 class AddressError(PtxError):
-    """An access outside the memory given to the launch, through a null pointer, misaligned, or a write to read-only memory."""
+    """An access out of bounds, through a null pointer or misaligned, or a write to read-only memory."""
 
 
 class RaceError(PtxError):
-    """Two threads touch one byte, at least one writes, and nothing orders them."""
+    """Accesses of two threads to one byte, at least one a write, that nothing orders."""
 
 
 class DivergenceError(PtxError):
@@ -60,8 +60,11 @@ class UnwrittenError(PtxError):
 
 
 class UnspecifiedError(PtxError):
-    """PTX leaves the result open (an integer division by zero, a shuffle from a thread out of the mask)."""
+    """A result that PTX leaves open.
+
+    An integer division by zero, a shuffle from a thread out of the mask.
+    """
 
 
 class EndlessError(PtxError):
-    """The program runs for more instructions than allowed, or waits for ever."""
+    """A program that runs for more instructions than allowed, or waits forever."""

@@ -3,24 +3,28 @@
     module = parse(ptx_text)
     execution = execute(module, "kernel", grid=(8,), arguments=[x, y, 1000], block=128)
 
-Threads are NumPy vectors: a register is an array of the raw bits of all threads of a chunk of CTAs, or of one number where they all hold
-the same. Threads that branch apart are run in groups, the one that is furthest behind in the text first, and join where they meet; a
-barrier holds its CTA's threads until all have come, an instruction of a whole warp its warp's.
+Threads are NumPy vectors: a register is an array of the raw bits of all threads of a chunk of CTAs,
+or of one number where they all hold the same. Threads that branch apart run in groups, the one that
+is furthest behind in the text first, and join where they meet. A barrier holds its CTA's threads
+until all have arrived, an instruction of a whole warp those of its warp.
 
 What is modelled, and what is not
-    Instructions on registers: ``ptx_operations``, exact but for the approximate functions, whose hardware error is not modelled. Memory,
-    and what orders two accesses: ``ptx_memory``. A program is right here only if it has no race, so that no other order of its threads
-    could give another result. Atomics whose result depends on the order (floating-point sums) take threads in the order of their
-    numbers.
-    Bits that nothing has written are followed, because compilers do build registers of them: they may be moved, shuffled and thrown
-    away, but not stored, used as an address, or decide a branch.
-    Not modelled, and refused before anything runs: clusters, tensor descriptors and matrix multiplication, calls, generic addresses,
-    volatile, acquire and release loads and stores, named barriers. A CTA that waits for another in a loop runs into ``max_steps``.
-    Reported as a race although a GPU may get it right: a wait for an atomic of another CTA, and threads that read what another one
-    overwrites and then ignore it. Two threads may store the same value to one place of *shared* memory in one instruction, as Triton's
-    do; in global memory that is a race, too.
+    Instructions on registers: ``operations``, exact but for the approximate functions, whose
+    hardware error is not modelled. Memory, and what orders two accesses: ``memory``. A program is
+    right here only if it has no race, so that no other order of its threads could give another
+    result. Atomics whose result depends on the order (floating-point sums) take threads in the
+    order of their numbers. Unwritten bits are tracked, because compilers do build registers from
+    them: they may be moved, shuffled and thrown away, but not stored, used as an address, or decide
+    a branch. Not modelled, and refused before anything runs: clusters, tensor descriptors and
+    matrix multiplication, calls, generic addresses, volatile, acquire and release loads and stores,
+    named barriers. A CTA that waits for another in a loop runs into ``max_steps``. Reported as a
+    race although a GPU may get it right: a wait for an atomic of another CTA, and threads that read
+    what another one overwrites and then ignore it. Two threads may store the same value to one
+    place of *shared* memory in one instruction, as Triton's do; in global memory that is a race,
+    too.
 
-Source: PTX ISA, "Control Flow Instructions", "Parallel Synchronization and Communication Instructions", "Data Movement Instructions".
+Source: PTX ISA, "Control Flow Instructions", "Parallel Synchronization and Communication
+Instructions", "Data Movement Instructions".
 """
 
 from __future__ import annotations
@@ -55,17 +59,19 @@ def execute(
 
     Args:
         grid: Up to three numbers of CTAs.
-        arguments: One for each parameter: a NumPy array, a CPU tensor or a ``Region`` for a pointer (None or 0 is the null pointer), an
-            integer or a float otherwise.
+        arguments: One for each parameter: a NumPy array, a CPU tensor or a ``Region`` for a pointer
+            (None or 0 is the null pointer), an integer or a float otherwise.
         regions: More memory that the kernel may reach by pointers.
         block: Threads of a CTA; needed only where the kernel has no ``.reqntid``.
         shared_bytes: Dynamic shared memory of a CTA.
-        max_steps: Instructions that a chunk of CTAs may take, counted once for all threads that run together.
+        max_steps: Instructions that a chunk of CTAs may take, counted once for all threads that run
+            together.
 
     Raises:
-        NotModelledError: Before anything runs, if the kernel has an instruction that is not modelled.
+        NotModelledError: Before anything runs, if the kernel has an instruction that is not
+            modelled.
         LaunchError: Arguments, grid or block do not fit.
-        PtxError: A check has failed; see ``ptx_errors``. Memory may have been changed by then.
+        PtxError: A check has failed; see ``errors``. Memory may have been changed by then.
     """
     if kernel_name not in module.kernels:
         raise LaunchError(f"there is no kernel {kernel_name}, only {', '.join(module.kernels)}")
@@ -102,7 +108,10 @@ def _block(kernel: Kernel, asked: int | Sequence[int] | None) -> Triple:
 
 
 def _ctas_at_a_time(program: Program) -> int:
-    """Return as many as keep NumPy busy and memory bounded; shadows take up to 36 bytes for each granule."""
+    """Return as many as keep NumPy busy and memory bounded.
+
+    Shadows take up to 36 bytes for each granule.
+    """
     per_cta = program.shape.threads_per_cta
     registers = sum(dtype.itemsize for dtype in program.registers.values()) * per_cta
     shared = program.shared_bytes * (1 + 36 // program.granules["shared"])
@@ -117,10 +126,11 @@ def _add_up(execution: Execution, steps: Sequence[Step]) -> None:
 
 
 def _three(sizes: Sequence[int], what: str) -> tuple[int, int, int]:
-    numbers = tuple(int(n) for n in sizes)
+    numbers = [int(n) for n in sizes]
     if not 1 <= len(numbers) <= 3 or any(n < 1 for n in numbers):
         raise LaunchError(f"{what} must be one to three positive numbers, got {tuple(sizes)}")
-    return (*numbers, 1, 1)[:3]
+    x, y, z, *_ = (*numbers, 1, 1)
+    return x, y, z
 
 
 def _as_argument(value: object, index: int) -> object:

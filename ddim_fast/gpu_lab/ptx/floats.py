@@ -1,15 +1,18 @@
-"""IEEE arithmetic as PTX has it, on arrays: one rounding, subnormals flushed only where asked for, one NaN.
+"""IEEE arithmetic of PTX on arrays: one rounding, subnormals flushed only where asked for, one NaN.
 
-Source: PTX ISA, "Floating Point Instructions", "Half Precision Floating Point Instructions" and "Mixed Precision Floating Point
-Instructions".
+Source: PTX ISA, "Floating Point Instructions", "Half Precision Floating Point Instructions" and
+"Mixed Precision Floating Point Instructions".
 
-NaN: every operation here returns PTX's canonical NaN (0x7fffffff, 0x7fff for the half types, 0x7ff8000000000000 for f64), whatever the
-payload of its operands, also where PTX leaves the payload open.
+NaN: every operation here returns PTX's canonical NaN (0x7fffffff, 0x7fff for the half types,
+0x7ff8000000000000 for f64), whatever the payload of its operands, also where PTX leaves the payload
+open.
 
-Half types: float16 is NumPy's. bfloat16 has no NumPy type and is held as the upper half of a float32's bits, in uint16.
+Half types: float16 is NumPy's. bfloat16 has no NumPy type and is held as the upper half of a
+float32's bits, in uint16.
 
-Values of all types are computed in float64, where products of two float32 are exact, rounded *to odd* (the last bit is set where the
-result is not exact), and then to the type: together one correct rounding (Boldo and Melquiond, 2008).
+Values of all types are computed in float64, where products of two float32 are exact, rounded *to
+odd* (the last bit is set where the result is not exact), and then to the type: together one correct
+rounding (Boldo and Melquiond, 2008).
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ _SMALLEST_NORMAL = {"f32": 2.0**-126, "f64": 2.0**-1022}
 
 
 def canonical(values: np.ndarray, kind: str) -> np.ndarray:
-    """``values`` with every NaN made PTX's one."""
+    """Return ``values`` with every NaN replaced by PTX's canonical one."""
     nan = np.isnan(values)
     if nan.any():
         values = np.array(values)
@@ -34,7 +37,7 @@ def canonical(values: np.ndarray, kind: str) -> np.ndarray:
 
 
 def flush(values: np.ndarray) -> np.ndarray:
-    """float32 with subnormals replaced by zeros of the same sign: ``.ftz``."""
+    """Replace float32 subnormals by zeros of the same sign: ``.ftz``."""
     small = (np.abs(values) < np.float32(2.0**-126)) & (values != 0)
     if not small.any():
         return values
@@ -42,7 +45,7 @@ def flush(values: np.ndarray) -> np.ndarray:
 
 
 def saturate(values: np.ndarray) -> np.ndarray:
-    """To [+0, 1], NaN to +0: ``.sat``."""
+    """Clamp to [+0, 1], NaN to +0: ``.sat``."""
     return np.where(values > 0, np.minimum(values, 1), 0).astype(values.dtype)
 
 
@@ -54,7 +57,7 @@ def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
 
 
 def f32_to_bf16(values: np.ndarray) -> np.ndarray:
-    """Rounded to nearest even; an overflow is infinity."""
+    """Round to nearest even; an overflow is infinity."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = ((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
     nan = np.isnan(values)
@@ -77,7 +80,10 @@ def f32_to_f16_toward_zero(values: np.ndarray) -> np.ndarray:
 
 
 def f64_to_f32_odd(values: np.ndarray) -> np.ndarray:
-    """To float32, rounded to odd: the step between float64 and a half type. Infinite where |value| is at least 2^128."""
+    """Round to odd, to float32: the step between float64 and a half type.
+
+    The result is infinite where |value| is at least 2^128.
+    """
     near = values.astype(np.float32)
     back, bits = near.astype(np.float64), near.view(np.int32)
     inexact = (back != values) & (np.abs(values) < 2.0**128)
@@ -105,7 +111,7 @@ def _sum_rounded_to_odd(product: np.ndarray, c: np.ndarray, total: np.ndarray) -
 
 
 def _fused_f64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c of numbers whose products are exact in float64, in float64 and rounded to odd."""
+    """Return a * b + c rounded to odd in float64, for numbers whose products are exact there."""
     product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
     c = np.asarray(c, np.float64)
     product, c = np.broadcast_arrays(product, c)
@@ -113,10 +119,11 @@ def _fused_f64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def fma_f32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c, rounded once.
+    """Return a * b + c, rounded once.
 
-    The float64 sum, rounded to nearest, gives the same float32 as the exact sum except where it lies halfway between two float32 or is
-    subnormal in float32: only these are computed again by way of rounding to odd.
+    The float64 sum, rounded to nearest, gives the same float32 as the exact sum except where it
+    lies halfway between two float32 or is subnormal in float32: only these are computed again,
+    through rounding to odd.
     """
     product = a.astype(np.float64) * b
     total = np.asarray(product + c)
@@ -125,8 +132,8 @@ def fma_f32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     halfway |= (np.abs(total) < 2.0**-125) & (total != 0)
     if halfway.any():
         shape = total.shape
-        chosen = [np.broadcast_to(x, shape)[halfway].astype(np.float64) for x in (product, c)]
-        result[halfway] = _sum_rounded_to_odd(*chosen, total[halfway]).astype(np.float32)
+        exact, addend = (np.broadcast_to(x, shape)[halfway].astype(np.float64) for x in (product, c))
+        result[halfway] = _sum_rounded_to_odd(exact, addend, total[halfway]).astype(np.float32)
     return canonical(result, "f32")
 
 
@@ -146,7 +153,7 @@ def _nearest_f64(exact: Fraction) -> float:
 
 
 def fma_f64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c, rounded once: by exact fractions, so slow."""
+    """Return a * b + c, rounded once: with exact fractions, so slowly."""
     a, b, c = np.broadcast_arrays(a, b, c)
     result = np.asarray(a * b + c)
     finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
@@ -167,7 +174,9 @@ def fma_f64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 def minimum_or_maximum(
     a: np.ndarray, b: np.ndarray, *, take_less: bool, kind: str, nan: bool, xorsign: bool
 ) -> np.ndarray:
-    """PTX ISA "min" and "max" for f16, f32 and f64: -0 is less than +0; one NaN is passed over unless ``nan`` (``.NaN``) is set.
+    """Return the minimum or maximum for f16, f32 and f64 as in PTX ISA, "min" and "max".
+
+    -0 is less than +0. A single NaN is ignored unless ``nan`` (``.NaN``) is set.
 
     ``xorsign`` is ``.xorsign.abs``: compare magnitudes, and give the result the sign a xor b.
     """
@@ -190,9 +199,10 @@ def minimum_or_maximum(
 
 
 def correctly_rounded(function: Callable, *operands: np.ndarray) -> np.ndarray:
-    """The float32 nearest to ``function`` of float32 operands, by way of float64.
+    """Return the float32 nearest to ``function`` of float32 operands, computed in float64.
 
-    Double rounding can move a result that lies within a float64 error of a midpoint between two float32; for the quotient, the
-    reciprocal and the square root, where midpoints matter, NumPy's own float32 operations are used instead.
+    Double rounding can move a result that lies within a float64 error of a midpoint between two
+    float32; for the quotient, the reciprocal and the square root, where midpoints matter, NumPy's
+    own float32 operations are used instead.
     """
     return canonical(function(*(x.astype(np.float64) for x in operands)).astype(np.float32), "f32")

@@ -1,7 +1,7 @@
 """Integer and bit operations of PTX that NumPy does not have, on arrays.
 
-Source: PTX ISA, "Integer Arithmetic Instructions", "Extended-Precision Integer Arithmetic Instructions", "Logic and Shift Instructions"
-and "Data Movement and Conversion Instructions".
+Source: PTX ISA, "Integer Arithmetic Instructions", "Extended-Precision Integer Arithmetic
+Instructions", "Logic and Shift Instructions" and "Data Movement and Conversion Instructions".
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _32 = np.uint64(32)
 
 
 def high_u64(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The upper 64 bits of the product of unsigned 64-bit numbers, from four products of halves."""
+    """Return the upper 64 bits of the product of unsigned 64-bit numbers, from four products of halves."""
     a0, a1, b0, b1 = a & _LOW, a >> _32, b & _LOW, b >> _32
     middle = a1 * b0 + (a0 * b0 >> _32)
     other = a0 * b1 + (middle & _LOW)
@@ -21,26 +21,26 @@ def high_u64(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def high_s64(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The same, signed: Hacker's Delight, 8-3."""
+    """Return the same for signed numbers: Hacker's Delight, 8-3."""
     high = high_u64(a.view(np.uint64), b.view(np.uint64)).view(np.int64)
     return high - np.where(a < 0, b, 0) - np.where(b < 0, a, 0)
 
 
 def shift_left(a: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Counts of the width and more give 0. ``count`` is uint32."""
+    """Shift left by a uint32 count. Counts of the width or more give 0."""
     width = 8 * a.dtype.itemsize
     return np.where(count < width, a << np.minimum(count, width - 1).astype(a.dtype), 0).astype(a.dtype)
 
 
 def shift_right(a: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Counts are clamped to the width: signed numbers fill with the sign, unsigned with 0."""
+    """Shift right, with counts clamped to the width: fill with the sign if signed, else with 0."""
     width = 8 * a.dtype.itemsize
     shifted = a >> np.minimum(count, width - 1).astype(a.dtype)
     return shifted if a.dtype.kind == "i" else np.where(count < width, shifted, 0).astype(a.dtype)
 
 
 def funnel_shift(a: np.ndarray, b: np.ndarray, count: np.ndarray, *, left: bool, wrap: bool) -> np.ndarray:
-    """``shf``: shift the 64 bits b:a and keep the upper (left) or lower (right) 32."""
+    """Shift the 64 bits b:a and keep the upper (left) or lower (right) 32: ``shf``."""
     n = (count & np.uint32(31) if wrap else np.minimum(count, np.uint32(32))).astype(np.uint64)
     both = b.astype(np.uint64) << _32 | a
     # For a left shift by n, bits 63-n .. 32-n; the shift by 32 - n (0 to 32) stays below 64.
@@ -48,7 +48,10 @@ def funnel_shift(a: np.ndarray, b: np.ndarray, count: np.ndarray, *, left: bool,
 
 
 def extract_field(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """``bfe``: ``length`` bits from ``position``, sign-extended for signed types; both operands are taken modulo 256."""
+    """Extract ``length`` bits from ``position``, sign-extended for signed types: ``bfe``.
+
+    Position and length are taken modulo 256.
+    """
     width, signed = 8 * a.dtype.itemsize, a.dtype.kind == "i"
     position, length = ((x & np.uint32(255)).astype(np.int64) for x in (position, length))
     unsigned = a.view(np.dtype(f"u{a.dtype.itemsize}")).astype(np.uint64)
@@ -64,7 +67,7 @@ def extract_field(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np
 
 
 def insert_field(a: np.ndarray, b: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """``bfi``: b with ``length`` bits from ``position`` replaced by the low bits of a."""
+    """Replace ``length`` bits of b from ``position`` by the low bits of a: ``bfi``."""
     width = 8 * a.dtype.itemsize
     position, length = ((x & np.uint32(255)).astype(np.int64) for x in (position, length))
     kept = np.clip(np.minimum(length, width - position), 0, width)
@@ -79,7 +82,10 @@ def _low_ones(count: np.ndarray) -> np.ndarray:
 
 
 def logic3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -> np.ndarray:
-    """``lop3``: bit i of ``table`` is the result for the bits (a, b, c) of i."""
+    """Look up each bit in a table: ``lop3``.
+
+    Bit i of ``table`` is the result for the bits (a, b, c) of i.
+    """
     result = np.zeros(np.broadcast_shapes(a.shape, b.shape, c.shape), a.dtype)
     for i in range(8):
         if table >> i & 1:
@@ -88,7 +94,10 @@ def logic3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -> np.ndarra
 
 
 def permute_bytes(a: np.ndarray, b: np.ndarray, selectors: np.ndarray) -> np.ndarray:
-    """``prmt`` in its default mode: each nibble picks one of eight bytes, or with its top bit that byte's sign eight times."""
+    """Permute bytes: ``prmt`` in its default mode.
+
+    Each nibble picks one of eight bytes, or, with its top bit set, that byte's sign eight times.
+    """
     both = b.astype(np.uint64) << _32 | a
     result = np.zeros(np.broadcast_shapes(both.shape, selectors.shape), np.uint32)
     for i in range(4):
@@ -100,7 +109,7 @@ def permute_bytes(a: np.ndarray, b: np.ndarray, selectors: np.ndarray) -> np.nda
 
 
 def count_ones(a: np.ndarray) -> np.ndarray:
-    """``popc``, as uint32."""
+    """Count the set bits, as uint32: ``popc``."""
     n = a.astype(np.uint64)
     n = n - (n >> np.uint64(1) & np.uint64(0x5555555555555555))
     n = (n & np.uint64(0x3333333333333333)) + (n >> np.uint64(2) & np.uint64(0x3333333333333333))
@@ -109,7 +118,7 @@ def count_ones(a: np.ndarray) -> np.ndarray:
 
 
 def highest_one(a: np.ndarray) -> np.ndarray:
-    """The position of the highest set bit of an unsigned number, -1 for 0, as int64."""
+    """Return the position of the highest set bit of an unsigned number, -1 for 0, as int64."""
     n = a.astype(np.uint64)
     for shift in (1, 2, 4, 8, 16, 32):
         n = n | n >> np.uint64(shift)
@@ -117,12 +126,15 @@ def highest_one(a: np.ndarray) -> np.ndarray:
 
 
 def leading_zeros(a: np.ndarray) -> np.ndarray:
-    """``clz``, as uint32."""
+    """Count the leading zeros, as uint32: ``clz``."""
     return (8 * a.dtype.itemsize - 1 - highest_one(a)).astype(np.uint32)
 
 
 def find_leading(a: np.ndarray, *, as_shift: bool) -> np.ndarray:
-    """``bfind``: the highest bit that is not the sign; 0xffffffff where there is none. ``as_shift`` is ``.shiftamt``."""
+    """Find the highest bit that is not the sign; 0xffffffff where there is none: ``bfind``.
+
+    ``as_shift`` is ``.shiftamt``.
+    """
     width = 8 * a.dtype.itemsize
     unsigned = (np.where(a < 0, ~a, a) if a.dtype.kind == "i" else a).astype(np.dtype(f"u{a.dtype.itemsize}"))
     position = highest_one(unsigned)
@@ -131,7 +143,7 @@ def find_leading(a: np.ndarray, *, as_shift: bool) -> np.ndarray:
 
 
 def reverse_bits(a: np.ndarray) -> np.ndarray:
-    """``brev``."""
+    """Reverse the order of the bits: ``brev``."""
     n, width = a.astype(np.uint64), 8 * a.dtype.itemsize
     result = np.zeros_like(n)
     for i in range(width):
@@ -140,7 +152,7 @@ def reverse_bits(a: np.ndarray) -> np.ndarray:
 
 
 def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Truncated towards zero; the smallest number by -1 wraps. ``b`` has no zeros."""
+    """Divide, truncated towards zero; the smallest number by -1 wraps. ``b`` has no zeros."""
     if a.dtype.kind == "u":
         return a // b
     quotient, rest = np.divmod(a, np.where(b == -1, 1, b))  # floored
@@ -149,5 +161,5 @@ def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """With the sign of the dividend. ``b`` has no zeros."""
+    """Return the remainder, with the sign of the dividend. ``b`` has no zeros."""
     return (a - divide(a, b) * b).astype(a.dtype)

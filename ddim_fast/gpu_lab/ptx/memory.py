@@ -1,20 +1,27 @@
-"""Memory of a launch, with a shadow that remembers who touched it: bounds, alignment, unwritten reads and races.
+"""Memory of a launch, with a shadow that records who touched it.
 
-Global memory is the argument tensors' own memory, at addresses of its own: every tensor lies far from every other, so that an access
-past the end of one never lands in the next. The low bits of addresses are kept, so alignment is the real one. Tensors that overlap keep
-their distance.
+Checked are bounds, alignment, reads of what nothing has written, and races.
 
-What orders two accesses of different threads (PTX ISA, "Memory Consistency Model", "bar", "bar.warp.sync"):
-    ``bar.sync`` between them, for threads of one CTA;
-    ``bar.warp.sync`` of the whole warp between them, for threads of one warp;
-    nothing else. ``shfl.sync`` and other exchanges of a warp move registers and order no memory. Waiting for an atomic of another CTA is
-    not recognised, and such a pair of accesses is reported as a race.
+Global memory is the memory of the argument tensors, at virtual addresses: every tensor lies far
+from every other, so that an access past the end of one never lands in the next. The low bits of
+addresses are kept, so alignment is the real one. Tensors that overlap keep their distance.
+
+What orders two accesses of different threads (PTX ISA, "Memory Consistency Model", "bar",
+"bar.warp.sync"):
+
+- ``bar.sync`` between them, for threads of one CTA;
+- ``bar.warp.sync`` of the whole warp between them, for threads of one warp;
+- nothing else. ``shfl.sync`` and other exchanges of a warp move registers and order no memory.
+  Waiting for an atomic of another CTA is not recognised, and such a pair of accesses is reported as
+  a race.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -37,8 +44,10 @@ class Region:
     owner: object = field(default=None, repr=False, compare=False)  # keeps the memory alive
 
     @classmethod
-    def of(cls, array: object, name: str = "array", writable: bool = True) -> Region:
-        """The bytes from the first to the last element of a NumPy array or a CPU tensor, gaps between its rows included.
+    def of(cls, array: Any, name: str = "array", writable: bool = True) -> Region:
+        """Return the memory of a NumPy array or CPU tensor, from its first element to its last.
+
+        Gaps between rows are included.
 
         Raises:
             LaunchError: The array is neither, is not in CPU memory, or has a negative stride.
@@ -64,7 +73,11 @@ class Region:
 
 @dataclass
 class Threads:
-    """Who makes an access: ``who`` numbers threads of the launch from 1; ``when`` counts their barriers, None where there are none."""
+    """Who makes an access.
+
+    ``who`` numbers the threads of the launch from 1. ``when`` counts their barriers; None where the
+    kernel has none.
+    """
 
     lanes: np.ndarray  # within the chunk
     who: np.ndarray
@@ -76,14 +89,15 @@ _SEVERAL = -(1 << 31)
 
 
 class Shadow:
-    """For each granule of memory: the last writer, and one reader and one atomic user, or that there were several.
+    """For each granule of memory, the last writer, reader and atomic user.
 
-    A user is 0 (none), a thread's number from 1, ``-1 - w`` (several threads of warp w), ``-2^30 - c`` (several of CTA c) or ``-2^31``
-    (several of different CTAs). A granule is the smallest access that the kernel makes: accesses are aligned, so none crosses.
+    A user is 0 (none), a thread's number from 1, ``-1 - w`` (several threads of warp w),
+    ``-2^30 - c`` (several of CTA c) or ``-2^31`` (several of different CTAs). A granule is the
+    smallest access that the kernel makes: accesses are aligned, so none crosses.
     """
 
-    def __init__(self, nbytes: int, granule: int, threads_per_cta: int, orders: bool):
-        self.granule, self.threads_per_cta, self.orders = granule, threads_per_cta, orders
+    def __init__(self, nbytes: int, granule: int, threads_per_cta: int):
+        self.granule, self.threads_per_cta = granule, threads_per_cta
         self.cells = -(-nbytes // _BLOCK) * _BLOCK // granule
         self.users: dict[str, np.ndarray] = {}
         self.times: dict[str, np.ndarray] = {}
@@ -116,15 +130,19 @@ class Shadow:
         return np.where(a == b, a, merged).astype(np.int32)
 
     def unwritten(self, rows: slice | np.ndarray, size: int) -> np.ndarray:
-        """Which accesses touch a granule that nothing has written."""
+        """Return which accesses touch a granule that nothing has written."""
         return (self._view(self.users, "write", size)[rows] == 0).any(axis=1)
 
     def forget(self, rows: slice | np.ndarray, size: int) -> None:
-        """The granules count as unwritten: a copy into them is under way."""
+        """Mark granules as unwritten: a copy into them is under way."""
         self._view(self.users, "write", size)[rows] = 0
 
     def conflict(self, kind: str, rows: slice | np.ndarray, size: int, threads: Threads) -> tuple[int, int, str] | None:
-        """The first access (by its position) that races with an earlier one of ``kind``: with that one's user."""
+        """Return the first access that races with an earlier one of ``kind``; None if there is none.
+
+        Returns:
+            The access's position, the earlier one's user, and ``kind``.
+        """
         if kind not in self.users:
             return None
         before = self._view(self.users, kind, size)[rows]
@@ -133,8 +151,10 @@ class Shadow:
         if not suspect.any():
             return None
         mine = np.broadcast_to(mine, before.shape)[suspect]
-        then = self._view(self.times, kind, size)[rows][suspect] if self.orders else None
-        now = np.broadcast_to(threads.when[:, None], before.shape)[suspect] if self.orders else None
+        then = now = None
+        if threads.when is not None:
+            then = self._view(self.times, kind, size)[rows][suspect]
+            now = np.broadcast_to(threads.when[:, None], before.shape)[suspect]
         races = ~self._ordered(before[suspect], then, mine, now)
         if not races.any():
             return None
@@ -144,13 +164,13 @@ class Shadow:
     def write(
         self, rows: slice | np.ndarray, size: int, threads: Threads, harmless: Callable[[], np.ndarray] | None = None
     ) -> tuple[int, int, str] | None:
-        """Set the writer; the first access that another thread's of the same instruction has overwritten.
+        """Set the writer; return the first access that another thread of the same instruction overwrites.
 
         ``harmless`` says of which accesses that does not matter; they get several writers.
         """
         users, mine = self._view(self.users, "write", size), threads.who[:, None]
         users[rows] = mine
-        if self.orders:
+        if threads.when is not None:
             self._view(self.times, "write", size)[rows] = threads.when[:, None]
         if isinstance(rows, slice):
             return None
@@ -165,20 +185,20 @@ class Shadow:
         return None
 
     def use(self, kind: str, rows: slice | np.ndarray, size: int, threads: Threads) -> None:
-        """Add readers or users of atomics; accesses that barriers have put behind are replaced."""
+        """Add readers or atomic users, replacing accesses that a barrier has ordered before them."""
         users = self._view(self.users, kind, size)
         before = users[rows]
         mine = np.broadcast_to(threads.who[:, None], before.shape)
-        now = np.broadcast_to(threads.when[:, None], before.shape) if self.orders else None
-        times = self._view(self.times, kind, size) if self.orders else None
+        now = None if threads.when is None else np.broadcast_to(threads.when[:, None], before.shape)
+        times = None if now is None else self._view(self.times, kind, size)
         user = mine
         others = (before != 0) & (before != mine)
         if others.any():
-            then = times[rows] if self.orders else None
+            then = None if times is None else times[rows]
             keep = others & ~self._ordered(before, then, mine, now)
             user = np.where(keep, self._merged(before, mine), mine)
         users[rows] = user
-        if self.orders:
+        if times is not None:
             times[rows] = now
         if isinstance(rows, slice):
             return
@@ -187,7 +207,10 @@ class Shadow:
             self._share(users, rows, lost, user)
 
     def _share(self, users: np.ndarray, rows: np.ndarray, lost: np.ndarray, user: np.ndarray) -> None:
-        """Several threads of one instruction are on one granule: ``lost`` where another one than ``user`` is noted."""
+        """Record several threads of one instruction on a granule.
+
+        ``lost`` is true where another thread than ``user`` is recorded.
+        """
         merged = self._merged(users[rows][lost], user[lost])
         cells = (rows[:, None] * users.shape[1] + np.arange(users.shape[1]))[lost]
         for chosen in (merged > _SEVERAL_OF_CTA, merged <= _SEVERAL_OF_CTA, merged == _SEVERAL):  # the widest last
@@ -195,7 +218,10 @@ class Shadow:
 
 
 def as_slice(rows: np.ndarray) -> slice | np.ndarray:
-    """Rows at equal distances as a slice: an order of magnitude faster."""
+    """Return rows at equal distances as a slice, which is ten times as fast.
+
+    Other rows are returned as they are.
+    """
     if len(rows) == 1:
         return slice(int(rows[0]), int(rows[0]) + 1)
     first, step = int(rows[0]), int(rows[1]) - int(rows[0])
@@ -209,12 +235,18 @@ def _align(value: int, to: int) -> int:
 
 
 class _Storage:
-    """Bytes with their shadow; a base of global, shared and local memory."""
+    """Bytes with their shadow: the base class of global, shared and local memory."""
 
     may_repeat_writes = False  # whether threads may store the same value at one place in one instruction
 
     def __init__(self, name: str, data: np.ndarray, shadow: Shadow | None, describe: Callable[[int], str]):
         self.name, self.data, self.shadow, self.describe = name, data, shadow, describe
+
+    @property
+    def tracked(self) -> Shadow:
+        """The shadow of memory that may be written."""
+        assert self.shadow is not None, "memory that is written has a shadow"
+        return self.shadow
 
     def _race(
         self, found: tuple[int, int, str] | None, verb: str, rows: slice | np.ndarray, size: int, threads: Threads
@@ -236,10 +268,13 @@ class _Storage:
     def load(
         self, rows: slice | np.ndarray, elements: int, dtype: np.dtype, threads: Threads, repeat: bool
     ) -> np.ndarray:
-        """The elements, ``(n, elements)``. With ``repeat`` one row is read by every thread."""
+        """Return the elements, ``(n, elements)``.
+
+        With ``repeat``, every thread reads the one row.
+        """
         size = elements * dtype.itemsize
         if self.shadow is not None:
-            seen = np.full(len(threads.who), rows.start) if repeat else rows
+            seen = np.full(len(threads.who), rows.start) if repeat and isinstance(rows, slice) else rows
             self._check_written(seen, size, threads)
             for kind in ("write", "atomic"):
                 self._race(self.shadow.conflict(kind, seen, size, threads), "read", seen, size, threads)
@@ -247,31 +282,34 @@ class _Storage:
         return self.data.view(dtype).reshape(-1, elements)[rows]
 
     def _check_written(self, rows: slice | np.ndarray, size: int, threads: Threads) -> None:
-        """Global memory comes written."""
+        """Accept everything: global memory is written before the launch."""
 
     def store(self, rows: slice | np.ndarray, values: np.ndarray, threads: Threads) -> None:
-        """``values`` is ``(n, elements)``."""
+        """Store ``values``, ``(n, elements)``."""
         size = values.shape[1] * values.dtype.itemsize
         data = self.data.view(values.dtype).reshape(-1, values.shape[1])
         self.check_write(rows, size, threads)
         data[rows] = values
         harmless = (lambda: (data[rows] == values).all(axis=1)) if self.may_repeat_writes else None
-        self._race(self.shadow.write(rows, size, threads, harmless), "written", rows, size, threads)
+        self._race(self.tracked.write(rows, size, threads, harmless), "written", rows, size, threads)
 
     def check_write(self, rows: slice | np.ndarray, size: int, threads: Threads) -> None:
         for kind in ("write", "read", "atomic"):
-            self._race(self.shadow.conflict(kind, rows, size, threads), "written", rows, size, threads)
+            self._race(self.tracked.conflict(kind, rows, size, threads), "written", rows, size, threads)
 
     def update(
         self, rows: np.ndarray, function: Callable, operands: Sequence[np.ndarray], threads: Threads
     ) -> np.ndarray:
-        """An atomic: the old values. Threads on one address take turns, in the order of their numbers."""
+        """Do an atomic, and return the old values.
+
+        Threads on one address take turns, by their numbers.
+        """
         dtype = operands[0].dtype
         self._check_written(rows, dtype.itemsize, threads)
         for kind in ("write", "read"):
-            found = self.shadow.conflict(kind, rows, dtype.itemsize, threads)
+            found = self.tracked.conflict(kind, rows, dtype.itemsize, threads)
             self._race(found, "changed atomically", rows, dtype.itemsize, threads)
-        self.shadow.use("atomic", rows, dtype.itemsize, threads)
+        self.tracked.use("atomic", rows, dtype.itemsize, threads)
         data = self.data.view(dtype)
         old = np.empty(len(rows), dtype)
         for turn in _turns(rows):
@@ -281,7 +319,7 @@ class _Storage:
 
 
 def _turns(rows: np.ndarray) -> list[np.ndarray]:
-    """Positions in groups: the first thread of each address, the second of each, and so on."""
+    """Group positions: the first thread of each address, the second of each, and so on."""
     order = np.argsort(rows, kind="stable")
     ordered = rows[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
@@ -291,9 +329,10 @@ def _turns(rows: np.ndarray) -> list[np.ndarray]:
 
 
 class ScratchMemory(_Storage):
-    """Shared memory of every CTA of a chunk, or local memory of every thread: one block of bytes for each owner.
+    """Shared memory of every CTA, or local memory of every thread: a block of bytes for each owner.
 
-    Triton lets threads that hold the same element all store it, in one instruction: which of them wins does not matter.
+    Triton lets threads that hold the same element all store it, in one instruction: which of them
+    wins does not matter.
     """
 
     may_repeat_writes = True
@@ -309,10 +348,10 @@ class ScratchMemory(_Storage):
         return f"byte {offset % self.stride} of {self.name}"
 
     def _check_written(self, rows: slice | np.ndarray, size: int, threads: Threads) -> None:
-        unwritten = self.shadow.unwritten(rows, size)
+        unwritten = self.tracked.unwritten(rows, size)
         if unwritten.any():
             first = int(np.argmax(unwritten))
-            row = np.arange(self.shadow.cells)[rows][first] if isinstance(rows, slice) else rows[first]
+            row = np.arange(self.tracked.cells)[rows][first] if isinstance(rows, slice) else rows[first]
             raise UnwrittenError(
                 f"{size} bytes at {self.place(int(row) * size)} are read, but nothing has written them",
                 lane=int(threads.lanes[first]),
@@ -378,11 +417,12 @@ class _Cluster(_Storage):
 
 
 def _bytes_at(address: int, nbytes: int) -> np.ndarray:
-    """A view of real memory in whole blocks. Bytes outside the regions are in it, but every access has been checked."""
-    import ctypes
+    """Return a view of real memory in whole blocks.
 
+    It may contain bytes outside the regions, but every access is checked before.
+    """
     buffer = (ctypes.c_uint8 * _align(nbytes, _BLOCK)).from_address(address)
-    return np.frombuffer(buffer, np.uint8)
+    return np.frombuffer(memoryview(buffer), np.uint8)
 
 
 class GlobalMemory:
@@ -407,21 +447,21 @@ class GlobalMemory:
         self.clusters.append(_Cluster(group, len(self.clusters), self.describe))
 
     def virtual(self, region: Region) -> int:
-        """The address that the kernel sees. An empty tensor has one that is no one's."""
+        """Return the address that the kernel sees. That of an empty tensor belongs to no region."""
         for cluster in self.clusters:
             if region in cluster.regions:
                 return cluster.virtual(region.address)
         return (len(self.clusters) + 2) * _SPACING + region.address % _BLOCK
 
     def parts(self, addresses: np.ndarray, size: int, threads: Threads) -> list[tuple[_Cluster, np.ndarray | None]]:
-        """Each cluster that is accessed, with the positions of its accesses (None: all)."""
+        """Return each cluster that is accessed, with the positions of its accesses (None: all)."""
         lowest, highest = int(addresses.min()), int(addresses.max())
         for cluster in self.clusters:
             if cluster.start <= lowest and highest + size <= cluster.end:
                 check_alignment(addresses - np.uint64(cluster.virtual_base), size, cluster.place, threads)
                 return [(cluster, None)]
         number = np.searchsorted(self.starts, addresses, side="right") - 1
-        found = []
+        found: list[tuple[_Cluster, np.ndarray | None]] = []
         for i in np.unique(number):
             positions = np.flatnonzero(number == i)
             self._check_bounds(i, addresses, positions, size, threads)
@@ -439,7 +479,7 @@ class GlobalMemory:
         chosen = addresses[positions]
         cluster = self.clusters[max(i, 0)] if self.clusters else None
         inside = np.zeros(len(chosen), bool)
-        if i >= 0:
+        if i >= 0 and cluster is not None:
             inside = (chosen >= cluster.start) & (chosen <= np.uint64(cluster.end - min(size, cluster.nbytes)))
             inside &= size <= cluster.nbytes
         if inside.all():
@@ -455,14 +495,17 @@ class GlobalMemory:
         raise AddressError(f"an access of {size} bytes {where}", lane=int(threads.lanes[positions[first]]))
 
     def shadowed(self, cluster: _Cluster) -> _Cluster:
-        """A shadow is made at the first access; memory that nothing may write needs none."""
+        """Give the cluster a shadow at its first access.
+
+        Memory that nothing may write needs none.
+        """
         if cluster.shadow is None and cluster.any_writable:
             cluster.shadow = Shadow(len(cluster.data), self.granule, **self.shadow_options)
         return cluster
 
 
 def granule_of(sizes: Sequence[int]) -> int:
-    """The smallest access, in bytes."""
+    """Return the smallest access, in bytes."""
     if any(s & (s - 1) for s in sizes):
         raise NotModelledError(f"accesses must have a power of two of bytes, got {sorted(set(sizes))}")
     return min([*sizes, _BLOCK // 2])

@@ -1,10 +1,12 @@
-"""What each instruction on registers does: an opcode with its modifiers to operands, their types and a function on arrays.
+"""What each instruction on registers does: its operands, their types and a function on arrays.
 
-Memory, control flow and instructions of a whole warp are the executor's. An opcode, modifier, rounding mode or type that has no rule
-here is refused. Source: PTX ISA, "Instructions", section by section; the approximate functions (``.approx``, ``.full``) are taken as
-the correctly rounded result: **the hardware's own error in them is not modelled**. ``add``, ``sub`` and ``mul`` of floating-point
-numbers without a rounding modifier round to nearest even, but the assembler may contract them to ``fma``: ``Operation.contractible``
-marks them, because their bits are only certain where contraction is switched off.
+Memory, control flow and instructions of a whole warp are decoded by ``decoder``. An opcode,
+modifier, rounding mode or type that has no rule here is refused. Source: PTX ISA, "Instructions",
+section by section; the approximate functions (``.approx``, ``.full``) are taken as the correctly
+rounded result: **the hardware's own error in them is not modelled**. ``add``, ``sub`` and ``mul``
+of floating-point numbers without a rounding modifier round to nearest even, but the assembler may
+contract them to ``fma``: ``Operation.contractible`` marks them, because their bits are only certain
+where contraction is switched off.
 """
 
 from __future__ import annotations
@@ -44,16 +46,22 @@ SIGNED, UNSIGNED, BITS = (tuple(f"{letter}{width}" for width in (16, 32, 64)) fo
 
 @dataclass(frozen=True)
 class Operation:
+    """An instruction on registers, as a function on arrays."""
+
     results: tuple[tuple[Operand, str], ...]  # with the type each is written as
     sources: tuple[tuple[Operand, str], ...]
     apply: Callable
     contractible: bool = False
     approximate: bool = False
     undefined: Callable | None = None
-    """The bits of the results that are undefined, of the sources' values and undefined bits; None: see ``undefined_results``."""
+    """From the sources' values and undefined bits to those of the results; see ``undefined_results``."""
 
     def undefined_results(self, values: list[np.ndarray], masks: list[np.ndarray]) -> list[np.ndarray]:
-        """Undefined bits of each result: by the operation's own rule, else all bits where any bit of a source is undefined."""
+        """Return the undefined bits of each result.
+
+        They follow the operation's own rule. Without one, all bits are undefined where any bit of a
+        source is.
+        """
         own = self.undefined(values, masks) if self.undefined else None
         if own is not None:
             return list(own) if isinstance(own, tuple) else [own]
@@ -69,7 +77,7 @@ def _all_bits(where: np.ndarray, kind: str) -> np.ndarray:
 
 
 class _Modifiers:
-    """Modifiers, taken one by one; what nobody took is refused."""
+    """Modifiers, taken one by one; what is left over is refused."""
 
     def __init__(self, instruction: Instruction):
         self.instruction = instruction
@@ -83,7 +91,7 @@ class _Modifiers:
         return None
 
     def type(self, *allowed: str) -> str:
-        """The last modifier that is left."""
+        """Take the last modifier that is left."""
         if not self.left or self.left[-1] not in allowed:
             raise self.refuse(f"the type must be one of {', '.join(allowed)}")
         return self.left.pop()
@@ -111,7 +119,7 @@ def _decoder(*opcodes: str) -> Callable:
 
 
 def decode(instruction: Instruction) -> Operation | None:
-    """The operation of an instruction on registers; None for an opcode that is not one.
+    """Return the operation of an instruction on registers; None for other opcodes.
 
     Raises:
         NotModelledError: The opcode is known, but not with these modifiers, types or operands.
@@ -125,11 +133,19 @@ def opcodes() -> tuple[str, ...]:
 
 
 def _simple(
-    operands: tuple[Operand, ...], kind: str, function: Callable, result: str = "", **marks: object
+    operands: tuple[Operand, ...],
+    kind: str,
+    function: Callable,
+    result: str = "",
+    *,
+    contractible: bool = False,
+    approximate: bool = False,
+    undefined: Callable | None = None,
 ) -> Operation:
-    """The first operand is the result, the others are sources, all of one type."""
+    """Return an operation whose first operand is the result, and the others sources of one type."""
     sources = tuple((operand, kind) for operand in operands[1:])
-    return Operation(((operands[0], result or kind),), sources, function, **marks)
+    results = ((operands[0], result or kind),)
+    return Operation(results, sources, function, contractible, approximate, undefined)
 
 
 def _with_flush(function: Callable, kind: str, ftz: bool, sat: bool = False) -> Callable:
@@ -149,7 +165,7 @@ def _with_flush(function: Callable, kind: str, ftz: bool, sat: bool = False) -> 
 
 
 def over_elements(function: Callable, packed: str) -> Callable:
-    """The function of single numbers, on registers that hold two each."""
+    """Apply a function of single numbers to registers that hold two each."""
     element = DTYPES[PACKED[packed]]
     whole = DTYPES[packed]
 
@@ -163,9 +179,15 @@ def over_elements(function: Callable, packed: str) -> Callable:
 
 
 def _float_operation(
-    modifiers: _Modifiers, rules: dict[str, Callable], kind: str, operands: int, **marks: bool
+    modifiers: _Modifiers,
+    rules: dict[str, Callable],
+    kind: str,
+    operands: int,
+    *,
+    contractible: bool = False,
+    approximate: bool = False,
 ) -> Operation:
-    """An operation with a rule for each single type, for that type or two of it packed, with .ftz and .sat."""
+    """Return an operation on a type, or on two of it packed, with .ftz and .sat."""
     ftz, sat = modifiers.take("ftz") is not None, modifiers.take("sat") is not None
     element = PACKED.get(kind, kind)
     if sat and element not in ("f32", "f16"):
@@ -173,19 +195,19 @@ def _float_operation(
     function = _with_flush(rules[element], element, ftz, sat)
     if kind in PACKED:
         function = over_elements(function, kind)
-    return _simple(modifiers.finish(operands), kind, function, **marks)
+    return _simple(modifiers.finish(operands), kind, function, contractible=contractible, approximate=approximate)
 
 
 # --- floating point ---
 
 
 def _rounded(operator: Callable, kind: str) -> Callable:
-    """+, - and * of NumPy round once to nearest even in f16, f32 and f64."""
+    """Return NumPy's +, - or *, which round once to nearest even in f16, f32 and f64."""
     return lambda a, b: floats.canonical(operator(a, b), kind)
 
 
 def _bf16(function: Callable) -> Callable:
-    """Through float32, which holds every bf16; for functions whose results are bf16 already."""
+    """Compute in float32, which holds every bf16; for functions whose results are bf16 already."""
     return lambda *operands: floats.f32_to_bf16(function(*(floats.bf16_to_f32(x) for x in operands)))
 
 
@@ -214,7 +236,7 @@ def _float_arithmetic(modifiers: _Modifiers, kind: str) -> Operation:
 
 
 def _mixed_arithmetic(modifiers: _Modifiers, half: str) -> Operation:
-    """``add.f32.bf16 d, a, c``: a is a half type, d and c are f32."""
+    """Decode ``add.f32.bf16 d, a, c``: a is a half type, d and c are f32."""
     function = _ARITHMETIC[modifiers.instruction.opcode]["f32"]
     rounding = modifiers.take("rn")
     modifiers.take("f32")
@@ -253,8 +275,7 @@ def _min_max(modifiers: _Modifiers) -> Operation:
         raise modifiers.refuse(".xorsign needs .abs")
 
     def rule(kind: str) -> Callable:
-        options = dict(take_less=less, kind=kind, nan=nan, xorsign=xorsign)
-        return lambda a, b: floats.minimum_or_maximum(a, b, **options)
+        return lambda a, b: floats.minimum_or_maximum(a, b, take_less=less, kind=kind, nan=nan, xorsign=xorsign)
 
     rules = {kind: rule(kind) for kind in ("f16", "f32", "f64")} | {"bf16": _bf16(rule("f32"))}
     if kind == "f32" and len(modifiers.instruction.operands) == 4 and not xorsign:
@@ -279,7 +300,7 @@ def _copysign(modifiers: _Modifiers) -> Operation:
     return _simple(modifiers.finish(3), kind, lambda a, b: np.copysign(b, a))
 
 
-_APPROXIMATE = {
+_APPROXIMATE: dict[str, Callable] = {
     "sqrt": lambda a: floats.canonical(np.sqrt(a), "f32"),
     "rcp": lambda a: floats.canonical(np.float32(1) / a, "f32"),
     "div": lambda a, b: floats.canonical(a / b, "f32"),
@@ -290,7 +311,7 @@ _APPROXIMATE = {
     "cos": lambda a: floats.correctly_rounded(np.cos, a),
     "tanh": lambda a: floats.correctly_rounded(np.tanh, a),
 }
-_EXACT_F64 = {
+_EXACT_F64: dict[str, Callable] = {
     "sqrt": lambda a: floats.canonical(np.sqrt(a), "f64"),
     "rcp": lambda a: floats.canonical(1 / a, "f64"),
     "div": lambda a, b: floats.canonical(a / b, "f64"),
@@ -357,7 +378,10 @@ def _carry_in(modifiers: _Modifiers) -> Operation:
 
 
 def _with_carry(modifiers: _Modifiers, kind: str, *, carry_in: bool, carry_out: bool) -> Operation:
-    """Extended-precision addition, subtraction and multiply-add of 32 bits: the carry is bit 32 of an exact 64-bit sum."""
+    """Return an addition, subtraction or multiply-add of 32 bits with carry.
+
+    The carry is bit 32 of an exact 64-bit sum.
+    """
     if kind not in ("u32", "s32"):
         raise modifiers.refuse("the carry is modelled for 32 bits only")
     opcode = modifiers.instruction.opcode.removesuffix("c")
@@ -521,7 +545,7 @@ _UNSIGNED_NAMES = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 
 
 def _comparison(name: str, kind: str) -> Callable | None:
-    """PTX ISA, "Comparison Operators"; None where the type has no such comparison."""
+    """Return a comparison of PTX ISA, "Comparison Operators"; None where the type has no such one."""
     if kind in BITS:
         return _ORDERED[name] if name in ("eq", "ne") else None
     if kind in SIGNED:
@@ -561,10 +585,11 @@ def _setp(modifiers: _Modifiers) -> Operation:
             raise modifiers.refuse("a packed comparison writes p|q, and is combined with nothing here")
         packed = over_elements(compare, kind)
         return Operation(((result.first, "pred"), (result.second, "pred")), sources, lambda a, b: _halves(packed(a, b)))
-    join = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}.get(combine)
+    join = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}.get(combine or "")
     if not isinstance(result, Pair):
-        apply = compare if join is None else lambda a, b, c: join(compare(a, b), c)
-        return Operation(((result, "pred"),), sources, apply)
+        if join is None:
+            return Operation(((result, "pred"),), sources, compare)
+        return Operation(((result, "pred"),), sources, lambda a, b, c: join(compare(a, b), c))
 
     def both(a: np.ndarray, b: np.ndarray, *c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         true = compare(a, b)
@@ -630,12 +655,12 @@ def _mov(modifiers: _Modifiers) -> Operation:
 
 
 def _move(results: tuple, sources: tuple, function: Callable) -> Operation:
-    """Bits and their being undefined move alike."""
+    """Return an operation that moves bits, undefined ones alike."""
     return Operation(results, sources, function, undefined=lambda values, masks: function(*masks))
 
 
 def _joined(parts: tuple[np.ndarray, ...], whole: np.dtype) -> np.ndarray:
-    """The first part is the least significant."""
+    """Join parts, the least significant first."""
     n = max(len(x) for x in parts)
     joined = np.empty((n, len(parts)), parts[0].dtype)
     for i, part in enumerate(parts):
@@ -645,7 +670,7 @@ def _joined(parts: tuple[np.ndarray, ...], whole: np.dtype) -> np.ndarray:
 
 @_decoder("cvta")
 def _cvta(modifiers: _Modifiers) -> Operation:
-    """Generic addresses of global memory are the addresses themselves; other spaces are refused where they are used."""
+    """Decode a conversion to or from generic addresses, which for global memory are the same."""
     modifiers.type("u64")
     modifiers.take("to")
     if not modifiers.take("global"):
@@ -701,7 +726,7 @@ def _flushed_conversion(function: Callable, source: str, result: str) -> Callabl
 
 
 def _conversion(source: str, result: str, rounding: str | None, sat: bool) -> Callable | None:
-    """PTX ISA, "cvt": None where the combination is not modelled."""
+    """Return a function of PTX ISA, "cvt"; None where the combination is not modelled."""
     if source in _INTEGERS and result in _INTEGERS:
         return None if rounding else _integer_to_integer(source, result, sat)
     if source in _INTEGERS:
@@ -732,7 +757,10 @@ def _integer_to_float(result: str) -> Callable | None:
 
 
 def _odd_f64(a: np.ndarray) -> np.ndarray:
-    """An integer as a float64 that rounds to any half type as the integer itself: what does not fit is or-ed into the last bit."""
+    """Convert to a float64 that rounds to any half type as the integer itself would.
+
+    Bits that do not fit are or-ed into the last one.
+    """
     if a.dtype.itemsize < 8:
         return a.astype(np.float64)
     fits = (a < 1 << 53) & (a > -(1 << 53))
@@ -741,10 +769,13 @@ def _odd_f64(a: np.ndarray) -> np.ndarray:
 
 
 def _float_to_integer(source: str, result: str, to_integral: Callable) -> Callable:
-    """Clamped to the range. NaN is 0, but the lowest signed number's bits where a 64-bit type takes part."""
+    """Return a conversion that clamps to the range.
+
+    NaN gives 0, but the bits of the lowest signed number where a 64-bit type takes part.
+    """
     dtype, limits = DTYPES[result], np.iinfo(DTYPES[result])
-    for_nan = 0 if source != "f64" and TYPE_BYTES[result] < 8 else 1 << 8 * TYPE_BYTES[result] - 1
-    for_nan = np.array(for_nan, DTYPES[f"u{8 * TYPE_BYTES[result]}"]).view(dtype)
+    nan_bits = 0 if source != "f64" and TYPE_BYTES[result] < 8 else 1 << 8 * TYPE_BYTES[result] - 1
+    for_nan = np.array(nan_bits, DTYPES[f"u{8 * TYPE_BYTES[result]}"]).view(dtype)
     widen = {"bf16": floats.bf16_to_f32}.get(source, lambda a: a)
     above = float(limits.max) + (0 if TYPE_BYTES[result] == 8 else 1)  # the first number out of range; exact
 

@@ -1,7 +1,8 @@
-"""PTX text to instructions. Knows the form of PTX, not the meaning of any opcode.
+"""Parse PTX text. The parser knows the form of PTX, not the meaning of any opcode.
 
-Source: PTX ISA, "Syntax", "State Spaces, Types, and Variables" and "Instruction Operands". The subset is what Triton prints: one or more
-``.entry`` kernels, module variables, inline assembly with its own scopes, and debug sections, which are skipped.
+Source: PTX ISA, "Syntax", "State Spaces, Types, and Variables" and "Instruction Operands". The
+subset is what Triton prints: one or more ``.entry`` kernels, module variables, inline assembly with
+its own scopes, and debug sections, which are skipped.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ class Symbol(NamedTuple):
 
 
 class Literal(NamedTuple):
-    """A constant. ``bits`` is the IEEE pattern where ``kind`` is f32 or f64, and the number itself where it is int."""
+    """A constant.
+
+    ``bits`` is the IEEE pattern where ``kind`` is f32 or f64, the number where it is int.
+    """
 
     bits: int
     kind: str = "int"
@@ -99,7 +103,10 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable in global, constant, shared or local memory; ``nbytes`` is None where the launch gives the size."""
+    """A variable in global, constant, shared or local memory.
+
+    ``nbytes`` is None where the launch gives the size.
+    """
 
     name: str
     space: str
@@ -233,7 +240,7 @@ class _Scope:
 
 
 def _split(text: str) -> list[str]:
-    """At commas outside brackets."""
+    """Split at commas outside brackets."""
     parts, depth, current = [], 0, ""
     for character in text:
         depth += (character in "{[(") - (character in "}])")
@@ -262,10 +269,10 @@ def _operand(text: str, scope: _Scope) -> Operand:
     if "|" in text:
         return Pair(*(_operand(part.strip(), scope) for part in text.split("|", 1)))
     if text.startswith("!"):
-        register = _operand(text[1:].strip(), scope)
-        if not isinstance(register, Register):
+        inverted = _operand(text[1:].strip(), scope)
+        if not isinstance(inverted, Register):
             raise ValueError(f"only a predicate can be inverted, got {text!r}")
-        return Not(register)
+        return Not(inverted)
     if match := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", text):
         return Literal(int(match.group(1), 16), "f32")
     if match := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", text):
@@ -329,15 +336,15 @@ def _kernel(line: int, text: str) -> Kernel:
             rf"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)((?:\s+\.\w+(?:\s+\d+)?)*)\s+({_NAME})(?:\[(\d+)\])?", declaration
         )
         nbytes = TYPE_BYTES.get(form.group(1), 0) * int(form.group(4) or 1) if form else 0
-        if nbytes not in (1, 2, 4, 8):
+        if form is None or nbytes not in (1, 2, 4, 8):
             raise NotModelledError(f"a parameter in a form that is not modelled: {declaration}")
         kind = form.group(1) if form.group(4) is None else f"b{8 * nbytes}"
         parameters.append(Parameter(form.group(3), kind, ".ptr" in form.group(2)))
-    block = None
+    block: tuple[int, int, int] | None = None
     for name, numbers in re.findall(r"\.(\w+)\s*([\d,\s]*)", match.group(3)):
         if name == "reqntid":
-            sizes = [int(n) for n in numbers.split(",")]
-            block = tuple((*sizes, 1, 1)[:3])
+            x, y, z, *_ = (*(int(n) for n in numbers.split(",")), 1, 1)
+            block = (x, y, z)
         elif name not in ("maxntid", "minnctapersm", "maxnctapersm", "maxnreg"):
             raise NotModelledError(f"the directive .{name} of a kernel is not modelled")
     return Kernel(match.group(1), line, parameters, block)
@@ -350,12 +357,13 @@ def _instruction(statement: _Statement, scope: _Scope) -> Instruction:
     if match is None:
         raise ValueError("no instruction")
     inverted, guard_name, opcode, modifiers, operands = match.groups()
-    guard = None
+    guard: Register | Not | None = None
     if guard_name:
-        guard = scope.register(guard_name)
-        if guard is None or guard.type != "pred":
+        predicate = scope.register(guard_name)
+        if predicate is None or predicate.type != "pred":
             raise ValueError(f"the guard {guard_name} is no predicate known here")
-        guard = Not(guard) if inverted else guard
+        guard = Not(predicate) if inverted else predicate
+    resolved: tuple[Operand, ...]
     if opcode == "bra" or opcode == "call":
         resolved = tuple(Symbol(scope.label(name) or name) for name in _split(operands))
     else:
@@ -365,7 +373,10 @@ def _instruction(statement: _Statement, scope: _Scope) -> Instruction:
 
 
 def _parse_body(kernel: Kernel, body: list[_Statement]) -> None:
-    """Two passes: labels and registers are declared first, because a branch may go forward."""
+    """Parse in two passes.
+
+    First labels and registers are declared, because a branch may go forward.
+    """
     scopes = [_Scope(None, "")]
     of_statement: list[_Scope] = []
     for i, statement in enumerate(body):
@@ -383,7 +394,9 @@ def _parse_body(kernel: Kernel, body: list[_Statement]) -> None:
         text = statement.text
         with _located(statement):
             if text.endswith(":"):
-                kernel.labels[scope.label(text[:-1])] = len(kernel.instructions)
+                label = scope.label(text[:-1])
+                assert label is not None, "the first pass has declared every label"
+                kernel.labels[label] = len(kernel.instructions)
             elif text.startswith(".") and not text.startswith(".reg"):
                 variable = _variable(text)
                 kernel.variables[variable.name] = variable
@@ -392,7 +405,7 @@ def _parse_body(kernel: Kernel, body: list[_Statement]) -> None:
 
 
 def _body_length(statements: list[_Statement], header: _Statement) -> int:
-    """The number of statements between the braces that ``statements`` begin with."""
+    """Return the number of statements between the braces that ``statements`` begin with."""
     depth = 0
     for i, statement in enumerate(statements):
         depth += (statement.text == "{") - (statement.text == "}")
@@ -402,7 +415,7 @@ def _body_length(statements: list[_Statement], header: _Statement) -> int:
 
 
 def parse(text: str) -> Module:
-    """PTX text to a module.
+    """Parse PTX text into a module.
 
     Raises:
         PtxSyntaxError: The text is not understood.

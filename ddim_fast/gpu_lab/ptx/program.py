@@ -1,6 +1,7 @@
 """A kernel placed for one launch: addresses of variables, bytes of parameters, memory, registers.
 
-``Program`` is plain data. ``place`` makes one; the decoder reads it to make steps, the scheduler to run them.
+``Program`` is plain data. ``place`` makes one; the decoder reads it to make steps, the scheduler to
+run them.
 
 Source: PTX ISA, "State Spaces, Types, and Variables" and "Kernel Function Parameters".
 """
@@ -136,7 +137,6 @@ def place(
         granules["global"],
         shape.describe,
         threads_per_cta=shape.threads_per_cta,
-        orders=has_barriers,
     )
     return Program(
         kernel=kernel,
@@ -163,7 +163,10 @@ def cached(kernel: Kernel, key: str, make: Callable[[], Any]) -> Any:
 
 
 def _place_scratch(variables: Sequence[Variable], dynamic_bytes: int) -> tuple[dict[str, int], int, int]:
-    """Place shared and local variables: their addresses, and the bytes of each space. Dynamic shared memory comes last."""
+    """Return addresses of shared and local variables, and the bytes of either space.
+
+    Dynamic shared memory follows the static.
+    """
     placed: dict[str, int] = {}
     used = {"shared": 0, "local": 0}
     end_of_dynamic = 0
@@ -180,7 +183,7 @@ def _place_scratch(variables: Sequence[Variable], dynamic_bytes: int) -> tuple[d
 
 
 def _initial_memory(variable: Variable) -> Region:
-    """Make a module's variable in global or constant memory, with its initial value: a new one for each launch."""
+    """Allocate a module's global or constant variable, with its initial value, for one launch."""
     data = np.zeros(max(variable.nbytes or 0, 1) + 64, np.uint8)
     data = data[-data.ctypes.data % 64 :][: variable.nbytes or 0]
     if variable.data:

@@ -1,6 +1,7 @@
-"""Threads of a launch in lock step: registers, groups that branch apart and meet again, and what waits for whom.
+"""Threads in lock step: registers, groups that branch apart and meet again, and barriers.
 
-Source: PTX ISA, "Control Flow Instructions" and "Parallel Synchronization and Communication Instructions".
+Source: PTX ISA, "Control Flow Instructions" and "Parallel Synchronization and Communication
+Instructions".
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ class Execution:
     """What a launch did. Counts are of instructions whose guard was true.
 
     Attributes:
-        thread_instructions, warp_instructions: How often each instruction ran, by its name with all modifiers.
+        thread_instructions, warp_instructions: How often each instruction ran, by its name with all
+            modifiers.
         barriers: ``bar.sync`` of whole CTAs.
         bytes_read, bytes_written: Of global memory, by all threads; atomics count as both.
-        contractible: Names of floating-point instructions that ran without a rounding modifier. The assembler may
-            contract these to fused multiply-adds: bits are only certain with contraction off, or where this is empty.
+        contractible: Names of floating-point instructions that ran without a rounding modifier. The
+            assembler may contract these to fused multiply-adds: bits are only certain with
+            contraction off, or where this is empty.
         approximate: Names of instructions whose hardware error is not modelled.
     """
 
@@ -53,7 +56,8 @@ class Step:
         instruction: What was decoded.
         run: Does it for some threads of a chunk; not called for branches and ends.
         kind: "plain", "branch" or "end".
-        scope: Which threads must have arrived before it runs: those of the "cta" or of the "warp", or "" for none.
+        scope: Which threads must have arrived before it runs: those of the "cta" or of the "warp",
+            or "" for none.
         target: Of a branch, the index of the next step.
         needs: Reads the member mask of an instruction of a warp.
         threads, warps: How often it ran.
@@ -102,7 +106,6 @@ class Chunk:
             self.program.granules[space],
             describe=self.program.shape.describe,
             threads_per_cta=self.program.shape.threads_per_cta,
-            orders=self.program.has_barriers,
         )
 
     # --- threads ---
@@ -126,7 +129,7 @@ class Chunk:
         self.alive[slice(None) if lanes is None else lanes] = False
 
     def special(self, name: str, axis: int, lanes: Lanes) -> np.ndarray:
-        """%tid, %ntid, %ctaid, %nctaid and %laneid."""
+        """Read %tid, %ntid, %ctaid, %nctaid or %laneid."""
         launch = self.program.shape
         if name in ("%ntid", "%nctaid"):
             return np.array([(launch.block if name == "%ntid" else launch.grid)[axis]])
@@ -142,7 +145,7 @@ class Chunk:
     # --- registers ---
 
     def read(self, name: str, lanes: Lanes) -> np.ndarray:
-        """A register that must be defined: an address, a predicate that decides, a value that is stored."""
+        """Read a register that must be defined: an address, a predicate, a value that is stored."""
         if name in self.undefined:
             self._check_defined(name, lanes)
         return self.raw(name, lanes)
@@ -152,16 +155,17 @@ class Chunk:
         return values if lanes is None or len(values) == 1 else values[lanes]
 
     def undefined_bits(self, name: str, lanes: Lanes) -> np.ndarray | None:
-        """One bits where the register is undefined; None if it is nowhere."""
+        """Return ones where bits of the register are undefined; None if none are."""
         bits = self.undefined.get(name)
         return bits if bits is None or lanes is None or len(bits) == 1 else bits[lanes]
 
     def _check_defined(self, name: str, lanes: Lanes) -> None:
         bits = self.undefined_bits(name, lanes)
-        if bits.any():
+        if bits is not None and bits.any():
             first = int(np.argmax(bits != 0))
             raise UnwrittenError(
-                f"register {name.split('@')[0]} is used, but this thread has not written it, or has made it of what nothing wrote",
+                f"register {name.split('@')[0]} is used, but this thread has not written it, or has computed it from "
+                "what nothing has written",
                 lane=first if lanes is None else int(lanes[first]),
             )
 
@@ -189,11 +193,7 @@ class Chunk:
     # --- barriers ---
 
     def cta_barrier(self, lanes: Lanes) -> None:
-        warps = self.warp_epoch if lanes is None else None
-        if warps is not None:
-            self.warp_epoch += 1 << 32
-        else:
-            self.warp_epoch[np.unique(lanes // WARP)] += 1 << 32
+        self.warp_epoch[slice(None) if lanes is None else np.unique(lanes // WARP)] += 1 << 32
         self.when = np.repeat(self.warp_epoch, WARP)
 
     def warp_barrier(self, lanes: Lanes) -> None:
@@ -206,9 +206,12 @@ def _first(lanes: Lanes) -> int:
 
 
 class Copies:
-    """Asynchronous copies to shared memory (``cp.async``) that have not been waited for. Groups are the whole chunk's."""
+    """Asynchronous copies to shared memory (``cp.async``) that have not been waited for.
 
-    def __init__(self):
+    Groups belong to the whole chunk.
+    """
+
+    def __init__(self) -> None:
         self.open: list[Callable[[], None]] = []
         self.groups: list[list[Callable[[], None]]] = []
 
@@ -223,7 +226,7 @@ class Copies:
 
 
 class Scheduler:
-    """Runs one chunk to its end."""
+    """The scheduler of one chunk."""
 
     def __init__(self, chunk: Chunk, steps: Sequence[Step], max_steps: int):
         self.chunk, self.steps, self.max_steps = chunk, steps, max_steps
@@ -243,7 +246,10 @@ class Scheduler:
                 taken += 1
                 if taken > self.max_steps:
                     raise self._located(
-                        EndlessError(f"more than {self.max_steps} instructions in a row: it may never end"), here
+                        EndlessError(
+                            f"more than {self.max_steps} instructions in a row: raise max_steps if it is not endless"
+                        ),
+                        here,
                     )
                 step = self.steps[here]
                 if step.kind == "plain" and not step.scope:
@@ -316,7 +322,7 @@ class Scheduler:
                 PtxSyntaxError("threads run past the last instruction", lane=_first(lanes)), len(self.steps) - 1
             )
         if here in self.waiting:
-            lanes = np.union1d(self.waiting[here], lanes)
+            lanes = _union(self.waiting[here], lanes)
         if lanes is not None and len(lanes) == self.chunk.size:
             lanes = None
         self.waiting[here] = lanes
@@ -326,8 +332,8 @@ class Scheduler:
     def _arrive(self, here: int, step: Step, lanes: Lanes) -> None:
         everyone = lanes
         if here in self.parked:
-            everyone = np.union1d(self.parked.pop(here), lanes)
-            everyone = None if len(everyone) == self.chunk.size else everyone
+            everyone = _union(self.parked.pop(here), lanes)
+            everyone = None if everyone is not None and len(everyone) == self.chunk.size else everyone
         ready, left = self._complete(here, step, everyone)
         if ready is None or len(ready):
             self._run_collective(here, step, ready)
@@ -335,7 +341,7 @@ class Scheduler:
             self.parked[here] = left
 
     def _complete(self, here: int, step: Step, lanes: Lanes) -> tuple[Lanes, np.ndarray]:
-        """Which of the threads that have arrived have all the others they need, and which must wait."""
+        """Return which of the arrived threads have all the others they need, and which must wait."""
         nobody = np.zeros(0, np.int64)
         size = self.chunk.size
         if lanes is None and step.needs is None:
@@ -355,6 +361,7 @@ class Scheduler:
         return (None, nobody) if ready.all() else (np.flatnonzero(ready), np.flatnonzero(present & ~ready))
 
     def _has_members(self, step: Step, lanes: Lanes, present: np.ndarray) -> np.ndarray:
+        assert step.needs is not None, "an instruction of a warp names its members"
         mask = np.zeros(self.chunk.size, np.uint32)
         mask[slice(None) if lanes is None else lanes] = step.needs(self.chunk, lanes)
         members = as_masks(present)
@@ -373,7 +380,7 @@ class Scheduler:
         self._add(here + 1, lanes)
 
     def _release_or_fail(self) -> None:
-        """Nobody can run: threads that have ended since may have been all that was waited for."""
+        """Release threads that waited only for threads that have ended since, or raise."""
         for here in sorted(self.parked):
             ready, left = self._complete(here, self.steps[here], self.parked[here])
             if ready is None or len(ready):
@@ -403,9 +410,13 @@ class Scheduler:
 
 
 def as_masks(flags: np.ndarray) -> np.ndarray:
-    """One bit for each thread of a warp, given to every thread of it."""
+    """Return a mask with one bit for each thread of a warp, to every thread of it."""
     packed = np.packbits(flags.reshape(-1, WARP), axis=1, bitorder="little").view(np.uint32)
     return np.repeat(packed[:, 0], WARP)
+
+
+def _union(a: Lanes, b: Lanes) -> Lanes:
+    return None if a is None or b is None else np.union1d(a, b)
 
 
 def _without(lanes: Lanes, taken: Lanes, size: int) -> np.ndarray:

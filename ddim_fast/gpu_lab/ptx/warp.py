@@ -1,6 +1,9 @@
-"""Instructions in which the threads of a warp exchange registers. Values and masks are those of the threads that take part.
+"""Instructions in which the threads of a warp exchange registers.
 
-Source: PTX ISA, "shfl.sync", "vote.sync", "match.sync", "redux.sync", "ldmatrix" and "stmatrix". All of them order no memory.
+Values and masks are those of the threads that take part.
+
+Source: PTX ISA, "shfl.sync", "vote.sync", "match.sync", "redux.sync", "ldmatrix" and "stmatrix".
+All of them order no memory.
 """
 
 from __future__ import annotations
@@ -14,7 +17,10 @@ from .scheduler import Chunk, Lanes, as_masks
 
 
 def spread(chunk: Chunk, values: np.ndarray, lanes: Lanes) -> np.ndarray:
-    """The values of some threads in a row for each warp, zeros elsewhere: ``(warps, 32)``."""
+    """Return the values of some threads in a row for each warp, zeros elsewhere.
+
+    ``(warps, 32)``.
+    """
     full = np.zeros(chunk.size, values.dtype)
     full[slice(None) if lanes is None else lanes] = values
     return full.reshape(-1, WARP)
@@ -30,7 +36,10 @@ def _present(chunk: Chunk, lanes: Lanes) -> np.ndarray:
 
 
 def shuffle(mode: str):
-    """``shfl.sync``: the value of another thread, and whether that thread was in range."""
+    """Return a function for ``shfl.sync``.
+
+    Another thread's value, and whether that thread is in range.
+    """
 
     def run(chunk: Chunk, lanes: Lanes, a: np.ndarray, b: np.ndarray, c: np.ndarray, members: np.ndarray):
         values, b, c, members = (spread(chunk, x, lanes) for x in (a, b, c, members))
@@ -57,7 +66,10 @@ def shuffle(mode: str):
 
 
 def vote(mode: str):
-    """``vote.sync``: of the members' predicates, whether all or any are set, whether they agree, or one bit for each."""
+    """Return a function for ``vote.sync`` of the members' predicates.
+
+    It says whether all or any are set, whether they agree, or has one bit for each.
+    """
 
     def run(chunk: Chunk, lanes: Lanes, predicate: np.ndarray, members: np.ndarray) -> np.ndarray:
         flags = as_masks(spread(chunk, predicate, lanes).reshape(-1))
@@ -70,7 +82,10 @@ def vote(mode: str):
 
 
 def match(mode: str):
-    """``match.sync``: the members with the same value; ``all``: all of them, or 0, and which it was."""
+    """Return a function for ``match.sync``: the members with the same value.
+
+    With ``all``, the mask is that of all members or 0, and the second result says which.
+    """
 
     def run(chunk: Chunk, lanes: Lanes, a: np.ndarray, members: np.ndarray):
         values, masks = spread(chunk, a, lanes), spread(chunk, members, lanes)
@@ -85,7 +100,10 @@ def match(mode: str):
 
 
 def reduction(operator: str, absolute: bool, nan: bool):
-    """``redux.sync``: a sum, minimum, maximum or bitwise operation over the members, the same for each of them."""
+    """Return a function for ``redux.sync``.
+
+    A sum, minimum, maximum or bitwise operation over members.
+    """
 
     def combine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         if a.dtype == np.float32:
@@ -112,14 +130,14 @@ def reduction(operator: str, absolute: bool, nan: bool):
 
 
 def undefined_reduction(chunk: Chunk, lanes: Lanes, bits: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """All bits of a ``redux.sync`` are undefined where any bit of a member is."""
+    """Return undefined bits of a ``redux.sync``: all, where any bit of a member is undefined."""
     some = reduction("or", False, False)(chunk, lanes, bits, members) != 0
     return np.where(some, np.uint32(0xFFFFFFFF), np.uint32(0))
 
 
 def active_mask(chunk: Chunk, lanes: Lanes) -> np.ndarray:
-    """``activemask``: certain only where the whole warp is together."""
-    if lanes is not None and not _present(chunk, lanes).reshape(-1, WARP).all(axis=1)[lanes // WARP].all():
+    """Return ``activemask``, which is certain only where the whole warp is together."""
+    if lanes is not None and not np.logical_and.reduce(_present(chunk, lanes), axis=1)[lanes // WARP].all():
         raise NotModelledError(
             "activemask in a warp that has branched apart depends on the hardware", lane=int(lanes[0])
         )
@@ -127,10 +145,12 @@ def active_mask(chunk: Chunk, lanes: Lanes) -> np.ndarray:
 
 
 def matrix_fragments(rows: np.ndarray, matrices: int, transposed: bool) -> np.ndarray:
-    """``ldmatrix`` m8n8: rows of eight 16-bit numbers, ``(warps, 32, 8)``, to registers ``(warps * 32, matrices)`` of two each.
+    """Distribute rows of eight 16-bit numbers to registers: ``ldmatrix`` m8n8.
 
-    Threads 8 i to 8 i + 7 give the rows of matrix i. Thread t gets the elements 2 (t mod 4) and the next of row t div 4, or of that
-    column where the matrix is transposed.
+    Rows are ``(warps, 32, 8)``, registers ``(warps * 32, matrices)`` with two numbers each.
+
+    Threads 8 i to 8 i + 7 give the rows of matrix i. Thread t gets the elements 2 (t mod 4) and the
+    next of row t div 4, or of that column where the matrix is transposed.
     """
     tiles = rows.reshape(-1, WARP // 8, 8, 8)[:, :matrices]
     tiles = tiles.swapaxes(2, 3) if transposed else tiles
@@ -139,7 +159,10 @@ def matrix_fragments(rows: np.ndarray, matrices: int, transposed: bool) -> np.nd
 
 
 def matrix_rows(fragments: np.ndarray, transposed: bool) -> np.ndarray:
-    """``stmatrix`` m8n8, the inverse: registers ``(warps * 32, matrices)`` to rows ``(warps, matrices, 8, 8)`` of 16-bit numbers."""
+    """Collect registers into rows of eight 16-bit numbers, the inverse: ``stmatrix`` m8n8.
+
+    Registers are ``(warps * 32, matrices)``, rows ``(warps, matrices, 8, 8)``.
+    """
     matrices = fragments.shape[1]
     pairs = fragments.reshape(-1, WARP, matrices).swapaxes(1, 2).reshape(-1, matrices, 8, 4)
     tiles = np.ascontiguousarray(pairs).view(np.uint16)
