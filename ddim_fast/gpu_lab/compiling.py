@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import triton_internals
@@ -29,7 +29,7 @@ class Compiled:
     num_warps: int
     warp_size: int
     shared_bytes: int
-    _kernel: Any
+    _kernel: Any = field(repr=False)
 
     @property
     def ptx(self) -> str:

@@ -159,7 +159,19 @@ class _Launcher:
         if getattr(metadata, "num_ctas", 1) != 1:
             raise NotModelledError(f"clusters are not modelled, got num_ctas={metadata.num_ctas}")
 
-    def __call__(self, x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *arguments):
+    def __call__(
+        self,
+        x: int,
+        y: int,
+        z: int,
+        stream: object,
+        function: object,
+        packed_metadata: object,
+        launch_metadata: object,
+        enter_hook: Callable | None,
+        exit_hook: Callable | None,
+        *arguments: Any,
+    ) -> None:
         gpu: EmulatedGpu = triton_internals.current_driver().gpu
         grid = (int(x), int(y), int(z))
         if 0 in grid:

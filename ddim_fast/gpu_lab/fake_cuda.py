@@ -613,9 +613,9 @@ class _Tagged:
 
 
 class FakeGraph:
-    """What ``FakeGraphs`` captured.
+    """What ``FakeGraphs`` captured: a report, ``steady``, and the function's result.
 
-    A report (``steady``) and the function's result, nothing to replay.
+    There is nothing to replay; replays are counted.
     """
 
     def __init__(self, output: Any, steady: Steady):

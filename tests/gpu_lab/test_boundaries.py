@@ -135,7 +135,7 @@ def private_names(tree: ast.AST) -> Iterator[str]:
         for name in names:
             parts = name.split(".")
             hidden = [part for part in parts[1:] if part.startswith("_") and not part.startswith("__")]
-            if parts[0] in ("torch", "triton") and hidden:
+            if parts[0] in ("torch", "triton") and hidden and name.replace(".", "").isidentifier():
                 yield name
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ddim_fast import gpu_lab
+from ddim_fast.gpu_lab.triton_internals import TritonChangedError
 
 
 @triton.jit
@@ -40,8 +41,8 @@ print(*sorted({"torch", "triton", "numpy"} & set(sys.modules)))
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_a_kernel_is_compiled_for_a_target(target):
     before = triton.runtime.driver._active
-    x = torch.zeros(1000)
-    compiled = gpu_lab.compile(double, x, x, 1000, BLOCK_SIZE=512, num_warps=8, target=target)
+    x = torch.zeros(1024)
+    compiled = gpu_lab.compile(double, x, x, 1024, BLOCK_SIZE=512, num_warps=8, target=target)
     assert f".target {target}" in compiled.ptx
     assert ".entry double(" in compiled.ptx
     assert (compiled.name, compiled.num_warps, compiled.warp_size) == ("double", 8, 32)
@@ -72,6 +73,14 @@ def test_an_unknown_target_and_the_interpreter_are_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
         gpu_lab.compile(double, torch.float32, torch.float32, 1000, BLOCK_SIZE=128)
+
+
+def test_a_triton_that_has_changed_is_named(monkeypatch):
+    message = rf"needs triton.runtime.driver._active \(Triton .* have it\), got Triton {triton.__version__} without it"
+    with monkeypatch.context() as changed:
+        changed.setattr(triton.runtime, "driver", object())
+        with pytest.raises(TritonChangedError, match=message):
+            gpu_lab.compile(double, torch.float32, torch.float32, 1000, BLOCK_SIZE=128)
 
 
 def test_a_kernel_runs_on_an_emulated_gpu():

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import linecache
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ddim_fast
+from ddim_fast import gpu_lab
 from ddim_fast.gpu_lab.fake_cuda import SAMPLER, FakeGraphs, NotCapturable, Steady, fake_cuda
 from ddim_fast.kernels.contract import StepTable
 from ddim_fast.kernels.dispatch import ddim_step, ddim_step_from_table
@@ -174,6 +176,23 @@ def test_an_error_inside_the_package_names_the_callers_line_and_ours(device, x):
         error = refused(device, lambda: ddim_step(x, x, row, out=x))
     assert error.where.startswith(__file__)
     assert "through contract.py" in str(error)
+
+
+def test_a_folder_whose_name_begins_like_ours_is_the_users(device, x):
+    ours, theirs = Path(ddim_fast.__file__).parent, Path(torch.__file__).parent
+    for folder in (f"{ours}_experiments", f"{theirs}_extras"):
+        code = compile("value = x.sum().item()", f"{folder}/loop.py", "exec")
+        assert refused(device, lambda code=code: exec(code, {"x": x})).where == f"{folder}/loop.py:1"
+
+
+def test_a_line_of_the_laboratory_is_nobodys(device, x):
+    lab = Path(gpu_lab.__file__).parent
+    code = compile("def call(function): return function()", f"{lab}/helper.py", "exec")
+    names = {}
+    exec(code, names)
+    error = refused(device, lambda: names["call"](x.sum().item))
+    assert error.where.startswith(__file__)
+    assert "through" not in str(error)
 
 
 # --- What is allowed --------------------------------------------------------------------------------------------------

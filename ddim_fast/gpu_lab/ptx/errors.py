@@ -1,4 +1,7 @@
-"""Errors of PTX programs. Each gives the rule, the line, the instruction, the first thread at fault and its values."""
+"""Errors of PTX programs.
+
+Each gives the rule, the line, the instruction, the first thread at fault and its values.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ class PtxError(Exception):
     def __init__(self, rule: str, *, lane: int | None = None):
         super().__init__(rule)
         self.rule = rule
-        self.lane = lane  # the thread at fault as a number within its chunk; the executor makes cta and thread of it
+        self.lane = lane  # the thread at fault, by its number in the chunk
         self.kernel: str | None = None
         self.line: int | None = None
         self.instruction: str | None = None
@@ -62,7 +65,7 @@ class UnwrittenError(PtxError):
 class UnspecifiedError(PtxError):
     """A result that PTX leaves open.
 
-    An integer division by zero, a shuffle from a thread out of the mask.
+    For example, an integer division by zero, or a shuffle from a thread outside the mask.
     """
 
 

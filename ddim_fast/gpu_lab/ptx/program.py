@@ -21,7 +21,7 @@ from .operations import DTYPES, unsigned
 from .parser import TYPE_BYTES, Address, Kernel, Module, Not, Operand, Pair, Parameter, Register, Variable, Vector
 
 SHARED_BASE = LOCAL_BASE = 1024
-"""Where shared and local memory begin in their windows; any multiple of the largest alignment would do."""
+"""Where shared and local memory begin in their windows: any multiple of the largest alignment."""
 
 VECTORS = {"v2": 2, "v4": 4, "v8": 8}
 """Elements of a vector load or store, by its modifier."""

@@ -18,7 +18,7 @@ from .parser import Instruction, Not
 from .program import LOCAL_BASE, SHARED_BASE, Program
 
 Lanes = np.ndarray | None
-"""Positions of the threads that take part within the chunk, ascending; None: all threads of the chunk."""
+"""Positions within the chunk of the threads that take part, ascending; None: all threads."""
 
 Read = Callable[["Chunk", Lanes], np.ndarray]
 Run = Callable[["Chunk", Lanes], None]

@@ -17,10 +17,7 @@ from .scheduler import Chunk, Lanes, as_masks
 
 
 def spread(chunk: Chunk, values: np.ndarray, lanes: Lanes) -> np.ndarray:
-    """Return the values of some threads in a row for each warp, zeros elsewhere.
-
-    ``(warps, 32)``.
-    """
+    """Return ``(warps, 32)``: the values of some threads, and zeros for the others."""
     full = np.zeros(chunk.size, values.dtype)
     full[slice(None) if lanes is None else lanes] = values
     return full.reshape(-1, WARP)
@@ -38,7 +35,7 @@ def _present(chunk: Chunk, lanes: Lanes) -> np.ndarray:
 def shuffle(mode: str):
     """Return a function for ``shfl.sync``.
 
-    Another thread's value, and whether that thread is in range.
+    It gives another thread's value, and whether that thread is in range.
     """
 
     def run(chunk: Chunk, lanes: Lanes, a: np.ndarray, b: np.ndarray, c: np.ndarray, members: np.ndarray):
@@ -102,7 +99,7 @@ def match(mode: str):
 def reduction(operator: str, absolute: bool, nan: bool):
     """Return a function for ``redux.sync``.
 
-    A sum, minimum, maximum or bitwise operation over members.
+    It gives a sum, minimum, maximum or bitwise operation over the members.
     """
 
     def combine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
