@@ -1,18 +1,27 @@
-"""Builds ddim_fast. What needs no code is in pyproject.toml; here are the package folders and the C++ extension.
+"""Build ddim_fast: the package folders and the C++ extension. Everything else is in pyproject.toml.
 
-The extension is compiled by ninja, one file per instruction set, and needs neither torch nor numpy to build. Where there is no C++
-compiler, installing goes on without it: ddim_fast then computes with its PyTorch reference and says so once.
+Ninja compiles the extension, one file for each instruction set. Neither torch nor NumPy is needed.
+Without a working C++ compiler, the package is installed without the extension, and its wheel is
+tagged as pure Python: ddim_fast then computes with its PyTorch reference, and says so once.
+
+Environment variables:
+    CXX: the compiler, or a cross compiler.
+    DDIM_FAST_CXXFLAGS: more flags for compiling and linking, such as a sanitizer's.
+    DDIM_FAST_REQUIRE_EXTENSION: 1 makes a missing extension an error.
 """
 
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -29,23 +38,38 @@ COMMON_FLAGS = [
     "-Wall",
     "-Wextra",
 ]
-# File -> flags of its own. Files for x86 are left out elsewhere.
+# Source -> its own flags. Other processors leave out the x86 sources.
 PORTABLE = {"module.cpp": [], "parallel.cpp": [], "isa_portable.cpp": []}
 X86 = {"isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"], "isa_avx512.cpp": ["-mavx512f", "-mfma", "-mf16c"]}
 
+REQUIRED = os.environ.get("DDIM_FAST_REQUIRE_EXTENSION", "0") not in ("", "0")
+# The extension uses the limited API, which a free-threaded Python does not have.
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
-def is_x86() -> bool:
-    return platform.machine().lower() in ("x86_64", "amd64")
+
+def is_x86(compiler: str) -> bool:
+    """Return whether ``compiler`` compiles for x86-64, which is not this machine's processor for a cross compiler."""
+    try:
+        answer = subprocess.run([*shlex.split(compiler), "-dumpmachine"], capture_output=True, text=True, check=True)
+        machine = answer.stdout
+    except (OSError, subprocess.CalledProcessError):
+        machine = platform.machine()
+    return machine.strip().lower().startswith(("x86_64", "amd64"))
 
 
 def find_compiler() -> str:
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and shutil.which(name.split()[0]):
+    """Return the command of the C++ compiler: $CXX where it is set, otherwise the first that exists."""
+    wanted = os.environ.get("CXX")
+    for name in [wanted] if wanted else ["c++", "g++", "clang++"]:
+        if shutil.which(shlex.split(name)[0]):
             return name
-    raise CompileError("no C++ compiler found: looked for $CXX, c++, g++ and clang++")
+    if wanted:
+        raise CompileError(f"CXX must name a C++ compiler, got {wanted!r}, which was not found")
+    raise CompileError("no C++ compiler found (c++, g++ or clang++): install one, or set CXX")
 
 
 def find_ninja() -> str:
+    """Return the path of the ninja executable: the one of the Python package where it is installed."""
     try:
         import ninja
 
@@ -58,11 +82,11 @@ def find_ninja() -> str:
 
 
 def ninja_file(compiler: str, output: Path) -> str:
-    """The text of a build.ninja that compiles each source with its flags and links ``output``."""
-    extra = os.environ.get("DDIM_FAST_CXXFLAGS", "")  # for sanitizers
+    """Return a build.ninja that compiles each source with its flags and links ``output``."""
+    extra = os.environ.get("DDIM_FAST_CXXFLAGS", "")
     flags = " ".join([*COMMON_FLAGS, extra, f"-I{sysconfig.get_path('include')}"])
     sources = dict(PORTABLE)
-    if is_x86():
+    if is_x86(compiler):
         sources |= X86
         flags += " -DDDIM_WITH_X86"
     shared = "-dynamiclib -undefined dynamic_lookup" if platform.system() == "Darwin" else "-shared"
@@ -85,18 +109,54 @@ def ninja_file(compiler: str, output: Path) -> str:
 
 
 class BuildWithNinja(build_ext):
+    """The command that compiles the extension."""
+
     def build_extension(self, ext: Extension) -> None:
-        compiler, ninja = find_compiler(), find_ninja()
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = Path(self.build_temp)
-        for directory in (folder, output.parent):
-            directory.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(compiler, output))
         try:
+            compiler, ninja = find_compiler(), find_ninja()
+            folder = Path(self.build_temp)
+            for directory in (folder, output.parent):
+                directory.mkdir(parents=True, exist_ok=True)
+            (folder / "build.ninja").write_text(ninja_file(compiler, output))
             subprocess.run([ninja, "-C", str(folder)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise CompileError(f"the C++ kernel did not build ({error}); installing without it") from error
+            output.unlink(missing_ok=True)  # left by an earlier build
+            raise CompileError(f"the C++ kernel did not compile ({error}): see the compiler's output above") from error
+        except CompileError:
+            output.unlink(missing_ok=True)
+            raise
 
+
+class Wheel(bdist_wheel):
+    """The command that builds a wheel: tagged as pure Python where the extension was not built."""
+
+    def run(self) -> None:
+        if self.distribution.has_ext_modules() and not self.skip_build:
+            self.run_command("build_ext")
+            if not all(Path(path).exists() for path in self.get_finalized_command("build_ext").get_outputs()):
+                self.distribution.ext_modules = []
+                self.root_is_pure = True
+        super().run()
+        if self.root_is_pure:
+            warn_without_extension()
+
+
+def warn_without_extension() -> None:
+    """Say on stderr that what was built has no extension."""
+    reason = "a free-threaded Python cannot load it" if FREE_THREADED else "it did not compile: see above"
+    print(
+        f"WARNING: ddim_fast was built WITHOUT its C++ extension ({reason}). The wheel is pure Python, and slow on a CPU. "
+        "DDIM_FAST_REQUIRE_EXTENSION=1 makes this an error.",
+        file=sys.stderr,
+    )
+
+
+if FREE_THREADED and REQUIRED:
+    sys.exit(
+        "DDIM_FAST_REQUIRE_EXTENSION=1 needs a Python with the limited API, got a free-threaded one: "
+        "use a standard build of Python, or unset the variable"
+    )
 
 setup(
     version=re.search(r'__version__ = "(.+)"', (ROOT / "ddim_fast/_version.py").read_text()).group(1),
@@ -106,19 +166,21 @@ setup(
     package_dir={"ddim_fast": "ddim_fast", "ddim_fast.kernels": "kernels"},
     include_package_data=False,  # the sources of the kernel stay in the sdist
     package_data={
-        "ddim_fast": ["py.typed", "weights/*.safetensors", "weights/*.md"],
+        "ddim_fast": ["py.typed", "weights/*.safetensors"],
         "ddim_fast.tradeoff": ["report.html.jinja", "report.css", "report.js"],
         "ddim_fast.verify.reports": ["report.schema.json", "report.html.jinja", "report.css", "report.js"],
         "ddim_fast.verify.truth": ["golden_trajectories.json"],
     },
-    ext_modules=[
+    ext_modules=[]
+    if FREE_THREADED
+    else [
         Extension(
             "ddim_fast.kernels._cpu_step",
             sources=[str(SOURCES / name) for name in [*PORTABLE, *X86]],
             py_limited_api=True,
-            optional=True,
+            optional=not REQUIRED,
         )
     ],
-    cmdclass={"build_ext": BuildWithNinja},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    cmdclass={"build_ext": BuildWithNinja, "bdist_wheel": Wheel},
+    options={} if FREE_THREADED else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )
