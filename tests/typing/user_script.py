@@ -1,0 +1,27 @@
+"""What a user writes, for a type checker: `make lint` checks it against the package. It also runs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ddim_fast as df
+
+
+def model(x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
+    """Predict no noise at all."""
+    return torch.zeros_like(x)
+
+
+schedule: df.NoiseSchedule = df.NoiseSchedule.linear()
+sampler: df.DDIMSampler = df.DDIMSampler(schedule, num_inference_steps=4, eta=0.0)
+samples: Tensor = sampler.sample(model, shape=(2, 1, 28, 28), seed=0)
+edited: Tensor = sampler.img2img(model, samples, strength=0.5, seed=1)
+
+plan: df.SamplingPlan = sampler.plan(model)
+x_t = torch.randn(2, 1, 28, 28)
+for step in plan.steps:
+    x_t = df.ddim_step(x_t, model(x_t, torch.full((2,), step.t)), step.coefficients)
+
+shipped: df.LoadedModel = df.load_model("fashion")
+pictures: Tensor = sampler.sample(shipped, shape=(1, 1, 28, 28), seeds=[3])
