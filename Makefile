@@ -1,11 +1,16 @@
-# Each target does the set-up that it needs, in its own environment. `make help` lists them.
+# Each target sets up what it needs, in an environment of its own. `make help` lists the targets.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 OUT ?= out
+# The oldest Python that pyproject.toml claims, by name, or where pyenv installs it.
+PYTHON_OLDEST ?= $(firstword $(shell command -v python3.10) $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python3.10) python3.10)
+PYTHON_NEWEST ?= $(PYTHON)
+COMPILERS ?=
 
-# Without an NVIDIA GPU, torch's CPU build spares gigabytes of CUDA libraries. Where pip is configured with wheels of its own
-# (find-links), those are used. To choose yourself: make TORCH_SOURCE="--index-url ..." test
+# Without an NVIDIA GPU, torch's CPU build spares gigabytes of CUDA libraries. Where pip is
+# configured to find wheels in a folder (find-links), nothing is added, and pip's own settings decide.
+# To choose yourself: make TORCH_SOURCE="--index-url ..." test
 ifndef TORCH_SOURCE
 ifeq ($(shell uname -s)$(shell command -v nvidia-smi)$(shell $(PYTHON) -m pip config list 2>/dev/null | grep find-links),Linux)
 TORCH_SOURCE := --extra-index-url https://download.pytorch.org/whl/cpu
@@ -15,7 +20,8 @@ endif
 NATIVE := $(wildcard kernels/csrc/*)
 SAMPLE := --steps 20 -n 60 --seed 0
 
-.PHONY: help sample verify test test-slow gpu predict bench bench-compare lint wheel-check sanitize same-bits clean
+.PHONY: help sample verify test test-slow test-oldest test-newest gpu predict bench bench-compare lint wheel-check sanitize \
+  same-bits build-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -25,26 +31,48 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE) | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH_SOURCE) torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,bench]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,bench,lint]"
+	touch $@
+
+# The two ends of what pyproject.toml claims: see docs/VERSIONS.md.
+.venv-oldest/.installed: pyproject.toml setup.py constraints-oldest.txt $(NATIVE)
+	test -x .venv-oldest/bin/python || $(PYTHON_OLDEST) -m venv .venv-oldest || \
+	  { echo "test-oldest needs Python 3.10: make test-oldest PYTHON_OLDEST=/path/to/python3.10"; exit 1; }
+	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt $(TORCH_SOURCE) torch
+	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[test,bench]"
+	touch $@
+
+.venv-newest/.installed: pyproject.toml setup.py $(NATIVE)
+	test -x .venv-newest/bin/python || $(PYTHON_NEWEST) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade $(TORCH_SOURCE) torch
+	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[test,bench]"
 	touch $@
 
 sample: $(VENV)/.installed ## draw a labelled grid of pictures with the model that ships here: out/grid.png
 	mkdir -p $(OUT)
 	$(BIN)/ddim-fast sample $(SAMPLE) --out $(OUT)/grid.png --trajectory $(OUT)/trajectory.gif
 
-verify: $(VENV)/.installed ## hold every backend against the paper, Triton's without a GPU: out/verify-*.html
+verify: $(VENV)/.installed ## check every backend against the paper, Triton's without a GPU: out/verify-*.html
 	mkdir -p $(OUT)
 	failed=0; for backend in cpu reference triton; do \
 	  $(BIN)/ddim-fast verify $$backend --json $(OUT)/verify-$$backend.json --html $(OUT)/verify-$$backend.html || failed=1; \
 	done; exit $$failed
 
-test: $(VENV)/.installed ## run the tests, a process per processor
+test: $(VENV)/.installed ## run the tests, one process per processor
 	$(BIN)/pytest -n auto
 
 test-slow: $(VENV)/.installed ## run the long sweeps
 	$(BIN)/pytest -m slow -n auto
 
-gpu: $(VENV)/.installed ## run everything that needs a CUDA device, and time it: out/gpu.json
+test-oldest: .venv-oldest/.installed ## run the tests on the oldest versions that pyproject.toml claims (downloads gigabytes)
+	.venv-oldest/bin/python tools/versions.py
+	.venv-oldest/bin/pytest -n auto
+
+test-newest: .venv-newest/.installed ## run the tests on the newest released versions (downloads gigabytes)
+	.venv-newest/bin/python tools/versions.py
+	.venv-newest/bin/pytest -n auto
+
+gpu: $(VENV)/.installed ## run and time everything that needs a CUDA device: out/gpu.json
 	mkdir -p $(OUT)
 	DDIM_FAST_REQUIRE_GPU=1 $(BIN)/pytest -m gpu
 	DDIM_FAST_REQUIRE_GPU=1 $(BIN)/python -m benchmarks.gpu --json $(OUT)/gpu.json
@@ -56,12 +84,13 @@ bench: $(VENV)/.installed ## time the step, loops and whole pipelines against Py
 	mkdir -p $(OUT)
 	$(BIN)/pytest benchmarks --benchmark-json=$(OUT)/bench.json
 
-bench-compare: $(VENV)/.installed ## say what got slower or faster from A=before.json to B=after.json
+bench-compare: $(VENV)/.installed ## compare A=before.json with B=after.json: what got slower or faster
 	$(BIN)/python benchmarks/compare.py $(A) $(B)
 
-lint: $(VENV)/.installed ## check style and formatting
+lint: $(VENV)/.installed ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	tools/check_types.sh $(BIN)
 
 wheel-check: $(VENV)/.installed ## build the sdist and the wheel, and use the wheel outside the repository
 	tools/check_wheel.sh $(BIN)/python
@@ -69,8 +98,11 @@ wheel-check: $(VENV)/.installed ## build the sdist and the wheel, and use the wh
 sanitize: $(VENV)/.installed ## run the tests of the C++ kernel under AddressSanitizer and UndefinedBehaviorSanitizer
 	tools/sanitize.sh $(BIN)
 
-same-bits: ## compare all instruction sets of the C++ kernel bit by bit, AVX-512 emulated by AVX2 (needs a C++ compiler only)
+same-bits: ## compare all instruction sets of the C++ kernel bit by bit, AVX-512 emulated by AVX2 (needs only a C++ compiler)
 	tools/same_bits.sh
 
+build-check: $(VENV)/.installed ## compile the C++ kernel with gcc, old and new clang, and for aarch64: no warnings allowed
+	tools/build_check.sh $(BIN)/python $(COMPILERS)
+
 clean: ## remove everything that was built
-	rm -rf $(VENV) build dist out *.egg-info kernels/*.so
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist out *.egg-info kernels/*.so
