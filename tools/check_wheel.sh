@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Build the sdist and, from it, the wheel; install the wheel into an empty folder and use it outside the repository.
+# Build the sdist and, from it, the wheel; install the wheel into an empty folder, and use it outside
+# the repository.
 # usage: tools/check_wheel.sh PYTHON   (a Python with `build`, torch and the other dependencies)
 set -euo pipefail
 python=$(realpath -s "$1")
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-"$python" -m build --outdir "$work/dist" . > "$work/log" 2>&1 || { cat "$work/log"; exit 1; }
+DDIM_FAST_REQUIRE_EXTENSION=1 "$python" -m build --outdir "$work/dist" . > "$work/log" 2>&1 || { cat "$work/log"; exit 1; }
 "$python" -m pip install --quiet --no-deps --no-index --target "$work/site" "$work"/dist/*.whl
 cd "$work"
 PYTHONPATH="$work/site" "$python" - "$work/site" <<'PY'

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Do all instruction sets give the same bits? Builds each from its source, AVX-512 from AVX2 halves, and compares them on random steps, noise and
-# convolutions.
+# Check that all instruction sets give the same bits. Each is built from its source, AVX-512 from AVX2
+# halves, and compared with the others on random steps, noise and convolutions.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
