@@ -1,6 +1,7 @@
 """3 x 3 convolutions on the CPU with a quarter of the products: Winograd's minimal filtering, in SIMD C++ (csrc/convolution.inl).
 
-No part of a DDIM step; but nearly all of a sampler's time goes into its model, and most of a U-Net's into these.
+They are no part of a DDIM step. But a sampler spends nearly all of its time in its model, and a U-Net
+most of its time in these.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from . import cpu_step
 
 CHANNEL_GRAIN = 16
-"""Numbers of channels are multiples of it: ``kChannelGrain`` of csrc/convolution.h."""
+"""The number of channels must be a multiple of this: ``kChannelGrain`` of csrc/convolution.h."""
 
 _FILTER_TO_POINTS = (
     (1 / 4, 0, 0),
@@ -25,7 +26,7 @@ _FILTER_TO_POINTS = (
 
 
 def unsupported_reasons(convolution: nn.Module) -> list[str]:
-    """Why this kernel cannot stand in for a module; empty if it can."""
+    """Return why this kernel cannot replace a module; empty if it can."""
     if cpu_step.extension is None:
         return [cpu_step.missing_reason]
     if type(convolution) is not nn.Conv2d:
@@ -49,29 +50,33 @@ def unsupported_reasons(convolution: nn.Module) -> list[str]:
     if convolution.weight.dtype != torch.float32 or convolution.weight.device.type != "cpu":
         reasons.append(f"its weights are {convolution.weight.dtype} on {convolution.weight.device}, not float32 on cpu")
     if convolution._forward_hooks or convolution._forward_pre_hooks or "forward" in vars(convolution):
-        reasons.append("it has hooks, or a forward of its own, which would not be called")
+        reasons.append("it has hooks, or its own forward, which would not be called")
     return reasons
 
 
 def transformed_weights(weight: Tensor) -> Tensor:
-    """G g G^T of each filter g, from float64: ``(out_channels, in_channels, 3, 3)`` -> ``(36, in_channels, out_channels)`` float32."""
+    """Return G g G^T of each filter g, rounded from float64.
+
+    ``(out_channels, in_channels, 3, 3)`` -> ``(36, in_channels, out_channels)`` float32.
+    """
     to_points = torch.tensor(_FILTER_TO_POINTS, dtype=torch.float64)
     points = torch.einsum("ia,ocab,jb->ijco", to_points, weight.detach().double(), to_points)
     return points.flatten(0, 1).float().contiguous()
 
 
 def convolve(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
-    """A 3 x 3 convolution with zero padding of 1, as an operator of torch that has no gradient.
+    """Compute a 3 x 3 convolution with zero padding of 1, by a torch operator that has no gradient.
 
     Args:
-        x: ``(B, in_channels, H, W)`` float32 on the CPU; channels last, or copied so.
-        weights: as ``transformed_weights`` gives them.
-        bias: ``(out_channels,)`` float32, or none.
+        x: ``(B, in_channels, H, W)`` float32 on the CPU; copied unless it is channels last.
+        weights: from ``transformed_weights``.
+        bias: ``(out_channels,)`` float32, or None.
 
     Returns:
-        ``(B, out_channels, H, W)``, channels last. It is further off from the exact result than a direct convolution, the more so the more
-        channels there are: root mean square, 5 times (16 channels) to 27 times (1280). Measured where the result is about 1: at most 8e-6
-        with 16 channels, 2e-5 with 64, 9e-5 with 1280.
+        ``(B, out_channels, H, W)``, channels last. Its error is larger than that of a direct
+        convolution, and grows with the number of channels: 5 times (16 channels) to 27 times (1280)
+        the root mean square. Measured for results of about 1, it is at most 8e-6 with 16 channels,
+        2e-5 with 64, and 9e-5 with 1280.
     """
     return torch.ops.ddim_fast.convolve(x, weights, bias)
 
@@ -94,19 +99,19 @@ def _(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
     wrong = weights.dtype != torch.float32 or weights.ndim != 3 or len(weights) != points
     if wrong or any(channels % CHANNEL_GRAIN for channels in weights.shape[1:]):
         raise ValueError(
-            f"weights must be float32 ({points}, in_channels, out_channels) with multiples of {CHANNEL_GRAIN}, as transformed_weights "
-            f"gives them, got {weights.dtype} {tuple(weights.shape)}"
+            f"weights must be float32 ({points}, in_channels, out_channels) with multiples of {CHANNEL_GRAIN}, "
+            f"got {weights.dtype} {tuple(weights.shape)}: make them with transformed_weights"
         )
     if bias is not None and (bias.dtype != torch.float32 or bias.shape != weights.shape[2:]):
         raise ValueError(f"bias must be float32 ({weights.shape[2]},), got {bias.dtype} {tuple(bias.shape)}")
     if x.dtype != torch.float32 or x.ndim != 4 or x.shape[1] != weights.shape[1]:
         raise ValueError(
-            f"x must be float32 (B, {weights.shape[1]}, H, W), as these weights want it, got {x.dtype} {tuple(x.shape)}"
+            f"x must be float32 (B, {weights.shape[1]}, H, W) to fit the weights, got {x.dtype} {tuple(x.shape)}"
         )
     result = _like_result(x, weights)
     if result.numel() == 0:
         return result
-    # Negative bits are gone: torch resolves them before operators that do not know of them.
+    # No tensor is a lazy negative here: torch resolves those before operators that do not handle them.
     x = x.contiguous(memory_format=torch.channels_last)
     weights, bias = weights.contiguous(), None if bias is None else bias.contiguous()
     batch, in_channels, height, width = x.shape

@@ -1,4 +1,4 @@
-"""The step in SIMD C++ (csrc/), as a backend, and the noise standard at the same speed."""
+"""The step in SIMD C++ (csrc/), as a backend, and the noise standard in C++."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .contract import StepCoefficients, StepInputs
+from .coefficients import StepCoefficients
+from .fields import PER_ELEMENT, StepInputs
 from .layout import as_rows, plain_memory_reasons
 from .noise import standard_normals
 
@@ -19,7 +20,7 @@ try:
 except ImportError as error:
     extension = None
     missing_reason = (
-        f"the C++ extension is not there ({error}): install a C++ compiler and reinstall ddim_fast "
+        f"the C++ extension is missing ({error}): install a C++ compiler and reinstall ddim_fast "
         "(pip install --force-reinstall --no-deps . in its folder)"
     )
 
@@ -38,21 +39,23 @@ def _no_step(
     values: tuple[tuple[dict[str, Any], str, Any], ...],
     writes: tuple[tuple[Tensor, int], ...],
 ) -> tuple[Tensor, Tensor] | None:
-    """``ddim_step`` without noise, guidance or thresholds, outside of ``torch.compile``, for callers that count microseconds.
+    """Run ``ddim_step`` without noise, guidance or thresholds, outside of ``torch.compile``, or decline.
 
-    In C++ all of it is one call: the row is looked up and both results get their memory without torch, whose new tensors cost six of
-    the twenty microseconds that a small step would take.
+    This is for callers that count microseconds. In C++ all of it is one call: it looks up the row,
+    and allocates both results without torch, whose new tensors cost six of the twenty microseconds
+    that a small step would take.
 
     Args:
-        rows: rows that add no noise, by number.
-        t: the number of the row, or an int64 tensor with it.
-        values, writes: what the rows were made of: each dictionary must still have that very value for its key, and each tensor have
-            counted that many writes (``_version``).
+        rows: rows that add no noise, by key.
+        t: the key, or an int64 tensor with it.
+        values, writes: what the rows were computed from. Each dictionary must still have that very
+            value for its key, and each tensor that count of writes.
 
     Returns:
-        ``(x_prev, x0)`` in new tensors, or None where these are not plain CPU tensors that fit together, or there is no such row, or
-        not any more: then nothing was done, and there is no error. The tensors own their memory as those from ``torch.from_dlpack``
-        do: ``resize_`` cannot enlarge them.
+        ``(x_prev, x0)`` in new tensors. Or None, having done nothing and without an error, if the
+        tensors are not plain CPU tensors that fit together, or there is no such row, or the rows are
+        outdated. The tensors own their memory as those from ``torch.from_dlpack`` do: ``resize_``
+        cannot enlarge them.
     """
 
 
@@ -60,7 +63,7 @@ plain_step = _no_step if extension is None else extension.step_to_new
 
 
 def unsupported_reasons(inputs: StepInputs) -> list[str]:
-    """Why this backend cannot run these (valid) inputs; empty if it can."""
+    """Return why this backend cannot run these (valid) inputs; empty if it can."""
     reasons = []
     if extension is None:
         reasons.append(missing_reason)
@@ -70,17 +73,21 @@ def unsupported_reasons(inputs: StepInputs) -> list[str]:
 
 
 def run(inputs: StepInputs) -> Tensor:
-    """Run checked inputs. Samples may have any stride between them; other layouts than contiguous samples are copied first."""
+    """Run checked inputs.
+
+    Samples may have any stride between them. Tensors whose samples are not contiguous are copied.
+    """
     x_t = inputs.x_t
     result = inputs.x_prev if inputs.x_prev is not None else torch.empty_like(x_t)
     if x_t.numel() == 0:
         return result
     rows = as_rows(inputs, result)
+    unread = {"noise": not inputs.adds_noise, "known_noise": not inputs.adds_known_noise}
     keep = []  # copies stay alive until the kernel has run
 
-    def describe(name: str, wanted: bool = True) -> tuple[int, int, int]:
+    def describe(name: str) -> tuple[int, int, int]:
         tensor = rows.tensors.get(name)
-        if tensor is None or not wanted:
+        if tensor is None or unread.get(name):
             return (0, 0, 0)
         return (tensor.data_ptr(), rows.strides[name], DTYPES[tensor.dtype])
 
@@ -93,18 +100,7 @@ def run(inputs: StepInputs) -> Tensor:
     extension.run(
         rows.n_samples,
         rows.n_elements,
-        (
-            describe("x_t"),
-            describe("model_output"),
-            describe("model_output_uncond"),
-            describe("noise", inputs.adds_noise),
-            describe("x_prev"),
-            describe("x0"),
-            describe("mask"),
-            describe("known_x0"),
-            describe("known_noise", inputs.adds_known_noise),
-            describe("history"),
-        ),
+        tuple(describe(name) for name in PER_ELEMENT),
         inputs.guidance_scale or 0.0,
         inputs.coefficients.packed,
         address(inputs.thresholds),
@@ -119,7 +115,10 @@ def run(inputs: StepInputs) -> Tensor:
 
 
 def normals(seeds: Tensor, shape: tuple[int, ...], step: int, stream: int) -> Tensor:
-    """Normals of the noise standard: ``(len(seeds), *shape)`` float32 on the CPU; by NumPy where the extension is missing."""
+    """Return normals of the noise standard, ``(len(seeds), *shape)`` float32 on the CPU.
+
+    NumPy computes them where the extension is missing.
+    """
     n_elements = math.prod(shape)
     if extension is None:
         return torch.from_numpy(standard_normals(np.asarray(seeds), n_elements, step, stream)).view(-1, *shape)

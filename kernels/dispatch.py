@@ -1,4 +1,4 @@
-"""Which backend runs a step. BACKENDS is asked in order; the first that has no reason against it runs."""
+"""Choose the backend of a step: the first in ``BACKENDS`` that has no reason against it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import cpu_step, reference, triton_backend
-from .contract import StepCoefficients, StepInputs, StepTable, check_inputs
-from .layout import is_wrapped
+from ..utils.checks import check_choice
+from . import cpu_step, operators, reference, triton_backend
+from .coefficients import StepCoefficients, StepTable
+from .contract import check_inputs
+from .fields import TENSORS, StepInputs
+from .torch_internals import increment_version, is_wrapped, modes_active, takes_forward_derivatives
 
 BACKENDS = {backend.name: backend for backend in (cpu_step, triton_backend, reference)}
 """Modules, best first, each with ``name``, ``unsupported_reasons(inputs) -> list[str]`` and ``run(inputs) -> x_prev``."""
 
 _run_plain = cpu_step.extension.step if cpu_step.extension is not None else None
 _is_inference_mode = torch.is_inference_mode_enabled
-# Whether torch.compile traces this, or a mode such as make_fx's or FakeTensorMode's looks at every operation: then a step is one operator.
-# (The C++ step declines by itself where a mode is active, or forward-mode derivatives are taken: asking here first would cost more.)
+# Where torch.compile traces a step, or a mode such as make_fx's looks at every operation, it is one operator. (The C++ step asks for
+# modes and forward-mode derivatives itself, and declines: asking here first would cost more.)
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_modes_active = torch._C._len_torch_dispatch_stack
 _warned = False
 _NOISE_ONLY = StepCoefficients(0, 0, 0, 0, 0, 0, 0, prev_noise=1)
 
@@ -48,34 +49,44 @@ def ddim_step(
     history: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """One DDIM update, x_t to x_prev, in a single pass over memory (equation 12 of arXiv 2010.02502).
+    """Compute one DDIM update, x_t to x_prev, in a single pass over memory.
+
+    (Equation 12 of arXiv 2010.02502.)
 
     Args:
-        x_t: noisy samples ``(B, ...)``, float32, float16, bfloat16 (computed in float32) or float64 (reference only).
-        model_output: what the model predicted for ``x_t``, of the same shape; the same dtype, or a half dtype beside float32.
+        x_t: noisy samples ``(B, ...)`` in float32, float16, bfloat16 (all computed in float32) or
+            float64 (by the reference only).
+        model_output: the model's prediction for ``x_t``, of the same shape. It has the same dtype,
+            or is float16 or bfloat16 where ``x_t`` is float32.
         coefficients: the step's row, from a ``SamplingPlan``.
-        model_output_uncond, guidance_scale: with both, ``m = uncond + guidance_scale * (model_output - uncond)``
-            (classifier-free guidance, arXiv 2207.12598).
-        noise: standard normal noise in the shape and dtype of ``x_t``. Read only where the row adds noise.
-        seeds: instead of ``noise``: ``(B,)`` int64, each sample's seed; the noise standard's normals at ``noise_step`` of
-            ``noise_stream`` are then made in registers.
-        thresholds: ``(B,)`` float32: dynamic thresholding, x0 of sample i is multiplied by clip / thresholds[i] before it is clipped.
-        mask, known_x0: with both, inpainting: where the mask is 1, x_prev is ``known_x0`` (a clean picture) at the noise level of
-            x_prev; between 0 and 1 it is a blend. Shape and dtype of ``x_t``.
-        known_noise: standard normal noise for ``known_x0``; from ``seeds`` (in a stream of its own) if none.
-        normals: how ``seeds`` become noise: "exact", the noise standard's bits; or "fast", on NVIDIA GPUs the hardware's approximations
-            in their place, with fewer instructions (docs/GPU.md). The exact form is used wherever there is no other.
-        out: where x_prev goes; may be ``x_t`` itself. A new tensor if none.
-        x0_out: where the predicted (and clipped) x0 goes, in the dtype of ``x_t``; nowhere if none.
-        history: for a multistep form (a plan with ``order=2``): what the step before wrote here is read, where the row has a
-            ``prev_history``, and this step's x0 takes its place, element by element. Shape and dtype of ``x_t``; no memory is shared.
-        backend: a name in ``BACKENDS``; the first that can if none.
+        model_output_uncond, guidance_scale: classifier-free guidance (arXiv 2207.12598), both or
+            neither: ``m = uncond + guidance_scale * (model_output - uncond)``.
+        noise: standard normal noise in the shape and dtype of ``x_t``. Read only if the row adds
+            noise.
+        seeds: instead of ``noise``, each sample's seed, ``(B,)`` int64. The noise standard's normals
+            at ``noise_step`` of ``noise_stream`` are generated in registers.
+        thresholds: ``(B,)`` float32, for dynamic thresholding: x0 of sample i is multiplied by
+            clip / thresholds[i] before it is clipped.
+        mask, known_x0: inpainting, both or neither, in the shape and dtype of ``x_t``. Where the
+            mask is 1, x_prev is ``known_x0`` (a clean image) at the noise level of x_prev; between
+            0 and 1 the two are blended.
+        known_noise: standard normal noise for ``known_x0``. If None, it comes from ``seeds``, in a
+            separate stream.
+        normals: how ``seeds`` become noise. "exact" gives the noise standard's bits. "fast" uses the
+            hardware's approximations on NVIDIA GPUs, with fewer instructions (docs/GPU.md), and is
+            the same as "exact" elsewhere.
+        out: receives x_prev; may be ``x_t`` itself. If None, a new tensor does.
+        x0_out: receives the predicted (and clipped) x0, in the dtype of ``x_t``.
+        history: for a multistep solver (a plan with ``order=2``), in the shape and dtype of ``x_t``.
+            The x0 that the previous step wrote here is read, if the row has a ``prev_history``, and
+            replaced by this step's. It shares no memory with another argument.
+        backend: a name in ``BACKENDS``. If None, the first that can run the step.
 
     Returns:
         x_prev: ``out``, or a new tensor.
 
     Raises:
-        TypeError, ValueError: an argument breaks a rule; nothing has been written.
+        TypeError, ValueError: an argument breaks a rule. Nothing has been written.
     """
     target = out
     traced = _is_dynamo_compiling()
@@ -100,13 +111,28 @@ def ddim_step(
         )
         if result is not None:
             if not _is_inference_mode():
-                _note_writes(out, x0_out, history)
+                increment_version([tensor for tensor in (out, x0_out, history) if tensor is not None])
             return result
     inputs = StepInputs(
-        x_t, model_output, coefficients, None, model_output_uncond, guidance_scale, noise, seeds, noise_step, noise_stream,
-        thresholds, mask, known_x0, known_noise, out, x0_out, normals, history,
-    )  # fmt: skip
-    if backend is None and (traced or _modes_active()):
+        x_t=x_t,
+        model_output=model_output,
+        coefficients=coefficients,
+        model_output_uncond=model_output_uncond,
+        guidance_scale=guidance_scale,
+        noise=noise,
+        seeds=seeds,
+        noise_step=noise_step,
+        noise_stream=noise_stream,
+        thresholds=thresholds,
+        mask=mask,
+        known_x0=known_x0,
+        known_noise=known_noise,
+        x_prev=out,
+        x0=x0_out,
+        normals=normals,
+        history=history,
+    )
+    if backend is None and (traced or modes_active()):
         return _through_operator(inputs, target)
     return run(inputs, backend)
 
@@ -131,27 +157,46 @@ def ddim_step_from_table(
     x0_out: Tensor | None = None,
     history: Tensor | None = None,
 ) -> Tensor:
-    """``ddim_step`` by a row of a table, whose number is in memory beside the samples: nothing about the step is known to the host.
+    """Compute ``ddim_step`` by the row of a table whose index is in device memory.
 
-    On a GPU nothing waits, and nothing is baked into a CUDA graph that captures this. On a CPU the number is read.
+    The host does not know which step this is. On a GPU nothing waits, and a CUDA graph that captures
+    the call runs any step. On a CPU the index is read.
 
     Args:
-        table: the steps, for instance ``plan.table(device, guidance_scale)``. The guidance scale is part of it.
-        index: one int64 number on the device of ``x_t``, or ``(B,)``, one for each sample, at least 0 and less than the rows of the
-            table: which step this is. (On a GPU, this is not checked.)
-        noise_step: added to ``index``, modulo 2**32, it is the noise's step.
+        table: the steps, for instance ``plan.table(device, guidance_scale)``. It holds the guidance
+            scale, too.
+        index: which row, as one int64 number on the device of ``x_t``, or one for each sample,
+            ``(B,)``. It must be at least 0 and less than the number of rows, which is not checked on
+            a GPU.
+        noise_step: added to ``index`` modulo 2**32, it is the noise's step.
 
-    The other arguments, the result and the errors are those of ``ddim_step``. Coefficients are float32, also for samples in float64.
+    The other arguments, the result and the errors are those of ``ddim_step``. Coefficients are
+    float32, even for float64 samples.
     """
     inputs = StepInputs(
-        x_t, model_output, table, index, model_output_uncond, None, noise, seeds, noise_step, noise_stream,
-        thresholds, mask, known_x0, known_noise, out, x0_out, normals, history,
-    )  # fmt: skip
-    return _through_operator(inputs, out) if _is_dynamo_compiling() or _modes_active() else run_from_table(inputs)
+        x_t=x_t,
+        model_output=model_output,
+        coefficients=table,
+        index=index,
+        model_output_uncond=model_output_uncond,
+        noise=noise,
+        seeds=seeds,
+        noise_step=noise_step,
+        noise_stream=noise_stream,
+        thresholds=thresholds,
+        mask=mask,
+        known_x0=known_x0,
+        known_noise=known_noise,
+        x_prev=out,
+        x0=x0_out,
+        normals=normals,
+        history=history,
+    )
+    return _through_operator(inputs, out) if _is_dynamo_compiling() or modes_active() else run_from_table(inputs)
 
 
 def run(inputs: StepInputs, backend: str | None = None) -> Tensor:
-    """Check the inputs, and run them by the backend of that name, or the first that can."""
+    """Check the inputs and run them on the backend of that name, or on the first that can."""
     check_inputs(inputs)
     return _run_checked(inputs, backend)
 
@@ -160,12 +205,12 @@ def _run_checked(inputs: StepInputs, backend: str | None = None) -> Tensor:
     chosen = choose(inputs, backend)
     result = chosen.run(inputs)
     if chosen is not reference and not _is_inference_mode():
-        _note_writes(*inputs.writes.values())
+        increment_version(list(inputs.writes.values()))
     return result
 
 
 def run_from_table(inputs: StepInputs) -> Tensor:
-    """``run`` for inputs whose coefficients are a table: on the device, or else with the row read from it."""
+    """Do ``run`` for inputs with a table: on the device, or else with the row read from it."""
     check_inputs(inputs)
     if not triton_backend.unsupported_reasons(inputs):
         return _run_checked(inputs, "triton")
@@ -195,73 +240,51 @@ def run_per_sample(
     guidance_scales: Sequence[float | None],
     noise_steps: Sequence[int],
 ) -> Tensor:
-    """``run`` for samples that are each at a step of their own: a kernel call for each."""
+    """Do ``run`` for samples that are at different steps, by one kernel call per sample."""
     guided = inputs.model_output_uncond is not None
     x_prev = torch.empty_like(inputs.x_t) if inputs.x_prev is None else inputs.x_prev
     inputs = replace(inputs, x_prev=x_prev)
     each = zip(coefficients, guidance_scales, noise_steps, strict=True)
     steps = [(row, scale if guided else None, noise_step) for row, scale, noise_step in each]
-    for i, step in enumerate(steps):  # all of them before the first writes
+    for i, step in enumerate(steps):  # check all of them before the first one writes
         check_inputs(inputs.sample(i, *step))
-    for i, step in enumerate(steps):  # views are made between the writes, so that autograd sees those before
+    for i, step in enumerate(steps):  # each view is made after the previous write, so that autograd sees that write
         _run_checked(inputs.sample(i, *step))
     return x_prev
 
 
 def _through_operator(inputs: StepInputs, target: Tensor | None) -> Tensor:
-    """The step as one operator of ``operators``, into ``target``, or new memory if none.
+    """Run the step as one operator of ``operators``, into ``target``, or into new memory if None.
 
     Differentiable inputs are left to the reference, which is traced itself.
     """
-    tensors = [*(t for _, t in inputs.reads), *([] if inputs.history is None else [inputs.history])]
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    wrapped = not _is_dynamo_compiling() and any(is_wrapped(t) for t in tensors)  # torch.compile cannot ask
-    if recorded or wrapped or forward_ad._current_level >= 0:
+    tensors = [tensor for name, tensor in inputs.tensors if TENSORS[name].read]
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    wrapped = not _is_dynamo_compiling() and any(is_wrapped(tensor) for tensor in tensors)  # torch.compile cannot ask
+    if recorded or wrapped or takes_forward_derivatives(tensors):
         if isinstance(inputs.coefficients, StepTable):
             raise ValueError(
                 "a step by a row of a table has no derivatives where it is traced, got tensors that record them: "
                 "use ddim_step with a row's coefficients, or torch.inference_mode()"
             )
         return run(inputs, "reference")
-    i = inputs
-    x_prev = torch.empty_like(i.x_t) if target is None else target
-    x_t = None if x_prev is i.x_t else i.x_t
-    after = (i.noise, i.seeds, i.noise_step, i.noise_stream, i.thresholds, i.mask, i.known_x0, i.known_noise, i.normals)
-    if isinstance(i.coefficients, StepTable):
-        c = i.coefficients
-        table = (c.rows, c.clipped, c.adds_noise, c.adds_known_noise, c.guided)
-        torch.ops.ddim_fast.step_from_table_(
-            x_prev,
-            i.x0,
-            x_t,
-            i.model_output,
-            *table,
-            i.index,
-            i.model_output_uncond,
-            *after,
-            i.history,
-            c.reads_history,
-        )
+    x_prev = torch.empty_like(inputs.x_t) if target is None else target
+    arguments = operators.arguments_of(inputs, x_prev)
+    if isinstance(inputs.coefficients, StepTable):
+        torch.ops.ddim_fast.step_from_table_(**arguments)
     else:
-        row = i.coefficients.columns
-        torch.ops.ddim_fast.step_(
-            x_prev, i.x0, x_t, i.model_output, row, i.model_output_uncond, i.guidance_scale, *after, i.history
-        )
+        torch.ops.ddim_fast.step_(**arguments)
     return x_prev
 
 
-def _note_writes(*written: Tensor | None) -> None:
-    """Tell autograd that kernels have written, as torch's own in-place operations do: what was saved of it for a backward is stale.
-
-    Not done under inference mode, where it would cost as much as a small step.
-    """
-    torch._C._increment_version([t for t in written if t is not None])
-
-
 def choose(inputs: StepInputs, name: str | None = None):
-    """The backend for checked inputs. Raises ValueError with every reason if the one asked for, or none at all, can run them."""
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    """Return the backend for checked inputs: that of this name, or the first that can run them.
+
+    Raises:
+        ValueError: there is none, with the reason of each.
+    """
+    if name is not None:
+        check_choice("backend", name, BACKENDS)
     reasons = {}
     for backend in BACKENDS.values() if name is None else [BACKENDS[name]]:
         reasons[backend.name] = backend.unsupported_reasons(inputs)
@@ -273,22 +296,26 @@ def choose(inputs: StepInputs, name: str | None = None):
 
 
 def _warn_if_slow(backend, inputs: StepInputs) -> None:
-    """Say once that the fast backend is missing, where it would have run."""
+    """Warn once that the fast backend is missing, where it would have run."""
     global _warned
     if backend is reference and not _warned and cpu_step.extension is None and inputs.x_t.device.type == "cpu":
         _warned = True
-        warnings.warn(
-            f"ddim_fast computes with its PyTorch reference, which is slower: {cpu_step.missing_reason}", stacklevel=6
-        )
+        warnings.warn(f"ddim_fast runs its PyTorch reference, which is slower: {cpu_step.missing_reason}", stacklevel=6)
 
 
 def normals(
     seeds: Tensor, shape: tuple[int, ...], step: int, stream: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Normals of the noise standard, rounded to ``dtype``: ``(len(seeds), *shape)`` on the device of ``seeds`` ``(B,)`` int64."""
+    """Return normals of the noise standard, rounded to ``dtype``.
+
+    They are ``(len(seeds), *shape)`` on the device of ``seeds``, ``(B,)`` int64.
+    """
     if seeds.device.type == "cpu":
         return cpu_step.normals(seeds, shape, step, stream).to(dtype)
-    # A step that is noise and nothing else.
+    # A step that adds noise to zeros.
     zeros = torch.zeros((len(seeds), *shape), device=seeds.device, dtype=torch.float32)
     z = ddim_step(zeros, zeros, _NOISE_ONLY, seeds=seeds, noise_step=step, noise_stream=stream)
     return z.to(dtype)
+
+
+operators.register(run, run_from_table)

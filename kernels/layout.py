@@ -1,4 +1,4 @@
-"""How a step's tensors lie in memory, for backends that walk rows: every tensor as B samples of n contiguous elements."""
+"""Lay a step's tensors out for kernels: each as B samples of n contiguous elements."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .contract import PER_ELEMENT, StepInputs
+from .contract import overlaps_itself
+from .fields import PER_ELEMENT, TENSORS, StepInputs
+from .torch_internals import is_wrapped, takes_forward_derivatives
 
 DTYPES_OF_KERNELS = (torch.float32, torch.float16, torch.bfloat16)
 """What kernels read and write; all compute in float32."""
@@ -16,9 +17,10 @@ DTYPES_OF_KERNELS = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass
 class Rows:
-    """A step's tensors as rows: sample i of ``tensors[name]`` starts ``strides[name]`` * i elements after the first.
+    """A step's tensors as rows: sample i of ``tensors[name]`` starts ``strides[name] * i`` elements in.
 
-    ``copied`` are outputs whose own layout has no such rows: (the tensor, the rows to be copied to it when they are written).
+    ``copied`` holds the outputs whose own layout has no such rows: (the tensor, the rows that are
+    copied to it once they are written).
     """
 
     n_samples: int
@@ -33,9 +35,10 @@ class Rows:
 
 
 def as_rows(inputs: StepInputs, x_prev: Tensor) -> Rows:
-    """Rows of checked inputs with at least one element; tensors in another layout than contiguous samples are copied first.
+    """Return the rows of checked inputs with at least one element.
 
-    The tensors are one row where all lie in memory in the same dense order and nothing depends on an element's sample or index.
+    Tensors whose samples are not contiguous are copied. All samples become one row where all
+    tensors are dense in the same order and nothing depends on an element's sample or index.
     """
     read = {name: t.detach() for name, t in inputs.reads if name in PER_ELEMENT}
     written = {"x_prev": x_prev, **inputs.writes}
@@ -49,7 +52,7 @@ def as_rows(inputs: StepInputs, x_prev: Tensor) -> Rows:
         tensors[name] = tensor
         if not flat and not _has_rows(tensor):
             tensors[name] = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-            if name == "history":
+            if TENSORS[name].read:
                 tensors[name].copy_(tensor)
             copied.append((tensor, tensors[name]))
     strides = {name: n_elements if flat or len(t) == 1 else t.stride(0) for name, t in tensors.items()}
@@ -62,17 +65,15 @@ def _has_rows(tensor: Tensor) -> bool:
 
 def _flat_order(inputs: StepInputs, tensors: list[Tensor]) -> bool:
     x_t = inputs.x_t
-    if inputs.makes_noise or inputs.thresholds is not None or inputs.row_per_sample:
+    if inputs.generates_noise or inputs.thresholds is not None or inputs.row_per_sample:
         return False
-    dense = (
-        torch._debug_has_internal_overlap(x_t) == 0
-        and sum((s - 1) * d for s, d in zip(x_t.shape, x_t.stride(), strict=True)) == x_t.numel() - 1
-    )
+    span = sum((size - 1) * stride for size, stride in zip(x_t.shape, x_t.stride(), strict=True)) + 1
+    dense = span == x_t.numel() and not overlaps_itself(x_t)
     return dense and all(t.stride() == x_t.stride() for t in tensors)
 
 
 def plain_memory_reasons(inputs: StepInputs) -> list[str]:
-    """Why a kernel, which knows plain memory only, cannot run these inputs; empty if it can."""
+    """Return why kernels, which read plain memory, cannot run these inputs; empty if they can."""
     reasons = []
     x_t, m = inputs.x_t, inputs.model_output
     if x_t.dtype not in DTYPES_OF_KERNELS:
@@ -81,22 +82,17 @@ def plain_memory_reasons(inputs: StepInputs) -> list[str]:
         reasons.append(
             f"model_output is {m.dtype} beside an x_t of {x_t.dtype}, it takes the same dtype, or a half beside float32"
         )
-    tensors = [*(t for _, t in inputs.reads), *inputs.writes.values()]
+    tensors = [tensor for _, tensor in inputs.tensors]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         reasons.append("a tensor requires gradients, which only the reference computes: use torch.inference_mode()")
     if any(_is_wrapper(t) for t in tensors):
         reasons.append(
-            "a tensor is a subclass, a lazy negative or inside a torch.func transform: it is no plain memory"
+            "a tensor is a subclass, a lazy negative or inside a torch.func transform: it is not plain memory"
         )
-    if forward_ad._current_level >= 0:
+    if takes_forward_derivatives(tensors):
         reasons.append("forward-mode derivatives are being taken, which only the reference computes")
     return reasons
 
 
 def _is_wrapper(tensor: Tensor) -> bool:
     return type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_neg() or is_wrapped(tensor)
-
-
-def is_wrapped(tensor: Tensor) -> bool:
-    """Whether it stands for another tensor inside a torch.func transform."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)

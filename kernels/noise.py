@@ -1,13 +1,15 @@
-"""The noise standard, version 1: which normal number every element of every sample gets, at every step, everywhere.
+"""The noise standard, version 1: the normal number that each element of each sample gets at each step.
 
-The number depends on the sample's own 64-bit seed, the element's index within the sample, the step and the stream, and on nothing
-else: not on the place in the batch, the batch size, the number of threads or processes, or the machine. This module is the
-definition, in NumPy; the C++ and GPU kernels give the same bits. ``docs/NOISE.md`` is the same in prose, with test vectors.
+The number depends on the sample's own 64-bit seed, the element's index within the sample, the step
+and the stream, and on nothing else: not on the position in the batch, the batch size, the number of
+threads or processes, or the machine. This module is the definition, in NumPy; the C++ and GPU
+kernels give the same bits. ``docs/NOISE.md`` says the same in prose, with test vectors.
 
 Words
-    Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with
-    key = (seed mod 2^32, seed div 2^32) and counter = (element // 4, step, stream, 0). Its four words w0 .. w3 belong to four
-    consecutive elements: (w0, w1) give the first two normals and (w2, w3) the next two.
+    Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3",
+    SC 2011) with key = (seed mod 2^32, seed div 2^32) and counter = (element // 4, step, stream, 0).
+    Its four words w0 .. w3 belong to four consecutive elements: (w0, w1) give the first two normals
+    and (w2, w3) the next two.
 
 From two words (a, b) to two normals, every operation in float32, rounded to nearest even once
     magnitude = a mod 2^31                       the top bit of a is kept for a sign
@@ -30,7 +32,7 @@ import numpy as np
 
 NOISE_STANDARD_VERSION = 1
 MAX_ELEMENTS = 1 << 34
-"""Elements that one sample may have: the counter's first word is 32 bits wide and serves four elements."""
+"""Most elements that one sample may have: a counter has 32 bits and serves four elements."""
 
 
 class NoiseStream(IntEnum):
@@ -38,11 +40,11 @@ class NoiseStream(IntEnum):
 
     STEP = 0  # z in equation 12 of the DDIM paper
     INITIAL = 1  # x_T
-    KNOWN_REGION = 2  # noise on the given part of a picture, in inpainting
+    KNOWN_REGION = 2  # noise on the known part of an image, in inpainting
     SEEDS = 3  # seeds of the samples of a batch: see sample_seeds
 
 
-# Lowest order first; tools/noise_polynomials.py finds them.
+# Lowest order first; computed by tools/noise_polynomials.py.
 MINUS_TWO_LOG = tuple(
     float.fromhex(c)
     for c in (
@@ -70,7 +72,10 @@ _LOW = np.uint64(0xFFFFFFFF)
 
 
 def philox4x32(counter: np.ndarray, key: np.ndarray, rounds: int = 10) -> np.ndarray:
-    """Philox4x32: ``counter`` ``(..., 4)`` and ``key`` ``(..., 2)``, uint32, broadcast against each other -> words ``(..., 4)`` uint32."""
+    """Return the words of Philox4x32, ``(..., 4)`` uint32.
+
+    ``counter`` ``(..., 4)`` and ``key`` ``(..., 2)``, uint32, are broadcast against each other.
+    """
     c0, c1, c2, c3 = (np.asarray(counter)[..., i].astype(np.uint64) for i in range(4))
     k0, k1 = (np.asarray(key)[..., i].astype(np.uint64) for i in range(2))
     for i in range(rounds):
@@ -86,10 +91,11 @@ def philox4x32(counter: np.ndarray, key: np.ndarray, rounds: int = 10) -> np.nda
 
 
 def fma(a: np.ndarray, b: np.ndarray | float, c: np.ndarray | float) -> np.ndarray:
-    """``a * b + c`` in float32 with one rounding.
+    """Return ``a * b + c`` in float32, rounded once.
 
-    The product of two float32 is exact in float64. The sum is rounded there to odd (its last bit set where it is not exact), which
-    makes the second rounding, to float32, the right one (Boldo and Melquiond, 2008).
+    The product of two float32 numbers is exact in float64. The sum is rounded to odd there (its last
+    bit is set if it is inexact), so that rounding it again, to float32, is correct (Boldo and
+    Melquiond, 2008).
     """
     product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
     c = np.asarray(c, np.float64)
@@ -110,7 +116,7 @@ def _horner(coefficients: Sequence[float], x: np.ndarray) -> np.ndarray:
 
 
 def words_to_normals(words: np.ndarray) -> np.ndarray:
-    """Words ``(..., 4)`` uint32 -> normals ``(..., 4)`` float32, by the formula in this module's docstring."""
+    """Turn words ``(..., 4)`` uint32 into normals ``(..., 4)`` float32, by the formula above."""
     a, b = words[..., 0::2], words[..., 1::2]
     magnitude = a & np.uint32(0x7FFFFFFF)
     u = fma(magnitude.astype(np.float32), 2.0**-31, 2.0**-32)
@@ -128,7 +134,7 @@ def words_to_normals(words: np.ndarray) -> np.ndarray:
 
 
 def philox_words(seed: int, n: int, step: int, stream: int, first_counter: int = 0) -> np.ndarray:
-    """The words of ``n`` consecutive counters: ``(n, 4)`` uint32."""
+    """Return the words of ``n`` consecutive counters, ``(n, 4)`` uint32."""
     counter = np.zeros((n, 4), dtype=np.uint32)
     counter[:, 0] = np.arange(first_counter, first_counter + n, dtype=np.uint64).astype(np.uint32)
     counter[:, 1] = step
@@ -143,7 +149,7 @@ _CHUNK = 1 << 16  # counters at a time: keeps the float64 temporaries small
 def standard_normals(
     seeds: Sequence[int] | np.ndarray, n: int, step: int, stream: int = NoiseStream.STEP
 ) -> np.ndarray:
-    """Normals of the noise standard: ``(len(seeds), n)`` float32, row i for the sample with seed ``seeds[i]``.
+    """Return normals of the noise standard, ``(len(seeds), n)`` float32, row i from ``seeds[i]``.
 
     Raises:
         ValueError: ``n`` is negative or more than ``MAX_ELEMENTS``.
@@ -160,16 +166,17 @@ def standard_normals(
 
 
 def check_seed(seed: int) -> None:
-    """Raise ValueError where no samples can be numbered from a seed: it is not in [0, 2^64)."""
+    """Raise ValueError unless ``seed``, from which samples get their seeds, is in [0, 2^64)."""
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be an integer in [0, 2**64), got {seed}")
 
 
 def sample_seeds(seed: int, count: int, first: int = 0) -> np.ndarray:
-    """Seeds of the samples ``first .. first + count - 1`` of a run: ``(count,)`` int64 (the 64 bits of each, as a signed number).
+    """Return the seeds of the samples ``first .. first + count - 1`` of a run.
 
-    Sample i's seed is made of the first two words at counter (i mod 2^32, i div 2^32, SEEDS, 0), not ``seed + i``: so that
-    neighbouring seeds do not share samples.
+    They are ``(count,)`` int64: the 64 bits of each, as a signed number. Sample i's seed is the
+    first two words at counter (i mod 2^32, i div 2^32, SEEDS, 0). It is not ``seed + i``, so
+    neighbouring seeds share no samples.
 
     Raises:
         ValueError: ``seed`` is not in [0, 2^64) or ``count`` or ``first`` is negative.

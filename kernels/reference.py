@@ -1,7 +1,6 @@
-"""The DDIM step in plain PyTorch: the definition that every kernel is held against, in any floating-point dtype, differentiable.
+"""The DDIM step in plain PyTorch, differentiable, in any floating-point dtype: what every kernel is compared with.
 
-``ddim_step_paper`` is the update as the paper writes it. ``run`` is the same through a row of coefficients, as a backend: half
-precision is computed in float32 and rounded once, float64 stays float64.
+Half precision is computed in float32 and rounded once; float64 stays float64.
 """
 
 from __future__ import annotations
@@ -12,48 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .contract import StepInputs
+from .fields import StepInputs
 from .noise import NoiseStream, standard_normals
 
 name = "reference"
 
 
-def std_dev_paper(alpha_bar_t: float, alpha_bar_prev: float, eta: float) -> float:
-    """sigma_t(eta), equation 16 of arXiv 2010.02502."""
-    if alpha_bar_prev == 1:
-        return 0.0
-    return (
-        eta
-        * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t))
-        * math.sqrt(max(1 - alpha_bar_t / alpha_bar_prev, 0.0))
-    )
-
-
-def ddim_step_paper(
-    x_t: Tensor, eps: Tensor, alpha_bar_t: float, alpha_bar_prev: float, eta: float = 0.0, z: Tensor | None = None
-) -> Tensor:
-    """Equation 12 of arXiv 2010.02502 (whose alpha is the cumulative product, here alpha_bar), in the dtype of its arguments.
-
-    Args:
-        x_t: noisy samples, any shape.
-        eps: the model's prediction of the noise in ``x_t``, of the same shape.
-        alpha_bar_t, alpha_bar_prev: cumulative products at this timestep and at the next one to visit.
-        z: standard normal noise, needed where ``eta`` > 0.
-    """
-    std_dev_t = std_dev_paper(alpha_bar_t, alpha_bar_prev, eta)
-    predicted_x0 = (x_t - math.sqrt(1 - alpha_bar_t) * eps) / math.sqrt(alpha_bar_t)
-    direction = math.sqrt(max(1 - alpha_bar_prev - std_dev_t**2, 0.0)) * eps
-    x_prev = math.sqrt(alpha_bar_prev) * predicted_x0 + direction
-    return x_prev if std_dev_t == 0 else x_prev + std_dev_t * z
-
-
 def unsupported_reasons(inputs: StepInputs) -> list[str]:
-    """The reference runs everything that the contract allows."""
+    """Return no reasons: the reference runs everything that passes the checks."""
     return []
 
 
 def run(inputs: StepInputs) -> Tensor:
-    """The step through its row of coefficients. Returns x_prev: ``inputs.x_prev`` where it was given, else a new tensor."""
+    """Run checked inputs. Return x_prev: ``inputs.x_prev`` if given, else a new tensor."""
     c = inputs.coefficients
     dtype = torch.promote_types(inputs.x_t.dtype, torch.float32)
     x_t, m = inputs.x_t.to(dtype), inputs.model_output.to(dtype)
@@ -84,7 +54,10 @@ def run(inputs: StepInputs) -> Tensor:
 
 
 def _combine(*terms: tuple[float, Tensor]) -> Tensor:
-    """Sum of the terms whose coefficient is not zero: a column of zeros says that there is no such term, whatever the tensor holds."""
+    """Sum the terms whose coefficient is not zero.
+
+    A zero means that there is no such term, even where the tensor holds an infinity or NaN.
+    """
     present = [coefficient * tensor for coefficient, tensor in terms if coefficient != 0]
     return sum(present[1:], present[0]) if present else torch.zeros_like(terms[0][1])
 
@@ -97,7 +70,10 @@ def _clip(x0: Tensor, inputs: StepInputs, dtype: torch.dtype) -> Tensor:
 
 
 def _inpaint(x_prev: Tensor, inputs: StepInputs, dtype: torch.dtype) -> Tensor:
-    """The known picture where the mask is 1, with the noise that x_prev has (equation 4 of the DDIM paper)."""
+    """Blend in the known image where the mask is 1, at the noise level of x_prev.
+
+    Equation 4 of the DDIM paper.
+    """
     c = inputs.coefficients
     known = c.known_x0 * inputs.known_x0.to(dtype)
     if inputs.adds_known_noise:
@@ -107,7 +83,7 @@ def _inpaint(x_prev: Tensor, inputs: StepInputs, dtype: torch.dtype) -> Tensor:
 
 
 def _noise(inputs: StepInputs, given: Tensor | None, stream: int) -> Tensor:
-    """The tensor given, or the noise standard's normals, computed in NumPy and moved to the device. Shape of ``x_t``."""
+    """Return ``given``, or the noise standard's normals in the shape of ``x_t``, from NumPy."""
     if given is not None:
         return given
     x_t = inputs.x_t

@@ -1,20 +1,21 @@
-"""Dynamic thresholding (Imagen, Saharia et al. 2022, arXiv 2205.11487, section 2.3): the per-sample bound of x0."""
+"""Dynamic thresholding: a bound of x0 for each sample (Imagen, arXiv 2205.11487, section 2.3)."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
+from ..utils.checks import check_number
 from . import triton_backend
-from .contract import StepCoefficients, StepInputs, StepTable, check_predictions
+from .coefficients import StepCoefficients, StepTable
+from .contract import check_predictions
+from .fields import StepInputs
 
 
 def quantile_of_magnitude(x: Tensor, ratio: float) -> Tensor:
-    """The ``ratio`` quantile of |x| over each sample, linearly interpolated, exact for any size: ``(B, ...)`` -> ``(B,)``.
+    """Return the ``ratio`` quantile of |x| of each sample: ``(B, ...)`` -> ``(B,)``.
 
-    (``torch.quantile`` stops at 2**24 elements.)
+    It is linearly interpolated, and exact for any size (``torch.quantile`` stops at 2**24 elements).
     """
     magnitude = x.abs().flatten(1)
     position = ratio * (magnitude.shape[1] - 1)
@@ -34,12 +35,10 @@ def _check(inputs: StepInputs, ratio: float, maximum: float) -> None:
         )
     if inputs.row_per_sample:
         raise ValueError(
-            f"dynamic thresholds take one index for all samples, got {inputs.index.numel()}: ask for each sample alone"
+            f"dynamic thresholds take one index for all samples, got {inputs.index.numel()}: call them for each sample alone"
         )
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"ratio must be in [0, 1], got {ratio}")
-    if not 0 < maximum < math.inf:
-        raise ValueError(f"maximum must be positive and finite, got {maximum}")
+    check_number("ratio", ratio, at_least=0, at_most=1)
+    check_number("maximum", maximum, above=0)
 
 
 def dynamic_thresholds(
@@ -53,13 +52,21 @@ def dynamic_thresholds(
     index: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Thresholds for ``ddim_step``, ``(B,)`` float32: each sample's quantile of |x0|, at least the clip range, at most ``maximum``.
+    """Return thresholds for ``ddim_step``, ``(B,)`` float32.
 
-    With a ``StepTable`` and ``index``, thresholds for ``ddim_step_from_table``. On a GPU this is one launch, and nothing waits, nor is
-    anything allocated where ``out``, ``(B,)`` float32, is given for the result.
+    Each is the sample's ``ratio`` quantile of |x0|, at least the clip range, at most ``maximum``.
+    With a ``StepTable`` and ``index``, they are for ``ddim_step_from_table``. On a GPU this is one
+    launch, which does not wait for the device, and allocates nothing if ``out``, ``(B,)`` float32,
+    is given for the result.
     """
-    # Noise is not looked at here: one row says nothing against it.
-    inputs = StepInputs(x_t, model_output, coefficients, index, model_output_uncond, guidance_scale)
+    inputs = StepInputs(
+        x_t=x_t,
+        model_output=model_output,
+        coefficients=coefficients,
+        index=index,
+        model_output_uncond=model_output_uncond,
+        guidance_scale=guidance_scale,
+    )
     _check(inputs, ratio, maximum)
     if not triton_backend.unsupported_reasons(inputs):
         return triton_backend.dynamic_thresholds(inputs, ratio, maximum, out)

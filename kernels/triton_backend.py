@@ -1,4 +1,4 @@
-"""The step in Triton, as a backend. Triton itself is loaded with the first step that needs it."""
+"""The step in Triton, as a backend. Triton itself is imported by the first step that needs it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .contract import StepCoefficients, StepInputs, StepTable
+from .coefficients import StepCoefficients, StepTable
+from .fields import StepInputs
 from .layout import as_rows, plain_memory_reasons
 
 name = "triton"
 
 
 def unsupported_reasons(inputs: StepInputs) -> list[str]:
-    """Why this backend cannot run these (valid) inputs; empty if it can."""
+    """Return why this backend cannot run these (valid) inputs; empty if it can."""
     reasons = []
     if find_spec("triton") is None:
         reasons.append("Triton is not installed: pip install triton")
@@ -31,7 +32,10 @@ def _one_row(coefficients: StepCoefficients, guidance_scale: float | None, devic
 
 
 def run(inputs: StepInputs) -> Tensor:
-    """Run checked inputs, in one launch. A row that is not in a table is copied to the device when it is first seen."""
+    """Run checked inputs, in one launch.
+
+    A row that is not in a table is copied to the device, once for each device.
+    """
     from . import triton_step
 
     x_t, table = inputs.x_t, inputs.coefficients
@@ -48,7 +52,7 @@ def run(inputs: StepInputs) -> Tensor:
             rows,
             table,
             None if inputs.index is None else inputs.index.contiguous(),
-            seeds=inputs.seeds.contiguous() if inputs.makes_noise else None,
+            seeds=inputs.seeds.contiguous() if inputs.generates_noise else None,
             thresholds=inputs.thresholds.contiguous() if inputs.thresholds is not None else None,
             noise_step=inputs.noise_step,
             noise_stream=inputs.noise_stream,
@@ -59,16 +63,19 @@ def run(inputs: StepInputs) -> Tensor:
 
 
 def dynamic_thresholds(inputs: StepInputs, ratio: float, maximum: float, out: Tensor | None = None) -> Tensor:
-    """``thresholding.dynamic_thresholds`` of checked inputs, in one launch, without a copy of x0: ``(B,)`` float32."""
+    """Return ``thresholding.dynamic_thresholds`` of checked inputs, ``(B,)`` float32.
+
+    This is one launch, and x0 is never in memory.
+    """
     from . import triton_thresholds
 
     x_t, table = inputs.x_t, inputs.coefficients
     thresholds = torch.empty(len(x_t), dtype=torch.float32, device=x_t.device) if out is None else out
     if x_t.numel() == 0:
-        return thresholds.fill_(1.0)  # of no elements: any will do
+        return thresholds.fill_(1.0)  # there are no elements to scale: any number will do
     if not isinstance(table, StepTable):
         table = _one_row(table, inputs.guidance_scale, x_t.device)
-    inputs = replace(inputs, thresholds=thresholds)  # per sample: samples may not be joined into one row
+    inputs = replace(inputs, thresholds=thresholds)  # keeps samples from being joined into one row
     with torch.cuda.device_of(x_t):
         triton_thresholds.launch(as_rows(inputs, x_t), table, inputs.index, thresholds, ratio=ratio, maximum=maximum)
     return thresholds

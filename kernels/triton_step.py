@@ -1,8 +1,9 @@
 """The whole DDIM update as one Triton kernel: functions on loaded values, one kernel that loads and stores, one launcher.
 
-Arithmetic is the C++ kernel's, operation by operation: float32 in registers, a fused multiply-add only where ``tl.fma`` stands (the
-kernel is compiled with ``enable_fp_fusion=False``), so that both give the same bits. Nothing here knows a schedule: a step is a row
-of a table in device memory, and which row is read from device memory, too. A captured step therefore replays for every step.
+The arithmetic is the C++ kernel's, operation by operation, so that both give the same bits: float32
+in registers, with a fused multiply-add only where ``tl.fma`` is written (the kernel is compiled with
+``enable_fp_fusion=False``). Nothing here depends on a schedule: a step is a row of a table in device
+memory, and the index of the row is in device memory, too. So a captured step replays for every step.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
-from triton.runtime import driver
 
 from . import noise as standard
-from .contract import PER_ELEMENT, ROW_WIDTH, WRITTEN, StepTable
+from .coefficients import ROW_WIDTH, Column, StepTable
+from .fields import PER_ELEMENT
 from .layout import Rows
+from .triton_internals import is_amd
 
 # ---- the noise standard: kernels/noise.py is its definition --------------------------------------------------------------------
 
@@ -35,7 +37,7 @@ _PI_OVER_2_31 = tl.constexpr(math.pi * 2.0**-31)
 
 @triton.jit
 def philox4x32(c0, c1, c2, c3, key_0, key_1):
-    """Philox4x32-10 (Salmon et al. 2011): four uint32 counter words and two key words -> four words, elementwise."""
+    """Compute Philox4x32-10 (Salmon et al. 2011) elementwise: four counter words and two key words -> four words, uint32."""
     for _ in tl.static_range(10):
         # One 32 x 32 -> 64 bit multiplication gives both halves of each product.
         product_0 = c0.to(tl.uint64) * _M0
@@ -51,7 +53,7 @@ def philox4x32(c0, c1, c2, c3, key_0, key_1):
 
 @triton.jit
 def _horner(coefficients: tl.constexpr, degree: tl.constexpr, x):
-    """Polynomial with the lowest order first, by fused multiply-adds."""
+    """Evaluate a polynomial, lowest order first, by fused multiply-adds."""
     total = tl.full(x.shape, coefficients[degree], tl.float32)
     for i in tl.static_range(degree):
         total = tl.fma(total, x, tl.full(x.shape, coefficients[degree - 1 - i], tl.float32))
@@ -60,7 +62,7 @@ def _horner(coefficients: tl.constexpr, degree: tl.constexpr, x):
 
 @triton.jit
 def normals_exact(a, b):
-    """Two words -> two normals, by the formula of the noise standard: the bits of NumPy and C++."""
+    """Turn two words into two normals by the formula of the noise standard: the bits of NumPy and C++."""
     magnitude = (a & 0x7FFFFFFF).to(tl.int32)
     u = tl.fma(magnitude.to(tl.float32), 2.0**-31, 2.0**-32)
     bits = u.to(tl.int32, bitcast=True)
@@ -77,9 +79,10 @@ def normals_exact(a, b):
 
 @triton.jit
 def normals_fast(a, b):
-    """Two words -> two normals (Box and Muller 1958), by NVIDIA hardware's approximate log2, square root, sine and cosine.
+    """Turn two words into two normals (Box and Muller 1958) by NVIDIA hardware's approximations.
 
-    Not the noise standard's bits, nor the same on every GPU; the words are the same.
+    The words are those of the noise standard. The bits of the normals are not, and may differ
+    between GPUs.
     """
     u = tl.fma(a.to(tl.float32), 2.0**-32, 2.0**-33)
     angle = (
@@ -92,7 +95,7 @@ def normals_fast(a, b):
 
 @triton.jit
 def _normals_of_counters(counters, seed, step, stream, NORMALS: tl.constexpr):
-    """Four normals for each counter."""
+    """Return four normals for each counter."""
     zero = tl.zeros_like(counters)
     key_0, key_1 = seed.to(tl.uint32), (seed.to(tl.uint64, bitcast=True) >> 32).to(tl.uint32)
     w0, w1, w2, w3 = philox4x32(counters, zero + step, zero + stream, zero, key_0, key_1)
@@ -109,10 +112,10 @@ def _normals_of_counters(counters, seed, step, stream, NORMALS: tl.constexpr):
 def standard_normals(
     first_counter, seed, step, stream, BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr, NORMALS: tl.constexpr
 ):
-    """Normals of ``BLOCK_SIZE`` consecutive elements of one sample, the first of which is element ``4 * first_counter``.
+    """Return normals of ``BLOCK_SIZE`` consecutive elements of one sample, from element ``4 * first_counter`` on.
 
-    A thread gets ``VECTOR`` (4 or 8) consecutive ones, as many as it loads at once: else they would change threads through
-    shared memory.
+    A thread gets ``VECTOR`` (4 or 8) consecutive ones, as many as it loads at once: otherwise they
+    would have to move between threads through shared memory.
     """
     COUNTERS: tl.constexpr = VECTOR // 4
     counters = first_counter + (tl.arange(0, BLOCK_SIZE // VECTOR) * COUNTERS).to(tl.uint32)
@@ -123,24 +126,46 @@ def standard_normals(
     return tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape(BLOCK_SIZE)  # each counter's (z0, z1, z2, z3), in order
 
 
+# ---- columns of a row: Triton reads globals only as constants of its own ----------------------------------------------------------
+
+FOLD_X = tl.constexpr(int(Column.FOLD_X))
+FOLD_M = tl.constexpr(int(Column.FOLD_M))
+NOISE = tl.constexpr(int(Column.NOISE))
+CLIP_X = tl.constexpr(int(Column.CLIP_X))
+CLIP_M = tl.constexpr(int(Column.CLIP_M))
+CLIP_BOUND = tl.constexpr(int(Column.CLIP_BOUND))
+REST_X = tl.constexpr(int(Column.REST_X))
+REST_M = tl.constexpr(int(Column.REST_M))
+X0_X = tl.constexpr(int(Column.X0_X))
+X0_M = tl.constexpr(int(Column.X0_M))
+X0_BOUND = tl.constexpr(int(Column.X0_BOUND))
+KNOWN_X0 = tl.constexpr(int(Column.KNOWN_X0))
+KNOWN_NOISE = tl.constexpr(int(Column.KNOWN_NOISE))
+HISTORY = tl.constexpr(int(Column.HISTORY))
+GUIDANCE_SCALE = tl.constexpr(int(Column.GUIDANCE_SCALE))
+
 # ---- the step on loaded values ---------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def guide(m, uncond, guidance_scale):
-    """Classifier-free guidance (arXiv 2207.12598)."""
+    """Apply classifier-free guidance (arXiv 2207.12598)."""
     return tl.fma(tl.zeros_like(m) + guidance_scale, m - uncond, uncond)
 
 
 @triton.jit
 def linear(a, x, b, y):
-    """a x + b y for scalars a and b: one multiplication, one fused multiply-add."""
+    """Return a x + b y for scalars a and b, by one multiplication and one fused multiply-add."""
     return tl.fma(tl.zeros_like(x) + a, x, b * y)
 
 
 @triton.jit
 def _plus(a, x, total):
-    """total + a x for a scalar a. Where a is zero there is no such term, whatever x holds; the branch is the same for all threads."""
+    """Return total + a x for a scalar a.
+
+    If a is zero, there is no such term, even where x is an infinity or NaN. All threads take the
+    same branch.
+    """
     if a != 0:
         total = tl.fma(tl.zeros_like(x) + a, x, total)
     return total
@@ -148,7 +173,7 @@ def _plus(a, x, total):
 
 @triton.jit
 def clip(x, bound):
-    """x in [-bound, bound]; a NaN stays one."""
+    """Clamp x to [-bound, bound]; a NaN stays one."""
     return tl.clamp(x, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -171,16 +196,16 @@ def ddim_step_kernel(
     model_output_ptr,  # (B, n), the type of x_t or a half type
     model_output_uncond_ptr,  # (B, n) like model_output, or None: no guidance
     noise_ptr,  # (B, n) like x_t, or None
-    seeds_ptr,  # (B,) int64, or None: normals of the noise standard are made in registers
+    seeds_ptr,  # (B,) int64, or None: normals of the noise standard are generated in registers
     thresholds_ptr,  # (B,) float32, or None: dynamic thresholding
-    mask_ptr,  # (B, n) like x_t, or None: 1 where the picture is known
-    known_x0_ptr,  # (B, n) like x_t: the known picture, clean
-    known_noise_ptr,  # (B, n) like x_t, or None: the known picture's noise comes from the seeds
+    mask_ptr,  # (B, n) like x_t, or None: 1 where the image is known
+    known_x0_ptr,  # (B, n) like x_t: the known image, clean
+    known_noise_ptr,  # (B, n) like x_t, or None: the known image's noise comes from the seeds
     x_prev_ptr,  # (B, n) like x_t: the result; may be x_t_ptr
-    x0_ptr,  # (B, n) like x_t, or None: where the predicted x0 goes
-    history_ptr,  # (B, n) like x_t, or None: the x0 of the step before, whose place this one's takes
-    rows_ptr,  # (S, ROW_WIDTH) float32: the table, a step a row
-    index_ptr,  # int64: which row this step is, one number or (B,); or None for row 0
+    x0_ptr,  # (B, n) like x_t, or None: receives the predicted x0
+    history_ptr,  # (B, n) like x_t, or None: holds the x0 of the previous step, and receives this one's
+    rows_ptr,  # (S, ROW_WIDTH) float32: the table, one row per step
+    index_ptr,  # int64: the row of this step, one number or (B,); or None for row 0
     n_elements,  # n, elements of a sample
     x_t_stride,  # elements from one sample to the next, of each tensor
     model_output_stride,
@@ -191,16 +216,16 @@ def ddim_step_kernel(
     known_noise_stride,
     x_prev_stride,
     x0_stride,
-    noise_step_offset,  # int32 bits: the noise's step is this plus the row's number
+    noise_step_offset,  # int32 bits: the noise's step is this plus the row's index
     noise_stream,  # int32 bits
-    history_stride,  # last, where it leaves the two numbers before it side by side: one load for both
+    history_stride,  # last, so that the two numbers before it stay adjacent: one load for both
     BLOCK_SIZE: tl.constexpr,  # elements that one program computes
     VECTOR: tl.constexpr,  # elements that a thread loads at once: 16 bytes of x_t
     CLIPPED: tl.constexpr,  # whether the rows clip x0
     NORMALS: tl.constexpr,  # "exact" (the noise standard) or "fast"
-    KNOWN_REGION: tl.constexpr,  # the noise standard's stream of a known picture's noise
+    KNOWN_REGION: tl.constexpr,  # the noise standard's stream of a known image's noise
     WIDE_INDEX: tl.constexpr,  # whether n needs 64-bit offsets
-    ROW_PER_SAMPLE: tl.constexpr,  # whether each sample has a row of its own
+    ROW_PER_SAMPLE: tl.constexpr,  # whether each sample has its own row
     SAMPLE_AXIS: tl.constexpr,  # grid axis of the samples; the other counts blocks of a sample
     ROW_WIDTH: tl.constexpr,
 ):
@@ -215,32 +240,38 @@ def ddim_step_kernel(
     first_counter = (block * (BLOCK_SIZE // 4)).to(tl.uint32)
     if model_output_uncond_ptr is not None:
         uncond = load(model_output_uncond_ptr, sample, model_output_uncond_stride, offsets, n_elements)
-        m = guide(m, uncond, tl.load(row_ptr + 12))
+        m = guide(m, uncond, tl.load(row_ptr + GUIDANCE_SCALE))
     if CLIPPED:
         scale = 1.0
         if thresholds_ptr is not None:
-            # Imagen, arXiv 2205.11487: x0 = clamp(x0, -s, s) / s * bound, the division folded into the coefficients.
-            scale = tl.div_rn(tl.load(row_ptr + 10), tl.load(thresholds_ptr + sample))
-        x_prev = clip(linear(tl.load(row_ptr + 3) * scale, x, tl.load(row_ptr + 4) * scale, m), tl.load(row_ptr + 5))
-        x_prev = _plus(tl.load(row_ptr + 6), x, x_prev)
-        x_prev = _plus(tl.load(row_ptr + 7), m, x_prev)
+            # Imagen, arXiv 2205.11487: x0 = clamp(x0, -s, s) / s * bound, with the division folded into the coefficients.
+            scale = tl.div_rn(tl.load(row_ptr + X0_BOUND), tl.load(thresholds_ptr + sample))
+        x_prev = clip(
+            linear(tl.load(row_ptr + CLIP_X) * scale, x, tl.load(row_ptr + CLIP_M) * scale, m),
+            tl.load(row_ptr + CLIP_BOUND),
+        )
+        x_prev = _plus(tl.load(row_ptr + REST_X), x, x_prev)
+        x_prev = _plus(tl.load(row_ptr + REST_M), m, x_prev)
     else:
-        x_prev = linear(tl.load(row_ptr + 0), x, tl.load(row_ptr + 1), m)
+        x_prev = linear(tl.load(row_ptr + FOLD_X), x, tl.load(row_ptr + FOLD_M), m)
     if history_ptr is not None:
-        of_history = tl.load(row_ptr + 15)
+        of_history = tl.load(row_ptr + HISTORY)
         if of_history != 0:
             last_x0 = load(history_ptr, sample, history_stride, offsets, n_elements)
             x_prev = tl.fma(tl.zeros_like(x) + of_history, last_x0, x_prev)
     if x0_ptr is not None or history_ptr is not None:
         if CLIPPED:
-            x0 = clip(linear(tl.load(row_ptr + 8) * scale, x, tl.load(row_ptr + 9) * scale, m), tl.load(row_ptr + 10))
+            x0 = clip(
+                linear(tl.load(row_ptr + X0_X) * scale, x, tl.load(row_ptr + X0_M) * scale, m),
+                tl.load(row_ptr + X0_BOUND),
+            )
         else:
-            x0 = linear(tl.load(row_ptr + 8), x, tl.load(row_ptr + 9), m)
+            x0 = linear(tl.load(row_ptr + X0_X), x, tl.load(row_ptr + X0_M), m)
         if x0_ptr is not None:
             store(x0_ptr, sample, x0_stride, offsets, n_elements, x0)
         if history_ptr is not None:
             store(history_ptr, sample, history_stride, offsets, n_elements, x0)
-    std_dev = tl.load(row_ptr + 2)
+    std_dev = tl.load(row_ptr + NOISE)
     if noise_ptr is not None:
         if std_dev != 0:
             z = load(noise_ptr, sample, noise_stride, offsets, n_elements)
@@ -252,9 +283,9 @@ def ddim_step_kernel(
             z = standard_normals(first_counter, seed, noise_step, stream, BLOCK_SIZE, VECTOR, NORMALS)
             x_prev = tl.fma(tl.zeros_like(z) + std_dev, z, x_prev)
     if mask_ptr is not None:
-        # The known picture, brought to the noise level of x_prev (equation 4 of the DDIM paper), where the mask says so.
-        known = tl.load(row_ptr + 13) * load(known_x0_ptr, sample, known_x0_stride, offsets, n_elements)
-        known_std = tl.load(row_ptr + 14)
+        # The known image, brought to the noise level of x_prev (equation 4 of the DDIM paper), where the mask is 1.
+        known = tl.load(row_ptr + KNOWN_X0) * load(known_x0_ptr, sample, known_x0_stride, offsets, n_elements)
+        known_std = tl.load(row_ptr + KNOWN_NOISE)
         if known_std != 0:
             if known_noise_ptr is not None:
                 z = load(known_noise_ptr, sample, known_noise_stride, offsets, n_elements)
@@ -270,8 +301,8 @@ def ddim_step_kernel(
 
 # ---- the launcher ----------------------------------------------------------------------------------------------------------------
 
-# (elements of all samples, at least; elements a program; warps a program). Eight or sixteen elements a thread: one or two accesses of
-# 16 bytes in half precision. The larger tile spends fewer instructions an element, the smaller one fills a GPU with less work.
+# (least number of elements of all samples; elements per program; warps per program). A thread has eight or sixteen elements: one or two
+# accesses of 16 bytes in half precision. The larger tile needs fewer instructions per element; the smaller one fills a GPU with less work.
 _TILES = ((1 << 20, 2048, 4), (0, 512, 2))
 _MOST_BLOCKS_Y = 65535  # CUDA's limit on the second axis of a grid
 _LARGEST_INT32 = 2**31 - 1
@@ -288,22 +319,23 @@ def launch(
     noise_stream: int = 0,
     normals: str = "exact",
 ) -> None:
-    """One launch of the whole update.
+    """Launch the whole update once.
 
     Args:
-        rows: the tensors; those that are not there are not given.
+        rows: the tensors that are given.
         table: the steps' coefficients.
-        index: int64 in device memory, one number or ``(B,)``: which row of the table this step is; row 0 if none.
+        index: the row of this step in the table, int64 in device memory, one number or ``(B,)``. If
+            None, row 0.
         seeds, thresholds: ``(B,)``, see ``dispatch.ddim_step``.
-        noise_step: added to the row's number, it is the noise's step.
+        noise_step: added to the row's index, it is the noise's step.
         normals: one of ``contract.NORMALS``.
     """
     t, n = rows.tensors, rows.n_elements
     block_size, num_warps = next(tile[1:] for tile in _TILES if rows.n_samples * n >= tile[0])
     blocks = triton.cdiv(n, block_size)
     sample_axis = 1 if rows.n_samples <= _MOST_BLOCKS_Y else 0
-    arguments = {f"{name}_ptr": t.get(name) for name in _TENSORS} | {
-        f"{name}_stride": rows.strides.get(name, 0) for name in _TENSORS
+    arguments = {f"{name}_ptr": t.get(name) for name in PER_ELEMENT} | {
+        f"{name}_stride": rows.strides.get(name, 0) for name in PER_ELEMENT
     }
     ddim_step_kernel[(blocks, rows.n_samples) if sample_axis == 1 else (rows.n_samples, blocks)](
         **arguments,
@@ -317,7 +349,8 @@ def launch(
         BLOCK_SIZE=block_size,
         VECTOR=16 // t["x_t"].element_size(),
         CLIPPED=table.clipped,
-        NORMALS="exact" if normals == "fast" and _is_amd() else normals,
+        # On AMD, library functions take three times the instructions of the exact formula.
+        NORMALS="exact" if normals == "fast" and is_amd() else normals,
         KNOWN_REGION=int(standard.NoiseStream.KNOWN_REGION),
         WIDE_INDEX=n + block_size > _LARGEST_INT32,
         ROW_PER_SAMPLE=index is not None and index.numel() != 1,
@@ -328,15 +361,7 @@ def launch(
     )
 
 
-_TENSORS = (*PER_ELEMENT, *WRITTEN)
-
-
-def _is_amd() -> bool:
-    """There, library functions take three times the instructions of the exact formula: "fast" is the exact one."""
-    return driver.active.get_current_target().backend == "hip"
-
-
 def _as_int32(value: int) -> int:
-    """The same 32 bits as a signed number: one type for all values, so that none makes Triton compile again."""
+    """Return the same 32 bits as a signed number: one type for all values, so that Triton compiles once."""
     value = int(value)
     return value - (1 << 32) if value >= 1 << 31 else value

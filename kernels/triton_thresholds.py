@@ -1,8 +1,9 @@
 """Dynamic thresholding on a GPU (Imagen, arXiv 2205.11487, section 2.3): each sample's exact quantile of |x0| in one launch.
 
-A radix select: the bits of non-negative floats sort as integers, so the wanted order statistic is found eight bits at a time, by a
-histogram of the elements that agree with the bits found so far. Four passes over a sample give it, a fifth the one after it, for the
-interpolation. Exact for samples of any size (``torch.quantile`` stops at 2**24 elements). One program a sample.
+This is a radix select. The bits of non-negative floats sort as integers, so the order statistic is
+found eight bits at a time, by a histogram of the elements that agree with the bits found so far.
+Four passes over a sample find it; a fifth finds the next one, for the interpolation. It is exact for
+samples of any size (``torch.quantile`` stops at 2**24 elements). Each sample has one program.
 """
 
 from __future__ import annotations
@@ -11,24 +12,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import ROW_WIDTH, StepTable
+from .coefficients import ROW_WIDTH, StepTable
 from .layout import Rows
-from .triton_step import guide, linear, load
+from .triton_step import GUIDANCE_SCALE, X0_BOUND, X0_M, X0_X, guide, linear, load
 
 
 @triton.jit
 def _load_magnitudes(x_t_ptr, model_output_ptr, uncond_ptr, row_ptr, sample, strides, offsets, n):
-    """|x0| as int32 bits, which sort as the numbers do; a NaN is larger than every number."""
+    """Return |x0| as int32 bits, which sort as the numbers do; a NaN is larger than every number."""
     x = load(x_t_ptr, sample, strides[0], offsets, n)
     m = load(model_output_ptr, sample, strides[1], offsets, n)
     if uncond_ptr is not None:
-        m = guide(m, load(uncond_ptr, sample, strides[2], offsets, n), tl.load(row_ptr + 12))
-    return linear(tl.load(row_ptr + 8), x, tl.load(row_ptr + 9), m).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        m = guide(m, load(uncond_ptr, sample, strides[2], offsets, n), tl.load(row_ptr + GUIDANCE_SCALE))
+    return linear(tl.load(row_ptr + X0_X), x, tl.load(row_ptr + X0_M), m).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def _digit_of_rank(histogram, rank, BINS: tl.constexpr):
-    """The bin that holds element number ``rank`` in sorted order, how many elements are below that bin, and how many in it."""
+    """Return the bin of element ``rank`` in sorted order, and the counts of elements below and in that bin."""
     bins = tl.arange(0, BINS)
     digit = tl.sum((tl.cumsum(histogram, 0) <= rank).to(tl.int32), 0)
     below = tl.sum(tl.where(bins < digit, histogram, 0), 0)
@@ -58,11 +59,11 @@ def thresholds_kernel(
     index = tl.load(index_ptr) if index_ptr is not None else 0
     row_ptr = rows_ptr + index * ROW_WIDTH
     strides = (x_t_stride, model_output_stride, model_output_uncond_stride)
-    bound = tl.load(row_ptr + 10)
+    bound = tl.load(row_ptr + X0_BOUND)
     rank = rank.to(tl.int64)
     in_block = tl.arange(0, BLOCK_SIZE)
     n = n_elements.to(tl.int64) if WIDE_INDEX else n_elements
-    found = 0  # the upper bits found so far, in place
+    found = 0  # the upper bits found so far, in their positions
     same = tl.zeros_like(rank)  # how many elements have them
     for digit_index in tl.static_range(4):
         shift = 24 - 8 * digit_index
@@ -77,7 +78,7 @@ def thresholds_kernel(
         digit, below, same = _digit_of_rank(histogram, rank, 256)
         rank -= below
         found = found | (digit << shift)
-    # The next in order: the same number again, or the smallest of the larger ones (itself, where there is none).
+    # The next in order: the same number again, or the smallest of the larger ones (itself, if there is none).
     above = 0x7FFFFFFF
     if rank + 1 >= same:
         for begin in range(0, n, BLOCK_SIZE):
@@ -92,7 +93,7 @@ def thresholds_kernel(
         above = found
     low, high = found.to(tl.float32, bitcast=True), above.to(tl.float32, bitcast=True)
     threshold = low
-    if weight != 0:  # not with an infinite difference
+    if weight != 0:  # else an infinite difference would give NaN
         threshold = tl.fma(weight, high - low, low)
     threshold = tl.clamp(threshold, bound, tl.maximum(maximum, bound), propagate_nan=tl.PropagateNan.ALL)
     tl.store(thresholds_ptr + sample, threshold)
@@ -101,9 +102,10 @@ def thresholds_kernel(
 def launch(
     rows: Rows, table: StepTable, index: Tensor | None, thresholds: Tensor, *, ratio: float, maximum: float
 ) -> None:
-    """Fill ``thresholds`` ``(B,)`` float32 with each sample's ``ratio`` quantile of |x0|, at least the row's bound, at most ``maximum``.
+    """Fill ``thresholds`` ``(B,)`` float32 with each sample's ``ratio`` quantile of |x0|.
 
-    ``rows``, ``table`` and ``index`` are those of ``triton_step.launch``; samples may not be joined into one row.
+    Each is at least the row's bound and at most ``maximum``. ``rows``, ``table`` and ``index`` are
+    those of ``triton_step.launch``; samples must not be joined into one row.
     """
     t, n = rows.tensors, rows.n_elements
     position = ratio * (n - 1)

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from ..kernels.noise import sample_seeds
+from ..kernels.torch_internals import tree_map_only
 from ..models.protocol import Model, output_tensor
 from ..sampler import DDIMSampler
 from .conditioning import Conditioning

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..kernels.torch_internals import default_store
 from .directory import AGAIN, GenerationError
 
 _START_TIMEOUT = timedelta(minutes=5)
@@ -56,7 +57,7 @@ def processes() -> Processes:
         raise ImportError("ddim_fast.generation needs torch.distributed, which this torch was built without")
     call = next(_calls)
     if dist.is_initialized():
-        store = dist.PrefixStore(f"ddim_fast.generate/{call}", dist.distributed_c10d._get_default_store())
+        store = dist.PrefixStore(f"ddim_fast.generate/{call}", default_store())
         return Processes(dist.get_rank(), dist.get_world_size(), store, keeps_store=dist.get_rank() == 0)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Processes(0, 1, dist.HashStore())

@@ -23,10 +23,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..kernels.contract import StepTable
 from ..kernels.layout import DTYPES_OF_KERNELS
+from ..kernels.torch_internals import tree_flatten, tree_unflatten
 from ..models.protocol import Model
 from ..plans.plan import PlannedStep, SamplingPlan
 from .cuda_graphs import CapturedGraph, CudaGraphs, GraphBackend

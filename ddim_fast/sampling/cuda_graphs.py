@@ -21,6 +21,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ..kernels.torch_internals import release_capture_pool
+
 WARM_UP_CALLS = 3
 """cuBLAS and cuDNN choose and allocate in the first call, autotuners in the first few."""
 
@@ -179,10 +181,7 @@ def _give_up(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> No
     share in the pool.
     """
     graph.reset()
-    # RuntimeError: the capture did end, and the pool is no longer in the list.
-    with contextlib.suppress(AttributeError, RuntimeError):
-        torch._C._cuda_endAllocateToPool(device.index, pool)
-        torch._C._cuda_releasePool(device.index, pool)
+    release_capture_pool(device.index, pool)
 
 
 _SKIPPED = (str(Path(torch.__file__).parent) + os.sep, str(Path(contextlib.__file__).parent) + os.sep)

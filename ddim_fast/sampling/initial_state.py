@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ..kernels.dispatch import ddim_step, normals
 from ..kernels.noise import NoiseStream, check_seed, sample_seeds
+from ..kernels.torch_internals import tree_map_only
 from ..models.protocol import Model
 from ..plans.coefficients import known_region_coefficients, noising_coefficients
 from ..utils.checks import check_alike, check_samples, usable_device

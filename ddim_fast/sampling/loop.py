@@ -21,6 +21,7 @@ from ..kernels.contract import StepTable
 from ..kernels.dispatch import ddim_step, ddim_step_from_table
 from ..kernels.noise import NoiseStream
 from ..kernels.thresholding import dynamic_thresholds
+from ..kernels.torch_internals import shares_storage
 from ..models.protocol import Model, output_tensor
 from ..plans.clipping import Thresholding
 from ..plans.plan import PlannedStep
@@ -309,7 +310,7 @@ def _doubled(name: str, first: Any, second: Any, batch_size: int) -> Any:
 
 
 def _same_place(a: Tensor, b: Tensor) -> bool:
-    return torch._C._is_alias_of(a, b) and a.storage_offset() == b.storage_offset()
+    return shares_storage(a, b) and a.storage_offset() == b.storage_offset()
 
 
 def _plain(model_output: Tensor) -> Tensor:
@@ -322,6 +323,6 @@ def _plain(model_output: Tensor) -> Tensor:
 
 def _apart_from(x_t: Tensor, model_output: Tensor) -> Tensor:
     """Copy a model's output if it is another view of its input, which the update overwrites."""
-    shared = torch._C._is_alias_of(model_output, x_t)
+    shared = shares_storage(model_output, x_t)
     same = shared and _same_place(model_output, x_t) and model_output.stride() == x_t.stride()
     return model_output.clone() if shared and not same else model_output

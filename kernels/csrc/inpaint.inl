@@ -3,13 +3,13 @@
 
 constexpr int64_t kInpaintTile = 512;
 
-// bfloat16 is stored in pairs of vectors where Isa deals it, any other type a vector at a time.
+// bfloat16 is stored in pairs of vectors where Isa deinterleaves it, any other type a vector at a time.
 template <typename T>
 DDIM_INLINE void store_two_vectors(T* out, const float* in) {
   constexpr int w = Isa::kLanes;
-  if constexpr (Isa::kDealsBFloat16 && std::is_same_v<T, BFloat16>) {
-    using Dealer = std::conditional_t<std::is_same_v<T, BFloat16>, Isa, void>;
-    Dealer::store_dealt(out, Dealer::deal({Isa::load(in), Isa::load(in + w)}));
+  if constexpr (Isa::kDeinterleavesBFloat16 && std::is_same_v<T, BFloat16>) {
+    using Deinterleaver = std::conditional_t<std::is_same_v<T, BFloat16>, Isa, void>;
+    Deinterleaver::store_deinterleaved(out, Deinterleaver::deinterleave({Isa::load(in), Isa::load(in + w)}));
   } else {
     Isa::store(out, Isa::load(in));
     Isa::store(out + w, Isa::load(in + w));

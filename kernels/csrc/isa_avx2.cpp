@@ -17,7 +17,7 @@ namespace {
 using F = __m256;
 using I = __m256i;
 
-// One vector after the other; or dealt: the elements with even numbers, and those with odd ones.
+// One vector after the other; or deinterleaved: the elements with even numbers, and those with odd ones.
 struct Pair {
   F a, b;
 };
@@ -53,22 +53,22 @@ struct Isa {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
   }
 
-  // bfloat16 is dealt out to two vectors: an even and an odd element fill 32 bits of memory together, the odd one in the upper half, where
-  // it has its value already. Nothing has to cross the vector, on the way in or out.
-  static constexpr bool kDealsBFloat16 = true;
+  // bfloat16 is deinterleaved into two vectors. An even and an odd element fill 32 bits of memory together, the odd one in the upper
+  // half, where it already has its float32 value. Nothing has to cross the lanes of the vector, on loading or storing.
+  static constexpr bool kDeinterleavesBFloat16 = true;
 
-  static DDIM_INLINE Pair load_dealt(const BFloat16* p) {
+  static DDIM_INLINE Pair load_deinterleaved(const BFloat16* p) {
     const I both = load_i(p);
     return {floats(lower_to_upper(both)), floats(_mm256_and_si256(both, set32(static_cast<int32_t>(0xffff0000))))};
   }
-  static DDIM_INLINE Pair deal(Pair pair) {
+  static DDIM_INLINE Pair deinterleave(Pair pair) {
     const F low = _mm256_insertf128_ps(pair.a, _mm256_castps256_ps128(pair.b), 1);
     const F high = _mm256_blend_ps(_mm256_castps128_ps256(_mm256_extractf128_ps(pair.a, 1)), pair.b, 0xf0);
     return {_mm256_shuffle_ps(low, high, 0x88), _mm256_shuffle_ps(low, high, 0xdd)};
   }
   // Rounds to nearest even, sixteen numbers at a time: half a unit is added, which leaves zero in the lower half where the number was in
   // the middle between two, and there the last bit is cleared. A NaN stays one: its lower half is zero (see Row), so that nothing carries.
-  static DDIM_INLINE void store_dealt(BFloat16* p, Pair pair) {
+  static DDIM_INLINE void store_deinterleaved(BFloat16* p, Pair pair) {
     const I half = set32(0x8000);
     const I even = _mm256_add_epi32(bits(pair.a), half), odd = _mm256_add_epi32(bits(pair.b), half);
     const I upper = _mm256_blend_epi16(upper_to_lower(even), odd, 0xaa), lower = _mm256_blend_epi16(even, lower_to_upper(odd), 0xaa);

@@ -1,4 +1,9 @@
 // AVX-512 Foundation: x86-64 servers since Skylake-SP (2017) and Zen 4 (2022). Only instructions of AVX512F are used.
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns of its own _mm512_undefined_ps() (bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
 
 #include <algorithm>
@@ -25,7 +30,7 @@ struct Pair {
 struct Isa {
   static constexpr int kLanes = 16;
   static constexpr bool kNormalsInRegisters = true;
-  static constexpr bool kDealsBFloat16 = false;
+  static constexpr bool kDeinterleavesBFloat16 = false;
   static constexpr int kGroups = 2;
   static constexpr int kAccumulators = 24;
 

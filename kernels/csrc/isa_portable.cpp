@@ -27,7 +27,7 @@ struct Pair {
 struct Isa {
   static constexpr int kLanes = 4;
   static constexpr bool kNormalsInRegisters = false;
-  static constexpr bool kDealsBFloat16 = false;
+  static constexpr bool kDeinterleavesBFloat16 = false;
   static constexpr int kGroups = 1;
   static constexpr int kAccumulators = 12;
 

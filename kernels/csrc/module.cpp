@@ -18,6 +18,10 @@
 #include <new>
 #include <vector>
 
+#ifdef DDIM_WITH_X86
+#include <cpuid.h>
+#endif
+
 #include "convolution.h"
 #include "dlpack.h"
 #include "parallel.h"
@@ -28,13 +32,22 @@ namespace {
 
 const Kernels* kernels = &kPortable;
 
-// The instruction sets this build has and this processor runs, best first.
+#ifdef DDIM_WITH_X86
+// Half-precision conversions. clang has __builtin_cpu_supports("f16c") only since version 15, so the processor is asked itself.
+// It needs the registers of AVX: the caller asks for avx2, too.
+bool has_f16c() {
+  unsigned int a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+// The instruction sets that this build has and this processor runs, best first.
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> usable;
 #ifdef DDIM_WITH_X86
-  // These ask the processor and the operating system: the wide registers must be saved on a task switch, too.
+  // The builtins ask the operating system, too: it must save the wide registers when it switches tasks.
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (avx2 && __builtin_cpu_supports("avx512f")) usable.push_back(&kAvx512);
   if (avx2) usable.push_back(&kAvx2);
 #endif
@@ -48,8 +61,8 @@ constexpr int64_t kGrain = 32768, kNoiseGrain = 8192;
 
 bool one_row(const Step& s) {
   if (s.seeds || s.known_seeds || s.thresholds) return false;
-  for (const Tensor* t : {&s.x_t, &s.model_output, &s.model_output_uncond, &s.noise, &s.x_prev, &s.x0, &s.mask, &s.known_x0, &s.known_noise, &s.history})
-    if (t->data && t->stride != s.n_elements) return false;
+  for (auto member : kPerElement)
+    if ((s.*member).data && (s.*member).stride != s.n_elements) return false;
   return true;
 }
 
@@ -84,7 +97,9 @@ void run_unlocked(const Step& s, int threads) {
 }
 
 // ------------------------------------------------------------------------------------------------------ what torch is asked
-PyObject *tensor_type, *get_num_threads, *grad_enabled, *modes_active, *forward_ad, *s_requires_grad, *s_packed, *s_version, *s_current_level;
+PyObject *tensor_type, *get_num_threads, *grad_enabled, *s_requires_grad, *s_packed;
+// From kernels/torch_internals.py. The last two are None where torch has no such name.
+PyObject *modes_active, *forward_ad, *forward_ad_level, *write_count;
 PyCFunction is_negated;                         // torch.Tensor.is_neg, called without looking it up
 const dlpack::ExchangeApi* exchange = nullptr;  // null before torch 2.10: then step() refuses, and Python checks at its own pace
 
@@ -188,8 +203,23 @@ int thread_count(int64_t n, bool noise) {
   return count.object ? static_cast<int>(PyLong_AsLong(count.object)) : 1;
 }
 
-enum StepArgument { kXt, kModelOutput, kCoefficients, kUncond, kGuidance, kNoiseTensor, kSeeds, kNoiseStep, kNoiseStream, kThresholds, kXPrev, kX0,
-                    kHistory, kNumStepArguments };
+// The arguments of step(), in the order of kernels/fields.py (a test compares the names); the others make Python take the long way.
+enum StepArgument {
+  kXT,
+  kModelOutput,
+  kCoefficients,
+  kModelOutputUncond,
+  kGuidanceScale,
+  kNoise,
+  kSeeds,
+  kNoiseStep,
+  kNoiseStream,
+  kThresholds,
+  kXPrev,
+  kX0,
+  kHistory,
+  kNumStepArguments
+};
 
 // Reads what every step has. `like`: the layout of x_t, which the others share.
 bool read_plain(PyObject* x_t, PyObject* model_output, PyObject* coefficients, bool recording, Step* s, dlpack::Tensor* like) {
@@ -209,23 +239,23 @@ bool read_step(PyObject* const* a, Step* s, int64_t* total) {
   dlpack::Tensor like;
   const void *seeds = nullptr, *thresholds = nullptr;
   const bool recording = is_recording();
-  if (!read_plain(a[kXt], a[kModelOutput], a[kCoefficients], recording, s, &like)) return false;
+  if (!read_plain(a[kXT], a[kModelOutput], a[kCoefficients], recording, s, &like)) return false;
   const int64_t stride = s->n_elements;
   *total = s->n_samples * s->n_elements;
-  if (a[kUncond] != Py_None) {
-    if (!read_tensor(a[kUncond], &like, stride, &s->model_output_uncond) || !without_gradient(a[kUncond], recording)) return false;
+  if (a[kModelOutputUncond] != Py_None) {
+    if (!read_tensor(a[kModelOutputUncond], &like, stride, &s->model_output_uncond) || !without_gradient(a[kModelOutputUncond], recording)) return false;
     if (s->model_output_uncond.dtype != s->model_output.dtype) return false;
-    s->guidance_scale = static_cast<float>(PyFloat_AsDouble(a[kGuidance]));
+    s->guidance_scale = static_cast<float>(PyFloat_AsDouble(a[kGuidanceScale]));
     if (PyErr_Occurred() || !std::isfinite(s->guidance_scale)) return false;
-  } else if (a[kGuidance] != Py_None) {
+  } else if (a[kGuidanceScale] != Py_None) {
     return false;
   }
   // Noise that the row does not add is checked like any, and then not read.
-  const bool given = a[kNoiseTensor] != Py_None, seeded = a[kSeeds] != Py_None, wanted = s->c.noise != 0;
+  const bool given = a[kNoise] != Py_None, seeded = a[kSeeds] != Py_None, wanted = s->c.noise != 0;
   if ((given && seeded) || (wanted && !given && !seeded)) return false;
   if (given) {
-    if (!read_tensor(a[kNoiseTensor], &like, stride, &s->noise) || s->noise.dtype != s->x_t.dtype) return false;
-    if (!without_gradient(a[kNoiseTensor], recording)) return false;
+    if (!read_tensor(a[kNoise], &like, stride, &s->noise) || s->noise.dtype != s->x_t.dtype) return false;
+    if (!without_gradient(a[kNoise], recording)) return false;
     if (!wanted) s->noise.data = nullptr;
   }
   if (seeded) {
@@ -244,7 +274,7 @@ bool read_step(PyObject* const* a, Step* s, int64_t* total) {
       if (s->thresholds[i] <= 0) return false;
   }
   if (!read_tensor(a[kXPrev], &like, stride, &s->x_prev) || s->x_prev.dtype != s->x_t.dtype) return false;
-  if (a[kXPrev] != a[kXt] && !without_gradient(a[kXPrev], recording)) return false;
+  if (a[kXPrev] != a[kXT] && !without_gradient(a[kXPrev], recording)) return false;
   if (a[kX0] != Py_None) {
     if (!read_tensor(a[kX0], &like, stride, &s->x0) || s->x0.dtype != s->x_t.dtype || !without_gradient(a[kX0], recording)) return false;
     if (s->x0.data == s->x_prev.data || !safe_to_write(s->x0, s->x_prev, *total)) return false;
@@ -271,7 +301,7 @@ bool read_step(PyObject* const* a, Step* s, int64_t* total) {
 
 // Whether a mode of torch looks at every operation, such as make_fx's, or forward-mode derivatives are taken: they would not see this one.
 bool is_watched() {
-  PyObject* level = PyDict_GetItemWithError(forward_ad, s_current_level);
+  PyObject* level = PyDict_GetItemWithError(forward_ad, forward_ad_level);
   if (!level || PyLong_AsLong(level) >= 0) return true;
   Reference count(PyObject_CallNoArgs(modes_active));
   return !count.object || PyLong_AsLong(count.object) != 0;
@@ -330,7 +360,8 @@ PyObject* find_row(PyObject* rows, PyObject* t) {
   return key.object ? PyDict_GetItemWithError(rows, key.object) : nullptr;
 }
 
-// Whether each (dictionary, key, value) of a tuple still has that very value, and each (tensor, number) of another that _version.
+// Whether each (dictionary, key, value) of a tuple still has that very value, and each (tensor, number) of another counts that many
+// writes.
 bool unchanged(PyObject* values, PyObject* writes) {
   if (!PyTuple_Check(values) || !PyTuple_Check(writes)) return false;
   for (Py_ssize_t i = 0; i < PyTuple_Size(values); ++i) {
@@ -341,8 +372,8 @@ bool unchanged(PyObject* values, PyObject* writes) {
   for (Py_ssize_t i = 0; i < PyTuple_Size(writes); ++i) {
     PyObject* entry = PyTuple_GetItem(writes, i);
     PyObject* known = PyTuple_GetItem(entry, 1);
-    Reference version(known ? PyObject_GetAttr(PyTuple_GetItem(entry, 0), s_version) : nullptr);
-    if (!version.object || PyObject_RichCompareBool(version.object, known, Py_EQ) != 1) return false;
+    Reference count(known ? PyObject_GetAttr(PyTuple_GetItem(entry, 0), write_count) : nullptr);
+    if (!count.object || PyObject_RichCompareBool(count.object, known, Py_EQ) != 1) return false;
   }
   return true;
 }
@@ -375,12 +406,9 @@ PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) 
 }
 
 // run(n_samples, n_elements, tensors, guidance_scale, packed, thresholds, seeds, known_seeds, noise_step, noise_stream, threads); tensors
-// is a tuple of ten (address, stride, dtype) for x_t, model_output, model_output_uncond, noise, x_prev, x0, mask, known_x0, known_noise,
-// history; address 0: not given.
+// is a tuple of (address, stride, dtype) for each of kPerElement; address 0: not given.
 PyObject* py_run(PyObject*, PyObject* arguments) {
   Step s{};
-  Tensor* tensors[] = {&s.x_t, &s.model_output, &s.model_output_uncond, &s.noise, &s.x_prev, &s.x0, &s.mask, &s.known_x0, &s.known_noise,
-                       &s.history};
   long long n_samples, n_elements;
   int threads;
   float guidance;
@@ -390,15 +418,16 @@ PyObject* py_run(PyObject*, PyObject* arguments) {
   if (!PyArg_ParseTuple(arguments, "LLO!fOKKKIIi", &n_samples, &n_elements, &PyTuple_Type, &described, &guidance, &packed, &thresholds, &seeds,
                         &known_seeds, &noise_step, &noise_stream, &threads))
     return nullptr;
-  if (PyTuple_Size(described) != static_cast<Py_ssize_t>(std::size(tensors)) || !read_coefficients(packed, &s)) {
-    PyErr_SetString(PyExc_TypeError, "run: wants ten tensors, and packed coefficients of the right type and size");
+  constexpr size_t n_tensors = std::size(kPerElement);
+  if (PyTuple_Size(described) != static_cast<Py_ssize_t>(n_tensors) || !read_coefficients(packed, &s)) {
+    PyErr_Format(PyExc_TypeError, "run takes %zu tensors, and packed coefficients of the right type and size", n_tensors);
     return nullptr;
   }
-  for (size_t i = 0; i < std::size(tensors); ++i) {
+  for (size_t i = 0; i < n_tensors; ++i) {
     long long address, stride;
     int dtype;
     if (!PyArg_ParseTuple(PyTuple_GetItem(described, i), "LLi", &address, &stride, &dtype)) return nullptr;
-    *tensors[i] = {reinterpret_cast<void*>(address), stride, static_cast<DType>(dtype)};
+    s.*kPerElement[i] = {reinterpret_cast<void*>(address), stride, static_cast<DType>(dtype)};
   }
   s.n_samples = n_samples;
   s.n_elements = n_elements;
@@ -546,14 +575,14 @@ bool import_torch_names() {
   tensor_type = PyObject_GetAttrString(torch.object, "Tensor");
   get_num_threads = PyObject_GetAttrString(torch.object, "get_num_threads");
   grad_enabled = PyObject_GetAttrString(torch.object, "is_grad_enabled");
-  Reference inside(PyObject_GetAttrString(torch.object, "_C"));
-  modes_active = inside.object ? PyObject_GetAttrString(inside.object, "_len_torch_dispatch_stack") : nullptr;
-  Reference derivatives(PyImport_ImportModule("torch.autograd.forward_ad"));
-  forward_ad = derivatives.object ? PyObject_GetAttrString(derivatives.object, "__dict__") : nullptr;
+  Reference internals(PyImport_ImportModule("ddim_fast.kernels.torch_internals"));
+  if (!internals.object) return false;
+  modes_active = PyObject_GetAttrString(internals.object, "modes_active");
+  forward_ad = PyObject_GetAttrString(internals.object, "FORWARD_AD");
+  forward_ad_level = PyObject_GetAttrString(internals.object, "FORWARD_AD_LEVEL");
+  write_count = PyObject_GetAttrString(internals.object, "WRITE_COUNT");
   s_requires_grad = PyUnicode_InternFromString("requires_grad");
-  s_version = PyUnicode_InternFromString("_version");
   s_packed = PyUnicode_InternFromString("packed");
-  s_current_level = PyUnicode_InternFromString("_current_level");
   Reference example(PyObject_CallNoArgs(tensor_type));  // whatever the default device is, on the CPU
   Reference method(example.object ? PyObject_GetAttrString(example.object, "is_neg") : nullptr);
   if (PyErr_Occurred()) return false;

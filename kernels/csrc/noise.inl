@@ -4,7 +4,7 @@
 // Isa offers: kLanes floats per vector F, kLanes 32-bit integers per vector I (also seen as kLanes / 2 64-bit lanes), and the
 // operations used below. Every one of them rounds once, to nearest even, so that all instruction sets give the same bits:
 // contraction of a * b + c is switched off by the compiler flags and written as fma where it is meant. How the loops are laid out, which
-// changes no bits: kGroups (see below), and in step.inl kNormalsInRegisters and kDealsBFloat16. Beside Isa stands Pair, of two vectors F.
+// changes no bits: kGroups (see below), and in step.inl kNormalsInRegisters and kDeinterleavesBFloat16. Beside Isa stands Pair, of two vectors F.
 
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The counter is (element / 4, step, stream, 0).
 //

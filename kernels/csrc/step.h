@@ -20,8 +20,10 @@ struct Coefficients {
   float x0_x, x0_m, x0_bound;  // x0 = clamp(x0_x * x_t + x0_m * m, -x0_bound, x0_bound), for the optional x0 output
   float clip_scale;            // coefficient of x0 in x_prev: per-sample bounds are multiplied by its magnitude
   float known_x0, known_noise; // a known picture at the noise level of x_prev: known_x0 * picture + known_noise * z (inpainting)
-  float history;               // coefficient of x0_last, the x0 of the step before (a multistep form); 0: it is not read
+  float history;               // coefficient of x0_last, the x0 of the previous step (a multistep solver); 0: it is not read
 };
+// The columns of kernels/coefficients.py, in its order (a test compares the names), without the guidance scale.
+static_assert(sizeof(Coefficients) == 15 * sizeof(float) && offsetof(Coefficients, history) == 14 * sizeof(float));
 
 // A batch of samples: sample i starts at data + i * stride elements, and its elements are contiguous. data may be null: not given.
 struct Tensor {
@@ -32,9 +34,10 @@ struct Tensor {
 
 struct Step {
   int64_t n_samples, n_elements;  // samples, elements of each
-  Tensor x_t, model_output, model_output_uncond, noise, x_prev, x0;
+  Tensor x_t, model_output, model_output_uncond, noise;
   Tensor mask, known_x0, known_noise;  // inpainting, or null
-  Tensor history;                      // x0_last, whose place x0 takes, or null: of a step without noise or mask
+  Tensor x_prev, x0;
+  Tensor history;  // holds x0_last and then x0, or null: of a step without noise or mask
   float guidance_scale;
   bool clipped;             // x0 is clipped
   const float* thresholds;  // per-sample bound of x0 (dynamic thresholding), or null
@@ -43,6 +46,10 @@ struct Step {
   uint32_t noise_step, noise_stream;
   Coefficients c;
 };
+
+// The tensors of a step that have the shape of x_t: PER_ELEMENT of kernels/fields.py, in its order (a test compares the names).
+constexpr Tensor Step::*kPerElement[] = {&Step::x_t,      &Step::model_output, &Step::model_output_uncond, &Step::noise, &Step::mask,
+                                         &Step::known_x0, &Step::known_noise,  &Step::x_prev,              &Step::x0,    &Step::history};
 
 // The elements [begin, end) of one sample.
 struct Range {

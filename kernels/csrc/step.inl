@@ -65,9 +65,9 @@ struct Loop {
   };
 
   static constexpr bool kMade = std::is_same_v<Noise, Word>;
-  // Whether a Pair is dealt: where the state's type is faster so. Then whatever stands beside the state is dealt, too.
-  static constexpr bool kDealt = Isa::kDealsBFloat16 && std::is_same_v<State, BFloat16>;
-  using Dealer = std::conditional_t<kDealt, Isa, void>;  // a name that waits for State: not every Isa can deal
+  // Whether a Pair holds even and odd elements: where the state's type is faster so. Then the other tensors are read so, too.
+  static constexpr bool kDeinterleaved = Isa::kDeinterleavesBFloat16 && std::is_same_v<State, BFloat16>;
+  using Deinterleaver = std::conditional_t<kDeinterleaved, Isa, void>;  // a name that depends on State: not every Isa can deinterleave
   static constexpr int kPair = 2 * Isa::kLanes;
   static_assert(kPair == kGroup);
 
@@ -112,16 +112,16 @@ struct Loop {
     Isa::store(p.x_prev + i, results.x_prev);
   }
 
-  static DDIM_INLINE void dealt_pair(const Pointers& p, const Row& r, int64_t i, Pair z) {
-    const Pair x = Dealer::load_dealt(p.x_t + i), m = Dealer::load_dealt(p.m + i);
-    const Pair uncond = kGuided ? Dealer::load_dealt(p.m_uncond + i) : m;
-    if constexpr (kMade) z = Dealer::deal(z);
-    if constexpr (std::is_same_v<Noise, State>) z = Dealer::load_dealt(p.z + i);
-    if constexpr (kHistory) z = Dealer::load_dealt(p.history + i);
+  static DDIM_INLINE void deinterleaved_pair(const Pointers& p, const Row& r, int64_t i, Pair z) {
+    const Pair x = Deinterleaver::load_deinterleaved(p.x_t + i), m = Deinterleaver::load_deinterleaved(p.m + i);
+    const Pair uncond = kGuided ? Deinterleaver::load_deinterleaved(p.m_uncond + i) : m;
+    if constexpr (kMade) z = Deinterleaver::deinterleave(z);
+    if constexpr (std::is_same_v<Noise, State>) z = Deinterleaver::load_deinterleaved(p.z + i);
+    if constexpr (kHistory) z = Deinterleaver::load_deinterleaved(p.history + i);
     const Results a = compute(r, x.a, m.a, uncond.a, z.a), b = compute(r, x.b, m.b, uncond.b, z.b);
-    if (kWriteX0 && wants_x0(p)) Dealer::store_dealt(p.x0 + i, {a.x0, b.x0});
-    if constexpr (kHistory) Dealer::store_dealt(p.history + i, {a.x0, b.x0});
-    Dealer::store_dealt(p.x_prev + i, {a.x_prev, b.x_prev});
+    if (kWriteX0 && wants_x0(p)) Deinterleaver::store_deinterleaved(p.x0 + i, {a.x0, b.x0});
+    if constexpr (kHistory) Deinterleaver::store_deinterleaved(p.history + i, {a.x0, b.x0});
+    Deinterleaver::store_deinterleaved(p.x_prev + i, {a.x_prev, b.x_prev});
   }
 
   template <int n>
@@ -134,8 +134,8 @@ struct Loop {
     }
     DDIM_EACH(n) {
       const int64_t at = i + k * kPair;
-      if constexpr (kDealt) {
-        dealt_pair(p, r, at, z[k]);
+      if constexpr (kDeinterleaved) {
+        deinterleaved_pair(p, r, at, z[k]);
       } else {
         vector(p, r, at, z[k].a);
         vector(p, r, at + Isa::kLanes, z[k].b);

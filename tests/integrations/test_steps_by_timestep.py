@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from paper import ddim_step_paper
 
 import ddim_fast as df
 from ddim_fast.integrations.steps_by_timestep import StepsByTimestep
-from ddim_fast.kernels.reference import ddim_step_paper
 from ddim_fast.plans.coefficients import ddim_coefficients
 
 ALPHA_BARS = np.linspace(0.999, 0.01, 10)

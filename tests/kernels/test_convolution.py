@@ -297,8 +297,8 @@ def test_fake_tensors_pass(arguments):
     assert convolve(*(tensor.to("meta") for tensor in arguments)).shape == real.shape
 
 
-RULE_X = r"x must be float32 \(B, 16, H, W\), as these weights want it, got "
-RULE_WEIGHTS = r"weights must be float32 \(36, in_channels, out_channels\) with multiples of 16, .* got "
+RULE_X = r"x must be float32 \(B, 16, H, W\) to fit the weights, got "
+RULE_WEIGHTS = r"weights must be float32 \(36, in_channels, out_channels\) with multiples of 16, got "
 RULE_BIAS = r"bias must be float32 \(32,\), got "
 
 

@@ -30,10 +30,14 @@ NOISY = oracle.textbook_row("epsilon", 0.5, 0.6, eta=1.0, clip=1.0)
 
 def python(code, timeout=120, cwd=None, **environment):
     """Run code in a process of its own. The tests' folder and this package are importable there."""
-    paths = [str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    return python_with("-c", code, timeout=timeout, cwd=cwd, **environment)
+
+
+def python_with(*arguments, timeout=120, cwd=None, **environment):
+    paths = [str(ROOT / "tests"), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=cwd, timeout=timeout, capture_output=True, text=True
+        [sys.executable, *arguments], env=env, cwd=cwd, timeout=timeout, capture_output=True, text=True
     )
 
 
@@ -47,20 +51,54 @@ def assert_runs(code, **options):
 
 
 def test_folder_is_not_a_package_named_kernels(tmp_path):
-    """With the repository root on sys.path, ``import kernels`` acts as if the folder were not there."""
+    """With the repository root on sys.path, ``import kernels`` finds what a folder without code would be."""
     code = """
-import sys
+import importlib, sys
+import kernels
+assert getattr(kernels, "__file__", None) is None
+assert not hasattr(kernels, "__version__")
+for name in ("noise", "dispatch", "get_kernel"):
+    try:
+        importlib.import_module("kernels." + name)
+    except ModuleNotFoundError as error:
+        assert error.name == "kernels." + name
+    else:
+        raise SystemExit("imported kernels." + name)
 try:
-    import kernels
-except ModuleNotFoundError as error:
-    assert error.name == "kernels", error.name
-    assert "ddim_fast.kernels" in str(error), error
+    from kernels import get_kernel
+except ImportError:
+    pass
 else:
-    raise SystemExit("imported " + kernels.__file__)
-assert "kernels" not in sys.modules
+    raise SystemExit("found a get_kernel")
 """
     assert_runs(code, cwd=ROOT)  # sys.path[0] is ""
     assert_runs(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (
+            "-c",
+            "import transformers, diffusers; from diffusers import UNet2DModel; from transformers import CLIPTextModel",
+        ),
+        ("-m", "ddim_fast", "info"),
+        (
+            "-m",
+            "pytest",
+            "--collect-only",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "tests/integrations/test_diffusers_pipelines.py",
+        ),
+    ],
+    ids=["imports", "command", "pytest"],
+)
+def test_transformers_and_diffusers_work_inside_the_repository(arguments):
+    """They look for a package named kernels, and with ``python -m`` or ``-c`` they find this folder first."""
+    done = python_with(*arguments, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
 
 
 @pytest.mark.parametrize("kind", ["package", "module"])
@@ -166,7 +204,7 @@ def test_run_refuses_bad_coefficients():
     tensor = (0, 0, 0)
     with pytest.raises(TypeError, match="packed coefficients"):
         cpu_step.extension.run(1, 1, (tensor,) * 10, 0.0, b"short", 0, 0, 0, 0, 0, 1)
-    with pytest.raises(TypeError, match="wants ten tensors"):
+    with pytest.raises(TypeError, match="run takes 10 tensors"):
         cpu_step.extension.run(1, 1, (tensor,) * 6, 0.0, bytes(64), 0, 0, 0, 0, 0, 1)
 
 
@@ -394,7 +432,7 @@ for generation in range(4):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_forked_children_compute():
-    assert_runs(FORK.format(tests=str(ROOT / "tests")), timeout=150)
+    assert_runs(FORK.format(tests=str(Path(__file__).parent)), timeout=150)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -482,7 +520,7 @@ print("done")
 def test_nothing_beyond_a_tensor_is_touched():
     """Each tensor lies against a page that may be neither read nor written: one byte too far ends the process."""
     assert ctypes.sizeof(ctypes.c_void_p) == 8
-    assert assert_runs(EDGES.format(tests=str(ROOT / "tests"))).split() == ["done"]
+    assert assert_runs(EDGES.format(tests=str(Path(__file__).parent))).split() == ["done"]
 
 
 # --- More than 2^31 elements -------------------------------------------------------------------------------------------------------------

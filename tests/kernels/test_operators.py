@@ -8,6 +8,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import ddim_fast as df
 from ddim_fast.kernels.dispatch import ddim_step, ddim_step_from_table
+from ddim_fast.kernels.fields import StepInputs
+from ddim_fast.kernels.operators import arguments_of
 
 # torch's own, when inductor is first used
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::DeprecationWarning:torch.*")
@@ -116,20 +118,16 @@ def test_torch_export_sees_one_operator(x, m):
         assert torch.equal(got, ddim_step(x, m, step.coefficients, seeds=seeds, noise_step=step.index))
 
 
+def check_operator(name, inputs, x_prev):
+    torch.library.opcheck(getattr(torch.ops.ddim_fast, name).default, (), arguments_of(inputs, x_prev))
+
+
 def test_operators_keep_what_they_declare(x, m):
-    rest = (None, None, None, SEEDS, 3, 0, None, None, None, None, "exact")
-    torch.library.opcheck(torch.ops.ddim_fast.step_.default, (torch.empty_like(x), None, x, m, ROW.columns, *rest))
-    torch.library.opcheck(
-        torch.ops.ddim_fast.step_.default, (x.clone(), torch.empty_like(x), None, m, ROW.columns, *rest)
-    )
-    table = PLAN.table()
-    torch.library.opcheck(
-        torch.ops.ddim_fast.step_from_table_.default,
-        (
-            torch.empty_like(x), None, x, m, table.rows, table.clipped, table.adds_noise, table.adds_known_noise, False,
-            torch.tensor([1]), *rest[:1], *rest[2:],
-        ),
-    )  # fmt: skip
+    new, options = torch.empty_like(x), {"seeds": SEEDS, "noise_step": 3}
+    check_operator("step_", StepInputs(x, m, ROW, **options), new)
+    in_place = x.clone()
+    check_operator("step_", StepInputs(in_place, m, ROW, x0=torch.empty_like(x), **options), in_place)
+    check_operator("step_from_table_", StepInputs(x, m, PLAN.table(), torch.tensor([1]), **options), new)
 
 
 def test_fake_tensors_pass(x, m):
@@ -187,8 +185,7 @@ def test_a_history_travels_through_both_operators(x, m):
         assert torch.equal(got, expected)
         assert torch.equal(history, expected_history)
         assert torch.equal(after, expected_history + 1)
-    rest = (None, None, None, None, 0, 0, None, None, None, None, "exact", last_x0.clone())
-    torch.library.opcheck(torch.ops.ddim_fast.step_.default, (torch.empty_like(x), None, x, m, row.columns, *rest))
+    check_operator("step_", StepInputs(x, m, row, history=last_x0.clone()), torch.empty_like(x))
 
 
 def test_a_traced_table_says_that_it_has_no_derivatives(x, m):

@@ -228,7 +228,7 @@ def test_the_step_is_the_row_that_the_index_says(clip):
     table.set_guidance_scale(1.5)
     with emulated_gpu("sm_90") as gpu:
         for step in plan.steps:
-            run(StepInputs(x_t, m, table, index, uncond, seeds=seeds, noise_step=7, x_prev=x_t))
+            run(StepInputs(x_t, m, table, index, model_output_uncond=uncond, seeds=seeds, noise_step=7, x_prev=x_t))
             index.add_(1)
             ddim_step(
                 expected, m, step.coefficients, model_output_uncond=uncond, guidance_scale=1.5, seeds=seeds,
@@ -352,7 +352,8 @@ def test_thresholds_are_the_exact_quantile(target, ratio, maximum):
         x, m, uncond = torch.randn(3, 2, n)
         x[1], m[1], uncond[1] = x[1, 0], 0.0, 0.0  # all the same number
         with emulated_gpu(target) as gpu:
-            got = thresholds_by_triton(StepInputs(x, m, row, None, uncond, 3.0), ratio, maximum)
+            inputs = StepInputs(x, m, row, model_output_uncond=uncond, guidance_scale=3.0)
+            got = thresholds_by_triton(inputs, ratio, maximum)
         expected = dynamic_thresholds(x, m, row, ratio, maximum, uncond, 3.0)
         # x0 is computed with other roundings there; what they may come to is measured by its terms.
         terms = 2.0 * x.abs() + 1.5 * (uncond.abs() + 3.0 * (m.abs() + uncond.abs()))

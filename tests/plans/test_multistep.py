@@ -338,9 +338,14 @@ def test_what_a_history_must_be():
     memory = torch.full((2, 6, 4), -77.0)
     for words, error, row, options in [
         (["got no history", "order=1"], ValueError, READS, {}),
-        (["fresh noise", "beside a row that adds noise"], ValueError, noisy, {"history": X.clone(), "seeds": seeds}),
         (
-            ["beside mask and known_x0"],
+            ["fresh noise", "together with a row that adds noise"],
+            ValueError,
+            noisy,
+            {"history": X.clone(), "seeds": seeds},
+        ),
+        (
+            ["together with mask and known_x0"],
             ValueError,
             READS,
             {"history": X.clone(), "mask": X, "known_x0": X, "seeds": seeds},

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from paper import ddim_step_paper, std_dev_paper
 
 from ddim_fast.kernels.contract import StepCoefficients
 from ddim_fast.kernels.dispatch import ddim_step
-from ddim_fast.kernels.reference import ddim_step_paper, std_dev_paper
 from ddim_fast.verify.truth import oracle
 from ddim_fast.verify.truth.tolerances import to_numpy
 

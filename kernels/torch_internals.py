@@ -1,0 +1,141 @@
+"""Every private name of torch that this package uses, each behind a test that it exists.
+
+Another version of torch may lack a private name. A public fallback is then used where there is one;
+otherwise the comment says what is lost. Each says what the private name saves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = [
+    "FORWARD_AD", "FORWARD_AD_LEVEL", "WRITE_COUNT", "default_store", "increment_version", "is_wrapped", "modes_active",
+    "release_capture_pool", "shares_storage", "takes_forward_derivatives", "tree_flatten", "tree_map_only", "tree_unflatten",
+]  # fmt: skip
+
+# ---- who else looks at operations ----------------------------------------------------------------
+
+
+def _one_mode() -> int:
+    return 1
+
+
+modes_active: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _one_mode)
+"""Return how many modes, such as make_fx's or FakeTensorMode's, look at every operation.
+
+Saves the dispatcher for the steps that no mode looks at. There is no public way to ask: without the
+name, every step goes through the dispatcher, the slow way that is right with and without modes.
+"""
+
+FORWARD_AD: dict[str, Any] = vars(forward_ad)
+FORWARD_AD_LEVEL: str | None = "_current_level" if isinstance(FORWARD_AD.get("_current_level"), int) else None
+"""The key in ``FORWARD_AD`` of the level of forward-mode derivatives: -1 where none are taken.
+
+Saves looking at each tensor in Python. Without the name, the extension leaves every step to Python.
+"""
+
+
+def takes_forward_derivatives(tensors: Iterable[Tensor]) -> bool:
+    """Return whether forward-mode derivatives are taken, or at least of which tensors they could be."""
+    if FORWARD_AD_LEVEL is not None:
+        return forward_ad._current_level >= 0  # as FORWARD_AD[FORWARD_AD_LEVEL], but torch.compile traces it
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+_is_functorch_wrapped = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Return whether a tensor stands for another one inside a torch.func transform.
+
+    Saves an exception per such tensor, and tells functionalized tensors, too, which have an address
+    that is no memory.
+    """
+    if _is_functorch_wrapped is not None:
+        return _is_functorch_wrapped(tensor)
+    try:
+        return tensor.data_ptr() == 0 and tensor.numel() > 0 and tensor.device.type != "meta"
+    except RuntimeError:
+        return True
+
+
+# ---- writes and memory ---------------------------------------------------------------------------
+
+
+def _private_increment() -> Callable[[Iterable[Tensor]], None] | None:
+    private = getattr(torch._C, "_increment_version", None)
+    with contextlib.suppress(TypeError, RuntimeError):  # older ones take a single tensor
+        return private if private is not None and private([]) is None else None
+    return None
+
+
+increment_version: Callable[[list[Tensor]], None] = _private_increment() or torch.autograd.graph.increment_version
+"""Tell autograd that tensors have been written. Saves a Python call per step over the public name."""
+
+WRITE_COUNT: str | None = "_version" if hasattr(Tensor, "_version") else None
+"""The attribute in which a tensor counts its writes. There is no public one.
+
+Saves comparing contents in order to find out whether a tensor changed. Without the name, the
+extension takes every tensor for changed.
+"""
+
+_is_alias_of = getattr(torch._C, "_is_alias_of", None)
+
+
+def shares_storage(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are views of one storage.
+
+    The private name saves asking fake tensors for an address, which warns.
+    """
+    if _is_alias_of is not None:
+        return _is_alias_of(a, b)
+    address = a.untyped_storage().data_ptr()
+    return address != 0 and address == b.untyped_storage().data_ptr()
+
+
+def release_capture_pool(device: int, pool: tuple[int, int]) -> None:
+    """Tell CUDA's allocator that the capture into a memory pool is over, and give the pool up.
+
+    Saves the memory of a failed capture, which torch.cuda.CUDAGraph never gives back. Without the
+    names, that memory stays taken until the process ends.
+    """
+    # RuntimeError: the capture did end, and the pool is no longer in the allocator's list.
+    with contextlib.suppress(AttributeError, RuntimeError):
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+
+
+# ---- nested containers ---------------------------------------------------------------------------
+
+# Saves a walk through containers of our own, which would not know those registered with torch. There
+# is no public way.
+try:
+    from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+except ImportError as error:
+    raise ImportError(f"ddim_fast needs torch.utils._pytree, which torch {torch.__version__} lacks") from error
+
+# ---- processes -----------------------------------------------------------------------------------
+
+
+def default_store() -> dist.Store:
+    """Return the store of torch.distributed's default process group.
+
+    Saves opening a second connection to the same store. There is no public way.
+
+    Raises:
+        RuntimeError: this torch has no such name.
+    """
+    find = getattr(dist.distributed_c10d, "_get_default_store", None)
+    if find is None:
+        raise RuntimeError(
+            f"torch {torch.__version__} does not tell its process group's store: start the processes with torchrun, "
+            "without init_process_group"
+        )
+    return find()
