@@ -9,7 +9,6 @@ images = sampler.sample(model, shape=(64, 1, 28, 28), seed=0)
 
 from . import _moved
 from ._version import __version__
-from .kernels import operators as _operators  # noqa: F401 (registers them with torch)
 from .kernels.contract import StepCoefficients, StepTable
 from .kernels.dispatch import ddim_step, ddim_step_from_table
 from .kernels.noise import NoiseStream, sample_seeds, standard_normals

@@ -1,4 +1,4 @@
-// What a convolution needs, as plain C. It has no part in a step: models spend most of a sampler's time in it.
+// What a convolution needs, as plain C. It is no part of a step, but a sampler spends most of its time in its model's convolutions.
 #pragma once
 #include <cstdint>
 
@@ -6,7 +6,7 @@ namespace ddim {
 
 // A 3 x 3 convolution, stride 1, zero padding 1, of channels-last float32: (batch, height, width, channels), contiguous. Channels are
 // multiples of kChannelGrain. Computed in tiles of kTileSide x kTileSide pixels of the output by Winograd's minimal filtering F(4 x 4, 3 x 3)
-// (Lavin and Gray, arXiv 1509.09308): products for kPoints points of a tile in place of nine for each of its pixels.
+// (Lavin and Gray, arXiv 1509.09308): kPoints products for a tile instead of nine for each of its pixels.
 constexpr int kTileSide = 4, kPatch = kTileSide + 2, kPoints = kPatch * kPatch;
 constexpr int64_t kChannelGrain = 16;
 
@@ -18,7 +18,7 @@ struct Convolution {
   int64_t batch, height, width, in_channels, out_channels;
 };
 
-// Tiles are worked on in blocks, whose transformed input and products stay in a core's second-level cache.
+// Tiles are computed in blocks whose transformed input and products stay in a core's second-level cache.
 constexpr int64_t kBlockBytes = 640 << 10, kRowGrain = 4;
 
 // Each instruction set compiles these for itself: none may be shared with a processor that has fewer instructions.
@@ -28,7 +28,7 @@ namespace {
 [[maybe_unused]] inline int64_t tile_columns(const Convolution& c) { return (c.width + kTileSide - 1) / kTileSide; }
 [[maybe_unused]] inline int64_t tile_count(const Convolution& c) { return c.batch * tile_rows(c) * tile_columns(c); }
 
-// A multiple of kRowGrain, no more than there are.
+// A multiple of kRowGrain, no more than the convolution has (rounded up).
 [[maybe_unused]] inline int64_t tiles_in_block(const Convolution& c) {
   const int64_t fit = kBlockBytes / (kPoints * (c.in_channels + c.out_channels) * static_cast<int64_t>(sizeof(float)));
   const int64_t most = fit < 24 ? 24 : fit / 24 * 24, all = (tile_count(c) + kRowGrain - 1) / kRowGrain * kRowGrain;

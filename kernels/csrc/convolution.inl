@@ -1,5 +1,5 @@
 // A block of a convolution by Winograd's minimal filtering: transform patches of the input, a matrix product for each of the 36 points,
-// transform the products back. Every output is the same sum in the same order whatever the block, the thread or the instruction set.
+// transform the products back. Every output is the same sum in the same order for any block, thread or instruction set.
 
 // One line of the input's transform, B^T d: points 0, 1, -1, 2, -2 and infinity.
 DDIM_INLINE void to_points(const F (&d)[kPatch], F (&v)[kPatch]) {
@@ -34,7 +34,7 @@ inline Place place_of(const Convolution& c, int64_t tile) {
   return {tile / (rows * columns), tile / columns % rows * kTileSide, tile % columns * kTileSide};
 }
 
-// The patch under a tile, transformed, to v + point * stride. `zeros`: what lies outside the picture.
+// The patch under a tile, transformed, to v + point * stride. `zeros` is read outside the image.
 inline void transform_patch(const Convolution& c, Place at, const float* zeros, float* v, int64_t stride) {
   const float* pixels[kPatch][kPatch];
   for (int i = 0; i < kPatch; ++i) {
@@ -65,7 +65,7 @@ inline void transform_patch(const Convolution& c, Place at, const float* zeros, 
   }
 }
 
-// A tile's products at m + point * stride, transformed back, with the bias added, to those of its pixels that the picture has.
+// A tile's products at m + point * stride, transformed back, with the bias added, to those of its pixels that lie in the image.
 inline void transform_products(const Convolution& c, Place at, const float* m, int64_t stride) {
   const int rows = static_cast<int>(std::min<int64_t>(kTileSide, c.height - at.y)), columns = static_cast<int>(std::min<int64_t>(kTileSide, c.width - at.x));
   float* output = c.output + ((at.image * c.height + at.y) * c.width + at.x) * c.out_channels;
@@ -154,7 +154,7 @@ void convolve(const Convolution& c, int64_t begin, int64_t end, float* scratch) 
   float *v = scratch, *m = v + kPoints * v_stride, *zeros = m + kPoints * m_stride;
   std::fill_n(zeros, c.in_channels, 0.0f);
   for (; begin < end; begin += most) {
-    // Rows past the last tile are multiplied, whatever is there, and not looked at.
+    // Rows past the last tile are multiplied, whatever they hold, and their results are not read.
     const int64_t tiles = std::min(most, end - begin), rows = (tiles + kRowGrain - 1) / kRowGrain * kRowGrain;
     for (int64_t i = 0; i < tiles; ++i) transform_patch(c, place_of(c, begin + i), zeros, v + i * c.in_channels, v_stride);
     for (int point = 0; point < kPoints; ++point)

@@ -57,7 +57,7 @@ struct Isa {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
   static DDIM_INLINE void store(BFloat16* p, F a) {
-    // Round to nearest even on the lower 16 bits; a NaN is kept, made quiet.
+    // Round to nearest even on the lower 16 bits; a NaN becomes a quiet NaN.
     const I x = bits(a);
     const I odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), set32(1));
     const I rounded = _mm512_srli_epi32(_mm512_add_epi32(x, _mm512_add_epi32(odd, set32(0x7fff))), 16);

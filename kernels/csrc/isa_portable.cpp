@@ -1,4 +1,4 @@
-// Plain C++, for any processor: vectors are arrays of four, and the compiler makes of them what it can. The same bits as everywhere.
+// Plain C++, for any processor: vectors are arrays of four, which the compiler vectorizes if it can. It gives the same bits.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -98,7 +98,7 @@ struct Isa {
   static DDIM_INLINE I set64(uint64_t x) { return {{x, x}}; }
   static DDIM_INLINE I set32(int32_t x) { return set64(uint64_t{static_cast<uint32_t>(x)} << 32 | static_cast<uint32_t>(x)); }
   static DDIM_INLINE I load_i(const uint64_t* p) { return {{p[0], p[1]}}; }
-  // 64-bit lanes from and to 32-bit words, low half first, whatever the byte order of the machine.
+  // 64-bit lanes from and to 32-bit words, low half first, for any byte order of the machine.
   static DDIM_INLINE I load_i(const uint32_t* p) { return {{uint64_t{p[1]} << 32 | p[0], uint64_t{p[3]} << 32 | p[2]}}; }
   static DDIM_INLINE void store_i(uint32_t* p, I a) {
     for (int i = 0; i < 4; ++i) p[i] = word(a, i);

@@ -1,9 +1,9 @@
-// The Python module: chooses an instruction set when it is loaded, splits the work over threads, and has three ways in.
+// The Python module: chooses an instruction set when it is loaded, splits the work over threads, and has three entry points for a step.
 //
 //   step(...)      takes tensors, and runs if they are plain: CPU, contiguous, equal shapes, known types, no gradient. Otherwise
-//                  it returns None without touching anything, and Python looks closer and finds the words for an error.
-//   step_to_new(...)  the same for a step that is nothing but its row, with the row looked up and both results made here, if what
-//                  the rows were made of is unchanged.
+//                  it returns None without writing anything; Python then runs its own checks, which raise the errors.
+//   step_to_new(...)  the same for a step that needs only its row, which it looks up. It allocates both results. It declines if what
+//                  the rows were computed from has changed.
 //   run(...)       takes addresses and strides that Python has checked.
 //
 // Python's limited API only, no torch headers: one build serves every Python from 3.10 and every torch.
@@ -56,7 +56,7 @@ std::vector<const Kernels*> usable_kernels() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------- running
-// Elements per thread below which a second thread costs more than it saves.
+// Below so many elements per thread, a second thread costs more than it saves.
 constexpr int64_t kGrain = 32768, kNoiseGrain = 8192;
 
 bool one_row(const Step& s) {
@@ -86,7 +86,7 @@ void run_step(Step s, int threads) {
   });
 }
 
-// Work on few elements is over before releasing the interpreter's lock would have paid.
+// With fewer elements, releasing the interpreter's lock costs more than it gains.
 constexpr int64_t kReleaseLock = 65536;
 
 void run_unlocked(const Step& s, int threads) {
@@ -152,7 +152,7 @@ bool read_tensor(PyObject* object, const dlpack::Tensor* like, int64_t stride, T
   return read_tensor(object, like, stride, out, &t);
 }
 
-// Whether torch records gradients. The kernels record none: a tensor that may want one is then left to Python to judge.
+// Whether torch records gradients. The kernels record none, so a tensor that may require one is left to Python.
 bool is_recording() {
   Reference enabled(PyObject_CallNoArgs(grad_enabled));
   return enabled.object != Py_False;
@@ -250,7 +250,7 @@ bool read_step(PyObject* const* a, Step* s, int64_t* total) {
   } else if (a[kGuidanceScale] != Py_None) {
     return false;
   }
-  // Noise that the row does not add is checked like any, and then not read.
+  // Noise that the row does not add is checked like any other, and then not read.
   const bool given = a[kNoise] != Py_None, seeded = a[kSeeds] != Py_None, wanted = s->c.noise != 0;
   if ((given && seeded) || (wanted && !given && !seeded)) return false;
   if (given) {
@@ -299,7 +299,7 @@ bool read_step(PyObject* const* a, Step* s, int64_t* total) {
   return true;
 }
 
-// Whether a mode of torch looks at every operation, such as make_fx's, or forward-mode derivatives are taken: they would not see this one.
+// Whether a mode of torch looks at every operation, such as make_fx's, or forward-mode derivatives are taken: they would miss this one.
 bool is_watched() {
   PyObject* level = PyDict_GetItemWithError(forward_ad, forward_ad_level);
   if (!level || PyLong_AsLong(level) >= 0) return true;
@@ -315,7 +315,7 @@ PyObject* py_step(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
   Step s{};
   int64_t total = 0;
   if (is_watched() || !read_step(a, &s, &total)) {
-    PyErr_Clear();  // whatever went wrong, the checks in Python will say it better
+    PyErr_Clear();  // the checks in Python raise the error
     Py_RETURN_NONE;
   }
   run_unlocked(s, thread_count(total, s.seeds != nullptr));
@@ -324,22 +324,22 @@ PyObject* py_step(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
   return a[kXPrev];
 }
 
-// A new tensor in the layout of another, which owns its memory: this, and the elements after it.
+// A new tensor in the layout of another. It owns its memory: this struct, and the elements after it.
 struct alignas(64) NewTensor {
   static constexpr int32_t kMostDimensions = 8;
   dlpack::ManagedTensor managed;
   int64_t shape[kMostDimensions], strides[kMostDimensions];
 
-  // Null where there is no memory, or there are too many dimensions.
+  // Null if there is not enough memory, or there are too many dimensions.
   static NewTensor* like(const dlpack::Tensor& t, size_t bytes) {
     if (t.ndim > kMostDimensions) return nullptr;
     void* memory = ::operator new(sizeof(NewTensor) + bytes, std::align_val_t{alignof(NewTensor)}, std::nothrow);
     if (!memory) return nullptr;
-    auto* made = new (memory) NewTensor;
-    std::copy_n(t.shape, t.ndim, made->shape);
-    std::copy_n(t.strides, t.ndim, made->strides);
-    made->managed = {exchange->version, nullptr, destroy, 0, {made + 1, t.device, t.ndim, t.dtype, made->shape, made->strides, 0}};
-    return made;
+    auto* result = new (memory) NewTensor;
+    std::copy_n(t.shape, t.ndim, result->shape);
+    std::copy_n(t.strides, t.ndim, result->strides);
+    result->managed = {exchange->version, nullptr, destroy, 0, {result + 1, t.device, t.ndim, t.dtype, result->shape, result->strides, 0}};
+    return result;
   }
 
   static void destroy(dlpack::ManagedTensor* managed) { ::operator delete(managed, std::align_val_t{alignof(NewTensor)}); }
@@ -485,10 +485,10 @@ PyObject* py_triad(PyObject*, PyObject* arguments) {
   Py_RETURN_NONE;
 }
 
-// Memory of a thread that grows and is kept, since asking for it anew costs as much as a small convolution.
+// Memory of a thread, which grows and is kept: allocating it again costs as much as a small convolution.
 class Scratch {
  public:
-  // Null where there is no memory.
+  // Null if there is not enough memory.
   float* of(int64_t floats) {
     if (floats > size_) {
       free();
@@ -583,7 +583,7 @@ bool import_torch_names() {
   write_count = PyObject_GetAttrString(internals.object, "WRITE_COUNT");
   s_requires_grad = PyUnicode_InternFromString("requires_grad");
   s_packed = PyUnicode_InternFromString("packed");
-  Reference example(PyObject_CallNoArgs(tensor_type));  // whatever the default device is, on the CPU
+  Reference example(PyObject_CallNoArgs(tensor_type));  // on the CPU, for any default device
   Reference method(example.object ? PyObject_GetAttrString(example.object, "is_neg") : nullptr);
   if (PyErr_Occurred()) return false;
   if (PyCFunction_GetFlags(method.object) == METH_NOARGS) is_negated = PyCFunction_GetFunction(method.object);

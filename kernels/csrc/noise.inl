@@ -3,8 +3,8 @@
 //
 // Isa offers: kLanes floats per vector F, kLanes 32-bit integers per vector I (also seen as kLanes / 2 64-bit lanes), and the
 // operations used below. Every one of them rounds once, to nearest even, so that all instruction sets give the same bits:
-// contraction of a * b + c is switched off by the compiler flags and written as fma where it is meant. How the loops are laid out, which
-// changes no bits: kGroups (see below), and in step.inl kNormalsInRegisters and kDeinterleavesBFloat16. Beside Isa stands Pair, of two vectors F.
+// contraction of a * b + c is switched off by the compiler flags and written as fma where it is meant. The layout of the
+// loops changes no bits: kGroups (see below), and in step.inl kNormalsInRegisters and kDeinterleavesBFloat16. Beside Isa stands Pair, of two vectors F.
 
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The counter is (element / 4, step, stream, 0).
 //
@@ -18,11 +18,11 @@ constexpr int kGroup = 4 * kCounters;       // normals per group: a Pair
 constexpr int kGroups = Isa::kGroups;       // groups computed side by side, to hide latencies
 constexpr int64_t kBlock = kGroups * kGroup;
 
-// Counters lie in the lanes so that the interleaving at the end of box_muller, which puts even lanes first, leaves them in sequence.
+// Counters are placed in the lanes so that the interleaving at the end of box_muller, which puts even lanes first, leaves them in sequence.
 constexpr int counter_in(int lane) { return lane / 2 + lane % 2 * (kCounters / 2); }
 constexpr int lane_of(int counter) { return counter % (kCounters / 2) * 2 + counter / (kCounters / 2); }
 
-// A product's high word is used in its own round and its low word in the next one, as c0 or c2 of what comes out there: one xor with
+// A product's high word is used in its own round and its low word in the next one, as c0 or c2 of its result: one xor with
 // (low, high) keys serves both. So each round has one key vector, for the product of M1 in odd rounds and that of M0 in even ones.
 struct Philox {
   // With step and stream fixed, half of the first two rounds does not depend on the element: it is in the keys of rounds 0 to 2.
@@ -144,7 +144,7 @@ DDIM_INLINE void store_pair(float* z, Pair pair) {
   Isa::store(z + Isa::kLanes, pair.b);
 }
 
-// The words of n elements, n rounded up to whole blocks, in the order in which box_muller reads them. p goes on from there.
+// The words of n elements, n rounded up to whole blocks, in the order in which box_muller reads them. p is then at the next element.
 __attribute__((noinline)) void make_words(Philox& p, uint32_t* words, int64_t n) {
   Philox q = p;  // a local copy: stores cannot alias it
   for (; n > 0; n -= kBlock, words += kBlock) {
@@ -162,11 +162,11 @@ __attribute__((noinline)) void make_words(Philox& p, uint32_t* words, int64_t n)
   p.product = q.product;
 }
 
-// Words go through memory, in tiles that stay in the first-level cache. Philox woven with Box-Muller into one loop was slower: sixteen
-// registers are too few for both.
+// Words go through memory, in tiles that stay in the first-level cache. One loop for both Philox and Box-Muller was slower: sixteen
+// registers are too few.
 constexpr int64_t kTile = 2048;
 
-// The normals of n elements, at most a tile. p goes on from there.
+// The normals of n elements, at most a tile. p is then at the next element.
 inline void make_normals(Philox& p, float* z, int64_t n) {
   alignas(64) uint32_t words[kTile];
   make_words(p, words, n);

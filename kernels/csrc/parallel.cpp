@@ -55,7 +55,7 @@ class Pool {
   uint64_t generation_ = 0;
 };
 
-// Never destroyed: its threads outlive static destructors. A forked child has none of them, so it starts with a pool of its own.
+// Never destroyed: its threads outlive static destructors. A forked child has none of them, so it starts with a new pool.
 Pool* pool = nullptr;
 std::once_flag pool_once;
 

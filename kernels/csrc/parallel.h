@@ -1,4 +1,4 @@
-// A pool of threads that split a range. No OpenMP: a second OpenMP runtime beside torch's would fight it for the processors.
+// A pool of threads that split a range. No OpenMP: a second OpenMP runtime would compete with torch's for the processors.
 #pragma once
 #include <cstdint>
 #include <functional>

@@ -1,31 +1,31 @@
-// What a DDIM step needs, as plain C: the one agreement between the Python module, the dispatcher and the kernels.
+// What a DDIM step needs, as plain C: all that the Python module, the dispatcher and the kernels share.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 namespace ddim {
 
-constexpr uint32_t kKnownRegion = 2;  // the noise standard's stream of a known picture's noise: NoiseStream.KNOWN_REGION
+constexpr uint32_t kKnownRegion = 2;  // the noise standard's stream of a known image's noise: NoiseStream.KNOWN_REGION
 
 enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kNumDTypes = 3 };
 
 // One step's row, rounded once from float64. Which columns are read depends on whether x0 is clipped:
 //   not clipped   x_prev = fold_x * x_t + fold_m * m + history * x0_last + noise * z
 //   clipped       x_prev = clamp(clip_x * x_t + clip_m * m, -clip_bound, clip_bound) + rest_x * x_t + rest_m * m + history * x0_last + noise * z
-// where clip_x, clip_m and clip_bound carry the coefficient of x0, so that the clamp's result is added as it is.
+// where clip_x, clip_m and clip_bound include the coefficient of x0, so that the clamp's result is added as it is.
 struct Coefficients {
   float fold_x, fold_m, noise;
   float clip_x, clip_m, clip_bound;
   float rest_x, rest_m;
   float x0_x, x0_m, x0_bound;  // x0 = clamp(x0_x * x_t + x0_m * m, -x0_bound, x0_bound), for the optional x0 output
   float clip_scale;            // coefficient of x0 in x_prev: per-sample bounds are multiplied by its magnitude
-  float known_x0, known_noise; // a known picture at the noise level of x_prev: known_x0 * picture + known_noise * z (inpainting)
+  float known_x0, known_noise; // a known image at the noise level of x_prev: known_x0 * image + known_noise * z (inpainting)
   float history;               // coefficient of x0_last, the x0 of the previous step (a multistep solver); 0: it is not read
 };
 // The columns of kernels/coefficients.py, in its order (a test compares the names), without the guidance scale.
 static_assert(sizeof(Coefficients) == 15 * sizeof(float) && offsetof(Coefficients, history) == 14 * sizeof(float));
 
-// A batch of samples: sample i starts at data + i * stride elements, and its elements are contiguous. data may be null: not given.
+// A batch of samples: sample i starts at data + i * stride elements, and its elements are contiguous. data is null if the tensor is not given.
 struct Tensor {
   void* data;
   int64_t stride;

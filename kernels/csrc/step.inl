@@ -1,7 +1,7 @@
-// The whole DDIM update in one pass over memory, over the same vector type as noise.inl, whose words it turns into normals as it goes.
+// The whole DDIM update in one pass over memory, over the same vector type as noise.inl, whose words it turns into normals on the way.
 
-// Which columns of a clipped row are not zero. A zero column is no term at all, also where it would meet an infinity; and leaving it
-// out saves an operation where the loop is bound by them.
+// Which columns of a clipped row are not zero. A zero column means no term, even where it would multiply an infinity. Leaving the term
+// out also saves an operation where the loop is bound by arithmetic.
 enum class Rest { kNotClipped, kX, kM, kBoth };
 
 // The coefficients of one sample, spread over vectors.
@@ -12,9 +12,9 @@ struct Row {
   Row(const Step& step, int64_t sample) {
     Coefficients c = step.c;
     if (step.thresholds) {
-      // Dynamic thresholding (Imagen, arXiv 2205.11487): x0 = clamp(x0, -s, s) / s * x0_bound, the division folded into the coefficients.
+      // Dynamic thresholding (Imagen, arXiv 2205.11487): x0 = clamp(x0, -s, s) / s * x0_bound, with the division folded into the coefficients.
       float scale = c.x0_bound / step.thresholds[sample];
-      // Storing bfloat16 counts on NaNs whose lower half is zero: those of bfloat16 tensors are such, and the processor's own.
+      // Storing bfloat16 relies on NaNs whose lower half is zero: those of bfloat16 tensors and the processor's own are such.
       if (std::isnan(scale)) scale = std::numeric_limits<float>::quiet_NaN();
       c.clip_x *= scale;
       c.clip_m *= scale;
@@ -40,15 +40,15 @@ struct Row {
   }
 };
 
-// A word of the noise standard, on its way to a normal.
+// A word of the noise standard, not yet a normal.
 struct Word {
   uint32_t bits;
 };
 
-// In place of the noise's type: there is none, but x0 of the step before is read, where the row reads it, and replaced.
+// Instead of the noise's type: there is no noise, but x0 of the previous step is read, if the row reads it, and replaced.
 struct History;
 
-// Noise is the type of the noise in memory: that of a tensor, or Word where the normals are made here; void for none.
+// Noise is the type of the noise in memory: that of a tensor, or Word if the normals are generated here; void for no noise.
 template <typename State, typename Output, bool kGuided, Rest kRest, typename Noise, bool kWriteX0>
 struct Loop {
   static constexpr bool kHistory = std::is_same_v<Noise, History>;
@@ -64,21 +64,21 @@ struct Loop {
     State* history;
   };
 
-  static constexpr bool kMade = std::is_same_v<Noise, Word>;
+  static constexpr bool kGenerated = std::is_same_v<Noise, Word>;
   // Whether a Pair holds even and odd elements: where the state's type is faster so. Then the other tensors are read so, too.
   static constexpr bool kDeinterleaved = Isa::kDeinterleavesBFloat16 && std::is_same_v<State, BFloat16>;
   using Deinterleaver = std::conditional_t<kDeinterleaved, Isa, void>;  // a name that depends on State: not every Isa can deinterleave
   static constexpr int kPair = 2 * Isa::kLanes;
   static_assert(kPair == kGroup);
 
-  // With a history x0 is computed anyway, and whether it is also given is asked here: one loop for both.
+  // With a history x0 is computed anyway. Whether there is an x0 tensor, too, is asked at run time: one loop for both.
   static DDIM_INLINE bool wants_x0(const Pointers& p) { return !kHistory || p.x0; }
 
   struct Results {
     F x_prev, x0;
   };
 
-  // x_prev of a vector of elements, and x0 where it is wanted. z: the noise, or x0 of the step before.
+  // x_prev of a vector of elements, and x0 if it is wanted. z: the noise, or x0 of the previous step.
   static DDIM_INLINE Results compute(const Row& r, F x, F m, F uncond, F z) {
     if constexpr (kGuided) m = Isa::fma(r.guidance, Isa::sub(m, uncond), uncond);
     F sum, x0 = m;
@@ -104,7 +104,7 @@ struct Loop {
 
   static DDIM_INLINE void vector(const Pointers& p, const Row& r, int64_t i, F z) {
     const F m = Isa::load(p.m + i);
-    if constexpr (kNoisy && !kMade) z = Isa::load(p.z + i);
+    if constexpr (kNoisy && !kGenerated) z = Isa::load(p.z + i);
     if constexpr (kHistory) z = Isa::load(p.history + i);
     const Results results = compute(r, Isa::load(p.x_t + i), m, kGuided ? Isa::load(p.m_uncond + i) : m, z);
     if (kWriteX0 && wants_x0(p)) Isa::store(p.x0 + i, results.x0);
@@ -115,7 +115,7 @@ struct Loop {
   static DDIM_INLINE void deinterleaved_pair(const Pointers& p, const Row& r, int64_t i, Pair z) {
     const Pair x = Deinterleaver::load_deinterleaved(p.x_t + i), m = Deinterleaver::load_deinterleaved(p.m + i);
     const Pair uncond = kGuided ? Deinterleaver::load_deinterleaved(p.m_uncond + i) : m;
-    if constexpr (kMade) z = Deinterleaver::deinterleave(z);
+    if constexpr (kGenerated) z = Deinterleaver::deinterleave(z);
     if constexpr (std::is_same_v<Noise, State>) z = Deinterleaver::load_deinterleaved(p.z + i);
     if constexpr (kHistory) z = Deinterleaver::load_deinterleaved(p.history + i);
     const Results a = compute(r, x.a, m.a, uncond.a, z.a), b = compute(r, x.b, m.b, uncond.b, z.b);
@@ -127,9 +127,9 @@ struct Loop {
   template <int n>
   static DDIM_INLINE void pairs(const Pointers& p, const Row& r, int64_t i) {
     Pair z[n] = {};
-    if constexpr (kMade && n == 1) {
+    if constexpr (kGenerated && n == 1) {
       z[0] = normals_of_group(&p.z[i].bits);
-    } else if constexpr (kMade) {
+    } else if constexpr (kGenerated) {
       box_muller(&p.z[i].bits, z);
     }
     DDIM_EACH(n) {
@@ -150,7 +150,7 @@ struct Loop {
     for (; i < n; i += kPair) last_pair(p, row, i, std::min<int64_t>(kPair, n - i));
   }
 
-  // The last pair, maybe in part, goes through buffers: nothing is read or written beyond the tensors.
+  // The last pair, which may be incomplete, goes through buffers: nothing is read or written beyond the tensors.
   static __attribute__((noinline)) void last_pair(const Pointers& p, const Row& r, int64_t i, int64_t n) {
     alignas(64) State x_t[kPair] = {}, x_prev[kPair], x0[kPair], history[kPair] = {};
     alignas(64) Output m[kPair] = {}, m_uncond[kPair] = {};
@@ -158,8 +158,8 @@ struct Loop {
     std::memcpy(x_t, p.x_t + i, n * sizeof(State));
     std::memcpy(m, p.m + i, n * sizeof(Output));
     if constexpr (kGuided) std::memcpy(m_uncond, p.m_uncond + i, n * sizeof(Output));
-    // Words are there for whole groups, and not in the order of the elements.
-    if constexpr (kNoisy) std::memcpy(z, p.z + i, (kMade ? kPair : n) * sizeof(NoiseType));
+    // Words come in whole groups, and not in the order of the elements.
+    if constexpr (kNoisy) std::memcpy(z, p.z + i, (kGenerated ? kPair : n) * sizeof(NoiseType));
     if constexpr (kHistory) std::memcpy(history, p.history + i, n * sizeof(State));
     pairs<1>({x_t, m, m_uncond, z, x_prev, wants_x0(p) ? x0 : nullptr, history}, r, 0);
     std::memcpy(p.x_prev + i, x_prev, n * sizeof(State));
@@ -173,22 +173,23 @@ inline T* at(const Tensor& tensor, Range range) {
   return tensor.data ? static_cast<T*>(tensor.data) + range.sample * tensor.stride + range.begin : nullptr;
 }
 
-// What noise made here is in memory. With normals in registers, every loop holds a Box-Muller of its own: that pays for wide vectors only.
-using Made = std::conditional_t<Isa::kNormalsInRegisters, Word, float>;
+// The type in memory of noise that is generated here. With normals in registers, every loop contains a Box-Muller: that pays for wide
+// vectors only.
+using Generated = std::conditional_t<Isa::kNormalsInRegisters, Word, float>;
 
-inline void make(Philox& philox, Word* words, int64_t n) { make_words(philox, &words[0].bits, n); }
-inline void make(Philox& philox, float* z, int64_t n) { make_normals(philox, z, n); }
+inline void generate(Philox& philox, Word* words, int64_t n) { make_words(philox, &words[0].bits, n); }
+inline void generate(Philox& philox, float* z, int64_t n) { make_normals(philox, z, n); }
 
-// Noise made here, tile by tile in the first-level cache.
+// Noise is generated tile by tile in the first-level cache.
 template <typename L>
 void run_tiles(const Step& step, Range range, typename L::Pointers p, const Row& row) {
-  alignas(64) Made tile[kTile];
+  alignas(64) Generated tile[kTile];
   p.z = tile;
   Philox philox(step.seeds[range.sample], range.begin / 4, step.noise_step, step.noise_stream);
   const int64_t n = range.end - range.begin;
   for (int64_t begin = 0; begin < n; begin += kTile) {
     const int64_t count = std::min(kTile, n - begin);
-    make(philox, tile, count);
+    generate(philox, tile, count);
     L::run(p, row, count);
     p.x_t += count;
     p.m += count;
@@ -205,18 +206,18 @@ void run_range(const Step& step, Range range) {
   typename L::Pointers p{at<const State>(step.x_t, range), at<const Output>(step.model_output, range),
                          at<const Output>(step.model_output_uncond, range), nullptr,
                          at<State>(step.x_prev, range), at<State>(step.x0, range), at<State>(step.history, range)};
-  if constexpr (L::kMade) {
+  if constexpr (L::kGenerated) {
     run_tiles<L>(step, range, p, row);
   } else {
     if constexpr (L::kNoisy) p.z = at<const Noise>(step.noise, range);
-    if constexpr (std::is_same_v<Noise, Made>) {
+    if constexpr (std::is_same_v<Noise, Generated>) {
       if (!p.z) return run_tiles<L>(step, range, p, row);
     }
     L::run(p, row, range.end - range.begin);
   }
 }
 
-// From run-time options to the one loop that has them compiled in, an option at a time.
+// From run-time options to the one loop that has them compiled in, one option after another.
 template <typename State, typename Output, bool kGuided, Rest kRest, typename Noise>
 void choose_x0(const Step& step, Range range) {
   step.x0.data ? run_range<State, Output, kGuided, kRest, Noise, true>(step, range)
@@ -226,7 +227,7 @@ void choose_x0(const Step& step, Range range) {
 template <typename State, typename Output, bool kGuided, Rest kRest>
 void choose_noise(const Step& step, Range range) {
   if (step.noise.data) return choose_x0<State, Output, kGuided, kRest, State>(step, range);
-  if (step.seeds) return choose_x0<State, Output, kGuided, kRest, Made>(step, range);
+  if (step.seeds) return choose_x0<State, Output, kGuided, kRest, Generated>(step, range);
   if (step.history.data) return run_range<State, Output, kGuided, kRest, History, true>(step, range);
   return choose_x0<State, Output, kGuided, kRest, void>(step, range);
 }
@@ -246,7 +247,7 @@ void choose_guidance(const Step& step, Range range) {
 
 #include "inpaint.inl"
 
-// The state and the model's output have one type, or the state is float32 beside a half-precision model.
+// The state and the model's output have the same type, or the state is float32 and the model's output is half precision.
 void step(const Step& step, Range range) {
   if (step.mask.data) return inpaint(step, range);
   switch (step.x_t.dtype) {

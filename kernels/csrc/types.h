@@ -1,10 +1,10 @@
-// Half-precision numbers as they lie in memory, and their conversions bit by bit for processors that have no instruction for it.
+// Half-precision numbers as they are in memory, and their conversions bit by bit for processors that have no instruction for it.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-// The kernels are many small functions that must vanish into their loops; the compiler's own limits stop short of that.
+// The kernels are many small functions that must be inlined into their loops; the compiler's own limits would stop short of that.
 #define DDIM_INLINE inline __attribute__((always_inline))
 
 // A statement for k = 0 .. n - 1, unrolled: the same operation on vectors side by side.
@@ -43,7 +43,7 @@ DDIM_INLINE float float_from_bits(uint32_t bits) {
 
 [[maybe_unused]] inline float to_float32(Float16 x) {
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, magnitude = x.bits & 0x7fffu;
-  if (magnitude >= 0x7c00) {  // infinite, or NaN made quiet
+  if (magnitude >= 0x7c00) {  // infinity, or a NaN, which becomes quiet
     return float_from_bits(sign | 0x7f800000 | (magnitude & 0x3ff) << 13 | (magnitude > 0x7c00 ? 0x400000 : 0));
   }
   // The exponents' biases differ by 112: a product with 2^112 moves from one to the other, subnormal numbers included, without rounding.
