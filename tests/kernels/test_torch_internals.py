@@ -1,0 +1,50 @@
+"""The public fallbacks for torch's private names give the same answers as the names themselves."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from ddim_fast.kernels import torch_internals
+
+
+@pytest.fixture(params=["private names", "fallbacks"], autouse=True)
+def _names(request, monkeypatch):
+    if request.param == "fallbacks":
+        for name in ("_is_functorch_wrapped", "_is_alias_of", "FORWARD_AD_LEVEL"):
+            assert getattr(torch_internals, name) is not None
+            monkeypatch.setattr(torch_internals, name, None)
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad, torch.func.functionalize])
+def test_wrapped_tensors_are_found(transform):
+    seen = []
+
+    def function(x):
+        seen.append(torch_internals.is_wrapped(x))
+        return x.sum()
+
+    transform(function)(torch.ones(3))
+    assert seen == [True]
+    for plain in (torch.ones(2), torch.empty(0), torch.ones(2, device="meta")):
+        assert not torch_internals.is_wrapped(plain)
+
+
+def test_views_share_storage_and_copies_do_not():
+    x = torch.ones(4)
+    assert torch_internals.shares_storage(x, x[2:])
+    assert not torch_internals.shares_storage(x, x.clone())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::DeprecationWarning:torch.*")  # torch's own
+def test_forward_derivatives_are_found():
+    x = torch.ones(2)
+    assert not torch_internals.takes_forward_derivatives([x])
+    with forward_ad.dual_level():
+        assert torch_internals.takes_forward_derivatives([x, forward_ad.make_dual(x, x)])
+
+
+def test_writes_are_counted():
+    x = torch.ones(2)
+    before = getattr(x, torch_internals.WRITE_COUNT)
+    torch_internals.increment_version([x])
+    assert getattr(x, torch_internals.WRITE_COUNT) == before + 1
