@@ -28,7 +28,7 @@ OLD_TO_NEW = {
     "plan": "plans.plan",
     "schedule": "plans.schedules",
     "start": "sampling.initial_state",
-    "steps_by_timestep": "integrations.steps_by_timestep",
+    "steps_by_timestep": "integrations.rows_by_timestep",
     "timestep_files": "plans.files",
     "timesteps": "plans.timesteps",
     "unet": "models.unet",

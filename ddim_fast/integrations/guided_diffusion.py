@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import check_eta, ddim_coefficients, previous_x_prediction, variance_with_room
-from .promotion import promoted_dtype
-from .steps_by_timestep import StepsByTimestep
+from .dtype_promotion import promoted_dtype
+from .rows_by_timestep import RowsByTimestep
 
 _PREVIOUS_X = "previous_x"
 _PREDICTIONS = {"PREVIOUS_X": _PREVIOUS_X, "START_X": "sample", "EPSILON": "epsilon"}
@@ -71,7 +71,7 @@ class FastDiffusion:
             "x0": np.ones_like(self._alpha_bars),
             "eps": np.zeros_like(self._alpha_bars),
         }
-        self._cached: dict[tuple, StepsByTimestep] = {}
+        self._cached: dict[tuple, RowsByTimestep] = {}
         if not (np.all(np.diff(self._alpha_bars) < 0) and 0 <= self._alpha_bars[-1] <= self._alpha_bars[0] < 1):
             raise ValueError(
                 f"alphas_cumprod must decrease strictly from below 1 and not below 0, got {self._alpha_bars}: "
@@ -251,7 +251,7 @@ class FastDiffusion:
     def _loop(
         self,
         target: str,
-        steps: StepsByTimestep,
+        steps: RowsByTimestep,
         timesteps: Sequence[int],
         model: Callable[..., Tensor],
         x: Tensor,
@@ -274,7 +274,7 @@ class FastDiffusion:
         cond_fn: Callable | None,
         model_kwargs: Mapping[str, Any] | None,
         eta: float = 0.0,
-    ) -> StepsByTimestep:
+    ) -> RowsByTimestep:
         """Check these arguments; the rows of the pass that makes the sample: from eps with guidance, else from x0 if it was denoised."""
         check_eta(eta)
         _check_callable("denoised_fn", denoised_fn)
@@ -293,7 +293,7 @@ class FastDiffusion:
     def _step(
         self,
         target: str,
-        steps: StepsByTimestep,
+        steps: RowsByTimestep,
         model: Callable[..., Tensor],
         x: Tensor,
         t: Tensor,
@@ -335,12 +335,12 @@ class FastDiffusion:
         function = function if wrap is None else wrap(function)
         return function(x, t if scale is None else scale(t), **(model_kwargs or {}))
 
-    def _steps(self, prediction: str, target: str, eta: float = 0.0, clip: bool = False) -> StepsByTimestep:
+    def _steps(self, prediction: str, target: str, eta: float = 0.0, clip: bool = False) -> RowsByTimestep:
         key = (prediction, target, eta, clip)
         if key not in self._cached:
             if len(self._cached) >= _MOST_CACHED:  # somebody sweeps over eta
                 self._cached.clear()
-            self._cached[key] = StepsByTimestep(len(self._alpha_bars), partial(self._row, *key))
+            self._cached[key] = RowsByTimestep(len(self._alpha_bars), partial(self._row, *key))
         return self._cached[key]
 
     def _row(self, prediction: str, target: str, eta: float, clip: bool, t: int) -> StepCoefficients:
@@ -428,7 +428,7 @@ def _timesteps(t: object, x: object) -> Tensor:
     return t.long()
 
 
-def _make_rows(steps: StepsByTimestep, at: Tensor) -> None:
+def _make_rows(steps: RowsByTimestep, at: Tensor) -> None:
     """What ``steps`` needs for these timesteps, so that an error comes before the model is called."""
     if at.device.type != "cpu":
         steps.table(at.device)

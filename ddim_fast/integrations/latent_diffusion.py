@@ -28,8 +28,8 @@ from ..plans.coefficients import (
     noising_coefficients,
     variance_with_room,
 )
-from .promotion import promoting_step
-from .steps_by_timestep import StepsByTimestep
+from .dtype_promotion import promoted_step
+from .rows_by_timestep import RowsByTimestep
 
 PARAMETERIZATIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 """The prediction type of a model's ``parameterization``."""
@@ -58,7 +58,7 @@ class DDIMSampler:
         self.device = device
         self._levels: dict[bool, list[tuple[float, float]]] = {}
         self._rows: dict[tuple[bool, int, float], StepCoefficients] = {}
-        self._noising: dict[bool, StepsByTimestep] = {}
+        self._noising: dict[bool, RowsByTimestep] = {}
 
     def register_buffer(self, name: str, attr: Any) -> None:
         """Set an attribute; tensors are moved to ``device``, or that of the model."""
@@ -318,10 +318,10 @@ class DDIMSampler:
         if quantize_denoised:
             # x0 has to leave the kernel and come back: eps and x0 in one pass, the rest of the step, given both, in another.
             only_eps = replace(row, prev_x0=0.0, prev_eps=1.0, prev_noise=0.0)
-            e_t, pred_x0 = promoting_step(x, e_t, only_eps, None, **guidance)
+            e_t, pred_x0 = promoted_step(x, e_t, only_eps, None, **guidance)
             x, _, *_ = self.model.first_stage_model.quantize(pred_x0)
             row, guidance = replace(row, x0_x=1.0, x0_m=0.0, eps_x=0.0, eps_m=1.0), {}
-        return promoting_step(x, e_t, row, _draw_noise(x, repeat_noise, noise_dropout), **guidance)
+        return promoted_step(x, e_t, row, _draw_noise(x, repeat_noise, noise_dropout), **guidance)
 
     @torch.no_grad()
     def encode(
@@ -395,7 +395,7 @@ class DDIMSampler:
         key = bool(use_original_steps)
         levels = self._levels_of(key)
         if key not in self._noising:
-            self._noising[key] = StepsByTimestep(len(levels), lambda index: noising_coefficients(levels[index][0]))
+            self._noising[key] = RowsByTimestep(len(levels), lambda index: noising_coefficients(levels[index][0]))
         noise = torch.randn_like(x0) if noise is None else noise
         x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
         return self._noising[key].step(x0, x0, t, noise=noise.to(x0.dtype))

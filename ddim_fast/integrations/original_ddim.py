@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import check_eta, ddim_coefficients, ddpm_variance, variance_with_room
-from .promotion import promoting_step
+from .dtype_promotion import promoted_step
 
 Model = Callable[[Tensor, Tensor], Tensor]
 """``model(x, t)``: x ``(B, C, ...)`` and its timesteps ``(B,)`` float32 to the predicted noise, like x."""
@@ -117,7 +117,7 @@ def _sample(
     for t, row in steps:
         model_output = model(x_t, torch.full((x.size(0),), t, dtype=torch.float32, device=x.device))
         # Drawn where a step adds none, too: what follows in the random stream must be what it was.
-        x_t, x0 = promoting_step(x_t, model_output, row, draw_noise(x_t))
+        x_t, x0 = promoted_step(x_t, model_output, row, draw_noise(x_t))
         xs.append(x_t.to("cpu"))
         x0_preds.append(x0.to("cpu"))
     return xs, x0_preds

@@ -1,6 +1,7 @@
-"""The drop-ins for diffusers against the installed originals, over all config fields and arguments, and both against float64.
+"""The drop-ins for diffusers against the installed originals, and both against float64.
 
-The truth is the textbook step of ``oracle``, from the alphas_cumprod that the original holds: it shares nothing with either.
+All config fields and arguments are covered. The truth is the textbook step of ``oracle``, from the
+original's alphas_cumprod: it shares no code with either.
 """
 
 from __future__ import annotations
@@ -18,9 +19,14 @@ from diffusers_rounding import radicand
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ddim_fast.integrations import diffusers as diffusers_drop_in
-from ddim_fast.integrations.diffusers import FastDDIMInverseScheduler, FastDDIMParallelScheduler, FastDDIMScheduler
-from ddim_fast.integrations.steps_by_timestep import StepsByTimestep
+from ddim_fast.integrations.diffusers import (
+    FastDDIMInverseScheduler,
+    FastDDIMParallelScheduler,
+    FastDDIMScheduler,
+    internals,
+    sampling_step,
+)
+from ddim_fast.integrations.rows_by_timestep import RowsByTimestep
 from ddim_fast.kernels.dispatch import ddim_step_from_table
 from ddim_fast.kernels.noise import sample_seeds, standard_normals
 from ddim_fast.verify.truth import oracle
@@ -129,10 +135,10 @@ def truth(scheduler, t, x, m, eta, use_clipped_model_output, z):
         found = np.quantile(magnitude, config.dynamic_thresholding_ratio, axis=1)
         s = np.minimum(np.maximum(found, 1.0), config.sample_max_value)
         options["thresholds"] = s
-        # A threshold has the rounding error of the x0 that it is, and passes it on to every element.
+        # A threshold has the rounding error of one x0, and passes it on to every element.
         more = oracle.per_sample(1 + plain.x0_terms.reshape(len(x), -1).max(1) / s, x)
     result = oracle.row_step(row, x, m, noise=z, **options)
-    # The oracle is exact for columns of any size; ours are float32 for half precision, as the original's are throughout.
+    # The oracle's columns are exact; ours are float32 for half precision, the original's always.
     return result.x_prev, result.long_terms * more, result.x0, result.x0_terms * more
 
 
@@ -238,7 +244,10 @@ def test_step_is_the_originals_and_never_further_from_float64(original, examples
 
 
 def half_unit(values, exact):
-    """Half a unit in the last place of the largest element, of half types: what one rounding of the exact result may cost."""
+    """Return what one rounding of the exact result to half precision may cost.
+
+    That is half a unit in the last place of the largest element.
+    """
     return float(np.abs(exact).max()) * torch.finfo(values.dtype).eps / 2 if values.dtype in HALF else 0.0
 
 
@@ -257,8 +266,11 @@ def drawn(noise, m, seed):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_every_step_count_is_finite_where_the_original_may_not_be(spacing, eta):
-    """At eta = 1 and zero terminal SNR the original takes the square root of a rounding error, negative for some step counts on some
-    processors: where it is, the original gives NaN, and there only."""
+    """At eta = 1 and zero terminal SNR the original takes the square root of a rounding error.
+
+    For some step counts on some processors it is negative: there, and only there, the original
+    returns NaN.
+    """
     x = m = torch.full((1, 1, 2), 0.3)
     config = {"timestep_spacing": spacing, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     original, fast = DDIMScheduler(**config), FastDDIMScheduler(**config)
@@ -406,8 +418,8 @@ def test_thresholding_that_it_cannot_do_is_left_to_the_original(config, shape):
     ],
     ids=["not clipped", "clipped", "sample", "thresholding"],
 )
-def test_the_short_way_looks_at_its_arguments(kind, config):
-    """The second step at the same timestep goes a shorter way: it must still tell one call from another."""
+def test_the_short_path_looks_at_its_arguments(kind, config):
+    """The second step at a timestep takes a short path, which must still check its arguments."""
     original, fast = kind(**config), PAIRS[kind](**config)
     x, m = tensors(np.random.default_rng(0), [torch.float32] * 2)
     half_x, half_m = x.half(), m.half()
@@ -441,7 +453,7 @@ def test_the_short_way_looks_at_its_arguments(kind, config):
             "noise": lambda s, t: s.step(m, t, x, 1.0, generator=torch.Generator().manual_seed(0)),
         }
     for name, call in calls.items():
-        t += 10  # a timestep of its own: before there is a short way, and after
+        t += 10  # a timestep of its own: before there is a short path, and after
         for turn in (call, calls["plain"], call):
             (expected, error), (got, fast_error) = (outcome(lambda: turn(s, t)) for s in (original, fast))  # noqa: B023 (called within the loop)
             if error is not None:
@@ -456,12 +468,12 @@ def test_the_short_way_looks_at_its_arguments(kind, config):
 
 
 @pytest.mark.parametrize("kind", SAMPLING)
-def test_the_second_step_at_a_timestep_goes_the_short_way(kind, monkeypatch):
+def test_the_second_step_at_a_timestep_takes_the_short_path(kind, monkeypatch):
     fast = PAIRS[kind]()
     fast.set_timesteps(10)
     x = torch.ones(SHAPE)
     first = fast.step(x, 300, x)
-    monkeypatch.setattr(diffusers_drop_in, "_check_tensors", None)  # the long way begins here
+    monkeypatch.setattr(sampling_step, "check_tensors", None)  # the general path begins here
     assert torch.equal(fast.step(x, torch.tensor(300), x).prev_sample, first.prev_sample)
 
 
@@ -489,7 +501,11 @@ def test_the_second_step_at_a_timestep_goes_the_short_way(kind, monkeypatch):
         "other steps",
     ],
 )
-def test_what_is_changed_after_construction_takes_effect(kind, change):
+@pytest.mark.parametrize("missing", [None, "config_entry", "COUNTS_WRITES"])
+def test_what_is_changed_after_construction_takes_effect(kind, change, missing, monkeypatch):
+    """Also where diffusers or torch lacks the private name that makes the check cheap."""
+    if missing:
+        monkeypatch.setattr(internals, missing, (lambda scheduler: None) if missing == "config_entry" else False)
     original, fast = kind(clip_sample=False), PAIRS[kind](clip_sample=False)
     rng = np.random.default_rng(0)
     x, m = tensors(rng, [torch.float32] * 2)
@@ -504,9 +520,24 @@ def test_what_is_changed_after_construction_takes_effect(kind, change):
         torch.testing.assert_close(got[i], expected[i], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("missing", ["config_entry", "COUNTS_WRITES"])
+def test_without_a_private_name_no_step_takes_the_short_path(missing, monkeypatch):
+    monkeypatch.setattr(internals, missing, (lambda scheduler: None) if missing == "config_entry" else False)
+    fast, x = FastDDIMScheduler(), torch.ones(SHAPE)
+    fast.set_timesteps(10)
+    for _ in range(2):
+        fast.step(x, 300, x)
+    assert not fast._row_cache.plain
+
+
+def test_the_private_names_exist_in_the_installed_versions():
+    assert internals.COUNTS_WRITES
+    assert internals.config_entry(FastDDIMScheduler()) is not None
+
+
 @pytest.mark.parametrize("kind", PAIRS)
 def test_it_may_be_made_under_inference_mode(kind):
-    """Its levels are then tensors that do not count what is written to them."""
+    """Its noise levels are then tensors that do not count writes."""
     x, m = tensors(np.random.default_rng(0), [torch.float32] * 2)
     results = []
     for made in (kind, PAIRS[kind]):
@@ -553,7 +584,7 @@ def test_the_level_of_clean_data_may_be_changed(kind):
 def test_a_step_is_traced_in_one_graph_for_all_timesteps(
     backend, kind_of_timestep, return_dict, kind, config, arguments
 ):
-    """More timesteps than torch.compile would compile a function for."""
+    """There are more timesteps than torch.compile would recompile a function for."""
     torch.compiler.reset()
     fast = PAIRS[kind](**config)
     fast.set_timesteps(10)
@@ -602,7 +633,7 @@ def test_the_operator_of_a_traced_step_keeps_what_it_declares():
 
 
 @pytest.mark.parametrize("flag", ["explicit_pairs", "philox_noise"])
-@pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning")  # what it says of a graph that breaks, as these do
+@pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning")  # dynamo warns of graph breaks
 def test_what_no_operator_does_breaks_the_graph(flag):
     torch.compiler.reset()
     x, m = tensors(np.random.default_rng(0), [torch.float32] * 2)
@@ -692,7 +723,7 @@ def test_it_is_differentiable_like_the_original():
 @pytest.mark.parametrize("kind", PAIRS)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_explicit_pairs_meet_at_every_timestep(kind, spacing):
-    """With eps and x0 known, a run ends where it should only if each step leaves from where the one before has arrived."""
+    """With eps and x0 given, a run ends at x0 only if each step starts where the last one ended."""
     fast = PAIRS[kind](clip_sample=False, timestep_spacing=spacing, explicit_pairs=True, steps_offset=1)
     x0, eps = tensors(np.random.default_rng(0), [torch.float64] * 2)
     for steps in (1, 2, 7, 50, 62, 333, 999, 1000):
@@ -716,7 +747,7 @@ def test_explicit_pairs_meet_at_every_timestep(kind, spacing):
 
 
 def test_the_rule_of_the_original_is_wrong_for_most_step_counts():
-    """What explicit_pairs is for: these numbers stand in the documentation."""
+    """This is what explicit_pairs is for; the numbers are in the documentation."""
     wrong = {}
     for spacing in ("leading", "linspace", "trailing"):
         scheduler = DDIMScheduler(timestep_spacing=spacing)
@@ -1006,16 +1037,16 @@ def test_with_a_timestep_on_the_device_nothing_waits(eta, thresholding):
 )
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_step_by_the_table_that_a_gpu_reads_is_the_one_by_a_number(monkeypatch, config, eta):
-    """Here in the same table, on the CPU."""
+    """The table is read on the CPU here."""
     x, m = tensors(np.random.default_rng(0), [torch.float32] * 2)
     fast = FastDDIMScheduler(**config, philox_noise=True)
     fast.set_timesteps(10)
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     noises = {"given": {"variance_noise": m.flip(0)}, "seeds": {"generator": generators}}
     expected = {name: fast.step(m, 300, x, eta, **noise) for name, noise in noises.items()}
-    monkeypatch.setattr(diffusers_drop_in, "_timestep", torch.as_tensor)
-    monkeypatch.setattr(StepsByTimestep, "step", step_from_table)
-    fast._known.plain.clear()
+    monkeypatch.setattr(sampling_step, "single_timestep", torch.as_tensor)
+    monkeypatch.setattr(RowsByTimestep, "step", step_from_table)
+    fast._row_cache.plain.clear()
     for name, noise in noises.items():
         got = fast.step(m, 300, x, eta, **noise)
         for i in range(2):
@@ -1026,7 +1057,7 @@ def step_from_table(steps, x_t, model_output, t, **arguments):
     return ddim_step_from_table(x_t, model_output, steps.table(t.device), t.reshape(-1), **arguments)
 
 
-# --- to be added with the patch ---
+# --- Copies, refusals and transforms -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", PAIRS)
@@ -1039,7 +1070,7 @@ def test_a_shallow_copy_makes_rows_of_its_own(kind):
     copied = copy.copy(fast)
     fast.set_timesteps(50)
     fast.step(m, 300, x)
-    for t in (300, 310):  # known, and not yet
+    for t in (300, 310):  # cached, and not yet
         torch.testing.assert_close(copied.step(m, t, x)[0], original.step(m, t, x)[0])
 
 
@@ -1062,7 +1093,7 @@ def test_what_would_be_left_to_the_original_is_refused_where_it_would_ignore_a_f
     with pytest.raises(ValueError, match="Number of inference steps is 'None'"):
         fast.step(**call)
     fast.set_timesteps(4)
-    with pytest.raises(ValueError, match=f"{flag} is only for steps in one kernel"):
+    with pytest.raises(ValueError, match=f"{flag} works in fused steps only"):
         fast.step(**call)
 
 

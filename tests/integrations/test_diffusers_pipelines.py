@@ -1,7 +1,8 @@
-"""Real pipelines of diffusers, small and with random weights: the same pictures with the scheduler replaced, in one line."""
+"""Real pipelines of diffusers, small, with random weights: our scheduler gives the same images."""
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -24,7 +25,7 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ddim_fast.integrations.diffusers import FastDDIMScheduler
+from ddim_fast.integrations.diffusers import FastDDIMInverseScheduler, FastDDIMParallelScheduler, FastDDIMScheduler
 
 SCHEDULER = {
     "beta_start": 0.00085,
@@ -186,6 +187,27 @@ def test_a_saved_pipeline_comes_back(parts, tmp_path):
     assert type(again.scheduler) is FastDDIMScheduler
     assert again.scheduler.config.explicit_pairs
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", [FastDDIMScheduler, FastDDIMParallelScheduler, FastDDIMInverseScheduler])
+def test_a_pipeline_that_was_saved_with_version_0_1_loads(parts, tmp_path, kind):
+    """Its ``model_index.json`` names the module that held the classes then."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline, _ = text_to_image(parts)
+        pipeline.save_pretrained(tmp_path)
+        index, config = tmp_path / "model_index.json", tmp_path / "scheduler" / "scheduler_config.json"
+        for file, changes in (
+            (index, {"scheduler": ["ddim_fast.integrations.diffusers", kind.__name__]}),
+            (config, {"_class_name": kind.__name__, "explicit_pairs": True}),
+        ):
+            file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        again = StableDiffusionPipeline.from_pretrained(tmp_path, tokenizer=None, local_files_only=True)
+    assert type(again.scheduler) is kind
+    assert again.scheduler.config.explicit_pairs
+    again.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "model_index.json").read_text())
+    assert saved["scheduler"] == ["ddim_fast.integrations.diffusers", kind.__name__]
 
 
 def test_the_example_of_the_documentation_runs():

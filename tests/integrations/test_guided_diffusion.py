@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddim_fast.integrations import guided_diffusion, steps_by_timestep
+from ddim_fast.integrations import guided_diffusion, rows_by_timestep
 from ddim_fast.integrations.guided_diffusion import FastDiffusion
 from ddim_fast.kernels.dispatch import ddim_step_from_table
 
@@ -408,9 +408,9 @@ def test_encoding_then_sampling_comes_back(width):
 @pytest.fixture
 def passes(monkeypatch):
     """The model outputs of every kernel pass."""
-    seen, step = [], steps_by_timestep.ddim_step
+    seen, step = [], rows_by_timestep.ddim_step
     monkeypatch.setattr(
-        steps_by_timestep, "ddim_step", lambda x, m, *args, **kwargs: seen.append(m) or step(x, m, *args, **kwargs)
+        rows_by_timestep, "ddim_step", lambda x, m, *args, **kwargs: seen.append(m) or step(x, m, *args, **kwargs)
     )
     return seen
 
@@ -456,7 +456,7 @@ def test_a_step_by_the_tables_that_a_gpu_reads(monkeypatch, mean):
         table = steps.table(t.device)
         return ddim_step_from_table(x_t, model_output, table, t, **tensors)
 
-    monkeypatch.setattr(steps_by_timestep.StepsByTimestep, "step", step)
+    monkeypatch.setattr(rows_by_timestep.RowsByTimestep, "step", step)
     diffusion = original(mean)
     x, t, fast, model = (
         draw(1),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ddim_fast.gpu_lab.fake_cuda import fake_cuda
-from ddim_fast.integrations import latent_diffusion, promotion
+from ddim_fast.integrations import dtype_promotion, latent_diffusion
 from ddim_fast.integrations.latent_diffusion import DDIMSampler, make_ddim_timesteps
 
 T = 60
@@ -336,8 +336,8 @@ def test_half_precision_becomes_float32_as_beside_float32_coefficients():
 @pytest.mark.parametrize(("quantize", "passes"), [(False, 1), (True, 2)])
 def test_kernel_passes_of_a_step(monkeypatch, quantize, passes):
     calls = []
-    step = promotion.ddim_step
-    monkeypatch.setattr(promotion, "ddim_step", lambda *a, **k: calls.append(1) or step(*a, **k))
+    step = dtype_promotion.ddim_step
+    monkeypatch.setattr(dtype_promotion, "ddim_step", lambda *a, **k: calls.append(1) or step(*a, **k))
     options = originals_name(GUIDED) | {"eta": 1.0, "quantize_x0": quantize, "noise_dropout": 0.1}
     DDIMSampler(Model()).sample(5, 2, SHAPE[1:], verbose=False, **options)
     assert len(calls) == 5 * passes

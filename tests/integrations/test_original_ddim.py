@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddim_fast.integrations import promotion
+from ddim_fast.integrations import dtype_promotion
 from ddim_fast.integrations.original_ddim import compute_alpha, ddpm_steps, generalized_steps
 
 BETAS = torch.linspace(1e-4, 0.09, 60)
@@ -137,8 +137,8 @@ def test_a_half_precision_output_beside_float32_is_read_as_it_is():
 
 def test_one_pass_a_step(monkeypatch):
     calls = []
-    step = promotion.ddim_step
-    monkeypatch.setattr(promotion, "ddim_step", lambda *a, **k: calls.append(1) or step(*a, **k))
+    step = dtype_promotion.ddim_step
+    monkeypatch.setattr(dtype_promotion, "ddim_step", lambda *a, **k: calls.append(1) or step(*a, **k))
     generalized_steps(random(0), range(0, 60, 10), wavy, BETAS, eta=1.0)
     assert len(calls) == 6
     ddpm_steps(random(0), range(0, 60, 10), wavy, BETAS)

@@ -6,7 +6,7 @@ import torch
 from paper import ddim_step_paper
 
 import ddim_fast as df
-from ddim_fast.integrations.steps_by_timestep import StepsByTimestep
+from ddim_fast.integrations.rows_by_timestep import RowsByTimestep
 from ddim_fast.plans.coefficients import ddim_coefficients
 
 ALPHA_BARS = np.linspace(0.999, 0.01, 10)
@@ -16,7 +16,7 @@ def steps(**options):
     def coefficients(t):
         return ddim_coefficients(ALPHA_BARS[t], 1.0 if t == 0 else ALPHA_BARS[t - 1], **options)
 
-    return StepsByTimestep(10, coefficients)
+    return RowsByTimestep(10, coefficients)
 
 
 @pytest.fixture

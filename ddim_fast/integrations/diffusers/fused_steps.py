@@ -1,0 +1,175 @@
+"""What all fast schedulers share: the timesteps, the fused step, and the forward process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.dispatch import ddim_step
+from ...kernels.thresholding import dynamic_thresholds
+from ...plans.coefficients import PREDICTION_TYPES
+from ...plans.timesteps import select_timesteps
+from ..rows_by_timestep import RowsByTimestep
+from .arguments import LeaveToOriginal, batch_of_timesteps, thresholding_options
+from .noise import NoiseArguments
+from .scheduler_rows import SchedulerRows
+from .traced_step import step_between_levels
+
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+
+
+class FusedSteps(SchedulerRows):
+    """A scheduler whose steps are fused; mixed in before the original class."""
+
+    _noisiest_first = True
+    """The order of ``timesteps``."""
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Set the timesteps as the original does.
+
+        With ``explicit_pairs`` they are always exactly ``num_inference_steps`` distinct ones.
+        """
+        config = self.config
+        if not config.explicit_pairs:
+            original: Any = super()
+            return original.set_timesteps(num_inference_steps, device)
+        timesteps = select_timesteps(
+            num_inference_steps,
+            config.num_train_timesteps,
+            config.timestep_spacing,
+            steps_offset=config.steps_offset,
+        )
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = torch.tensor(timesteps if self._noisiest_first else timesteps[::-1], device=device)
+        return None
+
+    def _refuse_what_the_original_ignores(self, *fields: str) -> None:
+        """Raise ValueError if one of these fields, which the original does not have, is on."""
+        for field in fields:
+            if getattr(self.config, field, False) and self.num_inference_steps is not None:
+                raise ValueError(
+                    f"{field} works in fused steps only, got a call that has no fused form: pass a timestep that is "
+                    "an int (or an int32 or int64 tensor without dimensions), floating-point tensors of one shape, "
+                    "noise of their dtype and eta as a float; no thresholding in float64 or with sample_max_value "
+                    "below 1, and no epsilon prediction at alpha_bar = 0. Or construct the scheduler with "
+                    f"{field}=False"
+                )
+
+    # --- The step -----------------------------------------------------------------------------------------------------
+
+    def _between_levels(
+        self,
+        model_output: Tensor,
+        t: int | Tensor,
+        sample: Tensor,
+        eta: float,
+        use_clipped_model_output: bool,
+        noise: NoiseArguments | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (prev_sample, pred_original_sample) of the step at ``t``.
+
+        Traced by ``torch.compile``, it is one operator. Where the operator cannot do it, the graph
+        breaks; a step that is differentiated is left to the original.
+        """
+        only_fused = ("explicit_pairs", "philox_noise", "thresholding")
+        if not _is_dynamo_compiling() or any(getattr(self.config, field, False) for field in only_fused):
+            rows = self._rows(self._sampling_row, eta, use_clipped_model_output)
+            return self._fused(rows, model_output, t, sample, noise)
+        return self._traced(model_output, t, sample, eta, use_clipped_model_output, noise)
+
+    def _fused(
+        self,
+        rows: RowsByTimestep,
+        model_output: Tensor,
+        t: int | Tensor,
+        sample: Tensor,
+        noise: NoiseArguments | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Take the step in one launch, or with dynamic thresholding in two."""
+        if isinstance(t, int):
+            self._check_visited(t)
+            if not 0 <= t < rows.num_timesteps:
+                raise LeaveToOriginal
+        row: Any = rows.row(t) if isinstance(t, int) else rows.table(t.device)
+        if sample.dtype != model_output.dtype:
+            sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
+        thresholds = None
+        if getattr(self.config, "thresholding", False):
+            ratio, maximum = thresholding_options(self.config, sample)
+            index = None if isinstance(t, int) else t.reshape(-1)
+            thresholds = dynamic_thresholds(sample, model_output, row, ratio, maximum, index=index)
+        # Where the model predicts x0 and nothing clips it, its output is x0.
+        predicts_x0 = self.config.prediction_type == "sample"
+        x0_out = None if predicts_x0 and not row.clipped else torch.empty_like(sample)
+        arguments = {} if noise is None else noise()  # last, after every check: it may draw from a generator
+        if isinstance(t, int):
+            prev_sample = ddim_step(
+                sample, model_output, row, thresholds=thresholds, noise_step=t, x0_out=x0_out, **arguments
+            )
+        else:
+            prev_sample = rows.step(sample, model_output, t, thresholds=thresholds, x0_out=x0_out, **arguments)
+        if x0_out is None:
+            return prev_sample, model_output
+        return prev_sample, x0_out.to(model_output.dtype) if predicts_x0 else x0_out
+
+    def _traced(
+        self,
+        model_output: Tensor,
+        t: int | Tensor,
+        sample: Tensor,
+        eta: float,
+        use_clipped_model_output: bool,
+        noise: NoiseArguments | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Take the step by the operator that looks the noise levels up when it runs."""
+        config = self.config
+        if torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad):
+            raise LeaveToOriginal
+        if (
+            type(t) is not int
+            or not 0 <= t < config.num_train_timesteps
+            or config.prediction_type not in PREDICTION_TYPES
+        ):
+            raise LeaveToOriginal
+        if sample.dtype != model_output.dtype:
+            sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
+        prev_sample, x0 = step_between_levels(
+            sample,
+            model_output,
+            None if noise is None else noise()["noise"],
+            self.alphas_cumprod,
+            getattr(self, self._clean_level),
+            *self._pair(t),
+            config.prediction_type,
+            self._clip_range(),
+            eta,
+            use_clipped_model_output,
+        )
+        if config.prediction_type != "sample":
+            return prev_sample, x0
+        return prev_sample, x0.to(model_output.dtype) if config.clip_sample else model_output
+
+    # --- The forward process ------------------------------------------------------------------------------------------
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noise samples (equation 4 of the DDIM paper) as the original does."""
+        try:
+            t = batch_of_timesteps(timesteps, original_samples, noise, len(self.alphas_cumprod))
+            dtype = torch.promote_types(original_samples.dtype, noise.dtype)
+            x0 = original_samples.to(dtype)
+            return self._rows(self._noising_row).step(x0, x0, t, noise=noise.to(dtype))
+        except LeaveToOriginal:
+            original: Any = super()
+            return original.add_noise(original_samples, noise, timesteps)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Compute the target of v-prediction (Salimans and Ho 2022) as the original does."""
+        try:
+            t = batch_of_timesteps(timesteps, sample, noise, len(self.alphas_cumprod))
+            dtype = torch.promote_types(sample.dtype, noise.dtype)
+            return self._rows(self._velocity_row).step(sample.to(dtype), noise.to(dtype), t)
+        except LeaveToOriginal:
+            original: Any = super()
+            return original.get_velocity(sample, noise, timesteps)

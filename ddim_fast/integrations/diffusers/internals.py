@@ -1,0 +1,33 @@
+"""The private names of diffusers and torch that the drop-ins use. Each has a public fallback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+COUNTS_WRITES = hasattr(Tensor, "_version")
+"""Whether torch counts the writes to a tensor.
+
+Saves keeping and comparing copies of the noise levels.
+"""
+
+
+def config_entry(scheduler: Any) -> tuple[dict[str, Any], str, Any] | None:
+    """Return (dictionary, key, value) of a scheduler's config, or None if it is kept elsewhere.
+
+    Saves a call of the property ``config`` in each step: C++ compares the
+    value with the one that the rows were computed from. The fallback reads the property, and each
+    step takes the general path.
+    """
+    attributes = vars(scheduler)
+    config = scheduler.config
+    return (attributes, "_internal_dict", config) if attributes.get("_internal_dict") is config else None
+
+
+def write_count(tensor: Tensor) -> int:
+    """Return how often a tensor has been written in place.
+
+    Only where ``COUNTS_WRITES``; inference tensors have no count.
+    """
+    return tensor._version

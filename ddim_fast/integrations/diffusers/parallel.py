@@ -1,0 +1,65 @@
+"""``DDIMParallelScheduler``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DDIMParallelScheduler
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.schedulers.scheduling_ddim_parallel import DDIMParallelSchedulerOutput
+from torch import Tensor
+
+from ...kernels.contract import StepCoefficients
+from .arguments import LeaveToOriginal, batch_of_timesteps
+from .config_fields import add_config_fields, check_flags
+from .sampling_step import SamplingSteps
+
+
+class FastDDIMParallelScheduler(SamplingSteps, DDIMParallelScheduler):
+    """``diffusers.DDIMParallelScheduler`` with its updates in one kernel.
+
+    Its arguments are those of ``FastDDIMScheduler``.
+    """
+
+    _output_kind = DDIMParallelSchedulerOutput
+    _compatibles = [*(kind.name for kind in KarrasDiffusionSchedulers), "DDIMParallelScheduler"]  # noqa: RUF012 (as in diffusers)
+
+    @add_config_fields(DDIMParallelScheduler)
+    def __init__(self, *args: Any, explicit_pairs: bool = False, philox_noise: bool = False, **kwargs: Any):
+        check_flags(explicit_pairs=explicit_pairs, philox_noise=philox_noise)
+        super().__init__(*args, **kwargs)
+
+    def batch_step_no_noise(
+        self,
+        model_output: Tensor,
+        timesteps: Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+    ) -> Tensor:
+        """Take the original's step of each sample's own timestep, without noise.
+
+        It always ends at alpha_bar = 1.
+        """
+        try:
+            if eta != 0 or self.num_inference_steps is None or self.config.thresholding:
+                raise LeaveToOriginal
+            t = batch_of_timesteps(timesteps, sample, model_output, len(self.alphas_cumprod))
+            # The original's coefficients are float32 tensors with dimensions here, so half
+            # precision is promoted.
+            dtype = torch.promote_types(
+                torch.promote_types(sample.dtype, model_output.dtype), self.alphas_cumprod.dtype
+            )
+            rows = self._rows(self._parallel_row, bool(use_clipped_model_output))
+            return rows.step(sample.to(dtype), model_output, t)
+        except LeaveToOriginal:
+            self._refuse_what_the_original_ignores("explicit_pairs")
+            return super().batch_step_no_noise(model_output, timesteps, sample, eta, use_clipped_model_output)
+
+    def _parallel_row(self, use_clipped_model_output: bool, t: int) -> StepCoefficients:
+        origin, target = self._pair(t)
+        alpha_bar_prev = self._alpha_bar(target) if target >= 0 else 1.0
+        return self._row_between(
+            self._alpha_bar(origin), alpha_bar_prev, use_clipped_model_output=use_clipped_model_output
+        )

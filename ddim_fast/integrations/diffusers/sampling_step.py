@@ -1,0 +1,92 @@
+"""``step`` of the schedulers that sample, from noise to data."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.cpu_step import plain_step
+from .arguments import LeaveToOriginal, check_tensors, single_timestep
+from .fused_steps import FusedSteps
+from .noise import GeneratorSeeds, NoiseArguments, noise_like_the_originals
+from .output import step_output
+
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+
+
+class SamplingSteps(FusedSteps):
+    """A scheduler that samples; mixed in before the original class."""
+
+    _output_kind: type
+    _row_fields = (*FusedSteps._row_fields, "thresholding")
+    _clean_level = "final_alpha_cumprod"
+    _generator_seeds: GeneratorSeeds | None = None
+
+    def _pair(self, t: int) -> tuple[int, int]:
+        visited = self._visited()
+        if t not in visited:
+            return t, t - self._stride()
+        return t, (*visited, -1)[visited.index(t) + 1]
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """Take the original's ``step`` in one pass (equation 12 of the DDIM paper).
+
+        Raises:
+            ValueError: ``eta`` asks for more noise than the step has room for; with
+                ``philox_noise``, there is no generator; with ``explicit_pairs``, the timestep is
+                not one of ``timesteps``. And the original's errors.
+        """
+        cache = None if _is_dynamo_compiling() else self._row_cache
+        if cache is not None and eta == 0 and use_clipped_model_output is False:
+            found = plain_step(sample, model_output, cache.plain, timestep, cache.values, cache.writes)
+            if found is not None:
+                return step_output(self._output_kind, found) if return_dict else found
+        try:
+            check_tensors(sample, model_output)
+            if not isinstance(eta, (int, float)) or not 0 <= eta < math.inf or self.num_inference_steps is None:
+                raise LeaveToOriginal
+            noise = self._noise(model_output, sample, generator, variance_noise) if eta > 0 else None
+            t = single_timestep(timestep)
+            found = self._between_levels(model_output, t, sample, float(eta), bool(use_clipped_model_output), noise)
+        except LeaveToOriginal:
+            draws = variance_noise is None and isinstance(eta, (Real, Tensor)) and eta > 0
+            self._refuse_what_the_original_ignores("explicit_pairs", *(["philox_noise"] if draws else []))
+            original: Any = super()
+            return original.step(
+                model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
+            )
+        if eta == 0 and use_clipped_model_output is False and type(t) is int and self._is_plain():
+            self._cache().plain[t] = self._rows(self._sampling_row, 0.0, False).row(t)
+        return step_output(self._output_kind, found) if return_dict else found
+
+    def _is_plain(self) -> bool:
+        """Return whether a step needs nothing but its row.
+
+        Then the next one at this timestep can take the short path.
+        """
+        if _is_dynamo_compiling() or not self._cache().allows_short_path:
+            return False
+        return not self.config.thresholding and self.config.prediction_type != "sample"
+
+    def _noise(
+        self, model_output: Tensor, sample: Tensor, generator: Any, variance_noise: Tensor | None
+    ) -> NoiseArguments:
+        if variance_noise is None and self.config.philox_noise:
+            if self._generator_seeds is None:
+                self._generator_seeds = GeneratorSeeds()
+            return self._generator_seeds.arguments(generator, sample)
+        return noise_like_the_originals(model_output, sample, generator, variance_noise)

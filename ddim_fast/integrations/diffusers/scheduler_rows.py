@@ -1,0 +1,127 @@
+"""The noise levels and pairs of timesteps of a scheduler, and the rows computed from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ...kernels.contract import StepCoefficients
+from ...plans.coefficients import (
+    PREDICTION_TYPES,
+    ddim_coefficients,
+    noising_coefficients,
+    variance_with_room,
+    velocity_coefficients,
+)
+from ..rows_by_timestep import RowsByTimestep, cached_rows
+from .arguments import LeaveToOriginal
+from .row_cache import RowCache
+
+
+class SchedulerRows:
+    """The rows of a scheduler, recomputed when what they depend on has changed.
+
+    After construction, pipelines still write to a scheduler: to its config, ``alphas_cumprod`` and
+    ``timesteps``.
+    """
+
+    config: Any
+    num_inference_steps: int | None
+    timesteps: Tensor
+    alphas_cumprod: Tensor
+
+    _row_fields: tuple[str, ...] = (
+        "num_train_timesteps",
+        "prediction_type",
+        "clip_sample",
+        "clip_sample_range",
+        "explicit_pairs",
+    )
+    """The fields of the config that rows depend on."""
+    _clean_level: str
+    """The attribute that holds alpha_bar of clean data: of a timestep below 0."""
+    _row_cache: RowCache | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the rows, which are computed from this scheduler: a copy computes its own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_row_cache", "_generator_seeds")}
+
+    # --- Timesteps and noise levels -----------------------------------------------------------------------------------
+
+    def _pair(self, t: int) -> tuple[int, int]:
+        """Return the timesteps (from, to) of the step at ``t``; one below 0 is clean data."""
+        raise NotImplementedError
+
+    def _valid_cache(self) -> RowCache:
+        cache = self._row_cache
+        if cache is None or not cache.is_valid():
+            cache = self._row_cache = RowCache(self, self._row_fields, self._clean_level)
+        return cache
+
+    def _cache(self) -> RowCache:
+        """Return the cache that ``_valid_cache`` has just checked."""
+        assert self._row_cache is not None
+        return self._row_cache
+
+    def _alpha_bar(self, t: int) -> float:
+        return self._cache().alpha_bars[t] if t >= 0 else self._cache().alpha_bar_outside
+
+    def _visited(self) -> tuple[int, ...]:
+        """Return the timesteps from the noisiest to the cleanest, where pairs are explicit."""
+        return self._cache().visited if self.config.explicit_pairs else ()
+
+    def _check_visited(self, t: int) -> None:
+        if self.config.explicit_pairs and t not in self._cache().visited:
+            raise ValueError(
+                f"with explicit_pairs a timestep must be one of scheduler.timesteps, got {t}: set_timesteps sets them"
+            )
+
+    def _stride(self) -> int:
+        assert self.num_inference_steps is not None
+        return self.config.num_train_timesteps // self.num_inference_steps
+
+    def _clip_range(self) -> float | None:
+        """Return what x0 is clipped to. (Dynamic thresholding always scales to [-1, 1].)"""
+        config = self.config
+        if getattr(config, "thresholding", False):
+            return 1.0
+        return float(config.clip_sample_range) if config.clip_sample else None
+
+    # --- Rows ---------------------------------------------------------------------------------------------------------
+
+    def _rows(self, row: Callable[..., StepCoefficients], *options: Any) -> RowsByTimestep:
+        """Return the rows ``row(*options, t)`` by timestep; ``row`` is a method of this object."""
+        cache = self._valid_cache()
+        return cached_rows(cache.rows, (row.__name__, options), len(cache.alpha_bars), partial(row, *options))
+
+    def _sampling_row(self, eta: float, use_clipped_model_output: bool, t: int) -> StepCoefficients:
+        alpha_bar_t, alpha_bar_prev = map(self._alpha_bar, self._pair(t))
+        try:
+            variance = variance_with_room(alpha_bar_t, alpha_bar_prev, eta, f"at timestep {t}")
+        except ZeroDivisionError:
+            raise LeaveToOriginal from None
+        return self._row_between(
+            alpha_bar_t, alpha_bar_prev, variance=variance, use_clipped_model_output=use_clipped_model_output
+        )
+
+    def _row_between(self, alpha_bar_t: float, alpha_bar_prev: float, **options: Any) -> StepCoefficients:
+        try:
+            return ddim_coefficients(
+                alpha_bar_t,
+                alpha_bar_prev,
+                PREDICTION_TYPES[self.config.prediction_type](alpha_bar_t),
+                clip_sample_range=self._clip_range(),
+                **options,
+            )
+        except (KeyError, TypeError, ValueError):
+            # A prediction without a row: the original handles it in its own way.
+            raise LeaveToOriginal from None
+
+    def _noising_row(self, t: int) -> StepCoefficients:
+        return noising_coefficients(self._alpha_bar(t))
+
+    def _velocity_row(self, t: int) -> StepCoefficients:
+        return velocity_coefficients(self._alpha_bar(t))
