@@ -1,4 +1,7 @@
-"""What a drop-in saves: diffusers' step with everything it does, and a pipeline of 50 steps, with the original and with ours."""
+"""What a drop-in saves: a whole call of diffusers' step, and a pipeline of 50 steps.
+
+Both with the original scheduler and with ours.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def _without_gradients():
 def steps(
     shape: tuple[int, ...], config: dict[str, Any], eta: float, return_dict: bool
 ) -> dict[str, Callable[[], Any]]:
-    """The step of each scheduler, as a pipeline calls it: its timestep is one of the tensor ``timesteps``."""
+    """Return the step of each scheduler, called as in a pipeline, by a tensor timestep."""
     torch.manual_seed(0)
     x, m = torch.randn(shape), torch.randn(shape)
     found = {}
@@ -72,7 +75,7 @@ def test_step_of_the_drop_in(measure, benchmark, show, shape, config, return_dic
 
 
 def test_pipeline_of_50_steps(measure, benchmark, show):
-    """A U-Net as small as one can be, so that the scheduler's share of the time is as large as it can be."""
+    """The U-Net is as small as possible, and so the scheduler's share of the time large."""
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
