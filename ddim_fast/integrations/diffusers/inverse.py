@@ -50,5 +50,6 @@ class FastDDIMInverseScheduler(FusedSteps, DDIMInverseScheduler):
             found = self._between_levels(model_output, single_timestep(timestep), sample, 0.0, False)
         except LeaveToOriginal:
             self._refuse_what_the_original_ignores("explicit_pairs")
-            return super().step(model_output, timestep, sample, return_dict)
+            original: Any = super()
+            return original.step(model_output, timestep, sample, return_dict)
         return step_output(DDIMSchedulerOutput, found) if return_dict else found

@@ -37,7 +37,8 @@ class RowCache:
             *((vars(config), name, getattr(config, name)) for name in config_fields),
         )
         """(dictionary, key, value): each dictionary must still hold that very value."""
-        written = [t for t in (levels, outside, scheduler.timesteps if explicit_pairs else None) if _counts_writes(t)]
+        read: list[Any] = [levels, outside, *([scheduler.timesteps] if explicit_pairs else [])]
+        written = [t for t in read if isinstance(t, Tensor) and not t.is_inference()]  # those that count their writes
         self.writes = tuple((t, internals.write_count(t)) for t in written) if internals.COUNTS_WRITES else ()
         """(tensor, count): each tensor must have been written that often."""
         self._copies = [] if internals.COUNTS_WRITES else [(t, t.clone()) for t in written]
@@ -58,7 +59,3 @@ class RowCache:
             and all(internals.write_count(tensor) == count for tensor, count in self.writes)
             and all(torch.equal(tensor, copy) for tensor, copy in self._copies)
         )
-
-
-def _counts_writes(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.is_inference()
