@@ -1,4 +1,6 @@
-"""Drop-ins for the samplers of other libraries: each translates that library's names, looks up noise levels, and calls the step.
+"""Drop-ins for the samplers of other libraries.
 
-None of them is imported with ``ddim_fast``, nor imports the library it stands in for, but ``diffusers``, whose classes it extends.
+Each one translates its library's names, looks up noise levels, and calls the step. ``import
+ddim_fast`` imports none of them, and only ``diffusers``, whose classes it extends, imports the
+library that it replaces.
 """

@@ -1,11 +1,11 @@
-"""azula: its ``DDIMSampler`` with one fused step per time.
+"""azula's ``DDIMSampler`` with one fused step per time.
 
-from ddim_fast.integrations.azula import FastDDIMSampler
+    from ddim_fast.integrations.azula import FastDDIMSampler
 
-sampler = FastDDIMSampler(denoiser, eta=0.5, steps=64)  # was: azula.sample.DDIMSampler
+    sampler = FastDDIMSampler(denoiser, eta=0.5, steps=64)  # was: azula.sample.DDIMSampler
 
-Works on azula's denoisers and schedules, which it does not import: a denoiser is called as ``denoiser(x_t, t, **kwargs).mean`` and has
-``schedule(t) -> (alpha_t, sigma_t)``.
+Works with azula's denoisers and schedules without importing azula: a denoiser is called as
+``denoiser(x_t, t, **kwargs).mean`` and has ``schedule(t) -> (alpha_t, sigma_t)``.
 """
 
 from __future__ import annotations
@@ -21,18 +21,23 @@ from tqdm import tqdm
 from ..kernels.contract import StepCoefficients
 from ..kernels.dispatch import ddim_step
 from ..plans.coefficients import check_eta, mean_coefficients
+from ..utils.checks import check_integer, refuse
 
 
 class FastDDIMSampler:
-    """``azula.sample.DDIMSampler``, for any schedule: x_t = alpha_t x + sigma_t z need not keep the variance.
+    """``azula.sample.DDIMSampler`` with fused steps, for any schedule x_t = alpha_t x + sigma_t z.
+
+    The schedule need not be variance preserving.
 
     Args:
         denoiser: azula's, or anything with its interface. It predicts the mean of x given x_t.
-        eta: 0 is deterministic; 1 is DDPM's noise. It scales the variance (azula's convention); eta tau is held within [0, 1].
+        eta: 0 is deterministic; 1 adds as much noise as DDPM. It scales the variance (azula's
+            convention); eta tau is clipped to [0, 1].
         start, stop: the first and the last time.
-        steps: S, the number of steps; times are at equal distances.
+        steps: S, the number of steps; times are evenly spaced.
         silent: show no progress bar.
-        dtype, device: of the times. In float64, so is the schedule; by default it is rounded to torch's default dtype, as azula's is.
+        dtype, device: of the times. The schedule is computed in this dtype; by default in torch's
+            default dtype, as azula does.
 
     Raises:
         TypeError, ValueError: the denoiser has no such interface, or an argument is out of range.
@@ -56,57 +61,58 @@ class FastDDIMSampler:
                 f"got {type(denoiser).__name__}: use one of azula.denoise"
             )
         check_eta(eta)
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be an integer, 1 or more, got {steps!r}")
         self.denoiser = denoiser
         self.eta = eta
         self.start = start
         self.stop = stop
-        self.steps = steps
+        self.steps = check_integer("steps", steps, at_least=1)
         self.silent = silent
         self.dtype = dtype
         self.device = device
 
     @property
     def timesteps(self) -> Tensor:
-        """``(S + 1,)``: the times, from ``start`` to ``stop``."""
+        """The times ``(S + 1,)``, from ``start`` to ``stop``."""
         return torch.linspace(self.start, self.stop, self.steps + 1, dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
     def init(
         self, shape: Sequence[int], mean: float | Tensor = 0.0, var: float | Tensor = 1.0, **kwargs: Any
     ) -> Tensor:
-        """Noise to start from, of x with this mean and variance at the first time: N(alpha mean, alpha^2 var + sigma^2).
+        """Draw the noisy samples to start from.
+
+        N(alpha mean, alpha^2 var + sigma^2) at the first time.
 
         Args:
             shape: of the samples.
-            mean, var: numbers, or tensors that expand to ``shape``.
+            mean, var: of x; numbers, or tensors that expand to ``shape``.
             kwargs: passed to ``Tensor.to``, for instance ``device="cuda"``.
 
         Returns:
             x_t ``shape``.
         """
         alpha, sigma = (scale.to(**kwargs) for scale in self.denoiser.schedule(self.timesteps[0]))
-        mean, std_dev = alpha * mean, torch.sqrt(alpha**2 * var + sigma**2)
-        mean, std_dev = mean.expand(shape), std_dev.expand(shape)
-        return mean + std_dev * torch.randn_like(mean)
+        std_dev = torch.sqrt(alpha**2 * var + sigma**2)
+        mean_t = (alpha * mean).expand(shape)
+        return mean_t + std_dev.expand(shape) * torch.randn_like(mean_t)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """All steps, from the first time to the last.
+        """Take all steps, from the first time to the last.
 
-        The schedule is asked for all times before the first step, so that none waits for the device. The ``step`` of a subclass is used
-        where it has one.
+        The schedule is evaluated at all times before the first step, so that no step waits for the
+        device. If a subclass overrides ``step``, its ``step`` is called.
 
         Args:
-            x: noisy samples at the first time; it is not changed. What ``init`` returns.
+            x: noisy samples at the first time, as ``init`` returns them; not changed.
             kwargs: passed to the denoiser.
 
         Returns:
-            Samples at the last time, of the shape of ``x``, and its dtype or that of the denoiser's mean, whichever is wider.
+            Samples at the last time, in the shape of ``x``; their dtype is that of ``x`` or of the
+            denoiser's mean, whichever is wider.
 
         Raises:
-            TypeError, ValueError: a step is not possible; nothing has been computed.
+            TypeError, ValueError: a step is impossible; nothing has been computed.
         """
         times = self.timesteps.to(device=x.device).unbind()
         rows = _rows(self.denoiser.schedule, times, self.eta)
@@ -116,7 +122,9 @@ class FastDDIMSampler:
         return x
 
     def step(self, x_t: Tensor, t: Tensor, s: Tensor, **kwargs: Any) -> Tensor:
-        """One step, from time ``t`` to time ``s``. Reads the schedule's values, and on a GPU waits for them.
+        """Take one step, from time ``t`` to time ``s``.
+
+        Reads the values of the schedule, and on a GPU waits for them.
 
         Args:
             x_t: the noisy samples at ``t``; not changed.
@@ -124,15 +132,18 @@ class FastDDIMSampler:
             kwargs: passed to the denoiser.
 
         Returns:
-            x_s ``(B, ...)``; as ``__call__``. Differentiable.
+            x_s ``(B, ...)``, in the dtype that ``__call__`` returns. Differentiable.
 
         Raises:
-            TypeError, ValueError: as ``ddim_step``; a time is not one number; there is no such step; the mean has another shape.
+            TypeError, ValueError: as ``ddim_step``; a time is not one number; there is no such
+                step; the mean has another shape.
         """
         for name, time in {"t": t, "s": s}.items():
             if not isinstance(time, Tensor) or time.ndim:
-                raise ValueError(
-                    f"{name} must be a tensor that holds one number, got {time!r:.80}: step samples at different times apart"
+                refuse(
+                    f"{name} must be a tensor without dimensions",
+                    time,
+                    "take samples that are at different times in separate steps",
                 )
         (row,) = _rows(self.denoiser.schedule, (t, s), self.eta)
         return self._step(x_t, t, row, kwargs)
@@ -144,15 +155,15 @@ class FastDDIMSampler:
                 f"the denoiser's mean must be a tensor of the shape of x_t, {tuple(x_t.shape)}, got "
                 f"{tuple(mean.shape) if isinstance(mean, Tensor) else type(mean).__name__}: expand it"
             )
-        # Also where the row adds none: the generator is to be left as azula leaves it.
+        # Drawn even where the row adds none, so that the generator advances as in azula.
         noise = torch.randn_like(x_t)
         dtype = torch.promote_types(x_t.dtype, mean.dtype)
-        # Laid out as azula's result: the next noise is drawn in the order of its memory.
+        # In the memory layout of azula's result, in whose order the next noise is drawn.
         out = torch.empty_like(mean, dtype=dtype)
         return ddim_step(x_t.to(dtype), mean, row, noise=noise.to(dtype), out=out)
 
     def progress_bar(self, it: Iterable[Any]) -> Iterable[Any]:
-        """azula's progress bar over ``it``, unless ``silent``."""
+        """Return ``it`` with azula's progress bar, unless ``silent``."""
         it = it.unbind() if isinstance(it, Tensor) else it
         return it if self.silent else tqdm(it, miniters=1, unit="step", ncols=79, ascii=True)
 
@@ -160,10 +171,10 @@ class FastDDIMSampler:
 def _rows(
     schedule: Callable[[Tensor], tuple[Tensor, Tensor]], times: Sequence[Tensor], eta: float
 ) -> list[StepCoefficients]:
-    """The steps between times that follow one another."""
+    """Return the row of each step, from each of ``times`` to the next."""
     check_eta(eta)
-    # Each time by itself, as azula asks: for several at once, the last digit may be another.
+    # One time per call, as in azula: a call for several may differ in the last digit.
     scales = [scale.detach().double().reshape(()) for time in times for scale in schedule(time)]
-    numbers = torch.stack(scales).tolist()  # the one wait for the device
+    numbers = torch.stack(scales).tolist()  # the only wait for the device
     levels = zip(numbers[::2], numbers[1::2], strict=True)
     return [mean_coefficients(*at_t, *at_s, eta) for at_t, at_s in pairwise(levels)]

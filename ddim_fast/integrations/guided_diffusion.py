@@ -1,7 +1,7 @@
 """DDIM of guided-diffusion and improved-diffusion (OpenAI) with the update in one kernel.
 
-``diffusion = FastDiffusion(diffusion)`` is the whole change. The original object is wrapped, never imported: its methods, names, order of
-arguments and random numbers stay what they were.
+``diffusion = FastDiffusion(diffusion)`` is the whole change. It wraps the original object, whose
+library is not imported; method names, argument order and random numbers stay the same.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..kernels.contract import StepCoefficients
-from ..plans.coefficients import check_eta, ddim_coefficients, previous_x_prediction, variance_with_room
+from ..plans.coefficients import Prediction, check_eta, ddim_coefficients, previous_x_prediction, variance_with_room
 from .dtype_promotion import promoted_dtype
-from .rows_by_timestep import RowsByTimestep
+from .rows_by_timestep import RowsByTimestep, cached_rows
 
 _PREVIOUS_X = "previous_x"
 _PREDICTIONS = {"PREVIOUS_X": _PREVIOUS_X, "START_X": "sample", "EPSILON": "epsilon"}
@@ -38,25 +38,26 @@ _REPLACED = (
     "ddim_sample_loop",
     "ddim_sample_loop_progressive",
 )
-"""Methods of the originals that are not called any more: their work is done here."""
-
-_MOST_CACHED = 64
+"""Methods of the originals that are not called any more: this class computes the same."""
 
 
 class FastDiffusion:
-    """A ``GaussianDiffusion`` or ``SpacedDiffusion`` whose DDIM runs as fused steps. Everything else is the original's own.
+    """A ``GaussianDiffusion`` or ``SpacedDiffusion`` whose DDIM runs as fused steps.
 
-    A step is one kernel pass, which makes ``sample`` and ``pred_xstart`` together; a ``denoised_fn`` takes a second one (none for
-    START_X), a ``cond_fn`` another. Noise is drawn by ``torch.randn_like`` where the original draws it, needed or not, so that a seeded
-    run gives the same pictures and leaves the same random state.
+    Every other method and attribute is the original's. A step is one kernel pass, which computes
+    ``sample`` and ``pred_xstart`` together; a ``denoised_fn`` takes a second one (none for
+    START_X), a ``cond_fn`` another. Noise is drawn by ``torch.randn_like`` where the original draws
+    it, needed or not, so a seeded run gives the same images and leaves the same random state.
 
     Args:
-        diffusion: an object of guided-diffusion or improved-diffusion, or with their attributes. Its noise levels and types are read now:
-            they should not be changed later.
+        diffusion: an object of guided-diffusion or improved-diffusion, or one with their
+            attributes. Its noise levels and types are read at construction: later changes have no
+            effect.
 
     Raises:
-        TypeError: ``diffusion`` has no such attributes, or methods with other arguments.
-        ValueError: it has noise levels or types that DDIM has no formula for, or methods of its own in place of those taken over.
+        TypeError: ``diffusion`` lacks these attributes, or its methods have other arguments.
+        ValueError: DDIM has no formula for its noise levels or types, or it overrides a method that
+            is replaced here.
     """
 
     def __init__(self, diffusion: Any):
@@ -77,11 +78,11 @@ class FastDiffusion:
                 f"alphas_cumprod must decrease strictly from below 1 and not below 0, got {self._alpha_bars}: "
                 "make the diffusion from betas between 0 and 1"
             )
-        # The noisiest timestep is the one that may say nothing of x0.
+        # An error comes here where the noisiest timestep does not determine x0.
         self._steps(self._prediction, "prev").row(len(self._alpha_bars) - 1)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "diffusion":  # not there yet, while this object is being copied or unpickled
+        if name == "diffusion":  # not set yet, while this object is copied or unpickled
             raise AttributeError(name)
         return getattr(self.diffusion, name)
 
@@ -96,30 +97,37 @@ class FastDiffusion:
         model_kwargs: Mapping[str, Any] | None = None,
         eta: float = 0.0,
     ) -> dict[str, Tensor]:
-        """x_{t-1} from x_t (equation 12 of the DDIM paper, arXiv 2010.02502), with eps derived from the x0 that was clipped.
+        """Compute x_{t-1} from x_t (equation 12 of arXiv 2010.02502).
 
-        Gradients are recorded where the caller's mode says so, as in the original; PyTorch then computes the step.
+        eps is recomputed from the clipped x0.
+
+        Gradients are recorded in the caller's mode, as in the original; PyTorch then computes the
+        step.
 
         Args:
-            model: ``model(x, timesteps, **model_kwargs)``: ``(B, C, ...)``, or ``(B, 2 C, ...)`` where the variance is learned, of which
-                the second half is not read. Timesteps are mapped and scaled as the original does.
-            x: ``(B, C, ...)``, any floating dtype.
+            model: ``model(x, timesteps, **model_kwargs)`` returns ``(B, C, ...)``, or with a
+                learned variance ``(B, 2 C, ...)``, whose second half is not read. Timesteps are
+                mapped and scaled as in the original.
+            x: ``(B, C, ...)``, of any floating-point dtype.
             t: ``(B,)`` integers, 0 to ``num_timesteps`` - 1: the timestep of each sample.
             clip_denoised: clip x0 to [-1, 1].
             denoised_fn: applied to x0 before it is clipped.
-            cond_fn: ``cond_fn(x, timesteps, **model_kwargs)``, the gradient of log p(y | x): added to the score, after clipping, by
-                algorithm 2 of arXiv 2105.05233. Works for improved-diffusion, too, which has no such argument.
-            eta: 0 is deterministic, 1 adds the noise of DDPM.
+            cond_fn: ``cond_fn(x, timesteps, **model_kwargs)`` returns the gradient of log p(y | x),
+                which is added to the score after clipping (algorithm 2 of arXiv 2105.05233). It
+                also works for improved-diffusion, which has no such argument.
+            eta: 0 is deterministic, 1 adds as much noise as DDPM.
 
         Returns:
-            ``sample`` and ``pred_xstart``, new tensors like ``x``; float32 where ``x`` is in half precision, as in the original.
+            ``sample`` and ``pred_xstart``, new tensors like ``x``; float32 if ``x`` is in half
+            precision, as in the original.
 
         Raises:
-            TypeError, ValueError: an argument breaks a rule; or what ``model``, ``denoised_fn`` or ``cond_fn`` returned does.
+            TypeError, ValueError: an argument is wrong, or what ``model``, ``denoised_fn`` or
+                ``cond_fn`` returned.
         """
         at = _timesteps(t, x)
         steps = self._last_pass("prev", clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
-        _make_rows(steps, at)
+        _compute_rows(steps, at)
         return self._step("prev", steps, model, x, t, at, clip_denoised, denoised_fn, cond_fn, model_kwargs)
 
     def ddim_reverse_sample(
@@ -132,14 +140,15 @@ class FastDiffusion:
         model_kwargs: Mapping[str, Any] | None = None,
         eta: float = 0.0,
     ) -> dict[str, Tensor]:
-        """x_{t+1} from x_t (equation 14 of the DDIM paper). The last timestep goes to alpha_bar = 0, where there is nothing but eps.
+        """Compute x_{t+1} from x_t (equation 14 of arXiv 2010.02502).
 
-        Arguments, result and errors are those of ``ddim_sample``; ``eta`` must be 0.
+        The last timestep steps to alpha_bar = 0, where the sample is eps. The arguments, result and
+        errors are those of ``ddim_sample``; ``eta`` must be 0.
         """
         at = _timesteps(t, x)
         _check_deterministic(eta)
         steps = self._last_pass("next", clip_denoised, denoised_fn, None, model_kwargs)
-        _make_rows(steps, at)
+        _compute_rows(steps, at)
         return self._step("next", steps, model, x, t, at, clip_denoised, denoised_fn, None, model_kwargs)
 
     def ddim_sample_loop(
@@ -155,12 +164,14 @@ class FastDiffusion:
         progress: bool = False,
         eta: float = 0.0,
     ) -> Tensor:
-        """Samples from noise: ``ddim_sample`` at every timestep, the noisiest first, without gradients.
+        """Sample from noise, without gradients.
+
+        ``ddim_sample`` at every timestep, the noisiest first.
 
         Args:
             shape: ``(B, C, ...)``, a tuple or a list.
-            noise: x_T of that shape, not changed; ``torch.randn(*shape)`` if none.
-            device: where samples are made; the model's parameters' if none.
+            noise: x_T of that shape, not changed; ``torch.randn(*shape)`` if None.
+            device: of the samples; that of the model's parameters if None.
             progress: show a bar.
 
         The other arguments and the errors are those of ``ddim_sample``.
@@ -187,11 +198,14 @@ class FastDiffusion:
         progress: bool = False,
         eta: float = 0.0,
     ) -> Iterator[dict[str, Tensor]]:
-        """``ddim_sample_loop`` that yields what ``ddim_sample`` returns at each timestep. A ``sample`` replaced there is gone on from."""
+        """Run ``ddim_sample_loop``, yielding what ``ddim_sample`` returns at each timestep.
+
+        If the caller replaces ``sample`` in the dict, the next step starts from that.
+        """
         device = _check_start(model, shape, noise, device)
         steps = self._last_pass("prev", clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
         timesteps = range(len(self._alpha_bars))[::-1]
-        for i in timesteps:  # all of them, lest an error wait for the last
+        for i in timesteps:  # all of them now, so that no error comes in the middle of a run
             steps.row(i)
         options = (clip_denoised, denoised_fn, cond_fn, model_kwargs)
 
@@ -211,10 +225,11 @@ class FastDiffusion:
         progress: bool = False,
         eta: float = 0.0,
     ) -> Tensor:
-        """Encode: from clean samples ``x`` to the noise that ``ddim_sample_loop`` makes them from. The originals have no such loop.
+        """Encode clean samples ``x`` to the noise from which ``ddim_sample_loop`` generates them.
 
-        ``ddim_reverse_sample`` at every timestep but the last, the cleanest first: a clean sample is taken for one at the first noise
-        level, and the result is at the last one, where ``ddim_sample_loop`` begins.
+        The originals have no such loop: ``ddim_reverse_sample`` at every timestep but the last, the
+        cleanest first. A clean sample counts as one at the first noise level, and the result is at
+        the last one, where ``ddim_sample_loop`` begins.
 
         Args:
             x: ``(B, C, ...)``, not changed.
@@ -238,13 +253,15 @@ class FastDiffusion:
         progress: bool = False,
         eta: float = 0.0,
     ) -> Iterator[dict[str, Tensor]]:
-        """``ddim_reverse_sample_loop`` that yields what ``ddim_reverse_sample`` returns at each timestep."""
+        """Run ``ddim_reverse_sample_loop``, yielding the dict of each timestep."""
         _check_samples(x)
         _check_deterministic(eta)
         steps = self._last_pass("next", clip_denoised, denoised_fn, None, model_kwargs)
         timesteps = range(len(self._alpha_bars) - 1)
         if not timesteps:
-            raise ValueError("encoding goes from a timestep to the next, got a diffusion with one: keep at least two")
+            raise ValueError(
+                "encoding steps from a timestep to the next, got a diffusion with one timestep: keep at least two"
+            )
         options = (clip_denoised, denoised_fn, None, model_kwargs)
         return self._loop("next", steps, timesteps, model, x, options, progress)
 
@@ -259,8 +276,9 @@ class FastDiffusion:
         progress: bool,
     ) -> Iterator[dict[str, Tensor]]:
         for i in tqdm(timesteps) if progress else timesteps:
-            with torch.no_grad():  # left before the yield: the caller's mode is the caller's
-                # The model reads timesteps on the device, the step a row on the host: nothing waits.
+            with torch.no_grad():  # ends before the yield: the caller's code runs in its own mode
+                # The model reads timesteps on the device, the step reads a row on the host: nothing
+                # waits.
                 t = torch.full((len(x),), i, device=x.device)
                 out = self._step(target, steps, model, x, t, i, *options)
             yield out
@@ -275,7 +293,11 @@ class FastDiffusion:
         model_kwargs: Mapping[str, Any] | None,
         eta: float = 0.0,
     ) -> RowsByTimestep:
-        """Check these arguments; the rows of the pass that makes the sample: from eps with guidance, else from x0 if it was denoised."""
+        """Check these arguments; return the rows of the pass that computes the sample.
+
+        It starts from eps with a ``cond_fn``, from x0 with a ``denoised_fn`` only, else from the
+        model's output.
+        """
         check_eta(eta)
         _check_callable("denoised_fn", denoised_fn)
         _check_callable("cond_fn", cond_fn)
@@ -320,7 +342,7 @@ class FastDiffusion:
     def _model_output(
         self, model: Callable[..., Tensor], x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None
     ) -> Tensor:
-        """What the model predicts: the first half of its channels, as a view, where the second is a learned variance."""
+        """Return the model's prediction. Learned-variance channels are ignored, without a copy."""
         channels = x.shape[1]
         shape = (len(x), 2 * channels, *x.shape[2:]) if self._learns_variance else x.shape
         remedy = f" (model_var_type {self.diffusion.model_var_type})"
@@ -329,7 +351,7 @@ class FastDiffusion:
     def _call(
         self, function: Callable[..., Tensor], x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None
     ) -> Any:
-        """``function`` at the timesteps that the original gives it: respaced by its wrapper, or scaled."""
+        """Call ``function`` at the original's timesteps: respaced by its wrapper, or scaled."""
         wrap = getattr(self.diffusion, "_wrap_model", None)
         scale = getattr(self.diffusion, "_scale_timesteps", None)
         function = function if wrap is None else wrap(function)
@@ -337,24 +359,25 @@ class FastDiffusion:
 
     def _steps(self, prediction: str, target: str, eta: float = 0.0, clip: bool = False) -> RowsByTimestep:
         key = (prediction, target, eta, clip)
-        if key not in self._cached:
-            if len(self._cached) >= _MOST_CACHED:  # somebody sweeps over eta
-                self._cached.clear()
-            self._cached[key] = RowsByTimestep(len(self._alpha_bars), partial(self._row, *key))
-        return self._cached[key]
+        return cached_rows(self._cached, key, len(self._alpha_bars), partial(self._row, *key))
 
     def _row(self, prediction: str, target: str, eta: float, clip: bool, t: int) -> StepCoefficients:
-        """The step from timestep ``t`` to the level ``target``; to "x0" and to "eps" it is the step to no noise, and to nothing else."""
+        """Return the row of the step from ``t`` to the level ``target``.
+
+        "x0" is the level of clean data, "eps" that of pure noise.
+        """
         alpha_bar_t, alpha_bar_target = float(self._alpha_bars[t]), float(self._targets[target][t])
+        meaning: str | Prediction = prediction
         if prediction == _PREVIOUS_X:
-            prediction = previous_x_prediction(alpha_bar_t, float(self._targets["prev"][t]))
+            meaning = previous_x_prediction(alpha_bar_t, float(self._targets["prev"][t]))
         variance = variance_with_room(alpha_bar_t, alpha_bar_target, eta, f"at timestep {t}")
         return ddim_coefficients(
             alpha_bar_t,
             alpha_bar_target,
-            prediction,
+            meaning,
             variance=variance,
-            # There, cond_fn's gradient is read in the place of the noise: eps - sqrt(1 - alpha_bar_t) * gradient.
+            # There, the gradient of cond_fn is read instead of noise:
+            # eps - sqrt(1 - alpha_bar_t) * gradient.
             std_dev_added=-math.sqrt(1 - alpha_bar_t) if target == "eps" else None,
             clip_sample_range=1.0 if clip else None,
             use_clipped_model_output=clip,
@@ -387,13 +410,13 @@ def _levels(diffusion: Any, name: str) -> np.ndarray:
 
 
 def _check_unchanged(diffusion: Any) -> None:
-    """Refuse a diffusion that does something else in the methods taken over: it would be ignored."""
+    """Refuse a diffusion that overrides a method replaced here: its version would be ignored."""
     for name in _REPLACED:
         owner = next((cls.__name__ for cls in type(diffusion).__mro__ if name in vars(cls)), None)
         if owner not in (*_ORIGINALS, None) or name in getattr(diffusion, "__dict__", {}):
             raise ValueError(
-                f"{name} is computed by fused steps and must be the original's, got one of {type(diffusion).__name__}'s own, "
-                "which would be ignored: wrap a diffusion without it"
+                f"{name} is replaced by fused steps and must be the original's, got an override in "
+                f"{type(diffusion).__name__}, which would be ignored: wrap a diffusion without it"
             )
     for name in ("ddim_sample", "ddim_sample_loop"):
         if hasattr(diffusion, name):
@@ -406,17 +429,17 @@ def _check_unchanged(diffusion: Any) -> None:
                 )
 
 
-def _check_samples(x: object) -> None:
+def _check_samples(x: Any) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(
-            f"x must be a floating point torch.Tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
+            f"x must be a floating-point torch.Tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
         )
     if x.ndim < 2:
         raise ValueError(f"x must have a batch and a channel dimension, (B, C, ...), got shape {tuple(x.shape)}")
 
 
-def _timesteps(t: object, x: object) -> Tensor:
-    """``t`` as int64, checked."""
+def _timesteps(t: Any, x: Any) -> Tensor:
+    """Check ``t`` and return it as int64."""
     _check_samples(x)
     if not isinstance(t, Tensor) or t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
         raise TypeError(
@@ -428,8 +451,8 @@ def _timesteps(t: object, x: object) -> Tensor:
     return t.long()
 
 
-def _make_rows(steps: RowsByTimestep, at: Tensor) -> None:
-    """What ``steps`` needs for these timesteps, so that an error comes before the model is called."""
+def _compute_rows(steps: RowsByTimestep, at: Tensor) -> None:
+    """Compute the rows of these timesteps, so that an error comes before the model is called."""
     if at.device.type != "cpu":
         steps.table(at.device)
         return
@@ -439,7 +462,7 @@ def _make_rows(steps: RowsByTimestep, at: Tensor) -> None:
 
 def _check_deterministic(eta: float) -> None:
     if eta != 0:
-        raise ValueError(f"the reverse process is deterministic: eta must be 0, got {eta}")
+        raise ValueError(f"eta must be 0 in the reverse process, which is deterministic, got {eta}")
 
 
 def _check_callable(name: str, function: object) -> None:
@@ -450,8 +473,8 @@ def _check_callable(name: str, function: object) -> None:
         )
 
 
-def _check_start(model: Any, shape: object, noise: object, device: str | torch.device | None) -> torch.device:
-    """Check what a loop starts from. Returns the device to sample on."""
+def _check_start(model: Any, shape: Any, noise: Any, device: str | torch.device | None) -> torch.device:
+    """Check what a loop starts from; return the device to sample on."""
     if not isinstance(shape, (tuple, list)):
         raise TypeError(f"shape must be a tuple or a list, (B, C, ...), got {type(shape).__name__}")
     if len(shape) < 2:
@@ -459,17 +482,15 @@ def _check_start(model: Any, shape: object, noise: object, device: str | torch.d
     if device is None:
         parameter = next(iter(model.parameters()), None) if hasattr(model, "parameters") else None
         if parameter is None:
-            raise ValueError(
-                "without a device, samples are made on that of the model's parameters, got a model with none: pass device"
-            )
+            raise ValueError("device must be given for a model without parameters, got None: pass device")
         device = parameter.device
     device = torch.device(device)
     if noise is not None:
         _check_samples(noise)
         if noise.shape != tuple(shape):
-            raise ValueError(f"noise must be of the shape asked for, {tuple(shape)}, got {tuple(noise.shape)}")
+            raise ValueError(f"noise must have the given shape, {tuple(shape)}, got {tuple(noise.shape)}")
         if noise.device.type != device.type:
-            raise ValueError(f"noise must be on the device to sample on, {device}, got {noise.device}: move it")
+            raise ValueError(f"noise must be on the device of the samples, {device}, got {noise.device}: move it")
     return device
 
 

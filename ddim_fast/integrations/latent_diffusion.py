@@ -1,7 +1,8 @@
-"""The DDIM sampler of latent-diffusion and stable-diffusion (``ldm/models/diffusion/ddim.py``) with the update in one kernel.
+"""The DDIM sampler of latent-diffusion and stable-diffusion with the update in one kernel.
 
-``from ddim_fast.integrations.latent_diffusion import DDIMSampler`` instead of ``from ldm.models.diffusion.ddim import DDIMSampler``
-is the whole change. Interface and behaviour of CompVis/latent-diffusion, CompVis/stable-diffusion and Stability-AI/stablediffusion.
+``from ddim_fast.integrations.latent_diffusion import DDIMSampler`` instead of ``from
+ldm.models.diffusion.ddim import DDIMSampler`` is the whole change. Interface and behaviour are
+those of CompVis/latent-diffusion, CompVis/stable-diffusion and Stability-AI/stablediffusion.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ..plans.coefficients import (
     noising_coefficients,
     variance_with_room,
 )
+from ..utils.checks import check_choice, check_integer, check_number
 from .dtype_promotion import promoted_step
 from .rows_by_timestep import RowsByTimestep
 
@@ -36,18 +38,22 @@ PARAMETERIZATIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
 class DDIMSampler:
-    """DDIM (arXiv 2010.02502) for a ``LatentDiffusion`` model.
+    """A DDIM sampler (arXiv 2010.02502) for a ``LatentDiffusion`` model.
 
     Args:
-        model: with ``num_timesteps``, ``betas``, ``alphas_cumprod`` and ``alphas_cumprod_prev`` ``(T,)``, ``device``,
-            ``apply_model(x, t, c)``; with ``q_sample(x0, t)`` for inpainting and ``first_stage_model.quantize`` for ``quantize_x0``.
-            ``parameterization`` is a key of ``PARAMETERIZATIONS``, "eps" if it has none.
-        schedule: kept as an attribute; the noise levels are those of the model.
-        device: of the buffers that ``make_schedule`` registers; that of the model if none.
+        model: has ``num_timesteps``, ``betas``, ``alphas_cumprod`` and ``alphas_cumprod_prev``
+            ``(T,)``, ``device`` and ``apply_model(x, t, c)``; for inpainting ``q_sample(x0, t)``,
+            too, and for ``quantize_x0`` ``first_stage_model.quantize``. Its ``parameterization`` is
+            a key of ``PARAMETERIZATIONS``, "eps" if it has none.
+        schedule: stored as an attribute; the noise levels are those of the model.
+        device: of the buffers that ``make_schedule`` registers; that of the model if None.
 
     Raises:
         ValueError: the model's parameterization is unknown.
     """
+
+    ddim_timesteps: np.ndarray
+    ddim_sigmas: Tensor
 
     def __init__(self, model: Any, schedule: str = "linear", device: torch.device | str | None = None, **kwargs: Any):
         _warn_of_unused(kwargs, stacklevel=3)
@@ -69,21 +75,24 @@ class DDIMSampler:
     def make_schedule(
         self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = True
     ) -> None:
-        """Choose the timesteps and work out their coefficients.
+        """Choose the timesteps and compute their coefficients.
 
-        Sets ``ddim_timesteps`` (NumPy), ``ddim_alphas``, ``ddim_alphas_prev`` (NumPy float64), ``ddim_sigmas`` (float64),
-        ``ddim_sqrt_one_minus_alphas``, ``ddim_sigmas_for_original_num_steps``, and ``betas``, ``alphas_cumprod`` and what is derived from
-        it, float32. They are to be read: steps do not follow changes of them.
+        Sets ``ddim_timesteps`` (NumPy), ``ddim_alphas``, ``ddim_alphas_prev`` (NumPy float64),
+        ``ddim_sigmas`` (float64), ``ddim_sqrt_one_minus_alphas``,
+        ``ddim_sigmas_for_original_num_steps``, and ``betas``, ``alphas_cumprod`` and what is
+        derived from it, float32. They are for reading: changing them changes no step.
 
         Raises:
-            ValueError: no such discretization or timesteps, see ``make_ddim_timesteps``; eta adds more noise than a step has room for.
+            ValueError: there is no such discretization or there are no such timesteps, see
+                ``make_ddim_timesteps``; eta adds more noise than a step has room for.
         """
         total = self.ddpm_num_timesteps
         timesteps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, total, verbose=verbose)
         check_eta(ddim_eta)
         if tuple(self.model.alphas_cumprod.shape) != (total,):
             raise ValueError(
-                f"model.alphas_cumprod must have one entry per timestep, {total}, got shape {tuple(self.model.alphas_cumprod.shape)}"
+                f"model.alphas_cumprod must have shape ({total},), one entry for each timestep, "
+                f"got {tuple(self.model.alphas_cumprod.shape)}"
             )
         alphas_cumprod = self.model.alphas_cumprod.detach().cpu().double()
         alphas = alphas_cumprod[timesteps].tolist()
@@ -94,7 +103,7 @@ class DDIMSampler:
             False: list(zip(alphas, alphas_prev, strict=True)),
             True: list(zip(alphas_cumprod.tolist(), alphas_cumprod_prev.tolist(), strict=True)),
         }
-        # Worked out now, so that errors come here, before anything has changed.
+        # Computed now, so that errors come before anything has changed.
         rows = {(False, i, 1.0): _step_row(self.model, *pair, ddim_eta, 1.0) for i, pair in enumerate(levels[False])}
         self._levels, self._rows, self._noising, self._eta = levels, rows, {}, float(ddim_eta)
         self.ddim_timesteps = timesteps
@@ -153,14 +162,17 @@ class DDIMSampler:
         ucg_schedule: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """``make_schedule``, uniform, and ``ddim_sampling``.
+        """Run ``make_schedule``, uniform, and ``ddim_sampling``.
 
         Args:
-            S: number of steps. Where it does not divide T, another number is run: see ``make_ddim_timesteps``.
+            S: number of steps. If it does not divide T, another number is run: see
+                ``make_ddim_timesteps``.
             shape: ``(C, H, W)`` of a sample.
-            conditioning: what ``apply_model`` takes as c: a tensor ``(B, ...)``, a list, or a dict of tensors or lists.
+            conditioning: what ``apply_model`` takes as c: a tensor ``(B, ...)``, a list, or a dict
+                of tensors or lists.
             normals_sequence, kwargs: not used, with a warning.
-            quantize_x0: pass the predicted x0 through ``first_stage_model.quantize``. Such a step takes two passes.
+            quantize_x0: pass the predicted x0 through ``first_stage_model.quantize``; a step then
+                takes two kernel passes.
             verbose: print the schedule.
 
         The other arguments, the result and the errors are those of ``ddim_sampling``.
@@ -222,20 +234,26 @@ class DDIMSampler:
         dynamic_threshold: None = None,
         ucg_schedule: Sequence[float] | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """The loop over the steps.
+        """Run the loop over the steps.
 
         Args:
             shape: ``(B, C, ...)``.
-            x_T: start from this noise; from ``torch.randn`` if none.
+            x_T: start from this noise; from ``torch.randn`` if None.
             ddim_use_original_steps: visit all timesteps, not those of ``make_schedule``.
-            callback: ``callback(i)`` after step i. img_callback: ``img_callback(pred_x0, i)``.
-            timesteps: only the last ``timesteps`` - 1 steps, as the original counts them (all T: exactly so many).
-            mask, x0: inpainting: before each model call, x_t is ``model.q_sample(x0, t)`` where the mask is 1.
-            log_every_t: steps whose number from the end divides by this are kept in the intermediates, and the first.
-            temperature: what the noise is multiplied by. noise_dropout: dropout of the noise, 0 to 1.
-            score_corrector: ``score_corrector.modify_score(model, e_t, x, t, c, **corrector_kwargs)`` takes the place of e_t.
-            unconditional_guidance_scale, unconditional_conditioning: classifier-free guidance by one batched model call, the
-                unconditional half first. None where the scale is 1.
+            callback: ``callback(i)`` is called after step i.
+            img_callback: ``img_callback(pred_x0, i)`` is called after step i.
+            timesteps: take only the last ``timesteps`` - 1 steps, as the original counts them
+                (with ``ddim_use_original_steps`` exactly ``timesteps``).
+            mask, x0: inpainting: before each model call, x_t is ``model.q_sample(x0, t)`` where the
+                mask is 1.
+            log_every_t: the intermediates hold the first step, and those whose number from the end
+                is a multiple of this.
+            temperature: multiplies the noise.
+            noise_dropout: probability of dropout of the noise, 0 to 1.
+            score_corrector: ``score_corrector.modify_score(model, e_t, x, t, c,
+                **corrector_kwargs)`` replaces e_t.
+            unconditional_guidance_scale, unconditional_conditioning: classifier-free guidance by
+                one batched model call, the unconditional half first. A scale of 1 turns it off.
             dynamic_threshold: must be None, as in the original.
             ucg_schedule: a guidance scale for each step.
 
@@ -243,7 +261,7 @@ class DDIMSampler:
             The samples, and ``{"x_inter": [...], "pred_x0": [...]}``, each list beginning with x_T.
 
         Raises:
-            TypeError, ValueError: an argument breaks a rule; the model has not been called.
+            TypeError, ValueError: an argument is wrong; the model has not been called.
         """
         self._check_step(noise_dropout, temperature, score_corrector, dynamic_threshold)
         visited = self._visited(ddim_use_original_steps, timesteps)
@@ -297,12 +315,13 @@ class DDIMSampler:
         unconditional_conditioning: Any = None,
         dynamic_threshold: None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One step: a model call, and one kernel pass for x_prev and the predicted x0 together (two with ``quantize_denoised``).
+        """Take one step: a model call, and one kernel pass (two with ``quantize_denoised``).
 
         Args:
-            x: ``(B, C, ...)``. Half precision comes out as float32.
-            t: ``(B,)`` int64, what the model is told. index: the step's number, which alone says the noise levels.
-            repeat_noise: the same noise for all samples.
+            x: ``(B, C, ...)``. In half precision, the results are float32.
+            t: ``(B,)`` int64, the timestep given to the model.
+            index: the number of the step, which alone determines the noise levels.
+            repeat_noise: draw one noise for all samples.
 
         The other arguments and the errors are those of ``ddim_sampling``.
 
@@ -316,7 +335,7 @@ class DDIMSampler:
             e_t, guidance = _guided(e_t, **guidance), {}
             e_t = score_corrector.modify_score(self.model, e_t, x, t, c, **(corrector_kwargs or {}))
         if quantize_denoised:
-            # x0 has to leave the kernel and come back: eps and x0 in one pass, the rest of the step, given both, in another.
+            # One pass computes eps and x0; another takes the step from eps and the quantized x0.
             only_eps = replace(row, prev_x0=0.0, prev_eps=1.0, prev_noise=0.0)
             e_t, pred_x0 = promoted_step(x, e_t, only_eps, None, **guidance)
             x, _, *_ = self.model.first_stage_model.quantize(pred_x0)
@@ -335,19 +354,21 @@ class DDIMSampler:
         unconditional_conditioning: Any = None,
         callback: Callable[[int], Any] | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """From clean data to the noise that ``decode`` takes back to it (nearly): ``t_enc`` deterministic steps upwards.
+        """Encode clean data to noise, from which ``decode`` nearly reproduces it.
 
-        Each step is the first iteration of the deterministic step's inversion: the model sees x_prev, and is told the timestep of x_t.
+        Takes ``t_enc`` deterministic steps. Each is the first iteration of the inversion of a
+        deterministic step: the model is given x_prev, and the timestep of x_t.
 
         Args:
             x0: ``(B, C, ...)``.
-            return_intermediates: about how many of the states to return; none if None.
+            return_intermediates: about how many intermediate states to return.
 
         Returns:
-            The encoded latents, and ``{"x_encoded", "intermediate_steps"}``, with ``return_intermediates`` also ``"intermediates"``.
+            The encoded latents, and ``{"x_encoded", "intermediate_steps"}``, with
+            ``return_intermediates`` also ``"intermediates"``.
 
         Raises:
-            ValueError: an argument breaks a rule; the model has not been called.
+            ValueError: an argument is wrong; the model has not been called.
         """
         levels = self._levels_of(use_original_steps)
         if not 0 <= t_enc <= len(levels):
@@ -356,7 +377,8 @@ class DDIMSampler:
             raise ValueError(f"return_intermediates must be at most t_enc, {t_enc}, got {return_intermediates}")
         if unconditional_guidance_scale != 1 and unconditional_conditioning is None:
             raise ValueError(
-                f"unconditional_guidance_scale={unconditional_guidance_scale} needs unconditional_conditioning, got None: pass it"
+                f"unconditional_guidance_scale={unconditional_guidance_scale} needs unconditional_conditioning, "
+                "got None: pass it"
             )
         rows = [inversion_coefficients(*pair, _prediction_type(self.model)) for pair in levels[:t_enc]]
         x_next, intermediates, inter_steps = x0, [], []
@@ -365,7 +387,8 @@ class DDIMSampler:
             model_output, guidance = self._predict(
                 x_next, t, c, unconditional_guidance_scale, unconditional_conditioning
             )
-            # The original's coefficients have no dimensions here, so that, other than in p_sample_ddim, half precision stays.
+            # The original's coefficients are tensors without dimensions here: unlike in
+            # p_sample_ddim, half precision stays.
             x_next = x_next.to(torch.promote_types(x_next.dtype, model_output.dtype))
             x_next = ddim_step(x_next, model_output, rows[i], noise=x_next, **guidance)
             if return_intermediates and (i % (t_enc // return_intermediates) == 0 or i >= t_enc - 2):
@@ -380,15 +403,16 @@ class DDIMSampler:
     def stochastic_encode(
         self, x0: Tensor, t: Tensor, use_original_steps: bool = False, noise: Tensor | None = None
     ) -> Tensor:
-        """The forward process (equation 4 of arXiv 2010.02502) to the noise level of step ``t``, in one pass.
+        """Noise samples to the level of step ``t``, in one pass (equation 4 of the DDIM paper).
 
         Args:
-            x0: ``(B, C, ...)``. Half precision comes out as float32.
-            t: ``(B,)`` int64, or one number: a step's index, not a timestep (the same with ``use_original_steps``).
-            noise: like ``x0``; drawn from torch's generator if none.
+            x0: ``(B, C, ...)``. In half precision, the result is float32.
+            t: ``(B,)`` or one number, int64: the index of a step, not a timestep. (With
+                ``use_original_steps`` they are the same.)
+            noise: like ``x0``; drawn from torch's generator if None.
 
         Raises:
-            ValueError: no such step.
+            ValueError: there is no such step.
         """
         if not isinstance(t, Tensor) or t.dtype != torch.int64 or (t.numel() != 1 and t.shape != x0.shape[:1]):
             raise ValueError(f"t must be int64, one number or one for each of the {len(x0)} samples, got {t!r}")
@@ -411,7 +435,10 @@ class DDIMSampler:
         use_original_steps: bool = False,
         callback: Callable[[int], Any] | None = None,
     ) -> Tensor:
-        """The last ``t_start`` steps, from ``x_latent`` ``(B, C, ...)``; eta is that of ``make_schedule``."""
+        """Take the last ``t_start`` steps from ``x_latent`` ``(B, C, ...)``.
+
+        eta is that of ``make_schedule``.
+        """
         visited = self._visited(use_original_steps)[:t_start]
         x_dec = x_latent
         for i, step in enumerate(tqdm(np.flip(visited), desc="Decoding image")):
@@ -430,21 +457,22 @@ class DDIMSampler:
         return x_dec
 
     def _levels_of(self, use_original_steps: bool) -> list[tuple[float, float]]:
-        """(alpha_bar_t, alpha_bar_prev) of each step, the least noisy first."""
+        """Return (alpha_bar_t, alpha_bar_prev) of each step, the least noisy first."""
         if not self._levels:
             raise ValueError(
-                "there is no schedule yet: call make_schedule first, for instance sampler.make_schedule(ddim_num_steps=50)"
+                "a step needs a schedule, got none yet: call make_schedule first, for instance "
+                "sampler.make_schedule(ddim_num_steps=50)"
             )
         return self._levels[bool(use_original_steps)]
 
     def _visited(self, use_original_steps: bool, timesteps: int | None = None) -> np.ndarray:
-        """Timesteps, increasing: all, or as many as the original takes ``timesteps`` to mean."""
+        """Return the timesteps, increasing: all, or as many as the original means."""
         count = len(self._levels_of(use_original_steps))
         if timesteps is not None and not 1 <= timesteps <= (count if use_original_steps else math.inf):
             raise ValueError(f"timesteps must be 1 to the {count} steps of the schedule, got {timesteps}")
         if use_original_steps:
             return np.arange(count if timesteps is None else timesteps)
-        # The original's own rounding: one step fewer than asked.
+        # The original's rounding: one step fewer than asked for.
         return self.ddim_timesteps[: None if timesteps is None else int(min(timesteps / count, 1) * count) - 1]
 
     def _row(self, index: int, use_original_steps: bool, temperature: float = 1.0) -> StepCoefficients:
@@ -459,7 +487,7 @@ class DDIMSampler:
     def _predict(
         self, x: Tensor, t: Tensor, c: Any, guidance_scale: float, unconditional_conditioning: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The model's output, and what ``ddim_step`` needs for guidance."""
+        """Return the model's output, and the arguments of ``ddim_step`` for guidance."""
         if unconditional_conditioning is None or guidance_scale == 1:
             return self.model.apply_model(x, t, c), {}
         both = _one_batch(unconditional_conditioning, c)
@@ -467,45 +495,43 @@ class DDIMSampler:
         return cond, {"model_output_uncond": uncond, "guidance_scale": float(guidance_scale)}
 
     def _check_step(self, noise_dropout: float, temperature: float, score_corrector, dynamic_threshold) -> None:
-        if not 0 <= noise_dropout <= 1:
-            raise ValueError(f"noise_dropout is a probability and must be 0 to 1, got {noise_dropout}")
-        if not math.isfinite(temperature):
-            raise ValueError(f"temperature must be finite, got {temperature}")
+        check_number("noise_dropout", noise_dropout, at_least=0, at_most=1)
+        check_number("temperature", temperature)
         if score_corrector is not None and _prediction_type(self.model) != "epsilon":
             raise ValueError(
-                "a score_corrector corrects predicted noise: it needs a model with parameterization 'eps', "
-                f"got {self.model.parameterization!r}"
+                "a score_corrector corrects predicted noise and needs a model with parameterization 'eps', "
+                f"got {self.model.parameterization!r}: leave it out"
             )
         if dynamic_threshold is not None:
-            raise ValueError(f"dynamic_threshold must be None, the original has none either, got {dynamic_threshold!r}")
+            raise ValueError(f"dynamic_threshold must be None, as in the original, got {dynamic_threshold!r}")
 
 
 def make_ddim_timesteps(
     ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = True
 ) -> np.ndarray:
-    """Timesteps, increasing, one later than their spacing says: "uniform", every (T // S)-th, or "quad", quadratic up to 0.8 T.
+    """Choose the timesteps, increasing, each one later than its spacing says.
 
-    "uniform" gives S timesteps only where S divides T, more elsewhere; "quad" repeats some.
+    "uniform" takes every (T // S)-th, which are S timesteps only if S divides T, and more
+    otherwise; "quad" spaces them quadratically up to 0.8 T, and repeats some.
 
     Raises:
-        ValueError: no such method; a timestep is T, which does not exist ("uniform": where T // S divides T - 1).
+        ValueError: there is no such method; a timestep is T, which does not exist (with "uniform",
+            where T // S divides T - 1).
     """
-    count, total = operator.index(num_ddim_timesteps), num_ddpm_timesteps
+    total = num_ddpm_timesteps
+    check_choice("ddim_discretize", ddim_discr_method, ("uniform", "quad"))
     if ddim_discr_method == "uniform":
-        if not 1 <= count <= total:
-            raise ValueError(f"ddim_num_steps must be 1 to the model's {total} timesteps, got {count}")
+        count = check_integer("ddim_num_steps", num_ddim_timesteps, at_least=1, at_most=total)
         steps = np.arange(0, total, total // count)
-    elif ddim_discr_method == "quad":
-        if count < 1:
-            raise ValueError(f"ddim_num_steps must be at least 1, got {count}")
-        steps = (np.linspace(0, math.sqrt(total * 0.8), count) ** 2).astype(int)
     else:
-        raise ValueError(f"ddim_discretize must be 'uniform' or 'quad', got {ddim_discr_method!r}")
+        count = check_integer("ddim_num_steps", num_ddim_timesteps, at_least=1)
+        steps = (np.linspace(0, math.sqrt(total * 0.8), count) ** 2).astype(int)
     steps = steps + 1
     if steps[-1] >= total:
         fewer = next(s for s in range(min(count, total), 0, -1) if s == 1 or (total - 1) % (total // s))
         raise ValueError(
-            f"{ddim_discr_method} timesteps for ddim_num_steps={count} end with {steps[-1]}, and the last of the model is {total - 1}: "
+            f"{ddim_discr_method} timesteps must end at the model's last one, {total - 1}, or before, "
+            f"got {steps[-1]} for ddim_num_steps={count}: "
             f"take {fewer} steps"
         )
     if verbose:
@@ -537,15 +563,17 @@ def _prediction_type(model: Any) -> str:
 
 def _check_loop(mask, x0, log_every_t: int, ucg_schedule, num_steps: int) -> None:
     if mask is not None and x0 is None:
-        raise ValueError("mask says where x0 is known, got no x0: pass x0, too")
-    if log_every_t < 1:
-        raise ValueError(f"log_every_t must be at least 1, got {log_every_t}")
+        raise ValueError("mask needs x0, whose masked region is kept, got None: pass x0")
+    check_integer("log_every_t", log_every_t, at_least=1)
     if ucg_schedule is not None and len(ucg_schedule) != num_steps:
         raise ValueError(f"ucg_schedule must have one scale for each of the {num_steps} steps, got {len(ucg_schedule)}")
 
 
 def _draw_noise(x: Tensor, repeat_noise: bool, noise_dropout: float) -> Tensor:
-    """Noise like ``x`` in the default dtype. Drawn where a step adds none, too: the random stream must be the original's."""
+    """Draw noise like ``x`` in torch's default dtype.
+
+    It is drawn even where a step adds none, so that the random stream stays the original's.
+    """
     if repeat_noise:
         noise = torch.randn((1, *x.shape[1:]), device=x.device).expand(x.shape).contiguous()
     else:
@@ -554,12 +582,12 @@ def _draw_noise(x: Tensor, repeat_noise: bool, noise_dropout: float) -> Tensor:
 
 
 def _guided(e_t: Tensor, model_output_uncond: Tensor | None = None, guidance_scale: float = 1.0) -> Tensor:
-    """The guided output as a tensor, for a score corrector to see; without one, it exists in registers only."""
+    """Compute the guided output as a tensor, for a score corrector."""
     return e_t if model_output_uncond is None else torch.lerp(model_output_uncond, e_t, guidance_scale)
 
 
 def _one_batch(uncond: Any, cond: Any) -> Any:
-    """Tensors, and those in lists and dicts, with ``uncond`` before ``cond`` in the batch."""
+    """Concatenate conditioning (tensors, lists, dicts) along the batch, ``uncond`` first."""
     if isinstance(cond, dict) and isinstance(uncond, dict) and cond.keys() == uncond.keys():
         return {key: _one_batch(uncond[key], cond[key]) for key in cond}
     if isinstance(cond, list) and isinstance(uncond, list) and len(cond) == len(uncond):
@@ -567,8 +595,8 @@ def _one_batch(uncond: Any, cond: Any) -> Any:
     if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
         return torch.cat([uncond, cond])
     raise ValueError(
-        "unconditional_conditioning must be built as conditioning is: tensors, lists as long, dicts with the same keys, "
-        f"got {_outline(uncond)} beside {_outline(cond)}"
+        "unconditional_conditioning must have the structure of conditioning: tensors, lists of the same length, "
+        f"dicts with the same keys, got {_outline(uncond)} beside {_outline(cond)}"
     )
 
 
@@ -594,6 +622,6 @@ def _warn_of_batch_size(conditioning: Any, batch_size: int, stacklevel: int) -> 
 def _warn_of_unused(arguments: dict[str, Any], stacklevel: int) -> None:
     if arguments:
         warnings.warn(
-            f"the sampler has no use for {', '.join(arguments)}, as the original has none: leave it out",
+            f"the sampler ignores {', '.join(arguments)}, as the original does: leave it out",
             stacklevel=stacklevel,
         )

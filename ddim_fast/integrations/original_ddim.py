@@ -1,6 +1,8 @@
-"""The samplers of the original DDIM repository (ermongroup/ddim, ``functions/denoising.py``) with the update in one kernel.
+"""The samplers of the original DDIM repository with the update in one kernel.
 
-``from ddim_fast.integrations.original_ddim import generalized_steps, ddpm_steps`` is the whole change.
+Replaces ``functions/denoising.py`` of ermongroup/ddim. This is the whole change::
+
+    from ddim_fast.integrations.original_ddim import generalized_steps, ddpm_steps
 """
 
 from __future__ import annotations
@@ -15,21 +17,23 @@ from torch import Tensor
 
 from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import check_eta, ddim_coefficients, ddpm_variance, variance_with_room
+from ..utils.checks import refuse
 from .dtype_promotion import promoted_step
 
 Model = Callable[[Tensor, Tensor], Tensor]
-"""``model(x, t)``: x ``(B, C, ...)`` and its timesteps ``(B,)`` float32 to the predicted noise, like x."""
+"""``model(x, t)`` predicts the noise, like x ``(B, C, ...)``, at timesteps t ``(B,)`` float32."""
 
 
 def compute_alpha(beta: Tensor, t: Tensor) -> Tensor:
-    """alpha_bar of timesteps: the product of 1 - beta up to t, and 1 where t = -1.
+    """Compute alpha_bar of timesteps: the product of 1 - beta up to t, and 1 where t = -1.
 
     Args:
         beta: ``(T,)``.
         t: ``(B,)`` int64, -1 to T - 1.
 
     Returns:
-        ``(B, 1, 1, 1)`` in the dtype and on the device of ``beta``; multiplied in float64.
+        ``(B, 1, 1, 1)`` in the dtype and on the device of ``beta``; the product is computed in
+        float64.
     """
     alpha_bars = torch.tensor(_alpha_bars(beta), dtype=beta.dtype, device=beta.device)
     return alpha_bars.index_select(0, t + 1).view(-1, 1, 1, 1)
@@ -39,20 +43,21 @@ def compute_alpha(beta: Tensor, t: Tensor) -> Tensor:
 def generalized_steps(
     x: Tensor, seq: Sequence[int], model: Model, b: Tensor, *, eta: float = 0.0
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """DDIM: equations 12 and 16 of arXiv 2010.02502.
+    """Sample by DDIM (equations 12 and 16 of arXiv 2010.02502).
 
     Args:
-        x: x_T ``(B, C, ...)``. The steps run where it is; float32, where it is of half precision, too.
+        x: x_T ``(B, C, ...)``. Steps run on its device, and in float32 if it is in half precision.
         seq: timesteps to visit, increasing, for instance ``range(0, 1000, 20)``.
         model: see ``Model``.
         b: ``(T,)`` betas, on any device.
         eta: 0 is deterministic, 1 adds as much noise as DDPM.
 
     Returns:
-        ``xs``: x_T as given, and each x_prev; ``x0_preds``: the x0 predicted in each step. Results are moved to the CPU.
+        ``xs``: x_T as given, then each x_prev; ``x0_preds``: the x0 predicted in each step. All but
+            x_T are moved to the CPU.
 
     Raises:
-        TypeError, ValueError: an argument breaks a rule; the model has not been called.
+        TypeError, ValueError: an argument is wrong; the model has not been called.
     """
 
     def row(t: int, alpha_bar_t: float, alpha_bar_next: float) -> StepCoefficients:
@@ -61,18 +66,19 @@ def generalized_steps(
         )
 
     check_eta(eta)
-    # The original draws like x_T in every step, even where x_t has become float32.
+    # The original draws noise like x_T in every step, even where x_t has become float32.
     return _sample(x, _steps(seq, b, row), model, lambda x_t: torch.randn_like(x))
 
 
 @torch.no_grad()
 def ddpm_steps(x: Tensor, seq: Sequence[int], model: Model, b: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """DDPM between the timesteps of ``seq``: x0 clipped to [-1, 1], the posterior mean, and the larger noise, of variance beta_t.
+    """Sample by DDPM between the timesteps of ``seq``, with the larger variance, beta_t.
 
-    The mean (equation 7 of arXiv 2006.11239) is that of a DDIM step with eta = 1 whose eps is derived again from the clipped x0
-    (equation 7 of arXiv 2010.02502). beta_t is 1 - alpha_bar_t / alpha_bar_prev; the step from t = 0 adds no noise.
+    x0 is clipped to [-1, 1]. The posterior mean (equation 7 of arXiv 2006.11239) is that of a DDIM
+    step with eta = 1 and ``use_clipped_model_output``. beta_t is 1 - alpha_bar_t / alpha_bar_prev;
+    the step from t = 0 adds no noise.
 
-    Arguments, results and errors are those of ``generalized_steps``.
+    The arguments, results and errors are those of ``generalized_steps``.
     """
 
     def row(t: int, alpha_bar_t: float, alpha_bar_prev: float) -> StepCoefficients:
@@ -89,24 +95,27 @@ def ddpm_steps(x: Tensor, seq: Sequence[int], model: Model, b: Tensor) -> tuple[
 
 
 def _alpha_bars(b: Tensor) -> list[float]:
-    """alpha_bar from t = -1 to T - 1."""
+    """Compute alpha_bar from t = -1 to T - 1."""
     return [1.0, *(1 - b.detach().cpu().double()).cumprod(0).tolist()]
 
 
 def _steps(
     seq: Sequence[int], b: Tensor, row: Callable[[int, float, float], StepCoefficients]
 ) -> list[tuple[int, StepCoefficients]]:
-    """(t, row) of each step, the noisiest first; ``row(t, alpha_bar_t, alpha_bar_prev)``."""
+    """Return (t, row) of each step, the noisiest first.
+
+    ``row(t, alpha_bar_t, alpha_bar_prev)`` computes the row.
+    """
     alpha_bars = _alpha_bars(b)
     try:
         timesteps = [operator.index(t) for t in seq]
     except TypeError:
-        raise TypeError(f"seq must be integers, got {seq!r}: round them, for instance with int(t)") from None
+        refuse("seq must be integers", seq, "round them, for instance with int(t)", TypeError)
     pairs = list(pairwise([-1, *timesteps]))
     for t_prev, t in pairs:
-        # A timestep twice is allowed: the original's quadratic sequences have some.
+        # A timestep may occur twice: the original's quadratic sequences repeat some.
         if not max(t_prev, 0) <= t < len(b):
-            raise ValueError(f"seq must be increasing, from 0 to {len(b) - 1} at most, got {t} after {t_prev}")
+            raise ValueError(f"seq must be increasing, from 0 to {len(b) - 1} at most, got {t} after {t_prev}: sort it")
     return [(t, row(t, alpha_bars[t + 1], alpha_bars[t_prev + 1])) for t_prev, t in reversed(pairs)]
 
 
@@ -116,7 +125,7 @@ def _sample(
     x_t, xs, x0_preds = x, [x], []
     for t, row in steps:
         model_output = model(x_t, torch.full((x.size(0),), t, dtype=torch.float32, device=x.device))
-        # Drawn where a step adds none, too: what follows in the random stream must be what it was.
+        # Drawn even where a step adds none: the rest of the random stream must stay the same.
         x_t, x0 = promoted_step(x_t, model_output, row, draw_noise(x_t))
         xs.append(x_t.to("cpu"))
         x0_preds.append(x0.to("cpu"))

@@ -1,4 +1,4 @@
-"""The drop-in for denoising-diffusion-pytorch against its loops, restated here in float64 from the objects' interface."""
+"""The drop-in for denoising-diffusion-pytorch against its loops, restated here in float64."""
 
 import copy
 import math
@@ -22,7 +22,10 @@ from ddim_fast.integrations.denoising_diffusion_pytorch import (
 OBJECTIVES = ("pred_noise", "pred_x0", "pred_v")
 DTYPES = [torch.float64, torch.float32]
 TOLERANCE = 400
-"""In eps of the dtype, of the largest sample: full loops of a model that amplifies are up to 80 off."""
+"""The tolerance, in eps of the dtype at the largest sample.
+
+Full loops of a model that amplifies errors reach 80.
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +37,7 @@ def _restored_state():
 
 
 class Net(nn.Module):
-    """A small model that mixes channels, depends on t and on the self-conditioning, and goes beyond [-1, 1]."""
+    """A small model of t and the self-conditioning that mixes channels and leaves [-1, 1]."""
 
     def __init__(self, self_condition=False, memory_format=torch.contiguous_format):
         super().__init__()
@@ -53,7 +56,7 @@ class Net(nn.Module):
 
 
 class Restated(nn.Module):
-    """What the two diffusions share: their attributes, and x0 and eps by objective, all in float64 from ``exact``."""
+    """What both diffusions share: attributes, and x0 and eps by objective, in float64."""
 
     def __init__(self, model, *, timesteps=1000, sampling_timesteps=7, objective="pred_noise", ddim_sampling_eta=0.0,
                  auto_normalize=True, buffers=torch.float32):  # fmt: skip
@@ -96,7 +99,7 @@ class Restated(nn.Module):
         return self.predict_noise_from_start(x, t, x0), x0
 
     def loop(self, shape, call, clip, use_clipped_model_output):
-        """Every state, in float64; draws in torch's default dtype, in the layout that the expressions give."""
+        """Return every state in float64; noise has torch's default dtype and their layout."""
         S, T = self.sampling_timesteps, self.num_timesteps
         times = torch.linspace(-1, T - 1, steps=S + 1).int().tolist()[::-1]
         img = torch.randn(shape).double()
@@ -158,7 +161,10 @@ class GaussianDiffusion1D(Restated):
 
 
 def both(diffusion, run, *, dtype=torch.float32):
-    """What ``run(diffusion)`` gives by the restated loop and by ours, from one seed; the generator ends alike."""
+    """Return ``run(diffusion)`` by the restated loop and by ours, from one seed.
+
+    The generator must end in the same state.
+    """
     torch.set_default_dtype(dtype)
     torch.manual_seed(11)
     expected = run(diffusion)
@@ -231,7 +237,10 @@ def test_float32_buffers_give_the_schedule_that_was_rounded():
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_noise_is_drawn_in_the_layout_of_the_original(objective):
-    """A model in channels_last makes the original's samples channels_last with pred_x0, and torch draws in the order of memory."""
+    """With pred_x0, a model in channels_last makes the original's samples channels_last.
+
+    torch draws noise in the order of memory.
+    """
     net = Net(memory_format=torch.channels_last)
     diffusion = GaussianDiffusion(net, objective=objective, ddim_sampling_eta=1.0)
     got, expected = both(diffusion, lambda d: d.sample(3))
@@ -264,7 +273,10 @@ def test_settings_are_read_in_each_call():
 
 
 def test_half_precision_models():
-    """As under autocast: the model's output is half, the samples are float32. One step, since an output may round the other way."""
+    """As under autocast: the model's output is half, the samples are float32.
+
+    One step, since an output may round the other way.
+    """
 
     class Half(Net):
         def forward(self, x, t, x_self_cond=None):
@@ -399,8 +411,8 @@ def test_what_cannot_be_replaced(make, error, message):
         ("ddim_sampling_eta", None, ValueError, "finite number.* got None"),
         ("ddim_sampling_eta", 40.0, ValueError, r"in the step from 999 to 856 .ddim_sampling_eta., eta may be at most"),
         ("objective", "pred_score", ValueError, "one of pred_noise, pred_x0, pred_v, got 'pred_score'"),
-        ("sampling_timesteps", 0, ValueError, "1 to 1000, got 0"),
-        ("sampling_timesteps", 1001, ValueError, "1 to 1000, got 1001"),
+        ("sampling_timesteps", 0, ValueError, r"in \[1, 1000\], got 0"),
+        ("sampling_timesteps", 1001, ValueError, r"in \[1, 1000\], got 1001"),
         (
             "alphas_cumprod",
             torch.ones(1000, dtype=torch.float16),
@@ -419,7 +431,11 @@ def test_settings_that_cannot_be_honoured(setting, value, error, message):
 
 
 def test_the_other_variant_is_named():
-    with pytest.raises(TypeError, match="ddim_sample got a GaussianDiffusion1D: use ddim_sample_1d"):
+    with pytest.raises(
+        TypeError, match="ddim_sample takes a GaussianDiffusion, got a GaussianDiffusion1D: use ddim_sample_1d"
+    ):
         ddim_sample(GaussianDiffusion1D(Net()), (1, 2, 5))
-    with pytest.raises(TypeError, match="ddim_sample_1d got a GaussianDiffusion: use ddim_sample"):
+    with pytest.raises(
+        TypeError, match="ddim_sample_1d takes a GaussianDiffusion1D, got a GaussianDiffusion: use ddim_sample"
+    ):
         ddim_sample_1d(GaussianDiffusion(Net()), (1, 2, 3, 4))

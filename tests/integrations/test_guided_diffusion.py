@@ -1,4 +1,7 @@
-"""The drop-in for guided-diffusion and improved-diffusion against their DDIM, stated here again in float64, over full loops."""
+"""The drop-in for guided-diffusion and improved-diffusion against their DDIM, over full loops.
+
+Their formulas are restated here in float64.
+"""
 
 import copy
 import enum
@@ -50,7 +53,7 @@ class ModelVarType(enum.Enum):
 
 
 class GaussianDiffusion:
-    """``levels`` is the dtype that noise levels have when they meet the samples: the originals' is float32, the formulas' float64."""
+    """``levels``: the dtype of noise levels, float32 in the originals, float64 in the formulas."""
 
     def __init__(self, *, betas, model_mean_type, model_var_type, rescale_timesteps=False, levels=torch.float64):
         self.betas = np.asarray(betas, dtype=np.float64)
@@ -215,7 +218,7 @@ def draw(seed, shape=SHAPE, dtype=torch.float64):
 
 
 def assert_same(got, expected, factor=1e4, eps=EPS):
-    """Every tensor of every dict, to ``factor`` eps of the largest element: rounding grows from step to step."""
+    """Compare all tensors to ``factor`` eps of the largest element: rounding grows step by step."""
     assert len(got) == len(expected) > 0
     for step, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert set(a) == set(b) == {"sample", "pred_xstart"}
@@ -226,7 +229,10 @@ def assert_same(got, expected, factor=1e4, eps=EPS):
 
 
 def run_both(diffusion, method, *args, fast=None, **kwargs):
-    """(ours, the original's), each as a list of dicts and from the same random state, which must be the same afterwards, too."""
+    """Return (ours, the original's), lists of dicts from the same random state.
+
+    The random state must be the same afterwards, too.
+    """
     results, states = [], []
     for one in (FastDiffusion(diffusion) if fast is None else fast, diffusion):
         torch.manual_seed(11)
@@ -281,7 +287,7 @@ def test_each_sample_at_its_own_timestep(kind, dtype):
 
 
 def test_defaults_are_the_originals():
-    """Clipping, no guidance, eta = 0, in float32 from torch's own noise on the device of the model's parameters."""
+    """Clipped, unguided, eta = 0, in float32, from torch's noise on the device of the model."""
 
     class Model(torch.nn.Module):
         def __init__(self):
@@ -376,7 +382,7 @@ def test_the_last_reverse_step_goes_to_nothing_but_eps():
 
 @pytest.mark.parametrize("width", [0.3, 1.0])
 def test_encoding_then_sampling_comes_back(width):
-    """For data of a normal distribution, whose eps is known: the error of the round trip halves as the number of timesteps doubles."""
+    """For normal data, whose eps is known, the round-trip error halves as timesteps double."""
 
     def error(kept):
         diffusion = SpacedDiffusion(
@@ -493,7 +499,7 @@ def test_rows_are_made_once(monkeypatch):
 
 
 def test_random_draws_of_the_model_come_before_the_steps():
-    """A model and callables that draw numbers of their own: the order of all draws is the original's."""
+    """A model and callables that draw random numbers: the order of all draws is the original's."""
     diffusion = original()
 
     def noisy(function):
@@ -591,7 +597,7 @@ def test_no_samples():
 
 
 def test_largest_noise_has_room_for_itself():
-    """The cosine schedule at eta = 1, with the spacing "20": in float32, the original takes the root of a negative number."""
+    """Cosine schedule, eta = 1, spacing "20": the original takes the root of a negative float32."""
     levels = np.cos((np.arange(4001) / 4000 + 0.008) / 1.008 * np.pi / 2) ** 2
     spaced = [round(i * 3999 / 19) for i in range(20)]
     results = []
@@ -647,7 +653,7 @@ STEP_ERRORS = [
     (dict(t=3), TypeError, "t must be a torch.Tensor of integers, got int"),
     (dict(t=torch.tensor([1, 2, 9])), ValueError, "a timestep must be 0 to 8, got 9"),
     (dict(t=torch.tensor([1, 2, -1])), ValueError, "a timestep must be 0 to 8, got -1"),
-    (dict(x=X.long()), TypeError, "x must be a floating point torch.Tensor, got torch.int64"),
+    (dict(x=X.long()), TypeError, "x must be a floating-point torch.Tensor, got torch.int64"),
     (dict(x=X[:, 0, 0, 0]), ValueError, "x must have a batch and a channel dimension"),
     (dict(denoised_fn=3), TypeError, "denoised_fn must be a function or None, got int"),
     (dict(model_kwargs=[1]), TypeError, "model_kwargs must be a dict, got list"),
@@ -675,9 +681,9 @@ def test_arguments_of_a_step_are_checked_before_the_model_is_called(wrong):
 
 def test_encoding_is_deterministic():
     fast = FastDiffusion(original())
-    with pytest.raises(ValueError, match=r"eta must be 0, got 0\.5"):
+    with pytest.raises(ValueError, match=r"eta must be 0 in the reverse process, which is deterministic, got 0\.5"):
         fast.ddim_reverse_sample(uncallable, X, T, eta=0.5)
-    with pytest.raises(ValueError, match=r"eta must be 0, got 0\.5"):
+    with pytest.raises(ValueError, match=r"eta must be 0 in the reverse process, which is deterministic, got 0\.5"):
         fast.ddim_reverse_sample_loop(uncallable, X, eta=0.5)
     with pytest.raises(ValueError, match="keep at least two"):
         FastDiffusion(original(betas=[0.5])).ddim_reverse_sample_loop(uncallable, X)
@@ -688,10 +694,10 @@ def test_encoding_is_deterministic():
     [
         (dict(shape=torch.Size([3]).numel()), TypeError, "shape must be a tuple or a list"),
         (dict(shape=(3,)), ValueError, "shape must have a batch and a channel dimension"),
-        (dict(noise=X[:, :1]), ValueError, r"noise must be of the shape asked for, \(3, 2, 4, 5\), got \(3, 1, 4, 5\)"),
-        (dict(noise=X.long()), TypeError, "must be a floating point torch.Tensor"),
-        (dict(noise=X, device="meta"), ValueError, "noise must be on the device to sample on, meta, got cpu"),
-        (dict(device=None), ValueError, "got a model with none: pass device"),
+        (dict(noise=X[:, :1]), ValueError, r"noise must have the given shape, \(3, 2, 4, 5\), got \(3, 1, 4, 5\)"),
+        (dict(noise=X.long()), TypeError, "must be a floating-point torch.Tensor"),
+        (dict(noise=X, device="meta"), ValueError, "noise must be on the device of the samples, meta, got cpu"),
+        (dict(device=None), ValueError, "for a model without parameters, got None: pass device"),
         (dict(eta=3.0), ValueError, "eta may be at most"),
     ],
     ids=str,
@@ -755,15 +761,15 @@ OPTIONS = dict(betas=BETAS, model_mean_type=ModelMeanType.EPSILON, model_var_typ
         (
             lambda: Inpainting(KEPT, **OPTIONS | {"betas": FINE_BETAS}),
             ValueError,
-            "p_mean_variance .* Inpainting's own",
+            "p_mean_variance .* an override in Inpainting,",
         ),
-        (lambda: changed(ddim_sample=uncallable), ValueError, "ddim_sample is computed by fused steps"),
+        (lambda: changed(ddim_sample=uncallable), ValueError, "ddim_sample is replaced by fused steps"),
         (
             lambda: Fork(**OPTIONS),
             TypeError,
             "ddim_sample must have the original's arguments .* got model, residual_model",
         ),
-        (lambda: FastDiffusion(original()), ValueError, "ddim_sample is computed by fused steps"),
+        (lambda: FastDiffusion(original()), ValueError, "ddim_sample is replaced by fused steps"),
     ],
     ids=["no attributes", "velocity", "names", "levels", "timesteps", "subclass", "patched", "fork", "twice"],
 )

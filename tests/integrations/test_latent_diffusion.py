@@ -1,4 +1,4 @@
-"""The sampler of latent-diffusion against its formulas, restated here in float64, over whole loops."""
+"""The sampler of latent-diffusion against its formulas, restated in float64, over whole loops."""
 
 import inspect
 import math
@@ -18,7 +18,7 @@ T = 60
 BETAS = torch.linspace(0.02, 0.3, T) ** 2
 SHAPE = (2, 3, 2, 4)
 DTYPES = [torch.float32, torch.float64]
-# Rounding of each of some ten steps, amplified by guidance and by 1 / sqrt(alpha_bar) = 5 at the most.
+# Rounding of each of about ten steps, amplified by guidance and by 1 / sqrt(alpha_bar) <= 5.
 TOLERANCE = 1000
 
 
@@ -37,7 +37,10 @@ def total(c):
 
 
 class Model:
-    """Elementwise, not linear, and knows its timestep and its conditioning. Computes in the dtype of x, and keeps its calls."""
+    """An elementwise, nonlinear model of x, timestep and conditioning; it records its calls.
+
+    It computes in the dtype of x.
+    """
 
     num_timesteps = T
     device = torch.device("cpu")
@@ -130,7 +133,10 @@ def original_loop(
     uncond=None,
     ucg_schedule=None,
 ):
-    """(samples, x_inter, pred_x0, what img_callback sees) in float64, with noise drawn in float32 as the original draws it."""
+    """Return (samples, x_inter, pred_x0, what img_callback gets) in float64.
+
+    Noise is drawn in float32, as in the original.
+    """
     timesteps, a, a_prev = schedule
     x = torch.randn(SHAPE).double() if x is None else x.double()
     x_inter, pred_x0s, seen = [x], [x], []
@@ -427,7 +433,10 @@ def test_decode(kind):
 
 
 def original_encode(model, schedule, x, c, scale, uncond):
-    """Every state. The model's output is noise; a v is made noise of at the level that the model was told."""
+    """Return every state.
+
+    The model predicts noise; a v is converted to noise at the level of the model timestep.
+    """
     states = []
     for timestep, a_next, a in zip(*schedule, strict=True):
         t = torch.full((len(x),), int(timestep))
@@ -490,7 +499,10 @@ def test_decode_takes_back_what_encode_did_where_the_noise_does_not_depend_on_x(
 
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
 def test_a_round_trip_comes_closer_with_more_steps(kind):
-    """For normal data of variance 0.3, whose best model is known. A v taken for noise would not come closer."""
+    """For normal data of variance 0.3, whose best model is known, more steps come closer.
+
+    With a v taken for noise they would not.
+    """
     errors = []
     for total_steps in (100, 400):
         model = Model(kind)
@@ -578,13 +590,13 @@ def test_quad():
 
 
 def test_uniform_timesteps_for_every_number_of_steps():
-    """At T = 1000: what the original gives, and an error where its timestep 1000 is out of range."""
+    """The original's timesteps at T = 1000, or an error if the last of them is 1000."""
     impossible = set()
     for S in range(1, 1001):
         want = list(range(1, 1001, 1000 // S))
         if want[-1] > 999:
             impossible.add(S)
-            with pytest.raises(ValueError, match=r"end with 1000, .* take \d+ steps") as caught:
+            with pytest.raises(ValueError, match=r"or before, got 1000 .* take \d+ steps") as caught:
                 make_ddim_timesteps("uniform", S, 1000, verbose=False)
             fewer = int(re.search(r"take (\d+) steps", str(caught.value))[1])
             assert fewer < S
@@ -630,16 +642,16 @@ def test_verbose_prints_the_schedule(capsys):
 # --- Errors -----------------------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "S = 0": ({"S": 0}, "ddim_num_steps must be 1 to the model's 60"),
-    "S > T": ({"S": 61}, "ddim_num_steps must be 1 to the model's 60"),
-    "S = T": ({"S": 60}, "end with 60, and the last of the model is 59: take 30 steps"),
+    "S = 0": ({"S": 0}, r"ddim_num_steps must be an integer in \[1, 60\]"),
+    "S > T": ({"S": 61}, r"ddim_num_steps must be an integer in \[1, 60\]"),
+    "S = T": ({"S": 60}, "last one, 59, or before, got 60 for ddim_num_steps=60: take 30 steps"),
     "eta < 0": ({"eta": -0.1}, "eta must be a finite number"),
     "eta too large": ({"eta": 9.0}, "eta may be at most"),
-    "mask without x0": ({"mask": MASK}, "mask says where x0 is known, got no x0"),
-    "dropout": ({"noise_dropout": 1.5}, "noise_dropout is a probability"),
-    "temperature": ({"temperature": math.inf}, "temperature must be finite"),
+    "mask without x0": ({"mask": MASK}, "mask needs x0, whose masked region is kept, got None"),
+    "dropout": ({"noise_dropout": 1.5}, r"noise_dropout must be a finite number in \[0, 1\]"),
+    "temperature": ({"temperature": math.inf}, "temperature must be a finite number"),
     "threshold": ({"dynamic_threshold": 0.9}, "dynamic_threshold must be None"),
-    "log_every_t": ({"log_every_t": 0}, "log_every_t must be at least 1"),
+    "log_every_t": ({"log_every_t": 0}, "log_every_t must be an integer, at least 1"),
     "ucg_schedule": (
         {"ucg_schedule": [2.0] * 4, "conditioning": C, "unconditional_conditioning": UNCOND},
         "each of the 5 steps, got 4",
@@ -680,9 +692,9 @@ def made(**options):
 OTHERS_REFUSED = {
     "parameterization": (lambda: DDIMSampler(Model("score")), "must be one of eps, v, x0, got 'score'"),
     "no schedule": (lambda: DDIMSampler(Model()).decode(random(1), None, 1), "call make_schedule first"),
-    "discretization": (lambda: made(ddim_discretize="trailing"), "'uniform' or 'quad', got 'trailing'"),
+    "discretization": (lambda: made(ddim_discretize="trailing"), "one of uniform, quad, got 'trailing'"),
     "quad of none": (lambda: make_ddim_timesteps("quad", 0, T), "at least 1, got 0"),
-    "quad of few": (lambda: make_ddim_timesteps("quad", 6, 5), "end with 5"),
+    "quad of few": (lambda: make_ddim_timesteps("quad", 6, 5), "or before, got 5"),
     "index": (lambda: made().p_sample_ddim(random(1), None, torch.zeros(2).long(), 5), "index must be 0 to 4, .*got 5"),
     "timesteps": (lambda: made().ddim_sampling(None, SHAPE, timesteps=0), "timesteps must be 1"),
     "original timesteps": (
@@ -691,7 +703,7 @@ OTHERS_REFUSED = {
     ),
     "dropout of one step": (
         lambda: made().p_sample_ddim(random(1), None, None, 0, noise_dropout=2.0),
-        "noise_dropout is a probability",
+        r"noise_dropout must be a finite number in \[0, 1\]",
     ),
     "t_enc": (lambda: made().encode(random(1), None, 6), "t_enc must be 0 to the 5 steps"),
     "intermediates": (lambda: made().encode(random(1), None, 2, return_intermediates=3), "at most t_enc, 2, got 3"),
@@ -712,14 +724,14 @@ def test_refused(case):
 def test_a_schedule_of_another_length():
     model = Model()
     model.num_timesteps = 50
-    with pytest.raises(ValueError, match="one entry per timestep, 50, got shape"):
+    with pytest.raises(ValueError, match=r"must have shape \(50,\), one entry for each timestep, got"):
         DDIMSampler(model).make_schedule(5)
 
 
 WARNED = {
-    "unknown": ({"quantize_denoised": True, "foo": 1}, "no use for quantize_denoised, foo"),
-    "normals_sequence": ({"normals_sequence": [1]}, "no use for normals_sequence"),
-    "x0 alone": ({"x0": KNOWN}, r"no use for x0 \(without mask\)"),
+    "unknown": ({"quantize_denoised": True, "foo": 1}, "ignores quantize_denoised, foo"),
+    "normals_sequence": ({"normals_sequence": [1]}, "ignores normals_sequence"),
+    "x0 alone": ({"x0": KNOWN}, r"ignores x0 \(without mask\)"),
     "scale alone": ({"unconditional_guidance_scale": 2.0}, "without unconditional_conditioning"),
     "batch size": ({"conditioning": {"a": [random(1, (1, 5))]}}, "batch_size is 2, got conditioning for 1 samples"),
 }
@@ -736,13 +748,13 @@ def test_what_the_original_ignores_is_ignored_with_a_warning(case):
 
 
 def test_unknown_argument_at_construction():
-    with pytest.warns(UserWarning, match="no use for verbose") as caught:
+    with pytest.warns(UserWarning, match="ignores verbose") as caught:
         DDIMSampler(Model(), verbose=True)
     assert caught[0].filename == __file__
 
 
 def test_arguments_are_the_originals_in_order():
-    """Positional arguments mean what they meant."""
+    """Positional arguments keep their meaning."""
     names = {
         "make_schedule": "ddim_num_steps ddim_discretize ddim_eta verbose",
         "sample": "S batch_size shape conditioning callback normals_sequence img_callback quantize_x0 eta mask x0 temperature "

@@ -1,4 +1,7 @@
-"""The samplers of the original DDIM repository against its formulas, restated here in float64, over whole loops."""
+"""The samplers of the original DDIM repository against its formulas, over whole loops.
+
+The formulas are restated here in float64.
+"""
 
 import itertools
 import re
@@ -40,7 +43,10 @@ def alpha_bar(t):
 
 
 def downwards(x, seq, step, draw_dtypes):
-    """(xs, x0_preds) in float64: ``step(t, x, eps, a, a_next, z)``. Draws noise in every step, each of its dtype."""
+    """Return (xs, x0_preds) in float64, by ``step(t, x, eps, a, a_next, z)``.
+
+    Each step draws noise in the dtype of its samples.
+    """
     xs, x0s = [x.double()], []
     for position in reversed(range(len(seq))):
         t, t_next = seq[position], seq[position - 1] if position else -1
