@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from ..tradeoff import (
 )
 from ..tradeoff.measure import CONVERGED
 from ..tradeoff.study import calls_to_do, run_study, settings_of
+from ..utils.import_string import import_string
 from .options import Run, conditioning_rule, takes_model
 
 PAPER_COUNT_AT_1000 = 400
@@ -68,7 +68,7 @@ class _List(click.ParamType):
     type=click.Path(file_okay=False, path_type=Path),
     required=True,
     metavar="DIR",
-    help="Where everything goes. A run that was broken off goes on there.",
+    help="The directory for everything. An interrupted run is resumed there.",
 )
 @click.option("--quick", is_flag=True, help="A first look, in three minutes: few samples, few cells.")
 @click.option("-n", "--count", type=click.IntRange(2), default=None, help="Samples of each cell.  [default: 1000]")
@@ -215,7 +215,7 @@ def tradeoff(
 def _cells(
     quick, steps, spacings, etas, eta_scales, sigma_hat, orders, files, analytic_variance, run: Run
 ) -> list[Cell]:
-    """The grid asked for; where nothing is asked for in quick, one that shows most for little."""
+    """Return the cells asked for; with --quick alone, a small grid that shows most."""
     if analytic_variance and not (files and any(etas or (0.0, 1.0))):
         raise ValueError(
             "--analytic-variance is about lists that ddim-fast search made, and noise: give --timesteps FILE.json, and an eta above 0"
@@ -247,9 +247,12 @@ def _cells(
 
 
 def _judge(run: Run, features: str | None, real: Path | None) -> Judge | None:
-    if features is not None:
-        module, _, attribute = features.partition(":")
-        extractor = getattr(import_module(module), attribute or "features")
+    if features is not None and real is not None:
+        extractor = import_string(features, "the feature extractor")
+        if not callable(extractor):
+            raise TypeError(
+                f"--features module:attribute must be a callable, got {type(extractor).__name__} from {features}"
+            )
         with np.load(real, allow_pickle=False) as file:
             return judge_of(extractor, torch.from_numpy(file["samples"]).float(), features)
     return fashion_judge() if run.model_name in SHIPPED else None

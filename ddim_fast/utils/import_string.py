@@ -1,33 +1,58 @@
-"""What ``module:attribute`` names on a command line."""
+"""Import what ``module:attribute`` names on a command line."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
 def import_string(name: str, what: str) -> Any:
-    """The attribute, from this folder or from what is installed.
+    """Import an attribute of a module in the current folder, or of one that is installed.
+
+    The current folder comes first on ``sys.path`` during the import, as for a script, and last afterwards: the module
+    can still import its neighbours inside functions, and no installed package is shadowed. This is the one thing that
+    stays changed, in a process that a command line started; after a failed import nothing is.
 
     Args:
         name: ``module:attribute``, with dots in either.
-        what: it is, in words, for the error.
+        what: what the name stands for, in words, for the error.
 
     Raises:
-        ValueError: it cannot be imported.
+        ValueError: the name has another form, or cannot be imported.
     """
     module, _, attribute = name.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
+    if not module or not attribute:
+        raise ValueError(f"{what} must be named module:attribute, got {name!r}: for instance my_file:my_attribute")
     try:
-        value = importlib.import_module(module)
-        for part in attribute.split("."):
-            value = getattr(value, part)
+        with _current_folder_on_path():
+            value = importlib.import_module(module)
+            for part in attribute.split("."):
+                value = getattr(value, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"{what} {name!r} cannot be imported ({type(error).__name__}: {error}): "
-            "it is looked for in this folder and in what is installed here"
+            "it is looked for in the current folder and in what is installed"
         ) from error
     return value
+
+
+@contextmanager
+def _current_folder_on_path() -> Iterator[None]:
+    """Put the current folder first on ``sys.path``, and last after success; leave it alone where it is on it already."""
+    here = str(Path.cwd())
+    if here in sys.path:
+        yield
+        return
+    importlib.invalidate_caches()  # the folder may have changed since it was last searched
+    sys.path.insert(0, here)
+    try:
+        yield
+    except BaseException:
+        sys.path.remove(here)
+        raise
+    sys.path.remove(here)
+    sys.path.append(here)

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -88,7 +89,7 @@ def test_an_analytic_variance_is_a_cell_beside_etas_own():
         (), (), (0.5,), eta_scales=("variance",), searched={"mine": found}, analytic_variance=True, count_at={2: 7}
     )
     assert [(cell.count, cell.eta_scales) for cell in few] == [(7, "variance")] * 2
-    with pytest.raises(ValueError, match="the list mine holds none: search again, or leave it out"):
+    with pytest.raises(ValueError, match="got none in the list mine: search again, or leave it out"):
         grid((), (), (1.0,), searched={"mine": TimestepList((900, 100), 1000)}, analytic_variance=True)
 
 
@@ -303,6 +304,45 @@ class Grey(torch.nn.Module):
 
 nothing = 3
 """
+OWN_FEATURES = """
+def halves(samples):
+    return samples.flatten(1)[:, :8]
+
+number = 3
+"""
+
+
+def test_a_model_and_features_from_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "own_grey_model_too.py").write_text(OWN_MODEL)
+    (tmp_path / "own_features.py").write_text(OWN_FEATURES)
+    np.savez(tmp_path / "real.npz", samples=np.random.default_rng(0).uniform(-1, 1, (60, 1, 4, 4)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = [
+        "tradeoff",
+        "--steps",
+        "2",
+        "--spacings",
+        "trailing",
+        "--etas",
+        "0",
+        "--orders",
+        "1",
+        "-n",
+        "48",
+        "--quiet",
+    ]
+    words += ["--model", "own_grey_model_too:Grey", "--real", "real.npz", "--out", "out", "--features"]
+    for name, said in {
+        "own_features:absent": "the feature extractor 'own_features:absent' cannot be imported",
+        "own_features": "the feature extractor must be named module:attribute, got 'own_features'",
+        "own_features:number": "must be a callable, got int from own_features:number",
+    }.items():
+        assert said in " ".join(run(*words, name, code=1).split())
+        assert not (tmp_path / "out").exists()
+    run(*words, "own_features:halves")
+    (result,) = json.loads((tmp_path / "out" / "study.json").read_text())["results"]
+    assert {"frechet", "precision", "recall"} <= result["quality"].keys()
 
 
 def test_a_model_of_ones_own(tmp_path, monkeypatch):
@@ -316,7 +356,7 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
     run(
         "sample", "--model", "own_grey_model:Grey", "--timesteps", "three.json", "-n", 2, "--out", "grid.png", "--quiet"
     )
-    assert "must be a torch.nn.Module, or make one, got int" in run(
+    assert "must be a torch.nn.Module, or return one, got int" in run(
         "search", "--model", "own_grey_model:nothing", "--steps", 3, code=1
     )
     assert "cannot be imported" in run("search", "--model", "own_grey_model:Other", "--steps", 3, code=1)
