@@ -26,39 +26,39 @@ EFFORTS = {
     type=click.IntRange(1, 2),
     default=2,
     show_default=True,
-    help="Of the steps that they are for: 1 is DDIM, 2 its multistep form.",
+    help="Order of the steps: 1 is DDIM, 2 its multistep form.",
 )
 @click.option(
     "--model-timesteps/--one-list",
     default=True,
     show_default=True,
-    help="Search for what the model is told in each step, too; or for one list, which any DDIM sampler can use.",
+    help="Search for model timesteps, too; or for one list, which any DDIM sampler can use.",
 )
 @click.option(
     "--effort",
     type=click.Choice(list(EFFORTS)),
     default="normal",
     show_default=True,
-    help="How many samples it looks at, and how often it tries.",
+    help="How many samples and how many runs the search uses.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0), default=1000, show_default=True, help="Of the search; the next one is held out."
+    "--seed", type=click.IntRange(0), default=1000, show_default=True, help="Of the search; the next seed is held out."
 )
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     default="timesteps.json",
     show_default=True,
-    help="The list, with where it came from.",
+    help="The list, with its provenance.",
 )
 def search(run: Run, steps: int, order: int, model_timesteps: bool, effort: str, seed: int, out: Path) -> None:
-    """Find the timesteps that serve a model best: with few steps, nearest to where many lead.
+    """Find the few timesteps whose samples come nearest to those of many steps, for one model.
 
-    First by dynamic programming over what each possible step costs, measured along converged trajectories; then by moving one timestep at
-    a time and sampling: those that are visited, and those that the model is told in their place, since a long step goes nearer to where
-    many short ones lead with the output of a timestep on its way. The result is judged by noise that the search has not seen, beside every
-    spacing in closed form, and written as a small JSON file, which --timesteps takes everywhere, and DDIMSampler(timesteps="FILE.json")
-    in Python.
+    First, dynamic programming over the costs of all possible steps, measured along converged trajectories. Then single
+    timesteps are moved and judged by sampling: the timesteps visited, and the timesteps given to the model, since a long
+    step ends nearer to many short ones with the model's output at a timestep on its way. The result is judged on noise
+    that the search has not used, beside every closed-form spacing, and written as a small JSON file, for --timesteps
+    of all commands and for DDIMSampler(timesteps="FILE.json") in Python.
 
     \b
     Examples:
@@ -92,7 +92,7 @@ def search(run: Run, steps: int, order: int, model_timesteps: bool, effort: str,
     found.best.write(out)
     run.say(_table(found))
     if found.best.model_timesteps is not None:
-        run.say(f"the model is told {list(found.best.model_timesteps)}")
+        run.say(f"model timesteps {list(found.best.model_timesteps)}")
     run.say(f"{list(found.timesteps)} -> {out}")
 
 

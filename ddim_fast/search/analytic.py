@@ -1,4 +1,4 @@
-"""How much of the noise a model leaves open, from which Analytic-DPM (arXiv 2201.06503) tells how much noise a step should add."""
+"""The mean squared error of a model's eps, from which Analytic-DPM (arXiv 2201.06503) computes a step's noise."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .runs import Runs
 
 @torch.inference_mode()
 def measure_eps_residual(runs: Runs, plan: SamplingPlan, x0: Tensor) -> tuple[float, ...]:
-    """E |eps - eps(x_t, t)|^2 over the number of elements at each timestep of a plan, for ``DDIMSampler(analytic_variance=...)``.
+    """Return E |eps - eps(x_t, t)|^2 per element at each timestep of a plan, for ``DDIMSampler(analytic_variance=...)``.
 
-    Estimated over ``x0`` noised by the noise of ``runs``: see ``update.analytic_variance``.
+    The mean is over ``x0`` with the noise of ``runs`` added.
 
     Args:
-        x0: data ``(N, C, ...)``, or where there are none, converged samples of the model from other noise.
+        x0: data ``(N, C, ...)``; without data, converged samples of the model from other noise.
     """
     values = []
     for step in plan.steps:

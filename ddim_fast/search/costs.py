@@ -1,6 +1,7 @@
-"""What each possible step costs, measured along converged trajectories: how far it lands from where the trajectory goes.
+"""The cost of each possible step: how far from a converged trajectory it ends.
 
-No model is called but along the trajectories: a step is linear in x_t and the model's outputs, which are kept at each candidate.
+The model is only called along the trajectories: a step is linear in x_t and the model's outputs, which are
+kept at each candidate.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Reference:
     Attributes:
         timesteps: the candidates, decreasing.
         x_t: K + 1 tensors ``(B, C, ...)``: at each candidate, and at the end.
-        model_outputs, x0: K tensors each: what the model said at each candidate, and the x0 that follows.
+        model_outputs, x0: K tensors each: the model's output at each candidate, and the x0 that follows from it.
     """
 
     timesteps: tuple[int, ...]
@@ -40,7 +41,7 @@ class Reference:
 
 
 def reference(runs: Runs, plan: SamplingPlan, candidates: Sequence[int]) -> Reference:
-    """The run of a plan of second order, of many steps, that visits the candidates among others."""
+    """Run a plan of order 2 with many steps, and return its states at the candidates, all of which it visits."""
     wanted, state = set(candidates), State(runs.start)
     found = Reference(tuple(candidates), [], [], [])
     for step in plan.steps:
@@ -56,13 +57,14 @@ def reference(runs: Runs, plan: SamplingPlan, candidates: Sequence[int]) -> Refe
 
 @torch.inference_mode()
 def cost_table(found: Reference, plan: SamplingPlan, progress: Callable[[int], Any] = lambda steps: None) -> np.ndarray:
-    """Costs of all steps between candidates, as ``dynamic.best_timesteps`` takes them.
+    """Return the costs of all steps between candidates, in the form that ``dynamic.best_timesteps`` takes.
 
-    A step from candidate i, at the converged x_t, to j costs the root mean square of where it lands minus the converged x_s, mean over
-    samples, divided by sqrt(alpha_bar_s): an error in x_s is one of that size in x0, if eps does not change.
+    The cost of a step from candidate i, at the converged x_t, to j is the root mean square difference of its result to
+    the converged x_s, mean over samples, divided by sqrt(alpha_bar_s): an error in x_s is an error of that size in x0
+    if eps does not change.
 
     Args:
-        plan: a plan over the candidates: what its steps are, of which order, clipped or not.
+        plan: a plan over the candidates, which gives the order of the steps, their clipping and so on.
     """
     K = len(found.timesteps)
     if plan.order == 1:
@@ -84,7 +86,7 @@ def cost_table(found: Reference, plan: SamplingPlan, progress: Callable[[int], A
 
 
 def _cost(found: Reference, plan: SamplingPlan, candidates: tuple[int, ...]) -> float:
-    """Of the last step of a short run: from the last candidate but one to the last."""
+    """Return the cost of the last step of a short run: from the last candidate but one to the last."""
     K = len(found.timesteps)
     *before, i, j = candidates
     visited = [*before, i] if j == K else [*before, i, j]

@@ -1,19 +1,21 @@
-"""The best path of a given number of steps through a table of costs, by dynamic programming (Watson et al. 2021, algorithm 1)."""
+"""The cheapest path of S steps through a table of costs, by dynamic programming (Watson et al. 2021, algorithm 1)."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from ..utils.checks import check_integer
+
 
 def best_timesteps(costs: np.ndarray, num_inference_steps: int) -> list[int]:
-    """The candidates that a run of S steps visits, so that its costs add up to the least.
+    """Return the candidates of the run of S steps with the least sum of costs.
 
-    Candidate K stands for clean data, where every run ends. The first candidate, 0, is the noisiest; every run begins there.
+    Candidate 0 is the noisiest, where every run begins. Candidate K stands for clean data, where every run ends.
 
     Args:
-        costs: of a step, not negative; infinite where there is no such step. First order, ``(K, K + 1)``: ``costs[i, j]`` of a step from
-            candidate i to j > i. Second order, ``(K + 1, K, K + 1)``: ``costs[l, i, j]`` of that step where the one before came from l < i,
-            or none did: l = K.
+        costs: the cost of each step, not negative; infinite where a step is not possible. Order 1, ``(K, K + 1)``:
+            ``costs[i, j]`` of the step from candidate i to j > i. Order 2, ``(K + 1, K, K + 1)``: ``costs[l, i, j]`` of
+            the same step after one from l < i; l = K where it is the first step.
         num_inference_steps: 1 <= S <= K.
 
     Returns:
@@ -25,10 +27,7 @@ def best_timesteps(costs: np.ndarray, num_inference_steps: int) -> list[int]:
     K = costs.shape[-2]
     if costs.shape not in ((K, K + 1), (K + 1, K, K + 1)):
         raise ValueError(f"costs must be (K, K + 1) or (K + 1, K, K + 1), got {costs.shape}")
-    if not 1 <= num_inference_steps <= K:
-        raise ValueError(
-            f"num_inference_steps must be from 1 to the number of candidates, {K}, got {num_inference_steps}"
-        )
+    check_integer("num_inference_steps", num_inference_steps, at_least=1, at_most=K, remedy=f"there are {K} candidates")
     path = (_first_order if costs.ndim == 2 else _second_order)(costs, num_inference_steps)
     if path is None:
         raise ValueError(f"no run of {num_inference_steps} steps has finite costs: use more candidates")
@@ -53,7 +52,7 @@ def _first_order(costs: np.ndarray, S: int) -> list[int] | None:
 
 
 def _second_order(costs: np.ndarray, S: int) -> list[int] | None:
-    """The same over pairs of neighbouring candidates."""
+    """Search over pairs of successive candidates instead of candidates."""
     K = costs.shape[1]
     least = np.full((K, K + 1), np.inf)  # of runs whose last step went from i to j
     least[0] = costs[K, 0]

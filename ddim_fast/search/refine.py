@@ -1,4 +1,4 @@
-"""A list of timesteps made better by moving one timestep at a time, judged by whole runs."""
+"""Improve a list of timesteps by moving one timestep at a time, judged by whole runs."""
 
 from __future__ import annotations
 
@@ -15,35 +15,41 @@ from .runs import Runs, State
 
 @dataclass(frozen=True)
 class Candidate:
-    """Timesteps to visit, strictly decreasing, and what the model is told at each; None: those very timesteps."""
+    """Timesteps to visit, strictly decreasing, and the model timestep of each step.
+
+    Args:
+        model_timesteps: where none are given, the timesteps visited, so that candidates are equal where their runs are.
+    """
 
     timesteps: tuple[int, ...]
-    model_timesteps: tuple[int, ...] | None = None
+    model_timesteps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.model_timesteps == self.timesteps:  # one way to say it: candidates are equal where their runs are
-            object.__setattr__(self, "model_timesteps", None)
+        object.__setattr__(self, "model_timesteps", self.model_timesteps or self.timesteps)
 
     @property
-    def told(self) -> tuple[int, ...]:
-        return self.timesteps if self.model_timesteps is None else self.model_timesteps
+    def is_one_list(self) -> bool:
+        """Whether the model is given the timesteps visited."""
+        return self.model_timesteps == self.timesteps
 
     def first_difference(self, other: Candidate) -> int:
-        """The number of the first step that is not the same in both: it goes somewhere else, or the model is told something else."""
-        steps, others = ([*zip(c.timesteps, c.told, (*c.timesteps[1:], -1), strict=True)] for c in (self, other))
+        """Return the number of the first step whose start, end or model timestep differs."""
+        steps, others = (
+            [*zip(c.timesteps, c.model_timesteps, (*c.timesteps[1:], -1), strict=True)] for c in (self, other)
+        )
         same = [a == b for a, b in zip(steps, others, strict=False)]
         return next((k for k, equal in enumerate(same) if not equal), len(same))
 
 
 @dataclass
 class Refinement:
-    """The state of a search: the best candidate so far, with the states of its run, from which a change of a later step can go on.
+    """The state of a search: the best candidate so far, and the states of its run, which runs that differ later reuse.
 
     Args:
-        plan_of: the plan of a candidate.
-        converged: ``(N, C, ...)``, where many steps lead.
+        plan_of: returns the plan of a candidate.
+        converged: converged samples ``(N, C, ...)`` from the same noise.
         num_train_timesteps: T.
-        budget: how many steps may be tried in all: a run of S steps costs S, one that differs from step k on S - k.
+        budget: the number of steps that may be run: S for a whole run, S - k for one that differs from step k on.
     """
 
     runs: Runs
@@ -59,7 +65,10 @@ class Refinement:
     _states: list[State] = field(default_factory=list)
 
     def offer(self, candidate: Candidate) -> bool:
-        """Try a candidate; keep it if it is the best so far. False, too, where there is no budget left, or it was tried before."""
+        """Try a candidate and keep it if it is the best so far. Return whether it was kept.
+
+        A candidate that was tried before, or that the budget does not cover, is not run.
+        """
         if candidate in self.tried:
             return False
         first = 0 if self.best is None else candidate.first_difference(self.best)
@@ -77,15 +86,15 @@ class Refinement:
         return True
 
     def refine(self) -> None:
-        """Move the timesteps visited while that helps."""
-        self._while_better(self._visit, 0.5)
+        """Move the timesteps visited as long as that helps."""
+        self._while_better(self._with_timestep_moved, 0.5)
 
     def refine_model_timesteps(self) -> None:
-        """Move what the model is told while that helps."""
-        self._while_better(self._tell, 0.125)
+        """Move the model timesteps as long as that helps."""
+        self._while_better(self._with_model_timestep_moved, 0.125)
 
     def _while_better(self, move: Callable[[int, int, float], Candidate | None], share: float) -> None:
-        """Far moves first, each again while it helps; then half as far, down to neighbours."""
+        """Try large moves first, each repeated as long as it helps; then moves of half the size, down to 1."""
         while self.spent < self.budget:
             before = self.spent
             better = [self._move(move, k, share) for k in range(len(self.best.timesteps))]
@@ -98,7 +107,7 @@ class Refinement:
                 return
 
     def _move(self, move: Callable[[int, int, float], Candidate | None], k: int, share: float) -> bool:
-        """Move the k-th one way while that helps, or else the other way. Whether it did."""
+        """Move the k-th timestep one way as long as that helps, or else the other way. Return whether it helped."""
         for towards in (-1, 1):
             helped = False
             while (moved := move(k, towards, share)) is not None and self.offer(moved):
@@ -108,7 +117,7 @@ class Refinement:
         return False
 
     def _around(self, k: int) -> tuple[int, int]:
-        """The timesteps visited before and after the k-th, or the ends of the range."""
+        """Return the timesteps visited before and after the k-th, or the ends of the range."""
         t = (self.num_train_timesteps, *self.best.timesteps, -1)
         return t[k], t[k + 2]
 
@@ -116,16 +125,24 @@ class Refinement:
         above, below = self._around(k)
         return above - below
 
-    def _visit(self, k: int, towards: int, share: float) -> Candidate | None:
-        """The best candidate with the k-th timestep moved by a share of the room that its neighbours leave; None where there is none."""
+    def _with_timestep_moved(self, k: int, towards: int, share: float) -> Candidate | None:
+        """Return the best candidate with its k-th timestep moved by a share of the room between its neighbours.
+
+        None where there is no room. A model timestep of its own stays where it is.
+        """
         t, (above, below) = self.best.timesteps, self._around(k)
         room = (above - t[k] if towards > 0 else t[k] - below) - 1
         moved = t[k] + towards * min(room, max(1, round(share * room)))
-        return None if moved == t[k] else Candidate((*t[:k], moved, *t[k + 1 :]), self.best.model_timesteps)
+        if moved == t[k]:
+            return None
+        return Candidate((*t[:k], moved, *t[k + 1 :]), () if self.best.is_one_list else self.best.model_timesteps)
 
-    def _tell(self, k: int, towards: int, share: float) -> Candidate | None:
-        """The best candidate with what the model is told in the k-th step moved by a share of the gap between the neighbours."""
-        told = self.best.told
-        moved = told[k] + towards * max(1, round(share * self._gap(k)))
+    def _with_model_timestep_moved(self, k: int, towards: int, share: float) -> Candidate | None:
+        """Return the best candidate with its k-th model timestep moved by a share of the gap around the k-th timestep.
+
+        None where that would leave the range.
+        """
+        t = self.best.model_timesteps
+        moved = t[k] + towards * max(1, round(share * self._gap(k)))
         inside = 0 <= moved < self.num_train_timesteps
-        return Candidate(self.best.timesteps, (*told[:k], moved, *told[k + 1 :])) if inside else None
+        return Candidate(self.best.timesteps, (*t[:k], moved, *t[k + 1 :])) if inside else None

@@ -1,4 +1,4 @@
-"""Runs of a sampler that are looked into: from any step on, and with what the model said at each."""
+"""Runs of a sampler that can start at any step and that give the model's output at each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Progress = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class State:
-    """Between two steps: the samples ``(B, C, ...)``, and the x0 that the step before predicted, in a run of second order."""
+    """The state between two steps: the samples ``(B, C, ...)``, and in a run of order 2 the x0 of the step before."""
 
     x_t: Tensor
     x0_last: Tensor | None = None
@@ -34,10 +34,10 @@ class Runs:
 
     Args:
         model: see ``models.Model``.
-        start: x_T ``(B, C, ...)`` float32, on the model's device: where every run begins.
+        start: x_T ``(B, C, ...)`` float32, on the model's device, of every run.
         conditioning: for the whole batch.
         batch_size: of the model's calls.
-        progress: told of each call, by its number of samples.
+        progress: called with the number of samples of each model call.
     """
 
     model: Model
@@ -51,13 +51,13 @@ class Runs:
     def from_seed(
         cls, model: Model, shape: Sequence[int], count: int, seed: int, device: torch.device, **others: Any
     ) -> Runs:
-        """Runs from the noise that ``DDIMSampler.sample(seed=seed)`` begins with."""
+        """Return runs from the noise that ``DDIMSampler.sample(seed=seed)`` starts from."""
         seeds = torch.from_numpy(sample_seeds(seed, count)).to(device)
         return cls(model, normals(seeds, tuple(shape), 0, NoiseStream.INITIAL), **others)
 
     @torch.inference_mode()
     def predict(self, x_t: Tensor, t: int) -> Tensor:
-        """The model's output at x_t ``(B, C, ...)``, guided where there is guidance."""
+        """Return the model's output at x_t ``(B, C, ...)``, with guidance where there is a scale."""
         scales = guidance_scales(self.guidance_scale, (t,))
         parts = []
         for first in range(0, len(x_t), self.batch_size):
@@ -86,11 +86,11 @@ class Runs:
         return torch.cat(parts).to(x_t.dtype)
 
     def run(self, plan: SamplingPlan, first: int = 0, states: list[State] | None = None) -> list[State]:
-        """All states of a run, S + 1.
+        """Return all S + 1 states of a run.
 
         Args:
-            first: the number of the step from which on it differs from an earlier run.
-            states: of that run.
+            first: the number of the first step that differs from an earlier run.
+            states: the states of that earlier run.
         """
         states = [State(self.start)] if states is None else states[: first + 1]
         for step in plan.steps[first:]:
@@ -100,7 +100,7 @@ class Runs:
 
 @torch.inference_mode()
 def after(state: State, step: PlannedStep, m: Tensor, order: int) -> State:
-    """The state after a step, by the model's output ``m`` there; in new memory."""
+    """Return the state after a step with the model's output ``m``, in new memory."""
     if order == 1:
         return State(ddim_step(state.x_t, m, step.coefficients))
     history = torch.empty_like(state.x_t) if state.x0_last is None else state.x0_last.clone()

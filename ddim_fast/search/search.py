@@ -1,4 +1,4 @@
-"""The search for timesteps: dynamic programming, then refinement, then a score on noise that neither has seen."""
+"""Search for timesteps: dynamic programming, then refinement, then a score on noise that neither has used."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from .refine import Candidate, Refinement
 from .runs import Progress, Runs
 
 CANDIDATES = {1: 100, 2: 60}
-"""How many timesteps a table of costs has, by order: of second order it has a dimension more."""
+"""The number of candidate timesteps in a table of costs, by order: a table of order 2 has one more dimension."""
 REFERENCE_STEPS = 200
-ONE_LIST = "searched, the model told the same"
-"""The name of the best list where the model is told the timesteps visited, beside the best of all."""
+ONE_LIST = "searched, one list"
+"""The name of the best list whose model timesteps are the timesteps visited, beside the best of all."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """How near a candidate comes to converged samples, on the search's own noise and on noise it has not seen."""
+    """A candidate's distance to converged samples, on the noise of the search and on held-out noise."""
 
     name: str
     candidate: Candidate
@@ -44,11 +44,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         best: the list, with its provenance.
-        scores: of the candidate after each stage, and of every closed form with as many steps, the best on held-out noise first.
+        scores: of the candidate after each stage, and of every closed-form spacing with as many steps, sorted by their
+            distance on held-out noise.
     """
 
     best: TimestepList
@@ -64,18 +65,18 @@ class Found:
 
 @dataclass
 class Search:
-    """What is searched for, and with what effort.
+    """What to search for, and with how much effort.
 
     Args:
         shape: of one sample.
-        order: of the steps that the list is for.
-        conditioning: of sample i, a rule.
-        sampler_options: what else the sampler will be told, such as ``clip_sample``.
+        order: of the steps that the list is used for.
+        conditioning: the rule for the conditioning of sample i.
+        sampler_options: further arguments of the sampler, such as ``clip_sample``.
         count: samples of the table of costs; ``refine_count`` of the refinement; ``held_out`` of the last score.
-        refine_runs: how many whole runs the refinement of the timesteps visited may cost; the search for what the model is told as many,
-            and both once more half as many each.
-        model_timesteps: search for what the model is told, too.
-        seed: held-out samples begin with that of ``seed + 1``.
+        refine_runs: whole runs that refining the timesteps visited may cost; refining the model timesteps may cost as
+            many, and a second round of both half as many each.
+        model_timesteps: search for model timesteps, too.
+        seed: of the noise; held-out samples use ``seed + 1``.
     """
 
     model: Model
@@ -99,12 +100,13 @@ class Search:
         options = {**self.sampler_options, "order": self.order if order is None else order}
         options.pop("timestep_spacing", None)
         options.pop("steps_offset", None)
-        lists = {"timesteps": candidate.timesteps, "model_timesteps": candidate.model_timesteps}
+        given = None if candidate.is_one_list else candidate.model_timesteps
+        lists = {"timesteps": candidate.timesteps, "model_timesteps": given}
         return DDIMSampler(self.schedule, **lists, **options).plan(self.model)
 
     @property
     def candidate_timesteps(self) -> tuple[int, ...]:
-        """Half of them evenly in t, half evenly in log-SNR."""
+        """The candidates: half of them spaced evenly in t, half evenly in log-SNR."""
         total = self.schedule.num_train_timesteps
         wanted = min(self.candidates or CANDIDATES[self.order], total)
         even = select_timesteps(wanted // 2, total, "trailing") if wanted > 1 else ()
@@ -132,12 +134,12 @@ class Search:
         )
 
     def closed_forms(self) -> dict[str, Candidate]:
-        """Every spacing with as many steps."""
+        """Return the timesteps of every closed-form spacing with as many steps."""
         total, S = self.schedule.num_train_timesteps, self.num_inference_steps
         return {name: Candidate(select_timesteps(S, total, name, schedule=self.schedule)) for name in SPACINGS}
 
     def calls(self) -> int:
-        """Model calls, counted by sample, that a search makes at most."""
+        """Return the largest number of model calls, counted by sample, that the search can make."""
         S, many, closed = self.num_inference_steps, len(self.reference_timesteps), len(self.closed_forms())
         per_step = 1 if self.guidance_scale in (None, 1) else 2
         stages, searched = (3, 2) if self.model_timesteps else (1, 1)
@@ -148,10 +150,10 @@ class Search:
 def search_timesteps(
     search: Search, progress: Progress = lambda calls: None, say: Callable[[str], Any] = lambda text: None
 ) -> Found:
-    """The best S timesteps for a model: where their run ends nearest to the converged one from the same noise.
+    """Find the S timesteps whose runs end nearest to converged samples from the same noise.
 
-    Dynamic programming finds the path of least added-up costs; the better of it and the closed forms is refined by whole runs; what comes
-    of it is judged on held-out noise, with everything else.
+    Dynamic programming finds the path with the least sum of costs. The better of that and the closed-form spacings is
+    refined by whole runs. All lists are then judged on held-out noise.
     """
     found = _by_dynamic_programming(search, progress, say)
     runs = search.runs(search.refine_count, search.seed, progress)
@@ -175,18 +177,18 @@ def search_timesteps(
         search.order,
         _residual(search, runs, refinement.best, converged),
         _provenance(search, scores, began),
-        refinement.best.model_timesteps,
+        None if refinement.best.is_one_list else refinement.best.model_timesteps,
     )
     return Found(best, tuple(scores))
 
 
 def _stages(search: Search, refinement: Refinement) -> list[tuple[str, Callable[[], None], int]]:
-    """What is refined in turn: what comes of it is called, how it is done, and how many runs it may take."""
-    visits, told, most = refinement.refine, refinement.refine_model_timesteps, search.refine_runs
+    """Return the stages of the refinement: the name of the result, the function that refines, the runs it may cost."""
+    visited, given, most = refinement.refine, refinement.refine_model_timesteps, search.refine_runs
     if not search.model_timesteps:
-        return [("searched", visits, most)]
-    again = [("searched", visits, most // 2), ("searched", told, most // 2)]
-    return [(ONE_LIST, visits, most), ("searched", told, most), *again]
+        return [("searched", visited, most)]
+    again = [("searched", visited, most // 2), ("searched", given, most // 2)]
+    return [(ONE_LIST, visited, most), ("searched", given, most), *again]
 
 
 def _by_dynamic_programming(search: Search, progress: Progress, say: Callable[[str], Any]) -> Candidate:
@@ -203,7 +205,7 @@ def _converged(search: Search, runs: Runs) -> Tensor:
 
 
 def _residual(search: Search, runs: Runs, candidate: Candidate, converged: Tensor) -> tuple[float, ...]:
-    """Of the model's eps, on its own converged samples and noise that is not theirs: that of the next sample."""
+    """Measure the residual of the model's eps on its own converged samples, each with the noise of the next sample."""
     others = replace(runs, start=runs.start.roll(1, 0))
     return measure_eps_residual(others, search.plan_of(candidate), converged)
 
@@ -224,7 +226,7 @@ def _held_out(
 def _provenance(search: Search, scores: Sequence[Score], began: str) -> dict[str, Any]:
     return {
         "method": "dynamic programming over costs of single steps (arXiv 2106.03802, 2405.11326), then moves judged by whole runs"
-        + ("; the timesteps that the model is told searched beside those visited" if search.model_timesteps else ""),
+        + ("; model timesteps searched beside the timesteps visited" if search.model_timesteps else ""),
         "refined": began,
         "samples": {"costs": search.count, "refinement": search.refine_count, "held_out": search.held_out},
         "seeds": {"search": search.seed, "held_out": search.seed + 1},

@@ -77,8 +77,8 @@ def test_second_order_needs_the_step_before():
     [
         ((3, 3), 1, r"costs must be \(K, K \+ 1\) or \(K \+ 1, K, K \+ 1\), got \(3, 3\)"),
         ((3, 3, 4), 1, r"got \(3, 3, 4\)"),
-        ((3, 4), 0, "from 1 to the number of candidates, 3, got 0"),
-        ((4, 3, 4), 4, "from 1 to the number of candidates, 3, got 4"),
+        ((3, 4), 0, r"must be an integer in \[1, 3\], got 0: there are 3 candidates"),
+        ((4, 3, 4), 4, r"must be an integer in \[1, 3\], got 4: there are 3 candidates"),
     ],
 )
 def test_errors(shape, S, said):

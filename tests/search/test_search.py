@@ -34,9 +34,9 @@ def test_what_is_found_is_better_also_on_noise_it_has_not_seen(order, tmp_path):
     closed = [score for score in found.scores if score.name not in ("searched", ONE_LIST, "dynamic programming")]
     best = found.score("searched")
     one_list = found.score(ONE_LIST)
-    assert best.candidate == Candidate(found.timesteps, found.best.model_timesteps)
     assert found.best.model_timesteps is not None
-    assert one_list.candidate.model_timesteps is None
+    assert best.candidate == Candidate(found.timesteps, found.best.model_timesteps)
+    assert one_list.candidate.is_one_list
     assert best.seen < one_list.seen
     assert best.held_out < one_list.held_out
     assert best.seen < min(score.seen for score in closed)
@@ -162,7 +162,7 @@ def test_costs_are_those_of_steps_taken_one_by_one(order):
         assert impossible[2, 1].all()
 
 
-def refinement(budget, start, told=None):
+def refinement(budget, start, model_timesteps=()):
     model = ClosedForm(LINEAR)
     runs = Runs.from_seed(model, (1,), 32, 0, CPU)
 
@@ -171,7 +171,7 @@ def refinement(budget, start, told=None):
 
     converged = runs.run(plan_of(Candidate(tuple(range(999, -1, -2)))))[-1].x_t
     found = Refinement(runs, plan_of, converged, 1000, budget)
-    found.offer(Candidate(start, told))
+    found.offer(Candidate(start, model_timesteps))
     return found
 
 
@@ -180,7 +180,7 @@ def test_refinement_never_gets_worse_and_ends_where_no_neighbour_is_better():
     began = found.distance
     found.refine()
     assert found.distance < 0.8 * began
-    assert found.best.model_timesteps is None
+    assert found.best.is_one_list
     for moved in neighbours(found.best.timesteps):
         inside = min(moved) >= 0 and max(moved) < 1000 and list(moved) == sorted(set(moved), reverse=True)
         assert not inside or found.tried[Candidate(moved)] >= found.distance
@@ -192,15 +192,15 @@ def neighbours(values):
             yield (*values[:k], values[k] + towards, *values[k + 1 :])
 
 
-def test_what_the_model_is_told_makes_it_better_still():
+def test_model_timesteps_make_it_better_still():
     found = refinement(10**6, (999, 600, 300, 100))
     found.refine()
     began = found.distance
     found.refine_model_timesteps()
     assert found.distance < 0.8 * began
     best = found.best
-    assert best.told != best.timesteps
-    for moved in neighbours(best.told):
+    assert best.model_timesteps != best.timesteps
+    for moved in neighbours(best.model_timesteps):
         assert (
             not 0 <= min(moved) <= max(moved) < 1000 or found.tried[Candidate(best.timesteps, moved)] >= found.distance
         )
@@ -225,7 +225,8 @@ def test_where_candidates_differ_first(other, first):
 
 def test_a_candidate_is_said_in_one_way():
     assert Candidate((900, 500), (900, 500)) == Candidate((900, 500))
-    assert Candidate((900, 500), (900, 400)).told == (900, 400)
+    assert Candidate((900, 500)).model_timesteps == (900, 500)
+    assert Candidate((900, 500), (900, 400)).model_timesteps == (900, 400)
 
 
 def test_refinement_keeps_to_its_budget():
@@ -241,10 +242,10 @@ def test_refinement_keeps_to_its_budget():
 
 def test_a_run_that_goes_on_from_another_is_the_same_as_a_whole_one():
     found = refinement(10**6, (999, 600, 300, 100))
-    for start, told in (((999, 600, 300, 50), None), ((999, 600, 300, 100), (999, 600, 310, 90))):
-        found.offer(Candidate(start, told))
-        whole = refinement(10**6, start, told)
-        assert found.tried[Candidate(start, told)] == whole.distance
+    for start, given in (((999, 600, 300, 50), ()), ((999, 600, 300, 100), (999, 600, 310, 90))):
+        found.offer(Candidate(start, given))
+        whole = refinement(10**6, start, given)
+        assert found.tried[Candidate(start, given)] == whole.distance
 
 
 def test_a_state_is_left_as_it_was():
