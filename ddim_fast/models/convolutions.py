@@ -1,4 +1,4 @@
-"""A model whose convolutions are computed with fewer products, by ``kernels.convolution``."""
+"""A model whose convolutions use fewer multiplications, by ``kernels.convolution``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..kernels.convolution import convolve, transformed_weights, unsupported_rea
 
 
 class WinogradConv2d(nn.Conv2d):
-    """An ``nn.Conv2d`` by Winograd's minimal filtering, where nothing speaks against it; otherwise as ever.
+    """An ``nn.Conv2d`` that uses Winograd's minimal filtering for inputs that support it, and torch for others.
 
     Args:
-        convolution: one that ``kernels.convolution.unsupported_reasons`` has nothing against. Its parameters are this one's, too; its
-            weights are read once.
+        convolution: one without ``kernels.convolution.unsupported_reasons``. Its parameters are shared; its weights are
+            transformed once.
     """
 
     def __init__(self, convolution: nn.Conv2d):
@@ -32,21 +32,25 @@ class WinogradConv2d(nn.Conv2d):
 
 
 def channels_last(model: nn.Module) -> nn.Module:
-    """A copy of a model, its weights of two-dimensional convolutions channels last."""
+    """Return a copy of a model with the weights of its two-dimensional convolutions in channels-last layout."""
     model = copy.deepcopy(model)
     for parameter in model.parameters():
-        if parameter.ndim == 4:  # ``Module.to`` refuses a model that has weights of five dimensions, too
+        if parameter.ndim == 4:  # ``Module.to`` refuses a model that also has weights of five dimensions
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return model
 
 
 def with_winograd(model: nn.Module) -> nn.Module | None:
-    """A copy of a model, channels last, with every convolution exchanged that can be; None if there is none."""
+    """Return a channels-last copy of a model with every supported convolution replaced; None if there is none."""
     model = channels_last(model)
     modules = list(model.modules())
-    exchanged = {module: WinogradConv2d(module) for module in modules if not unsupported_reasons(module)}
+    replaced: dict[nn.Module, nn.Module] = {
+        module: WinogradConv2d(module)
+        for module in modules
+        if isinstance(module, nn.Conv2d) and not unsupported_reasons(module)
+    }
     for module in modules:
-        for name, child in module._modules.items():  # named_children would give a shared one by its first name only
-            if child in exchanged:
-                setattr(module, name, exchanged[child])
-    return exchanged.get(model, model) if exchanged else None
+        for name, child in module._modules.items():  # named_children gives a shared module by its first name only
+            if child in replaced:
+                setattr(module, name, replaced[child])
+    return replaced.get(model, model) if replaced else None

@@ -24,18 +24,19 @@ from .shipped import SHIPPED, ShippedModel, load_shipped_model
 
 
 class LoadedModel(nn.Module):
-    """A network with what its files say of it. ``model(x, t, **conditioning)``, see ``models.Model``; returns a tensor.
+    """A network with the settings from its files: ``model(x, t, **conditioning)`` returns a tensor, see ``models.Model``.
 
     Attributes:
         network: the module itself.
-        prediction_type: "epsilon", "sample" or "v_prediction"; None where the files do not say (a sampler then takes "epsilon").
+        prediction_type: "epsilon", "sample" or "v_prediction"; None where the files do not say (a sampler then uses
+            "epsilon").
         schedule: the noise schedule it was trained with, or None.
-        clip_sample_range: half the width of the range that x0 is clipped to, or None.
+        clip_sample_range: x0 is clipped to plus or minus this; None: not clipped.
         sample_shape: (C, H, W), or None.
-        sampler_options: what else a scheduler's configuration says of sampling, as arguments of ``DDIMSampler``:
+        sampler_options: further settings of a scheduler's configuration, as arguments of ``DDIMSampler``:
             ``DDIMSampler(model.schedule, 50, **model.sampler_options)``.
 
-    Where a file says nothing, set them: ``model.prediction_type = "v_prediction"``.
+    Set what the files do not say: ``model.prediction_type = "v_prediction"``.
     """
 
     def __init__(
@@ -67,15 +68,16 @@ def load_model(
     *,
     trust_pickle: bool = False,
 ) -> ShippedModel | LoadedModel:
-    """The model that ships with the package, or one from a file or directory.
+    """Load the model that ships with the package, or one from a file or directory.
 
     Args:
-        name: "fashion": pictures of clothes, 28 x 28, ten classes (docs/MODEL_CARD.md); or a path: see ``load_model_from``.
-        dtype: of the weights; as stored, float32 for the model that ships, if none.
+        name: "fashion": pictures of clothes, 28 x 28, ten classes (docs/MODEL_CARD.md); or a path, see
+            ``load_model_from``.
+        dtype: of the weights. None: float32 for the model that ships, else as stored.
         trust_pickle: see ``load_model_from``.
 
     Raises:
-        FileNotFoundError: neither is there.
+        FileNotFoundError: there is no such model or path.
         ImportError, TypeError, ValueError: see ``load_model_from``.
     """
     if name in SHIPPED:
@@ -83,7 +85,8 @@ def load_model(
     if not os.path.exists(name):
         raise FileNotFoundError(
             f"a model must be one of those that ship ({', '.join(SHIPPED)}), or the path of a local file or directory, got "
-            f"{str(name)!r}, where there is nothing: download a model on a hub first, for instance by huggingface_hub.snapshot_download"
+            f"{str(name)!r}, which does not exist: download a model from a hub first, for instance with "
+            "huggingface_hub.snapshot_download"
         )
     return load_model_from(name, device=device, dtype=dtype, trust_pickle=trust_pickle)
 
@@ -95,24 +98,25 @@ def load_model_from(
     dtype: torch.dtype | None = None,
     trust_pickle: bool = False,
 ) -> LoadedModel:
-    """A model from a file or directory, in eval mode, its weights frozen. Nothing is downloaded.
+    """Load a model from a file or directory, in eval mode, its weights frozen. Nothing is downloaded.
 
-    - A diffusers directory: of a pipeline (``model_index.json``, of which ``unet`` and ``scheduler`` are read), or of one model
-      (``config.json``). ``UNet2DModel`` and ``UNet2DConditionModel``. Needs diffusers. Of a latent pipeline, samples are latents.
+    - A diffusers directory: of a pipeline (``model_index.json``, whose ``unet`` and ``scheduler`` are read), or of one
+      model (``config.json``). ``UNet2DModel`` and ``UNet2DConditionModel``. Needs diffusers. The samples of a latent
+      pipeline are latents.
     - A TorchScript archive (``torch.jit.save``), called as ``module(x, t, **conditioning)``.
-    - A torch.export archive (``torch.export.save``), called so, too. It accepts the shapes that it was exported for.
+    - A torch.export archive (``torch.export.save``), called alike. It accepts the shapes that it was exported for.
 
-    The last two hold a program, which runs: load what you would run.
+    The last two contain a program that runs: load only what you would run.
 
     Args:
-        device: where the model goes. An exported program stays on the device that it was exported for, which must be this one.
-        dtype: of the weights. None: as stored, for diffusers float32. An exported program's cannot be changed.
-        trust_pickle: read a diffusers model's weights from a pickle (``.bin``), too, where there is no ``.safetensors``.
+        device: of the model. An exported program stays on the device that it was exported for, which must be this one.
+        dtype: of the weights. None: as stored, float32 for diffusers. That of an exported program cannot be changed.
+        trust_pickle: also read a diffusers model's weights from a pickle (``.bin``) if there is no ``.safetensors``.
 
     Raises:
-        FileNotFoundError: there is nothing at the path.
+        FileNotFoundError: the path does not exist.
         ImportError: diffusers is needed.
-        TypeError, ValueError: it is no such file, it is damaged, or it says something that cannot be honoured; the message says what.
+        TypeError, ValueError: the file is of another kind, damaged, or has a setting that is not supported.
     """
     path = Path(path)
     device = usable_device(device)
@@ -120,8 +124,8 @@ def load_model_from(
         check_dtype("dtype", dtype)
     if not path.exists():
         raise FileNotFoundError(
-            f"path must be a local file or directory, and there is nothing at {path}: a model on a hub is downloaded first, "
-            "for instance by huggingface_hub.snapshot_download"
+            f"path must be a local file or directory, got {path}, which does not exist: download a model from a hub first, "
+            "for instance with huggingface_hub.snapshot_download"
         )
     if path.is_dir():
         model = _load_diffusers(path, dtype, trust_pickle).to(device)
@@ -154,7 +158,7 @@ SCHEDULERS = (
     "SASolverScheduler",
     "UniPCMultistepScheduler",
 )
-"""diffusers' schedulers for models that were trained on discrete timesteps with betas, so that DDIM samples them, too."""
+"""diffusers' schedulers for models trained on discrete timesteps with betas, which DDIM can sample as well."""
 _SAMPLER_OPTIONS = ("timestep_spacing", "steps_offset", "set_alpha_to_one")
 _THRESHOLDING_OPTIONS = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
 
@@ -205,11 +209,11 @@ def _load_unet(path: Path, dtype: torch.dtype | None, trust_pickle: bool, stated
 
 
 def _sample_shape(config: Any, path: Path) -> tuple[int, ...] | None:
-    """(C, H, W) of what the network is given, or None where its configuration leaves the size open."""
+    """Return (C, H, W) of the network's input, or None where its configuration leaves the size open."""
     channels, returned = config.in_channels, config.out_channels
     if returned not in (channels, 2 * channels):
         raise ValueError(
-            f"a model must return as many channels as it is given (or twice, with a learned variance), got in_channels = {channels} "
+            f"a model must return as many channels as it takes (or twice, with a learned variance), got in_channels = {channels} "
             f"and out_channels = {returned} in {path}: load it with diffusers, and wrap it in a function that adds the others"
         )
     size = config.sample_size
@@ -233,15 +237,15 @@ def _has_safetensors(path: Path, trust_pickle: bool) -> bool:
 
 
 def _read_scheduler(path: Path) -> dict[str, Any]:
-    """What a scheduler's configuration says of the model, as arguments of ``LoadedModel``."""
+    """Read the settings in a scheduler's configuration, as arguments of ``LoadedModel``."""
     stored = _read_json(path / "scheduler_config.json")
     name = stored.get("_class_name")
     if name not in SCHEDULERS:
         raise ValueError(
-            f"a scheduler must be one for betas, of which DDIM can take the place ({', '.join(SCHEDULERS)}), got _class_name = {name!r} "
+            f"a scheduler must be one for betas, which DDIM can replace ({', '.join(SCHEDULERS)}), got _class_name = {name!r} "
             f"in {path}"
         )
-    # From diffusers, for the defaults of what the file leaves out.
+    # By diffusers, for its defaults of what the file leaves out.
     config = getattr(_diffusers(), name).from_config(stored).config
     if config.get("use_flow_sigmas"):
         raise ValueError(f"a schedule must follow from betas, got use_flow_sigmas = True in {path}")
@@ -262,7 +266,7 @@ def _read_scheduler(path: Path) -> dict[str, Any]:
 
 
 def _schedule(config: Mapping[str, Any], path: Path) -> NoiseSchedule:
-    """The betas in float64; diffusers computes them in float32."""
+    """Return the noise schedule, from betas in float64; diffusers computes them in float32."""
     if config["trained_betas"] is not None:
         schedule = NoiseSchedule.from_betas(config["trained_betas"], "trained_betas")
     elif config["beta_schedule"] in ("linear", "scaled_linear", "sigmoid"):
@@ -304,7 +308,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _archive_kind(path: Path) -> str:
-    """ "torchscript" or "export", by what the archive holds, whatever it is called."""
+    """Return "torchscript" or "export", by the contents of the archive, not by its name."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] or name for name in archive.namelist()}
@@ -314,7 +318,8 @@ def _archive_kind(path: Path) -> str:
         return "torchscript"
     if any("aotinductor" in name for name in names):
         raise ValueError(
-            f"{path} holds compiled code for one device: torch._inductor.aoti_load_package loads it, and gives a model"
+            f"a model must be a program, got compiled code for one device in {path}: load it with "
+            "torch._inductor.aoti_load_package, and use the result as the model"
         )
     if names & {"models/model.json", "archive_format", "serialized_exported_program.json"}:
         return "export"
@@ -332,7 +337,7 @@ def _archive_kind(path: Path) -> str:
 
 def _load_torchscript(path: Path, device: torch.device, dtype: torch.dtype | None) -> LoadedModel:
     try:
-        with warnings.catch_warnings():  # newer torch calls TorchScript deprecated; the archive is there all the same
+        with warnings.catch_warnings():  # newer torch calls TorchScript deprecated; archives exist all the same
             warnings.simplefilter("ignore", DeprecationWarning)
             network = torch.jit.load(str(path), map_location=device)
     except RuntimeError as error:
@@ -343,7 +348,7 @@ def _load_torchscript(path: Path, device: torch.device, dtype: torch.dtype | Non
 def _load_exported(path: Path, device: torch.device, dtype: torch.dtype | None) -> LoadedModel:
     if dtype is not None:
         raise ValueError(
-            f"an exported program computes in the dtype it was exported with, got dtype={dtype}: leave dtype out, or export it anew"
+            f"an exported program computes in the dtype it was exported with, got dtype={dtype}: leave dtype out, or export it again"
         )
     try:
         program = torch.export.load(path)
@@ -353,13 +358,13 @@ def _load_exported(path: Path, device: torch.device, dtype: torch.dtype | None) 
     if wrong := [other for other in devices if other.type != device.type or device.index not in (None, other.index)]:
         raise ValueError(
             f"an exported program stays on the device it was exported for, {wrong[0]}, got device={str(device)!r}: pass "
-            f"device={str(wrong[0])!r}, or export it anew"
+            f"device={str(wrong[0])!r}, or export it again"
         )
     return LoadedModel(_Exported(program))
 
 
 class _Exported(nn.Module):
-    """An exported program as a module, with an error that says which shapes it takes."""
+    """An exported program as a module, with an error that names the shapes it takes."""
 
     def __init__(self, program: torch.export.ExportedProgram):
         super().__init__()
@@ -375,7 +380,7 @@ class _Exported(nn.Module):
         try:
             return self.program(x, t, **conditioning)
         except (AssertionError, RuntimeError) as error:
-            # torch's check of the inputs, in its newer and its older words. Anything else went wrong inside.
+            # The messages of torch's check of the inputs, new and old. Any other error comes from inside the program.
             if not str(error).startswith(("Guard failed", "Expected input at")):
                 raise
             raise ValueError(
@@ -384,7 +389,7 @@ class _Exported(nn.Module):
             ) from error
 
     def train(self, mode: bool = True) -> _Exported:
-        """Exported programs have no modes: they compute as they did when they were exported."""
+        """Set ``training`` only: an exported program has the mode in which it was exported."""
         self.training = mode
         return self
 

@@ -1,4 +1,4 @@
-"""How close generated Fashion-MNIST pictures are to real ones, told by a small classifier that ships with the package.
+"""How close generated Fashion-MNIST pictures are to real ones, judged by a small classifier that ships with the package.
 
     distance = classifier_frechet_distance(images)   # 0 is perfect; see the function for what the number does not mean
     share = class_agreement(images, labels)          # 1 is perfect
@@ -9,12 +9,15 @@ the training set were made by ``training/train_classifier.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from ..utils.checks import check_choice, check_integer
 
 __all__ = [
     "FashionClassifier",
@@ -71,8 +74,8 @@ class FashionClassifier(nn.Module):
         """Penultimate features ``(N, 64)`` float32 of ``images`` ``(N, 1, 28, 28)`` float32 in [-1, 1]."""
         if images.ndim != 4 or tuple(images.shape[1:]) != PICTURE_SHAPE or images.dtype != torch.float32:
             raise ValueError(
-                f"images must be (N, 1, 28, 28) float32, received {tuple(images.shape)} {images.dtype}. "
-                "Reshape them, or convert them with images.float()."
+                f"images must be (N, 1, 28, 28) float32, got {tuple(images.shape)} {images.dtype}: "
+                "reshape them, or convert them with images.float()"
             )
         return self.body(images).mean(dim=(2, 3))
 
@@ -98,33 +101,32 @@ class FeatureStatistics:
     def __post_init__(self) -> None:
         dimension = self.mean.numel()
         if dimension == 0 or tuple(self.mean.shape) != (dimension,):
-            raise ValueError(f"mean must be (D,) with D >= 1, received shape {tuple(self.mean.shape)}. Flatten it.")
+            raise ValueError(f"mean must be (D,) with D >= 1, got shape {tuple(self.mean.shape)}: flatten it")
         if tuple(self.covariance.shape) != (dimension, dimension):
             raise ValueError(
-                f"covariance must be (D, D) with D = {dimension}, the mean's length, received shape "
-                f"{tuple(self.covariance.shape)}. Take mean and covariance from the same features."
+                f"covariance must be (D, D) with D = {dimension}, the mean's length, got shape "
+                f"{tuple(self.covariance.shape)}: compute mean and covariance from the same features"
             )
         for name, values in (("mean", self.mean), ("covariance", self.covariance)):
             if values.dtype != torch.float64:
-                raise ValueError(f"{name} must be float64, received {values.dtype}. Compute it from features.double().")
+                raise ValueError(f"{name} must be float64, got {values.dtype}: compute it from features.double()")
             if not torch.isfinite(values).all():
-                raise ValueError(f"{name} must be finite, received NaN or infinity. Look for NaN in the features.")
+                raise ValueError(f"{name} must be finite, got NaN or infinity: look for NaN in the features")
         asymmetry = (self.covariance - self.covariance.T).abs().max().item()
         if asymmetry > 1e-9 * self.covariance.abs().max().item():
             raise ValueError(
-                f"covariance must be symmetric, received one that differs from its transpose by {asymmetry:.3g}. "
-                "Use feature_statistics, or (covariance + covariance.T) / 2."
+                f"covariance must be symmetric, got one that differs from its transpose by {asymmetry:.3g}: "
+                "use feature_statistics, or (covariance + covariance.T) / 2"
             )
-        if self.count < 2:
-            raise ValueError(f"count must be 2 or more, received {self.count}. One feature has no covariance.")
+        check_integer("count", self.count, at_least=2, remedy="one feature has no covariance")
 
 
 def feature_statistics(features: Tensor) -> FeatureStatistics:
-    """Mean and unbiased covariance, in float64 on the CPU, of ``features`` ``(N, D)``, floating point, N >= 2."""
+    """Return mean and unbiased covariance, in float64 on the CPU, of ``features`` ``(N, D)``, floating point, N >= 2."""
     if features.ndim != 2 or features.shape[0] < 2 or features.shape[1] < 1 or not features.is_floating_point():
         raise ValueError(
-            f"features must be (N, D), floating point, with N >= 2 and D >= 1, received {tuple(features.shape)} "
-            f"{features.dtype}. Give one row per picture, and two pictures or more."
+            f"features must be (N, D), floating point, with N >= 2 and D >= 1, got {tuple(features.shape)} "
+            f"{features.dtype}: give one row per picture, and two pictures or more"
         )
     values = features.detach().to("cpu", torch.float64)
     mean = values.mean(0)
@@ -133,25 +135,25 @@ def feature_statistics(features: Tensor) -> FeatureStatistics:
 
 
 def _symmetric_square_root(covariance: Tensor) -> Tensor:
-    """The positive semi-definite ``R`` ``(D, D)`` with ``R @ R = covariance``; float64.
+    """Return the positive semi-definite ``R`` ``(D, D)`` with ``R @ R = covariance``; float64.
 
-    The eigenvalues of a rank-deficient matrix come back as rounding noise of either sign. Its square root would be
-    1e8 times larger than the noise and not small at all, so what cannot be told from zero is set to zero.
+    The zero eigenvalues of a rank-deficient matrix come back as rounding noise of either sign. The square root of that
+    noise would be 1e8 times larger, not small at all, so eigenvalues within the rounding error of zero are set to zero.
     """
     eigenvalues, eigenvectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     largest = eigenvalues[-1].item()
     noise = len(covariance) * torch.finfo(torch.float64).eps * eigenvalues.abs().max().item()
     if eigenvalues[0].item() < -1e-6 * max(largest, 0.0) - noise:
         raise ValueError(
-            f"covariance must be positive semi-definite, received one with the eigenvalue {eigenvalues[0].item():.3g}. "
-            "Use feature_statistics to compute it."
+            f"covariance must be positive semi-definite, got one with the eigenvalue {eigenvalues[0].item():.3g}: "
+            "compute it with feature_statistics"
         )
     kept = torch.where(eigenvalues > noise, eigenvalues, 0.0)
     return eigenvectors * kept.sqrt() @ eigenvectors.T
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """Squared Frechet (2-Wasserstein) distance of two Gaussians, in float64; never negative.
+    """Return the squared Frechet (2-Wasserstein) distance of two Gaussians, in float64; never negative.
 
     ``|mean_a - mean_b|^2 + trace(A + B - 2 sqrt(A^1/2 B A^1/2))`` for the covariances ``A`` and ``B``. The trace is
     computed as ``min |A^1/2 - B^1/2 Q|^2`` over all orthogonal ``Q`` (Frobenius norm), which is equal to it (orthogonal
@@ -160,8 +162,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(
-            f"both statistics must have features of the same length, received {len(a.mean)} and {len(b.mean)}. "
-            "Compute both with the same classifier."
+            f"both statistics must have features of the same length, got {len(a.mean)} and {len(b.mean)}: "
+            "compute both with the same classifier"
         )
     root_a, root_b = _symmetric_square_root(a.covariance), _symmetric_square_root(b.covariance)
     left, _, right = torch.linalg.svd(root_b @ root_a)
@@ -170,28 +172,27 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 def sample_distances(samples: Tensor, others: Tensor) -> Tensor:
-    """Root mean square difference of each sample ``(N, C, ...)`` to the other of the same number: ``(N,)`` float64."""
+    """Return the root mean square difference of each pair of samples ``(N, C, ...)``: ``(N,)`` float64."""
     if samples.shape != others.shape:
         raise ValueError(
-            f"both must have the same shape, received {tuple(samples.shape)} and {tuple(others.shape)}. Give as many of each."
+            f"both must have the same shape, got {tuple(samples.shape)} and {tuple(others.shape)}: give as many of each"
         )
     return (samples.double() - others.double()).flatten(1).square().mean(1).sqrt()
 
 
 def _shipped_file(name: str, kind: str) -> Path:
-    if name not in _NAMES:
-        raise ValueError(f"name must be one of {list(_NAMES)}, received {name!r}. Only these ship with the package.")
+    check_choice("name", name, _NAMES, "only these ship with the package")
     path = WEIGHTS_DIRECTORY / f"{name}_{kind}.safetensors"
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} ships with the package and must exist; it does not. "
-            "Install the package again, or make the file with training/train_classifier.py."
+            f"{path} ships with the package and must exist, got none: "
+            "install the package again, or make the file with training/train_classifier.py"
         )
     return path
 
 
 def load_classifier(name: str = "fashion") -> FashionClassifier:
-    """The shipped classifier: on the CPU, float32, in evaluation mode, its weights frozen."""
+    """Load the shipped classifier: on the CPU, float32, in evaluation mode, its weights frozen."""
     state = load_file(_shipped_file(name, "classifier"))
     with torch.device("meta"):  # no random initialisation: a caller's random state stays as it was
         model = FashionClassifier()
@@ -201,39 +202,39 @@ def load_classifier(name: str = "fashion") -> FashionClassifier:
 
 
 def load_statistics(name: str = "fashion") -> FeatureStatistics:
-    """The shipped classifier's ``FeatureStatistics`` over the 60,000 pictures of the training set."""
+    """Load the shipped classifier's ``FeatureStatistics`` over the 60,000 pictures of the training set."""
     state = load_file(_shipped_file(name, "statistics"))
     return FeatureStatistics(state["mean"], state["covariance"], int(state["count"]))
 
 
 def load_features(name: str = "fashion") -> Tensor:
-    """The shipped classifier's features ``(2000, 64)`` float32 of 2,000 test pictures, 200 of each class: the first of each in the set."""
+    """Load the shipped classifier's features ``(2000, 64)`` float32 of the first 200 test pictures of each class."""
     return load_file(_shipped_file(name, "features"))["features"].float()
 
 
 def _check_pictures(images: Tensor, minimum_count: int) -> None:
     if images.ndim != 4 or tuple(images.shape[1:]) != PICTURE_SHAPE or len(images) < minimum_count:
         raise ValueError(
-            f"images must be (N, 1, 28, 28) with N >= {minimum_count}, received shape {tuple(images.shape)}. "
-            "Use images.reshape(-1, 1, 28, 28), and enough pictures."
+            f"images must be (N, 1, 28, 28) with N >= {minimum_count}, got shape {tuple(images.shape)}: "
+            "use images.reshape(-1, 1, 28, 28), and enough pictures"
         )
     if not images.is_floating_point():
         raise ValueError(
-            f"images must be floating point in [-1, 1], received {images.dtype}. "
-            "Bytes are converted with images.float() / 127.5 - 1."
+            f"images must be floating point in [-1, 1], got {images.dtype}: "
+            "convert bytes with images.float() / 127.5 - 1"
         )
     lowest, highest = images.min().item(), images.max().item()
     if not (lowest >= -1 and highest <= 1):  # NaN fails both comparisons
         raise ValueError(
-            f"images must be in [-1, 1], received values from {lowest:.4g} to {highest:.4g}. "
-            "Use images.clamp(-1, 1) for a sampler's output, images / 127.5 - 1 for pictures in [0, 255]; "
-            "NaN means that the sampler or the model failed."
+            f"images must be in [-1, 1], got values from {lowest:.4g} to {highest:.4g}: "
+            "use images.clamp(-1, 1) for a sampler's output, images / 127.5 - 1 for pictures in [0, 255]; "
+            "NaN means that the sampler or the model failed"
         )
 
 
 @torch.no_grad()
-def _in_batches(function, images: Tensor) -> Tensor:
-    """``function`` of the float32 pictures on the CPU, a batch at a time."""
+def _in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Apply ``function`` to the float32 pictures on the CPU, a batch at a time."""
     return torch.cat([function(batch.to("cpu", torch.float32)) for batch in images.split(_BATCH_SIZE)])
 
 
@@ -264,7 +265,7 @@ def classifier_frechet_distance(images: Tensor) -> float:
 
 
 def class_agreement(images: Tensor, labels: Tensor) -> float:
-    """Share of the pictures to which the shipped classifier gives the label asked for.
+    """Return the share of the pictures to which the shipped classifier gives the label asked for.
 
     Args:
         images: ``(N, 1, 28, 28)``, any floating point type, in [-1, 1], N >= 1.
@@ -273,14 +274,14 @@ def class_agreement(images: Tensor, labels: Tensor) -> float:
     _check_pictures(images, minimum_count=1)
     if tuple(labels.shape) != (len(images),) or labels.is_floating_point() or labels.is_complex():
         raise ValueError(
-            f"labels must be ({len(images)},) integers, received {tuple(labels.shape)} {labels.dtype}. "
-            "Give class numbers, not one-hot rows."
+            f"labels must be ({len(images)},) integers, got {tuple(labels.shape)} {labels.dtype}: "
+            "give class numbers, not one-hot rows"
         )
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0 or highest >= NUM_CLASSES:
         raise ValueError(
-            f"labels must be in [0, {NUM_CLASSES}), received values from {lowest} to {highest}. "
-            "Leave out pictures made without a label."
+            f"labels must be in [0, {NUM_CLASSES}), got values from {lowest} to {highest}: "
+            "leave out pictures made without a label"
         )
     predicted = _in_batches(load_classifier(), images).argmax(1)
     return (predicted == labels.to("cpu")).double().mean().item()

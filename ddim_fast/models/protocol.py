@@ -1,4 +1,4 @@
-"""What the sampler needs of a model, and what real libraries return."""
+"""The interface that the sampler needs of a model, and the outputs of real libraries' models."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from torch import Tensor
 
 
 class Model(Protocol):
-    """Anything that can be called so. ``x``: ``(B, C, ...)``; ``t``: ``(B,)`` int64 timesteps; conditioning by name.
+    """Any callable with this signature: ``x`` ``(B, C, ...)``; ``t`` ``(B,)`` int64 timesteps; conditioning by name.
 
-    It returns a tensor of the shape of ``x`` (or with twice the channels, the second half being a learned variance, which DDIM does not
-    use), or a tuple that begins with one, or an object or mapping that has one as ``sample``, as diffusers' models do.
+    It returns a tensor of the shape of ``x`` (or with twice the channels, where the second half is a learned variance,
+    which DDIM ignores), a tuple that begins with one, or an object or mapping with one as ``sample``, as diffusers'
+    models do.
 
-    A model may say more about itself in attributes, which the sampler uses where the user says nothing: ``prediction_type``,
-    ``clip_sample_range``; ``unconditional(conditioning) -> conditioning`` for classifier-free guidance; and ``batches_guidance``, true
-    where both halves of guidance should be one call with twice the batch.
+    A model may have attributes that the sampler uses as defaults: ``prediction_type``, ``clip_sample_range``;
+    ``unconditional(conditioning) -> conditioning`` for classifier-free guidance; and ``batches_guidance``, true where
+    both predictions of guidance should be one call with twice the batch.
     """
 
     def __call__(self, x: Tensor, t: Tensor, **conditioning: Any) -> Any: ...
 
 
 def output_tensor(output: Any, like: Tensor) -> Tensor:
-    """The prediction in what a model returned, as a tensor of the shape of ``like``; a view, never a copy.
+    """Return the prediction in a model's output, as a tensor of the shape of ``like``; a view, never a copy.
 
     Raises:
-        TypeError: there is no tensor where one should be.
+        TypeError: the output has no tensor where one should be, or its layout or dtype is wrong.
         ValueError: its shape or device is wrong.
     """
-    found = output if isinstance(output, Tensor) else _found_in(output)
+    found = output if isinstance(output, Tensor) else _prediction_in(output)
     if not isinstance(found, Tensor):
         raise TypeError(
             "a model must return a tensor, a tuple that begins with one, or an object with a tensor as .sample, "
@@ -40,7 +41,7 @@ def output_tensor(output: Any, like: Tensor) -> Tensor:
         raise TypeError(f"a model must return a dense tensor, got layout {found.layout}: call .to_dense()")
     if found.shape != like.shape:
         if found.ndim == like.ndim > 1 and found.shape == (like.shape[0], 2 * like.shape[1], *like.shape[2:]):
-            found = found[:, : like.shape[1]]  # beside it, a learned variance
+            found = found[:, : like.shape[1]]  # learned-variance channels are ignored, without a copy
         else:
             raise ValueError(
                 f"a model must return the shape of its input, {tuple(like.shape)} (or twice the channels), got {tuple(found.shape)}"
@@ -54,8 +55,8 @@ def output_tensor(output: Any, like: Tensor) -> Tensor:
     return found
 
 
-def _found_in(output: Any) -> Any:
-    """What should be the prediction, where a model did not return it alone."""
+def _prediction_in(output: Any) -> Any:
+    """Return what should be the prediction in a tuple, mapping or object."""
     if isinstance(output, (tuple, list)) and output:
         return output[0]
     return output.get("sample") if isinstance(output, Mapping) else getattr(output, "sample", None)

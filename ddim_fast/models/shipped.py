@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..plans.schedules import NoiseSchedule
+from ..utils.checks import check_choice
 from .unet import SmallUNet
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -20,10 +21,10 @@ WEIGHTS = Path(__file__).parent.parent / "weights"
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a shipped model is: enough to sample it well without asking anyone.
+    """The facts about a shipped model that a sampler needs.
 
     Attributes:
-        clip_sample_range: what x0 is clipped to where the user does not say; None where clipping makes its samples worse.
+        clip_sample_range: the default range of clipping x0; None where clipping makes the samples worse.
     """
 
     name: str
@@ -55,7 +56,10 @@ SHIPPED = {"fashion": FASHION}
 
 
 class ShippedModel(nn.Module):
-    """The shipped U-Net with its card. ``model(x, t, class_labels=None)``; labels ``(B,)`` int64, ``num_classes`` meaning "no label"."""
+    """The shipped U-Net with its card: ``model(x, t, class_labels=None)``.
+
+    Labels are ``(B,)`` int64; ``num_classes`` means "no label".
+    """
 
     def __init__(self, card: ModelCard, unet: SmallUNet):
         super().__init__()
@@ -72,7 +76,7 @@ class ShippedModel(nn.Module):
         return self.unet(x, t, class_labels)
 
     def unconditional(self, conditioning: Mapping[str, Any]) -> dict[str, Any]:
-        """The conditioning of classifier-free guidance's other half: the same without a label."""
+        """Return the same conditioning without labels, for classifier-free guidance."""
         labels = conditioning.get("class_labels")
         return {**conditioning, "class_labels": None if labels is None else torch.full_like(labels, self.num_classes)}
 
@@ -80,7 +84,7 @@ class ShippedModel(nn.Module):
 def load_shipped_model(
     name: str = "fashion", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> ShippedModel:
-    """The model that ships with the package, in eval mode, its weights frozen.
+    """Load the model that ships with the package, in eval mode, its weights frozen.
 
     Args:
         name: "fashion": pictures of clothes, 28 x 28, ten classes, trained on Fashion-MNIST (model card: docs/MODEL_CARD.md).
@@ -88,8 +92,7 @@ def load_shipped_model(
     Raises:
         ValueError: there is no such model.
     """
-    if name not in SHIPPED:
-        raise ValueError(f"a shipped model must be one of {', '.join(SHIPPED)}, got {name!r}")
+    check_choice("a shipped model", name, SHIPPED)
     with safe_open(WEIGHTS / f"{name}.safetensors", framework="pt") as file:
         config = json.loads(file.metadata()["config"])
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)

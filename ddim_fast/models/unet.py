@@ -110,7 +110,7 @@ class SmallUNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         """Predict ``v`` for noisy pictures ``x``: ``(B, C, H, W)``, timesteps ``t`` scalar or ``(B,)``, labels ``(B,)`` or none."""
         batch = x.shape[0]
-        if batch == 0:  # which pixel_unshuffle does not fold
+        if batch == 0:  # pixel_unshuffle refuses an empty batch
             return torch.empty_like(x)
         t = torch.as_tensor(t, device=x.device).expand(batch)
         if class_labels is None:

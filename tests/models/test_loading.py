@@ -493,7 +493,9 @@ def test_compiled_packages_are_named(tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is nothing at .*missing: a model on a hub is downloaded first"):
+    with pytest.raises(
+        FileNotFoundError, match=r"got .*missing, which does not exist: download a model from a hub first"
+    ):
         load_model_from(tmp_path / "missing")
     with pytest.raises(ValueError, match="got 'gpu'"):
         load_model_from(tmp_path, device="gpu")

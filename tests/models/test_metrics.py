@@ -270,19 +270,19 @@ def test_class_agreement_counts_the_labels_that_the_classifier_gives():
     assert class_agreement(images, torch.cat([predicted[:5], wrong[5:]])) == 0.25
 
 
-# Errors: each states the rule, the value received and the remedy
+# Errors: each states the rule, the value given and the remedy
 
 
 @pytest.mark.parametrize("load", [load_classifier, load_statistics])
 def test_unknown_name(load):
-    with pytest.raises(ValueError, match=r"one of \['fashion'\], received 'imagenet'"):
+    with pytest.raises(ValueError, match=r"name must be one of fashion, got 'imagenet'"):
         load("imagenet")
 
 
 @pytest.mark.parametrize("load", [load_classifier, load_statistics])
 def test_missing_file(load, monkeypatch, tmp_path):
     monkeypatch.setattr(metrics, "WEIGHTS_DIRECTORY", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"fashion_.*Install the package again"):
+    with pytest.raises(FileNotFoundError, match=r"fashion_.*install the package again"):
         load()
 
 
@@ -295,13 +295,13 @@ def with_nan() -> Tensor:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (random_pictures(4)[:, 0], r"\(N, 1, 28, 28\).*received shape \(4, 28, 28\).*reshape"),
-        (random_pictures(4).expand(4, 3, 28, 28), r"received shape \(4, 3, 28, 28\)"),
-        (random_pictures(1), r"N >= 2, received shape \(1, 1, 28, 28\)"),
+        (random_pictures(4)[:, 0], r"\(N, 1, 28, 28\).*got shape \(4, 28, 28\).*reshape"),
+        (random_pictures(4).expand(4, 3, 28, 28), r"got shape \(4, 3, 28, 28\)"),
+        (random_pictures(1), r"N >= 2, got shape \(1, 1, 28, 28\)"),
         (torch.zeros(3, 1, 28, 28, dtype=torch.uint8), r"floating point.*torch.uint8.*127\.5"),
-        (random_pictures(3) * 127.5 + 127.5, r"in \[-1, 1\], received values from .* to 255\..*clamp.*127\.5"),
-        (random_pictures(3) * 1.1, r"in \[-1, 1\], received values"),
-        (with_nan(), r"received values from nan to nan"),
+        (random_pictures(3) * 127.5 + 127.5, r"in \[-1, 1\], got values from .* to 255\..*clamp.*127\.5"),
+        (random_pictures(3) * 1.1, r"in \[-1, 1\], got values"),
+        (with_nan(), r"got values from nan to nan"),
     ],
 )
 def test_pictures_that_break_a_rule(images, message):
@@ -312,11 +312,11 @@ def test_pictures_that_break_a_rule(images, message):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (torch.zeros(3, dtype=torch.int64), r"\(4,\) integers, received \(3,\)"),
-        (torch.zeros(4), r"received \(4,\) torch.float32"),
-        (torch.zeros(4, 10, dtype=torch.int64), r"received \(4, 10\).*one-hot"),
-        (torch.tensor([0, 1, 2, 10]), r"\[0, 10\), received values from 0 to 10"),
-        (torch.tensor([0, 1, 2, -1]), r"\[0, 10\), received values from -1 to 2"),
+        (torch.zeros(3, dtype=torch.int64), r"\(4,\) integers, got \(3,\)"),
+        (torch.zeros(4), r"got \(4,\) torch.float32"),
+        (torch.zeros(4, 10, dtype=torch.int64), r"got \(4, 10\).*one-hot"),
+        (torch.tensor([0, 1, 2, 10]), r"\[0, 10\), got values from 0 to 10"),
+        (torch.tensor([0, 1, 2, -1]), r"\[0, 10\), got values from -1 to 2"),
     ],
 )
 def test_labels_that_break_a_rule(labels, message):
@@ -326,13 +326,13 @@ def test_labels_that_break_a_rule(labels, message):
 
 @pytest.mark.parametrize("images", [torch.zeros(2, 28, 28), torch.zeros(2, 1, 28, 28, dtype=torch.float64)])
 def test_classifier_refuses_other_shapes_and_types(images):
-    with pytest.raises(ValueError, match=r"\(N, 1, 28, 28\) float32, received"):
+    with pytest.raises(ValueError, match=r"\(N, 1, 28, 28\) float32, got"):
         load_classifier()(images)
 
 
 @pytest.mark.parametrize("features", [torch.zeros(1, 4), torch.zeros(4), torch.zeros(3, 4, dtype=torch.int64)])
 def test_features_that_break_a_rule(features):
-    with pytest.raises(ValueError, match=r"features must be \(N, D\).*received"):
+    with pytest.raises(ValueError, match=r"features must be \(N, D\).*got"):
         feature_statistics(features)
 
 
@@ -345,11 +345,11 @@ DOUBLE_ZEROS = torch.zeros(2, dtype=torch.float64)
     [
         (DOUBLE_ZEROS[None], DOUBLE_EYE, 5, r"mean must be \(D,\)"),
         (DOUBLE_ZEROS, torch.eye(3, dtype=torch.float64), 5, r"covariance must be \(D, D\) with D = 2"),
-        (DOUBLE_ZEROS.float(), DOUBLE_EYE, 5, r"mean must be float64, received torch.float32"),
+        (DOUBLE_ZEROS.float(), DOUBLE_EYE, 5, r"mean must be float64, got torch.float32"),
         (DOUBLE_ZEROS, DOUBLE_EYE.float(), 5, r"covariance must be float64"),
         (DOUBLE_ZEROS / 0, DOUBLE_EYE, 5, r"mean must be finite"),
         (DOUBLE_ZEROS, torch.tensor([[1.0, 0.5], [0.0, 1.0]], dtype=torch.float64), 5, r"symmetric"),
-        (DOUBLE_ZEROS, DOUBLE_EYE, 1, r"count must be 2 or more, received 1"),
+        (DOUBLE_ZEROS, DOUBLE_EYE, 1, r"count must be an integer, at least 2, got 1"),
     ],
 )
 def test_statistics_that_break_a_rule(mean, covariance, count, message):
@@ -358,7 +358,7 @@ def test_statistics_that_break_a_rule(mean, covariance, count, message):
 
 
 def test_distance_refuses_other_lengths_and_negative_variances():
-    with pytest.raises(ValueError, match="same length, received 2 and 3"):
+    with pytest.raises(ValueError, match="same length, got 2 and 3"):
         frechet_distance(centered(torch.eye(2)), centered(torch.eye(3)))
-    with pytest.raises(ValueError, match="positive semi-definite, received one with the eigenvalue -1"):
+    with pytest.raises(ValueError, match="positive semi-definite, got one with the eigenvalue -1"):
         frechet_distance(centered(torch.diag(torch.tensor([1.0, -1.0]))), centered(torch.eye(2)))
