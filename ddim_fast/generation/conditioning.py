@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.checks import check_integer
 from .settings import file_digest
 
 LABELS = "class_labels"
@@ -26,14 +27,14 @@ _ROWS_AT_A_TIME = 1 << 16
 
 
 class Conditioning(Protocol):
-    """What ``generate`` asks of a rule."""
+    """The methods of a rule that ``generate`` calls."""
 
     def settings(self) -> dict[str, Any]:
-        """What tells this rule from another, as JSON."""
+        """Return what distinguishes this rule from others, as JSON."""
         ...
 
     def rows(self, first: int, count: int) -> dict[str, Tensor]:
-        """The conditioning of the samples ``first .. first + count - 1``: for each name a tensor ``(count, ...)``."""
+        """Return the conditioning of samples ``first .. first + count - 1``: a tensor ``(count, ...)`` for each name."""
         ...
 
 
@@ -41,9 +42,7 @@ class EveryClass:
     """Sample i is of class ``i mod num_classes``."""
 
     def __init__(self, num_classes: int, name: str = LABELS):
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        self.num_classes, self.name = num_classes, name
+        self.num_classes, self.name = check_integer("num_classes", num_classes, at_least=1), name
 
     def settings(self) -> dict[str, Any]:
         return {"rule": "every class in turn", "num_classes": self.num_classes, "name": self.name}
@@ -82,7 +81,7 @@ class Table:
         if self.path.suffix.lower() not in _READERS:
             raise ValueError(f"a file of conditioning must end in {', '.join(_READERS)}, got {self.path}")
         if not self.path.is_file():
-            raise FileNotFoundError(f"a file of conditioning must be there, and there is none at {self.path}")
+            raise FileNotFoundError(f"a file of conditioning must exist, got none at {self.path}")
         rows = _READERS[self.path.suffix.lower()](self.path)
         self.columns, self.keys = _columns(rows, self.path)
         self._sha256 = file_digest(self.path)
@@ -94,7 +93,7 @@ class Table:
         return {"rule": "a row of a file", "sha256": self._sha256, "rows": len(self)}
 
     def rows(self, first: int, count: int) -> dict[str, Tensor]:
-        """Past the last row, from the first again: a batch may be filled up with samples that nobody keeps."""
+        """Return rows, starting again after the last: a batch may be filled up with samples that are dropped."""
         index = np.arange(first, first + count) % len(self)
         return {name: torch.from_numpy(column[index]) for name, column in self.columns.items()}
 

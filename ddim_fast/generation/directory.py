@@ -1,12 +1,12 @@
-"""A set of samples on disk: a manifest, shards, and, while it is made, a record beside each shard that is safe.
+"""A set of samples on disk: a manifest, shards, and until it is finished, a record of each shard that is safe.
 
     manifest.json               settings; when the set is whole, its state "finished" and every shard's checksum
     samples-000000.npz ...      shards
     .unfinished/                while the set is made: samples-000000.json (a shard's record), lock, files being written
 
-A file gets its name only when all of it is on the disk: it is written under another name, fsynced and renamed, and the directory is
-fsynced. A shard's record is written after the shard. So whatever stops a run, a shard that has a record is whole, unless the disk lies;
-and ``verified`` finds that out.
+A file gets its name only when all of it is on the disk: it is written under another name, fsynced and
+renamed, and the directory is fsynced. A shard's record is written after the shard. So whatever stops a
+run, a shard with a record is complete, unless the disk lies; ``verified`` compares the checksums.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.atomic_files import atomic_file, fsync_directory
+from .formats import FORMATS
 from .settings import LAYOUT_VERSION, as_json, differences, file_digest
 
 MANIFEST = "manifest.json"
@@ -98,7 +99,7 @@ class SetDirectory:
         return self.scratch / f"samples-{index:06d}.json"
 
     def begin(self, settings: Mapping[str, Any], resume: bool) -> None:
-        """Make the directory, or find that it belongs to these settings: done by one process, before any other goes on.
+        """Make the directory, or check that it belongs to these settings: called by one process, before the others go on.
 
         Raises:
             ValueError: the directory holds something else, or a set of other settings, or there is a set and no ``resume``.
@@ -125,7 +126,7 @@ class SetDirectory:
         self.read_old_records(found or {})
 
     def join(self, settings: Mapping[str, Any]) -> None:
-        """Find what another process has begun.
+        """Wait for the directory that another process has begun, and check its settings.
 
         Raises:
             FileNotFoundError: this process sees another directory.
@@ -170,7 +171,7 @@ class SetDirectory:
     # --- Files --------------------------------------------------------------------------------------------------------
 
     def write(self, path: Path, content: bytes) -> None:
-        """Write a file that is there wholly or not at all, and stays there."""
+        """Write a file completely or not at all, and wait until it is on the disk."""
         temporary = self.scratch / f"{path.name}.{uuid.uuid4().hex}.tmp"
         with atomic_file(path, temporary) as file:
             file.write(content)
@@ -196,13 +197,13 @@ class SetDirectory:
         return record
 
     def _check_same(self, part: Slice, record: Mapping[str, Any]) -> None:
-        """A shard made again must have the bytes that its record promised; a record that alone is damaged counts for nothing."""
+        """Raise GenerationError unless a shard made again has its recorded bytes, or the record alone is damaged."""
         old = self.record(part)
         if old is None or old["sha256"] == record["sha256"] or self._digest(part) == record["sha256"]:
             return
         raise GenerationError(
             f"{self.shard_name(part.index)} must have the SHA-256 that was recorded, {old['sha256']}, and came out with {record['sha256']} "
-            "though the settings are the same: the machine, its libraries or the model compute otherwise than before. Make the set anew "
+            "though the settings are the same: the machine, its libraries or the model now compute something else. Generate the set again "
             f"in another directory, or delete {self.manifest} and {self.scratch}"
         )
 
@@ -213,7 +214,7 @@ class SetDirectory:
             return None
 
     def record(self, part: Slice) -> dict[str, Any] | None:
-        """What is known of a shard that was written, or None. A record that is damaged is none."""
+        """Return the record of a shard that was written, or None where there is none or it is damaged."""
         try:
             record = json.loads(self.record_path(part.index).read_bytes())
         except (OSError, ValueError):
@@ -221,12 +222,12 @@ class SetDirectory:
         return record if _is_record(record, part, self.shard_name(part.index)) else None
 
     def verified(self, part: Slice) -> dict[str, Any] | None:
-        """The record of a shard whose bytes are those recorded, or None."""
+        """Return the record of a shard whose bytes match it, or None."""
         record = self.record(part)
         return record if record is not None and self._digest(part) == record["sha256"] else None
 
     def finish(self, settings: Mapping[str, Any], records: list[Mapping[str, Any]]) -> None:
-        """The set is whole: write the manifest, and take away what is not part of it. May be done twice."""
+        """Write the manifest of the finished set, and remove the scratch folder. May be called twice."""
         self.write(self.manifest, _manifest(FINISHED, settings, records))
         self.close()
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -249,7 +250,7 @@ def _manifest(state: str, settings: Mapping[str, Any], records: list[Mapping[str
 
 
 def _is_record(record: Any, part: Slice, name: str) -> bool:
-    """Whether a record from a file is one of this shard: no name in it is ever used as a path."""
+    """Return whether a record from a file belongs to this shard: no name in it is ever used as a path."""
     wanted = {"name": name, "first": part.first, "count": part.count}
     return (
         isinstance(record, Mapping)
@@ -260,7 +261,7 @@ def _is_record(record: Any, part: Slice, name: str) -> bool:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a set.
+    """Read the manifest of a set.
 
     Raises:
         FileNotFoundError: there is none.
@@ -268,7 +269,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     manifest = path / MANIFEST
     if not manifest.is_file():
-        raise FileNotFoundError(f"a set of samples has a {MANIFEST}, and there is none in {path}")
+        raise FileNotFoundError(f"a set of samples must have a {MANIFEST}, got none in {path}")
     try:
         found = json.loads(manifest.read_bytes())
     except ValueError as error:
@@ -303,7 +304,7 @@ def _refuse_others(there: Mapping[str, Any], here: Mapping[str, Any], path: Path
 
 
 def check_set(path: str | os.PathLike[str], progress: Callable[[int], Any] = lambda count: None) -> list[str]:
-    """What is wrong with a set: nothing where it is finished, and every shard is there, with the bytes that its manifest says.
+    """Return what is wrong with a set: nothing if it is finished and every shard has the bytes of its manifest.
 
     Args:
         progress: called with the number of samples of each shard that was read.
@@ -311,8 +312,6 @@ def check_set(path: str | os.PathLike[str], progress: Callable[[int], Any] = lam
     Raises:
         FileNotFoundError, ValueError: there is no set, or its manifest is damaged.
     """
-    from .formats import FORMATS
-
     path = Path(path)
     found = read_manifest(path)
     if found["state"] != FINISHED:
@@ -333,7 +332,7 @@ def check_set(path: str | os.PathLike[str], progress: Callable[[int], Any] = lam
         # Of a finished set, the manifest alone counts.
         record = directory.old_records.get(part.index)
         if not _is_record(record, part, name):
-            problems.append(f"{name}: the manifest says nothing of it that makes sense")
+            problems.append(f"{name} has no valid record in the manifest")
         elif not directory.shard(part.index).is_file():
             problems.append(f"{name} is missing")
         elif (size := directory.shard(part.index).stat().st_size) != record["bytes"]:

@@ -1,8 +1,9 @@
 """The processes of a run, and the queue that they take slices from, in the store of torch's process group.
 
-The only thing that processes do together is to count in the store: no collective, so nobody waits for anybody. A slice is given to
-whoever asks next. When none is left, a process that is done makes again what is still missing after its patience: then a slow, stopped
-or dead process holds nobody up, and it does no harm if it goes on, since it writes the same bytes under the same name.
+Processes share nothing but counters in the store: there is no collective, so no process waits for another.
+A slice goes to whoever asks next. When none is left, an idle process makes again what is still missing after
+its patience. So a slow, stopped or dead process delays nobody, and does no harm if it goes on, since it writes
+the same bytes under the same name.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _calls = itertools.count()
 
 @dataclass(frozen=True)
 class Processes:
-    """``keeps_store``: the store ends with this process."""
+    """This process's place among those of the run. ``keeps_store``: the store ends with this process."""
 
     rank: int
     world_size: int
@@ -40,7 +41,7 @@ class Processes:
     keeps_store: bool = False
 
     def leave(self) -> None:
-        """The process that keeps the store leaves last, or after a while."""
+        """Leave the run. The process that keeps the store waits for the others, but not for long."""
         left, give_up = self.store.add("left", 1), time.monotonic() + _LINGER
         while self.keeps_store and left < self.world_size and time.monotonic() < give_up:
             time.sleep(_FIRST_PAUSE)
@@ -48,10 +49,10 @@ class Processes:
 
 
 def processes() -> Processes:
-    """Those of the process group that there is; or of torchrun's environment; or this process alone.
+    """Return the processes of the initialized process group, of torchrun's environment, or this process alone.
 
-    Of torchrun's environment only the store is used. A group of gloo or NCCL would be a mesh of connections for collectives that nobody
-    calls, and could not be made before the last process is there.
+    Under torchrun only the store is used. A group of gloo or NCCL would be a mesh of connections for collectives that
+    nobody calls, and could not be made before the last process has started.
     """
     if not dist.is_available():
         raise ImportError("ddim_fast.generation needs torch.distributed, which this torch was built without")
@@ -70,7 +71,7 @@ def processes() -> Processes:
         timeout=_START_TIMEOUT,
         wait_for_workers=False,
     )
-    # torchrun keeps its store when it starts the processes anew.
+    # torchrun keeps its store when it restarts the processes.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"ddim_fast.generate/{attempt}/{call}", tcp)
     return Processes(rank, world_size, store, keeps_store=rank == 0 and not of_agent)
@@ -79,7 +80,7 @@ def processes() -> Processes:
 def agree(
     who: Processes, settings: Mapping[str, Any], begin: Callable[[], None], join: Callable[[Mapping[str, Any]], None]
 ) -> None:
-    """Rank 0 begins; then the others join with what it says. Where it refuses, all do.
+    """Let rank 0 begin, then the others join. If rank 0 refuses, all refuse.
 
     Raises:
         GenerationError: rank 0 refused. (It raises its own error.)
@@ -105,12 +106,12 @@ def agree(
 
 
 class WorkQueue:
-    """Which slice is whose turn. Every process has one of its own, with the same store.
+    """The queue of slices. Every process has its own object, with the same store.
 
     Args:
-        total: how many slices there are.
-        patience: seconds without anything finished after which a slice that somebody took is taken again, when there is no other. None:
-            1.5 times as long as this process took for its slowest, and 5 s at least (60 s where it made none).
+        total: the number of slices.
+        patience: seconds without a finished slice after which a slice that another process took is taken again, when no
+            other is left. None: 1.5 times this process's slowest slice, at least 5 s (60 s where it made none).
     """
 
     def __init__(self, who: Processes, total: int, patience: float | None = None):
@@ -120,7 +121,7 @@ class WorkQueue:
     # --- Slices -------------------------------------------------------------------------------------------------------
 
     def turns(self, flush: Callable[[], None]) -> Iterator[int]:
-        """Slices to make, until all are made, by whomever. ``flush`` waits for what this process has in hand."""
+        """Yield the slices that this process is to make, until all are finished. ``flush`` waits for its own writes."""
         while (index := self._store.add("next", 1) - 1) < self._total:
             yield from self._timed(index)
         flush()
@@ -140,7 +141,7 @@ class WorkQueue:
         self._slowest = max(self._slowest, time.monotonic() - started)
 
     def _until(self, done: Callable[[], bool]) -> Iterator[int]:
-        """1, 2, ...: one each time that the patience is over, until it is done. The clock starts anew whenever something was finished."""
+        """Yield 1, 2, ... each time that the patience is over, until it is done. The clock restarts whenever a slice is finished."""
         pause, turn, seen, since = _FIRST_PAUSE, 0, None, time.monotonic()
         while not done():
             if (finished := self._store.add("finished", 0)) != seen:
@@ -162,7 +163,7 @@ class WorkQueue:
         return self._store.check([f"record/{index}"])
 
     def finish(self, index: int, record: Mapping[str, Any], made: bool) -> None:
-        """Say that a shard is safe on the disk."""
+        """Record that a shard is safe on the disk."""
         self._store.set(f"record/{index}", json.dumps(record))
         if self._store.add(f"safe/{index}", 1) == 1:
             self._store.add("made" if made else "found", record["count"])
@@ -171,7 +172,7 @@ class WorkQueue:
             self._store.add("finished", 1)
 
     def missing(self) -> list[int]:
-        """Slices that are not finished: a few questions, since most are."""
+        """Return the slices that are not finished, by bisection: few queries, since most are finished."""
 
         def within(first: int, last: int) -> Iterator[int]:
             if self._store.check([f"record/{i}" for i in range(first, last)]):
@@ -186,12 +187,12 @@ class WorkQueue:
         return list(within(0, self._total)) if self._total else []
 
     def records(self) -> list[dict[str, Any]]:
-        """All shards' records: for the one process that finishes the set, since it takes a round trip each."""
+        """Return all shards' records, one round trip each: only the process that finishes the set needs them."""
         return [json.loads(self._store.get(f"record/{i}")) for i in range(self._total)]
 
     @property
     def samples(self) -> tuple[int, int]:
-        """Samples that are safe: made in this run, and found from before."""
+        """The numbers of samples made in this run, and found from before."""
         return self._store.add("made", 0), self._store.add("found", 0)
 
     @property
@@ -201,7 +202,7 @@ class WorkQueue:
     # --- The end ------------------------------------------------------------------------------------------------------
 
     def close(self, finish: Callable[[], None]) -> None:
-        """One process finishes the set; the others wait for it, and another does it where that takes too long."""
+        """Let one process finish the set; the others wait for it, and another takes over where that takes too long."""
 
         def try_to(turn: int) -> None:
             if self._store.add(f"closing/{turn}", 1) == 1:
@@ -215,7 +216,7 @@ class WorkQueue:
 
 @contextmanager
 def store_errors(is_finished: Callable[[], bool]) -> Iterator[None]:
-    """A lost store in words; none where the set was finished meanwhile."""
+    """Raise OSError for a lost store; nothing where the set was finished meanwhile."""
     try:
         yield
     except (dist.DistNetworkError, dist.DistStoreError) as error:

@@ -1,13 +1,12 @@
-"""``generate``: a set of samples on disk, by one process or many, that can be stopped and continued anywhere."""
+"""``generate``: a set of samples on disk, by one process or many, that can be stopped and resumed anywhere."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from numbers import Integral
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..sampler import DDIMSampler
 from ..sampling.capture import choose_mode
 from ..sampling.guidance import check_rescale, guidance_scales
 from ..sampling.initial_state import conditionings_of
-from ..utils.checks import check_dtype, usable_device
+from ..utils.checks import check_choice, check_dtype, check_integer, check_number, usable_device
 from .batches import Samples
 from .conditioning import LABELS, Conditioning, Table
 from .directory import AGAIN, SetDirectory, Slice, Slices
@@ -35,10 +34,13 @@ SHARD_SIZE, BATCH_SIZE, COMPUTE_BATCH_SIZE = 512, 64, 16
 
 @dataclass(frozen=True)
 class Generated:
-    """What a run did: samples that all its processes made, and that it found safe from before; files that they lie in; seconds.
+    """The result of a run.
 
-    ``writing_seconds`` is the processor time that this process's writer took, beside the sampling; ``non_finite`` how many samples of the
-    set hold NaN or infinity.
+    Attributes:
+        made, found: samples that all processes of the run made, and that were on the disk before.
+        shards: files of the set.
+        writing_seconds: processor time of this process's writer thread.
+        non_finite: samples of the set with NaN or infinity.
     """
 
     out: Path
@@ -80,35 +82,40 @@ def generate(
 ) -> Generated:
     """Write ``count`` samples to a directory, as shards with a manifest: see docs/GENERATE.md.
 
-    Sample i is a function of the model, the sampler's plan, the seed and i, and the settings in the manifest. The files are the same bytes
-    for any number of processes, any ``batch_size``, and any interruptions. Started by torchrun, or with a process group that is there, all
-    its processes share the work; else this one does it. Every process calls this with the same arguments, but for ``device``.
+    Sample i is a function of the model, the sampler's plan, the seed, i, and the settings in the manifest. The files
+    have the same bytes for any number of processes, any ``batch_size``, and any interruptions. Under torchrun, or in an
+    initialized process group, all its processes share the work; otherwise this process does all of it. Every process
+    calls this with the same arguments, except ``device``.
 
     Args:
-        model: any callable, see ``models.Model``; in eval mode, if it has modes; it must draw no random numbers of its own.
-        count: how many samples the set has.
-        out: a directory that is new, empty, or, with ``resume``, holds a set of the same settings. All processes must see it.
-        seed: of the run; sample i's own is ``sample_seeds(seed, 1, i)``.
-        shape: of one sample, ``(C, ...)``; the model's ``sample_shape`` if none.
-        conditioning: what each sample is conditioned on: ``EveryClass``, ``OneClass``, ``Table``, or an object like them.
+        model: any callable, see ``models.Model``; in eval mode, if it has modes; it must draw no random numbers.
+        count: samples of the set.
+        out: a directory that is new or empty, or with ``resume`` contains a set of the same settings. All processes must
+            see it.
+        seed: of the run; that of sample i is ``sample_seeds(seed, 1, i)``.
+        shape: of one sample, ``(C, ...)``. None: the model's ``sample_shape``.
+        conditioning: of each sample: ``EveryClass``, ``OneClass``, ``Table``, or an object with the same methods.
         guidance_scale, guidance_rescale, model_dtype, backend, capture: see ``DDIMSampler.sample``.
-        format: "safetensors" (the samples as they are), "npz" or "webdataset" (pictures of 8 bits), see docs/GENERATE.md.
-        shard_size: samples in a file, a multiple of ``compute_batch_size``. A process holds four such shards in memory at most.
+        format: "safetensors" (the samples unchanged), "npz" or "webdataset" (8-bit pictures), see docs/GENERATE.md.
+        shard_size: samples in a file, a multiple of ``compute_batch_size``. A process holds at most four such shards in
+            memory.
         batch_size: samples at a time, a multiple of ``compute_batch_size``. Changes speed and memory only.
-        compute_batch_size: samples in each call of the model. Part of what a sample is a function of: a model's rounding may depend on it.
-        resume: continue or mend the set that is in ``out``: what is there is read and compared with its checksums.
+        compute_batch_size: samples in each call of the model. A setting of the set, since a model's rounding may depend
+            on it.
+        resume: continue or repair the set in ``out``: its shards are read and compared with their checksums.
         threads: of torch in each process, during the run; rounding may depend on it, too.
-        model_id: instead of the SHA-256 of the model's structure and weights: needed for a model that is no ``nn.Module``.
-        patience: seconds after which a process without other work makes a slice again that another took and did not finish. None: 1.5
-            times as long as its own slowest took.
+        model_id: replaces the SHA-256 of the model's structure and weights; needed for a model that is no ``nn.Module``.
+        patience: seconds after which an idle process makes a slice again that another has taken and not finished. None:
+            1.5 times as long as its own slowest slice took.
         check_space: refuse to begin where the disk may be too small.
         progress: show a progress bar of all processes, on rank 0.
 
     Raises:
         FileNotFoundError: processes do not see the same directory.
-        OSError: the disk is full, another run is at work in ``out``, or the store of the process group is lost. What is written stays.
-        GenerationError: a shard came out with other bytes than before, or rank 0 refused.
-        TypeError, ValueError: an argument breaks a rule, or ``out`` holds something else. Nothing is written then.
+        OSError: the disk is full, another run uses ``out``, or the store of the process group is lost. What is written
+            stays.
+        GenerationError: a shard has other bytes than before, or rank 0 refused.
+        TypeError, ValueError: an argument breaks a rule, or ``out`` contains something else. Nothing is written.
     """
     started = time.perf_counter()
     device = usable_device(device)
@@ -119,7 +126,7 @@ def generate(
     if model_dtype is not None:
         check_dtype("model_dtype", model_dtype)
     if capture == "auto" and not isinstance(model, nn.Module):
-        capture = "off"  # what is called here is a module, and would be captured
+        capture = "off"  # ``FixedBatch`` is a module, and would be captured
     choose_mode(capture, sampler.graphs, device, dtype, backend, None, model)
     scales = guidance_scales(guidance_scale, sampler.plan(model).timesteps)
     check_rescale(guidance_rescale, guidance_scale)
@@ -140,7 +147,7 @@ def generate(
         "format": format,
         "environment": environment(device, dtype, backend, threads),
     }
-    options = {
+    options: dict[str, Any] = {
         "guidance_scale": guidance_scale,
         "guidance_rescale": guidance_rescale,
         "model_dtype": model_dtype,
@@ -156,23 +163,38 @@ def generate(
         if check_space:
             directory.check_space(_space_needed(directory, slices, shape, dtype, format))
 
+    done = None
     with _fixed_algorithms(threads), store_errors(directory.is_finished):
-        try:
-            who = processes()
-            agree(who, settings, begin, directory.join)
-            queue = WorkQueue(who, len(slices), patience)
-            run = _Run(samples, directory, slices, queue, format, _bar(progress and who.rank == 0, count))
-            run.make_all()
-            queue.close(lambda: directory.finish(settings, queue.records()))
-            made, found = queue.samples
-            non_finite = queue.non_finite
-            who.leave()
-        finally:
-            directory.close()
-        seconds = time.perf_counter() - started
-        return Generated(directory.path, made, found, len(slices), seconds, run.writing_seconds, non_finite, who.rank)
-    # The store was lost after the set was finished: what others did is not known any more.
-    return Generated(directory.path, 0, int(count), len(slices), time.perf_counter() - started, 0.0, 0, -1)
+        done = _share_work(samples, directory, slices, format, settings, begin, patience, progress)
+    if done is None:  # the store was lost after the set was finished: what others did is not known any more
+        done = Generated(directory.path, 0, int(count), len(slices), 0.0, 0.0, 0, -1)
+    return replace(done, seconds=time.perf_counter() - started)
+
+
+def _share_work(
+    samples: Samples,
+    directory: SetDirectory,
+    slices: Slices,
+    format: str,
+    settings: dict[str, Any],
+    begin: Callable[[], None],
+    patience: float | None,
+    progress: bool,
+) -> Generated:
+    """Make this process's share of the slices, and wait until the set is finished. ``seconds`` are left at 0."""
+    try:
+        who = processes()
+        agree(who, settings, begin, directory.join)
+        queue = WorkQueue(who, len(slices), patience)
+        run = _Run(samples, directory, slices, queue, format, _bar(progress and who.rank == 0, slices.count))
+        run.make_all()
+        queue.close(lambda: directory.finish(settings, queue.records()))
+        made, found = queue.samples
+        non_finite = queue.non_finite
+        who.leave()
+    finally:
+        directory.close()
+    return Generated(directory.path, made, found, len(slices), 0.0, run.writing_seconds, non_finite, who.rank)
 
 
 @dataclass
@@ -213,7 +235,7 @@ class _Run:
             content = FORMATS[self.format].encode(shard)
             record = self.directory.save(part, content, {"non_finite": int((~finite).sum())})
         except FileNotFoundError:
-            # This process was stopped for so long that others have finished the set, and cleared up.
+            # This process was stopped for so long that others have finished the set and removed the scratch folder.
             if not self.directory.is_finished():
                 raise
             return
@@ -238,7 +260,7 @@ class _Run:
         if self.bar.disable:
             return
         made, found = self.queue.samples
-        self.bar.initial = found  # what was there before says nothing of the speed
+        self.bar.initial = found  # samples from an earlier run do not count towards the speed
         self.bar.update(made + found - self.bar.n)
 
 
@@ -248,7 +270,7 @@ def _bar(shown: bool, count: int) -> tqdm:
 
 @contextmanager
 def _fixed_algorithms(threads: int) -> Iterator[None]:
-    """Switches of torch that rounding may depend on; as they were, afterwards."""
+    """Set the switches of torch that rounding may depend on, and restore them afterwards."""
     cudnn = torch.backends.cudnn
     before = torch.get_num_threads(), cudnn.benchmark, cudnn.deterministic
     torch.set_num_threads(threads)
@@ -278,17 +300,14 @@ def _check_arguments(
         raise TypeError(f"sampler must be a DDIMSampler, got {type(sampler).__name__}")
     numbers = {
         "count": count,
-        "seed": seed,
         "shard_size": shard_size,
         "batch_size": batch_size,
         "compute_batch_size": compute_batch_size,
         "threads": threads,
     }
     for name, value in numbers.items():
-        if not isinstance(value, Integral) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        if value < 1 and name != "seed":
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        check_integer(name, value, at_least=1)
+    check_integer("seed", seed)
     for name in ("batch_size", "shard_size"):
         if numbers[name] % compute_batch_size:
             raise ValueError(
@@ -296,10 +315,9 @@ def _check_arguments(
                 f"{-(-numbers[name] // compute_batch_size) * compute_batch_size}, or another compute_batch_size (which changes the bits)"
             )
     sample_seeds(seed, 0)  # which has the rule for seeds
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    if patience is not None and not 0 < patience < float("inf"):
-        raise ValueError(f"patience must be positive and finite, or None, got {patience}")
+    check_choice("format", format, FORMATS)
+    if patience is not None:
+        check_number("patience", patience, above=0, remedy="leave it out for 1.5 times the slowest slice")
     if getattr(model, "training", False):
         raise ValueError(
             "a model must be in eval mode, so that a sample does not depend on its batch: call model.eval()"
@@ -309,7 +327,9 @@ def _check_arguments(
 def _shape(model: Model, shape: Sequence[int] | None, format: str) -> tuple[int, ...]:
     stated = getattr(model, "sample_shape", None)
     if shape is None and stated is None:
-        raise ValueError("shape is needed, for instance shape=(3, 32, 32), where the model has no sample_shape")
+        raise ValueError(
+            "shape must be given for a model without sample_shape, got None: for instance shape=(3, 32, 32)"
+        )
     found = tuple(int(size) for size in (stated if shape is None else shape))
     if not found or min(found) < 1:
         raise ValueError(f"shape must be that of one sample, (C, ...), with no size below 1, got {found}")

@@ -1,4 +1,4 @@
-"""What a set of samples is a function of, as JSON: two runs with equal settings write the same bytes."""
+"""The settings of a set of samples, as JSON: two runs with equal settings write the same bytes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ LAYOUT_VERSION = 1
 
 
 def model_digest(model: Any) -> str:
-    """SHA-256 of a module's structure (its ``repr``) and of its weights and buffers, with their names, dtypes and shapes.
+    """Return the SHA-256 of a module's structure (its ``repr``), and its weights and buffers with names, dtypes and shapes.
 
     Raises:
         TypeError: the model is no ``nn.Module``, so that nothing of it can be read.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"a model's weights say which samples are its own, and a {type(model).__name__} has none: pass model_id, a text that "
+            f"a model must be an nn.Module, whose weights identify it, got {type(model).__name__}: pass model_id, a text that "
             "changes whenever the model does"
         )
     digest = hashlib.sha256(repr(model).encode())
@@ -45,7 +45,7 @@ def model_digest(model: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while part := file.read(1 << 20):
@@ -76,7 +76,7 @@ def plan_settings(sampler: DDIMSampler, model: Any) -> dict[str, Any]:
 
 
 def environment(device: torch.device, dtype: torch.dtype, backend: str | None, threads: int) -> dict[str, Any]:
-    """What else bits may depend on: versions, the processor, the number of threads, switches of torch."""
+    """Return what else bits may depend on: versions, the processor, the number of threads, switches of torch."""
     x = torch.zeros(1, 4, device=device, dtype=dtype)
     step_backend = dispatch.choose(StepInputs(x, x, StepCoefficients(1, 0, 0, 1, 0, 1, 0, 0)), backend).name
     found = {
@@ -107,7 +107,7 @@ def environment(device: torch.device, dtype: torch.dtype, backend: str | None, t
 
 
 def _processor() -> str:
-    """The processor's name: libraries choose their algorithms by it."""
+    """Return the processor's name: libraries choose their algorithms by it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -122,13 +122,13 @@ def as_json(settings: Mapping[str, Any]) -> str:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], there_is: str, here_is: str) -> list[str]:
-    """A line for each setting whose two values differ, nested ones by their path."""
-    there, here = _flat(json.loads(as_json(there))), _flat(json.loads(as_json(here)))
+    """Return a line for each setting whose two values differ, nested settings by their path."""
+    one, other = _flat(json.loads(as_json(there))), _flat(json.loads(as_json(here)))
     missing = "nothing"
     return [
-        f"{name}: {there.get(name, missing)} {there_is}, {here.get(name, missing)} {here_is}"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name, missing) != here.get(name, missing)
+        f"{name}: {one.get(name, missing)} {there_is}, {other.get(name, missing)} {here_is}"
+        for name in sorted(one.keys() | other.keys())
+        if one.get(name, missing) != other.get(name, missing)
     ]
 
 

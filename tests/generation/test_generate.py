@@ -344,7 +344,7 @@ def test_a_manifest_that_names_other_files_is_not_followed(tmp_path):
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["shards"][1] |= {"name": "../secret", "bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}
     (out / "manifest.json").write_text(json.dumps(manifest))
-    assert check_set(out) == ["samples-000001.safetensors: the manifest says nothing of it that makes sense"]
+    assert check_set(out) == ["samples-000001.safetensors has no valid record in the manifest"]
     worker.crowd(out, resume=True)
     assert secret.read_bytes() == b"secret"
     assert check_set(out) == []
@@ -829,12 +829,12 @@ def test_files_of_rows_that_cannot_be_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"count": 0}, ValueError, "count must be at least 1, got 0"),
-        ({"count": 2.0}, TypeError, "count must be an integer, got 2.0"),
+        ({"count": 0}, ValueError, "count must be an integer, at least 1, got 0"),
+        ({"count": 2.0}, TypeError, "count must be an integer, at least 1, got 2.0"),
         ({"batch_size": 24}, ValueError, "batch_size must be a multiple of compute_batch_size, 16, got 24: take 32"),
         ({"shard_size": 40}, ValueError, "shard_size must be a multiple of compute_batch_size, 16, got 40: take 48"),
-        ({"threads": 0}, ValueError, "threads must be at least 1"),
-        ({"patience": 0.0}, ValueError, "patience must be positive"),
+        ({"threads": 0}, ValueError, "threads must be an integer, at least 1"),
+        ({"patience": 0.0}, ValueError, "patience must be a finite number, above 0, got 0.0"),
         ({"format": "png"}, ValueError, "format must be one of safetensors, npz, webdataset, got 'png'"),
         ({"format": "npz", "shape": (2, 6, 6)}, ValueError, r"for pictures, \(1 or 3, H, W\), got samples \(2, 6, 6\)"),
         ({"shape": (1, 0)}, ValueError, "no size below 1"),
@@ -864,7 +864,7 @@ def test_models_that_cannot_be_are_refused(tmp_path):
         generate(worker.Crowd(), worker.sampler(), 4, tmp_path / "set")
     with pytest.raises(TypeError, match="pass model_id"):
         generate(lambda x, t: x, worker.sampler(), 4, tmp_path / "set", shape=(1, 4))
-    with pytest.raises(ValueError, match="shape is needed"):
+    with pytest.raises(ValueError, match="shape must be given"):
         generate(nn.Identity().eval(), worker.sampler(), 4, tmp_path / "set")
     with pytest.raises(TypeError, match="sampler must be a DDIMSampler"):
         generate(CROWD, None, 4, tmp_path / "set")
