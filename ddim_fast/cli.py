@@ -1,4 +1,4 @@
-"""The command line, ``ddim-fast``: a command for each thing people do."""
+"""The command line, ``ddim-fast``."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def main() -> None:
       ddim-fast interpolate                from one sample to another
       ddim-fast generate -n 50000          a set of samples as files, by any number of processes
       ddim-fast tradeoff --quick --out DIR how many steps are enough, on one page
-      ddim-fast search --steps 10          the ten timesteps that serve a model best
+      ddim-fast search --steps 10          the best ten timesteps for a model
       ddim-fast verify                     whether a sampler is right, ours or anyone's
-      ddim-fast info                       what runs on this machine, and why something does not
+      ddim-fast info                       which backends run on this machine, and why others do not
     """
 
 

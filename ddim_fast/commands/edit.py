@@ -1,4 +1,4 @@
-"""``ddim-fast img2img``, ``inpaint``, ``interpolate`` and ``reconstruct``: what else people do with a DDIM sampler."""
+"""``ddim-fast img2img``, ``inpaint``, ``interpolate`` and ``reconstruct``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PICTURES = click.argument(
     metavar="PICTURES...",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
 )
-_STRENGTH = "how much is made anew, in (0, 1]: the share of the steps that is run"
+_STRENGTH = "how much is regenerated, in (0, 1]: the share of the steps that is run"
 
 
 def _read(run: Run, paths: tuple[Path, ...]) -> tuple[Tensor, list[str], list[int] | None]:
@@ -32,7 +32,7 @@ def _read(run: Run, paths: tuple[Path, ...]) -> tuple[Tensor, list[str], list[in
 
 
 def _write_pairs(run: Run, before: Tensor, after: Tensor, names: list[str], title: str, labels=None) -> None:
-    """A grid of each picture beside what became of it."""
+    """Write a grid of each picture beside its result."""
     both = torch.stack([before.cpu(), after.cpu()], 1).flatten(0, 1)
     under = [text for name in names for text in (name, "->")]
     columns = 2 * min(len(names), max(1, round(len(names) ** 0.5)))
@@ -47,7 +47,7 @@ def _write_pairs(run: Run, before: Tensor, after: Tensor, names: list[str], titl
     click.option("--strength", type=float, default=0.6, show_default=True, help=f"{_STRENGTH.capitalize()}."),
 )
 def img2img(run: Run, paths: tuple[Path, ...], strength: float) -> None:
-    """Make pictures anew from rough ones: noise them, and sample from there.
+    """Regenerate pictures: add noise to them, and sample from there.
 
     PICTURES are image files, or samples that --save wrote (.npz, .safetensors).
 
@@ -107,11 +107,11 @@ def _mask(keep: str, sample_shape: tuple[int, ...]) -> Tensor:
         help=f"What is kept: {', '.join(_KEPT)}, or an image file, white where the picture is kept.",
     ),
     click.option(
-        "--strength", type=float, default=1.0, show_default=True, help=f"Of the part that is drawn: {_STRENGTH}."
+        "--strength", type=float, default=1.0, show_default=True, help=f"For the rest of the picture: {_STRENGTH}."
     ),
 )
 def inpaint(run: Run, paths: tuple[Path, ...], keep: str, strength: float) -> None:
-    """Keep a part of pictures, and draw the rest to fit.
+    """Keep a part of pictures, and regenerate the rest to match.
 
     PICTURES are image files, or samples that --save wrote (.npz, .safetensors).
 
@@ -150,7 +150,7 @@ def inpaint(run: Run, paths: tuple[Path, ...], keep: str, strength: float) -> No
     ),
 )
 def interpolate(run: Run, from_seed: int, to_seed: int, frames: int, rows: int) -> None:
-    """Draw what lies between two samples, by spherical interpolation of their noise (section 5.3 of the DDIM paper).
+    """Draw samples between two samples, by spherical interpolation of their noise (section 5.3 of the DDIM paper).
 
     \b
     Example:
@@ -191,7 +191,7 @@ def interpolate(run: Run, from_seed: int, to_seed: int, frames: int, rows: int) 
     ),
 )
 def reconstruct(run: Run, paths: tuple[Path, ...], iterations: int) -> None:
-    """Find the noise that pictures come from, and sample them again from it: how much is lost.
+    """Invert pictures to noise, sample them again from it, and report the error.
 
     PICTURES are image files, or samples that --save wrote (.npz, .safetensors). Nothing is clipped: see docs/INVERSION.md.
 

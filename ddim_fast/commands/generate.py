@@ -61,7 +61,7 @@ _NOT_HERE = ("out", "save", "threads")  # options that this command has in a for
         metavar="FILE",
         help="A row for each sample: .jsonl, .csv or .parquet.  [default: each class in turn]",
     ),
-    click.option("--resume", is_flag=True, help="Continue or mend what is in --out."),
+    click.option("--resume", is_flag=True, help="Continue or repair the set in --out."),
     click.option(
         "--check",
         "checked",
@@ -101,7 +101,7 @@ _NOT_HERE = ("out", "save", "threads")  # options that this command has in a for
         type=float,
         default=None,
         metavar="SECONDS",
-        help="After so long an idle process makes a slice that another holds.  [default: 1.5 times its slowest]",
+        help="After this time an idle process makes a slice that another holds.  [default: 1.5 times its slowest]",
     ),
     click.option("--no-space-check", is_flag=True, help="Begin even where the disk may be too small."),
     click.option(
@@ -126,7 +126,7 @@ def generate(
     no_space_check: bool,
     trust_pickle: bool,
 ) -> None:
-    """Draw any number of samples to files: by many processes, to be continued after any interruption, always the same bytes.
+    """Write any number of samples to files: by many processes, resumable after any interruption, always the same bytes.
 
     \b
     Examples:
@@ -142,7 +142,7 @@ def generate(
         raise ValueError(f"--join joins a set that --check DIR has verified, got --join {joined} alone")
     run.model = _model(run, trust_pickle)
     conditioning, count = _conditioning(run, table, count)
-    # torchrun ends the others so when one has died: they then stop as they do at Ctrl-C.
+    # torchrun sends SIGTERM to the others when one has died: they then stop as at Ctrl-C.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         done = generate_set(
@@ -199,7 +199,7 @@ def _model(run: Run, trust_pickle: bool):
     model = load_model(run.model_name, usable, trust_pickle=trust_pickle)
     if model.sample_shape is None:
         raise ValueError(
-            f"the command line needs a model whose files say the size of its samples, got {run.model_name}: use it from Python"
+            f"the command line needs a model whose files give the shape of its samples, got {run.model_name}: use it from Python"
         )
     return model
 

@@ -1,4 +1,4 @@
-"""What several commands have in common: their options, and what is made of them."""
+"""The options that several commands share, and what follows from them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NUMBER_SUFFIXES = (".npz", ".safetensors")
 
 @dataclass
 class Run:
-    """The options that every command that samples has, by their names, and what follows from them."""
+    """The values of the options of every command that samples, and what follows from them."""
 
     model_name: str = "fashion"
     class_name: str | None = None
@@ -67,13 +67,13 @@ class Run:
     model: nn.Module = field(init=False)
 
     def prepare(self) -> None:
-        """Refuse what could not be written, before anything is computed; then load the model."""
+        """Check that the files can be written, before anything is computed; then load the model."""
         check_output(self.out, PICTURE_SUFFIXES)
         check_output(self.save, NUMBER_SUFFIXES)
         self.load()
 
     def load(self) -> None:
-        """Load the model, to where it is asked for."""
+        """Load the model to the device asked for."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = usable_device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -81,7 +81,7 @@ class Run:
         self.model = _own_model(self.model_name).to(device) if named else load_model(self.model_name, device)
         if getattr(self.model, "sample_shape", None) is None:
             raise ValueError(
-                f"the command line needs a model that says the size of its samples, got {self.model_name}: give it an attribute "
+                f"the command line needs a model with the shape of its samples, got {self.model_name}: give it an attribute "
                 "sample_shape = (C, H, W), or use it from Python"
             )
 
@@ -94,7 +94,9 @@ class Run:
         trained = getattr(self.model, "schedule", None)
         schedule = trained if self.schedule is None else make_schedule(self.schedule)
         if schedule is None:
-            raise ValueError(f"{self.model_name} names no noise schedule: name it with --schedule")
+            raise ValueError(
+                f"a model must have a noise schedule, got none in {self.model_name}: name one with --schedule"
+            )
         if trained is not None and schedule != trained and not self.quiet:
             click.echo(
                 f"note: the {self.model_name} model was trained with another schedule; with {self.schedule} its pictures will be wrong",
@@ -103,11 +105,11 @@ class Run:
         return schedule
 
     def sampler_options(self) -> dict[str, Any]:
-        """What the model's files say of sampling, as arguments of ``DDIMSampler``."""
+        """Return the settings of sampling in the model's files, as arguments of ``DDIMSampler``."""
         return dict(getattr(self.model, "sampler_options", {}))
 
     def sampler(self, **more: Any) -> DDIMSampler:
-        """The sampler asked for: what is not said is the model's, or the sampler's own default."""
+        """Return the sampler asked for; other settings are the model's, or the sampler's defaults."""
         options = self.sampler_options()
         if self.spacing is not None:
             options["timestep_spacing"] = self.spacing
@@ -143,7 +145,7 @@ class Run:
         )
 
     def names(self, labels: list[int] | None, count: int) -> list[str]:
-        """What stands under each picture."""
+        """Return the label under each picture."""
         return [str(i) for i in range(count)] if labels is None else [self.model.class_names[label] for label in labels]
 
     def columns(self, count: int) -> int | None:
@@ -158,7 +160,7 @@ class Run:
         return torch.from_numpy(sample_seeds(self.seed, count))
 
     def options(self, labels: list[int] | None, seeds: Tensor, part: slice) -> dict[str, Any]:
-        """What each of the sampler's methods is told for one batch."""
+        """Return the arguments that all methods of the sampler get for one batch."""
         return {
             "seeds": seeds[part],
             "conditioning": self.conditioning(labels, part),
@@ -169,7 +171,7 @@ class Run:
         }
 
     def in_batches(self, count: int, draw: Callable[[slice], Tensor | Trajectory]) -> list[Trajectory]:
-        """What ``draw`` makes of each batch, on the CPU. A sample's seed does not depend on its batch."""
+        """Return the result of ``draw`` for each batch, on the CPU. A sample's seed does not depend on its batch."""
         parts = []
         for first in range(0, count, self.batch_size):
             result = draw(slice(first, min(first + self.batch_size, count)))
@@ -186,7 +188,7 @@ class Run:
         labels: list[int] | None = None,
         samples: Tensor | None = None,
     ) -> list[Path]:
-        """The grid of these images, and where asked for, the samples as numbers: the images if none."""
+        """Write the grid of these images, and with --save the samples as numbers (the images where None)."""
         pictures.grid(images, names, title, columns=columns).save(self.out)
         if self.save is None:
             return [self.out]
@@ -206,7 +208,7 @@ _OPTIONS = {
         show_default=True,
         metavar="NAME|PATH",
         help=f"The model that ships ({', '.join(SHIPPED)}), a diffusers directory, a TorchScript or torch.export archive, or "
-        "module:attribute, a torch module or what makes one, with an attribute sample_shape.",
+        "module:attribute, a torch module with an attribute sample_shape, or a function that returns one.",
     ),
     "class_name": click.option(
         "--class", "class_name", default=None, metavar="NAME", help="Only this class: a name or number."
@@ -298,13 +300,13 @@ noise_options = (
         "--order",
         type=click.IntRange(1, 2),
         default=None,
-        help="2: the multistep form of DDIM, nearer to where many steps lead with as many model calls; needs --eta 0.  "
+        help="2: the multistep form of DDIM, closer to converged samples with as many model calls; needs --eta 0.  "
         "[default: that of --timesteps FILE.json, or 1]",
     ),
     click.option(
         "--analytic-variance",
         is_flag=True,
-        help="Add the noise of Analytic-DPM in place of eta's own, as measured for --timesteps FILE.json.",
+        help="Add the noise of Analytic-DPM instead of eta's, as measured for --timesteps FILE.json.",
     ),
     click.option("--sigma-hat", is_flag=True, help="The paper's larger DDPM noise; needs --eta 1."),
     click.option(
@@ -347,18 +349,18 @@ def _gathered(options: Sequence[Callable], names: set[str]) -> Callable:
 
 
 def _own_model(name: str) -> nn.Module:
-    """The module that ``module:attribute`` is, or makes."""
+    """Import ``module:attribute``: a module, or a function that returns one."""
     value = import_string(name, "the model")
     model = value if isinstance(value, nn.Module) or not callable(value) else value()
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"--model module:attribute must be a torch.nn.Module, or make one, got {type(model).__name__} from {name}"
+            f"--model module:attribute must be a torch.nn.Module, or return one, got {type(model).__name__} from {name}"
         )
     return model.eval().requires_grad_(False)
 
 
 def conditioning_rule(run: Run) -> Conditioning | None:
-    """What sample i is of: the class asked for, or each in turn; None for a model without classes."""
+    """Return the rule for the class of sample i: the class asked for, or each in turn; None for a model without classes."""
     labels = run.labels(1)
     if labels is None:
         return None
@@ -366,12 +368,13 @@ def conditioning_rule(run: Run) -> Conditioning | None:
 
 
 def parse_timesteps(text: str | None) -> list[int] | str | None:
+    """Return a list "[900,600]" as integers, and other texts unchanged."""
     if text is None or not text.startswith("["):
         return text
     try:
         return [int(t) for t in text.strip("[] ").split(",")]
     except ValueError:
-        raise ValueError(f'a list of timesteps looks like "[900,600,300,0]", got {text!r}') from None
+        raise ValueError(f'a list of timesteps must look like "[900,600,300,0]", got {text!r}') from None
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
@@ -397,9 +400,9 @@ def save_samples(images: Tensor, labels: list[int] | None, path: Path) -> None:
 
 
 def read_samples(paths: tuple[Path, ...], sample_shape: tuple[int, ...]) -> tuple[Tensor, list[str]]:
-    """Pictures, and samples that ``--save`` wrote, as one batch ``(B, C, H, W)`` in [-1, 1], with a name for each.
+    """Read pictures, and samples that ``--save`` wrote, as one batch ``(B, C, H, W)`` in [-1, 1], with a name for each.
 
-    Pictures are made as large as the model's samples, and grey where it has one channel.
+    Pictures are resized to the model's samples, and converted to grey for models with one channel.
 
     Raises:
         ValueError: a file is neither, or its samples have another shape.

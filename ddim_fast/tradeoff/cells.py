@@ -21,11 +21,13 @@ class Cell:
 
     Args:
         num_inference_steps: S.
-        timestep_spacing: a key of ``timesteps.SPACINGS``; or with ``timesteps``, what to call them.
-        timesteps, model_timesteps: an explicit list, such as a searched one, and what the model is told there, if not the same.
+        timestep_spacing: a key of ``timesteps.SPACINGS``; with ``timesteps``, a name for them.
+        timesteps, model_timesteps: an explicit list, such as a searched one, and the timesteps given to the model where
+            they differ.
         eta, eta_scales, sigma_hat, order: see ``DDIMSampler``.
-        count: how many samples it is judged by, where not as many as the others.
-        analytic_variance: the mean squared error of eps at each of the timesteps: noise of the variance that it tells, in place of eta's.
+        count: samples of this cell, where not as many as the others have.
+        analytic_variance: the mean squared error of eps at each timestep: the cell adds noise of the analytic variance
+            that follows, instead of eta's.
     """
 
     num_inference_steps: int
@@ -53,7 +55,7 @@ class Cell:
         return self.eta == 0
 
     def sampler(self, schedule: NoiseSchedule, options: Mapping[str, Any]) -> DDIMSampler:
-        """The sampler that this cell is.
+        """Return the sampler of this cell.
 
         Raises:
             ValueError: the cell contradicts itself, or does not fit the schedule.
@@ -75,7 +77,7 @@ class Cell:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the cell in the form that JSON can hold."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
@@ -95,17 +97,17 @@ def grid(
     analytic_variance: bool = False,
     count_at: Mapping[int, int] | None = None,
 ) -> list[Cell]:
-    """All combinations that are different and possible, cheapest first.
+    """Return all different and possible combinations, cheapest first.
 
     Args:
-        sigma_hat: the paper's larger DDPM noise, too.
-        orders: those above 1 are deterministic only.
-        searched: named lists of timesteps, each once with each eta and order.
-        analytic_variance: these lists, where noise is added, also with an analytic variance.
-        count_at: how many samples cells of that many steps have, where not as many as the others.
+        sigma_hat: also cells with the paper's larger DDPM noise.
+        orders: orders above 1 get deterministic cells only.
+        searched: named lists of timesteps, each with every eta and order.
+        analytic_variance: also cells of these lists with an analytic variance, where noise is added.
+        count_at: samples of the cells with that many steps, where not as many as the others have.
 
     Raises:
-        ValueError: a list does not hold what an analytic variance needs.
+        ValueError: a list lacks the residual that an analytic variance needs.
     """
     lists = [(S, spacing, {}, None) for S in steps for spacing in spacings]
     for name, found in (searched or {}).items():
@@ -132,12 +134,12 @@ def grid(
 def _residual(name: str, found: TimestepList) -> tuple[float, ...]:
     if found.eps_residual is None:
         raise ValueError(
-            f"an analytic variance needs the mean squared error of eps, and the list {name} holds none: search again, or leave it out"
+            f"an analytic variance needs the mean squared error of eps, got none in the list {name}: search again, or leave it out"
         )
     return found.eps_residual
 
 
 def paper_table(count_at_1000: int | None = None, spacing: str = "quad") -> list[Cell]:
-    """The cells of table 1 of the DDIM paper. Its CIFAR-10 half, which this one is compared with, has quadratic spacing."""
+    """Return the cells of table 1 of the DDIM paper. The paper's CIFAR-10 half, which they are compared with, is quadratic."""
     count_at = None if count_at_1000 is None else {1000: count_at_1000}
     return grid(PAPER_STEPS, (spacing,), PAPER_ETAS, sigma_hat=True, count_at=count_at)

@@ -1,4 +1,4 @@
-"""A data distribution whose best possible model is known exactly, and so is the distance of samples to it."""
+"""A data distribution whose optimal model, and the distance of samples to it, are known in closed form."""
 
 from __future__ import annotations
 

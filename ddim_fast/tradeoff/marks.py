@@ -9,7 +9,7 @@ from .cells import Cell
 from .results import CellResult, Measure, Study, eta_text
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#f0e442")
-"""Okabe and Ito's palette (2008), made to be told apart by the colour-blind; grey in the place of black, which a dark page would hide."""
+"""Okabe and Ito's palette (2008), which colour-blind people can distinguish; grey instead of black, for dark pages."""
 _GREY = 6
 SHAPES = ("circle", "square", "triangle", "diamond", "down", "pentagon", "cross", "star")
 LOG_FROM = 8
@@ -42,8 +42,8 @@ class LegendEntry:
 class Marks:
     """The marks of a study's cells: colour is the spacing, shape the eta, and order 1 is filled.
 
-    Where there is a single spacing, colour is the eta, too; and the order where there is a single eta as well. Beyond eight values of one,
-    colours and shapes come again.
+    With a single spacing, colour is the eta, too; with a single eta as well, the order. Beyond eight values, colours
+    and shapes repeat.
     """
 
     def __init__(self, study: Study):
@@ -80,14 +80,14 @@ class Point:
 
 
 def points(study: Study, metric: str, x: Callable[[CellResult], float]) -> list[Point]:
-    """All that can be drawn, the front last, so that nothing covers it."""
+    """Return all points of a plot, the front last, so that nothing covers it."""
     marks, front = Marks(study), study.pareto_front(metric)
     drawn = sorted(study.with_metric(metric), key=lambda result: any(result is one for one in front))
     return [Point(result, x(result), result.quality[metric], marks.of(result.cell)) for result in drawn]
 
 
 def is_log(values: Sequence[float]) -> bool:
-    """Whether these are better told apart on a logarithmic axis."""
+    """Return whether these values are easier to distinguish on a logarithmic axis."""
     return len(values) > 0 and min(values) > 0 and max(values) >= LOG_FROM * min(values)
 
 

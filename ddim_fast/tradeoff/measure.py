@@ -27,22 +27,22 @@ from .quality import Judge, mean
 from .results import CellResult, Measure
 
 CONVERGED = Cell(200, "log_snr", order=2)
-"""What stands for the exact solution: second order, its error falls with the square of the number of steps."""
+"""The cell that stands for the exact solution: of order 2, its error falls with the square of the number of steps."""
 Progress = Callable[[int], Any]
-"""``progress(calls)``: so many more model calls, counted by sample, are done."""
+"""Called as ``progress(calls)`` with the number of further model calls, counted by sample."""
 
 
 @dataclass
 class Subject:
-    """A model and how it is asked: all cells differ in nothing but what ``Cell`` says.
+    """A model and everything that all cells have in common: they differ only in what ``Cell`` contains.
 
     Args:
         shape: of one sample, ``(C, ...)``.
-        conditioning: of sample i, a rule; none for an unconditional model.
-        sampler_options: what the model says of sampling, as arguments of ``DDIMSampler``.
-        seed: sample i of every cell begins with the same noise.
-        judge, truth: what is known of the data, if anything.
-        reconstructed: how many converged samples are encoded and decoded again; 0 for none.
+        conditioning: the rule for sample i; None for an unconditional model.
+        sampler_options: the model's own settings of sampling, as arguments of ``DDIMSampler``.
+        seed: sample i of every cell starts from the same noise.
+        judge, truth: what is known about the data, if anything.
+        reconstructed: converged samples to encode and decode again; 0 for none.
     """
 
     model: Model
@@ -114,7 +114,7 @@ def draw(subject: Subject, cell: Cell, count: int | None = None, progress: Progr
 
 @contextmanager
 def _counted(model: Model, calls: int, progress: Progress) -> Iterator[None]:
-    """Tell ``progress`` of each call of the model, or at the end, where calls cannot be seen (in a CUDA graph, or a plain function)."""
+    """Call ``progress`` after each model call, or at the end where calls are invisible (in a CUDA graph, a plain function)."""
     seen = 0
 
     def after(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
@@ -160,7 +160,7 @@ def measure(
         cell,
         len(samples),
         quality,
-        # The least of all batches: what else runs on the machine disturbs that one least.
+        # The fastest batch is the one least disturbed by other programs.
         model_ms=1e3 * min(drawn.model_seconds),
         update_ms=1e3 * min(drawn.update_seconds),
         calls=cell.num_inference_steps * subject.calls_per_step,
@@ -191,7 +191,7 @@ class PeakMemory:
             self._before = _reset_peak()
 
     def megabytes(self) -> float:
-        """In 10^6 bytes; NaN where the system does not tell."""
+        """Return the peak in 10^6 bytes; NaN where the system does not report it."""
         if self._device.type == "cuda":
             return (torch.cuda.max_memory_allocated(self._device) - self._before) / 1e6
         return max(_status("VmHWM") - self._before, 0.0) / 1e6

@@ -30,7 +30,7 @@ _BATCH_SIZE = 500
 
 @dataclass(frozen=True)
 class Judge:
-    """What looks at samples, and what real data look like to it.
+    """A feature extractor, with the features of real data.
 
     Args:
         name: of the features, for the report.
@@ -49,10 +49,10 @@ class Judge:
     clamp: bool = True
 
     def measures(self, samples: Tensor, labels: Tensor | None) -> dict[str, Measure]:
-        """Every number that can be told of these samples ``(N, C, ...)``, asked for with these labels ``(N,)``, if any."""
+        """Return every measure that applies to these samples ``(N, C, ...)``, drawn for these labels ``(N,)``, if any."""
         samples = samples.clamp(-1, 1) if self.clamp else samples
         features = in_batches(self.features, samples).double()
-        found = {}
+        found: dict[str, Measure] = {}
         if self.statistics is not None and len(samples) >= ENOUGH * features.shape[1]:
             found["frechet"] = frechet_measure(features, self.statistics)
         if self.real_features is not None and len(samples) > NEIGHBOURS:
@@ -71,7 +71,7 @@ def fashion_judge() -> Judge:
 
 
 def judge_of(features: Callable[[Tensor], Tensor], real: Tensor | None, name: str) -> Judge:
-    """A judge by a caller's own features, and real data ``(N, C, ...)``, if there are any."""
+    """Return a judge by a caller's own features, and real data ``(N, C, ...)``, if there are any."""
     if real is None:
         return Judge(name, features)
     seen = in_batches(features, real)

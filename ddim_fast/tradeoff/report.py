@@ -42,17 +42,17 @@ def check_libraries() -> None:
 
 
 def write_report(study: Study, directory: Path) -> list[Path]:
-    """Write ``report.html``, ``study.json``, ``cells.csv`` and a PNG file for each metric and kind of plot, each whole or not at all.
+    """Write ``report.html``, ``study.json``, ``cells.csv``, and PNG plots of each metric, each completely or not at all.
 
     Args:
-        directory: where the study lies: its pictures are read from there.
+        directory: of the study, whose pictures are read.
 
     Returns:
         The files, the page first.
 
     Raises:
         ImportError: matplotlib or jinja2 is missing; nothing was written.
-        OSError: a file could not be written; what was there before still is.
+        OSError: a file could not be written; an old file is unchanged.
     """
     contents = {
         "report.html": html_text(study, directory).encode(),

@@ -110,7 +110,7 @@ class CellResult:
         quality: by names of ``METRICS``; those that apply.
         model_ms, update_ms: milliseconds a sample takes in the model and in the update, in the fastest batch.
         calls: model calls a sample takes, guidance counted.
-        peak_megabytes: the most memory in use while sampling, minus what was in use before; NaN where it cannot be told.
+        peak_megabytes: the most memory in use while sampling, minus what was in use before; NaN where it is unknown.
         pictures: the first samples as a grid, a PNG file beside the study, or none where samples are no pictures.
     """
 
@@ -234,7 +234,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The sentence people come for, as data: ``chosen`` is as good as ``best`` but for a small share, and no slower.
+    """A recommendation, as data: ``chosen`` is as good as ``best`` up to a small share, and no slower.
 
     Args:
         within: the share that was asked for; where chance may explain more, ``chosen`` may be further off.
@@ -286,17 +286,17 @@ def describe(cell: Cell, beside: Cell | None = None) -> str:
     """A cell in words: "20 steps with log_snr spacing, eta 0.5 and order=2".
 
     Args:
-        beside: of a cell that was just described: nothing is said again in which they are the same, but for the steps.
+        beside: a cell that was just described: what both have in common is not repeated, except the steps.
     """
-    told = ("eta 0", "order=1") if beside is None else way_of(beside)
-    parts = [part for part in way_of(cell) if part not in told]
+    known = ("eta 0", "order=1") if beside is None else way_of(beside)
+    parts = [part for part in way_of(cell) if part not in known]
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
     steps = "1 step" if cell.num_inference_steps == 1 else f"{cell.num_inference_steps} steps"
     return f"{steps} with {listed}" if listed else steps
 
 
 def way_of(cell: Cell) -> tuple[str, ...]:
-    """All of a cell but its number of steps, in words."""
+    """Return everything about a cell but its number of steps, in words."""
     spacing = f"{cell.timestep_spacing} spacing" if cell.timesteps is None else f"the timesteps {cell.timestep_spacing}"
     return spacing, "sigma-hat" if cell.sigma_hat else f"eta {eta_text(cell)}", f"order={cell.order}"
 

@@ -1,4 +1,4 @@
-"""A study on disk: a directory to which each cell is written as soon as it is done, so that a broken-off run goes on where it was."""
+"""A study on disk: each cell is written as soon as it is measured, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def settings_of(subject: Subject, model_id: str | None = None) -> dict[str, Any]
     """What the numbers of a study depend on, but for its cells, as JSON.
 
     Args:
-        model_id: what tells this model from others, where it is no ``nn.Module``, whose weights do.
+        model_id: identifies a model that is no ``nn.Module``, which its weights identify.
     """
     schedule = subject.schedule
     return {
@@ -50,7 +50,7 @@ def settings_of(subject: Subject, model_id: str | None = None) -> dict[str, Any]
 
 
 class StudyDirectory:
-    """Where a study lies: ``settings.json``, ``cells/KEY.json`` and ``KEY.png``, ``converged.safetensors``.
+    """The directory of a study: ``settings.json``, ``cells/KEY.json`` and ``KEY.png``, ``converged.safetensors``.
 
     Raises:
         ValueError: there is a study with other settings; the message has the differences.
@@ -85,7 +85,7 @@ class StudyDirectory:
         return self.path / "cells" / f"{cell.key}.png"
 
     def converged(self, make: Callable[[], Tensor]) -> Tensor:
-        """The converged samples: those that are there, or else what ``make`` gives, which is kept."""
+        """Return the converged samples on the disk, or those that ``make`` returns, which are then written."""
         path = self.path / "converged.safetensors"
         if path.exists():
             return load(path.read_bytes())["samples"]
@@ -109,9 +109,9 @@ def run_study(
     """Measure every cell that the directory does not have yet.
 
     Args:
-        converged_cell: how converged samples are drawn, that the others' distances are told from. None: no distances.
-        converged_count: how many of them; as many as a cell has samples if none.
-        done: called with each result, also with those that were there.
+        converged_cell: draws the converged samples that distances are measured to. None: no distances.
+        converged_count: how many of them. None: as many as a cell has samples.
+        done: called with each result, also with those from an earlier run.
     """
     cells = list(cells)
     for cell in cells:  # all contradictions come before any work

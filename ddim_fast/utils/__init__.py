@@ -1,1 +1,1 @@
-"""Small tools that every room may use, and that know none of them."""
+"""Small tools that every room may import, and that import none of them."""

@@ -1,4 +1,4 @@
-"""Files that are there wholly or not at all: written under another name, fsynced, renamed."""
+"""Files that exist complete or not at all: written under another name, fsynced, renamed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def atomic_file(path: Path, temporary: Path) -> Iterator[BinaryIO]:
-    """A new file to write to. It gets its name at the end of the ``with`` block; where that raises, what was there before still is.
+    """Open a new file that gets its name at the end of the ``with`` block. If the block raises, an old file stays.
 
     Args:
-        temporary: the name until then, in the same file system; there must be no such file.
+        temporary: the name until then, in the same file system; no such file may exist.
 
     Raises:
         OSError: it could not be written, or renamed.
@@ -26,16 +26,16 @@ def atomic_file(path: Path, temporary: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
+        with contextlib.suppress(OSError):  # the first error is the one to report
             temporary.unlink(missing_ok=True)
         raise
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file completely or not at all.
 
     Raises:
-        OSError: it could not be written; what was there before still is.
+        OSError: it could not be written; an old file is unchanged.
     """
     path = path.resolve()
     with atomic_file(path, name_beside(path)) as file:
@@ -43,7 +43,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def name_beside(path: Path) -> Path:
-    """A name in the same folder that no other process takes."""
+    """Return a name in the same folder that no other process uses."""
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 

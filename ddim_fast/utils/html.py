@@ -1,4 +1,4 @@
-"""Pages of HTML that need nothing else: no network, no other files, and no script or style but their own."""
+"""Self-contained pages of HTML: no network, no other files, and no script or style but their own."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
 
-# What XML may not hold. What others wrote may hold anything.
+# Characters that XML forbids. Text from elsewhere may contain them.
 _NOT_TEXT = re.compile("[^\t\n\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def plain_text(text: str) -> str:
-    """Without characters that steer a terminal or that files of text may not hold."""
+    """Replace characters that control a terminal or that text files may not contain."""
     return _NOT_TEXT.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
 def capital(text: str) -> str:
-    """With its first letter upper case, the others as they are."""
+    """Return the text with its first letter in upper case, the others unchanged."""
     return text[:1].upper() + text[1:]
 
 
 def render_page(package: str, extra: str, filters: Mapping[str, Callable[..., Any]], **values: Any) -> str:
-    """A package's ``report.html.jinja`` with its ``report.css`` and ``report.js``, which the template has as ``style`` and ``script``.
+    """Render a package's ``report.html.jinja`` with ``report.css`` as ``style`` and ``report.js`` as ``script``.
 
-    ``allowed`` is for its content security policy: nothing but these two, and pictures within the page.
+    The template also gets ``allowed`` for its content security policy: only these two, and pictures within the page.
 
     Args:
-        extra: of ddim_fast, that brings what is needed.
-        filters: for the template, beside ``plain`` and ``capital``.
+        extra: the extra of ddim_fast that installs jinja2.
+        filters: filters of the template, beside ``plain`` and ``capital``.
 
     Raises:
         ImportError: jinja2 is missing.
@@ -56,5 +56,5 @@ def render_page(package: str, extra: str, filters: Mapping[str, Callable[..., An
 
 
 def _digest(text: str) -> str:
-    """As a content security policy names what may run."""
+    """Return the digest by which a content security policy names a script or style."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

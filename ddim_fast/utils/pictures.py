@@ -1,4 +1,4 @@
-"""Pictures for people to look at: labelled grids and animations of samples."""
+"""Labelled grids and animations of samples."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _BACKGROUND, _INK = (255, 255, 255), (40, 40, 40)
 
 
 def to_uint8(samples: Tensor) -> np.ndarray:
-    """Samples ``(B, C, H, W)`` in [-1, 1] (clamped to it), C 1 or 3 -> ``(B, H, W, C)`` uint8.
+    """Convert samples ``(B, C, H, W)`` in [-1, 1] (others are clamped), C 1 or 3, to ``(B, H, W, C)`` uint8.
 
     Raises:
-        ValueError: the shape is another.
+        ValueError: the samples have another shape.
     """
     if samples.ndim != 4 or samples.shape[1] not in (1, 3):
         raise ValueError(f"pictures must be (B, C, H, W) with 1 or 3 channels, got {tuple(samples.shape)}")
@@ -38,8 +38,8 @@ def grid(
     Args:
         samples: ``(B, C, H, W)`` in [-1, 1].
         labels: one per sample, or none.
-        scale: screen pixels per pixel. None: as many as make pictures about 84 pixels wide.
-        columns: None: as many as make the grid about square.
+        scale: screen pixels per pixel. None: pictures about 84 pixels wide.
+        columns: None: an about square grid.
     """
     pictures = to_uint8(samples)
     count, height, width, channels = pictures.shape
@@ -71,6 +71,6 @@ def grid(
 def save_animation(
     frames: Sequence[Image.Image], path: str | Path, milliseconds: int = 120, last_milliseconds: int = 1500
 ) -> None:
-    """Write frames of one size as an animated GIF that rests on its last frame."""
+    """Write frames of one size as an animated GIF that pauses on its last frame."""
     durations = [milliseconds] * (len(frames) - 1) + [last_milliseconds]
     frames[0].save(path, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)

@@ -81,7 +81,7 @@ def test_sample_distances():
     a = torch.zeros(2, 1, 2, 2)
     b = torch.tensor([[1.0, 1, 1, 1], [2, 0, 0, 0]]).view(2, 1, 2, 2)
     assert sample_distances(a, b).tolist() == [1.0, 1.0]
-    with pytest.raises(ValueError, match=r"same shape, received \(2, 1, 2, 2\) and \(1, 1, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"same shape, got \(2, 1, 2, 2\) and \(1, 1, 2, 2\)"):
         sample_distances(a, b[:1])
 
 
