@@ -19,6 +19,7 @@ from ..tradeoff import (
     CellResult,
     ClosedForm,
     Judge,
+    Study,
     StudyDirectory,
     Subject,
     fashion_judge,
@@ -164,16 +165,16 @@ def tradeoff(
         raise ValueError(
             "real data are judged by features, and features need real data: give both --features and --real, or neither"
         )
+    if paper and analytic_variance:
+        raise ValueError(
+            "--paper-table is a table of its own, got --analytic-variance beside it: leave one of them out"
+        )
     truth = ClosedForm() if run.model_name == CLOSED_FORM else None
     if truth is not None:
         run.model = truth
     else:
         run.load()
     judge = _judge(run, features, real)
-    if paper and analytic_variance:
-        raise ValueError(
-            "--paper-table is a table of its own, got --analytic-variance beside it: leave one of them out"
-        )
     cells = (
         [cell for spacing in spacings or ("quad",) for cell in paper_table(PAPER_COUNT_AT_1000, spacing)]
         if paper
@@ -195,6 +196,15 @@ def tradeoff(
         reconstructed=0 if quick or paper else 32,
     )
     converged = None if paper else (QUICK_CONVERGED if quick else CONVERGED)
+    study = _measure(run, subject, cells, out, converged)
+    written = write_report(study, out)
+    if (recommended := study.recommendation()) is not None:
+        run.say(str(recommended))
+    run.say(f"{len(study.results)} cells -> {written[0]}, and {len(written) - 1} files beside it")
+
+
+def _measure(run: Run, subject: Subject, cells: list[Cell], out: Path, converged: Cell | None) -> Study:
+    """Measure all cells, or those that an earlier run left out, with a progress bar."""
     directory = StudyDirectory(out, settings_of(subject))
     total = calls_to_do(subject, cells, directory, converged)
     with tqdm(total=total, desc="measuring", unit="call", unit_scale=True, disable=run.quiet) as bar:
@@ -203,13 +213,9 @@ def tradeoff(
             if not run.quiet:
                 bar.set_postfix_str(result.cell.key)
 
-        study = run_study(
+        return run_study(
             subject, cells, directory, run.model_name, converged_cell=converged, progress=bar.update, done=done
         )
-    written = write_report(study, out)
-    if (recommended := study.recommendation()) is not None:
-        run.say(str(recommended))
-    run.say(f"{len(study.results)} cells -> {written[0]}, and {len(written) - 1} files beside it")
 
 
 def _cells(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..utils.html import capital, plain_text
-from .marks import COLOURS, SHAPES, Mark, Marks, is_log, points
+from .marks import COLOURS, SHAPES, Mark, Marks, Point, is_log, points
 from .results import METRICS, CellResult, Study, way_of
 
 if TYPE_CHECKING:
@@ -54,19 +54,7 @@ def _plot(
         axes = figure.add_subplot()
         draw_lines(axes, study, metric, x)
         for point in drawn:
-            error = point.measure.error if math.isfinite(point.measure.error) else None
-            style = _style(point.mark)
-            axes.errorbar(
-                point.x,
-                point.measure.value,
-                error,
-                ecolor=style["color"],
-                elinewidth=1,
-                capsize=2.5,
-                linestyle="",
-                zorder=3,
-                **style,
-            )
+            _draw(axes, point)
         axes.set(
             xscale="log" if is_log([p.x for p in drawn]) else "linear",
             yscale="log" if is_log([p.measure.value for p in drawn]) else "linear",
@@ -85,6 +73,22 @@ def _plot(
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
     return file.getvalue()
+
+
+def _draw(axes: Axes, point: Point) -> None:
+    """Draw a point with its error bar."""
+    style = _style(point.mark)
+    axes.errorbar(
+        point.x,
+        point.measure.value,
+        point.measure.error if math.isfinite(point.measure.error) else None,
+        ecolor=style["color"],
+        elinewidth=1,
+        capsize=2.5,
+        linestyle="",
+        zorder=3,
+        **style,
+    )
 
 
 def _style(mark: Mark) -> dict[str, Any]:
