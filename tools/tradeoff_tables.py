@@ -44,7 +44,7 @@ def write() -> None:
 
 
 def page_text(text: str) -> str:
-    """The page, its tables made anew."""
+    """Return the page with its tables regenerated."""
     for name, table in TABLES.items():
         block = f"<!-- {name}: begin -->\n{table(read_json(DOCS / f'{name}.json'))}\n<!-- {name}: end -->"
         pattern = rf"<!-- {name}: begin -->.*?<!-- {name}: end -->"

@@ -1,8 +1,9 @@
-"""Samples of a run by their numbers, each the same bits whatever is computed beside it.
+"""Samples of a run by their numbers, each with the same bits whatever else is computed.
 
-A convolution may round otherwise for another batch size, since libraries choose their algorithms by it. So the model is only ever
-called with ``compute_batch_size`` samples, and sample i always lies at the same place among the same others: at i mod that size, in batch
-i div that size. What fills the last batch of a run up are the samples that would follow.
+A convolution may round differently for another batch size, since libraries choose their algorithms by it. So
+the model is only ever called with ``compute_batch_size`` samples, and sample i always has the same place among
+the same others: i mod that size, in batch i div that size. The last batch of a run is filled up with the samples
+that would follow.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class FixedBatch(nn.Module):
         outputs = []
         for first in range(0, len(x), self.size):
             part = slice(first, first + self.size)
-            # In memory of its own, as a batch alone would be: an algorithm may depend on where its input begins.
+            # A copy, as for a batch alone: an algorithm may depend on the address of its input.
             own = x[part].clone()
             outputs.append(output_tensor(self.model(own, t[part], **_part(conditioning, part, len(x))), own))
         return torch.cat(outputs)
@@ -82,7 +83,7 @@ class Samples:
         self._fixed = FixedBatch(self.model, self.compute_batch_size).eval()
 
     def __call__(self, part: Slice, is_wanted: Callable[[], bool] = lambda: True) -> Tensor | None:
-        """``(count, ...)`` on the CPU; or None where it turned out, between two batches, that nobody wants them any more."""
+        """Return the samples ``(count, ...)`` on the CPU, or None if ``is_wanted`` is false before one of the batches."""
         size = self.compute_batch_size
         if part.first % size:
             raise ValueError(f"a slice must begin at a multiple of {size}, got {part.first}")

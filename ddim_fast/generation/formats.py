@@ -1,4 +1,4 @@
-"""Shards: some samples as the bytes of one file. The same samples are the same bytes: no file holds a time or a user."""
+"""Shards: some samples as the bytes of one file. Equal samples give equal bytes: no file contains a time or a user."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Format:
 
     Attributes:
         encode: a shard as bytes.
-        largest: at most so many bytes a sample ``(C, ...)`` of that dtype takes.
+        largest: an upper bound of the bytes of a sample ``(C, ...)`` of that dtype.
         pictures: samples must be ``(1 or 3, H, W)`` and are clamped to [-1, 1].
     """
 
@@ -61,8 +61,10 @@ def _encode_safetensors(shard: Shard) -> bytes:
 
 
 def _encode_npz(shard: Shard) -> bytes:
-    """``arr_0`` ``(n, H, W, 3)`` uint8, and ``arr_1`` ``(n,)`` int64 where there are labels: what guided-diffusion writes and its evaluator
-    reads. Grey pictures are written three times, since the evaluator's network takes colours."""
+    """Encode ``arr_0`` ``(n, H, W, 3)`` uint8, and with labels ``arr_1`` ``(n,)`` int64: guided-diffusion's layout.
+
+    Grey pictures are written as three equal channels, since its evaluator's network takes colours.
+    """
     pixels = _pixels(shard.samples)
     arrays = {"arr_0": np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:3], 3)))}
     if shard.labels is not None:
@@ -76,7 +78,7 @@ def _encode_npz(shard: Shard) -> bytes:
 
 
 def _encode_webdataset(shard: Shard) -> bytes:
-    """For each sample ``KEY.png`` and, where there are labels, ``KEY.cls``: its class in decimal."""
+    """Encode each sample as ``KEY.png`` and, with labels, its class in decimal as ``KEY.cls``."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for i, picture in enumerate(_pixels(shard.samples)):
@@ -100,7 +102,7 @@ def _png(picture: np.ndarray) -> bytes:
 
 
 def _pixels(samples: Tensor) -> np.ndarray:
-    """``(n, H, W, C)`` uint8; what is no number is grey. One by one: what lies between fits the caches."""
+    """Convert samples to ``(n, H, W, C)`` uint8; NaN becomes grey. One by one, so that intermediates fit the caches."""
     pixels = np.empty((len(samples), *samples.shape[2:], samples.shape[1]), np.uint8)
     for picture, sample in zip(pixels, samples, strict=True):
         picture[:] = to_uint8(torch.nan_to_num(sample[None].float(), nan=0.0, posinf=1.0, neginf=-1.0))[0]
@@ -120,4 +122,4 @@ FORMATS = {
     "webdataset": Format(".tar", _encode_webdataset, _in_tar, pictures=True),
 }
 PER_SHARD = 1 << 14
-"""Bytes that a shard has at most beside its samples: a header, the end of a tar."""
+"""An upper bound of a shard's bytes beside its samples: a header, the end of a tar."""

@@ -18,7 +18,7 @@ from .formats import ZIP_EPOCH
 def join_npz(out: str | os.PathLike[str], file: str | os.PathLike[str]) -> Path:
     """Write ``arr_0`` (and ``arr_1``) of all shards of a finished set, in order, to one ``.npz``, as guided-diffusion's evaluator reads it.
 
-    No more than a buffer is held in memory, whatever the size of the set. The file gets its name when it is whole.
+    Memory use is one buffer, whatever the size of the set. The file gets its name when it is complete.
 
     Raises:
         FileNotFoundError: there is no set in ``out``.

@@ -1,4 +1,4 @@
-"""One thread that makes files of shards while the next is sampled."""
+"""A thread that writes shards while the next one is sampled."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _STOP = object()
 
 
 class Writer:
-    """Calls ``write(item)`` in a thread, in order. ``waiting`` items may wait; ``put`` then waits, too.
+    """A thread that calls ``write(item)`` in order. ``put`` blocks while ``waiting`` items are in the queue.
 
-    As a context manager: waits for what was put, and raises an error of ``write``; where the block itself raised, what waits is dropped
-    and only the item in hand is written.
+    As a context manager it waits for all items and raises an error of ``write``. If the block itself raises, the
+    queue is dropped and only the current item is finished.
     """
 
     def __init__(self, write: Callable[[Any], None], waiting: int = 1):
@@ -36,12 +36,12 @@ class Writer:
             self._raise()
 
     def put(self, item: Any) -> None:
-        """Raises the error that an earlier item met."""
+        """Queue an item. Raise the error of an earlier item."""
         self._raise()
         self._items.put(item)
 
     def flush(self) -> None:
-        """Wait until everything is written. Raises the error that one met."""
+        """Wait until everything is written. Raise the error of an item."""
         self._items.join()
         self._raise()
 
