@@ -299,7 +299,7 @@ def with_nan() -> Tensor:
         (random_pictures(4).expand(4, 3, 28, 28), r"got shape \(4, 3, 28, 28\)"),
         (random_pictures(1), r"N >= 2, got shape \(1, 1, 28, 28\)"),
         (torch.zeros(3, 1, 28, 28, dtype=torch.uint8), r"floating point.*torch.uint8.*127\.5"),
-        (random_pictures(3) * 127.5 + 127.5, r"in \[-1, 1\], got values from .* to 255\..*clamp.*127\.5"),
+        (random_pictures(3) * 127.5 + 127.5, r"in \[-1, 1\], got values from .* to 255: .*clamp.*127\.5"),
         (random_pictures(3) * 1.1, r"in \[-1, 1\], got values"),
         (with_nan(), r"got values from nan to nan"),
     ],
