@@ -816,7 +816,7 @@ def test_files_of_rows_that_cannot_be_read(tmp_path, monkeypatch):
         Table(tmp_path / "rows.parquet")
     with pytest.raises(ValueError, match=r"must end in \.jsonl, \.csv, \.parquet, got .*rows\.txt"):
         Table(tmp_path / "rows.txt")
-    with pytest.raises(FileNotFoundError, match="there is none at"):
+    with pytest.raises(FileNotFoundError, match="got none at"):
         Table(tmp_path / "rows.csv")
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{')
     with pytest.raises(ValueError, match=r"line 2 of .* must be JSON"):
@@ -909,13 +909,13 @@ def test_the_command_refuses_what_could_run_code_and_what_is_unclear(tmp_path):
     torch.export.save(torch.export.export(nn.Identity(), (torch.zeros(2, 1),)), archive)
     for path in (archive,):
         assert "pass --trust-pickle" in invoke("-n", 4, "--model", path, "--out", tmp_path / "set", code=1)
-    assert "size of its samples" in invoke(
+    assert "shape of its samples" in invoke(
         "-n", 4, "--model", archive, "--trust-pickle", "--out", tmp_path / "set", code=1
     )
     assert "-n says how many" in invoke("--out", tmp_path / "set", code=1)
     table = write_table(tmp_path / "rows.csv", [{"class_labels": 1}])
     assert "both say" in invoke("--conditioning", table, "--class", "Bag", "--out", tmp_path / "set", code=1)
-    assert "there is none in" in invoke("--check", tmp_path, code=1)
+    assert "got none in" in invoke("--check", tmp_path, code=1)
     assert not (tmp_path / "set").exists()
 
 
