@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -283,9 +283,44 @@ class DDIMSampler:
 
     # ---- methods -----------------------------------------------------------------------------------------------
 
+    @overload
+    def sample(
+        self,
+        model: Model,
+        shape: Sequence[int] | None = None,
+        *,
+        return_trajectory: Literal[False] = False,
+        **options: Unpack[SampleKeywords],
+    ) -> Tensor: ...
+
+    @overload
+    def sample(
+        self,
+        model: Model,
+        shape: Sequence[int] | None = None,
+        *,
+        return_trajectory: Literal[True],
+        **options: Unpack[SampleKeywords],
+    ) -> Trajectory: ...
+
+    @overload
+    def sample(
+        self,
+        model: Model,
+        shape: Sequence[int] | None = None,
+        *,
+        return_trajectory: bool,
+        **options: Unpack[SampleKeywords],
+    ) -> Tensor | Trajectory: ...
+
     @shows_keywords(SampleKeywords)
     def sample(
-        self, model: Model, shape: Sequence[int] | None = None, **options: Unpack[SampleKeywords]
+        self,
+        model: Model,
+        shape: Sequence[int] | None = None,
+        *,
+        return_trajectory: bool = False,
+        **options: Unpack[SampleKeywords],
     ) -> Tensor | Trajectory:
         """Draw samples: from noise x_T, one model call and one fused update per step.
 
@@ -346,11 +381,18 @@ class DDIMSampler:
         Raises:
             TypeError, ValueError: an argument breaks a rule, or the model returns the wrong thing.
         """
-        return run.sample(self.plan(model), model, shape, options_of("sample", SampleKeywords, options), self.graphs)
+        keywords = options_of("sample", SampleKeywords, options, return_trajectory)
+        return run.sample(self.plan(model), model, shape, keywords, self.graphs)
 
     @shows_keywords(EditKeywords)
     def img2img(
-        self, model: Model, x0: Tensor, strength: float, **options: Unpack[EditKeywords]
+        self,
+        model: Model,
+        x0: Tensor,
+        strength: float,
+        *,
+        return_trajectory: bool = False,
+        **options: Unpack[EditKeywords],
     ) -> Tensor | Trajectory:
         """Regenerate pictures from rough ones (SDEdit, Meng et al. 2021, arXiv 2108.01073): add
         noise, and sample from there.
@@ -369,7 +411,7 @@ class DDIMSampler:
             TypeError, ValueError: as ``sample``; or the strength leaves no step.
         """
         editing.check_left_out("img2img", "x0", options)
-        keywords = options_of("img2img", EditKeywords, options)
+        keywords = options_of("img2img", EditKeywords, options, return_trajectory)
         return editing.img2img(self.plan(model), model, x0, strength, keywords, self.graphs)
 
     @shows_keywords(InpaintKeywords)
@@ -380,6 +422,7 @@ class DDIMSampler:
         mask: Tensor,
         *,
         strength: float = 1.0,
+        return_trajectory: bool = False,
         **options: Unpack[InpaintKeywords],
     ) -> Tensor | Trajectory:
         """Keep the known part of pictures, and draw the other part to fit.
@@ -405,7 +448,7 @@ class DDIMSampler:
                 leaves [0, 1]; or the sampler has order=2.
         """
         editing.check_left_out("inpaint", "x0", options)
-        keywords = options_of("inpaint", InpaintKeywords, options)
+        keywords = options_of("inpaint", InpaintKeywords, options, return_trajectory)
         return editing.inpaint(self.plan(model), model, x0, mask, strength, keywords, self.graphs)
 
     @shows_keywords(EditKeywords)
@@ -415,6 +458,8 @@ class DDIMSampler:
         x_T_first: Tensor,
         x_T_last: Tensor,
         weights: Sequence[float],
+        *,
+        return_trajectory: bool = False,
         **options: Unpack[EditKeywords],
     ) -> Tensor | Trajectory:
         """Sample between two starts (section 5.3 of the DDIM paper, and its appendix D.5), all in
@@ -437,7 +482,7 @@ class DDIMSampler:
             TypeError, ValueError: as ``sample`` and ``slerp``; or a weight is not in [0, 1].
         """
         editing.check_left_out("interpolate", "x_T_first and x_T_last", options)
-        keywords = options_of("interpolate", EditKeywords, options)
+        keywords = options_of("interpolate", EditKeywords, options, return_trajectory)
         return editing.interpolate(self.plan(model), model, x_T_first, x_T_last, weights, keywords, self.graphs)
 
     @shows_keywords(InvertKeywords)
@@ -448,6 +493,7 @@ class DDIMSampler:
         *,
         iterations: int = 1,
         tolerance: float | None = None,
+        return_trajectory: bool = False,
         **options: Unpack[InvertKeywords],
     ) -> Tensor | Trajectory:
         """Find the noise x_T from which clean samples are made: the sampler's own steps, each
@@ -481,7 +527,7 @@ class DDIMSampler:
             TypeError, ValueError: an argument breaks a rule, the sampler has no inverse, or the
                 model returns the wrong thing.
         """
-        keywords = options_of("invert", InvertKeywords, options)
+        keywords = options_of("invert", InvertKeywords, options, return_trajectory)
         plan = self._unclipped().plan(model)
         return inversion.invert(plan, model, x0, keywords, iterations=iterations, tolerance=tolerance)
 

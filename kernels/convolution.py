@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cpu_step
+from .torch_internals import forward_hooks
 
 CHANNEL_GRAIN = 16
 """The number of channels must be a multiple of this: ``kChannelGrain`` of csrc/convolution.h."""
@@ -49,7 +50,7 @@ def unsupported_reasons(convolution: nn.Module) -> list[str]:
             reasons.append(f"{name} is {getattr(convolution, name)}, not a multiple of {CHANNEL_GRAIN}")
     if convolution.weight.dtype != torch.float32 or convolution.weight.device.type != "cpu":
         reasons.append(f"its weights are {convolution.weight.dtype} on {convolution.weight.device}, not float32 on cpu")
-    if convolution._forward_hooks or convolution._forward_pre_hooks or "forward" in vars(convolution):
+    if forward_hooks(convolution) or "forward" in vars(convolution):
         reasons.append("it has hooks, or its own forward, which would not be called")
     return reasons
 

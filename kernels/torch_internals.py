@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 __all__ = [
-    "FORWARD_AD", "FORWARD_AD_LEVEL", "WRITE_COUNT", "default_store", "increment_version", "is_wrapped", "modes_active",
+    "FORWARD_AD", "FORWARD_AD_LEVEL", "WRITE_COUNT", "default_store", "forward_hooks", "increment_version", "is_wrapped", "modes_active",
     "release_capture_pool", "shares_storage", "takes_forward_derivatives", "tree_flatten", "tree_map_only", "tree_unflatten",
 ]  # fmt: skip
 
@@ -110,6 +110,19 @@ def release_capture_pool(device: int, pool: tuple[int, int]) -> None:
     with contextlib.suppress(AttributeError, RuntimeError):
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
+
+
+# ---- modules -------------------------------------------------------------------------------------
+
+
+def forward_hooks(module: nn.Module) -> list[Any]:
+    """Return the hooks that run before and after a module's forward.
+
+    Saves calling what must not be replaced or captured with its hooks ignored. There is no public way
+    to ask: without the names, hooks go unnoticed.
+    """
+    found = (getattr(module, name, {}) for name in ("_forward_hooks", "_forward_pre_hooks"))
+    return [hook for hooks in found for hook in hooks.values()]
 
 
 # ---- nested containers ---------------------------------------------------------------------------

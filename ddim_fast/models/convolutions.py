@@ -43,14 +43,15 @@ def channels_last(model: nn.Module) -> nn.Module:
 def with_winograd(model: nn.Module) -> nn.Module | None:
     """Return a channels-last copy of a model with every supported convolution replaced; None if there is none."""
     model = channels_last(model)
-    modules = list(model.modules())
+    # A shared module has several names, and is replaced under each.
+    named = list(model.named_modules(remove_duplicate=False))
     replaced: dict[nn.Module, nn.Module] = {
         module: WinogradConv2d(module)
-        for module in modules
+        for _, module in named
         if isinstance(module, nn.Conv2d) and not unsupported_reasons(module)
     }
-    for module in modules:
-        for name, child in module._modules.items():  # named_children gives a shared module by its first name only
-            if child in replaced:
-                setattr(module, name, replaced[child])
+    for name, module in named:
+        if name and module in replaced:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, replaced[module])
     return replaced.get(model, model) if replaced else None

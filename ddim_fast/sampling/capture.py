@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..kernels.contract import StepTable
 from ..kernels.layout import DTYPES_OF_KERNELS
-from ..kernels.torch_internals import tree_flatten, tree_unflatten
+from ..kernels.torch_internals import forward_hooks, tree_flatten, tree_unflatten
 from ..models.protocol import Model
 from ..plans.plan import PlannedStep, SamplingPlan
 from .cuda_graphs import CapturedGraph, CudaGraphs, GraphBackend
@@ -376,7 +376,7 @@ def _model_key(model: Model) -> Hashable:
 
 
 def _module_key(module: nn.Module) -> Hashable:
-    hooks = tuple(map(id, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
+    hooks = tuple(map(id, forward_hooks(module)))
     attributes = []
     for name, value in vars(module).items():
         if isinstance(value, Tensor):

@@ -118,7 +118,8 @@ _DEFAULTS = Options()
 
 
 # The flat keywords of each method of the sampler, for type checkers, ``help`` and the check of
-# names.
+# names. ``return_trajectory`` is a parameter of the methods themselves, since it decides what they
+# return.
 
 
 class ConditioningKeywords(TypedDict, total=False):
@@ -131,7 +132,6 @@ class InvertKeywords(ConditioningKeywords, total=False):
     """Keywords of ``invert``."""
 
     progress: bool
-    return_trajectory: bool
     backend: str | None
 
 
@@ -165,7 +165,6 @@ class InpaintKeywords(ConditioningKeywords, total=False):
     model_dtype: torch.dtype | None
     progress: bool
     callback: Callback | None
-    return_trajectory: bool
     timing: Timing | None
     backend: str | None
     normals: str
@@ -189,7 +188,7 @@ class SampleKeywords(EditKeywords, total=False):
     dtype: torch.dtype
 
 
-def options_of(method: str, accepted: type, keywords: Mapping[str, Any]) -> Options:
+def options_of(method: str, accepted: type, keywords: Mapping[str, Any], return_trajectory: bool = False) -> Options:
     """Group the flat keywords of a call into ``Options``.
 
     Args:
@@ -200,7 +199,7 @@ def options_of(method: str, accepted: type, keywords: Mapping[str, Any]) -> Opti
         TypeError: the method has no such keyword.
     """
     names = accepted.__optional_keys__  # type: ignore[attr-defined]  # every TypedDict has it
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[str, dict[str, Any]] = {"observation": {"return_trajectory": True}} if return_trajectory else {}
     for name, value in keywords.items():
         if name not in names:
             near = difflib.get_close_matches(name, names, 1)

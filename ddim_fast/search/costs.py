@@ -90,7 +90,7 @@ def _cost(found: Reference, plan: SamplingPlan, candidates: tuple[int, ...]) -> 
     K = len(found.timesteps)
     *before, i, j = candidates
     visited = [*before, i] if j == K else [*before, i, j]
-    short = replace(plan, timesteps=tuple(found.timesteps[k] for k in visited), model_timesteps=None)
+    short = replace(plan, timesteps=tuple(found.timesteps[k] for k in visited), model_timesteps=())
     step = short.steps[len(before)]
     state = State(found.x_t[i], found.x0[before[-1]] if before else None)
     landed = after(state, step, found.model_outputs[i], plan.order).x_t

@@ -24,7 +24,7 @@ RECORDS = [type(option.default) for option in fields(Options)]
 def test_every_option_is_a_field_of_one_record_and_a_keyword_of_sample():
     names = [option.name for record in RECORDS for option in fields(record)]
     assert len(names) == len(set(names))
-    assert {*names} == SampleKeywords.__optional_keys__
+    assert {*names} == SampleKeywords.__optional_keys__ | {"return_trajectory"}
 
 
 @pytest.mark.parametrize("method", METHODS)

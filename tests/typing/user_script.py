@@ -16,7 +16,8 @@ def model(x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
 schedule: df.NoiseSchedule = df.NoiseSchedule.linear()
 sampler: df.DDIMSampler = df.DDIMSampler(schedule, num_inference_steps=4, eta=0.0)
 samples: Tensor = sampler.sample(model, shape=(2, 1, 28, 28), seed=0)
-edited: Tensor = sampler.img2img(model, samples, strength=0.5, seed=1)
+edited: Tensor | df.Trajectory = sampler.img2img(model, samples, strength=0.5, seed=1)
+trajectory: df.Trajectory = sampler.sample(model, samples.shape, seed=0, return_trajectory=True)
 
 plan: df.SamplingPlan = sampler.plan(model)
 x_t = torch.randn(2, 1, 28, 28)
