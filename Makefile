@@ -20,7 +20,7 @@ endif
 NATIVE := $(wildcard kernels/csrc/*)
 SAMPLE := --steps 20 -n 60 --seed 0
 
-.PHONY: help sample verify test test-slow test-oldest test-newest gpu predict bench bench-compare lint wheel-check sanitize \
+.PHONY: help sample verify test test-slow test-oldest test-newest gpu predict bench bench-compare lint types wheel-check sanitize \
   same-bits build-check clean
 
 help: ## list the targets
@@ -87,9 +87,11 @@ bench: $(VENV)/.installed ## time the step, loops and whole pipelines against Py
 bench-compare: $(VENV)/.installed ## compare A=before.json with B=after.json: what got slower or faster
 	$(BIN)/python benchmarks/compare.py $(A) $(B)
 
-lint: $(VENV)/.installed ## check style, formatting and types
+lint: $(VENV)/.installed ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed ## check the types of the package and of a user's script with mypy (not all rooms pass yet)
 	tools/check_types.sh $(BIN)
 
 wheel-check: $(VENV)/.installed ## build the sdist and the wheel, and use the wheel outside the repository

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import warnings
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 
@@ -90,7 +90,7 @@ class _Loader(Loader):
         """For ``python -m``."""
         warnings.warn(f"python -m {self.old} has moved: use python -m {self.new}", DeprecationWarning, stacklevel=2)
         spec = importlib.util.find_spec(self.new)
-        return None if spec is None or spec.loader is None else spec.loader.get_code(self.new)
+        return spec.loader.get_code(self.new) if spec and isinstance(spec.loader, InspectLoader) else None
 
 
 class _Finder(MetaPathFinder):

@@ -24,6 +24,10 @@ class ClosedForm(nn.Module):
     prediction_type = "epsilon"
     clip_sample_range = None
     sample_shape = (1,)
+    alphas_cumprod: Tensor
+    weights: Tensor
+    means: Tensor
+    std_devs: Tensor
 
     def __init__(
         self,
