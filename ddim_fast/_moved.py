@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import warnings
-from importlib.abc import InspectLoader, Loader, MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 
@@ -86,11 +86,11 @@ class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__ = self.spec  # importlib has put the old name's in its place
 
-    def get_code(self, name: str) -> CodeType | None:
-        """For ``python -m``."""
+    def get_code(self, name: str) -> CodeType:
+        """Return what ``python -m`` runs: the module of the new name."""
         warnings.warn(f"python -m {self.old} has moved: use python -m {self.new}", DeprecationWarning, stacklevel=2)
-        spec = importlib.util.find_spec(self.new)
-        return spec.loader.get_code(self.new) if spec and isinstance(spec.loader, InspectLoader) else None
+        code = f"import runpy\nrunpy.run_module({self.new!r}, run_name='__main__', alter_sys=True)\n"
+        return compile(code, f"<{self.old}>", "exec")
 
 
 class _Finder(MetaPathFinder):

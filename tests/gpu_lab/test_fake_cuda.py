@@ -175,7 +175,7 @@ def test_an_error_inside_the_package_names_the_callers_line_and_ours(device, x):
     with torch.inference_mode():
         error = refused(device, lambda: ddim_step(x, x, row, out=x))
     assert error.where.startswith(__file__)
-    assert "through contract.py" in str(error)
+    assert "through coefficients.py" in str(error)
 
 
 def test_a_folder_whose_name_begins_like_ours_is_the_users(device, x):

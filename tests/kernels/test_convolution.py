@@ -371,9 +371,9 @@ def with_hook(name):
         (conv(cls=nn.ConvTranspose2d), "it is a ConvTranspose2d, not an nn.Conv2d"),
         (conv(cls=Own), "it is a Own, not an nn.Conv2d"),
         (nn.Linear(16, 16), "it is a Linear, not an nn.Conv2d"),
-        (with_hook("register_forward_hook"), "it has hooks, or a forward of its own, which would not be called"),
-        (with_hook("register_forward_pre_hook"), "it has hooks, or a forward of its own, which would not be called"),
-        (with_forward(conv()), "it has hooks, or a forward of its own, which would not be called"),
+        (with_hook("register_forward_hook"), "it has hooks, or its own forward, which would not be called"),
+        (with_hook("register_forward_pre_hook"), "it has hooks, or its own forward, which would not be called"),
+        (with_forward(conv()), "it has hooks, or its own forward, which would not be called"),
     ],
 )
 def test_reasons(convolution, said):

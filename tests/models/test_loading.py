@@ -170,7 +170,7 @@ def test_thresholding_is_handed_on(unet, tmp_path):
     model = load_model_from(save_pipeline(tmp_path, unet, scheduler))
     assert model.clip_sample_range is None  # diffusers thresholds instead of clipping
     sampler = DDIMSampler(model.schedule, 5, **model.sampler_options)
-    assert (sampler.thresholding.ratio, sampler.thresholding.maximum) == (0.9, 1.7)
+    assert (sampler.dynamic_thresholding_ratio, sampler.sample_max_value) == (0.9, 1.7)
     assert sampler.plan(model).clip_sample_range == 1.0
 
 
