@@ -108,7 +108,7 @@ def test_each_quoted_command_is_one(line):
 
 
 def test_the_page_quotes_the_examples():
-    heart = PAGE.split("Its heart:")[1].split("```")[1]
+    heart = PAGE.split("Its main lines:")[1].split("```")[1]
     assert set(lines_of(heart)) <= set(COMMANDS)
     assert ENTRY in QUOTED
 
