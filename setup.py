@@ -48,7 +48,8 @@ FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
 
 def is_x86(compiler: str) -> bool:
-    """Return whether ``compiler`` compiles for x86-64, which is not this machine's processor for a cross compiler."""
+    """Return whether ``compiler`` compiles for x86-64, which is not this machine's processor for a
+    cross compiler."""
     try:
         answer = subprocess.run([*shlex.split(compiler), "-dumpmachine"], capture_output=True, text=True, check=True)
         machine = answer.stdout
@@ -58,7 +59,8 @@ def is_x86(compiler: str) -> bool:
 
 
 def find_compiler() -> str:
-    """Return the command of the C++ compiler: $CXX where it is set, otherwise the first that exists."""
+    """Return the command of the C++ compiler: $CXX where it is set, otherwise the first that
+    exists."""
     wanted = os.environ.get("CXX")
     for name in [wanted] if wanted else ["c++", "g++", "clang++"]:
         if shutil.which(shlex.split(name)[0]):

@@ -1,10 +1,11 @@
-"""The DDIM step in every backend: tensors and numbers, no schedules or models. Installed as ``ddim_fast.kernels``."""
+"""The DDIM step in every backend: tensors and numbers, no schedules or models. Installed as
+``ddim_fast.kernels``."""
 
 if __name__ == "kernels":
-    # With the repository's root on sys.path, Python finds this folder as ``kernels``, the name of an
-    # unrelated package that transformers and diffusers look for. Become that package where it is
-    # installed. Otherwise look like a folder that is no package: without a file, version or modules,
-    # which they take for a missing package.
+    # With the repository's root on sys.path, Python finds this folder as ``kernels``, the name of
+    # an unrelated package that transformers and diffusers look for. Become that package where it is
+    # installed. Otherwise look like a folder that is no package: without a file, version or
+    # modules, which they take for a missing package.
     import importlib.machinery
     import importlib.util
     import sys

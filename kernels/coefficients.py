@@ -1,4 +1,5 @@
-"""A step as data: the columns of its row of coefficients, one row, and a table of rows in device memory."""
+"""A step as data: the columns of its row of coefficients, one row, and a table of rows in device
+memory."""
 
 from __future__ import annotations
 
@@ -199,7 +200,8 @@ _FINITE = tuple(column.name for column in fields(StepCoefficients) if column.nam
 
 @dataclass(frozen=True)
 class _CoefficientsOfRow(StepCoefficients):
-    """Coefficients recovered from a row of a table, which was rounded already: it is not rounded again."""
+    """Coefficients recovered from a row of a table, which was rounded already: it is not rounded
+    again."""
 
     packed_row: InitVar[bytes] = field(kw_only=True)
 
@@ -286,7 +288,8 @@ class StepTable:
         )
 
     def set_guidance_scale(self, guidance_scale: float) -> None:
-        """Set the guidance scale of every step, in place: graphs captured with this table read it, too.
+        """Set the guidance scale of every step, in place: graphs captured with this table read it,
+        too.
 
         Raises:
             TypeError, ValueError: the scale is not a finite number, or the table has no guidance.

@@ -1,4 +1,5 @@
-"""Check the arguments of a DDIM step: every error it raises. Backends may rely on what is checked here."""
+"""Check the arguments of a DDIM step: every error it raises. Backends may rely on what is checked
+here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""3 x 3 convolutions on the CPU with a quarter of the products: Winograd's minimal filtering, in SIMD C++ (csrc/convolution.inl).
+"""3 x 3 convolutions on the CPU with a quarter of the products: Winograd's minimal filtering, in
+SIMD C++ (csrc/convolution.inl).
 
-They are no part of a DDIM step. But a sampler spends nearly all of its time in its model, and a U-Net
-most of its time in these.
+They are no part of a DDIM step. But a sampler spends nearly all of its time in its model, and a
+U-Net most of its time in these.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _FILTER_TO_POINTS = (
     (1 / 24, -1 / 12, 1 / 6),
     (0, 0, 1),
 )
-"""G of F(4 x 4, 3 x 3): a filter's values at the points 0, 1, -1, 2, -2 and infinity (Lavin and Gray, arXiv 1509.09308, section 4.3)."""
+"""G of F(4 x 4, 3 x 3): a filter's values at the points 0, 1, -1, 2, -2 and infinity (Lavin and
+Gray, arXiv 1509.09308, section 4.3)."""
 
 
 def unsupported_reasons(convolution: nn.Module) -> list[str]:
@@ -112,7 +114,8 @@ def _(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
     result = _like_result(x, weights)
     if result.numel() == 0:
         return result
-    # No tensor is a lazy negative here: torch resolves those before operators that do not handle them.
+    # No tensor is a lazy negative here: torch resolves those before operators that do not handle
+    # them.
     x = x.contiguous(memory_format=torch.channels_last)
     weights, bias = weights.contiguous(), None if bias is None else bias.contiguous()
     batch, in_channels, height, width = x.shape

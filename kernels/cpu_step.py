@@ -39,7 +39,8 @@ def _no_step(
     values: tuple[tuple[dict[str, Any], str, Any], ...],
     writes: tuple[tuple[Tensor, int], ...],
 ) -> tuple[Tensor, Tensor] | None:
-    """Run ``ddim_step`` without noise, guidance or thresholds, outside of ``torch.compile``, or decline.
+    """Run ``ddim_step`` without noise, guidance or thresholds, outside of ``torch.compile``, or
+    decline.
 
     This is for callers that count microseconds. In C++ all of it is one call: it looks up the row,
     and allocates both results without torch, whose new tensors cost six of the twenty microseconds
@@ -53,9 +54,9 @@ def _no_step(
 
     Returns:
         ``(x_prev, x0)`` in new tensors. Or None, having done nothing and without an error, if the
-        tensors are not plain CPU tensors that fit together, or there is no such row, or the rows are
-        outdated. The tensors own their memory as those from ``torch.from_dlpack`` do: ``resize_``
-        cannot enlarge them.
+        tensors are not plain CPU tensors that fit together, or there is no such row, or the rows
+        are outdated. The tensors own their memory as those from ``torch.from_dlpack`` do:
+        ``resize_`` cannot enlarge them.
     """
 
 

@@ -17,12 +17,14 @@ from .fields import TENSORS, StepInputs
 from .torch_internals import increment_version, is_wrapped, modes_active, takes_forward_derivatives
 
 BACKENDS = {backend.name: backend for backend in (cpu_step, triton_backend, reference)}
-"""Modules, best first, each with ``name``, ``unsupported_reasons(inputs) -> list[str]`` and ``run(inputs) -> x_prev``."""
+"""Modules, best first, each with ``name``, ``unsupported_reasons(inputs) -> list[str]`` and
+``run(inputs) -> x_prev``."""
 
 _run_plain = cpu_step.extension.step if cpu_step.extension is not None else None
 _is_inference_mode = torch.is_inference_mode_enabled
-# Where torch.compile traces a step, or a mode such as make_fx's looks at every operation, it is one operator. (The C++ step asks for
-# modes and forward-mode derivatives itself, and declines: asking here first would cost more.)
+# Where torch.compile traces a step, or a mode such as make_fx's looks at every operation, it is one
+# operator. (The C++ step asks for modes and forward-mode derivatives itself, and declines: asking
+# here first would cost more.)
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _warned = False
 _NOISE_ONLY = StepCoefficients(0, 0, 0, 0, 0, 0, 0, prev_noise=1)
@@ -63,8 +65,8 @@ def ddim_step(
             neither: ``m = uncond + guidance_scale * (model_output - uncond)``.
         noise: standard normal noise in the shape and dtype of ``x_t``. Read only if the row adds
             noise.
-        seeds: instead of ``noise``, each sample's seed, ``(B,)`` int64. The noise standard's normals
-            at ``noise_step`` of ``noise_stream`` are generated in registers.
+        seeds: instead of ``noise``, each sample's seed, ``(B,)`` int64. The noise standard's
+            normals at ``noise_step`` of ``noise_stream`` are generated in registers.
         thresholds: ``(B,)`` float32, for dynamic thresholding: x0 of sample i is multiplied by
             clip / thresholds[i] before it is clipped.
         mask, known_x0: inpainting, both or neither, in the shape and dtype of ``x_t``. Where the
@@ -72,14 +74,15 @@ def ddim_step(
             0 and 1 the two are blended.
         known_noise: standard normal noise for ``known_x0``. If None, it comes from ``seeds``, in a
             separate stream.
-        normals: how ``seeds`` become noise. "exact" gives the noise standard's bits. "fast" uses the
-            hardware's approximations on NVIDIA GPUs, with fewer instructions (docs/GPU.md), and is
-            the same as "exact" elsewhere.
+        normals: how ``seeds`` become noise. "exact" gives the noise standard's bits. "fast" uses
+            the hardware's approximations on NVIDIA GPUs, with fewer instructions (docs/GPU.md), and
+            is the same as "exact" elsewhere.
         out: receives x_prev; may be ``x_t`` itself. If None, a new tensor does.
         x0_out: receives the predicted (and clipped) x0, in the dtype of ``x_t``.
-        history: for a multistep solver (a plan with ``order=2``), in the shape and dtype of ``x_t``.
-            The x0 that the previous step wrote here is read, if the row has a ``prev_history``, and
-            replaced by this step's. It shares no memory with another argument.
+        history: for a multistep solver (a plan with ``order=2``), in the shape and dtype of
+            ``x_t``. The x0 that the previous step wrote here is read, if the row has a
+            ``prev_history``, and replaced by this step's. It shares no memory with another
+            argument.
         backend: a name in ``BACKENDS``. If None, the first that can run the step.
 
     Returns:
@@ -159,15 +162,15 @@ def ddim_step_from_table(
 ) -> Tensor:
     """Compute ``ddim_step`` by the row of a table whose index is in device memory.
 
-    The host does not know which step this is. On a GPU nothing waits, and a CUDA graph that captures
-    the call runs any step. On a CPU the index is read.
+    The host does not know which step this is. On a GPU nothing waits, and a CUDA graph that
+    captures the call runs any step. On a CPU the index is read.
 
     Args:
         table: the steps, for instance ``plan.table(device, guidance_scale)``. It holds the guidance
             scale, too.
         index: which row, as one int64 number on the device of ``x_t``, or one for each sample,
-            ``(B,)``. It must be at least 0 and less than the number of rows, which is not checked on
-            a GPU.
+            ``(B,)``. It must be at least 0 and less than the number of rows, which is not checked
+            on a GPU.
         noise_step: added to ``index`` modulo 2**32, it is the noise's step.
 
     The other arguments, the result and the errors are those of ``ddim_step``. Coefficients are

@@ -17,7 +17,8 @@ DTYPES_OF_KERNELS = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass
 class Rows:
-    """A step's tensors as rows: sample i of ``tensors[name]`` starts ``strides[name] * i`` elements in.
+    """A step's tensors as rows: sample i of ``tensors[name]`` starts ``strides[name] * i`` elements
+    in.
 
     ``copied`` holds the outputs whose own layout has no such rows: (the tensor, the rows that are
     copied to it once they are written).

@@ -1,4 +1,5 @@
-"""The noise standard, version 1: the normal number that each element of each sample gets at each step.
+"""The noise standard, version 1: the normal number that each element of each sample gets at each
+step.
 
 The number depends on the sample's own 64-bit seed, the element's index within the sample, the step
 and the stream, and on nothing else: not on the position in the batch, the batch size, the number of
@@ -6,8 +7,8 @@ threads or processes, or the machine. This module is the definition, in NumPy; t
 kernels give the same bits. ``docs/NOISE.md`` says the same in prose, with test vectors.
 
 Words
-    Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3",
-    SC 2011) with key = (seed mod 2^32, seed div 2^32) and counter = (element // 4, step, stream, 0).
+    Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC
+    2011) with key = (seed mod 2^32, seed div 2^32) and counter = (element // 4, step, stream, 0).
     Its four words w0 .. w3 belong to four consecutive elements: (w0, w1) give the first two normals
     and (w2, w3) the next two.
 
@@ -20,7 +21,8 @@ From two words (a, b) to two normals, every operation in float32, rounded to nea
     cosine    = C(t^2), its sign flipped where the top bit of a is set: so the angle covers the circle
     sine      = t * S(t^2)
     normals   = (radius * cosine, radius * sine)
-The polynomials P, C and S are evaluated by Horner's rule with fused multiply-adds. Largest possible |normal|: 6.66.
+The polynomials P, C and S are evaluated by Horner's rule with fused multiply-adds. Largest possible
+|normal|: 6.66.
 """
 
 from __future__ import annotations
@@ -93,8 +95,8 @@ def philox4x32(counter: np.ndarray, key: np.ndarray, rounds: int = 10) -> np.nda
 def fma(a: np.ndarray, b: np.ndarray | float, c: np.ndarray | float) -> np.ndarray:
     """Return ``a * b + c`` in float32, rounded once.
 
-    The product of two float32 numbers is exact in float64. The sum is rounded to odd there (its last
-    bit is set if it is inexact), so that rounding it again, to float32, is correct (Boldo and
+    The product of two float32 numbers is exact in float64. The sum is rounded to odd there (its
+    last bit is set if it is inexact), so that rounding it again, to float32, is correct (Boldo and
     Melquiond, 2008).
     """
     product = np.asarray(a, np.float64) * np.asarray(b, np.float64)

@@ -1,4 +1,5 @@
-"""The step as torch operators, for torch.compile, make_fx and torch.export: one node in a graph, with what it writes declared.
+"""The step as torch operators, for torch.compile, make_fx and torch.export: one node in a graph,
+with what it writes declared.
 
 ``dispatch.ddim_step`` and ``ddim_step_from_table`` call these where they are traced. Elsewhere they
 call a backend directly, without torch's dispatcher. Schemas and arguments come from ``fields``.
@@ -62,7 +63,8 @@ def _inputs_of(names: dict[str, str], values: tuple[Any, ...]) -> StepInputs:
 
 
 def register(run: Callable[[StepInputs], Tensor], run_from_table: Callable[[StepInputs], Tensor]) -> None:
-    """Define the operators ``ddim_fast::step_`` and ``ddim_fast::step_from_table_``, run by these functions."""
+    """Define the operators ``ddim_fast::step_`` and ``ddim_fast::step_from_table_``, run by these
+    functions."""
 
     def step_(*values: Any) -> None:
         run(_inputs_of(_STEP, values))

@@ -1,4 +1,5 @@
-"""The DDIM step in plain PyTorch, differentiable, in any floating-point dtype: what every kernel is compared with.
+"""The DDIM step in plain PyTorch, differentiable, in any floating-point dtype: what every kernel is
+compared with.
 
 Half precision is computed in float32 and rounded once; float64 stays float64.
 """

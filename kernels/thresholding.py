@@ -15,7 +15,8 @@ from .fields import StepInputs
 def quantile_of_magnitude(x: Tensor, ratio: float) -> Tensor:
     """Return the ``ratio`` quantile of |x| of each sample: ``(B, ...)`` -> ``(B,)``.
 
-    It is linearly interpolated, and exact for any size (``torch.quantile`` stops at 2**24 elements).
+    It is linearly interpolated, and exact for any size (``torch.quantile`` stops at 2**24
+    elements).
     """
     magnitude = x.abs().flatten(1)
     position = ratio * (magnitude.shape[1] - 1)

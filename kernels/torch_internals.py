@@ -43,7 +43,8 @@ Saves looking at each tensor in Python. Without the name, the extension leaves e
 
 
 def takes_forward_derivatives(tensors: Iterable[Tensor]) -> bool:
-    """Return whether forward-mode derivatives are taken, or at least of which tensors they could be."""
+    """Return whether forward-mode derivatives are taken, or at least of which tensors they could
+    be."""
     if FORWARD_AD_LEVEL is not None:
         return forward_ad._current_level >= 0  # as FORWARD_AD[FORWARD_AD_LEVEL], but torch.compile traces it
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
@@ -118,8 +119,8 @@ def release_capture_pool(device: int, pool: tuple[int, int]) -> None:
 def forward_hooks(module: nn.Module) -> list[Any]:
     """Return the hooks that run before and after a module's forward.
 
-    Saves calling what must not be replaced or captured with its hooks ignored. There is no public way
-    to ask: without the names, hooks go unnoticed.
+    Saves calling what must not be replaced or captured with its hooks ignored. There is no public
+    way to ask: without the names, hooks go unnoticed.
     """
     found = (getattr(module, name, {}) for name in ("_forward_hooks", "_forward_pre_hooks"))
     return [hook for hooks in found for hook in hooks.values()]
@@ -127,8 +128,8 @@ def forward_hooks(module: nn.Module) -> list[Any]:
 
 # ---- nested containers ---------------------------------------------------------------------------
 
-# Saves a walk through containers of our own, which would not know those registered with torch. There
-# is no public way.
+# Saves a walk through containers of our own, which would not know those registered with torch.
+# There is no public way.
 try:
     from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 except ImportError as error:

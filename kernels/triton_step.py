@@ -1,9 +1,11 @@
-"""The whole DDIM update as one Triton kernel: functions on loaded values, one kernel that loads and stores, one launcher.
+"""The whole DDIM update as one Triton kernel: functions on loaded values, one kernel that loads and
+stores, one launcher.
 
 The arithmetic is the C++ kernel's, operation by operation, so that both give the same bits: float32
-in registers, with a fused multiply-add only where ``tl.fma`` is written (the kernel is compiled with
-``enable_fp_fusion=False``). Nothing here depends on a schedule: a step is a row of a table in device
-memory, and the index of the row is in device memory, too. So a captured step replays for every step.
+in registers, with a fused multiply-add only where ``tl.fma`` is written (the kernel is compiled
+with ``enable_fp_fusion=False``). Nothing here depends on a schedule: a step is a row of a table in
+device memory, and the index of the row is in device memory, too. So a captured step replays for
+every step.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ _PI_OVER_2_31 = tl.constexpr(math.pi * 2.0**-31)
 
 @triton.jit
 def philox4x32(c0, c1, c2, c3, key_0, key_1):
-    """Compute Philox4x32-10 (Salmon et al. 2011) elementwise: four counter words and two key words -> four words, uint32."""
+    """Compute Philox4x32-10 (Salmon et al. 2011) elementwise: four counter words and two key words
+    -> four words, uint32."""
     for _ in tl.static_range(10):
         # One 32 x 32 -> 64 bit multiplication gives both halves of each product.
         product_0 = c0.to(tl.uint64) * _M0
@@ -62,7 +65,8 @@ def _horner(coefficients: tl.constexpr, degree: tl.constexpr, x):
 
 @triton.jit
 def normals_exact(a, b):
-    """Turn two words into two normals by the formula of the noise standard: the bits of NumPy and C++."""
+    """Turn two words into two normals by the formula of the noise standard: the bits of NumPy and
+    C++."""
     magnitude = (a & 0x7FFFFFFF).to(tl.int32)
     u = tl.fma(magnitude.to(tl.float32), 2.0**-31, 2.0**-32)
     bits = u.to(tl.int32, bitcast=True)
@@ -112,7 +116,8 @@ def _normals_of_counters(counters, seed, step, stream, NORMALS: tl.constexpr):
 def standard_normals(
     first_counter, seed, step, stream, BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr, NORMALS: tl.constexpr
 ):
-    """Return normals of ``BLOCK_SIZE`` consecutive elements of one sample, from element ``4 * first_counter`` on.
+    """Return normals of ``BLOCK_SIZE`` consecutive elements of one sample, from element ``4 *
+    first_counter`` on.
 
     A thread gets ``VECTOR`` (4 or 8) consecutive ones, as many as it loads at once: otherwise they
     would have to move between threads through shared memory.
@@ -244,7 +249,8 @@ def ddim_step_kernel(
     if CLIPPED:
         scale = 1.0
         if thresholds_ptr is not None:
-            # Imagen, arXiv 2205.11487: x0 = clamp(x0, -s, s) / s * bound, with the division folded into the coefficients.
+            # Imagen, arXiv 2205.11487: x0 = clamp(x0, -s, s) / s * bound, with the division folded
+            # into the coefficients.
             scale = tl.div_rn(tl.load(row_ptr + X0_BOUND), tl.load(thresholds_ptr + sample))
         x_prev = clip(
             linear(tl.load(row_ptr + CLIP_X) * scale, x, tl.load(row_ptr + CLIP_M) * scale, m),
@@ -283,7 +289,8 @@ def ddim_step_kernel(
             z = standard_normals(first_counter, seed, noise_step, stream, BLOCK_SIZE, VECTOR, NORMALS)
             x_prev = tl.fma(tl.zeros_like(z) + std_dev, z, x_prev)
     if mask_ptr is not None:
-        # The known image, brought to the noise level of x_prev (equation 4 of the DDIM paper), where the mask is 1.
+        # The known image, brought to the noise level of x_prev (equation 4 of the DDIM paper),
+        # where the mask is 1.
         known = tl.load(row_ptr + KNOWN_X0) * load(known_x0_ptr, sample, known_x0_stride, offsets, n_elements)
         known_std = tl.load(row_ptr + KNOWN_NOISE)
         if known_std != 0:
@@ -301,8 +308,9 @@ def ddim_step_kernel(
 
 # ---- the launcher ----------------------------------------------------------------------------------------------------------------
 
-# (least number of elements of all samples; elements per program; warps per program). A thread has eight or sixteen elements: one or two
-# accesses of 16 bytes in half precision. The larger tile needs fewer instructions per element; the smaller one fills a GPU with less work.
+# (least number of elements of all samples; elements per program; warps per program). A thread has
+# eight or sixteen elements: one or two accesses of 16 bytes in half precision. The larger tile
+# needs fewer instructions per element; the smaller one fills a GPU with less work.
 _TILES = ((1 << 20, 2048, 4), (0, 512, 2))
 _MOST_BLOCKS_Y = 65535  # CUDA's limit on the second axis of a grid
 _LARGEST_INT32 = 2**31 - 1
@@ -362,6 +370,7 @@ def launch(
 
 
 def _as_int32(value: int) -> int:
-    """Return the same 32 bits as a signed number: one type for all values, so that Triton compiles once."""
+    """Return the same 32 bits as a signed number: one type for all values, so that Triton compiles
+    once."""
     value = int(value)
     return value - (1 << 32) if value >= 1 << 31 else value

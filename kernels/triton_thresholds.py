@@ -1,9 +1,10 @@
-"""Dynamic thresholding on a GPU (Imagen, arXiv 2205.11487, section 2.3): each sample's exact quantile of |x0| in one launch.
+"""Dynamic thresholding on a GPU (Imagen, arXiv 2205.11487, section 2.3): each sample's exact
+quantile of |x0| in one launch.
 
 This is a radix select. The bits of non-negative floats sort as integers, so the order statistic is
 found eight bits at a time, by a histogram of the elements that agree with the bits found so far.
-Four passes over a sample find it; a fifth finds the next one, for the interpolation. It is exact for
-samples of any size (``torch.quantile`` stops at 2**24 elements). Each sample has one program.
+Four passes over a sample find it; a fifth finds the next one, for the interpolation. It is exact
+for samples of any size (``torch.quantile`` stops at 2**24 elements). Each sample has one program.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def _load_magnitudes(x_t_ptr, model_output_ptr, uncond_ptr, row_ptr, sample, str
 
 @triton.jit
 def _digit_of_rank(histogram, rank, BINS: tl.constexpr):
-    """Return the bin of element ``rank`` in sorted order, and the counts of elements below and in that bin."""
+    """Return the bin of element ``rank`` in sorted order, and the counts of elements below and in
+    that bin."""
     bins = tl.arange(0, BINS)
     digit = tl.sum((tl.cumsum(histogram, 0) <= rank).to(tl.int32), 0)
     below = tl.sum(tl.where(bins < digit, histogram, 0), 0)
@@ -78,7 +80,8 @@ def thresholds_kernel(
         digit, below, same = _digit_of_rank(histogram, rank, 256)
         rank -= below
         found = found | (digit << shift)
-    # The next in order: the same number again, or the smallest of the larger ones (itself, if there is none).
+    # The next in order: the same number again, or the smallest of the larger ones (itself, if there
+    # is none).
     above = 0x7FFFFFFF
     if rank + 1 >= same:
         for begin in range(0, n, BLOCK_SIZE):

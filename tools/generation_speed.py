@@ -1,11 +1,13 @@
-"""What many processes gain, what writing costs, and whether memory grows: ddim-fast generate, measured.
+"""What many processes gain, what writing costs, and whether memory grows: ddim-fast generate,
+measured.
 
     python tools/generation_speed.py scaling        # processes of one thread each on the model that ships
     python tools/generation_speed.py writing        # processor time with and without files
     python tools/generation_speed.py memory         # the most memory, for 1,000 and for 100,000 samples
     python tools/generation_speed.py bandwidth      # encoders, SHA-256, the store
 
-Wall-clock numbers need a quiet machine. Processor time is less sensitive to what else runs, so it is printed, too.
+Wall-clock numbers need a quiet machine. Processor time is less sensitive to what else runs, so it
+is printed, too.
 """
 
 import hashlib
@@ -139,7 +141,8 @@ def memory(counts: tuple[int, ...], format: str, only: int | None) -> None:
 
 @main.command()
 def bandwidth() -> None:
-    """Encoders and SHA-256 on one core, on noise (which no PNG compresses) and on smooth pictures; the store's round trip."""
+    """Encoders and SHA-256 on one core, on noise (which no PNG compresses) and on smooth pictures;
+    the store's round trip."""
     for size in (64, 256):
         smooth = torch.linspace(-1, 1, size).view(1, 1, 1, -1).expand(32, 3, size, size).contiguous()
         for what, samples in {"smooth": smooth, "noise": torch.rand(32, 3, size, size) * 2 - 1}.items():

@@ -1,4 +1,5 @@
-"""The numbers of docs/MODEL_CARD.md: pictures in equal numbers per class, judged by the shipped classifier.
+"""The numbers of docs/MODEL_CARD.md: pictures in equal numbers per class, judged by the shipped
+classifier.
 
 python tools/model_quality.py --steps 20 --pictures 1000
 """

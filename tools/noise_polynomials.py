@@ -1,8 +1,9 @@
 """Fit the polynomials of the noise standard and print them: ``python tools/noise_polynomials.py``.
 
-Each is the minimax polynomial (in the error that matters for the normals) found by Lawson's iteration, with the coefficients rounded to
-float32 one after another, lowest order first, and the rest fitted again to what the rounding left. ``kernels/noise.py``
-holds the printed values; ``tests/kernels/test_noise.py`` runs this script and compares them to the bit.
+Each is the minimax polynomial (in the error that matters for the normals) found by Lawson's
+iteration, with the coefficients rounded to float32 one after another, lowest order first, and the
+rest fitted again to what the rounding left. ``kernels/noise.py`` holds the printed values;
+``tests/kernels/test_noise.py`` runs this script and compares them to the bit.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def lawson(powers: np.ndarray, target: np.ndarray, weight: np.ndarray, iteration
 def fit(
     function, low: float, high: float, degree: int, weight=lambda x: np.ones_like(x)
 ) -> tuple[list[np.float32], float]:
-    """Float32 coefficients, lowest order first, of a polynomial close to ``function`` on [low, high], and its largest weighted error."""
+    """Float32 coefficients, lowest order first, of a polynomial close to ``function`` on [low,
+    high], and its largest weighted error."""
     x = 0.5 * (low + high) + 0.5 * (high - low) * np.cos(np.pi * (np.arange(4000) + 0.5) / 4000)
     powers = x[:, None] ** np.arange(degree + 1)
     target, rounded = function(x), []

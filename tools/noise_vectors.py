@@ -1,7 +1,9 @@
-"""Write the published test vectors of the noise standard: ``python tools/noise_vectors.py > tests/data/noise_vectors.json``.
+"""Write the published test vectors of the noise standard: ``python tools/noise_vectors.py >
+tests/data/noise_vectors.json``.
 
-Each entry gives a seed, a step, a stream and a first counter, and what belongs there: the words in hexadecimal, and the
-normals as the bits of their float32. Anyone who implements the standard can check against this file; so do our tests.
+Each entry gives a seed, a step, a stream and a first counter, and what belongs there: the words in
+hexadecimal, and the normals as the bits of their float32. Anyone who implements the standard can
+check against this file; so do our tests.
 """
 
 import json

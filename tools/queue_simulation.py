@@ -1,11 +1,13 @@
-"""What slow, stopped and dead processes cost a run of ddim-fast generate: its queue, simulated, beside slices dealt out beforehand.
+"""What slow, stopped and dead processes cost a run of ddim-fast generate: its queue, simulated,
+beside slices dealt out beforehand.
 
     python tools/queue_simulation.py            # print the table
     python tools/queue_simulation.py --write    # put it into docs/GENERATE.md
 
-The rules are those of ddim_fast.generation.processes: slices in order to whoever asks; then, for a process that has no work, after its
-patience without anything finished, a slice that somebody else did not finish. Time is in seconds; a process of speed 1 takes ``work``
-seconds for its share. Every slice's time varies by 5 % (lognormal), from a fixed seed.
+The rules are those of ddim_fast.generation.processes: slices in order to whoever asks; then, for a
+process that has no work, after its patience without anything finished, a slice that somebody else
+did not finish. Time is in seconds; a process of speed 1 takes ``work`` seconds for its share. Every
+slice's time varies by 5 % (lognormal), from a fixed seed.
 """
 
 import heapq
@@ -60,7 +62,8 @@ def queued(durations: np.ndarray, deaths: Mapping[int, float], again: bool = Tru
             mine, first = first, first + 1
         elif again:
             patience = max(LEAST_PATIENCE, TIMES_SLOWEST * slowest[rank])
-            # "free" begins to wait; "look" is the end of a wait in which something may have been finished.
+            # "free" begins to wait; "look" is the end of a wait in which something may have been
+            # finished.
             begun = now if what != "look" else last_finish
             if what == "look" and now - last_finish >= patience - 1e-9:
                 turns[rank] += 1
@@ -78,7 +81,8 @@ def queued(durations: np.ndarray, deaths: Mapping[int, float], again: bool = Tru
 
 
 def with_restart(durations: np.ndarray, deaths: Mapping[int, float]) -> float:
-    """As under torchrun: a death ends all processes, which lose what they have in hand and begin again with --resume."""
+    """As under torchrun: a death ends all processes, which lose what they have in hand and begin
+    again with --resume."""
     slices, ranks = durations.shape
     death = min(deaths.values(), default=math.inf)
     ends, done = [0.0] * ranks, 0

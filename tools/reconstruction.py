@@ -1,4 +1,5 @@
-"""The numbers of docs/INVERSION.md: table 2 of the DDIM paper (reconstruction error) for the shipped model.
+"""The numbers of docs/INVERSION.md: table 2 of the DDIM paper (reconstruction error) for the
+shipped model.
 
 python tools/reconstruction.py --steps 50 --images 32
 """

@@ -150,7 +150,8 @@ def inpaint(run: Run, paths: tuple[Path, ...], keep: str, strength: float) -> No
     ),
 )
 def interpolate(run: Run, from_seed: int, to_seed: int, frames: int, rows: int) -> None:
-    """Draw samples between two samples, by spherical interpolation of their noise (section 5.3 of the DDIM paper).
+    """Draw samples between two samples, by spherical interpolation of their noise (section 5.3 of
+    the DDIM paper).
 
     \b
     Example:
@@ -193,7 +194,8 @@ def interpolate(run: Run, from_seed: int, to_seed: int, frames: int, rows: int) 
 def reconstruct(run: Run, paths: tuple[Path, ...], iterations: int) -> None:
     """Invert pictures to noise, sample them again from it, and report the error.
 
-    PICTURES are image files, or samples that --save wrote (.npz, .safetensors). Nothing is clipped: see docs/INVERSION.md.
+    PICTURES are image files, or samples that --save wrote (.npz, .safetensors). Nothing is clipped:
+    see docs/INVERSION.md.
 
     \b
     Examples:

@@ -126,7 +126,8 @@ def generate(
     no_space_check: bool,
     trust_pickle: bool,
 ) -> None:
-    """Write any number of samples to files: by many processes, resumable after any interruption, always the same bytes.
+    """Write any number of samples to files: by many processes, resumable after any interruption,
+    always the same bytes.
 
     \b
     Examples:

@@ -127,7 +127,8 @@ class Run:
         )
 
     def labels(self, count: int) -> list[int] | None:
-        """The class of every picture: one for all, or each in turn; None for a model without classes."""
+        """The class of every picture: one for all, or each in turn; None for a model without
+        classes."""
         names = getattr(self.model, "class_names", None)
         if names is None:
             if self.class_name is not None:
@@ -171,7 +172,8 @@ class Run:
         }
 
     def in_batches(self, count: int, draw: Callable[[slice], Tensor | Trajectory]) -> list[Trajectory]:
-        """Return the result of ``draw`` for each batch, on the CPU. A sample's seed does not depend on its batch."""
+        """Return the result of ``draw`` for each batch, on the CPU. A sample's seed does not depend
+        on its batch."""
         parts = []
         for first in range(0, count, self.batch_size):
             result = draw(slice(first, min(first + self.batch_size, count)))
@@ -188,7 +190,8 @@ class Run:
         labels: list[int] | None = None,
         samples: Tensor | None = None,
     ) -> list[Path]:
-        """Write the grid of these images, and with --save the samples as numbers (the images where None)."""
+        """Write the grid of these images, and with --save the samples as numbers (the images where
+        None)."""
         pictures.grid(images, names, title, columns=columns).save(self.out)
         if self.save is None:
             return [self.out]
@@ -323,12 +326,14 @@ noise_options = (
 
 
 def takes_run(*more: Callable) -> Callable:
-    """Decorator: the options of every command that samples, and these, gathered in a ``Run`` that the command gets first."""
+    """Decorator: the options of every command that samples, and these, gathered in a ``Run`` that
+    the command gets first."""
     return _gathered((*more, *_OPTIONS.values()), {f.name for f in fields(Run) if f.init})
 
 
 def takes_model(command: Callable) -> Callable:
-    """Decorator: the options that say which model to ask and how, gathered in a ``Run`` that the command gets first."""
+    """Decorator: the options that say which model to ask and how, gathered in a ``Run`` that the
+    command gets first."""
     return _gathered([_OPTIONS[name] for name in _OF_A_MODEL], set(_OF_A_MODEL))(command)
 
 
@@ -360,7 +365,8 @@ def _own_model(name: str) -> nn.Module:
 
 
 def conditioning_rule(run: Run) -> Conditioning | None:
-    """Return the rule for the class of sample i: the class asked for, or each in turn; None for a model without classes."""
+    """Return the rule for the class of sample i: the class asked for, or each in turn; None for a
+    model without classes."""
     labels = run.labels(1)
     if labels is None:
         return None
@@ -400,7 +406,8 @@ def save_samples(images: Tensor, labels: list[int] | None, path: Path) -> None:
 
 
 def read_samples(paths: tuple[Path, ...], sample_shape: tuple[int, ...]) -> tuple[Tensor, list[str]]:
-    """Read pictures, and samples that ``--save`` wrote, as one batch ``(B, C, H, W)`` in [-1, 1], with a name for each.
+    """Read pictures, and samples that ``--save`` wrote, as one batch ``(B, C, H, W)`` in [-1, 1],
+    with a name for each.
 
     Pictures are resized to the model's samples, and converted to grey for models with one channel.
 

@@ -11,7 +11,8 @@ from ..search import Found, Search, search_timesteps
 from .options import Run, check_output, conditioning_rule, takes_model
 
 EFFORTS = {
-    # name: samples of the table of costs, of the refinement, of the held-out score; whole runs that the refinement may cost
+    # name: samples of the table of costs, of the refinement, of the held-out score; whole runs that
+    # the refinement may cost
     "quick": (24, 32, 64, 30),
     "normal": (48, 96, 200, 150),
     "thorough": (96, 256, 1000, 400),
@@ -54,11 +55,12 @@ EFFORTS = {
 def search(run: Run, steps: int, order: int, model_timesteps: bool, effort: str, seed: int, out: Path) -> None:
     """Find the few timesteps whose samples come nearest to those of many steps, for one model.
 
-    First, dynamic programming over the costs of all possible steps, measured along converged trajectories. Then single
-    timesteps are moved and judged by sampling: the timesteps visited, and the timesteps given to the model, since a long
-    step ends nearer to many short ones with the model's output at a timestep on its way. The result is judged on noise
-    that the search has not used, beside every closed-form spacing, and written as a small JSON file, for --timesteps
-    of all commands and for DDIMSampler(timesteps="FILE.json") in Python.
+    First, dynamic programming over the costs of all possible steps, measured along converged
+    trajectories. Then single timesteps are moved and judged by sampling: the timesteps visited, and
+    the timesteps given to the model, since a long step ends nearer to many short ones with the
+    model's output at a timestep on its way. The result is judged on noise that the search has not
+    used, beside every closed-form spacing, and written as a small JSON file, for --timesteps of all
+    commands and for DDIMSampler(timesteps="FILE.json") in Python.
 
     \b
     Examples:

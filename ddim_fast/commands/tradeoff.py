@@ -145,9 +145,10 @@ def tradeoff(
 ) -> None:
     """How many steps are enough? Quality against time, cell by cell, on one page.
 
-    Draws samples with each combination of step count, spacing, eta and order, times them, and judges them: by their distance to converged
-    samples from the same noise, and where there is a feature extractor, by how near they are to real data. Writes DIR/report.html, plots,
-    a CSV and a JSON file, and says which cell to use.
+    Draws samples with each combination of step count, spacing, eta and order, times them, and
+    judges them: by their distance to converged samples from the same noise, and where there is a
+    feature extractor, by how near they are to real data. Writes DIR/report.html, plots, a CSV and a
+    JSON file, and says which cell to use.
 
     \b
     Examples:

@@ -1,4 +1,5 @@
-"""Sets of samples of any size: by many processes, on many machines, nothing lost, the same bits. See docs/GENERATE.md."""
+"""Sets of samples of any size: by many processes, on many machines, nothing lost, the same bits.
+See docs/GENERATE.md."""
 
 from .conditioning import Conditioning, EveryClass, OneClass, Table
 from .directory import GenerationError, check_set

@@ -1,9 +1,9 @@
 """Samples of a run by their numbers, each with the same bits whatever else is computed.
 
-A convolution may round differently for another batch size, since libraries choose their algorithms by it. So
-the model is only ever called with ``compute_batch_size`` samples, and sample i always has the same place among
-the same others: i mod that size, in batch i div that size. The last batch of a run is filled up with the samples
-that would follow.
+A convolution may round differently for another batch size, since libraries choose their algorithms
+by it. So the model is only ever called with ``compute_batch_size`` samples, and sample i always has
+the same place among the same others: i mod that size, in batch i div that size. The last batch of a
+run is filled up with the samples that would follow.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class Samples:
         self._fixed = FixedBatch(self.model, self.compute_batch_size).eval()
 
     def __call__(self, part: Slice, is_wanted: Callable[[], bool] = lambda: True) -> Tensor | None:
-        """Return the samples ``(count, ...)`` on the CPU, or None if ``is_wanted`` is false before one of the batches."""
+        """Return the samples ``(count, ...)`` on the CPU, or None if ``is_wanted`` is false before
+        one of the batches."""
         size = self.compute_batch_size
         if part.first % size:
             raise ValueError(f"a slice must begin at a multiple of {size}, got {part.first}")

@@ -34,7 +34,8 @@ class Conditioning(Protocol):
         ...
 
     def rows(self, first: int, count: int) -> dict[str, Tensor]:
-        """Return the conditioning of samples ``first .. first + count - 1``: a tensor ``(count, ...)`` for each name."""
+        """Return the conditioning of samples ``first .. first + count - 1``: a tensor ``(count,
+        ...)`` for each name."""
         ...
 
 
@@ -65,15 +66,18 @@ class OneClass:
 
 
 class Table:
-    """Sample i has row i of a file: JSON lines, CSV with a first line of names, or Parquet (which needs pyarrow).
+    """Sample i has row i of a file: JSON lines, CSV with a first line of names, or Parquet (which
+    needs pyarrow).
 
-    Each column is an argument of the model. Whole numbers become int64, others float32; a list of numbers in JSON or Parquet is a row of
-    a matrix. A column called ``key`` names the samples in a tar instead. All rows are held in memory: 8 bytes a whole number.
+    Each column is an argument of the model. Whole numbers become int64, others float32; a list of
+    numbers in JSON or Parquet is a row of a matrix. A column called ``key`` names the samples in a
+    tar instead. All rows are held in memory: 8 bytes a whole number.
 
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: Parquet needs pyarrow.
-        ValueError: the file's rows are not alike, or hold something that is no number; or a key could leave the directory, or comes twice.
+        ValueError: the file's rows are not alike, or hold something that is no number; or a key
+            could leave the directory, or comes twice.
     """
 
     def __init__(self, path: str | Path):
@@ -93,7 +97,8 @@ class Table:
         return {"rule": "a row of a file", "sha256": self._sha256, "rows": len(self)}
 
     def rows(self, first: int, count: int) -> dict[str, Tensor]:
-        """Return rows, starting again after the last: a batch may be filled up with samples that are dropped."""
+        """Return rows, starting again after the last: a batch may be filled up with samples that
+        are dropped."""
         index = np.arange(first, first + count) % len(self)
         return {name: torch.from_numpy(column[index]) for name, column in self.columns.items()}
 
@@ -146,7 +151,8 @@ _READERS = {".jsonl": _read_json_lines, ".csv": _read_csv, ".parquet": _read_par
 
 
 def _columns(rows: Iterator[Mapping[str, Any]], path: Path) -> tuple[dict[str, np.ndarray], list[str] | None]:
-    """Columns of numbers, and the keys, or None; a bounded number of rows as Python objects at a time."""
+    """Columns of numbers, and the keys, or None; a bounded number of rows as Python objects at a
+    time."""
     names: list[str] | None = None
     parts: dict[str, list[np.ndarray]] = {}
     keys: list[str] = []

@@ -1,12 +1,14 @@
-"""A set of samples on disk: a manifest, shards, and until it is finished, a record of each shard that is safe.
+"""A set of samples on disk: a manifest, shards, and until it is finished, a record of each shard
+that is safe.
 
     manifest.json               settings; when the set is whole, its state "finished" and every shard's checksum
     samples-000000.npz ...      shards
     .unfinished/                while the set is made: samples-000000.json (a shard's record), lock, files being written
 
-A file gets its name only when all of it is on the disk: it is written under another name, fsynced and
-renamed, and the directory is fsynced. A shard's record is written after the shard. So whatever stops a
-run, a shard with a record is complete, unless the disk lies; ``verified`` compares the checksums.
+A file gets its name only when all of it is on the disk: it is written under another name, fsynced
+and renamed, and the directory is fsynced. A shard's record is written after the shard. So whatever
+stops a run, a shard with a record is complete, unless the disk lies; ``verified`` compares the
+checksums.
 """
 
 from __future__ import annotations
@@ -99,10 +101,12 @@ class SetDirectory:
         return self.scratch / f"samples-{index:06d}.json"
 
     def begin(self, settings: Mapping[str, Any], resume: bool) -> None:
-        """Make the directory, or check that it belongs to these settings: called by one process, before the others go on.
+        """Make the directory, or check that it belongs to these settings: called by one process,
+        before the others go on.
 
         Raises:
-            ValueError: the directory holds something else, or a set of other settings, or there is a set and no ``resume``.
+            ValueError: the directory holds something else, or a set of other settings, or there is
+                a set and no ``resume``.
             OSError: another run is at work here.
         """
         if self.path.exists() and not self.path.is_dir():
@@ -146,7 +150,8 @@ class SetDirectory:
         self.old_records = dict(enumerate(found.get("shards", [])))
 
     def _take_lock(self) -> None:
-        """One run at a time, where the file system has locks. The lock ends with the process, however that ends."""
+        """One run at a time, where the file system has locks. The lock ends with the process,
+        however that ends."""
         self._lock = open(self.scratch / "lock", "w")  # noqa: SIM115 (held until close)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -197,7 +202,8 @@ class SetDirectory:
         return record
 
     def _check_same(self, part: Slice, record: Mapping[str, Any]) -> None:
-        """Raise GenerationError unless a shard made again has its recorded bytes, or the record alone is damaged."""
+        """Raise GenerationError unless a shard made again has its recorded bytes, or the record
+        alone is damaged."""
         old = self.record(part)
         if old is None or old["sha256"] == record["sha256"] or self._digest(part) == record["sha256"]:
             return
@@ -214,7 +220,8 @@ class SetDirectory:
             return None
 
     def record(self, part: Slice) -> dict[str, Any] | None:
-        """Return the record of a shard that was written, or None where there is none or it is damaged."""
+        """Return the record of a shard that was written, or None where there is none or it is
+        damaged."""
         try:
             record = json.loads(self.record_path(part.index).read_bytes())
         except (OSError, ValueError):
@@ -227,7 +234,8 @@ class SetDirectory:
         return record if record is not None and self._digest(part) == record["sha256"] else None
 
     def finish(self, settings: Mapping[str, Any], records: list[Mapping[str, Any]]) -> None:
-        """Write the manifest of the finished set, and remove the scratch folder. May be called twice."""
+        """Write the manifest of the finished set, and remove the scratch folder. May be called
+        twice."""
         self.write(self.manifest, _manifest(FINISHED, settings, records))
         self.close()
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -250,7 +258,8 @@ def _manifest(state: str, settings: Mapping[str, Any], records: list[Mapping[str
 
 
 def _is_record(record: Any, part: Slice, name: str) -> bool:
-    """Return whether a record from a file belongs to this shard: no name in it is ever used as a path."""
+    """Return whether a record from a file belongs to this shard: no name in it is ever used as a
+    path."""
     wanted = {"name": name, "first": part.first, "count": part.count}
     return (
         isinstance(record, Mapping)
@@ -304,7 +313,8 @@ def _refuse_others(there: Mapping[str, Any], here: Mapping[str, Any], path: Path
 
 
 def check_set(path: str | os.PathLike[str], progress: Callable[[int], Any] = lambda count: None) -> list[str]:
-    """Return what is wrong with a set: nothing if it is finished and every shard has the bytes of its manifest.
+    """Return what is wrong with a set: nothing if it is finished and every shard has the bytes of
+    its manifest.
 
     Args:
         progress: called with the number of samples of each shard that was read.

@@ -1,4 +1,5 @@
-"""Shards: some samples as the bytes of one file. Equal samples give equal bytes: no file contains a time or a user."""
+"""Shards: some samples as the bytes of one file. Equal samples give equal bytes: no file contains a
+time or a user."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ def _encode_safetensors(shard: Shard) -> bytes:
 
 
 def _encode_npz(shard: Shard) -> bytes:
-    """Encode ``arr_0`` ``(n, H, W, 3)`` uint8, and with labels ``arr_1`` ``(n,)`` int64: guided-diffusion's layout.
+    """Encode ``arr_0`` ``(n, H, W, 3)`` uint8, and with labels ``arr_1`` ``(n,)`` int64:
+    guided-diffusion's layout.
 
     Grey pictures are written as three equal channels, since its evaluator's network takes colours.
     """
@@ -102,7 +104,8 @@ def _png(picture: np.ndarray) -> bytes:
 
 
 def _pixels(samples: Tensor) -> np.ndarray:
-    """Convert samples to ``(n, H, W, C)`` uint8; NaN becomes grey. One by one, so that intermediates fit the caches."""
+    """Convert samples to ``(n, H, W, C)`` uint8; NaN becomes grey. One by one, so that
+    intermediates fit the caches."""
     pixels = np.empty((len(samples), *samples.shape[2:], samples.shape[1]), np.uint8)
     for picture, sample in zip(pixels, samples, strict=True):
         picture[:] = to_uint8(torch.nan_to_num(sample[None].float(), nan=0.0, posinf=1.0, neginf=-1.0))[0]

@@ -16,13 +16,16 @@ from .formats import ZIP_EPOCH
 
 
 def join_npz(out: str | os.PathLike[str], file: str | os.PathLike[str]) -> Path:
-    """Write ``arr_0`` (and ``arr_1``) of all shards of a finished set, in order, to one ``.npz``, as guided-diffusion's evaluator reads it.
+    """Write ``arr_0`` (and ``arr_1``) of all shards of a finished set, in order, to one ``.npz``,
+    as guided-diffusion's evaluator reads it.
 
-    Memory use is one buffer, whatever the size of the set. The file gets its name when it is complete.
+    Memory use is one buffer, whatever the size of the set. The file gets its name when it is
+    complete.
 
     Raises:
         FileNotFoundError: there is no set in ``out``.
-        ValueError: the set is not finished, or not of format "npz"; or ``file`` does not end in ``.npz``.
+        ValueError: the set is not finished, or not of format "npz"; or ``file`` does not end in
+            ``.npz``.
     """
     out, file = Path(out), Path(file)
     found = read_manifest(out)

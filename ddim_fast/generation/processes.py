@@ -1,9 +1,10 @@
-"""The processes of a run, and the queue that they take slices from, in the store of torch's process group.
+"""The processes of a run, and the queue that they take slices from, in the store of torch's process
+group.
 
-Processes share nothing but counters in the store: there is no collective, so no process waits for another.
-A slice goes to whoever asks next. When none is left, an idle process makes again what is still missing after
-its patience. So a slow, stopped or dead process delays nobody, and does no harm if it goes on, since it writes
-the same bytes under the same name.
+Processes share nothing but counters in the store: there is no collective, so no process waits for
+another. A slice goes to whoever asks next. When none is left, an idle process makes again what is
+still missing after its patience. So a slow, stopped or dead process delays nobody, and does no harm
+if it goes on, since it writes the same bytes under the same name.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _calls = itertools.count()
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among those of the run. ``keeps_store``: the store ends with this process."""
+    """This process's place among those of the run. ``keeps_store``: the store ends with this
+    process."""
 
     rank: int
     world_size: int
@@ -49,10 +51,11 @@ class Processes:
 
 
 def processes() -> Processes:
-    """Return the processes of the initialized process group, of torchrun's environment, or this process alone.
+    """Return the processes of the initialized process group, of torchrun's environment, or this
+    process alone.
 
-    Under torchrun only the store is used. A group of gloo or NCCL would be a mesh of connections for collectives that
-    nobody calls, and could not be made before the last process has started.
+    Under torchrun only the store is used. A group of gloo or NCCL would be a mesh of connections
+    for collectives that nobody calls, and could not be made before the last process has started.
     """
     if not dist.is_available():
         raise ImportError("ddim_fast.generation needs torch.distributed, which this torch was built without")
@@ -110,8 +113,9 @@ class WorkQueue:
 
     Args:
         total: the number of slices.
-        patience: seconds without a finished slice after which a slice that another process took is taken again, when no
-            other is left. None: 1.5 times this process's slowest slice, at least 5 s (60 s where it made none).
+        patience: seconds without a finished slice after which a slice that another process took is
+            taken again, when no other is left. None: 1.5 times this process's slowest slice, at
+            least 5 s (60 s where it made none).
     """
 
     def __init__(self, who: Processes, total: int, patience: float | None = None):
@@ -121,7 +125,8 @@ class WorkQueue:
     # --- Slices -------------------------------------------------------------------------------------------------------
 
     def turns(self, flush: Callable[[], None]) -> Iterator[int]:
-        """Yield the slices that this process is to make, until all are finished. ``flush`` waits for its own writes."""
+        """Yield the slices that this process is to make, until all are finished. ``flush`` waits
+        for its own writes."""
         while (index := self._store.add("next", 1) - 1) < self._total:
             yield from self._timed(index)
         flush()
@@ -129,7 +134,8 @@ class WorkQueue:
             missing = self.missing()
             if not missing:
                 return
-            # In each turn one process makes a slice, and another slice is made by the next process that asks.
+            # In each turn one process makes a slice, and another slice is made by the next process
+            # that asks.
             mine = next((i for i in missing if self._store.add(f"again/{turn}/{i}", 1) == 1), None)
             if mine is not None:
                 yield from self._timed(mine)
@@ -141,7 +147,8 @@ class WorkQueue:
         self._slowest = max(self._slowest, time.monotonic() - started)
 
     def _until(self, done: Callable[[], bool]) -> Iterator[int]:
-        """Yield 1, 2, ... each time that the patience is over, until it is done. The clock restarts whenever a slice is finished."""
+        """Yield 1, 2, ... each time that the patience is over, until it is done. The clock restarts
+        whenever a slice is finished."""
         pause, turn, seen, since = _FIRST_PAUSE, 0, None, time.monotonic()
         while not done():
             if (finished := self._store.add("finished", 0)) != seen:
@@ -172,7 +179,8 @@ class WorkQueue:
             self._store.add("finished", 1)
 
     def missing(self) -> list[int]:
-        """Return the slices that are not finished, by bisection: few queries, since most are finished."""
+        """Return the slices that are not finished, by bisection: few queries, since most are
+        finished."""
 
         def within(first: int, last: int) -> Iterator[int]:
             if self._store.check([f"record/{i}" for i in range(first, last)]):
@@ -187,7 +195,8 @@ class WorkQueue:
         return list(within(0, self._total)) if self._total else []
 
     def records(self) -> list[dict[str, Any]]:
-        """Return all shards' records, one round trip each: only the process that finishes the set needs them."""
+        """Return all shards' records, one round trip each: only the process that finishes the set
+        needs them."""
         return [json.loads(self._store.get(f"record/{i}")) for i in range(self._total)]
 
     @property
@@ -202,7 +211,8 @@ class WorkQueue:
     # --- The end ------------------------------------------------------------------------------------------------------
 
     def close(self, finish: Callable[[], None]) -> None:
-        """Let one process finish the set; the others wait for it, and another takes over where that takes too long."""
+        """Let one process finish the set; the others wait for it, and another takes over where that
+        takes too long."""
 
         def try_to(turn: int) -> None:
             if self._store.add(f"closing/{turn}", 1) == 1:

@@ -1,4 +1,5 @@
-"""``generate``: a set of samples on disk, by one process or many, that can be stopped and resumed anywhere."""
+"""``generate``: a set of samples on disk, by one process or many, that can be stopped and resumed
+anywhere."""
 
 from __future__ import annotations
 
@@ -82,40 +83,48 @@ def generate(
 ) -> Generated:
     """Write ``count`` samples to a directory, as shards with a manifest: see docs/GENERATE.md.
 
-    Sample i is a function of the model, the sampler's plan, the seed, i, and the settings in the manifest. The files
-    have the same bytes for any number of processes, any ``batch_size``, and any interruptions. Under torchrun, or in an
-    initialized process group, all its processes share the work; otherwise this process does all of it. Every process
-    calls this with the same arguments, except ``device``.
+    Sample i is a function of the model, the sampler's plan, the seed, i, and the settings in the
+    manifest. The files have the same bytes for any number of processes, any ``batch_size``, and any
+    interruptions. Under torchrun, or in an initialized process group, all its processes share the
+    work; otherwise this process does all of it. Every process calls this with the same arguments,
+    except ``device``.
 
     Args:
-        model: any callable, see ``models.Model``; in eval mode, if it has modes; it must draw no random numbers.
+        model: any callable, see ``models.Model``; in eval mode, if it has modes; it must draw no
+            random numbers.
         count: samples of the set.
-        out: a directory that is new or empty, or with ``resume`` contains a set of the same settings. All processes must
-            see it.
+        out: a directory that is new or empty, or with ``resume`` contains a set of the same
+            settings. All processes must see it.
         seed: of the run; that of sample i is ``sample_seeds(seed, 1, i)``.
         shape: of one sample, ``(C, ...)``. None: the model's ``sample_shape``.
-        conditioning: of each sample: ``EveryClass``, ``OneClass``, ``Table``, or an object with the same methods.
+        conditioning: of each sample: ``EveryClass``, ``OneClass``, ``Table``, or an object with the
+            same methods.
         guidance_scale, guidance_rescale, model_dtype, backend, capture: see ``DDIMSampler.sample``.
-        format: "safetensors" (the samples unchanged), "npz" or "webdataset" (8-bit pictures), see docs/GENERATE.md.
-        shard_size: samples in a file, a multiple of ``compute_batch_size``. A process holds at most four such shards in
-            memory.
-        batch_size: samples at a time, a multiple of ``compute_batch_size``. Changes speed and memory only.
-        compute_batch_size: samples in each call of the model. A setting of the set, since a model's rounding may depend
-            on it.
-        resume: continue or repair the set in ``out``: its shards are read and compared with their checksums.
+        format: "safetensors" (the samples unchanged), "npz" or "webdataset" (8-bit pictures), see
+            docs/GENERATE.md.
+        shard_size: samples in a file, a multiple of ``compute_batch_size``. A process holds at most
+            four such shards in memory.
+        batch_size: samples at a time, a multiple of ``compute_batch_size``. Changes speed and
+            memory only.
+        compute_batch_size: samples in each call of the model. A setting of the set, since a model's
+            rounding may depend on it.
+        resume: continue or repair the set in ``out``: its shards are read and compared with their
+            checksums.
         threads: of torch in each process, during the run; rounding may depend on it, too.
-        model_id: replaces the SHA-256 of the model's structure and weights; needed for a model that is no ``nn.Module``.
-        patience: seconds after which an idle process makes a slice again that another has taken and not finished. None:
-            1.5 times as long as its own slowest slice took.
+        model_id: replaces the SHA-256 of the model's structure and weights; needed for a model that
+            is no ``nn.Module``.
+        patience: seconds after which an idle process makes a slice again that another has taken and
+            not finished. None: 1.5 times as long as its own slowest slice took.
         check_space: refuse to begin where the disk may be too small.
         progress: show a progress bar of all processes, on rank 0.
 
     Raises:
         FileNotFoundError: processes do not see the same directory.
-        OSError: the disk is full, another run uses ``out``, or the store of the process group is lost. What is written
-            stays.
+        OSError: the disk is full, another run uses ``out``, or the store of the process group is
+            lost. What is written stays.
         GenerationError: a shard has other bytes than before, or rank 0 refused.
-        TypeError, ValueError: an argument breaks a rule, or ``out`` contains something else. Nothing is written.
+        TypeError, ValueError: an argument breaks a rule, or ``out`` contains something else.
+            Nothing is written.
     """
     started = time.perf_counter()
     device = usable_device(device)
@@ -181,7 +190,8 @@ def _share_work(
     patience: float | None,
     progress: bool,
 ) -> Generated:
-    """Make this process's share of the slices, and wait until the set is finished. ``seconds`` are left at 0."""
+    """Make this process's share of the slices, and wait until the set is finished. ``seconds`` are
+    left at 0."""
     try:
         who = processes()
         agree(who, settings, begin, directory.join)
@@ -235,7 +245,8 @@ class _Run:
             content = FORMATS[self.format].encode(shard)
             record = self.directory.save(part, content, {"non_finite": int((~finite).sum())})
         except FileNotFoundError:
-            # This process was stopped for so long that others have finished the set and removed the scratch folder.
+            # This process was stopped for so long that others have finished the set and removed the
+            # scratch folder.
             if not self.directory.is_finished():
                 raise
             return

@@ -27,7 +27,8 @@ LAYOUT_VERSION = 1
 
 
 def model_digest(model: Any) -> str:
-    """Return the SHA-256 of a module's structure (its ``repr``), and its weights and buffers with names, dtypes and shapes.
+    """Return the SHA-256 of a module's structure (its ``repr``), and its weights and buffers with
+    names, dtypes and shapes.
 
     Raises:
         TypeError: the model is no ``nn.Module``, so that nothing of it can be read.
@@ -54,12 +55,14 @@ def file_digest(path: Path) -> str:
 
 
 def plan_settings(sampler: DDIMSampler, model: Any) -> dict[str, Any]:
-    """Every field of the plan of a run, the schedule by its name and the SHA-256 of its ``alphas_cumprod``."""
+    """Every field of the plan of a run, the schedule by its name and the SHA-256 of its
+    ``alphas_cumprod``."""
     plan = sampler.plan(model)
     values = {field.name: getattr(plan, field.name) for field in fields(plan)}
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     schedule: NoiseSchedule = settings.pop("schedule")
-    # Said where they are asked for only, so that sets from before there were such options can be resumed.
+    # Said where they are asked for only, so that sets from before there were such options can be
+    # resumed.
     if plan.order == 1:
         del settings["order"]
     if plan.eps_residual is None:
@@ -76,7 +79,8 @@ def plan_settings(sampler: DDIMSampler, model: Any) -> dict[str, Any]:
 
 
 def environment(device: torch.device, dtype: torch.dtype, backend: str | None, threads: int) -> dict[str, Any]:
-    """Return what else bits may depend on: versions, the processor, the number of threads, switches of torch."""
+    """Return what else bits may depend on: versions, the processor, the number of threads, switches
+    of torch."""
     x = torch.zeros(1, 4, device=device, dtype=dtype)
     step_backend = dispatch.choose(StepInputs(x, x, StepCoefficients(1, 0, 0, 1, 0, 1, 0, 0)), backend).name
     found = {

@@ -11,10 +11,11 @@ _STOP = object()
 
 
 class Writer:
-    """A thread that calls ``write(item)`` in order. ``put`` blocks while ``waiting`` items are in the queue.
+    """A thread that calls ``write(item)`` in order. ``put`` blocks while ``waiting`` items are in
+    the queue.
 
-    As a context manager it waits for all items and raises an error of ``write``. If the block itself raises, the
-    queue is dropped and only the current item is finished.
+    As a context manager it waits for all items and raises an error of ``write``. If the block
+    itself raises, the queue is dropped and only the current item is finished.
     """
 
     def __init__(self, write: Callable[[Any], None], waiting: int = 1):
@@ -52,7 +53,8 @@ class Writer:
             raise error
 
     def _run(self) -> None:
-        # After an error it goes on taking items, so that nobody waits for room in the queue for ever.
+        # After an error it goes on taking items, so that nobody waits for room in the queue for
+        # ever.
         while (item := self._items.get()) is not _STOP:
             try:
                 if not self._dropping:

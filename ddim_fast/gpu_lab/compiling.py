@@ -53,7 +53,8 @@ def _compiled(kernel: Any, target: str) -> Compiled:
 
 
 def compile(kernel: Any, *arguments: Any, target: str = "sm_90", **options: Any) -> Compiled:
-    """Compile a kernel as ``kernel[grid](*arguments, **options)`` would, for a GPU that is not there.
+    """Compile a kernel as ``kernel[grid](*arguments, **options)`` would, for a GPU that is not
+    there.
 
     Args:
         kernel: A function decorated by ``triton.jit``.

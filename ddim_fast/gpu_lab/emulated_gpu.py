@@ -1,4 +1,5 @@
-"""Run Triton kernels on CPU tensors: Triton compiles for the GPU asked for, ``ptx`` executes the PTX.
+"""Run Triton kernels on CPU tensors: Triton compiles for the GPU asked for, ``ptx`` executes the
+PTX.
 
     launch = run(kernel, grid, x, y, n, BLOCK_SIZE=1024, target="sm_90")
     launch.execution.thread_instructions
@@ -194,7 +195,8 @@ class _Launcher:
             exit_hook(launch_metadata)
 
     def _values(self, arguments: tuple, ctas: int, read_only: frozenset[str]) -> list[object]:
-        """Return the kernel's arguments without constants, then the scratch memory that Triton appends."""
+        """Return the kernel's arguments without constants, then the scratch memory that Triton
+        appends."""
         values: list[object] = []
         for (name, kind), value in zip(self.signature.items(), arguments, strict=True):
             _append(values, name, kind, value, read_only)

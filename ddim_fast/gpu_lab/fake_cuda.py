@@ -151,7 +151,8 @@ class Refusal:
 
 
 def function_name(function: Callable) -> str:
-    """Return the name of a function, of what a ``functools.partial`` calls, or of a callable's class."""
+    """Return the name of a function, of what a ``functools.partial`` calls, or of a callable's
+    class."""
     function = getattr(function, "func", function)
     return getattr(function, "__name__", type(function).__name__)
 
@@ -520,7 +521,8 @@ class FakeCuda:
             return func(*args, **kwargs)
         refusal = waiting_refusal(func, args, kwargs)
         if refusal is None:
-            # Under inference mode, operators arrive here that autograd would have decomposed before.
+            # Under inference mode, operators arrive here that autograd would have decomposed
+            # before.
             with mode:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -564,7 +566,8 @@ class FakeCuda:
             region.allocated_bytes += size
 
     def _placement(self, func, args: tuple, kwargs: dict) -> Refusal | None:
-        """Return why the devices of an operator's tensors are not those of a captured step, or None."""
+        """Return why the devices of an operator's tensors are not those of a captured step, or
+        None."""
         name = func.overloadpacket.__name__
         tensors = tensors_in(args, kwargs)
         kinds = {t.device.type for t in tensors}
@@ -747,7 +750,8 @@ def _stream_class(fake: FakeCuda, event_class: type) -> type:
 
 
 def _cuda_functions(device: FakeCuda, capability: tuple[int, int]) -> dict[str, Any]:
-    """Return replacements for the functions and classes of ``torch.cuda`` that ask the driver, by name."""
+    """Return replacements for the functions and classes of ``torch.cuda`` that ask the driver, by
+    name."""
 
     def waits(name: str, what: str, answer: Any = None) -> Callable:
         def function(*args: Any, **kwargs: Any) -> Any:

@@ -139,7 +139,8 @@ class MachineCode:
 
 
 def predicted_share(variant: Variant, code: MachineCode) -> float:
-    """Return the share of ``DEVICES[code.target]``'s bandwidth that the variant can use, by the model above."""
+    """Return the share of ``DEVICES[code.target]``'s bandwidth that the variant can use, by the
+    model above."""
     device = DEVICES[code.target]
     to_move = variant.bytes / device.bandwidth
     to_issue = code.per_element / (device.processors * device.lanes * device.clock)

@@ -206,7 +206,8 @@ class RecordedGraph:
                 self._nodes = None
 
     def record_call(self, function: Callable, /, *arguments: Any, **options: Any) -> None:
-        """Run a function outside the dispatcher, now and in each replay with the same memory and numbers.
+        """Run a function outside the dispatcher, now and in each replay with the same memory and
+        numbers.
 
         Arguments may be nested. Tensors must be given as tensors: an address taken from one would
         be frozen without keeping it alive. What the function launches is not recorded separately,
@@ -339,7 +340,8 @@ class _Operators(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """A mode that knows which public function runs, and refuses those that read without an operator."""
+    """A mode that knows which public function runs, and refuses those that read without an
+    operator."""
 
     def __init__(self, graph: RecordedGraph):
         super().__init__()

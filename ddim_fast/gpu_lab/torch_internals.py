@@ -54,7 +54,8 @@ CUDA_INITIALISERS = tuple(name for name in ("init", "_lazy_init") if hasattr(tor
 
 
 class PretendCudaMode(FakeTensorMode):
-    """FakeTensorMode that never tries to initialise CUDA, though torch.cuda says that it is available."""
+    """FakeTensorMode that never tries to initialise CUDA, though torch.cuda says that it is
+    available."""
 
     @property
     def avoid_device_init(self) -> bool:
@@ -78,7 +79,8 @@ def schema_of(func: Any) -> Any:
 
 
 def implementation_of(func: Any, device: str) -> Callable | None:
-    """Return the Python function behind an operator of ``torch.library.custom_op``; None for others.
+    """Return the Python function behind an operator of ``torch.library.custom_op``; None for
+    others.
 
     The registry is private, and there is no public way from an operator to its definition. Without
     it an operator of Python counts as one launch, instead of being looked into.

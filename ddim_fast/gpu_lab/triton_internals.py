@@ -155,7 +155,8 @@ class _EmulatedDriver:
 
 @functools.cache
 def emulated_driver_class() -> Callable[..., Any]:
-    """Return ``_EmulatedDriver`` with Triton's own base class, which is only loaded when it is first needed."""
+    """Return ``_EmulatedDriver`` with Triton's own base class, which is only loaded when it is
+    first needed."""
     base = _internal("triton.backends.driver", "DriverBase", "an emulated GPU")
     return type("EmulatedDriver", (_EmulatedDriver, base), {})
 
@@ -248,7 +249,8 @@ def nvidia_tool(name: str) -> str:
 
 
 def hook_launches(stack: contextlib.ExitStack, hook: Callable[[Any, Callable, tuple, dict], None]) -> None:
-    """Have ``hook(kernel, run, args, options)`` called instead of each launch, until the stack closes.
+    """Have ``hook(kernel, run, args, options)`` called instead of each launch, until the stack
+    closes.
 
     ``run(*args, **options)`` is the launch. Compilations without a launch (``kernel.warmup``) are
     left alone. Without Triton nothing is done. The method ``run`` that is replaced is what

@@ -11,11 +11,12 @@ from ..kernels.convolution import convolve, transformed_weights, unsupported_rea
 
 
 class WinogradConv2d(nn.Conv2d):
-    """An ``nn.Conv2d`` that uses Winograd's minimal filtering for inputs that support it, and torch for others.
+    """An ``nn.Conv2d`` that uses Winograd's minimal filtering for inputs that support it, and torch
+    for others.
 
     Args:
-        convolution: one without ``kernels.convolution.unsupported_reasons``. Its parameters are shared; its weights are
-            transformed once.
+        convolution: one without ``kernels.convolution.unsupported_reasons``. Its parameters are
+            shared; its weights are transformed once.
     """
 
     def __init__(self, convolution: nn.Conv2d):
@@ -32,7 +33,8 @@ class WinogradConv2d(nn.Conv2d):
 
 
 def channels_last(model: nn.Module) -> nn.Module:
-    """Return a copy of a model with the weights of its two-dimensional convolutions in channels-last layout."""
+    """Return a copy of a model with the weights of its two-dimensional convolutions in
+    channels-last layout."""
     model = copy.deepcopy(model)
     for parameter in model.parameters():
         if parameter.ndim == 4:  # ``Module.to`` refuses a model that also has weights of five dimensions
@@ -41,7 +43,8 @@ def channels_last(model: nn.Module) -> nn.Module:
 
 
 def with_winograd(model: nn.Module) -> nn.Module | None:
-    """Return a channels-last copy of a model with every supported convolution replaced; None if there is none."""
+    """Return a channels-last copy of a model with every supported convolution replaced; None if
+    there is none."""
     model = channels_last(model)
     # A shared module has several names, and is replaced under each.
     named = list(model.named_modules(remove_duplicate=False))

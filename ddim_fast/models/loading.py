@@ -1,6 +1,7 @@
 """Models from files: a diffusers directory, a TorchScript archive, a torch.export archive.
 
-A module, a compiled module or any other callable needs no loading: ``DDIMSampler.sample`` takes it as it is.
+A module, a compiled module or any other callable needs no loading: ``DDIMSampler.sample`` takes it
+as it is.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ from .shipped import SHIPPED, ShippedModel, load_shipped_model
 
 
 class LoadedModel(nn.Module):
-    """A network with the settings from its files: ``model(x, t, **conditioning)`` returns a tensor, see ``models.Model``.
+    """A network with the settings from its files: ``model(x, t, **conditioning)`` returns a tensor,
+    see ``models.Model``.
 
     Attributes:
         network: the module itself.
-        prediction_type: "epsilon", "sample" or "v_prediction"; None where the files do not say (a sampler then uses
-            "epsilon").
+        prediction_type: "epsilon", "sample" or "v_prediction"; None where the files do not say (a
+            sampler then uses "epsilon").
         schedule: the noise schedule it was trained with, or None.
         clip_sample_range: x0 is clipped to plus or minus this; None: not clipped.
         sample_shape: (C, H, W), or None.
-        sampler_options: further settings of a scheduler's configuration, as arguments of ``DDIMSampler``:
-            ``DDIMSampler(model.schedule, 50, **model.sampler_options)``.
+        sampler_options: further settings of a scheduler's configuration, as arguments of
+            ``DDIMSampler``: ``DDIMSampler(model.schedule, 50, **model.sampler_options)``.
 
     Set what the files do not say: ``model.prediction_type = "v_prediction"``.
     """
@@ -71,8 +73,8 @@ def load_model(
     """Load the model that ships with the package, or one from a file or directory.
 
     Args:
-        name: "fashion": pictures of clothes, 28 x 28, ten classes (docs/MODEL_CARD.md); or a path, see
-            ``load_model_from``.
+        name: "fashion": pictures of clothes, 28 x 28, ten classes (docs/MODEL_CARD.md); or a path,
+            see ``load_model_from``.
         dtype: of the weights. None: float32 for the model that ships, else as stored.
         trust_pickle: see ``load_model_from``.
 
@@ -98,25 +100,31 @@ def load_model_from(
     dtype: torch.dtype | None = None,
     trust_pickle: bool = False,
 ) -> LoadedModel:
-    """Load a model from a file or directory, in eval mode, its weights frozen. Nothing is downloaded.
+    """Load a model from a file or directory, in eval mode, its weights frozen. Nothing is
+    downloaded.
 
-    - A diffusers directory: of a pipeline (``model_index.json``, whose ``unet`` and ``scheduler`` are read), or of one
-      model (``config.json``). ``UNet2DModel`` and ``UNet2DConditionModel``. Needs diffusers. The samples of a latent
-      pipeline are latents.
+    - A diffusers directory: of a pipeline (``model_index.json``, whose ``unet`` and ``scheduler``
+      are read), or of one model (``config.json``). ``UNet2DModel`` and ``UNet2DConditionModel``.
+      Needs diffusers. The samples of a latent pipeline are latents.
     - A TorchScript archive (``torch.jit.save``), called as ``module(x, t, **conditioning)``.
-    - A torch.export archive (``torch.export.save``), called alike. It accepts the shapes that it was exported for.
+    - A torch.export archive (``torch.export.save``), called alike. It accepts the shapes that it
+      was exported for.
 
     The last two contain a program that runs: load only what you would run.
 
     Args:
-        device: of the model. An exported program stays on the device that it was exported for, which must be this one.
-        dtype: of the weights. None: as stored, float32 for diffusers. That of an exported program cannot be changed.
-        trust_pickle: also read a diffusers model's weights from a pickle (``.bin``) if there is no ``.safetensors``.
+        device: of the model. An exported program stays on the device that it was exported for,
+            which must be this one.
+        dtype: of the weights. None: as stored, float32 for diffusers. That of an exported program
+            cannot be changed.
+        trust_pickle: also read a diffusers model's weights from a pickle (``.bin``) if there is no
+            ``.safetensors``.
 
     Raises:
         FileNotFoundError: the path does not exist.
         ImportError: diffusers is needed.
-        TypeError, ValueError: the file is of another kind, damaged, or has a setting that is not supported.
+        TypeError, ValueError: the file is of another kind, damaged, or has a setting that is not
+            supported.
     """
     path = Path(path)
     device = usable_device(device)
@@ -158,7 +166,8 @@ SCHEDULERS = (
     "SASolverScheduler",
     "UniPCMultistepScheduler",
 )
-"""diffusers' schedulers for models trained on discrete timesteps with betas, which DDIM can sample as well."""
+"""diffusers' schedulers for models trained on discrete timesteps with betas, which DDIM can sample
+as well."""
 _SAMPLER_OPTIONS = ("timestep_spacing", "steps_offset", "set_alpha_to_one")
 _THRESHOLDING_OPTIONS = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
 
@@ -209,7 +218,8 @@ def _load_unet(path: Path, dtype: torch.dtype | None, trust_pickle: bool, stated
 
 
 def _sample_shape(config: Any, path: Path) -> tuple[int, ...] | None:
-    """Return (C, H, W) of the network's input, or None where its configuration leaves the size open."""
+    """Return (C, H, W) of the network's input, or None where its configuration leaves the size
+    open."""
     channels, returned = config.in_channels, config.out_channels
     if returned not in (channels, 2 * channels):
         raise ValueError(
@@ -380,7 +390,8 @@ class _Exported(nn.Module):
         try:
             return self.program(x, t, **conditioning)
         except (AssertionError, RuntimeError) as error:
-            # The messages of torch's check of the inputs, new and old. Any other error comes from inside the program.
+            # The messages of torch's check of the inputs, new and old. Any other error comes from
+            # inside the program.
             if not str(error).startswith(("Guard failed", "Expected input at")):
                 raise
             raise ValueError(

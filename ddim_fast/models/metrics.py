@@ -1,10 +1,11 @@
-"""How close generated Fashion-MNIST pictures are to real ones, judged by a small classifier that ships with the package.
+"""How close generated Fashion-MNIST pictures are to real ones, judged by a small classifier that
+ships with the package.
 
     distance = classifier_frechet_distance(images)   # 0 is perfect; see the function for what the number does not mean
     share = class_agreement(images, labels)          # 1 is perfect
 
-Pictures are ``(N, 1, 28, 28)``, in [-1, 1]. Nothing here needs a GPU or the data set. The weights and the statistics of
-the training set were made by ``training/train_classifier.py``.
+Pictures are ``(N, 1, 28, 28)``, in [-1, 1]. Nothing here needs a GPU or the data set. The weights
+and the statistics of the training set were made by ``training/train_classifier.py``.
 """
 
 from __future__ import annotations
@@ -49,10 +50,12 @@ def _convolution(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class FashionClassifier(nn.Module):
-    """Five convolutions, an average over the picture, and a linear layer: about 100,000 weights, ten classes.
+    """Five convolutions, an average over the picture, and a linear layer: about 100,000 weights,
+    ten classes.
 
-    Pictures are folded into 2 x 2 patches first (28 x 28 x 1 becomes 14 x 14 x 4), which halves the time on a CPU.
-    ``features`` gives what the linear layer reads: ``num_features`` averages of non-negative activations per picture.
+    Pictures are folded into 2 x 2 patches first (28 x 28 x 1 becomes 14 x 14 x 4), which halves the
+    time on a CPU. ``features`` gives what the linear layer reads: ``num_features`` averages of
+    non-negative activations per picture.
     """
 
     num_features = 64
@@ -71,7 +74,8 @@ class FashionClassifier(nn.Module):
         self.head = nn.Linear(self.num_features, NUM_CLASSES)
 
     def features(self, images: Tensor) -> Tensor:
-        """Penultimate features ``(N, 64)`` float32 of ``images`` ``(N, 1, 28, 28)`` float32 in [-1, 1]."""
+        """Penultimate features ``(N, 64)`` float32 of ``images`` ``(N, 1, 28, 28)`` float32 in [-1,
+        1]."""
         if images.ndim != 4 or tuple(images.shape[1:]) != PICTURE_SHAPE or images.dtype != torch.float32:
             raise ValueError(
                 f"images must be (N, 1, 28, 28) float32, got {tuple(images.shape)} {images.dtype}: "
@@ -122,7 +126,8 @@ class FeatureStatistics:
 
 
 def feature_statistics(features: Tensor) -> FeatureStatistics:
-    """Return mean and unbiased covariance, in float64 on the CPU, of ``features`` ``(N, D)``, floating point, N >= 2."""
+    """Return mean and unbiased covariance, in float64 on the CPU, of ``features`` ``(N, D)``,
+    floating point, N >= 2."""
     if features.ndim != 2 or features.shape[0] < 2 or features.shape[1] < 1 or not features.is_floating_point():
         raise ValueError(
             f"features must be (N, D), floating point, with N >= 2 and D >= 1, got {tuple(features.shape)} "
@@ -137,8 +142,9 @@ def feature_statistics(features: Tensor) -> FeatureStatistics:
 def _symmetric_square_root(covariance: Tensor) -> Tensor:
     """Return the positive semi-definite ``R`` ``(D, D)`` with ``R @ R = covariance``; float64.
 
-    The zero eigenvalues of a rank-deficient matrix come back as rounding noise of either sign. The square root of that
-    noise would be 1e8 times larger, not small at all, so eigenvalues within the rounding error of zero are set to zero.
+    The zero eigenvalues of a rank-deficient matrix come back as rounding noise of either sign. The
+    square root of that noise would be 1e8 times larger, not small at all, so eigenvalues within the
+    rounding error of zero are set to zero.
     """
     eigenvalues, eigenvectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     largest = eigenvalues[-1].item()
@@ -153,12 +159,14 @@ def _symmetric_square_root(covariance: Tensor) -> Tensor:
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """Return the squared Frechet (2-Wasserstein) distance of two Gaussians, in float64; never negative.
+    """Return the squared Frechet (2-Wasserstein) distance of two Gaussians, in float64; never
+    negative.
 
-    ``|mean_a - mean_b|^2 + trace(A + B - 2 sqrt(A^1/2 B A^1/2))`` for the covariances ``A`` and ``B``. The trace is
-    computed as ``min |A^1/2 - B^1/2 Q|^2`` over all orthogonal ``Q`` (Frobenius norm), which is equal to it (orthogonal
-    Procrustes problem, solved by one singular value decomposition): a sum of squares, so nothing cancels where the
-    Gaussians are close, and neither matrix needs full rank.
+    ``|mean_a - mean_b|^2 + trace(A + B - 2 sqrt(A^1/2 B A^1/2))`` for the covariances ``A`` and
+    ``B``. The trace is computed as ``min |A^1/2 - B^1/2 Q|^2`` over all orthogonal ``Q`` (Frobenius
+    norm), which is equal to it (orthogonal Procrustes problem, solved by one singular value
+    decomposition): a sum of squares, so nothing cancels where the Gaussians are close, and neither
+    matrix needs full rank.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(
@@ -172,7 +180,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 def sample_distances(samples: Tensor, others: Tensor) -> Tensor:
-    """Return the root mean square difference of each pair of samples ``(N, C, ...)``: ``(N,)`` float64."""
+    """Return the root mean square difference of each pair of samples ``(N, C, ...)``: ``(N,)``
+    float64."""
     if samples.shape != others.shape:
         raise ValueError(
             f"both must have the same shape, got {tuple(samples.shape)} and {tuple(others.shape)}: give as many of each"
@@ -202,13 +211,15 @@ def load_classifier(name: str = "fashion") -> FashionClassifier:
 
 
 def load_statistics(name: str = "fashion") -> FeatureStatistics:
-    """Load the shipped classifier's ``FeatureStatistics`` over the 60,000 pictures of the training set."""
+    """Load the shipped classifier's ``FeatureStatistics`` over the 60,000 pictures of the training
+    set."""
     state = load_file(_shipped_file(name, "statistics"))
     return FeatureStatistics(state["mean"], state["covariance"], int(state["count"]))
 
 
 def load_features(name: str = "fashion") -> Tensor:
-    """Load the shipped classifier's features ``(2000, 64)`` float32 of the first 200 test pictures of each class."""
+    """Load the shipped classifier's features ``(2000, 64)`` float32 of the first 200 test pictures
+    of each class."""
     return load_file(_shipped_file(name, "features"))["features"].float()
 
 
@@ -239,26 +250,31 @@ def _in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 def classifier_features(images: Tensor) -> Tensor:
-    """The shipped classifier's features ``(N, 64)`` float32 on the CPU of ``images`` ``(N, 1, 28, 28)`` in [-1, 1]."""
+    """The shipped classifier's features ``(N, 64)`` float32 on the CPU of ``images`` ``(N, 1, 28,
+    28)`` in [-1, 1]."""
     _check_pictures(images, minimum_count=1)
     return _in_batches(load_classifier().features, images)
 
 
 def classifier_frechet_distance(images: Tensor) -> float:
-    """Frechet distance of ``images`` to the Fashion-MNIST training set, in the features of OUR small classifier.
+    """Frechet distance of ``images`` to the Fashion-MNIST training set, in the features of OUR
+    small classifier.
 
-    This is not FID: the features are not those of the Inception network. The number cannot be compared with any
-    published FID, nor with distances from other weights; only with this function's own values for sets of the same
-    size. It is biased upwards for few pictures, since few features estimate a covariance poorly: compare equal counts,
-    10,000 where you can. The features change little when a picture is shifted by two pixels or mirrored, because the
+    This is not FID: the features are not those of the Inception network. The number cannot be
+    compared with any published FID, nor with distances from other weights; only with this
+    function's own values for sets of the same size. It is biased upwards for few pictures, since
+    few features estimate a covariance poorly: compare equal counts, 10,000 where you can. The
+    features change little when a picture is shifted by two pixels or mirrored, because the
     classifier was trained so.
 
-    Measured, for a sense of scale: 10,000 test pictures 0.0018 (the floor), all blurred by one pixel 0.91, noise 14;
-    the bias: 10,000 training pictures 0.0016, 1,000 of them 0.023, 100 of them 0.45.
+    Measured, for a sense of scale: 10,000 test pictures 0.0018 (the floor), all blurred by one
+    pixel 0.91, noise 14; the bias: 10,000 training pictures 0.0016, 1,000 of them 0.023, 100 of
+    them 0.45.
 
     Args:
-        images: ``(N, 1, 28, 28)``, any floating point type, in [-1, 1], N >= 2. Pictures in [0, 1] must be mapped
-            with ``2 * images - 1`` first: they pass every check, and get a large distance.
+        images: ``(N, 1, 28, 28)``, any floating point type, in [-1, 1], N >= 2. Pictures in [0, 1]
+            must be mapped with ``2 * images - 1`` first: they pass every check, and get a large
+            distance.
     """
     _check_pictures(images, minimum_count=2)
     return frechet_distance(feature_statistics(classifier_features(images)), load_statistics())

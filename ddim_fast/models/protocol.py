@@ -10,22 +10,25 @@ from torch import Tensor
 
 
 class Model(Protocol):
-    """Any callable with this signature: ``x`` ``(B, C, ...)``; ``t`` ``(B,)`` int64 timesteps; conditioning by name.
+    """Any callable with this signature: ``x`` ``(B, C, ...)``; ``t`` ``(B,)`` int64 timesteps;
+    conditioning by name.
 
-    It returns a tensor of the shape of ``x`` (or with twice the channels, where the second half is a learned variance,
-    which DDIM ignores), a tuple that begins with one, or an object or mapping with one as ``sample``, as diffusers'
-    models do.
+    It returns a tensor of the shape of ``x`` (or with twice the channels, where the second half is
+    a learned variance, which DDIM ignores), a tuple that begins with one, or an object or mapping
+    with one as ``sample``, as diffusers' models do.
 
-    A model may have attributes that the sampler uses as defaults: ``prediction_type``, ``clip_sample_range``;
-    ``unconditional(conditioning) -> conditioning`` for classifier-free guidance; and ``batches_guidance``, true where
-    both predictions of guidance should be one call with twice the batch.
+    A model may have attributes that the sampler uses as defaults: ``prediction_type``,
+    ``clip_sample_range``; ``unconditional(conditioning) -> conditioning`` for classifier-free
+    guidance; and ``batches_guidance``, true where both predictions of guidance should be one call
+    with twice the batch.
     """
 
     def __call__(self, x: Tensor, t: Tensor, **conditioning: Any) -> Any: ...
 
 
 def output_tensor(output: Any, like: Tensor) -> Tensor:
-    """Return the prediction in a model's output, as a tensor of the shape of ``like``; a view, never a copy.
+    """Return the prediction in a model's output, as a tensor of the shape of ``like``; a view,
+    never a copy.
 
     Raises:
         TypeError: the output has no tensor where one should be, or its layout or dtype is wrong.

@@ -24,7 +24,8 @@ class ModelCard:
     """The facts about a shipped model that a sampler needs.
 
     Attributes:
-        clip_sample_range: the default range of clipping x0; None where clipping makes the samples worse.
+        clip_sample_range: the default range of clipping x0; None where clipping makes the samples
+            worse.
     """
 
     name: str
@@ -87,7 +88,8 @@ def load_shipped_model(
     """Load the model that ships with the package, in eval mode, its weights frozen.
 
     Args:
-        name: "fashion": pictures of clothes, 28 x 28, ten classes, trained on Fashion-MNIST (model card: docs/MODEL_CARD.md).
+        name: "fashion": pictures of clothes, 28 x 28, ten classes, trained on Fashion-MNIST (model
+            card: docs/MODEL_CARD.md).
 
     Raises:
         ValueError: there is no such model.

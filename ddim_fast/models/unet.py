@@ -1,7 +1,9 @@
-"""A small class-conditional U-Net for 28 x 28 grey-scale pictures: the model that ships with the package.
+"""A small class-conditional U-Net for 28 x 28 grey-scale pictures: the model that ships with the
+package.
 
-It is sized for a CPU. Pictures are folded into 2 x 2 patches first (28 x 28 x 1 becomes 14 x 14 x 4), so that no
-convolution runs at full resolution, and self-attention is used where the picture is 7 x 7.
+It is sized for a CPU. Pictures are folded into 2 x 2 patches first (28 x 28 x 1 becomes 14 x 14 x
+4), so that no convolution runs at full resolution, and self-attention is used where the picture is
+7 x 7.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding of timesteps (DDPM, arXiv 2006.11239, after Vaswani et al.): ``(B,)`` -> ``(B, dim)`` float32."""
+    """Sinusoidal embedding of timesteps (DDPM, arXiv 2006.11239, after Vaswani et al.): ``(B,)`` ->
+    ``(B, dim)`` float32."""
     half = dim // 2
     frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(max_period) / half))
     angles = t.float()[:, None] * frequencies[None, :]
@@ -66,7 +69,8 @@ class SmallUNet(nn.Module):
     """U-Net with two resolutions.
 
     Args:
-        num_classes: labels are ``0 .. num_classes - 1``; the label ``num_classes`` is the "no label" of classifier-free guidance.
+        num_classes: labels are ``0 .. num_classes - 1``; the label ``num_classes`` is the "no
+            label" of classifier-free guidance.
         width: channels at 14 x 14; ``width * multiplier`` channels at 7 x 7.
         blocks: residual blocks per resolution on the way down (one more on the way up).
     """
@@ -108,7 +112,8 @@ class SmallUNet(nn.Module):
         nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, x: Tensor, t: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
-        """Predict ``v`` for noisy pictures ``x``: ``(B, C, H, W)``, timesteps ``t`` scalar or ``(B,)``, labels ``(B,)`` or none."""
+        """Predict ``v`` for noisy pictures ``x``: ``(B, C, H, W)``, timesteps ``t`` scalar or
+        ``(B,)``, labels ``(B,)`` or none."""
         batch = x.shape[0]
         if batch == 0:  # pixel_unshuffle refuses an empty batch
             return torch.empty_like(x)

@@ -1,4 +1,5 @@
-"""The mean squared error of a model's eps, from which Analytic-DPM (arXiv 2201.06503) computes a step's noise."""
+"""The mean squared error of a model's eps, from which Analytic-DPM (arXiv 2201.06503) computes a
+step's noise."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from .runs import Runs
 
 @torch.inference_mode()
 def measure_eps_residual(runs: Runs, plan: SamplingPlan, x0: Tensor) -> tuple[float, ...]:
-    """Return E |eps - eps(x_t, t)|^2 per element at each timestep of a plan, for ``DDIMSampler(analytic_variance=...)``.
+    """Return E |eps - eps(x_t, t)|^2 per element at each timestep of a plan, for
+    ``DDIMSampler(analytic_variance=...)``.
 
     The mean is over ``x0`` with the noise of ``runs`` added.
 

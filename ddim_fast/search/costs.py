@@ -1,7 +1,7 @@
 """The cost of each possible step: how far from a converged trajectory it ends.
 
-The model is only called along the trajectories: a step is linear in x_t and the model's outputs, which are
-kept at each candidate.
+The model is only called along the trajectories: a step is linear in x_t and the model's outputs,
+which are kept at each candidate.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Reference:
     Attributes:
         timesteps: the candidates, decreasing.
         x_t: K + 1 tensors ``(B, C, ...)``: at each candidate, and at the end.
-        model_outputs, x0: K tensors each: the model's output at each candidate, and the x0 that follows from it.
+        model_outputs, x0: K tensors each: the model's output at each candidate, and the x0 that
+            follows from it.
     """
 
     timesteps: tuple[int, ...]
@@ -41,7 +42,8 @@ class Reference:
 
 
 def reference(runs: Runs, plan: SamplingPlan, candidates: Sequence[int]) -> Reference:
-    """Run a plan of order 2 with many steps, and return its states at the candidates, all of which it visits."""
+    """Run a plan of order 2 with many steps, and return its states at the candidates, all of which
+    it visits."""
     wanted, state = set(candidates), State(runs.start)
     found = Reference(tuple(candidates), [], [], [])
     for step in plan.steps:
@@ -57,14 +59,16 @@ def reference(runs: Runs, plan: SamplingPlan, candidates: Sequence[int]) -> Refe
 
 @torch.inference_mode()
 def cost_table(found: Reference, plan: SamplingPlan, progress: Callable[[int], Any] = lambda steps: None) -> np.ndarray:
-    """Return the costs of all steps between candidates, in the form that ``dynamic.best_timesteps`` takes.
+    """Return the costs of all steps between candidates, in the form that ``dynamic.best_timesteps``
+    takes.
 
-    The cost of a step from candidate i, at the converged x_t, to j is the root mean square difference of its result to
-    the converged x_s, mean over samples, divided by sqrt(alpha_bar_s): an error in x_s is an error of that size in x0
-    if eps does not change.
+    The cost of a step from candidate i, at the converged x_t, to j is the root mean square
+    difference of its result to the converged x_s, mean over samples, divided by sqrt(alpha_bar_s):
+    an error in x_s is an error of that size in x0 if eps does not change.
 
     Args:
-        plan: a plan over the candidates, which gives the order of the steps, their clipping and so on.
+        plan: a plan over the candidates, which gives the order of the steps, their clipping and so
+            on.
     """
     K = len(found.timesteps)
     if plan.order == 1:

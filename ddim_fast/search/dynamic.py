@@ -1,4 +1,5 @@
-"""The cheapest path of S steps through a table of costs, by dynamic programming (Watson et al. 2021, algorithm 1)."""
+"""The cheapest path of S steps through a table of costs, by dynamic programming (Watson et al.
+2021, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -10,19 +11,22 @@ from ..utils.checks import check_integer
 def best_timesteps(costs: np.ndarray, num_inference_steps: int) -> list[int]:
     """Return the candidates of the run of S steps with the least sum of costs.
 
-    Candidate 0 is the noisiest, where every run begins. Candidate K stands for clean data, where every run ends.
+    Candidate 0 is the noisiest, where every run begins. Candidate K stands for clean data, where
+    every run ends.
 
     Args:
-        costs: the cost of each step, not negative; infinite where a step is not possible. Order 1, ``(K, K + 1)``:
-            ``costs[i, j]`` of the step from candidate i to j > i. Order 2, ``(K + 1, K, K + 1)``: ``costs[l, i, j]`` of
-            the same step after one from l < i; l = K where it is the first step.
+        costs: the cost of each step, not negative; infinite where a step is not possible. Order 1,
+            ``(K, K + 1)``: ``costs[i, j]`` of the step from candidate i to j > i. Order 2, ``(K +
+            1, K, K + 1)``: ``costs[l, i, j]`` of the same step after one from l < i; l = K where it
+            is the first step.
         num_inference_steps: 1 <= S <= K.
 
     Returns:
         S numbers of candidates, increasing, 0 first.
 
     Raises:
-        ValueError: the table has another shape, or S is out of range, or every run has infinite costs.
+        ValueError: the table has another shape, or S is out of range, or every run has infinite
+            costs.
     """
     K = costs.shape[-2]
     if costs.shape not in ((K, K + 1), (K + 1, K, K + 1)):

@@ -18,7 +18,8 @@ class Candidate:
     """Timesteps to visit, strictly decreasing, and the model timestep of each step.
 
     Args:
-        model_timesteps: where none are given, the timesteps visited, so that candidates are equal where their runs are.
+        model_timesteps: where none are given, the timesteps visited, so that candidates are equal
+            where their runs are.
     """
 
     timesteps: tuple[int, ...]
@@ -43,13 +44,15 @@ class Candidate:
 
 @dataclass
 class Refinement:
-    """The state of a search: the best candidate so far, and the states of its run, which runs that differ later reuse.
+    """The state of a search: the best candidate so far, and the states of its run, which runs that
+    differ later reuse.
 
     Args:
         plan_of: returns the plan of a candidate.
         converged: converged samples ``(N, C, ...)`` from the same noise.
         num_train_timesteps: T.
-        budget: the number of steps that may be run: S for a whole run, S - k for one that differs from step k on.
+        budget: the number of steps that may be run: S for a whole run, S - k for one that differs
+            from step k on.
     """
 
     runs: Runs
@@ -94,7 +97,8 @@ class Refinement:
         self._while_better(self._with_model_timestep_moved, 0.125)
 
     def _while_better(self, move: Callable[[int, int, float], Candidate | None], share: float) -> None:
-        """Try large moves first, each repeated as long as it helps; then moves of half the size, down to 1."""
+        """Try large moves first, each repeated as long as it helps; then moves of half the size,
+        down to 1."""
         while self.spent < self.budget:
             before = self.spent
             better = [self._move(move, k, share) for k in range(len(self.best.timesteps))]
@@ -107,7 +111,8 @@ class Refinement:
                 return
 
     def _move(self, move: Callable[[int, int, float], Candidate | None], k: int, share: float) -> bool:
-        """Move the k-th timestep one way as long as that helps, or else the other way. Return whether it helped."""
+        """Move the k-th timestep one way as long as that helps, or else the other way. Return
+        whether it helped."""
         for towards in (-1, 1):
             helped = False
             while (moved := move(k, towards, share)) is not None and self.offer(moved):
@@ -126,7 +131,8 @@ class Refinement:
         return above - below
 
     def _with_timestep_moved(self, k: int, towards: int, share: float) -> Candidate | None:
-        """Return the best candidate with its k-th timestep moved by a share of the room between its neighbours.
+        """Return the best candidate with its k-th timestep moved by a share of the room between its
+        neighbours.
 
         None where there is no room. A model timestep of its own stays where it is.
         """
@@ -138,7 +144,8 @@ class Refinement:
         return Candidate((*t[:k], moved, *t[k + 1 :]), () if self.best.is_one_list else self.best.model_timesteps)
 
     def _with_model_timestep_moved(self, k: int, towards: int, share: float) -> Candidate | None:
-        """Return the best candidate with its k-th model timestep moved by a share of the gap around the k-th timestep.
+        """Return the best candidate with its k-th model timestep moved by a share of the gap around
+        the k-th timestep.
 
         None where that would leave the range.
         """

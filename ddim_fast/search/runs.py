@@ -22,7 +22,8 @@ Progress = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class State:
-    """The state between two steps: the samples ``(B, C, ...)``, and in a run of order 2 the x0 of the step before."""
+    """The state between two steps: the samples ``(B, C, ...)``, and in a run of order 2 the x0 of
+    the step before."""
 
     x_t: Tensor
     x0_last: Tensor | None = None

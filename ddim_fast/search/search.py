@@ -1,4 +1,5 @@
-"""Search for timesteps: dynamic programming, then refinement, then a score on noise that neither has used."""
+"""Search for timesteps: dynamic programming, then refinement, then a score on noise that neither
+has used."""
 
 from __future__ import annotations
 
@@ -26,15 +27,18 @@ from .refine import Candidate, Refinement
 from .runs import Progress, Runs
 
 CANDIDATES = {1: 100, 2: 60}
-"""The number of candidate timesteps in a table of costs, by order: a table of order 2 has one more dimension."""
+"""The number of candidate timesteps in a table of costs, by order: a table of order 2 has one more
+dimension."""
 REFERENCE_STEPS = 200
 ONE_LIST = "searched, one list"
-"""The name of the best list whose model timesteps are the timesteps visited, beside the best of all."""
+"""The name of the best list whose model timesteps are the timesteps visited, beside the best of
+all."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A candidate's distance to converged samples, on the noise of the search and on held-out noise."""
+    """A candidate's distance to converged samples, on the noise of the search and on held-out
+    noise."""
 
     name: str
     candidate: Candidate
@@ -48,8 +52,8 @@ class Found:
 
     Attributes:
         best: the list, with its provenance.
-        scores: of the candidate after each stage, and of every closed-form spacing with as many steps, sorted by their
-            distance on held-out noise.
+        scores: of the candidate after each stage, and of every closed-form spacing with as many
+            steps, sorted by their distance on held-out noise.
     """
 
     best: TimestepList
@@ -72,9 +76,10 @@ class Search:
         order: of the steps that the list is used for.
         conditioning: the rule for the conditioning of sample i.
         sampler_options: further arguments of the sampler, such as ``clip_sample``.
-        count: samples of the table of costs; ``refine_count`` of the refinement; ``held_out`` of the last score.
-        refine_runs: whole runs that refining the timesteps visited may cost; refining the model timesteps may cost as
-            many, and a second round of both half as many each.
+        count: samples of the table of costs; ``refine_count`` of the refinement; ``held_out`` of
+            the last score.
+        refine_runs: whole runs that refining the timesteps visited may cost; refining the model
+            timesteps may cost as many, and a second round of both half as many each.
         model_timesteps: search for model timesteps, too.
         seed: of the noise; held-out samples use ``seed + 1``.
     """
@@ -152,8 +157,8 @@ def search_timesteps(
 ) -> Found:
     """Find the S timesteps whose runs end nearest to converged samples from the same noise.
 
-    Dynamic programming finds the path with the least sum of costs. The better of that and the closed-form spacings is
-    refined by whole runs. All lists are then judged on held-out noise.
+    Dynamic programming finds the path with the least sum of costs. The better of that and the
+    closed-form spacings is refined by whole runs. All lists are then judged on held-out noise.
     """
     found = _by_dynamic_programming(search, progress, say)
     runs = search.runs(search.refine_count, search.seed, progress)
@@ -183,7 +188,8 @@ def search_timesteps(
 
 
 def _stages(search: Search, refinement: Refinement) -> list[tuple[str, Callable[[], None], int]]:
-    """Return the stages of the refinement: the name of the result, the function that refines, the runs it may cost."""
+    """Return the stages of the refinement: the name of the result, the function that refines, the
+    runs it may cost."""
     visited, given, most = refinement.refine, refinement.refine_model_timesteps, search.refine_runs
     if not search.model_timesteps:
         return [("searched", visited, most)]
@@ -205,7 +211,8 @@ def _converged(search: Search, runs: Runs) -> Tensor:
 
 
 def _residual(search: Search, runs: Runs, candidate: Candidate, converged: Tensor) -> tuple[float, ...]:
-    """Measure the residual of the model's eps on its own converged samples, each with the noise of the next sample."""
+    """Measure the residual of the model's eps on its own converged samples, each with the noise of
+    the next sample."""
     others = replace(runs, start=runs.start.roll(1, 0))
     return measure_eps_residual(others, search.plan_of(candidate), converged)
 

@@ -1,7 +1,7 @@
 """How many steps are enough: quality against time, measured for a model, cell by cell.
 
-    study = run_study(subject, grid((10, 20, 50)), StudyDirectory(path, settings_of(subject)), "my model")
-    print(study.recommendation())
+    study = run_study(subject, grid((10, 20, 50)), StudyDirectory(path, settings_of(subject)), "my
+    model") print(study.recommendation())
 
 On the command line: ``ddim-fast tradeoff``.
 """

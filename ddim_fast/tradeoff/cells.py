@@ -22,12 +22,12 @@ class Cell:
     Args:
         num_inference_steps: S.
         timestep_spacing: a key of ``timesteps.SPACINGS``; with ``timesteps``, a name for them.
-        timesteps, model_timesteps: an explicit list, such as a searched one, and the timesteps given to the model where
-            they differ.
+        timesteps, model_timesteps: an explicit list, such as a searched one, and the timesteps
+            given to the model where they differ.
         eta, eta_scales, sigma_hat, order: see ``DDIMSampler``.
         count: samples of this cell, where not as many as the others have.
-        analytic_variance: the mean squared error of eps at each timestep: the cell adds noise of the analytic variance
-            that follows, instead of eta's.
+        analytic_variance: the mean squared error of eps at each timestep: the cell adds noise of
+            the analytic variance that follows, instead of eta's.
     """
 
     num_inference_steps: int
@@ -103,7 +103,8 @@ def grid(
         sigma_hat: also cells with the paper's larger DDPM noise.
         orders: orders above 1 get deterministic cells only.
         searched: named lists of timesteps, each with every eta and order.
-        analytic_variance: also cells of these lists with an analytic variance, where noise is added.
+        analytic_variance: also cells of these lists with an analytic variance, where noise is
+            added.
         count_at: samples of the cells with that many steps, where not as many as the others have.
 
     Raises:
@@ -140,6 +141,7 @@ def _residual(name: str, found: TimestepList) -> tuple[float, ...]:
 
 
 def paper_table(count_at_1000: int | None = None, spacing: str = "quad") -> list[Cell]:
-    """Return the cells of table 1 of the DDIM paper. The paper's CIFAR-10 half, which they are compared with, is quadratic."""
+    """Return the cells of table 1 of the DDIM paper. The paper's CIFAR-10 half, which they are
+    compared with, is quadratic."""
     count_at = None if count_at_1000 is None else {1000: count_at_1000}
     return grid(PAPER_STEPS, (spacing,), PAPER_ETAS, sigma_hat=True, count_at=count_at)

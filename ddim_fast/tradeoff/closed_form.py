@@ -1,4 +1,5 @@
-"""A data distribution whose optimal model, and the distance of samples to it, are known in closed form."""
+"""A data distribution whose optimal model, and the distance of samples to it, are known in closed
+form."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ from ..plans.schedules import NoiseSchedule
 class ClosedForm(nn.Module):
     """A mixture of Gaussians on the line, as a model that predicts eps without error.
 
-    Samples are ``(B, 1)``, B of them independent. x_t is a mixture, too, with means sqrt(alpha_bar_t) mean_k and variances alpha_bar_t
-    variance_k + 1 - alpha_bar_t; so E[x0 | x_t] is a weighted sum of the components', and eps follows from it (equation 9 of the DDIM
-    paper).
+    Samples are ``(B, 1)``, B of them independent. x_t is a mixture, too, with means
+    sqrt(alpha_bar_t) mean_k and variances alpha_bar_t variance_k + 1 - alpha_bar_t; so E[x0 | x_t]
+    is a weighted sum of the components', and eps follows from it (equation 9 of the DDIM paper).
 
     Args:
         weights, means, std_devs: of the components.
@@ -55,7 +56,8 @@ class ClosedForm(nn.Module):
         return ((x_t - signal * x0) / (1 - alpha_bar).sqrt()).to(x.dtype)
 
     def quantile(self, p: Tensor) -> Tensor:
-        """The data's quantile function of ``p`` ``(N,)`` in (0, 1), float64, by bisection to the last bit or so."""
+        """The data's quantile function of ``p`` ``(N,)`` in (0, 1), float64, by bisection to the
+        last bit or so."""
         reach = 40 * self.std_devs.max().item()
         low = torch.full_like(p, self.means.min().item() - reach)
         high = torch.full_like(p, self.means.max().item() + reach)
@@ -71,9 +73,11 @@ class ClosedForm(nn.Module):
         return (self.weights * torch.erfc(-z) / 2).sum(1)
 
     def wasserstein(self, samples: Tensor) -> float:
-        """Exact 2-Wasserstein distance of samples ``(N, 1)`` to the data: on the line, the i-th smallest goes to the i-th slice of 1 / N.
+        """Exact 2-Wasserstein distance of samples ``(N, 1)`` to the data: on the line, the i-th
+        smallest goes to the i-th slice of 1 / N.
 
-        N independent samples of the data itself are about 1 / sqrt(N) away; N of its quantiles much less.
+        N independent samples of the data itself are about 1 / sqrt(N) away; N of its quantiles much
+        less.
         """
         ordered = samples.double().flatten().sort().values
         count = len(ordered)
@@ -82,7 +86,8 @@ class ClosedForm(nn.Module):
         return (ordered.square() / count - 2 * ordered * first + second).sum().clamp(min=0).sqrt().item()
 
     def _moments(self, edges: Tensor) -> tuple[Tensor, Tensor]:
-        """Integrals of x and x^2 times the density between neighbouring edges, the first and last slices unbounded: ``(N,)`` each."""
+        """Integrals of x and x^2 times the density between neighbouring edges, the first and last
+        slices unbounded: ``(N,)`` each."""
         z = (edges[:, None] - self.means) / self.std_devs
         density = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
 
@@ -98,6 +103,7 @@ class ClosedForm(nn.Module):
 
     @staticmethod
     def noise(count: int) -> Tensor:
-        """x_T as quantiles of a standard normal, ``(count, 1)`` float32: what is left of the distance is the sampler's own."""
+        """x_T as quantiles of a standard normal, ``(count, 1)`` float32: what is left of the
+        distance is the sampler's own."""
         p = (torch.arange(count, dtype=torch.float64) + 0.5) / count
         return torch.special.ndtri(p)[:, None].float()

@@ -1,4 +1,5 @@
-"""How plots show a study, the same on the page and in PNG files: colours, shapes, what is filled, and which axes are logarithmic."""
+"""How plots show a study, the same on the page and in PNG files: colours, shapes, what is filled,
+and which axes are logarithmic."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from .cells import Cell
 from .results import CellResult, Measure, Study, eta_text
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#f0e442")
-"""Okabe and Ito's palette (2008), which colour-blind people can distinguish; grey instead of black, for dark pages."""
+"""Okabe and Ito's palette (2008), which colour-blind people can distinguish; grey instead of black,
+for dark pages."""
 _GREY = 6
 SHAPES = ("circle", "square", "triangle", "diamond", "down", "pentagon", "cross", "star")
 LOG_FROM = 8
@@ -42,8 +44,8 @@ class LegendEntry:
 class Marks:
     """The marks of a study's cells: colour is the spacing, shape the eta, and order 1 is filled.
 
-    With a single spacing, colour is the eta, too; with a single eta as well, the order. Beyond eight values, colours
-    and shapes repeat.
+    With a single spacing, colour is the eta, too; with a single eta as well, the order. Beyond
+    eight values, colours and shapes repeat.
     """
 
     def __init__(self, study: Study):
@@ -57,7 +59,8 @@ class Marks:
         return Mark(at[self._coloured_by] % len(COLOURS), at["eta"] % len(SHAPES), cell.order == 1)
 
     def legend(self) -> dict[str, list[LegendEntry]]:
-        """By "spacing", "eta" and "order": those in which cells differ. What does not is shown as it is in a plain mark."""
+        """By "spacing", "eta" and "order": those in which cells differ. What does not is shown as
+        it is in a plain mark."""
         return {
             name: [LegendEntry(value, self._plain(name, i, value)) for i, value in enumerate(values)]
             for name, values in self._values.items()

@@ -27,14 +27,16 @@ from .quality import Judge, mean
 from .results import CellResult, Measure
 
 CONVERGED = Cell(200, "log_snr", order=2)
-"""The cell that stands for the exact solution: of order 2, its error falls with the square of the number of steps."""
+"""The cell that stands for the exact solution: of order 2, its error falls with the square of the
+number of steps."""
 Progress = Callable[[int], Any]
 """Called as ``progress(calls)`` with the number of further model calls, counted by sample."""
 
 
 @dataclass
 class Subject:
-    """A model and everything that all cells have in common: they differ only in what ``Cell`` contains.
+    """A model and everything that all cells have in common: they differ only in what ``Cell``
+    contains.
 
     Args:
         shape: of one sample, ``(C, ...)``.
@@ -114,7 +116,8 @@ def draw(subject: Subject, cell: Cell, count: int | None = None, progress: Progr
 
 @contextmanager
 def _counted(model: Model, calls: int, progress: Progress) -> Iterator[None]:
-    """Call ``progress`` after each model call, or at the end where calls are invisible (in a CUDA graph, a plain function)."""
+    """Call ``progress`` after each model call, or at the end where calls are invisible (in a CUDA
+    graph, a plain function)."""
     seen = 0
 
     def after(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
@@ -138,7 +141,8 @@ def measure(
     """Draw a cell and judge it.
 
     Args:
-        converged: the converged samples from the same noise, ``(M, C, ...)``; the first min(N, M) are compared. None: no distance.
+        converged: the converged samples from the same noise, ``(M, C, ...)``; the first min(N, M)
+            are compared. None: no distance.
 
     Returns:
         The result, and the samples ``(N, C, ...)``.
@@ -170,7 +174,8 @@ def measure(
 
 
 def reconstruction(subject: Subject, cell: Cell, samples: Tensor) -> Measure:
-    """Mean squared error, in [0, 1], of samples encoded to noise and decoded again (section 5.4 of the DDIM paper)."""
+    """Mean squared error, in [0, 1], of samples encoded to noise and decoded again (section 5.4 of
+    the DDIM paper)."""
     x0 = samples.to(subject.device)
     rows = {} if subject.conditioning is None else subject.conditioning.rows(0, len(x0))
     again = subject.sampler(cell).reconstruct(

@@ -1,4 +1,5 @@
-"""A study beside table 1 of the DDIM paper: its numbers, ours in the same layout, and what of their shape agrees, computed."""
+"""A study beside table 1 of the DDIM paper: its numbers, ours in the same layout, and what of their
+shape agrees, computed."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ class PaperTable:
         return None if result is None else result.quality[self.metric.name]
 
     def statements(self) -> list[Statement]:
-        """What of the shape agrees, as far as both have numbers for it; every word follows from them."""
+        """What of the shape agrees, as far as both have numbers for it; every word follows from
+        them."""
         return [*self._order_of_rows(), *self._gain_by_steps(), *self._sigma_hat()]
 
     # Each says nothing where a gap leaves nothing to compare.
@@ -128,12 +130,14 @@ def row_text(row: Row) -> str:
 
 
 def is_paper_table(study: Study) -> bool:
-    """Whether a study has cells in every row of the paper's table, all of one spacing. Cells may be missing."""
+    """Whether a study has cells in every row of the paper's table, all of one spacing. Cells may be
+    missing."""
     return paper_table_of(study) is not None
 
 
 def paper_table_of(study: Study) -> PaperTable | None:
-    """Our numbers in the paper's layout, by the first metric and in the spacing, of several the paper's, that fill most of it."""
+    """Our numbers in the paper's layout, by the first metric and in the spacing, of several the
+    paper's, that fill most of it."""
     found = []
     for metric in study.metrics:
         results = [r for r in study.with_metric(metric.name) if _place(r.cell) is not None]

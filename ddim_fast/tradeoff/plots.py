@@ -1,4 +1,5 @@
-"""Plots of a study as PNG files, by matplotlib: quality against time, and against the number of steps."""
+"""Plots of a study as PNG files, by matplotlib: quality against time, and against the number of
+steps."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ _INCHES, _DPI = (8.0, 5.0), 160
 
 
 def quality_against_time(study: Study, metric: str) -> bytes:
-    """A PNG file: a metric's value against a sample's time, with error bars, and the front as a line.
+    """A PNG file: a metric's value against a sample's time, with error bars, and the front as a
+    line.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -30,7 +32,8 @@ def quality_against_time(study: Study, metric: str) -> bytes:
 
 
 def quality_against_steps(study: Study, metric: str) -> bytes:
-    """A PNG file: a metric's value against the number of steps, with error bars, and a line for each way to sample."""
+    """A PNG file: a metric's value against the number of steps, with error bars, and a line for
+    each way to sample."""
     return _plot(study, metric, "steps", lambda result: result.cell.num_inference_steps, _ways)
 
 

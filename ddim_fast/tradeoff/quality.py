@@ -22,7 +22,8 @@ from .results import Measure
 BOOTSTRAPS = 40
 """Resamples behind the standard error of a Frechet distance: the error of that error is 11 %."""
 ENOUGH = 5
-"""Samples that a Frechet distance needs for each feature: with fewer, a covariance is so poorly estimated that the distance says little."""
+"""Samples that a Frechet distance needs for each feature: with fewer, a covariance is so poorly
+estimated that the distance says little."""
 NEIGHBOURS = 3
 """k of precision and recall (arXiv 1904.06991, section 3)."""
 _BATCH_SIZE = 500
@@ -49,7 +50,8 @@ class Judge:
     clamp: bool = True
 
     def measures(self, samples: Tensor, labels: Tensor | None) -> dict[str, Measure]:
-        """Return every measure that applies to these samples ``(N, C, ...)``, drawn for these labels ``(N,)``, if any."""
+        """Return every measure that applies to these samples ``(N, C, ...)``, drawn for these
+        labels ``(N,)``, if any."""
         samples = samples.clamp(-1, 1) if self.clamp else samples
         features = in_batches(self.features, samples).double()
         found: dict[str, Measure] = {}
@@ -85,7 +87,8 @@ def in_batches(function: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
 
 
 def frechet_measure(features: Tensor, real: FeatureStatistics) -> Measure:
-    """Frechet distance of features ``(N, D)`` to real data, its standard error by the bootstrap (Efron 1979)."""
+    """Frechet distance of features ``(N, D)`` to real data, its standard error by the bootstrap
+    (Efron 1979)."""
     distance = frechet_distance(feature_statistics(features), real)
     draws = torch.Generator().manual_seed(0)
     again = [
@@ -111,7 +114,8 @@ def mean(values: Tensor) -> Measure:
 
 
 def precision_and_recall(samples: Tensor, real: Tensor, k: int = NEIGHBOURS) -> tuple[Measure, Measure]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991, equation 2) of features ``(N, D)`` and ``(M, D)``."""
+    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991, equation 2) of
+    features ``(N, D)`` and ``(M, D)``."""
     between = torch.cdist(samples, real)
     within_real = between <= _radii(real, k)[None, :]
     within_samples = between <= _radii(samples, k)[:, None]

@@ -1,4 +1,5 @@
-"""A study as files that people look at: a page of HTML that needs nothing else, plots, and tables for other programs."""
+"""A study as files that people look at: a page of HTML that needs nothing else, plots, and tables
+for other programs."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def check_libraries() -> None:
 
 
 def write_report(study: Study, directory: Path) -> list[Path]:
-    """Write ``report.html``, ``study.json``, ``cells.csv``, and PNG plots of each metric, each completely or not at all.
+    """Write ``report.html``, ``study.json``, ``cells.csv``, and PNG plots of each metric, each
+    completely or not at all.
 
     Args:
         directory: of the study, whose pictures are read.
@@ -72,7 +74,8 @@ def write_report(study: Study, directory: Path) -> list[Path]:
 
 
 def csv_text(study: Study) -> str:
-    """A row for each cell. For each metric its value, its error, and whether the cell is on its front; what is not known is empty."""
+    """A row for each cell. For each metric its value, its error, and whether the cell is on its
+    front; what is not known is empty."""
     fronts = {metric.name: study.pareto_front(metric.name) for metric in study.metrics}
     columns = _csv_row(CellResult(Cell(1), 0, {}, 0.0, 0.0, 0), fronts)  # of any cell, as there may be none
     file = io.StringIO()
@@ -336,7 +339,8 @@ class _Strip:
 
 
 def _strips(study: Study, rows: list[_Row], pictures: list[bytes | None]) -> list[_Strip]:
-    """One for each way to sample that has pictures of several step counts; that of the recommended cell is open."""
+    """One for each way to sample that has pictures of several step counts; that of the recommended
+    cell is open."""
     recommendation = study.recommendation()
     ways: dict[tuple[str, ...], list[tuple[_Row, bytes]]] = {}
     for row, picture in zip(rows, pictures, strict=True):
@@ -354,7 +358,8 @@ def _strips(study: Study, rows: list[_Row], pictures: list[bytes | None]) -> lis
 
 
 def _first_row(png: bytes, count: int) -> str:
-    """The first row of a cell's grid; margins make its share of the height no less than that of its pictures."""
+    """The first row of a cell's grid; margins make its share of the height no less than that of its
+    pictures."""
     rows = math.ceil(min(count, PICTURES) / _IN_A_ROW)
     image = Image.open(io.BytesIO(png))
     file = io.BytesIO()

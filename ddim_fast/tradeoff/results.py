@@ -1,4 +1,5 @@
-"""What a study found, as data: one result for each cell, what it was found with, and what follows for the user."""
+"""What a study found, as data: one result for each cell, what it was found with, and what follows
+for the user."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class Metric:
 
     Args:
         better: "lower" or "higher".
-        enough: a value from which on better ones are not worth any time; None where there is no such value.
+        enough: a value from which on better ones are not worth any time; None where there is no
+            such value.
     """
 
     name: str
@@ -98,7 +100,8 @@ METRICS = {
         ),
     )
 }
-"""Quality numbers by name, those that decide first: the first that a study has is what it recommends by."""
+"""Quality numbers by name, those that decide first: the first that a study has is what it
+recommends by."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +111,13 @@ class CellResult:
     Args:
         count: samples.
         quality: by names of ``METRICS``; those that apply.
-        model_ms, update_ms: milliseconds a sample takes in the model and in the update, in the fastest batch.
+        model_ms, update_ms: milliseconds a sample takes in the model and in the update, in the
+            fastest batch.
         calls: model calls a sample takes, guidance counted.
-        peak_megabytes: the most memory in use while sampling, minus what was in use before; NaN where it is unknown.
-        pictures: the first samples as a grid, a PNG file beside the study, or none where samples are no pictures.
+        peak_megabytes: the most memory in use while sampling, minus what was in use before; NaN
+            where it is unknown.
+        pictures: the first samples as a grid, a PNG file beside the study, or none where samples
+            are no pictures.
     """
 
     cell: Cell
@@ -159,7 +165,8 @@ class Study:
         return [metric for name, metric in METRICS.items() if self.with_metric(name)]
 
     def with_metric(self, name: str) -> list[CellResult]:
-        """Results that can be compared by a metric: one that is not finite, as of samples that diverged, cannot."""
+        """Results that can be compared by a metric: one that is not finite, as of samples that
+        diverged, cannot."""
         return [r for r in self.results if name in r.quality and math.isfinite(r.quality[name].value)]
 
     def best(self, name: str) -> CellResult | None:
@@ -174,7 +181,8 @@ class Study:
         )
 
     def pareto_front(self, name: str) -> list[CellResult]:
-        """Cells than which none is both faster and better, fastest first. Of cells equal in both, the first."""
+        """Cells than which none is both faster and better, fastest first. Of cells equal in both,
+        the first."""
         front: list[CellResult] = []
         for result in sorted(self.with_metric(name), key=lambda r: (r.milliseconds, _cost(r, name))):
             if not front or _cost(result, name) < _cost(front[-1], name):
@@ -182,8 +190,8 @@ class Study:
         return front
 
     def recommendation(self, name: str | None = None, within: float = 0.05) -> Recommendation | None:
-        """The fastest cell whose quality is within a share of the best one's, or whose error bar overlaps the best one's, or that is good
-        enough (``Metric.enough``).
+        """The fastest cell whose quality is within a share of the best one's, or whose error bar
+        overlaps the best one's, or that is good enough (``Metric.enough``).
 
         Args:
             name: a key of ``METRICS``; the first that this study has if none.
@@ -234,10 +242,12 @@ class Study:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A recommendation, as data: ``chosen`` is as good as ``best`` up to a small share, and no slower.
+    """A recommendation, as data: ``chosen`` is as good as ``best`` up to a small share, and no
+    slower.
 
     Args:
-        within: the share that was asked for; where chance may explain more, ``chosen`` may be further off.
+        within: the share that was asked for; where chance may explain more, ``chosen`` may be
+            further off.
         among: how many cells were compared.
     """
 
@@ -249,7 +259,8 @@ class Recommendation:
 
     @property
     def times_less(self) -> float:
-        """How many times less time the chosen cell takes than the best; NaN where no time was measured."""
+        """How many times less time the chosen cell takes than the best; NaN where no time was
+        measured."""
         return self.best.milliseconds / self.chosen.milliseconds if self.chosen.milliseconds else math.nan
 
     @property
@@ -286,7 +297,8 @@ def describe(cell: Cell, beside: Cell | None = None) -> str:
     """A cell in words: "20 steps with log_snr spacing, eta 0.5 and order=2".
 
     Args:
-        beside: a cell that was just described: what both have in common is not repeated, except the steps.
+        beside: a cell that was just described: what both have in common is not repeated, except the
+            steps.
     """
     known = ("eta 0", "order=1") if beside is None else way_of(beside)
     parts = [part for part in way_of(cell) if part not in known]
@@ -302,7 +314,8 @@ def way_of(cell: Cell) -> tuple[str, ...]:
 
 
 def eta_text(cell: Cell) -> str:
-    """The noise that a cell adds: "0.5", "0.5 of the variance", "1, analytic variance", or "sigma-hat"."""
+    """The noise that a cell adds: "0.5", "0.5 of the variance", "1, analytic variance", or
+    "sigma-hat"."""
     if cell.sigma_hat:
         return "sigma-hat"
     scaled = "" if cell.eta_scales == "std_dev" or cell.eta in (0, 1) else " of the variance"
@@ -311,7 +324,8 @@ def eta_text(cell: Cell) -> str:
 
 
 def overlap(a: Measure, b: Measure) -> bool:
-    """Whether two error bars, of one standard error each way, meet. One that is not known has no length."""
+    """Whether two error bars, of one standard error each way, meet. One that is not known has no
+    length."""
     errors = [m.error if math.isfinite(m.error) else 0.0 for m in (a, b)]
     return abs(a.value - b.value) <= sum(errors)
 

@@ -1,4 +1,5 @@
-"""A study on disk: each cell is written as soon as it is measured, so that an interrupted run can be resumed."""
+"""A study on disk: each cell is written as soon as it is measured, so that an interrupted run can
+be resumed."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def settings_of(subject: Subject, model_id: str | None = None) -> dict[str, Any]
 
 
 class StudyDirectory:
-    """The directory of a study: ``settings.json``, ``cells/KEY.json`` and ``KEY.png``, ``converged.safetensors``.
+    """The directory of a study: ``settings.json``, ``cells/KEY.json`` and ``KEY.png``,
+    ``converged.safetensors``.
 
     Raises:
         ValueError: there is a study with other settings; the message has the differences.
@@ -85,7 +87,8 @@ class StudyDirectory:
         return self.path / "cells" / f"{cell.key}.png"
 
     def converged(self, make: Callable[[], Tensor]) -> Tensor:
-        """Return the converged samples on the disk, or those that ``make`` returns, which are then written."""
+        """Return the converged samples on the disk, or those that ``make`` returns, which are then
+        written."""
         path = self.path / "converged.safetensors"
         if path.exists():
             return load(path.read_bytes())["samples"]
@@ -109,7 +112,8 @@ def run_study(
     """Measure every cell that the directory does not have yet.
 
     Args:
-        converged_cell: draws the converged samples that distances are measured to. None: no distances.
+        converged_cell: draws the converged samples that distances are measured to. None: no
+            distances.
         converged_count: how many of them. None: as many as a cell has samples.
         done: called with each result, also with those from an earlier run.
     """

@@ -1,4 +1,5 @@
-"""A plot as numbers for an SVG: where the page's template draws its axes, points, error bars and front."""
+"""A plot as numbers for an SVG: where the page's template draws its axes, points, error bars and
+front."""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ def axis(values: Sequence[float], start: float, end: float, margin: float = 0.07
 
 @dataclass(frozen=True)
 class Dot:
-    """A point where it is drawn: the error bar from ``top`` to ``bottom``, or none; ``label`` at the front only."""
+    """A point where it is drawn: the error bar from ``top`` to ``bottom``, or none; ``label`` at
+    the front only."""
 
     point: Point
     x: float
@@ -104,7 +106,8 @@ def plot(points: Sequence[Point], front: Sequence[CellResult], width: int, heigh
 
     Args:
         front: along which the line goes.
-        labels_below: where steps are written: on the side of the front on which there are no points.
+        labels_below: where steps are written: on the side of the front on which there are no
+            points.
     """
     left, right, top, bottom = 58.0, width - 14.0, 24.0, height - 46.0
     horizontal = axis([p.x for p in points], left, right)

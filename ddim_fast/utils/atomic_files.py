@@ -11,7 +11,8 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def atomic_file(path: Path, temporary: Path) -> Iterator[BinaryIO]:
-    """Open a new file that gets its name at the end of the ``with`` block. If the block raises, an old file stays.
+    """Open a new file that gets its name at the end of the ``with`` block. If the block raises, an
+    old file stays.
 
     Args:
         temporary: the name until then, in the same file system; no such file may exist.

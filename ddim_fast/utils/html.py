@@ -24,9 +24,11 @@ def capital(text: str) -> str:
 
 
 def render_page(package: str, extra: str, filters: Mapping[str, Callable[..., Any]], **values: Any) -> str:
-    """Render a package's ``report.html.jinja`` with ``report.css`` as ``style`` and ``report.js`` as ``script``.
+    """Render a package's ``report.html.jinja`` with ``report.css`` as ``style`` and ``report.js``
+    as ``script``.
 
-    The template also gets ``allowed`` for its content security policy: only these two, and pictures within the page.
+    The template also gets ``allowed`` for its content security policy: only these two, and pictures
+    within the page.
 
     Args:
         extra: the extra of ddim_fast that installs jinja2.

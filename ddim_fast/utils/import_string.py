@@ -13,9 +13,10 @@ from typing import Any
 def import_string(name: str, what: str) -> Any:
     """Import an attribute of a module in the current folder, or of one that is installed.
 
-    The current folder comes first on ``sys.path`` during the import, as for a script, and last afterwards: the module
-    can still import its neighbours inside functions, and no installed package is shadowed. This is the one thing that
-    stays changed, in a process that a command line started; after a failed import nothing is.
+    The current folder comes first on ``sys.path`` during the import, as for a script, and last
+    afterwards: the module can still import its neighbours inside functions, and no installed
+    package is shadowed. This is the one thing that stays changed, in a process that a command line
+    started; after a failed import nothing is.
 
     Args:
         name: ``module:attribute``, with dots in either.
@@ -42,7 +43,8 @@ def import_string(name: str, what: str) -> Any:
 
 @contextmanager
 def _current_folder_on_path() -> Iterator[None]:
-    """Put the current folder first on ``sys.path``, and last after success; leave it alone where it is on it already."""
+    """Put the current folder first on ``sys.path``, and last after success; leave it alone where it
+    is on it already."""
     here = str(Path.cwd())
     if here in sys.path:
         yield

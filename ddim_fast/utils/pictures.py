@@ -15,7 +15,8 @@ _BACKGROUND, _INK = (255, 255, 255), (40, 40, 40)
 
 
 def to_uint8(samples: Tensor) -> np.ndarray:
-    """Convert samples ``(B, C, H, W)`` in [-1, 1] (others are clamped), C 1 or 3, to ``(B, H, W, C)`` uint8.
+    """Convert samples ``(B, C, H, W)`` in [-1, 1] (others are clamped), C 1 or 3, to ``(B, H, W,
+    C)`` uint8.
 
     Raises:
         ValueError: the samples have another shape.

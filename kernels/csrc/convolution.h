@@ -1,12 +1,14 @@
-// What a convolution needs, as plain C. It is no part of a step, but a sampler spends most of its time in its model's convolutions.
+// What a convolution needs, as plain C. It is no part of a step, but a sampler spends most of its
+// time in its model's convolutions.
 #pragma once
 #include <cstdint>
 
 namespace ddim {
 
-// A 3 x 3 convolution, stride 1, zero padding 1, of channels-last float32: (batch, height, width, channels), contiguous. Channels are
-// multiples of kChannelGrain. Computed in tiles of kTileSide x kTileSide pixels of the output by Winograd's minimal filtering F(4 x 4, 3 x 3)
-// (Lavin and Gray, arXiv 1509.09308): kPoints products for a tile instead of nine for each of its pixels.
+// A 3 x 3 convolution, stride 1, zero padding 1, of channels-last float32: (batch, height, width,
+// channels), contiguous. Channels are multiples of kChannelGrain. Computed in tiles of kTileSide x
+// kTileSide pixels of the output by Winograd's minimal filtering F(4 x 4, 3 x 3) (Lavin and Gray,
+// arXiv 1509.09308): kPoints products for a tile instead of nine for each of its pixels.
 constexpr int kTileSide = 4, kPatch = kTileSide + 2, kPoints = kPatch * kPatch;
 constexpr int64_t kChannelGrain = 16;
 
@@ -18,10 +20,12 @@ struct Convolution {
   int64_t batch, height, width, in_channels, out_channels;
 };
 
-// Tiles are computed in blocks whose transformed input and products stay in a core's second-level cache.
+// Tiles are computed in blocks whose transformed input and products stay in a core's second-level
+// cache.
 constexpr int64_t kBlockBytes = 640 << 10, kRowGrain = 4;
 
-// Each instruction set compiles these for itself: none may be shared with a processor that has fewer instructions.
+// Each instruction set compiles these for itself: none may be shared with a processor that has
+// fewer instructions.
 namespace {
 
 [[maybe_unused]] inline int64_t tile_rows(const Convolution& c) { return (c.height + kTileSide - 1) / kTileSide; }

@@ -1,5 +1,6 @@
-// A block of a convolution by Winograd's minimal filtering: transform patches of the input, a matrix product for each of the 36 points,
-// transform the products back. Every output is the same sum in the same order for any block, thread or instruction set.
+// A block of a convolution by Winograd's minimal filtering: transform patches of the input, a
+// matrix product for each of the 36 points, transform the products back. Every output is the same
+// sum in the same order for any block, thread or instruction set.
 
 // One line of the input's transform, B^T d: points 0, 1, -1, 2, -2 and infinity.
 DDIM_INLINE void to_points(const F (&d)[kPatch], F (&v)[kPatch]) {
@@ -65,7 +66,8 @@ inline void transform_patch(const Convolution& c, Place at, const float* zeros, 
   }
 }
 
-// A tile's products at m + point * stride, transformed back, with the bias added, to those of its pixels that lie in the image.
+// A tile's products at m + point * stride, transformed back, with the bias added, to those of its
+// pixels that lie in the image.
 inline void transform_products(const Convolution& c, Place at, const float* m, int64_t stride) {
   const int rows = static_cast<int>(std::min<int64_t>(kTileSide, c.height - at.y)), columns = static_cast<int>(std::min<int64_t>(kTileSide, c.width - at.x));
   float* output = c.output + ((at.image * c.height + at.y) * c.width + at.x) * c.out_channels;

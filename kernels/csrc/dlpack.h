@@ -1,6 +1,6 @@
-// The part of the DLPack 1.3 standard that reads a tensor object without copying, locking or keeping it, and makes one from memory: its
-// C exchange interface, which array libraries publish as the capsule `__dlpack_c_exchange_api__` on their tensor type. Layouts as the
-// standard gives them.
+// The part of the DLPack 1.3 standard that reads a tensor object without copying, locking or
+// keeping it, and makes one from memory: its C exchange interface, which array libraries publish as
+// the capsule `__dlpack_c_exchange_api__` on their tensor type. Layouts as the standard gives them.
 #pragma once
 #include <cstdint>
 

@@ -1,9 +1,11 @@
-// Inpainting: the step, then the known image is blended in. Both work tile by tile in the first-level cache, so memory is still passed
-// over once. Every tensor's tile is widened to float32 first: one loop serves all types, and the result is rounded once.
+// Inpainting: the step, then the known image is blended in. Both work tile by tile in the
+// first-level cache, so memory is still passed over once. Every tensor's tile is widened to float32
+// first: one loop serves all types, and the result is rounded once.
 
 constexpr int64_t kInpaintTile = 512;
 
-// bfloat16 is stored in pairs of vectors where Isa deinterleaves it, any other type a vector at a time.
+// bfloat16 is stored in pairs of vectors where Isa deinterleaves it, any other type a vector at a
+// time.
 template <typename T>
 DDIM_INLINE void store_two_vectors(T* out, const float* in) {
   constexpr int w = Isa::kLanes;
@@ -60,7 +62,8 @@ void narrow(const float* in, const Tensor& tensor, Range tile) {
   }
 }
 
-// x_prev = mask * known + (1 - mask) * x_prev, where known is the clean image at the noise level of x_prev: equation 4 of the DDIM paper.
+// x_prev = mask * known + (1 - mask) * x_prev, where known is the clean image at the noise level of
+// x_prev: equation 4 of the DDIM paper.
 void blend(const Coefficients& c, const float* mask, const float* known_x0, const float* z, float* x_prev) {
   const F signal = Isa::set(c.known_x0), spread = Isa::set(c.known_noise), one = Isa::set(1.0f);
   for (int64_t i = 0; i < kInpaintTile; i += Isa::kLanes) {

@@ -17,7 +17,8 @@ namespace {
 using F = __m256;
 using I = __m256i;
 
-// One vector after the other; or deinterleaved: the elements with even numbers, and those with odd ones.
+// One vector after the other; or deinterleaved: the elements with even numbers, and those with odd
+// ones.
 struct Pair {
   F a, b;
 };
@@ -42,7 +43,8 @@ struct Isa {
   static DDIM_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
   static DDIM_INLINE F load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static DDIM_INLINE F load(const BFloat16* p) {
-    // Each half of the vector moves four of the eight numbers into the upper halves of its elements; -1 puts zero in the lower ones.
+    // Each half of the vector moves four of the eight numbers into the upper halves of its
+    // elements; -1 puts zero in the lower ones.
     const I both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     const I places = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13,
                                       -1, -1, 14, 15);
@@ -53,8 +55,9 @@ struct Isa {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
   }
 
-  // bfloat16 is deinterleaved into two vectors. An even and an odd element fill 32 bits of memory together, the odd one in the upper
-  // half, where it already has its float32 value. Nothing has to cross the lanes of the vector, on loading or storing.
+  // bfloat16 is deinterleaved into two vectors. An even and an odd element fill 32 bits of memory
+  // together, the odd one in the upper half, where it already has its float32 value. Nothing has to
+  // cross the lanes of the vector, on loading or storing.
   static constexpr bool kDeinterleavesBFloat16 = true;
 
   static DDIM_INLINE Pair load_deinterleaved(const BFloat16* p) {
@@ -66,8 +69,9 @@ struct Isa {
     const F high = _mm256_blend_ps(_mm256_castps128_ps256(_mm256_extractf128_ps(pair.a, 1)), pair.b, 0xf0);
     return {_mm256_shuffle_ps(low, high, 0x88), _mm256_shuffle_ps(low, high, 0xdd)};
   }
-  // Rounds to nearest even, sixteen numbers at a time: half a unit is added, which leaves zero in the lower half where the number was in
-  // the middle between two, and there the last bit is cleared. A NaN stays one: its lower half is zero (see Row), so that nothing carries.
+  // Rounds to nearest even, sixteen numbers at a time: half a unit is added, which leaves zero in
+  // the lower half where the number was in the middle between two, and there the last bit is
+  // cleared. A NaN stays one: its lower half is zero (see Row), so that nothing carries.
   static DDIM_INLINE void store_deinterleaved(BFloat16* p, Pair pair) {
     const I half = set32(0x8000);
     const I even = _mm256_add_epi32(bits(pair.a), half), odd = _mm256_add_epi32(bits(pair.b), half);
@@ -97,7 +101,8 @@ struct Isa {
   static DDIM_INLINE I sub32(I a, I b) { return _mm256_sub_epi32(a, b); }
   static DDIM_INLINE I add64(I a, I b) { return _mm256_add_epi64(a, b); }
   static DDIM_INLINE I mul32(I a, I b) { return _mm256_mul_epu32(a, b); }
-  // Shuffles rather than 64-bit shifts: the other half may hold anything, and shuffles run on more ports.
+  // Shuffles rather than 64-bit shifts: the other half may hold anything, and shuffles run on more
+  // ports.
   static DDIM_INLINE I high_to_low(I a) { return _mm256_shuffle_epi32(a, 0xf5); }
   static DDIM_INLINE I low_to_high(I a) { return _mm256_shuffle_epi32(a, 0xa0); }
   static DDIM_INLINE I low_and_high(I low, I high) { return _mm256_blend_epi32(low, high, 0xaa); }

@@ -1,4 +1,5 @@
-// AVX-512 Foundation: x86-64 servers since Skylake-SP (2017) and Zen 4 (2022). Only instructions of AVX512F are used.
+// AVX-512 Foundation: x86-64 servers since Skylake-SP (2017) and Zen 4 (2022). Only instructions of
+// AVX512F are used.
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 warns of its own _mm512_undefined_ps() (bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"

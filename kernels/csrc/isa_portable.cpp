@@ -1,4 +1,5 @@
-// Plain C++, for any processor: vectors are arrays of four, which the compiler vectorizes if it can. It gives the same bits.
+// Plain C++, for any processor: vectors are arrays of four, which the compiler vectorizes if it
+// can. It gives the same bits.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

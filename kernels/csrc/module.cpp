@@ -1,4 +1,5 @@
-// The Python module: chooses an instruction set when it is loaded, splits the work over threads, and has three entry points for a step.
+// The Python module: chooses an instruction set when it is loaded, splits the work over threads,
+// and has three entry points for a step.
 //
 //   step(...)      takes tensors, and runs if they are plain: CPU, contiguous, equal shapes, known types, no gradient. Otherwise
 //                  it returns None without writing anything; Python then runs its own checks, which raise the errors.
@@ -6,7 +7,8 @@
 //                  the rows were computed from has changed.
 //   run(...)       takes addresses and strides that Python has checked.
 //
-// Python's limited API only, no torch headers: one build serves every Python from 3.10 and every torch.
+// Python's limited API only, no torch headers: one build serves every Python from 3.10 and every
+// torch.
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
@@ -33,8 +35,8 @@ namespace {
 const Kernels* kernels = &kPortable;
 
 #ifdef DDIM_WITH_X86
-// Half-precision conversions. clang has __builtin_cpu_supports("f16c") only since version 15, so the processor is asked itself.
-// It needs the registers of AVX: the caller asks for avx2, too.
+// Half-precision conversions. clang has __builtin_cpu_supports("f16c") only since version 15, so
+// the processor is asked itself. It needs the registers of AVX: the caller asks for avx2, too.
 bool has_f16c() {
   unsigned int a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
@@ -45,7 +47,8 @@ bool has_f16c() {
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> usable;
 #ifdef DDIM_WITH_X86
-  // The builtins ask the operating system, too: it must save the wide registers when it switches tasks.
+  // The builtins ask the operating system, too: it must save the wide registers when it switches
+  // tasks.
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (avx2 && __builtin_cpu_supports("avx512f")) usable.push_back(&kAvx512);
@@ -72,13 +75,15 @@ void run_step(Step s, int threads) {
     s.n_elements *= s.n_samples;
     s.n_samples = 1;
   }
-  // Parts begin at multiples of the grain within the flattened batch; within a sample at multiples of 4, where noise counters begin.
+  // Parts begin at multiples of the grain within the flattened batch; within a sample at multiples
+  // of 4, where noise counters begin.
   const int64_t grain = s.seeds || s.known_seeds ? kNoiseGrain : kGrain;
   parallel_for(s.n_samples * s.n_elements, grain, threads, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t sample = begin / s.n_elements, first = begin - sample * s.n_elements;
       const int64_t last = std::min(s.n_elements, first + (end - begin));
-      // Round the seam inside a sample down to a multiple of 4 on both of its sides, so that neighbours agree on it.
+      // Round the seam inside a sample down to a multiple of 4 on both of its sides, so that
+      // neighbours agree on it.
       const Range range{sample, first & ~int64_t{3}, last == s.n_elements ? last : last & ~int64_t{3}};
       if (range.begin < range.end) kernels->step(s, range);
       begin += last - first;
@@ -138,7 +143,8 @@ bool read_dtype(const dlpack::DataType& type, DType* out) {
   return false;
 }
 
-// Reads a plain tensor of the shape of `like` (null: of any shape). False: not plain, or an exception.
+// Reads a plain tensor of the shape of `like` (null: of any shape). False: not plain, or an
+// exception.
 bool read_tensor(PyObject* object, const dlpack::Tensor* like, int64_t stride, Tensor* out, dlpack::Tensor* t) {
   if (!read_any(object, t) || !read_dtype(t->dtype, &out->dtype) || !contiguous(*t)) return false;
   if (like && (t->ndim != like->ndim || !std::equal(t->shape, t->shape + t->ndim, like->shape))) return false;
@@ -152,7 +158,8 @@ bool read_tensor(PyObject* object, const dlpack::Tensor* like, int64_t stride, T
   return read_tensor(object, like, stride, out, &t);
 }
 
-// Whether torch records gradients. The kernels record none, so a tensor that may require one is left to Python.
+// Whether torch records gradients. The kernels record none, so a tensor that may require one is
+// left to Python.
 bool is_recording() {
   Reference enabled(PyObject_CallNoArgs(grad_enabled));
   return enabled.object != Py_False;
@@ -181,7 +188,8 @@ bool apart(const void* a, size_t a_bytes, const void* b, size_t b_bytes) {
   return !x || !y || x + a_bytes <= y || y + b_bytes <= x;
 }
 
-// Tensors of one shape, contiguous: writing is safe where memory is the same element for element, or not shared at all.
+// Tensors of one shape, contiguous: writing is safe where memory is the same element for element,
+// or not shared at all.
 bool safe_to_write(const Tensor& written, const Tensor& read, int64_t n) {
   if (written.data == read.data) return kItemSize[written.dtype] == kItemSize[read.dtype];
   return apart(written.data, n * kItemSize[written.dtype], read.data, n * kItemSize[read.dtype]);
@@ -203,7 +211,8 @@ int thread_count(int64_t n, bool noise) {
   return count.object ? static_cast<int>(PyLong_AsLong(count.object)) : 1;
 }
 
-// The arguments of step(), in the order of kernels/fields.py (a test compares the names); the others make Python take the long way.
+// The arguments of step(), in the order of kernels/fields.py (a test compares the names); the
+// others make Python take the long way.
 enum StepArgument {
   kXT,
   kModelOutput,
@@ -299,7 +308,8 @@ bool read_step(PyObject* const* a, Step* s, int64_t* total) {
   return true;
 }
 
-// Whether a mode of torch looks at every operation, such as make_fx's, or forward-mode derivatives are taken: they would miss this one.
+// Whether a mode of torch looks at every operation, such as make_fx's, or forward-mode derivatives
+// are taken: they would miss this one.
 bool is_watched() {
   PyObject* level = PyDict_GetItemWithError(forward_ad, forward_ad_level);
   if (!level || PyLong_AsLong(level) >= 0) return true;
@@ -324,7 +334,8 @@ PyObject* py_step(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
   return a[kXPrev];
 }
 
-// A new tensor in the layout of another. It owns its memory: this struct, and the elements after it.
+// A new tensor in the layout of another. It owns its memory: this struct, and the elements after
+// it.
 struct alignas(64) NewTensor {
   static constexpr int32_t kMostDimensions = 8;
   dlpack::ManagedTensor managed;
@@ -350,7 +361,8 @@ struct alignas(64) NewTensor {
   }
 };
 
-// The row of timestep t in a dictionary of rows by number, borrowed; t may be in an int64 tensor without dimensions.
+// The row of timestep t in a dictionary of rows by number, borrowed; t may be in an int64 tensor
+// without dimensions.
 PyObject* find_row(PyObject* rows, PyObject* t) {
   if (PyLong_CheckExact(t)) return PyDict_GetItemWithError(rows, t);
   dlpack::Tensor number;
@@ -360,8 +372,8 @@ PyObject* find_row(PyObject* rows, PyObject* t) {
   return key.object ? PyDict_GetItemWithError(rows, key.object) : nullptr;
 }
 
-// Whether each (dictionary, key, value) of a tuple still has that very value, and each (tensor, number) of another counts that many
-// writes.
+// Whether each (dictionary, key, value) of a tuple still has that very value, and each (tensor,
+// number) of another counts that many writes.
 bool unchanged(PyObject* values, PyObject* writes) {
   if (!PyTuple_Check(values) || !PyTuple_Check(writes)) return false;
   for (Py_ssize_t i = 0; i < PyTuple_Size(values); ++i) {
@@ -378,7 +390,8 @@ bool unchanged(PyObject* values, PyObject* writes) {
   return true;
 }
 
-// step_to_new(x_t, model_output, rows, t, values, writes): (x_prev, x0) in new tensors, or None. The rows add no noise.
+// step_to_new(x_t, model_output, rows, t, values, writes): (x_prev, x0) in new tensors, or None.
+// The rows add no noise.
 PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
   if (n_arguments != 6 || !PyDict_Check(a[2])) {
     PyErr_SetString(PyExc_TypeError, "step_to_new takes x_t, model_output, a dictionary of rows, a timestep, values and writes");
@@ -405,8 +418,9 @@ PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) 
   return first.object && second.object ? PyTuple_Pack(2, first.object, second.object) : nullptr;
 }
 
-// run(n_samples, n_elements, tensors, guidance_scale, packed, thresholds, seeds, known_seeds, noise_step, noise_stream, threads); tensors
-// is a tuple of (address, stride, dtype) for each of kPerElement; address 0: not given.
+// run(n_samples, n_elements, tensors, guidance_scale, packed, thresholds, seeds, known_seeds,
+// noise_step, noise_stream, threads); tensors is a tuple of (address, stride, dtype) for each of
+// kPerElement; address 0: not given.
 PyObject* py_run(PyObject*, PyObject* arguments) {
   Step s{};
   long long n_samples, n_elements;
@@ -441,7 +455,8 @@ PyObject* py_run(PyObject*, PyObject* arguments) {
   Py_RETURN_NONE;
 }
 
-// normals(seeds, n_samples, n_elements, noise_step, noise_stream, z, threads): addresses of int64 seeds and float32 z (n_samples, n_elements)
+// normals(seeds, n_samples, n_elements, noise_step, noise_stream, z, threads): addresses of int64
+// seeds and float32 z (n_samples, n_elements)
 PyObject* py_normals(PyObject*, PyObject* arguments) {
   unsigned long long seeds_address, z_address;
   long long n_samples, n_elements;
@@ -463,7 +478,8 @@ PyObject* py_normals(PyObject*, PyObject* arguments) {
   Py_RETURN_NONE;
 }
 
-// words(seed, first_counter, noise_step, noise_stream, address, n): four uint32 words for each of n counters
+// words(seed, first_counter, noise_step, noise_stream, address, n): four uint32 words for each of n
+// counters
 PyObject* py_words(PyObject*, PyObject* arguments) {
   long long seed, first_counter, n;
   unsigned int noise_step, noise_stream;
@@ -485,7 +501,8 @@ PyObject* py_triad(PyObject*, PyObject* arguments) {
   Py_RETURN_NONE;
 }
 
-// Memory of a thread, which grows and is kept: allocating it again costs as much as a small convolution.
+// Memory of a thread, which grows and is kept: allocating it again costs as much as a small
+// convolution.
 class Scratch {
  public:
   // Null if there is not enough memory.
@@ -506,7 +523,8 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// convolve(input, weights, bias, output, batch, height, width, in_channels, out_channels, threads): addresses of float32, see convolution.h
+// convolve(input, weights, bias, output, batch, height, width, in_channels, out_channels, threads):
+// addresses of float32, see convolution.h
 PyObject* py_convolve(PyObject*, PyObject* arguments) {
   unsigned long long input, weights, bias, output;
   long long batch, height, width, in_channels, out_channels;

@@ -1,15 +1,20 @@
-// The noise standard over a vector type: Philox4x32-10 and the formula that turns its words into normals.
-// Each isa_*.cpp defines `struct Isa` in an anonymous namespace, then includes this file and step.inl.
+// The noise standard over a vector type: Philox4x32-10 and the formula that turns its words into
+// normals. Each isa_*.cpp defines `struct Isa` in an anonymous namespace, then includes this file
+// and step.inl.
 //
-// Isa offers: kLanes floats per vector F, kLanes 32-bit integers per vector I (also seen as kLanes / 2 64-bit lanes), and the
-// operations used below. Every one of them rounds once, to nearest even, so that all instruction sets give the same bits:
-// contraction of a * b + c is switched off by the compiler flags and written as fma where it is meant. The layout of the
-// loops changes no bits: kGroups (see below), and in step.inl kNormalsInRegisters and kDeinterleavesBFloat16. Beside Isa stands Pair, of two vectors F.
+// Isa offers: kLanes floats per vector F, kLanes 32-bit integers per vector I (also seen as kLanes
+// / 2 64-bit lanes), and the operations used below. Every one of them rounds once, to nearest even,
+// so that all instruction sets give the same bits: contraction of a * b + c is switched off by the
+// compiler flags and written as fma where it is meant. The layout of the loops changes no bits:
+// kGroups (see below), and in step.inl kNormalsInRegisters and kDeinterleavesBFloat16. Beside Isa
+// stands Pair, of two vectors F.
 
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The counter is (element / 4, step, stream, 0).
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The
+// counter is (element / 4, step, stream, 0).
 //
-// A 32-bit word lives in the low half of a 64-bit lane; the upper half is garbage that no later operation reads, since the
-// multiplication takes low halves only. That saves the masking and packing of products.
+// A 32-bit word lives in the low half of a 64-bit lane; the upper half is garbage that no later
+// operation reads, since the multiplication takes low halves only. That saves the masking and
+// packing of products.
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
@@ -18,14 +23,17 @@ constexpr int kGroup = 4 * kCounters;       // normals per group: a Pair
 constexpr int kGroups = Isa::kGroups;       // groups computed side by side, to hide latencies
 constexpr int64_t kBlock = kGroups * kGroup;
 
-// Counters are placed in the lanes so that the interleaving at the end of box_muller, which puts even lanes first, leaves them in sequence.
+// Counters are placed in the lanes so that the interleaving at the end of box_muller, which puts
+// even lanes first, leaves them in sequence.
 constexpr int counter_in(int lane) { return lane / 2 + lane % 2 * (kCounters / 2); }
 constexpr int lane_of(int counter) { return counter % (kCounters / 2) * 2 + counter / (kCounters / 2); }
 
-// A product's high word is used in its own round and its low word in the next one, as c0 or c2 of its result: one xor with
-// (low, high) keys serves both. So each round has one key vector, for the product of M1 in odd rounds and that of M0 in even ones.
+// A product's high word is used in its own round and its low word in the next one, as c0 or c2 of
+// its result: one xor with (low, high) keys serves both. So each round has one key vector, for the
+// product of M1 in odd rounds and that of M0 in even ones.
 struct Philox {
-  // With step and stream fixed, half of the first two rounds does not depend on the element: it is in the keys of rounds 0 to 2.
+  // With step and stream fixed, half of the first two rounds does not depend on the element: it is
+  // in the keys of rounds 0 to 2.
   I key[10];
   I m0, m1;
   I product;       // M0 * counter of each lane
@@ -81,7 +89,8 @@ DDIM_INLINE void philox_round(const Philox& p, PhiloxState& s) {
   s.c3 = p0;
 }
 
-// Round 9, which packs its words: first a vector of words (0, 2) of all counters, for radii, then one of words (1, 3), for angles.
+// Round 9, which packs its words: first a vector of words (0, 2) of all counters, for radii, then
+// one of words (1, 3), for angles.
 DDIM_INLINE void philox_finish(const Philox& p, const PhiloxState& s, uint32_t* words) {
   const I p0 = Isa::mul32(p.m0, s.c0), p1 = Isa::xor_(Isa::mul32(p.m1, s.c2), p.key[9]);
   const I high = Isa::low_and_high(Isa::high_to_low(p1), p0);
@@ -90,7 +99,8 @@ DDIM_INLINE void philox_finish(const Philox& p, const PhiloxState& s, uint32_t* 
   Isa::store_i(words + Isa::kLanes, Isa::low_and_high(p1, Isa::low_to_high(p0)));
 }
 
-// The words-to-normals formula of the noise standard; kernels/noise.py is its definition and holds the same constants.
+// The words-to-normals formula of the noise standard; kernels/noise.py is its definition and holds
+// the same constants.
 constexpr float kMinusTwoLog[] = {-0x1.fffffep+0f, 0x1.000078p+0f, -0x1.5559e6p-1f, 0x1.ff63acp-2f,
                                   -0x1.978df6p-2f, 0x1.613e32p-2f, -0x1.4c371ep-2f, 0x1.9e32c4p-3f};
 constexpr float kSine[] = {0x1.921fb6p+0f, -0x1.4abbfp-1f, 0x1.466f3ep-4f, -0x1.32e974p-8f, 0x1.4701dep-13f};
@@ -104,7 +114,8 @@ DDIM_INLINE F horner(const float (&coefficients)[n], F x) {
   return sum;
 }
 
-// Box-Muller on n groups side by side, a stage at a time: a polynomial is one long chain, and processors look only so far ahead.
+// Box-Muller on n groups side by side, a stage at a time: a polynomial is one long chain, and
+// processors look only so far ahead.
 template <int n>
 DDIM_INLINE void box_muller(const uint32_t* words, Pair (&z)[n]) {
   I sign[n];
@@ -144,7 +155,8 @@ DDIM_INLINE void store_pair(float* z, Pair pair) {
   Isa::store(z + Isa::kLanes, pair.b);
 }
 
-// The words of n elements, n rounded up to whole blocks, in the order in which box_muller reads them. p is then at the next element.
+// The words of n elements, n rounded up to whole blocks, in the order in which box_muller reads
+// them. p is then at the next element.
 __attribute__((noinline)) void make_words(Philox& p, uint32_t* words, int64_t n) {
   Philox q = p;  // a local copy: stores cannot alias it
   for (; n > 0; n -= kBlock, words += kBlock) {
@@ -162,8 +174,8 @@ __attribute__((noinline)) void make_words(Philox& p, uint32_t* words, int64_t n)
   p.product = q.product;
 }
 
-// Words go through memory, in tiles that stay in the first-level cache. One loop for both Philox and Box-Muller was slower: sixteen
-// registers are too few.
+// Words go through memory, in tiles that stay in the first-level cache. One loop for both Philox
+// and Box-Muller was slower: sixteen registers are too few.
 constexpr int64_t kTile = 2048;
 
 // The normals of n elements, at most a tile. p is then at the next element.

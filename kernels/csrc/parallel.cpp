@@ -55,7 +55,8 @@ class Pool {
   uint64_t generation_ = 0;
 };
 
-// Never destroyed: its threads outlive static destructors. A forked child has none of them, so it starts with a new pool.
+// Never destroyed: its threads outlive static destructors. A forked child has none of them, so it
+// starts with a new pool.
 Pool* pool = nullptr;
 std::once_flag pool_once;
 

@@ -1,4 +1,5 @@
-// What a DDIM step needs, as plain C: all that the Python module, the dispatcher and the kernels share.
+// What a DDIM step needs, as plain C: all that the Python module, the dispatcher and the kernels
+// share.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,10 +10,12 @@ constexpr uint32_t kKnownRegion = 2;  // the noise standard's stream of a known 
 
 enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kNumDTypes = 3 };
 
-// One step's row, rounded once from float64. Which columns are read depends on whether x0 is clipped:
+// One step's row, rounded once from float64. Which columns are read depends on whether x0 is
+// clipped:
 //   not clipped   x_prev = fold_x * x_t + fold_m * m + history * x0_last + noise * z
 //   clipped       x_prev = clamp(clip_x * x_t + clip_m * m, -clip_bound, clip_bound) + rest_x * x_t + rest_m * m + history * x0_last + noise * z
-// where clip_x, clip_m and clip_bound include the coefficient of x0, so that the clamp's result is added as it is.
+// where clip_x, clip_m and clip_bound include the coefficient of x0, so that the clamp's result is
+// added as it is.
 struct Coefficients {
   float fold_x, fold_m, noise;
   float clip_x, clip_m, clip_bound;
@@ -22,10 +25,12 @@ struct Coefficients {
   float known_x0, known_noise; // a known image at the noise level of x_prev: known_x0 * image + known_noise * z (inpainting)
   float history;               // coefficient of x0_last, the x0 of the previous step (a multistep solver); 0: it is not read
 };
-// The columns of kernels/coefficients.py, in its order (a test compares the names), without the guidance scale.
+// The columns of kernels/coefficients.py, in its order (a test compares the names), without the
+// guidance scale.
 static_assert(sizeof(Coefficients) == 15 * sizeof(float) && offsetof(Coefficients, history) == 14 * sizeof(float));
 
-// A batch of samples: sample i starts at data + i * stride elements, and its elements are contiguous. data is null if the tensor is not given.
+// A batch of samples: sample i starts at data + i * stride elements, and its elements are
+// contiguous. data is null if the tensor is not given.
 struct Tensor {
   void* data;
   int64_t stride;
@@ -47,7 +52,8 @@ struct Step {
   Coefficients c;
 };
 
-// The tensors of a step that have the shape of x_t: PER_ELEMENT of kernels/fields.py, in its order (a test compares the names).
+// The tensors of a step that have the shape of x_t: PER_ELEMENT of kernels/fields.py, in its order
+// (a test compares the names).
 constexpr Tensor Step::*kPerElement[] = {&Step::x_t,      &Step::model_output, &Step::model_output_uncond, &Step::noise, &Step::mask,
                                          &Step::known_x0, &Step::known_noise,  &Step::x_prev,              &Step::x0,    &Step::history};
 
@@ -61,13 +67,15 @@ struct Convolution;
 struct Kernels {
   const char* name;
   void (*step)(const Step&, Range);
-  // z[0 .. n): the normals of elements first_element .. of the sample with this seed; first_element is a multiple of 4.
+  // z[0 .. n): the normals of elements first_element .. of the sample with this seed; first_element
+  // is a multiple of 4.
   void (*normals)(int64_t seed, int64_t first_element, uint32_t step, uint32_t stream, float* z, int64_t n);
   // the four words of each of n consecutive counters, word-major within a counter
   void (*words)(int64_t seed, int64_t first_counter, uint32_t step, uint32_t stream, uint32_t* words, int64_t n);
   // a[i] = b[i] * scale + c[i]: the yardstick of the benchmarks
   void (*triad)(float* a, const float* b, const float* c, float scale, int64_t n);
-  // the tiles [begin, end) of a convolution; scratch: scratch_floats(c) floats, at a multiple of 64 bytes
+  // the tiles [begin, end) of a convolution; scratch: scratch_floats(c) floats, at a multiple of 64
+  // bytes
   void (*convolve)(const Convolution& c, int64_t begin, int64_t end, float* scratch);
 };
 

@@ -1,7 +1,9 @@
-// The whole DDIM update in one pass over memory, over the same vector type as noise.inl, whose words it turns into normals on the way.
+// The whole DDIM update in one pass over memory, over the same vector type as noise.inl, whose
+// words it turns into normals on the way.
 
-// Which columns of a clipped row are not zero. A zero column means no term, even where it would multiply an infinity. Leaving the term
-// out also saves an operation where the loop is bound by arithmetic.
+// Which columns of a clipped row are not zero. A zero column means no term, even where it would
+// multiply an infinity. Leaving the term out also saves an operation where the loop is bound by
+// arithmetic.
 enum class Rest { kNotClipped, kX, kM, kBoth };
 
 // The coefficients of one sample, spread over vectors.
@@ -12,9 +14,11 @@ struct Row {
   Row(const Step& step, int64_t sample) {
     Coefficients c = step.c;
     if (step.thresholds) {
-      // Dynamic thresholding (Imagen, arXiv 2205.11487): x0 = clamp(x0, -s, s) / s * x0_bound, with the division folded into the coefficients.
+      // Dynamic thresholding (Imagen, arXiv 2205.11487): x0 = clamp(x0, -s, s) / s * x0_bound, with
+      // the division folded into the coefficients.
       float scale = c.x0_bound / step.thresholds[sample];
-      // Storing bfloat16 relies on NaNs whose lower half is zero: those of bfloat16 tensors and the processor's own are such.
+      // Storing bfloat16 relies on NaNs whose lower half is zero: those of bfloat16 tensors and the
+      // processor's own are such.
       if (std::isnan(scale)) scale = std::numeric_limits<float>::quiet_NaN();
       c.clip_x *= scale;
       c.clip_m *= scale;
@@ -45,10 +49,12 @@ struct Word {
   uint32_t bits;
 };
 
-// Instead of the noise's type: there is no noise, but x0 of the previous step is read, if the row reads it, and replaced.
+// Instead of the noise's type: there is no noise, but x0 of the previous step is read, if the row
+// reads it, and replaced.
 struct History;
 
-// Noise is the type of the noise in memory: that of a tensor, or Word if the normals are generated here; void for no noise.
+// Noise is the type of the noise in memory: that of a tensor, or Word if the normals are generated
+// here; void for no noise.
 template <typename State, typename Output, bool kGuided, Rest kRest, typename Noise, bool kWriteX0>
 struct Loop {
   static constexpr bool kHistory = std::is_same_v<Noise, History>;
@@ -65,20 +71,23 @@ struct Loop {
   };
 
   static constexpr bool kGenerated = std::is_same_v<Noise, Word>;
-  // Whether a Pair holds even and odd elements: where the state's type is faster so. Then the other tensors are read so, too.
+  // Whether a Pair holds even and odd elements: where the state's type is faster so. Then the other
+  // tensors are read so, too.
   static constexpr bool kDeinterleaved = Isa::kDeinterleavesBFloat16 && std::is_same_v<State, BFloat16>;
   using Deinterleaver = std::conditional_t<kDeinterleaved, Isa, void>;  // a name that depends on State: not every Isa can deinterleave
   static constexpr int kPair = 2 * Isa::kLanes;
   static_assert(kPair == kGroup);
 
-  // With a history x0 is computed anyway. Whether there is an x0 tensor, too, is asked at run time: one loop for both.
+  // With a history x0 is computed anyway. Whether there is an x0 tensor, too, is asked at run time:
+  // one loop for both.
   static DDIM_INLINE bool wants_x0(const Pointers& p) { return !kHistory || p.x0; }
 
   struct Results {
     F x_prev, x0;
   };
 
-  // x_prev of a vector of elements, and x0 if it is wanted. z: the noise, or x0 of the previous step.
+  // x_prev of a vector of elements, and x0 if it is wanted. z: the noise, or x0 of the previous
+  // step.
   static DDIM_INLINE Results compute(const Row& r, F x, F m, F uncond, F z) {
     if constexpr (kGuided) m = Isa::fma(r.guidance, Isa::sub(m, uncond), uncond);
     F sum, x0 = m;
@@ -150,7 +159,8 @@ struct Loop {
     for (; i < n; i += kPair) last_pair(p, row, i, std::min<int64_t>(kPair, n - i));
   }
 
-  // The last pair, which may be incomplete, goes through buffers: nothing is read or written beyond the tensors.
+  // The last pair, which may be incomplete, goes through buffers: nothing is read or written beyond
+  // the tensors.
   static __attribute__((noinline)) void last_pair(const Pointers& p, const Row& r, int64_t i, int64_t n) {
     alignas(64) State x_t[kPair] = {}, x_prev[kPair], x0[kPair], history[kPair] = {};
     alignas(64) Output m[kPair] = {}, m_uncond[kPair] = {};
@@ -173,8 +183,8 @@ inline T* at(const Tensor& tensor, Range range) {
   return tensor.data ? static_cast<T*>(tensor.data) + range.sample * tensor.stride + range.begin : nullptr;
 }
 
-// The type in memory of noise that is generated here. With normals in registers, every loop contains a Box-Muller: that pays for wide
-// vectors only.
+// The type in memory of noise that is generated here. With normals in registers, every loop
+// contains a Box-Muller: that pays for wide vectors only.
 using Generated = std::conditional_t<Isa::kNormalsInRegisters, Word, float>;
 
 inline void generate(Philox& philox, Word* words, int64_t n) { make_words(philox, &words[0].bits, n); }
@@ -247,7 +257,8 @@ void choose_guidance(const Step& step, Range range) {
 
 #include "inpaint.inl"
 
-// The state and the model's output have the same type, or the state is float32 and the model's output is half precision.
+// The state and the model's output have the same type, or the state is float32 and the model's
+// output is half precision.
 void step(const Step& step, Range range) {
   if (step.mask.data) return inpaint(step, range);
   switch (step.x_t.dtype) {

@@ -1,4 +1,5 @@
-"""PTX executed on the CPU: a program is parsed, decoded and run in lock step, with every access checked.
+"""PTX executed on the CPU: a program is parsed, decoded and run in lock step, with every access
+checked.
 
     module = parse(ptx_text)
     execution = execute(module, "kernel", grid=(8,), arguments=[x, y, 1000], block=128)

@@ -93,7 +93,8 @@ def _literal(literal: Literal, kind: str) -> np.ndarray:
 
 
 def _special(name: str, dtype: np.dtype) -> Read:
-    """Return a reader of a special register that a result may depend on, in a grid without clusters.
+    """Return a reader of a special register that a result may depend on, in a grid without
+    clusters.
 
     Source: PTX ISA, "Special Registers".
     """
@@ -130,7 +131,8 @@ def register_name(operand: Operand) -> str | None:
 
 
 def writer(operand: Operand, kind: str) -> Write:
-    """Return a function that writes numbers of type ``kind`` to a register, extended to a wider one."""
+    """Return a function that writes numbers of type ``kind`` to a register, extended to a wider
+    one."""
     if isinstance(operand, Sink):
         return _throw_away
     if not isinstance(operand, Register):
@@ -168,8 +170,8 @@ class Decoder:
 
     def __init__(self, program: Program, execution: Execution):
         self.program, self.kernel, self.execution = program, program.kernel, execution
-        # The same in every launch of the kernel. ``_runs`` has what runs an instruction on registers
-        # alone, by the instruction's index.
+        # The same in every launch of the kernel. ``_runs`` has what runs an instruction on
+        # registers alone, by the instruction's index.
         self.contractible: set[str] = cached(self.kernel, "contractible", set)
         self.approximate: set[str] = cached(self.kernel, "approximate", set)
         self._runs: dict[int, Run] = cached(self.kernel, "runs", dict)
@@ -788,7 +790,8 @@ def _warp_barrier(members: Read) -> Callable:
 
 
 def _atomic_function(operator: str, kind: str, space: str) -> Callable | None:
-    """Return the function from the old value and the operands to the new; None where there is no rule.
+    """Return the function from the old value and the operands to the new; None where there is no
+    rule.
 
     Source: PTX ISA, "atom".
     """

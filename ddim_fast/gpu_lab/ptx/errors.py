@@ -47,7 +47,8 @@ class LaunchError(PtxError):
 
 
 class AddressError(PtxError):
-    """An access out of bounds, through a null pointer or misaligned, or a write to read-only memory."""
+    """An access out of bounds, through a null pointer or misaligned, or a write to read-only
+    memory."""
 
 
 class RaceError(PtxError):

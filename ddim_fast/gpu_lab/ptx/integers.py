@@ -13,7 +13,8 @@ _32 = np.uint64(32)
 
 
 def high_u64(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the upper 64 bits of the product of unsigned 64-bit numbers, from four products of halves."""
+    """Return the upper 64 bits of the product of unsigned 64-bit numbers, from four products of
+    halves."""
     a0, a1, b0, b1 = a & _LOW, a >> _32, b & _LOW, b >> _32
     middle = a1 * b0 + (a0 * b0 >> _32)
     other = a0 * b1 + (middle & _LOW)

@@ -138,7 +138,8 @@ class Shadow:
         self._view(self.users, "write", size)[rows] = 0
 
     def conflict(self, kind: str, rows: slice | np.ndarray, size: int, threads: Threads) -> tuple[int, int, str] | None:
-        """Return the first access that races with an earlier one of ``kind``; None if there is none.
+        """Return the first access that races with an earlier one of ``kind``; None if there is
+        none.
 
         Returns:
             The access's position, the earlier one's user, and ``kind``.
@@ -164,7 +165,8 @@ class Shadow:
     def write(
         self, rows: slice | np.ndarray, size: int, threads: Threads, harmless: Callable[[], np.ndarray] | None = None
     ) -> tuple[int, int, str] | None:
-        """Set the writer; return the first access that another thread of the same instruction overwrites.
+        """Set the writer; return the first access that another thread of the same instruction
+        overwrites.
 
         ``harmless`` says of which accesses that does not matter; they get several writers.
         """

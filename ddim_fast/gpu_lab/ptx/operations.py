@@ -54,7 +54,8 @@ class Operation:
     contractible: bool = False
     approximate: bool = False
     undefined: Callable | None = None
-    """From the sources' values and undefined bits to those of the results; see ``undefined_results``."""
+    """From the sources' values and undefined bits to those of the results; see
+    ``undefined_results``."""
 
     def undefined_results(self, values: list[np.ndarray], masks: list[np.ndarray]) -> list[np.ndarray]:
         """Return the undefined bits of each result.

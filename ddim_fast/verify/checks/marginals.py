@@ -182,8 +182,8 @@ def gaussian_after(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the exact mean and standard deviation, ``(d,)`` each, after these steps from N(0, I).
 
-    The exact eps of N(mu, s^2) is linear in x_t, and so is a step:
-    x_prev = a x_t + b + std_dev_t z. The mean becomes a mean + b, the variance a^2 variance + std_dev_t^2.
+    The exact eps of N(mu, s^2) is linear in x_t, and so is a step: x_prev = a x_t + b + std_dev_t
+    z. The mean becomes a mean + b, the variance a^2 variance + std_dev_t^2.
     """
     mu, s = data.means[0], data.std_devs[0]
     mean, variance = np.zeros_like(mu), np.ones_like(mu)
