@@ -278,7 +278,7 @@ class DDIMSampler:
         Raises:
             ValueError: the sampler itself was asked to clip.
         """
-        self._clipping.without_clipping()
+        self._clipping.check_unclipped()
         return self.replace(clip_sample=False)
 
     # ---- methods -----------------------------------------------------------------------------------------------

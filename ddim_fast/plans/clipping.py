@@ -73,12 +73,8 @@ class Clipping:
             return None
         return 1.0 if known is None else known
 
-    def without_clipping(self) -> Clipping:
-        """Return the same without any clipping, for a step that must have an inverse.
-
-        Raises:
-            ValueError: clipping was asked for.
-        """
+    def check_unclipped(self) -> None:
+        """Raise ValueError if clipping was asked for: a step that clips has no inverse."""
         asked = {
             "thresholding=True": self.thresholding,
             "use_clipped_model_output=True": self.use_clipped_model_output,
@@ -90,4 +86,3 @@ class Clipping:
             raise ValueError(
                 f"a step that clips has no inverse, got a sampler with {found}: make one with clip_sample=False"
             )
-        return Clipping(clip_sample=False)
