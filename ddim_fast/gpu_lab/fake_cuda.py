@@ -65,6 +65,7 @@ from .torch_internals import (
     cuda_device_guard,
     forget_fake_tensors,
     implementation_of,
+    no_device_memory,
     same_generator,
     schema_of,
     storage_key,
@@ -811,6 +812,7 @@ def _cuda_functions(device: FakeCuda, capability: tuple[int, int]) -> dict[str, 
 
 def _pretend(stack: contextlib.ExitStack, device: FakeCuda, capability: tuple[int, int]) -> None:
     """Let ``torch.cuda`` answer as with one idle GPU, and give fake tensors addresses."""
+    stack.enter_context(no_device_memory())
     replacements = _cuda_functions(device, capability)
     for attribute, replacement in replacements.items():
         stack.enter_context(mock.patch.object(torch.cuda, attribute, replacement))

@@ -12,12 +12,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 try:
     # Tensors with a device and no memory. torch.export and torch.compile are built on them; they
     # have no public name.
+    from torch._subclasses import fake_tensor
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     # The documented way to see every operator (notes on "Extending PyTorch") has no other name.
@@ -41,6 +43,7 @@ __all__ = [
     "cuda_device_guard",
     "forget_fake_tensors",
     "implementation_of",
+    "no_device_memory",
     "same_generator",
     "schema_of",
     "storage_key",
@@ -60,6 +63,20 @@ class PretendCudaMode(FakeTensorMode):
     @property
     def avoid_device_init(self) -> bool:
         return True
+
+
+@contextlib.contextmanager
+def no_device_memory() -> Iterator[None]:
+    """Keep torch from allocating one element of a device before the first fake tensor there, until
+    the end.
+
+    torch 2.10 does so where torch.cuda says that it is available. Later versions ask torch.accelerator.
+    """
+    if not hasattr(fake_tensor, "init_gpu_context"):
+        yield
+        return
+    with mock.patch.object(fake_tensor, "init_gpu_context", return_value=None):
+        yield
 
 
 def forget_fake_tensors(mode: FakeTensorMode) -> None:
