@@ -82,7 +82,7 @@ def load_model(
         FileNotFoundError: there is no such model or path.
         ImportError, TypeError, ValueError: see ``load_model_from``.
     """
-    if name in SHIPPED:
+    if isinstance(name, str) and name in SHIPPED:
         return load_shipped_model(name, device, torch.float32 if dtype is None else dtype)
     if not os.path.exists(name):
         raise FileNotFoundError(
@@ -256,7 +256,10 @@ def _read_scheduler(path: Path) -> dict[str, Any]:
             f"in {path}"
         )
     # By diffusers, for its defaults of what the file leaves out.
-    config = getattr(_diffusers(), name).from_config(stored).config
+    try:
+        config = getattr(_diffusers(), name).from_config(stored).config
+    except NotImplementedError:  # not every scheduler has every schedule
+        raise _unknown_betas(stored, path) from None
     if config.get("use_flow_sigmas"):
         raise ValueError(f"a schedule must follow from betas, got use_flow_sigmas = True in {path}")
     if config.prediction_type not in PREDICTION_TYPES:
@@ -285,11 +288,15 @@ def _schedule(config: Mapping[str, Any], path: Path) -> NoiseSchedule:
     elif config["beta_schedule"] == "squaredcos_cap_v2":
         schedule = NoiseSchedule.cosine(config["num_train_timesteps"])
     else:
-        raise ValueError(
-            "beta_schedule must be linear, scaled_linear, sigmoid or squaredcos_cap_v2, or trained_betas given, got "
-            f"beta_schedule = {config['beta_schedule']!r} in {path}"
-        )
+        raise _unknown_betas(config, path)
     return schedule.rescale_zero_terminal_snr() if config.get("rescale_betas_zero_snr") else schedule
+
+
+def _unknown_betas(config: Mapping[str, Any], path: Path) -> ValueError:
+    return ValueError(
+        "beta_schedule must be linear, scaled_linear, sigmoid or squaredcos_cap_v2, or trained_betas given, got "
+        f"beta_schedule = {config.get('beta_schedule')!r} in {path}"
+    )
 
 
 def _diffusers() -> Any:

@@ -18,6 +18,8 @@ from ddim_fast.plans.schedules import NoiseSchedule
 from ddim_fast.sampler import DDIMSampler
 
 LINEAR = NoiseSchedule.linear()
+# torch 2.10 warns of the buffers of its own archives.
+READS_EXPORTED = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 
 
 class Net(nn.Module):
@@ -289,6 +291,12 @@ def pipeline(unet, tmp_path):
         ("scheduler/scheduler_config.json", {"_class_name": "LCMScheduler"}, "_class_name = 'LCMScheduler'"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type must be .*got 'flow'"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "squaredcos_cap_v2"}, None),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "laplace"}, "beta_schedule = 'laplace'"),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
+            "got use_flow_sigmas = True",
+        ),
     ],
 )
 def test_what_cannot_be_honoured_is_named(pipeline, file, changes, message):
@@ -298,17 +306,6 @@ def test_what_cannot_be_honoured_is_named(pipeline, file, changes, message):
         return
     with pytest.raises(ValueError, match=message):
         load_model_from(pipeline)
-
-
-def test_settings_of_other_schedulers_are_named(unet, tmp_path):
-    import diffusers
-
-    for scheduler, message in {
-        diffusers.DDPMScheduler(beta_schedule="laplace"): "beta_schedule = 'laplace'",
-        diffusers.UniPCMultistepScheduler(use_flow_sigmas=True): "got use_flow_sigmas = True",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            load_model_from(save_pipeline(tmp_path, unet, scheduler))
 
 
 def test_a_model_that_needs_further_channels_is_refused(tmp_path):
@@ -391,6 +388,7 @@ def test_torchscript_in_another_dtype_and_with_conditioning(tmp_path):
     assert torch.equal(model(x, t, y=y), net(x, t, y=y))
 
 
+@READS_EXPORTED
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_exported_programs(tmp_path, dynamic):
     net = seeded(Net)
@@ -412,6 +410,7 @@ def test_exported_programs_say_which_shapes_they_take(tmp_path):
         model(noise(3, 2, 4, 4, dtype=torch.float64), torch.arange(3))
 
 
+@READS_EXPORTED
 def test_exported_programs_with_conditioning(tmp_path):
     net, y = seeded(Labelled), torch.tensor([0.1, 0.2, 0.3])
     inputs = (noise(3, 2, 4, 4), torch.arange(3))
