@@ -4,7 +4,8 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 OUT ?= out
 # The oldest Python that pyproject.toml claims, by name, or where pyenv installs it.
-PYTHON_OLDEST ?= $(firstword $(shell command -v python3.10) $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python3.10) python3.10)
+PYTHON_OLDEST ?= $(firstword $(shell python3.10 -c "import sys; print(sys.executable)" 2>/dev/null) \
+  $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python3.10) python3.10)
 PYTHON_NEWEST ?= $(PYTHON)
 COMPILERS ?=
 
