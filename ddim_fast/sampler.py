@@ -224,7 +224,7 @@ class DDIMSampler:
         return self._plan, self.prediction_type, self.clip_sample, self.clip_sample_range
 
     def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
+        if not isinstance(other, DDIMSampler) or type(other) is not type(self):
             return NotImplemented
         return self._identity() == other._identity()
 

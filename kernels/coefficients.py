@@ -265,6 +265,7 @@ class StepTable:
                 f"a table is made of StepCoefficients, got a {type(wrong[0]).__name__}: "
                 "for instance [step.coefficients for step in plan.steps], or plan.table()"
             )
+        scales: list[float | None]
         scales = list(guidance_scale) if isinstance(guidance_scale, Sequence) else [guidance_scale] * len(steps)
         if len(scales) != len(steps):
             raise ValueError(
@@ -317,9 +318,9 @@ def _from_row(row: tuple[float, ...], clipped: bool) -> StepCoefficients:
     return StepCoefficients.from_row(row, clipped)
 
 
-def check_guidance_scale(scale: object) -> None:
+def check_guidance_scale(scale: float | None) -> None:
     """Raise TypeError or ValueError unless the scale is a finite float32 number."""
     if not isinstance(scale, Real):
         raise TypeError(f"guidance_scale must be a number, got {scale!r}")
-    if not abs(scale) <= _FLOAT32_MAX:
+    if not abs(float(scale)) <= _FLOAT32_MAX:
         raise ValueError(f"guidance_scale must be finite in float32, got {scale}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from typing import Any
@@ -16,7 +17,7 @@ from .layout import as_rows, plain_memory_reasons
 from .noise import standard_normals
 
 try:
-    from . import _cpu_step as extension
+    extension: Any = importlib.import_module("._cpu_step", __package__)
 except ImportError as error:
     extension = None
     missing_reason = (
@@ -82,6 +83,7 @@ def run(inputs: StepInputs) -> Tensor:
     result = inputs.x_prev if inputs.x_prev is not None else torch.empty_like(x_t)
     if x_t.numel() == 0:
         return result
+    assert isinstance(inputs.coefficients, StepCoefficients)  # dispatch has read a table's row
     rows = as_rows(inputs, result)
     unread = {"noise": not inputs.adds_noise, "known_noise": not inputs.adds_known_noise}
     keep = []  # copies stay alive until the kernel has run

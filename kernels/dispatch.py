@@ -217,14 +217,18 @@ def run_from_table(inputs: StepInputs) -> Tensor:
     check_inputs(inputs)
     if not triton_backend.unsupported_reasons(inputs):
         return _run_checked(inputs, "triton")
-    table, rows = inputs.coefficients, inputs.index.reshape(-1).tolist()
+    table = inputs.coefficients
+    assert isinstance(table, StepTable)
+    assert inputs.index is not None  # checked: a table needs one
+    rows = inputs.index.reshape(-1).tolist()
     if wrong := [row for row in rows if not 0 <= row < len(table.rows)]:
         raise ValueError(
             f"index must be at least 0 and less than the {len(table.rows)} rows of the table, got {wrong[0]}"
         )
     found = [table.coefficients(row) for row in rows]
     if inputs.row_per_sample:
-        return run_per_sample(inputs, *zip(*found, strict=True), [inputs.noise_step + row for row in rows])
+        all_coefficients, scales = zip(*found, strict=True)
+        return run_per_sample(inputs, all_coefficients, scales, [inputs.noise_step + row for row in rows])
     coefficients, guidance_scale = found[0]
     return run(
         replace(

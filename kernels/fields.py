@@ -131,9 +131,10 @@ class StepInputs:
         self, i: int, coefficients: StepCoefficients, guidance_scale: float | None, noise_step: int
     ) -> StepInputs:
         """Return the inputs of sample ``i`` alone, with these coefficients."""
+        alone: dict[str, Any] = {name: tensor[i : i + 1] for name, tensor in self.tensors}
         return replace(
             self,
-            **{name: tensor[i : i + 1] for name, tensor in self.tensors},
+            **alone,
             coefficients=coefficients,
             index=None,
             guidance_scale=guidance_scale,

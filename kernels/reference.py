@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .coefficients import StepCoefficients
 from .fields import StepInputs
 from .noise import NoiseStream, standard_normals
 
@@ -26,29 +27,36 @@ def unsupported_reasons(inputs: StepInputs) -> list[str]:
 def run(inputs: StepInputs) -> Tensor:
     """Run checked inputs. Return x_prev: ``inputs.x_prev`` if given, else a new tensor."""
     c = inputs.coefficients
+    assert isinstance(c, StepCoefficients)  # dispatch has read a table's row
+    targets = [target for target in (inputs.x0, inputs.history) if target is not None]
     dtype = torch.promote_types(inputs.x_t.dtype, torch.float32)
     x_t, m = inputs.x_t.to(dtype), inputs.model_output.to(dtype)
-    if inputs.model_output_uncond is not None:
+    if inputs.model_output_uncond is not None and inputs.guidance_scale is not None:
         uncond = inputs.model_output_uncond.to(dtype)
         m = uncond + inputs.guidance_scale * (m - uncond)
     if c.clipped:
-        x0 = _clip(c.x0_x * x_t + c.x0_m * m, inputs, dtype)
+        x0 = c.x0_x * x_t + c.x0_m * m
+        if inputs.thresholds is not None:
+            x0 = x0 * (c.clip / inputs.thresholds.to(dtype)).view(-1, *[1] * (x0.ndim - 1))
+        x0 = x0.clamp(-c.clip, c.clip)
         eps = _combine((c.eps_x, x_t), (c.eps_m, m), (c.eps_0, x0))
         x_prev = _combine((c.prev_x0, x0), (c.prev_eps, eps))
     else:
         fold_x, fold_m = c.folded
-        x0 = c.x0_x * x_t + c.x0_m * m if inputs.x0 is not None or inputs.history is not None else None
+        x0 = c.x0_x * x_t + c.x0_m * m if targets else x_t  # nobody reads it without a target
         x_prev = fold_x * x_t + fold_m * m
-    if c.reads_history:
+    if inputs.history is not None and c.reads_history:
         x_prev = x_prev + c.prev_history * inputs.history.to(dtype)
     if inputs.adds_noise:
         x_prev = x_prev + c.prev_noise * _noise(inputs, inputs.noise, inputs.noise_stream).to(dtype)
-    if inputs.mask is not None:
-        x_prev = _inpaint(x_prev, inputs, dtype)
-    if inputs.x0 is not None:
-        inputs.x0.copy_(x0)
-    if inputs.history is not None:
-        inputs.history.copy_(x0)
+    if inputs.mask is not None and inputs.known_x0 is not None:
+        known = c.known_x0 * inputs.known_x0.to(dtype)  # at the noise level of x_prev: equation 4
+        if inputs.adds_known_noise:
+            known = known + c.known_noise * _noise(inputs, inputs.known_noise, NoiseStream.KNOWN_REGION).to(dtype)
+        mask = inputs.mask.to(dtype)
+        x_prev = mask * known + (1 - mask) * x_prev
+    for target in targets:
+        target.copy_(x0)
     if inputs.x_prev is not None:
         return inputs.x_prev.copy_(x_prev)
     return x_prev.to(inputs.x_t.dtype)
@@ -63,31 +71,12 @@ def _combine(*terms: tuple[float, Tensor]) -> Tensor:
     return sum(present[1:], present[0]) if present else torch.zeros_like(terms[0][1])
 
 
-def _clip(x0: Tensor, inputs: StepInputs, dtype: torch.dtype) -> Tensor:
-    bound = inputs.coefficients.clip
-    if inputs.thresholds is not None:
-        x0 = x0 * (bound / inputs.thresholds.to(dtype)).view(-1, *[1] * (x0.ndim - 1))
-    return x0.clamp(-bound, bound)
-
-
-def _inpaint(x_prev: Tensor, inputs: StepInputs, dtype: torch.dtype) -> Tensor:
-    """Blend in the known image where the mask is 1, at the noise level of x_prev.
-
-    Equation 4 of the DDIM paper.
-    """
-    c = inputs.coefficients
-    known = c.known_x0 * inputs.known_x0.to(dtype)
-    if inputs.adds_known_noise:
-        known = known + c.known_noise * _noise(inputs, inputs.known_noise, NoiseStream.KNOWN_REGION).to(dtype)
-    mask = inputs.mask.to(dtype)
-    return mask * known + (1 - mask) * x_prev
-
-
 def _noise(inputs: StepInputs, given: Tensor | None, stream: int) -> Tensor:
     """Return ``given``, or the noise standard's normals in the shape of ``x_t``, from NumPy."""
     if given is not None:
         return given
     x_t = inputs.x_t
+    assert inputs.seeds is not None  # checked: a row that adds noise has one of the two
     n_elements = math.prod(x_t.shape[1:])
     seeds = inputs.seeds.cpu().resolve_neg().numpy()
     z = standard_normals(np.asarray(seeds), n_elements, inputs.noise_step, stream)

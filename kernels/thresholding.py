@@ -34,7 +34,7 @@ def _check(inputs: StepInputs, ratio: float, maximum: float) -> None:
         raise ValueError(
             "dynamic thresholds are for coefficients that clip x0, got clip = inf: give the plan a clip_sample_range"
         )
-    if inputs.row_per_sample:
+    if inputs.index is not None and inputs.row_per_sample:
         raise ValueError(
             f"dynamic thresholds take one index for all samples, got {inputs.index.numel()}: call them for each sample alone"
         )
@@ -71,13 +71,18 @@ def dynamic_thresholds(
     _check(inputs, ratio, maximum)
     if not triton_backend.unsupported_reasons(inputs):
         return triton_backend.dynamic_thresholds(inputs, ratio, maximum, out)
+    x0_x: float | Tensor
+    x0_m: float | Tensor
+    bound: float | Tensor
+    scale: float | Tensor | None = guidance_scale
     if isinstance(coefficients, StepTable):
-        x0_x, x0_m, bound, guidance_scale = coefficients.prediction(index)
+        assert index is not None  # checked: a table needs one
+        x0_x, x0_m, bound, scale = coefficients.prediction(index)
     else:
         x0_x, x0_m, bound = coefficients.x0_x, coefficients.x0_m, coefficients.clip
     m = model_output.float()
-    if model_output_uncond is not None:
-        m = torch.lerp(model_output_uncond.float(), m, guidance_scale)
+    if model_output_uncond is not None and scale is not None:
+        m = torch.lerp(model_output_uncond.float(), m, scale)
     x0 = x0_x * x_t.float() + x0_m * m
     low = torch.as_tensor(bound, dtype=torch.float32, device=x0.device)
     quantile = quantile_of_magnitude(x0, ratio) if x0.numel() else low.expand(len(x0))

@@ -52,7 +52,7 @@ def run(inputs: StepInputs) -> Tensor:
             rows,
             table,
             None if inputs.index is None else inputs.index.contiguous(),
-            seeds=inputs.seeds.contiguous() if inputs.generates_noise else None,
+            seeds=inputs.seeds.contiguous() if inputs.seeds is not None and inputs.generates_noise else None,
             thresholds=inputs.thresholds.contiguous() if inputs.thresholds is not None else None,
             noise_step=inputs.noise_step,
             noise_stream=inputs.noise_stream,

@@ -75,7 +75,7 @@ def thresholds_kernel(
             bits = _load_magnitudes(
                 x_t_ptr, model_output_ptr, model_output_uncond_ptr, row_ptr, sample, strides, offsets, n
             )
-            agrees = (bits.to(tl.int64) >> (shift + 8)) == (found.to(tl.int64) >> (shift + 8))
+            agrees = (bits.to(tl.int64) >> (shift + 8)) == (found.to(tl.int64) >> (shift + 8))  # type: ignore[attr-defined]  # a tensor, in Triton
             histogram += tl.histogram((bits >> shift) & 255, 256, mask=agrees & (offsets < n)).to(tl.int64)
         digit, below, same = _digit_of_rank(histogram, rank, 256)
         rank -= below
@@ -94,7 +94,7 @@ def thresholds_kernel(
         above = found
     if above == 0x7FFFFFFF:
         above = found
-    low, high = found.to(tl.float32, bitcast=True), above.to(tl.float32, bitcast=True)
+    low, high = found.to(tl.float32, bitcast=True), above.to(tl.float32, bitcast=True)  # type: ignore[attr-defined]  # a tensor, in Triton
     threshold = low
     if weight != 0:  # else an infinite difference would give NaN
         threshold = tl.fma(weight, high - low, low)

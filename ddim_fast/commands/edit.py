@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -26,7 +27,7 @@ _STRENGTH = "how much is regenerated, in (0, 1]: the share of the steps that is 
 
 def _read(run: Run, paths: tuple[Path, ...]) -> tuple[Tensor, list[str], list[int] | None]:
     """The pictures on the model's device, their names, and their classes where one was asked for."""
-    x0, names = read_samples(paths, run.model.sample_shape)
+    x0, names = read_samples(paths, run.sample_shape)
     labels = None if run.class_name is None else run.labels(len(x0))
     return x0.to(run.where), names, labels
 
@@ -122,7 +123,7 @@ def inpaint(run: Run, paths: tuple[Path, ...], keep: str, strength: float) -> No
     """
     run.prepare()
     x0, names, labels = _read(run, paths)
-    mask = _mask(keep, run.model.sample_shape)
+    mask = _mask(keep, run.sample_shape)
     sampler, seeds = run.sampler(), run.seeds(len(x0))
 
     def draw(part: slice):
@@ -160,21 +161,24 @@ def interpolate(run: Run, from_seed: int, to_seed: int, frames: int, rows: int) 
     run.prepare()
     labels, sampler = run.labels(rows), run.sampler()
     weights = torch.linspace(0, 1, frames).tolist()
-    starts = []
-    for seed in (from_seed, to_seed):
+
+    def start(seed: int) -> Tensor:
         seeds = torch.from_numpy(sample_seeds(seed, rows)).to(run.where)
-        starts.append(normals(seeds, run.model.sample_shape, 0, NoiseStream.INITIAL))
+        return normals(seeds, run.sample_shape, 0, NoiseStream.INITIAL)
+
     samples = sampler.interpolate(
         run.model,
-        *starts,
+        start(from_seed),
+        start(to_seed),
         weights,
         seed=from_seed,
         conditioning=run.conditioning(labels),
         guidance_scale=run.guidance,
         backend=run.backend,
         progress=not run.quiet,
-    ).view(frames, rows, *run.model.sample_shape)
-    images = samples.transpose(0, 1).flatten(0, 1).cpu()
+    )
+    assert isinstance(samples, Tensor)  # no trajectory was asked for
+    images = samples.view(frames, rows, *run.sample_shape).transpose(0, 1).flatten(0, 1).cpu()
     title = f"{run.model_name}: from seed {from_seed} to seed {to_seed}, {sampler.num_inference_steps} steps"
     written = run.write(images, [f"{weight:.2f}" for weight in weights] * rows, title, frames)
     run.say(f"{rows} rows of {frames} pictures -> {', '.join(map(str, written))}")
@@ -207,12 +211,13 @@ def reconstruct(run: Run, paths: tuple[Path, ...], iterations: int) -> None:
     sampler = run.sampler(clip_sample=False)
 
     def draw(part: slice):
-        options = {
+        options: dict[str, Any] = {
             "conditioning": run.conditioning(labels, part),
             "guidance_scale": run.guidance,
             "backend": run.backend,
         }
         x_T = sampler.invert(run.model, x0[part], iterations=iterations, progress=not run.quiet, **options)
+        assert isinstance(x_T, Tensor)  # no trajectory was asked for
         return sampler.sample(run.model, x_T=x_T, seed=0, progress=not run.quiet, **options)
 
     images = torch.cat([part.samples for part in run.in_batches(len(x0), draw)])

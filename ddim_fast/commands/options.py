@@ -86,6 +86,15 @@ class Run:
             )
 
     @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """The shape of one sample of the model, (C, H, W)."""
+        return tuple(getattr(self.model, "sample_shape", ()))
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return getattr(self.model, "class_names", None)
+
+    @property
     def where(self) -> torch.device:
         return next(iter(self.model.parameters()), torch.empty(0)).device
 
@@ -129,7 +138,7 @@ class Run:
     def labels(self, count: int) -> list[int] | None:
         """The class of every picture: one for all, or each in turn; None for a model without
         classes."""
-        names = getattr(self.model, "class_names", None)
+        names = self.class_names
         if names is None:
             if self.class_name is not None:
                 raise ValueError(f"--class is for models with named classes, got {self.model_name}: leave it out")
@@ -147,11 +156,12 @@ class Run:
 
     def names(self, labels: list[int] | None, count: int) -> list[str]:
         """Return the label under each picture."""
-        return [str(i) for i in range(count)] if labels is None else [self.model.class_names[label] for label in labels]
+        names = self.class_names
+        return [str(i) for i in range(count)] if labels is None or names is None else [names[label] for label in labels]
 
     def columns(self, count: int) -> int | None:
         """A column for each class, where all are drawn in turn."""
-        classes = len(getattr(self.model, "class_names", ()))
+        classes = len(self.class_names or ())
         return classes if classes and self.class_name is None and count >= classes else None
 
     def conditioning(self, labels: list[int] | None, part: slice = slice(None)) -> dict[str, Tensor] | None:
@@ -370,7 +380,7 @@ def conditioning_rule(run: Run) -> Conditioning | None:
     labels = run.labels(1)
     if labels is None:
         return None
-    return OneClass(labels[0]) if run.class_name is not None else EveryClass(len(run.model.class_names))
+    return OneClass(labels[0]) if run.class_name is not None else EveryClass(len(run.class_names or ()))
 
 
 def parse_timesteps(text: str | None) -> list[int] | str | None:
@@ -398,7 +408,7 @@ def check_output(path: Path | None, suffixes: tuple[str, ...]) -> None:
 
 def save_samples(images: Tensor, labels: list[int] | None, path: Path) -> None:
     if path.suffix.lower() == ".npz":
-        arrays = {} if labels is None else {"labels": np.array(labels)}
+        arrays: dict[str, Any] = {} if labels is None else {"labels": np.array(labels)}
         np.savez_compressed(path, samples=images.numpy(), **arrays)
     else:
         tensors = {} if labels is None else {"labels": torch.tensor(labels)}
@@ -443,6 +453,6 @@ def _read_picture(path: Path, sample_shape: tuple[int, ...]) -> Tensor:
             f"pictures are for models with 1 or 3 channels, got one with {channels}: give samples as numbers (.npz)"
         )
     with Image.open(path) as image:
-        image = image.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.LANCZOS)
-        pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels)
+        resized = image.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.LANCZOS)
+        pixels = np.asarray(resized, dtype=np.float32).reshape(height, width, channels)
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]

@@ -48,7 +48,7 @@ def sample(run: Run, count: int, trajectory: Path | None) -> None:
     def draw(part: slice):
         return sampler.sample(
             run.model,
-            (part.stop - part.start, *run.model.sample_shape),
+            (part.stop - part.start, *run.sample_shape),
             return_trajectory=trajectory is not None,
             device=run.where,
             timing=timing,

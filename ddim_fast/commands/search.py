@@ -74,7 +74,7 @@ def search(run: Run, steps: int, order: int, model_timesteps: bool, effort: str,
     wanted = Search(
         run.model,
         run.noise_schedule(),
-        tuple(run.model.sample_shape),
+        run.sample_shape,
         steps,
         order,
         conditioning=conditioning_rule(run),

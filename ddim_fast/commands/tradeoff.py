@@ -184,7 +184,7 @@ def tradeoff(
     subject = Subject(
         run.model,
         run.noise_schedule(),
-        tuple(run.model.sample_shape),
+        run.sample_shape,
         conditioning_rule(run),
         None if run.guidance == 1 else run.guidance,
         run.sampler_options(),

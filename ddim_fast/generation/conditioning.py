@@ -91,7 +91,7 @@ class Table:
         self._sha256 = file_digest(self.path)
 
     def __len__(self) -> int:
-        return len(next(iter(self.columns.values()))) if self.columns else len(self.keys)
+        return len(next(iter(self.columns.values()), self.keys or ()))
 
     def settings(self) -> dict[str, Any]:
         return {"rule": "a row of a file", "sha256": self._sha256, "rows": len(self)}

@@ -21,7 +21,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,9 @@ class Slices:
             raise IndexError(index)
         first = index * self.size
         return Slice(index, first, min(self.size, self.count - first))
+
+    def __iter__(self) -> Iterator[Slice]:
+        return map(self.__getitem__, range(len(self)))
 
 
 @dataclass
@@ -233,7 +236,7 @@ class SetDirectory:
         record = self.record(part)
         return record if record is not None and self._digest(part) == record["sha256"] else None
 
-    def finish(self, settings: Mapping[str, Any], records: list[Mapping[str, Any]]) -> None:
+    def finish(self, settings: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
         """Write the manifest of the finished set, and remove the scratch folder. May be called
         twice."""
         self.write(self.manifest, _manifest(FINISHED, settings, records))
@@ -252,7 +255,7 @@ class SetDirectory:
             )
 
 
-def _manifest(state: str, settings: Mapping[str, Any], records: list[Mapping[str, Any]] | None = None) -> bytes:
+def _manifest(state: str, settings: Mapping[str, Any], records: Sequence[Mapping[str, Any]] | None = None) -> bytes:
     shards = {} if records is None else {"shards": records}
     return as_json({"layout": LAYOUT_VERSION, "state": state, "settings": settings, **shards}).encode() + b"\n"
 
@@ -341,7 +344,7 @@ def check_set(path: str | os.PathLike[str], progress: Callable[[int], Any] = lam
         name = directory.shard_name(part.index)
         # Of a finished set, the manifest alone counts.
         record = directory.old_records.get(part.index)
-        if not _is_record(record, part, name):
+        if record is None or not _is_record(record, part, name):
             problems.append(f"{name} has no valid record in the manifest")
         elif not directory.shard(part.index).is_file():
             problems.append(f"{name} is missing")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,7 @@ class _Run:
                 record = self.directory.verified(part)
                 if record is not None:
                     self.queue.finish(index, record, made=False)
-                elif (drawn := self.samples(part, lambda i=index: self._goes_on(i))) is not None:
+                elif (drawn := self.samples(part, partial(self._goes_on, index))) is not None:
                     writer.put((part, drawn))
                 self._show()
             writer.flush()
@@ -336,12 +337,12 @@ def _check_arguments(
 
 
 def _shape(model: Model, shape: Sequence[int] | None, format: str) -> tuple[int, ...]:
-    stated = getattr(model, "sample_shape", None)
-    if shape is None and stated is None:
+    wanted: Sequence[int] | None = getattr(model, "sample_shape", None) if shape is None else shape
+    if wanted is None:
         raise ValueError(
             "shape must be given for a model without sample_shape, got None: for instance shape=(3, 32, 32)"
         )
-    found = tuple(int(size) for size in (stated if shape is None else shape))
+    found = tuple(int(size) for size in wanted)
     if not found or min(found) < 1:
         raise ValueError(f"shape must be that of one sample, (C, ...), with no size below 1, got {found}")
     if FORMATS[format].pictures and (len(found) != 3 or found[0] not in (1, 3)):
@@ -367,7 +368,7 @@ def _check_conditioning(
                 "format='webdataset', or leave the column out"
             )
     classes = getattr(model, "num_classes", None)
-    labels = conditioning.columns.get(LABELS) if isinstance(conditioning, Table) else None
+    labels: Any = conditioning.columns.get(LABELS) if isinstance(conditioning, Table) else None
     if labels is None:
         labels = conditioning.rows(0, max(compute_batch_size, int(classes or 0))).get(LABELS)
     if isinstance(classes, int) and labels is not None and (int(labels.min()) < 0 or int(labels.max()) > classes):

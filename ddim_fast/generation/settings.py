@@ -59,7 +59,9 @@ def plan_settings(sampler: DDIMSampler, model: Any) -> dict[str, Any]:
     ``alphas_cumprod``."""
     plan = sampler.plan(model)
     values = {field.name: getattr(plan, field.name) for field in fields(plan)}
-    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    settings: dict[str, Any] = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
+    }
     schedule: NoiseSchedule = settings.pop("schedule")
     # Said where they are asked for only, so that sets from before there were such options can be
     # resumed.
@@ -137,7 +139,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], there_is: str
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
             found |= _flat(value, f"{prefix}{name}.")

@@ -170,8 +170,11 @@ def inputs_of(variant: Variant, device: str = "meta", n_elements: int = 1 << 20)
     """
     samples = 4
 
-    def tensor(wanted: bool, dtype: torch.dtype) -> torch.Tensor | None:
-        return torch.randn((samples, n_elements), device=device).to(dtype) if wanted else None
+    def tensor(dtype: torch.dtype) -> torch.Tensor:
+        return torch.randn((samples, n_elements), device=device).to(dtype)
+
+    def optional(wanted: bool, dtype: torch.dtype) -> torch.Tensor | None:
+        return tensor(dtype) if wanted else None
 
     columns = dict.fromkeys(("x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps"), 0.25)
     row = StepCoefficients(
@@ -182,22 +185,22 @@ def inputs_of(variant: Variant, device: str = "meta", n_elements: int = 1 << 20)
         prev_history=0.25 if variant.history else 0.0,
     )
     in_registers = variant.noise in ("exact", "fast") or variant.mask
-    x_t = tensor(True, variant.dtype)
+    x_t = tensor(variant.dtype)
     return StepInputs(
         x_t,
-        tensor(True, variant.model_dtype),
+        tensor(variant.model_dtype),
         StepTable.of([row], device, 2.0 if variant.guidance else None),
         torch.zeros(1, dtype=torch.int64, device=device),
-        model_output_uncond=tensor(variant.guidance, variant.model_dtype),
-        noise=tensor(variant.noise == "given", variant.dtype),
+        model_output_uncond=optional(variant.guidance, variant.model_dtype),
+        noise=optional(variant.noise == "given", variant.dtype),
         seeds=torch.arange(samples, device=device) if in_registers else None,
         thresholds=torch.ones(samples, device=device) if variant.thresholds else None,
-        mask=tensor(variant.mask, variant.dtype),
-        known_x0=tensor(variant.mask, variant.dtype),
+        mask=optional(variant.mask, variant.dtype),
+        known_x0=optional(variant.mask, variant.dtype),
         x_prev=x_t,
-        x0=tensor(variant.x0, variant.dtype),
+        x0=optional(variant.x0, variant.dtype),
         normals="fast" if variant.noise == "fast" else "exact",
-        history=tensor(variant.history, variant.dtype),
+        history=optional(variant.history, variant.dtype),
     )
 
 

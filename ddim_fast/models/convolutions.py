@@ -23,6 +23,7 @@ class WinogradConv2d(nn.Conv2d):
         bias = convolution.bias is not None
         super().__init__(convolution.in_channels, convolution.out_channels, 3, padding=1, bias=bias, device="meta")
         self.weight, self.bias = convolution.weight, convolution.bias
+        self.points: Tensor
         self.register_buffer("points", transformed_weights(convolution.weight), persistent=False)
         self.train(convolution.training)
 

@@ -101,5 +101,6 @@ def load_shipped_model(
     with torch.device("meta"):
         unet = SmallUNet(**config)
     unet.load_state_dict({key: value.to(dtype) for key, value in weights.items()}, assign=True)
-    model = ShippedModel(SHIPPED[name], unet).to(device, memory_format=torch.channels_last)
+    model = ShippedModel(SHIPPED[name], unet).to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
     return model.requires_grad_(False).eval()

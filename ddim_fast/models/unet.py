@@ -24,6 +24,12 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
 
 
+def _zero(layer: nn.Conv2d) -> None:
+    """Let a layer put out zeros until it is trained."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
 class ResidualBlock(nn.Module):
     """Norm, SiLU, convolution, twice, with the conditioning as scale and shift of the second norm."""
 
@@ -35,8 +41,7 @@ class ResidualBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        _zero(self.conv2)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -108,8 +113,7 @@ class SmallUNet(nn.Module):
         self.up_high = nn.ModuleList(ResidualBlock(2 * width, width, embedding_dim) for _ in range(blocks + 1))
         self.norm_out = nn.GroupNorm(8, width)
         self.conv_out = nn.Conv2d(width, in_channels * patch**2, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        _zero(self.conv_out)
 
     def forward(self, x: Tensor, t: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         """Predict ``v`` for noisy pictures ``x``: ``(B, C, H, W)``, timesteps ``t`` scalar or

@@ -49,7 +49,7 @@ def reference(runs: Runs, plan: SamplingPlan, candidates: Sequence[int]) -> Refe
     for step in plan.steps:
         m = runs.predict(state.x_t, step.model_timestep)
         state, before = after(state, step, m, plan.order), state
-        if step.t in wanted:
+        if step.t in wanted and state.x0_last is not None:
             found.x_t.append(before.x_t)
             found.model_outputs.append(m)
             found.x0.append(state.x0_last)

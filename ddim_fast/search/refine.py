@@ -61,11 +61,18 @@ class Refinement:
     num_train_timesteps: int
     budget: int
     progress: Callable[[int], Any] = lambda steps: None
-    best: Candidate | None = None
+    _best: Candidate | None = None
     distance: float = float("inf")
     spent: int = 0
     tried: dict[Candidate, float] = field(default_factory=dict)
     _states: list[State] = field(default_factory=list)
+
+    @property
+    def best(self) -> Candidate:
+        """The best candidate so far: there is one after the first ``offer``."""
+        if self._best is None:
+            raise RuntimeError("a refinement has a best candidate after the first offer, got none yet: offer one")
+        return self._best
 
     def offer(self, candidate: Candidate) -> bool:
         """Try a candidate and keep it if it is the best so far. Return whether it was kept.
@@ -74,9 +81,9 @@ class Refinement:
         """
         if candidate in self.tried:
             return False
-        first = 0 if self.best is None else candidate.first_difference(self.best)
+        first = 0 if self._best is None else candidate.first_difference(self._best)
         steps = len(candidate.timesteps) - first
-        if self.spent + steps > self.budget and self.best is not None:
+        if self.spent + steps > self.budget and self._best is not None:
             return False
         states = self.runs.run(self.plan_of(candidate), first, self._states if first else None)
         self.spent += steps
@@ -85,7 +92,7 @@ class Refinement:
         self.tried[candidate] = distance
         if not distance < self.distance:
             return False
-        self.best, self.distance, self._states = candidate, distance, states
+        self._best, self.distance, self._states = candidate, distance, states
         return True
 
     def refine(self) -> None:

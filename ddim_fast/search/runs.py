@@ -60,6 +60,7 @@ class Runs:
     def predict(self, x_t: Tensor, t: int) -> Tensor:
         """Return the model's output at x_t ``(B, C, ...)``, with guidance where there is a scale."""
         scales = guidance_scales(self.guidance_scale, (t,))
+        scale = None if scales is None else scales[0]
         parts = []
         for first in range(0, len(x_t), self.batch_size):
             part = slice(first, first + self.batch_size)
@@ -83,7 +84,7 @@ class Runs:
                 x0=None,
             ).predict(times)
             self.progress(len(x) * (1 if uncond is None else 2))
-            parts.append(m if uncond is None else guided_output(m, uncond, scales[0], 0.0, x.dtype))
+            parts.append(m if uncond is None or scale is None else guided_output(m, uncond, scale, 0.0, x.dtype))
         return torch.cat(parts).to(x_t.dtype)
 
     def run(self, plan: SamplingPlan, first: int = 0, states: list[State] | None = None) -> list[State]:

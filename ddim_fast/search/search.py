@@ -102,12 +102,12 @@ class Search:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def plan_of(self, candidate: Candidate, order: int | None = None) -> SamplingPlan:
-        options = {**self.sampler_options, "order": self.order if order is None else order}
+        options: dict[str, Any] = {**self.sampler_options, "order": self.order if order is None else order}
         options.pop("timestep_spacing", None)
         options.pop("steps_offset", None)
         given = None if candidate.is_one_list else candidate.model_timesteps
-        lists = {"timesteps": candidate.timesteps, "model_timesteps": given}
-        return DDIMSampler(self.schedule, **lists, **options).plan(self.model)
+        sampler = DDIMSampler(self.schedule, timesteps=candidate.timesteps, model_timesteps=given, **options)
+        return sampler.plan(self.model)
 
     @property
     def candidate_timesteps(self) -> tuple[int, ...]:
@@ -168,7 +168,7 @@ def search_timesteps(
     for candidate in lists.values():
         refinement.offer(candidate)
     seen = {name: refinement.tried[candidate] for name, candidate in lists.items()}
-    began = min(seen, key=seen.get)
+    began = min(seen, key=seen.__getitem__)
     for name, refine, runs_allowed in _stages(search, refinement):
         say(f"refining: {refinement.distance:.4f}")
         refinement.budget = refinement.spent + runs_allowed * search.num_inference_steps

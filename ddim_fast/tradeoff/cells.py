@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..plans.files import TimestepList
@@ -63,6 +63,10 @@ class Cell:
         options = dict(options)
         if self.timesteps is None:
             options["timestep_spacing"] = self.timestep_spacing
+        if self.order != 1:
+            options["order"] = self.order
+        if self.analytic_variance is not None:
+            options["analytic_variance"] = self.analytic_variance
         return DDIMSampler(
             schedule,
             None if self.timesteps is not None else self.num_inference_steps,
@@ -71,8 +75,6 @@ class Cell:
             model_timesteps=self.model_timesteps,
             eta_scales=self.eta_scales,
             sigma_hat=self.sigma_hat,
-            **({} if self.order == 1 else {"order": self.order}),
-            **({} if self.analytic_variance is None else {"analytic_variance": self.analytic_variance}),
             **options,
         )
 
@@ -82,7 +84,10 @@ class Cell:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Cell:
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        return cls(**given)
 
 
 def grid(
@@ -110,25 +115,26 @@ def grid(
     Raises:
         ValueError: a list lacks the residual that an analytic variance needs.
     """
-    lists = [(S, spacing, {}, None) for S in steps for spacing in spacings]
+    # What the cells of one list have in common, and the residual for an analytic variance.
+    lists: list[tuple[Cell, tuple[float, ...] | None]] = [
+        (Cell(S, spacing), None) for S in steps for spacing in spacings
+    ]
     for name, found in (searched or {}).items():
-        own = {"timesteps": found.timesteps, "model_timesteps": found.model_timesteps}
-        lists.append((len(found.timesteps), name, own, _residual(name, found) if analytic_variance else None))
+        cell = Cell(len(found.timesteps), name, timesteps=found.timesteps, model_timesteps=found.model_timesteps)
+        lists.append((cell, _residual(name, found) if analytic_variance else None))
     cells = []
-    for S, spacing, own, residual in lists:
-        common = dict(own, count=(count_at or {}).get(S))
+    for cell, residual in lists:
+        cell = replace(cell, count=(count_at or {}).get(cell.num_inference_steps))
         for eta in etas:
             # Both conventions agree at 0 and 1.
             for scales in eta_scales[:1] if eta in (0, 1) else eta_scales:
-                cells += [
-                    Cell(S, spacing, eta, scales, order=order, **common)
-                    for order in orders
-                    if order == 1 or (eta == 0 and S > 1)
-                ]
+                with_eta = replace(cell, eta=eta, eta_scales=scales)
+                several = eta == 0 and cell.num_inference_steps > 1
+                cells += [replace(with_eta, order=order) for order in orders if order == 1 or several]
                 if residual is not None and eta > 0:
-                    cells.append(Cell(S, spacing, eta, scales, analytic_variance=residual, **common))
+                    cells.append(replace(with_eta, analytic_variance=residual))
         if sigma_hat:
-            cells.append(Cell(S, spacing, 1.0, sigma_hat=True, **common))
+            cells.append(replace(cell, eta=1.0, sigma_hat=True))
     return sorted(dict.fromkeys(cells), key=lambda cell: cell.num_inference_steps)
 
 

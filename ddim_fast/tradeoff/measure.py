@@ -125,8 +125,9 @@ def _counted(model: Model, calls: int, progress: Progress) -> Iterator[None]:
         seen += len(arguments[0])
         progress(len(arguments[0]))
 
-    on_cpu = isinstance(model, nn.Module) and all(p.device.type == "cpu" for p in model.parameters())
-    hook = model.register_forward_hook(after) if on_cpu else None
+    hook = None
+    if isinstance(model, nn.Module) and all(p.device.type == "cpu" for p in model.parameters()):
+        hook = model.register_forward_hook(after)
     try:
         yield
     finally:
@@ -191,7 +192,7 @@ class PeakMemory:
         self._device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            self._before = torch.cuda.memory_allocated(device)
+            self._before: float = torch.cuda.memory_allocated(device)
         else:
             self._before = _reset_peak()
 

@@ -140,9 +140,9 @@ def paper_table_of(study: Study) -> PaperTable | None:
     paper's, that fill most of it."""
     found = []
     for metric in study.metrics:
-        results = [r for r in study.with_metric(metric.name) if _place(r.cell) is not None]
-        for spacing in dict.fromkeys(r.cell.timestep_spacing for r in results):
-            cells = {_place(r.cell): r for r in reversed(results) if r.cell.timestep_spacing == spacing}
+        results = [(place, r) for r in study.with_metric(metric.name) if (place := _place(r.cell)) is not None]
+        for spacing in dict.fromkeys(r.cell.timestep_spacing for _, r in results):
+            cells = {place: r for place, r in reversed(results) if r.cell.timestep_spacing == spacing}
             if {row for row, _ in cells} == set(ROWS):
                 found.append(PaperTable(metric, spacing, cells))
         if found:

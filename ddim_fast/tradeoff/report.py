@@ -147,7 +147,7 @@ class _Row:
 class _MetricPlot:
     metric: Metric
     sizes: dict[str, svg.Plot]
-    recommendation: Recommendation
+    recommendation: Recommendation | None
 
 
 def html_text(study: Study, directory: Path) -> str:
@@ -352,7 +352,8 @@ def _strips(study: Study, rows: list[_Row], pictures: list[bytes | None]) -> lis
         if len({row.result.cell.num_inference_steps for row, _ in members}) > 1:
             strips[way] = [(row, _first_row(picture, row.result.count)) for row, picture in members]
     opened = None if recommendation is None else way_of(recommendation.chosen.cell)
-    opened = opened if opened in strips else next(iter(strips), None)
+    if opened not in strips:
+        opened = next(iter(strips), None)
     ordered = sorted(strips, key=lambda way: way != opened)
     return [_Strip(", ".join(way), strips[way], way == opened) for way in ordered]
 

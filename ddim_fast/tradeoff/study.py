@@ -148,8 +148,8 @@ def calls_to_do(
     """Model calls, counted by sample, that ``run_study`` would make: for a progress bar."""
     cells = list(cells)
     calls = sum(subject.calls(cell) for cell in cells if directory.result(cell) is None)
-    wanted = converged_cell is not None and any(cell.deterministic for cell in cells)
-    if wanted and not (directory.path / "converged.safetensors").exists():
+    there = (directory.path / "converged.safetensors").exists()
+    if converged_cell is not None and not there and any(cell.deterministic for cell in cells):
         calls += (converged_count or subject.count) * converged_cell.num_inference_steps * subject.calls_per_step
     return calls
 

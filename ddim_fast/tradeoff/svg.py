@@ -115,9 +115,11 @@ def plot(points: Sequence[Point], front: Sequence[CellResult], width: int, heigh
     dots = []
     for p in points:
         known = math.isfinite(p.measure.error) and p.measure.error > 0
-        ends = [vertical.place(p.measure.value + sign * p.measure.error) for sign in (1, -1)] if known else [None, None]
+        top_end, bottom_end = (
+            vertical.place(p.measure.value + sign * p.measure.error) if known else None for sign in (1, -1)
+        )
         is_on = any(p.result is one for one in front)
-        dots.append(Dot(p, horizontal.place(p.x), vertical.place(p.measure.value), *ends, is_on))
+        dots.append(Dot(p, horizontal.place(p.x), vertical.place(p.measure.value), top_end, bottom_end, is_on))
     on_front = sorted((dot for dot in dots if dot.on_front), key=lambda dot: dot.x)
     return Plot(
         width,

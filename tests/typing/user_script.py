@@ -24,5 +24,5 @@ x_t = torch.randn(2, 1, 28, 28)
 for step in plan.steps:
     x_t = df.ddim_step(x_t, model(x_t, torch.full((2,), step.t)), step.coefficients)
 
-shipped: df.LoadedModel = df.load_model("fashion")
+shipped = df.load_model("fashion")
 pictures: Tensor = sampler.sample(shipped, shape=(1, 1, 28, 28), seeds=[3])
