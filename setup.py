@@ -10,6 +10,7 @@ Environment variables:
     DDIM_FAST_REQUIRE_EXTENSION: 1 makes a missing extension an error.
 """
 
+import contextlib
 import os
 import platform
 import re
@@ -71,16 +72,21 @@ def find_compiler() -> str:
 
 
 def find_ninja() -> str:
-    """Return the path of the ninja executable: the one of the Python package where it is installed."""
-    try:
+    """Return the path of the ninja program: of the Python package, or else on the PATH.
+
+    The package's script is passed over. In pip's isolated builds it may belong to another version
+    of the package than the one that is imported, and then calls itself for ever.
+    """
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    with contextlib.suppress(ImportError):
         import ninja
 
-        return str(Path(ninja.BIN_DIR) / "ninja")
-    except ImportError:
-        path = shutil.which("ninja")
-        if path is None:
-            raise CompileError("ninja not found: pip install ninja") from None
-        return path
+        folders.insert(0, ninja.BIN_DIR)
+    for folder in folders:
+        path = shutil.which("ninja", path=folder)
+        if path is not None and not Path(path).read_bytes().startswith(b"#!"):
+            return path
+    raise CompileError("ninja not found: pip install ninja")
 
 
 def ninja_file(compiler: str, output: Path) -> str:

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import ninja
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -139,6 +140,25 @@ def test_the_compilers_processor_decides_what_is_compiled(tree, tmp_path, machin
     (ninja,) = tree.glob("build/temp*/build.ninja")
     assert ("isa_avx2.cpp" in ninja.read_text()) == x86
     assert ("-DDDIM_WITH_X86" in ninja.read_text()) == x86
+
+
+def test_the_script_of_another_ninja_is_never_called(tree, tmp_path):
+    """pip builds with a ninja of its own, and finds the environment's scripts where its package looks."""
+    package, scripts = tmp_path / "package", tmp_path / "scripts"
+    (package / "ninja").mkdir(parents=True)
+    (package / "ninja" / "__init__.py").write_text(f"BIN_DIR = {str(scripts)!r}\n")
+    scripts.mkdir()
+    (scripts / "ninja").write_text("#!/bin/sh\necho the script was called\nexit 7\n")
+    (scripts / "ninja").chmod(0o755)
+    status, printed, _ = build(
+        tree,
+        CXX=write_compiler(tmp_path / "compiler", native()),
+        PYTHONPATH=str(package),
+        PATH=os.pathsep.join([str(scripts), ninja.BIN_DIR, os.environ["PATH"]]),
+        DDIM_FAST_REQUIRE_EXTENSION="1",
+    )
+    assert status == 0, printed
+    assert "the script was called" not in printed
 
 
 def test_the_oldest_versions_that_are_tested_are_the_ones_that_are_claimed():
