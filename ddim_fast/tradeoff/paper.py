@@ -128,14 +128,6 @@ def row_text(row: Row) -> str:
     return row if isinstance(row, str) else f"eta {row:.1f}"
 
 
-def is_paper_table(study: Study) -> bool:
-    """Return whether a study has cells in every row of the paper's table, all of one spacing.
-
-    Single cells may be missing.
-    """
-    return paper_table_of(study) is not None
-
-
 def paper_table_of(study: Study) -> PaperTable | None:
     """Return our numbers in the paper's layout; None if a row is empty.
 
