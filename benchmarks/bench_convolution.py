@@ -1,4 +1,5 @@
-"""A model's 3 x 3 convolutions on the CPU: with a quarter of the products, as ``optimize`` makes them, against PyTorch's own."""
+"""3 x 3 convolutions of a model on the CPU: those of ``optimize``, which need a quarter of the
+multiplications, against PyTorch's."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ from ddim_fast.kernels import cpu_step
 from ddim_fast.models.convolutions import WinogradConv2d
 
 LAYERS = [(32, 14), (96, 7), (128, 16)]
-"""Channels, and the side of the pictures: the first two are the shipped model's."""
+"""Channels and image size; the first two are those of the shipped model."""
 BATCHES = [1, 8, 64]
 QUICK = (96, 7), 8
 ALLOWED = 1e-4
-"""Of the largest output: how far a contender may be off."""
+"""The largest error allowed, as a share of the largest output."""
 
 
 def cases():
@@ -28,7 +29,7 @@ def cases():
 @pytest.mark.skipif(cpu_step.extension is None, reason="the C++ extension is missing")
 @pytest.mark.parametrize(("channels", "side", "batch"), cases())
 def test_convolution(channels, side, batch, settings, measure, benchmark, show):
-    """Seconds of a layer, channels last."""
+    """Time one layer, channels last."""
     torch.manual_seed(0)
     torch.set_num_threads(settings.threads)
     layer = nn.Conv2d(channels, channels, 3, padding=1).requires_grad_(False).to(memory_format=torch.channels_last)
@@ -45,7 +46,7 @@ def test_convolution(channels, side, batch, settings, measure, benchmark, show):
 
     def check(name, result):
         worst = float((result - exact).abs().max() / exact.abs().max())
-        assert worst <= ALLOWED, f"{name} is wrong: it is off by {worst:.1e} of the largest output, so it is not timed"
+        assert worst <= ALLOWED, f"{name} is wrong: its error is {worst:.1e} of the largest output, so it is not timed"
 
     contenders = {"PyTorch": without_gradients(layer), "ours": without_gradients(ours)}
     result = measure("convolution", contenders, check, baseline="ours", pairs=[("PyTorch", "ours")])

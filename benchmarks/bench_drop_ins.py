@@ -1,6 +1,6 @@
-"""What a drop-in saves: a whole call of diffusers' step, and a pipeline of 50 steps.
+"""Drop-in replacement for diffusers: one call of its step, and a pipeline of 50 steps.
 
-Both with the original scheduler and with ours.
+Both run with the original scheduler and with ours.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCHEDULERS = {"diffusers": DDIMScheduler, "ours": FastDDIMScheduler}
 
 @pytest.fixture(autouse=True)
 def _without_gradients():
-    """As in a pipeline's call."""
+    """Disable gradients, as pipelines do."""
     with torch.no_grad():
         yield
 
@@ -34,7 +34,7 @@ def _without_gradients():
 def steps(
     shape: tuple[int, ...], config: dict[str, Any], eta: float, return_dict: bool
 ) -> dict[str, Callable[[], Any]]:
-    """Return the step of each scheduler, called as in a pipeline, by a tensor timestep."""
+    """Return each scheduler's step, called as in a pipeline, with a tensor as the timestep."""
     torch.manual_seed(0)
     x, m = torch.randn(shape), torch.randn(shape)
     found = {}
@@ -75,7 +75,7 @@ def test_step_of_the_drop_in(measure, benchmark, show, shape, config, return_dic
 
 
 def test_pipeline_of_50_steps(measure, benchmark, show):
-    """The U-Net is as small as possible, and so the scheduler's share of the time large."""
+    """Time a pipeline with a minimal U-Net, so that the scheduler's share of the time is large."""
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,

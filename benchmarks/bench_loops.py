@@ -1,4 +1,4 @@
-"""Loops of 10 to 1000 steps whose model costs nothing: what is left is the update and what surrounds it."""
+"""Loops of 10 to 1000 steps with a free model: only the update and its overhead are timed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ QUICK = ("1x4x64x64", 50)
 
 
 def free_model(output: torch.Tensor):
-    """A model that returns a tensor that was there before."""
+    """Return a model that returns a precomputed tensor."""
     return lambda x, t: output
 
 
@@ -20,7 +20,7 @@ def free_model(output: torch.Tensor):
     ("shape", "steps"), [pytest.param(*case, marks=() if case == QUICK else pytest.mark.full) for case in CASES]
 )
 def test_loop(shape, steps, measure, benchmark, show):
-    """Seconds of a whole loop."""
+    """Time a full loop."""
     generator = torch.Generator().manual_seed(0)
     x_T, output = (torch.randn(SHAPES[shape], generator=generator) for _ in range(2))
     case = LoopCase(free_model(output), free_model(output.double()), x_T, steps)
@@ -29,7 +29,7 @@ def test_loop(shape, steps, measure, benchmark, show):
     per_step = {name: result.seconds(name) / steps * 1e6 for name in contenders}
     benchmark.extra_info.update(shape=shape, steps=steps, microseconds_per_step=per_step)
     show(
-        "loops with a model that costs nothing: us a step, and times longer than ours",
+        "loops with a free model: us per step, and times longer than ours",
         shape=shape,
         steps=str(steps),
         **{"ours, us": f"{per_step['ours']:.1f}"},

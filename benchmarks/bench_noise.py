@@ -1,4 +1,4 @@
-"""Noise: a whole step at eta = 1, made of our own normals, against torch.randn alone; and bare normals, too."""
+"""Noise: a full step at eta = 1 with our normals, and our normals alone, against torch.randn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPES = [(1, 4, 64, 64), (64, 3, 32, 32)]
 @pytest.mark.skipif(cpu_step.extension is None, reason="the C++ extension is missing")
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_noise(shape, settings, measure, benchmark, show):
-    """Time per element: the eta = 1 step in place, normals into a buffer, and torch.randn(out=) into a buffer."""
+    """Time the eta = 1 step in place, normals into a buffer, and torch.randn(out=), per element."""
     case = StepCase("eta1", shape)
     z, per_sample = torch.empty(shape), math.prod(shape[1:])
 

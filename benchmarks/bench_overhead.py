@@ -1,4 +1,4 @@
-"""What a call costs: a checked ddim_step on 16 elements, out given, beside x.add_(m) and diffusers' step."""
+"""Call overhead of a checked ddim_step on 16 elements with ``out``, x.add_(m), and diffusers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CALLS_OF = {"ours in place": CALLS, "ours out": CALLS, "x.add_(m)": CALLS, "diff
 
 
 def _batches(case: StepCase) -> dict[str, Callable[[], None]]:
-    """``CALLS_OF`` calls each, written out, so that nothing but the loop is timed beside them."""
+    """Return batches of ``CALLS_OF`` calls, written out so that only the loop adds overhead."""
     x, m, row, out = case.x_t, case.model_output, case.step.coefficients, case.out
     diffusers = case.diffusers()["diffusers"]
 
@@ -38,7 +38,7 @@ def _batches(case: StepCase) -> dict[str, Callable[[], None]]:
 
 
 def test_overhead(measure, benchmark, show):
-    """Microseconds per call, in batches of 1000 calls."""
+    """Time one call, in batches of 1000 calls."""
     case = StepCase("eta0", (1, 16))
     batches = _batches(case)
     once = {**case.ours(), **case.diffusers(), "x.add_(m)": lambda: case.x_t.add_(case.model_output)}

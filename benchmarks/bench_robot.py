@@ -1,4 +1,7 @@
-"""A robot's policy: 16 actions of 7 numbers from a small 1-D U-Net, one at a time: what surrounds the model dominates."""
+"""A robot policy: 16 actions of 7 numbers from a small 1-D U-Net, batch size 1.
+
+The overhead around the model dominates.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ QUICK = (20, "contiguous")
 
 
 class Block(nn.Module):
-    """Two convolutions, with the conditioning as a scale and a shift in between (FiLM)."""
+    """Two convolutions with a scale and shift from the conditioning in between (FiLM)."""
 
     def __init__(self, channels_in: int, channels_out: int, conditions: int):
         super().__init__()
@@ -35,9 +38,11 @@ class Block(nn.Module):
 
 
 class PolicyUNet(nn.Module):
-    """After Diffusion Policy (arXiv 2303.04137), small: ``(B, 16, 7)`` noisy actions, a timestep, ``(B, 20)`` observed -> noise.
+    """A small U-Net after Diffusion Policy (arXiv 2303.04137).
 
-    Its convolutions want channels first. ``layout``, "contiguous" or "transposed", is how its input and its output are turned.
+    It maps noisy actions ``(B, 16, 7)``, a timestep and an observation ``(B, 20)`` to noise. Its
+    convolutions need channels first: ``layout`` is how input and output are transposed,
+    "contiguous" (copied) or "transposed" (a view).
     """
 
     def __init__(self, layout: str = "contiguous", width: int = 32, conditions: int = 64):
@@ -60,7 +65,7 @@ class PolicyUNet(nn.Module):
         return self.turned(noise)
 
     def turned(self, x: Tensor) -> Tensor:
-        """Channels last or first: in memory, too, or seen so only, as the policies of that paper do it."""
+        """Swap channels and time, as a copy, or as a view, which the policies of that paper use."""
         x = x.transpose(1, 2)
         return x.contiguous() if self.layout == "contiguous" else x
 
@@ -76,14 +81,14 @@ def policy_case(steps: int, layout: str = "contiguous") -> LoopCase:
     ("steps", "layout"), [pytest.param(*case, marks=() if case == QUICK else pytest.mark.full) for case in CASES]
 )
 def test_policy(steps, layout, measure, benchmark, show):
-    """Seconds of one plan of actions."""
+    """Time one sequence of actions."""
     case = policy_case(steps, layout)
     contenders = case.contenders()
     result = measure("robot", {**contenders, "model alone": case.model_alone()}, case.check, baseline="ours")
     share = result.ratio("model alone")
     benchmark.extra_info.update(shape="1x16x7", steps=steps, layout=layout, share_of_the_model=share)
     show(
-        "a robot's plan of 16 x 7 actions: ms, and times longer than ours",
+        "a robot policy, 16 x 7 actions: ms, and times longer than ours",
         steps=str(steps),
         layout=layout,
         **{"ours, ms": f"{result.seconds('ours') * 1e3:.2f}"},

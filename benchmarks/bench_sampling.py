@@ -1,4 +1,5 @@
-"""The model that ships, end to end: the same pictures by our sampler and by diffusers' own pipeline, and where the time goes."""
+"""The shipped model end to end: the same images from our sampler and from diffusers' pipeline, and
+where the time goes."""
 
 from __future__ import annotations
 
@@ -19,15 +20,15 @@ from ddim_fast.integrations.diffusers import FastDDIMScheduler
 
 STEPS, SEED = 20, 0
 BATCHES = {1: 10, 8: 6, 64: 4}
-"""Pictures at once, and the least number of rounds: those of 64 take seconds each."""
+"""Batch size, and the minimum number of rounds: rounds of 64 images take seconds each."""
 QUICK = 8
 GREY_LEVEL = 1 / 255
 EXACT = 2
-"""Pictures that are drawn in float64, too."""
+"""Images also drawn in float64."""
 
 
 class LabelledUNet(ModelMixin, ConfigMixin):
-    """The shipped model in the form that ``DDIMPipeline`` asks for: labels inside, the output in ``.sample``."""
+    """The shipped model for ``DDIMPipeline``: with stored labels, and its output in ``.sample``."""
 
     @register_to_config
     def __init__(self, sample_size: int = 28, in_channels: int = 1):
@@ -43,7 +44,7 @@ class LabelledUNet(ModelMixin, ConfigMixin):
 
 @dataclass
 class PictureCase:
-    """``batch`` pictures in ``STEPS`` steps, as numbers from 0 to 1, each contender's from the same x_T and labels."""
+    """``batch`` images in [0, 1], ``STEPS`` steps, the same x_T and labels for all contenders."""
 
     batch: int
 
@@ -55,7 +56,11 @@ class PictureCase:
         self.sampler = df.DDIMSampler(self.model.schedule, STEPS)
 
     def contenders(self, optimized: bool = True) -> dict[str, Callable[[], Tensor]]:
-        """All of them; ``optimized``: also by ``DDIMSampler.optimize``, which takes a minute or so to compile."""
+        """Return all contenders.
+
+        Args:
+            optimized: include ``DDIMSampler.optimize``, which takes about a minute to compile.
+        """
         contenders = {
             "diffusers": self.pipeline(DDIMScheduler),
             "ours": self.ours(self.model),
@@ -88,7 +93,10 @@ class PictureCase:
         return run
 
     def check(self, name: str, pictures: Tensor) -> None:
-        """Within one of 255 grey levels of the first contender's, the pipeline's, whose first few are so of float64's."""
+        """Check that images are within one of 255 grey levels of the pipeline's.
+
+        The pipeline is the first contender; its first images are checked against float64.
+        """
         if name == "diffusers":
             self.expected = pictures
             self._assert_same("diffusers, against float64", pictures[:EXACT], self._exact())
@@ -97,7 +105,7 @@ class PictureCase:
     @staticmethod
     def _assert_same(name: str, pictures: Tensor, expected: Tensor) -> None:
         worst = (pictures - expected).abs().max().item()
-        assert worst <= GREY_LEVEL, f"{name} is wrong: it is off by {255 * worst:.3g} grey levels, so it is not timed"
+        assert worst <= GREY_LEVEL, f"{name} is wrong: its error is {255 * worst:.3g} grey levels, so it is not timed"
 
     def _exact(self) -> Tensor:
         model, few = df.load_model("fashion", dtype=torch.float64), slice(0, EXACT)
@@ -108,12 +116,12 @@ class PictureCase:
 
 @pytest.mark.parametrize("batch", [pytest.param(b, marks=() if b == QUICK else pytest.mark.full) for b in BATCHES])
 def test_pictures(batch, settings, measure, benchmark, show):
-    """Seconds from x_T to pictures."""
+    """Time sampling from x_T to images."""
     case = PictureCase(batch)
     torch.set_num_threads(settings.threads)
     contenders = case.contenders(optimized=not settings.quick)
     if batch == max(BATCHES):
-        del contenders["ours, drop-in"]  # it could not be told from diffusers' own: see the smaller batches
+        del contenders["ours, drop-in"]  # indistinguishable from diffusers here: see the smaller batches
     rounds = 4 if settings.quick else BATCHES[batch]
     result = measure("pictures", contenders, case.check, baseline="ours", pairs=_pairs(contenders), min_rounds=rounds)
     shares = _shares(contenders["ours"], 1 if batch == max(BATCHES) else 5)
@@ -129,12 +137,12 @@ def test_pictures(batch, settings, measure, benchmark, show):
 
 
 def _pairs(contenders: dict[str, Callable[[], Tensor]]) -> list[tuple[str, str]]:
-    """diffusers' pipeline over each of ours."""
+    """Return diffusers' pipeline paired with each of ours."""
     return [("diffusers", name) for name in contenders if name.startswith("ours")]
 
 
 def _shares(run: Callable[[df.Timing], Tensor], runs: int) -> dict[str, float]:
-    """The shares of a run's time that the model, the update and the rest take."""
+    """Return the shares of time of the model, the update and the rest: medians over runs."""
     found = []
     for _ in range(runs):
         timing, started = df.Timing(), perf_counter()

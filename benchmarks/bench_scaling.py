@@ -1,4 +1,4 @@
-"""Threads and batches: what a second processor and a larger batch bring, for the step and for the model that ships."""
+"""Scaling with threads and batch size, for the step and for the shipped model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ THREADS = [n for n in (1, 2, 4, 8) if n <= (os.cpu_count() or 1)]
 SHAPES = [(64, 3, 32, 32), (64, 3, 256, 256)]
 BATCHES, STEPS = (1, 8, 64), 2
 
-more_than_one = pytest.mark.skipif(len(THREADS) < 2, reason="a second processor is missing")
+more_than_one = pytest.mark.skipif(len(THREADS) < 2, reason="needs a second processor")
 
 
 def _words(count: int, unit: str) -> str:
@@ -30,7 +30,7 @@ def _on(threads: int) -> str:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("variant", ["eta0", "eta1"])
 def test_threads(variant, shape, measure, benchmark, show):
-    """A step in place, ours and eager PyTorch's, on one thread and on more."""
+    """Time an in-place step, ours and eager PyTorch's, on one thread and on more."""
     case = StepCase(variant, shape)
     ours, eager = case.ours()["ours in place"], case.eager()["eager"]
     contenders, threads = {}, {}
@@ -57,7 +57,7 @@ def test_threads(variant, shape, measure, benchmark, show):
 
 @pytest.mark.full
 def test_batches(measure, benchmark, show):
-    """Seconds for each picture of the shipped model, by batch size and threads."""
+    """Time the shipped model per image, by batch size and threads."""
     model = df.load_model("fashion")
     sampler = df.DDIMSampler(model.schedule, num_inference_steps=STEPS)
     x_T = torch.randn(max(BATCHES), *model.sample_shape, generator=torch.Generator().manual_seed(0))

@@ -1,9 +1,9 @@
-"""The step against everything else that computes it: seconds, ratios, and the share of the memory bandwidth.
+"""The step against everything else that computes it: seconds, ratios, and share of the bandwidth.
 
-Ratios compare like with like: in place with in place, and the rest with ours into a given buffer. Bytes are those
-that the step must read and write, without what the processor reads in order to write. The share of the triad is (our
-bytes per second) / (the triad's), both measured in the same rounds; the share without the call is the same after the
-time of a call on 16 elements has been taken off both.
+Ratios compare like with like: in place with in place, and all others with ours into a given buffer.
+Bytes are those that the step must read and write, without the reads that the processor makes in
+order to write. The share of the triad is (our bytes per second) / (the triad's), both measured in
+the same rounds. The share without the call subtracts the time of a call on 16 elements from both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from step_case import VARIANTS, StepCase
 
 SHAPES = [(1, 4, 64, 64), (64, 3, 32, 32), (64, 3, 256, 256)]
 LARGEST = SHAPES[-1]
-TITLE = "the step: time of another / ours, like with like; triad: share of its bandwidth (and without the call)"
+TITLE = "the step: time of other / ours, like with like; triad: share of its bandwidth (and without the call)"
 QUICK = {("eta0", SHAPES[0]), ("eta0", SHAPES[1]), ("eta1", SHAPES[0])}
 
 
@@ -34,7 +34,7 @@ def _cases():
 
 @pytest.mark.parametrize(("variant", "shape", "dtype"), list(_cases()))
 def test_step(variant, shape, dtype, settings, measure, benchmark, show):
-    """Time per call of one step, x_t to x_prev."""
+    """Time one step, x_t to x_prev, per call."""
     case, tiny = StepCase(variant, shape, dtype), StepCase(variant, (1, 16), dtype)
     compiled, missing = case.compiled()
     ours = case.ours()
@@ -64,7 +64,7 @@ def test_step(variant, shape, dtype, settings, measure, benchmark, show):
 
 
 def _tiny_calls(tiny: StepCase):
-    """The same calls on 16 elements: what a call costs apart from the elements."""
+    """Return the same calls on 16 elements, which measure the cost of a call itself."""
     calls = {**tiny.ours(), **tiny.triads()}
     del calls["ours new"]
     return {f"16: {name}": call for name, call in calls.items()}
@@ -76,7 +76,7 @@ def _best(result: Comparison, prefix: str, in_place: bool) -> str | None:
 
 
 def _triad_shares(case: StepCase, result: Comparison, threads: int) -> dict[str, float]:
-    """In place and out: the share of the one-threaded triad's bandwidth, and that without the call."""
+    """Return the shares of the single-threaded triad's bandwidth, with and without the call."""
     if "triad out" not in result.rounds or threads != 1:
         return {}
     shares = {}
@@ -89,7 +89,7 @@ def _triad_shares(case: StepCase, result: Comparison, threads: int) -> dict[str,
 
 
 def _like_with_like(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Each other contender with ours: in place with in place, the rest with ours into a buffer."""
+    """Return each other contender paired with ours: in place, or else into a buffer."""
     others = [name for name in names if not name.startswith(("ours", "16: "))]
     return [(name, "ours in place" if name.endswith("in place") else "ours out") for name in others]
 

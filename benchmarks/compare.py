@@ -1,12 +1,13 @@
-"""What got slower or faster from one run of ``make bench`` to another, beyond the noise.
+"""Compare two runs of ``make bench``: what got slower or faster, beyond the noise.
 
 \b
     python benchmarks/compare.py before.json after.json
 
-A ratio says how many times longer another contender takes than ours. Both were timed in turn in one process, so it hardly
-depends on what else ran. A ratio has changed where it differs by more than ``--threshold``, and by more than the spreads
-of both runs together (interquartile ranges over rounds, as the root of the sum of their squares). Where both runs come
-from one kind of machine, with the same versions and threads, our own seconds are compared in the same way.
+A ratio is how many times longer another contender takes than ours. Both were timed in turn in one
+process, so other load hardly affects it. A ratio has changed if it differs by more than
+``--threshold``, and by more than the combined spread of both runs (interquartile ranges over
+rounds, as the root of the sum of their squares). If both runs have the same kind of machine,
+versions and threads, our own seconds are compared in the same way.
 
 \b
 Exit code 0: nothing got slower. 1: something did. 2: a file cannot be used.
@@ -24,14 +25,14 @@ from typing import Any, TextIO
 import click
 
 THRESHOLD = 0.15
-"""Two runs of the same code differ by less than this: what ``make bench`` promises of its ratios."""
+"""Ratios of two ``make bench`` runs of the same code differ by less than this."""
 EVEN = 0.05
-"""A ratio this near to 1 says that neither is faster."""
+"""A ratio this close to 1 means that neither is faster."""
 MACHINE = ("cpu_model", "cpu_count", "instruction_set", "torch_cpu_capability", "threads")
 VERSIONS = ("python", "torch", "diffusers", "numpy")
 
 Measured = tuple[float, float]
-"""A value and its spread, a share of it; NaN if there were too few rounds to tell."""
+"""A value and its relative spread, which is NaN after too few rounds."""
 
 
 class Unusable(click.ClickException):
@@ -40,7 +41,7 @@ class Unusable(click.ClickException):
 
 @dataclass(frozen=True)
 class Case:
-    """Ratios by "another / ours", and the seconds of our contenders, by their names."""
+    """Ratios by "other / ours", and the seconds of our contenders by name."""
 
     ratios: dict[str, Measured]
     seconds: dict[str, Measured]
@@ -48,7 +49,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run measured, where, and from what."""
+    """One run: its file, commit, machine and measured cases."""
 
     path: str
     commit: str
@@ -58,7 +59,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Change:
-    """One number in both runs. ``gain`` is the difference, the larger over the smaller less 1: below 0 where ours got slower."""
+    """One number in both runs.
+
+    ``gain`` is the larger value over the smaller, minus 1; negative if ours got slower.
+    """
 
     case: str
     what: str
@@ -73,20 +77,20 @@ class Change:
 
 
 def read_run(path: str | Path) -> Run:
-    """A file that ``make bench`` wrote.
+    """Read a file that ``make bench`` wrote.
 
     Raises:
-        Unusable: it is not one.
+        Unusable: the file is not one.
     """
     try:
         data = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise Unusable(
-            f"a run must be a JSON file that can be read, got {path} ({error}): make bench writes one"
+            f"a run must be a JSON file that can be read, got {path} ({error}): write one with make bench"
         ) from None
     found = data.get("benchmarks") if isinstance(data, dict) else None
     if not isinstance(found, list):
-        raise Unusable(f'a run must have a list "benchmarks", got none in {path}: give the file that make bench writes')
+        raise Unusable(f'a run must have a list "benchmarks", got none in {path}: pass a file that make bench wrote')
     try:
         cases = {one["fullname"]: _case(one["extra_info"]) for one in found if "ratios" in one["extra_info"]}
         facts = data["machine_info"]["ddim_fast"]
@@ -119,13 +123,13 @@ def _measured(value: float, spread: float | None) -> Measured:
 
 
 def differences(before: Run, after: Run, names: tuple[str, ...] = MACHINE + VERSIONS) -> list[str]:
-    """Where machine, threads or versions are not the same."""
+    """Return which facts about machine, threads or versions differ, as lines."""
     first, second = before.facts, after.facts
     return [f"{name}: {first.get(name)} -> {second.get(name)}" for name in names if first.get(name) != second.get(name)]
 
 
 def changes(before: Run, after: Run, what: str, threshold: float = THRESHOLD) -> list[Change]:
-    """All ``what``, "ratios" or "seconds", that both runs have, those that lost most first."""
+    """Return the changes of all common "ratios" or "seconds" (``what``), the largest loss first."""
     found = []
     for name in before.cases.keys() & after.cases.keys():
         first, second = getattr(before.cases[name], what), getattr(after.cases[name], what)
@@ -149,7 +153,7 @@ def _change(case: str, what: str, before: Measured, after: Measured, more_is_bet
 
 
 def only_in(first: Run, second: Run) -> list[str]:
-    """Cases, and ratios of common cases, that ``second`` lacks."""
+    """Return the cases, and the ratios of common cases, that ``second`` lacks."""
     found = []
     for name, case in first.cases.items():
         if name not in second.cases:
@@ -160,7 +164,10 @@ def only_in(first: Run, second: Run) -> list[str]:
 
 
 def agreement(before: Run, after: Run) -> dict[str, Any]:
-    """How well the second run repeats the first: ratios, those that agree on which is faster, and the largest difference."""
+    """Summarise how well the second run reproduces the first.
+
+    Counts the ratios and those that agree on which is faster, and finds the largest difference.
+    """
     found = changes(before, after, "ratios")
     far = [max(c.after / c.before, c.before / c.after) - 1 for c in found]
     worst = max(range(len(far)), key=far.__getitem__)
@@ -176,7 +183,7 @@ def agreement(before: Run, after: Run) -> dict[str, Any]:
 
 
 def _winner(ratio: float) -> int:
-    """1 where ours is faster, -1 where the other is, 0 where neither."""
+    """Return 1 if ours is faster, -1 if the other is, 0 if neither."""
     return 0 if max(ratio, 1 / ratio) <= 1 + EVEN else 1 if ratio > 1 else -1
 
 
@@ -184,26 +191,26 @@ def _winner(ratio: float) -> int:
 
 
 def lines(report: dict[str, Any]) -> Iterator[str]:
-    """The report as text."""
+    """Yield the lines of the report as text."""
     for when in ("before", "after"):
         yield f"{when + ':':8}{report[when]['path']}, commit {report[when]['commit'][:12]}"
     if report["differences"]:
         yield f"not the same: {'; '.join(report['differences'])}"
     if "seconds" not in report["compared"]:
-        yield "seconds are not compared, ratios alone"
+        yield "seconds are not compared, only ratios"
     for verdict in ("slower", "faster"):
         yield from _table(f"{verdict}, beyond the noise", [c for c in report["changes"] if c["verdict"] == verdict])
     for title, names in report["missing"].items():
         yield from ["", title, *(f"  {name}" for name in names)] if names else []
     unjudged = [f"  {c['case']}: {c['what']}" for c in report["changes"] if c["verdict"] == "not judged"]
-    yield from ["", "not judged, for fewer than four rounds in a run", *unjudged] if unjudged else []
+    yield from ["", "not judged, fewer than four rounds in a run", *unjudged] if unjudged else []
     yield ""
     count = [sum(c["verdict"] == verdict for c in report["changes"]) for verdict in ("slower", "faster", "same")]
     yield "{} slower, {} faster, {} within the noise".format(*count)
     same = report["agreement"]
     yield (
         f"{same['agree_on_which_is_faster']} of {same['ratios']} ratios agree on which is faster ({same['even']} of them within "
-        f"{EVEN:.0%} of 1); {same['within_threshold']} differ by {THRESHOLD:.0%} at most, the largest by {same['largest_difference']:.0%}"
+        f"{EVEN:.0%} of 1); {same['within_threshold']} differ by at most {THRESHOLD:.0%}, the largest by {same['largest_difference']:.0%}"
     )
 
 
@@ -229,10 +236,10 @@ def _table(title: str, found: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def report_on(before: Run, after: Run, threshold: float = THRESHOLD, measure: str = "auto") -> dict[str, Any]:
-    """Everything that is found, as plain data."""
+    """Return the whole comparison as plain data."""
     if not changes(before, after, "ratios"):
         raise Unusable(
-            f"two runs must have a ratio in common, got none in {before.path} and {after.path}: measure the same cases"
+            f"both runs must have a ratio in common, got none in {before.path} and {after.path}: measure the same cases"
         )
     different = differences(before, after)
     compared = {"ratios": ["ratios"], "seconds": ["seconds"]}.get(measure)
@@ -257,9 +264,9 @@ def report_on(before: Run, after: Run, threshold: float = THRESHOLD, measure: st
     type=click.Choice(["auto", "ratios", "seconds"]),
     default="auto",
     show_default=True,
-    help="What is compared. auto: ratios, and seconds where machine, versions and threads are the same.",
+    help="What to compare. auto: ratios, and seconds if machine, versions and threads are the same.",
 )
-@click.option("--json", "file", type=click.File("w"), help="Write all that was found here; - for standard output.")
+@click.option("--json", "file", type=click.File("w"), help="Write the comparison to this file; - for standard output.")
 def main(before: str, after: str, threshold: float, measure: str, file: TextIO | None) -> None:
     report = report_on(read_run(before), read_run(after), threshold, measure)
     if file is not None:
@@ -270,7 +277,7 @@ def main(before: str, after: str, threshold: float, measure: str, file: TextIO |
 
 
 def _without_nan(value: Any) -> Any:
-    """The same, with null where JSON has no word."""
+    """Return the value for JSON, with NaN and infinity as null."""
     if isinstance(value, dict):
         return {key: _without_nan(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,7 @@
-"""Options, machine facts for the JSON, and the tables at the end.
+"""Pytest options, machine facts for the JSON file, and the tables at the end.
 
 Run: ``pytest benchmarks --benchmark-json=out.json``.
-``--quick`` runs a few cases, ``--threads N`` gives torch and the kernels N threads.
+``--quick`` runs a few cases; ``--threads N`` runs torch and the kernels on N threads.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ VERSIONS = ("torch", "diffusers", "numpy")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ddim_fast")
-    group.addoption("--threads", type=int, default=1, help="threads of torch and of the kernels (default 1)")
-    group.addoption("--quick", action="store_true", help="a few cases, less than a minute")
+    group.addoption("--threads", type=int, default=1, help="threads of torch and the kernels (default 1)")
+    group.addoption("--quick", action="store_true", help="run a few cases in less than a minute")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = {}
     config.stash[LOAD_BEFORE] = os.getloadavg()
     torch.set_num_threads(config.getoption("--threads"))
-    torch._inductor.config.compile_threads = 1  # no pool of compiler processes beside what is timed
+    torch._inductor.config.compile_threads = 1  # no compiler processes that would disturb timing
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure, and on how many threads."""
+    """The duration of measurements and their number of threads."""
 
     threads: int
     quick: bool
@@ -68,11 +68,13 @@ def settings(request: pytest.FixtureRequest) -> Settings:
 
 @pytest.fixture
 def measure(settings: Settings, benchmark):
-    """``measure(group, contenders, check, baseline=..., ...)``: compare, and keep the result for the JSON file.
+    """Return ``measure(group, contenders, check, baseline=..., ...)``.
 
-    ``pairs`` are the ratios that are quoted and held against another run's: (another contender, one of ours), for the seconds
-    of the first over those of the second. If none are given: each contender whose name does not begin with "ours", over the
-    baseline. Other options are those of ``interleaved.compare``, ``settings.timing`` where they are left out.
+    It compares contenders, and stores the result for the JSON file. ``pairs`` are the ratios that
+    are quoted and compared between runs: (another contender, one of ours), the seconds of the first
+    over those of the second. None: each contender whose name does not begin with "ours", over the
+    baseline. Other options are those of ``interleaved.compare``; they default to
+    ``settings.timing``.
     """
 
     def run(
@@ -94,7 +96,7 @@ def measure(settings: Settings, benchmark):
         benchmark.extra_info.update(
             result.summary(), ratios=_ratios(result, pairs), threads=options["threads"], processors_of_others=others
         )
-        with torch.inference_mode():  # once more for pytest-benchmark, which leaves out what it has not timed
+        with torch.inference_mode():  # again for pytest-benchmark, which omits what it has not timed
             short = result.seconds(baseline) < LONG
             benchmark.pedantic(contenders[baseline], rounds=10 if short else 1, iterations=result.calls[baseline])
         return result
@@ -110,7 +112,7 @@ def _ratios(result: Comparison, pairs: Sequence[tuple[str, str]]) -> dict[str, d
 
 
 def _busy_seconds_of_others() -> float:
-    """Seconds that this machine's processors have worked for other processes, or other machines, since it started."""
+    """Return the CPU seconds that other processes and virtual machines have used since boot."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return float("nan")
@@ -122,7 +124,7 @@ def _busy_seconds_of_others() -> float:
 
 @pytest.fixture
 def show(request: pytest.FixtureRequest):
-    """``show(section, column=text, ...)``: a row of the table at the end."""
+    """Return ``show(section, column=text, ...)``, which adds a row to the table at the end."""
 
     def add(section: str, **cells: str) -> None:
         request.config.stash[ROWS].setdefault(section, []).append(cells)
@@ -147,7 +149,7 @@ def _cpu_model() -> str:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    """What the numbers depend on."""
+    """Add the facts that the numbers depend on."""
     machine_info["ddim_fast"] = {
         "version": __version__,
         "cpu_model": _cpu_model(),

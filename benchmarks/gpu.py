@@ -1,9 +1,9 @@
-"""What a CUDA device really does: bandwidth by variant and size, the cost of a replayed step, and whole loops. Run by ``make gpu``.
+"""CUDA benchmarks: bandwidth by variant and size, overhead of replayed steps, full loops.
 
     python -m benchmarks.gpu --json out/gpu.json
 
-Every number is a median of interleaved rounds, and is written with the machine, the versions and the commit it came from. Results are
-compared before they are timed.
+``make gpu`` runs it. Every number is a median of interleaved rounds, and is written with its
+machine, versions and commit. Results are compared before they are timed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROUNDS = 9
 
 
 def seconds(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of one call of each, by CUDA events; the functions take turns."""
+    """Return the median seconds per call of each function, by CUDA events; functions take turns."""
     for function in functions.values():
         for _ in range(3):
             function()
@@ -49,20 +49,20 @@ def seconds(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
 
 
 def step_of(variant: Variant, n: int) -> Callable[[], Any]:
-    """One update of ``n`` elements, as the captured loop launches it."""
+    """Return one update of ``n`` elements as a function, launched as in the captured loop."""
     inputs = inputs_of(variant, "cuda", n // 4)
     return lambda: run(inputs)
 
 
 def bandwidth() -> list[dict[str, Any]]:
-    """Each variant's bytes per second, and its share of what copying as many elements reaches in the same run."""
+    """Measure each variant's bytes per second, and its share of a copy's with as many elements."""
     results = []
     for n in SIZES:
         source = torch.randn(n, device="cuda")
         target = torch.empty_like(source)
         functions = {name: step_of(variant, n) for name, variant in VARIANTS.items()}
         functions["copy"] = lambda source=source, target=target: target.copy_(source)
-        # Replayed from a graph: what the GPU needs, without the host's launches.
+        # Replay from a graph, to measure GPU time without the host's launches.
         graphs = {}
         for name, function in functions.items():
             function()
@@ -92,7 +92,7 @@ def bandwidth() -> list[dict[str, Any]]:
 
 
 class Nothing(torch.nn.Module):
-    """A model that costs nothing."""
+    """A model that returns a stored tensor, at no cost."""
 
     prediction_type = "epsilon"
 
@@ -105,7 +105,7 @@ class Nothing(torch.nn.Module):
 
 
 def replays() -> dict[str, float]:
-    """Microseconds of a step beside the model, with each way to run the loop."""
+    """Measure the microseconds per step without the model, for each capture mode of the loop."""
     shape, steps = (1, 4, 64, 64), 50
     model = Nothing(torch.randn(shape, device="cuda"))
     sampler = df.DDIMSampler(df.NoiseSchedule.linear(), steps, 1.0, graphs=GraphCache())
@@ -115,7 +115,7 @@ def replays() -> dict[str, float]:
     }
     results = [function() for function in functions.values()]
     if not all(torch.equal(result, results[0]) for result in results):
-        raise RuntimeError("eager, step and loop differ")
+        raise RuntimeError("capture modes off, step and loop must give the same samples, and differ")
     times = seconds(functions, 5)
     found = {f"{name}_microseconds_a_step": t * 1e6 / steps for name, t in times.items()}
     click.echo(json.dumps(found))
@@ -123,7 +123,10 @@ def replays() -> dict[str, float]:
 
 
 def loops() -> dict[str, float]:
-    """Milliseconds of a whole sampling loop of a diffusers U-Net: ours, diffusers eager, and with torch.compile(mode="reduce-overhead")."""
+    """Measure the milliseconds of a full sampling loop of a diffusers U-Net.
+
+    Contenders are ours, diffusers eager, and diffusers with torch.compile(mode="reduce-overhead").
+    """
     from diffusers import DDIMScheduler, UNet2DModel
 
     torch.manual_seed(0)
@@ -153,10 +156,11 @@ def loops() -> dict[str, float]:
     }
     reference = functions["diffusers, eager"]().float()
     for name, function in functions.items():
-        # The samples of an untrained network grow large, and half precision adds up differently in each: compare by their size.
+        # The samples of an untrained network grow large, and half precision rounds differently in
+        # each contender: compare relative to their size.
         difference = ((function().float() - reference).abs().mean() / reference.abs().mean()).item()
         if difference > 0.02:
-            raise RuntimeError(f"{name} is not the same sampler: it differs by {difference}")
+            raise RuntimeError(f"all contenders must give about the same samples, and {name} differs by {difference}")
     found = {name: t * 1e3 for name, t in seconds(functions, 1).items()}
     click.echo(json.dumps(found, indent=1))
     return found
@@ -183,7 +187,7 @@ def provenance() -> dict[str, Any]:
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write the results here.")
 def main(path: Path | None) -> None:
     if not torch.cuda.is_available():
-        click.echo("skipped: needs a CUDA device, and torch finds none", err=True)
+        click.echo("skipped: no CUDA device found", err=True)
         sys.exit(1 if os.environ.get("DDIM_FAST_REQUIRE_GPU") == "1" else 0)
     results = {"machine": provenance(), "bandwidth": bandwidth(), "replays": replays(), "loops_milliseconds": loops()}
     if path is not None:

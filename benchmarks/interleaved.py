@@ -1,11 +1,12 @@
-"""The one timing harness: contenders timed in turn, in one process, so that whatever slows the machine slows them all.
+"""The timing harness: contenders take turns in one process, so that other load slows all alike.
 
-A round times every contender once, each for a block of at least ``BLOCK`` seconds of repeated calls, after
-``prepare`` and one untimed call that brings its data into the caches (not where a call takes longer than ``SELF_WARM``).
-The order changes from round to round. A contender much slower than the baseline takes part in every k-th round only,
-but in five at least. On one thread, a block during which the operating system gave the processor to someone else is run
-again, so that a busy machine costs rounds rather than truth. Times are medians over rounds; ratios are medians of the
-ratios *within* a round, so a drift of the machine's speed over the rounds cancels.
+A round times every contender once, for a block of at least ``BLOCK`` seconds of repeated calls,
+after ``prepare`` and one untimed call that warms the caches (not if a call takes longer than
+``SELF_WARM``). The order changes from round to round. A contender much slower than the baseline
+takes part only in every k-th round, but in at least five. On one thread, a block during which the
+operating system ran another thread on the processor is repeated, so that a busy machine costs
+rounds, not accuracy. Times are medians over rounds. Ratios are medians of the ratios *within* a
+round, so that drifts of the machine's speed cancel.
 """
 
 from __future__ import annotations
@@ -23,24 +24,25 @@ from typing import Any
 import torch
 
 BLOCK = 200e-6
-"""Seconds that a contender runs at least in each round: the clock costs less than 0.1 % of it."""
+"""Minimum seconds of a contender in each round: the clock costs less than 0.1 % of it."""
 STABLE = 0.01
 """Stop when no median differs by more than this from the median of the first half of the rounds."""
 LEAST = 1.0
-"""Seconds that the rounds take together at least: a shorter look may meet nothing but one mood of the machine."""
+"""Minimum seconds of all rounds together: a shorter time may not be representative."""
 SELF_WARM = 50e-3
-"""A call longer than this warms the caches up itself, for all but a sliver of its time."""
+"""A call longer than this warms the caches itself, at a negligible share of its time."""
 SLOW = 10
-"""A contender whose block takes longer than this many of the baseline's is left out of some rounds."""
+"""A contender whose block takes longer than this many of the baseline's skips some rounds."""
 
 AWAY, TRIES, LONG = 0.02, 3, 4e-3
-"""A block is run again, up to ``TRIES`` times, if the thread was not running for more than the share ``AWAY`` of it,
-unless it is longer than ``LONG`` seconds: those are all interrupted, and all contenders alike."""
+"""A block is run up to ``TRIES`` times while its thread was off the processor for more than the
+share ``AWAY`` of it. Blocks longer than ``LONG`` seconds are not repeated: all of them are
+interrupted, and all contenders equally."""
 
 
 @dataclass
 class Comparison:
-    """Seconds per call: ``rounds[name][i]`` in round i; a slow contender is missing from some rounds."""
+    """Seconds per call: ``rounds[name][i]`` in round i. Slow contenders skip some rounds."""
 
     baseline: str
     rounds: dict[str, dict[int, float]]
@@ -48,29 +50,35 @@ class Comparison:
     stable: bool = False
 
     def seconds(self, name: str) -> float:
-        """Median seconds per call."""
+        """Return the median seconds per call."""
         return median(self.rounds[name].values())
 
     def spread(self, name: str) -> float:
-        """Interquartile range over median; NaN for fewer than four rounds."""
+        """Return the interquartile range over the median; NaN for fewer than four rounds."""
         return _spread(list(self.rounds[name].values()))
 
     def combine(self, function: Callable[..., float], *names: str) -> float:
-        """Median of ``function(seconds of each name)``, round by round, over the rounds that all took part in."""
+        """Return the median over common rounds of ``function(seconds of each name)``."""
         common = set.intersection(*(set(self.rounds[name]) for name in names))
         return median(function(*(self.rounds[name][i] for name in names)) for i in common)
 
     def ratio(self, name: str, to: str | None = None) -> float:
-        """Seconds of ``name`` over those of ``to`` (the baseline if none): median of the rounds' ratios."""
+        """Return the median over rounds of the seconds of ``name`` over those of ``to``.
+
+        None: the baseline.
+        """
         return self.combine(lambda a, b: a / b, name, to or self.baseline)
 
     def ratio_spread(self, name: str, to: str | None = None) -> float:
-        """Interquartile range over median of the rounds' ratios; NaN for fewer than four rounds."""
+        """Return the interquartile range over the median of the rounds' ratios.
+
+        NaN for fewer than four rounds.
+        """
         first, second = self.rounds[name], self.rounds[to or self.baseline]
         return _spread([first[i] / second[i] for i in first if i in second])
 
     def summary(self) -> dict[str, Any]:
-        """The results as plain data, for a JSON file."""
+        """Return the results as plain data, for a JSON file."""
         return {
             "baseline": self.baseline,
             "seconds": {name: self.seconds(name) for name in self.rounds},
@@ -85,7 +93,7 @@ class Comparison:
 
 @dataclass
 class _Contender:
-    """What is timed, and how: ``calls`` calls a block on ``threads`` threads; a call does what is timed ``units`` times."""
+    """A contender: ``calls`` calls per block on ``threads`` threads, ``units`` units per call."""
 
     call: Callable[[], Any]
     prepare: Callable[[], None]
@@ -95,7 +103,7 @@ class _Contender:
     warms_itself: bool = False
 
     def first(self) -> tuple[Any, float]:
-        """The result of one call, and its seconds."""
+        """Return the result of one call, and its seconds."""
         torch.set_num_threads(self.threads)
         self.prepare()
         started = time.perf_counter()
@@ -103,7 +111,7 @@ class _Contender:
         return result, time.perf_counter() - started
 
     def calibrate(self, first_seconds: float) -> float:
-        """Choose ``calls``; the seconds of a block."""
+        """Choose ``calls``; return the seconds of a block."""
         self.warms_itself = first_seconds > SELF_WARM
         seconds = self._seconds()
         self.warms_itself = seconds > SELF_WARM
@@ -113,11 +121,14 @@ class _Contender:
         return seconds
 
     def block(self) -> float:
-        """Seconds of what is timed, over a block."""
+        """Return the seconds per unit of work, over a block."""
         return self._seconds() / self.calls / self.units
 
     def _seconds(self) -> float:
-        """Of ``calls`` calls, after ``prepare`` and an untimed call; the least of some tries if all were cut short."""
+        """Return the seconds of a block, after ``prepare`` and an untimed call.
+
+        If all tries were interrupted, the minimum.
+        """
         torch.set_num_threads(self.threads)
         tries = []
         for _ in range(TRIES if self.threads == 1 else 1):
@@ -131,7 +142,7 @@ class _Contender:
         return min(tries)
 
     def _timed(self) -> tuple[float, float]:
-        """Seconds by the clock, and those that this thread was running."""
+        """Return the wall-clock seconds, and those that this thread was running."""
         call, turns = self.call, repeat(None, self.calls)
         running, started = time.thread_time(), time.perf_counter()
         for _ in turns:
@@ -155,13 +166,13 @@ def compare(
     """Check every contender, then time them all.
 
     Args:
-        check: ``check(name, result of one call)`` raises AssertionError where the result is not near a float64
-            oracle's; no contender is timed until all have passed.
-        baseline: the name that ratios are taken to.
-        prepare: run before each check and each block, untimed: puts back what contenders have changed in place.
-        threads: torch.set_num_threads during checks and timing: one number, or one for each contender.
-        units: how often a call of a contender does what is timed, 1 where it is left out: seconds are those of once.
-        time_limit: seconds, after which no further round begins once ``min_rounds`` are done.
+        check: ``check(name, result of one call)`` raises AssertionError if the result is not close
+            to a float64 oracle's. No contender is timed until all have passed.
+        baseline: the contender that ratios are relative to.
+        prepare: runs untimed before each check and each block, to undo in-place changes.
+        threads: torch.set_num_threads during checks and timing: one number, or one per contender.
+        units: units of work in a call of each contender, 1 by default. Seconds are per unit.
+        time_limit: seconds after which no new round starts, once ``min_rounds`` are done.
     """
     of = dict(threads) if isinstance(threads, Mapping) else dict.fromkeys(contenders, threads)
     timed = {name: _Contender(call, prepare, of[name], (units or {}).get(name, 1)) for name, call in contenders.items()}
@@ -190,7 +201,7 @@ def compare(
 
 @contextmanager
 def _measuring() -> Iterator[None]:
-    """No gradients, no garbage collection in the middle of a block, and torch's number of threads put back."""
+    """Disable gradients and garbage collection; restore torch's number of threads at the end."""
     before, collecting = torch.get_num_threads(), gc.isenabled()
     gc.collect()
     gc.disable()
@@ -211,7 +222,10 @@ def _spread(values: list[float]) -> float:
 
 
 def _order(names: list[str], i: int) -> list[str]:
-    """Every contender comes first, last and after each of its two neighbours equally often."""
+    """Return the order of round ``i``.
+
+    Each contender is first, last and after each of its two neighbours equally often.
+    """
     start = i // 2 % len(names)
     rotated = names[start:] + names[:start]
     return rotated[::-1] if i % 2 else rotated

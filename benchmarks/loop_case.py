@@ -1,7 +1,7 @@
-"""A sampling loop to be timed, eta = 0: every contender that runs it, and the float64 loop that each must meet.
+"""A sampling loop to time, eta = 0: the contenders, and the float64 loop that each must match.
 
-All use the same model, the same x_T and the same timesteps. diffusers' loop is that of its pipelines without their
-pictures: ``set_timesteps``, then for each timestep the model and ``step(...).prev_sample``.
+All use the same model, x_T and timesteps. diffusers' loop is that of its pipelines without image
+processing: ``set_timesteps``, then for each timestep the model and ``step(...).prev_sample``.
 """
 
 from __future__ import annotations
@@ -20,15 +20,19 @@ from ddim_fast.verify.truth import oracle
 
 NUM_TRAIN_TIMESTEPS = 1000
 TOLERANCE = {"ours": 1e-5, "ours, own loop": 1e-5}
-"""Largest error over the largest magnitude of the exact result, by contender; ``OTHERS`` for the rest, whose
-``alphas_cumprod`` is a product of a thousand float32 numbers, or whose every operation is rounded."""
+"""Largest error relative to the largest magnitude of the exact result, by contender. ``OTHERS`` for
+the rest, whose ``alphas_cumprod`` is a product of a thousand float32 numbers, or whose every
+operation is rounded."""
 OTHERS = 1e-4
 
 Model = Callable[..., Tensor]
 
 
 class LoopCase:
-    """``steps`` steps from ``x_T`` with ``model(x, t, **conditioning)``, which predicts epsilon; ``exact`` is it in float64."""
+    """``steps`` steps from ``x_T`` with ``model(x, t, **conditioning)``, which predicts epsilon.
+
+    ``exact`` is the same model in float64.
+    """
 
     def __init__(
         self, model: Model, exact: Model, x_T: Tensor, steps: int, conditioning: Mapping[str, Tensor] | None = None
@@ -51,7 +55,7 @@ class LoopCase:
         return lambda: sampler.sample(self.model, x_T=self.x_T, seed=0, conditioning=self.conditioning)
 
     def own_loop(self) -> Callable[[], Tensor]:
-        """A user's loop around ``ddim_step``, in place."""
+        """Return a user's loop around ``ddim_step``, in place."""
         sampler = df.DDIMSampler(df.NoiseSchedule.linear(), self.steps, clip_sample=False)
         steps = [(torch.tensor(step.t), step.coefficients) for step in sampler.plan().steps]
         model, conditioning, step = self.model, self.conditioning, df.ddim_step
@@ -78,7 +82,7 @@ class LoopCase:
         return run
 
     def eager(self) -> Callable[[], Tensor]:
-        """Equation 12 as a user would write it, with coefficients that are Python numbers, made before."""
+        """Return equation 12 as a user would write it, with precomputed Python coefficients."""
         steps = [(torch.tensor(t), *_roots(a), *_roots(a_prev)) for t, a, a_prev in self._levels()]
         model, conditioning = self.model, self.conditioning
 
@@ -92,7 +96,7 @@ class LoopCase:
         return run
 
     def model_alone(self) -> Callable[[], Tensor]:
-        """As many calls of the model as a loop makes."""
+        """Return a function that makes as many model calls as a loop."""
         model, conditioning = self.model, self.conditioning
         timesteps = [torch.tensor(t) for t, _, _ in self._levels()]
 
@@ -104,12 +108,12 @@ class LoopCase:
         return run
 
     def check(self, name: str, result: Tensor) -> None:
-        """Raise AssertionError where ``result`` of the contender is not that of the loop in float64."""
+        """Raise AssertionError if a contender's ``result`` is not that of the float64 loop."""
         exact = self._exact_output().numpy() if name == "model alone" else self._exact_result()
         worst = np.max(np.abs(result.double().numpy() - exact)) / np.max(np.abs(exact))
         allowed = TOLERANCE.get(name, OTHERS)
         assert worst <= allowed, (
-            f"{name} is wrong: it is off by {worst:.1g} of the result, not {allowed:.0e}: not timed"
+            f"{name} is wrong: its relative error is {worst:.1g}, not {allowed:.0e}, so it is not timed"
         )
 
     def _exact_result(self) -> np.ndarray:
@@ -122,12 +126,12 @@ class LoopCase:
         return self.exact_result
 
     def _exact_output(self, x: Tensor | None = None, t: int = 0) -> Tensor:
-        """The model's, at ``x``, or at x_T and the last timestep."""
+        """Return the float64 model's output at ``x`` and ``t``; by default at x_T and t = 0."""
         conditioning = {name: value.double() for name, value in self.conditioning.items()}
         return self.exact(self.x_T.double() if x is None else x, torch.tensor(t), **conditioning)
 
     def _levels(self) -> list[tuple[int, float, float]]:
-        """(t, alpha_bar_t, alpha_bar_prev) of each step."""
+        """Return (t, alpha_bar_t, alpha_bar_prev) of each step."""
         alpha_bars = oracle.alphas_cumprod("linear", NUM_TRAIN_TIMESTEPS)
         visited = oracle.timesteps("leading", self.steps, NUM_TRAIN_TIMESTEPS)
         levels = [*(float(alpha_bars[t]) for t in visited), 1.0]

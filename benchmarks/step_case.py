@@ -1,8 +1,8 @@
-"""One step to be timed: its tensors, every contender that computes it, and the float64 oracle that each must meet.
+"""A step to time: its tensors, the contenders, and the float64 oracle that each must match.
 
-All contenders read and write the same tensors, so that none has luckier addresses. The step goes from t = 100 to 80 of
-the linear schedule (50 steps): in place, repeated, the sample then grows by 2 % a call, and ``prepare`` puts it back
-before each block.
+All contenders read and write the same tensors, so that memory addresses favour none. The step goes
+from t = 100 to 80 of the linear schedule (50 steps). Repeated in place, it lets the sample grow by
+2 % per call, so ``prepare`` restores it before each block.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NOISE_STEP = 44
 SEED = 7
 TRIAD_SCALE = 0.75
 LARGE = 1 << 20
-"""Elements above which only three samples of a result are checked, and NumPy's noise is too slow to wait for."""
+"""Above this many elements, only three samples are checked, and NumPy's noise takes too long."""
 
 Calls = dict[str, Callable[[], Tensor]]
 
@@ -48,13 +48,13 @@ VARIANTS = {
 }
 
 ALLOWED = {"ours": 4, "backend": 4, "triad": 1, "diffusers": 256}
-"""Largest error, in eps times the terms' magnitudes, by the first word of a contender's name; 16 for others.
+"""Largest error in eps times the terms' magnitudes, by the first word of a contender's name; or 16.
 
-diffusers works out its alphas_cumprod in float32: at t = 100 that alone is 1e-5 of the direction term."""
+diffusers computes alphas_cumprod in float32: at t = 100 that is 1e-5 of the direction term."""
 
 
 class StepCase:
-    """The tensors of a step, ``reads`` of them read and one written, and what each contender does with them."""
+    """The tensors of a step, and the contenders that compute it."""
 
     def __init__(self, variant: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32):
         self.name, self.variant, self.shape, self.dtype = variant, VARIANTS[variant], shape, dtype
@@ -72,7 +72,7 @@ class StepCase:
 
     @property
     def streams(self) -> int:
-        """Tensors read or written: x_t, model_output, x_prev, and with guidance the unconditional output, too."""
+        """Tensors read or written: x_t, model_output, x_prev, and any unconditional output."""
         return 3 if self.uncond is None else 4
 
     @property
@@ -85,17 +85,20 @@ class StepCase:
         return f"({read} read, x_prev written) {self.streams} * {self.x_t.element_size()} B * elements"
 
     def prepare(self) -> None:
-        """x_t as it was before any step in place, and torch's generator as the oracle's noise expects it."""
+        """Restore x_t after in-place steps, and seed torch's generator for the oracle's noise."""
         self.x_t.copy_(self.start)
         torch.manual_seed(SEED)
 
     # ---------------------------------------------------------------------------------------------------- contenders
     def ours(self) -> Calls:
-        """ddim_step in place, into a buffer, and into a new tensor."""
+        """Return ddim_step in place, into a buffer, and into a new tensor."""
         return {"ours in place": self._ours(self.x_t), "ours out": self._ours(self.out), "ours new": self._ours(None)}
 
     def _ours(self, out: Tensor | None) -> Callable[[], Tensor]:
-        """A call as users write it. Not through functools.partial or **options: those cost a third of a small call."""
+        """Return a call as users write it.
+
+        functools.partial or **options would cost a third of a small call.
+        """
         step, x, m, row = df.ddim_step, self.x_t, self.model_output, self.step.coefficients
         seeds, uncond, scale = self.seeds, self.uncond, self.variant.guidance_scale
         if seeds is not None:
@@ -105,7 +108,7 @@ class StepCase:
         return lambda: step(x, m, row, out=out)
 
     def other_backends(self) -> Calls:
-        """Every backend that could run this step but is not the one chosen, into the buffer."""
+        """Return every other backend that can run this step, into the buffer."""
         inputs = StepInputs(self.x_t, self.model_output, self.step.coefficients, x_prev=self.out, **self._options())
         calls = {}
         for name, backend in BACKENDS.items():
@@ -124,16 +127,17 @@ class StepCase:
         return {"eager": lambda: formula(x, m, uncond, None)}
 
     def compiled(self) -> tuple[Calls, dict[str, str]]:
-        """torch.compile of the eager formula, coefficients compiled in, static shapes; and why any is missing.
+        """Return torch.compile of the eager formula, and why any variant is missing.
 
-        With noise there is also what is faster here: torch's generator fills a buffer, which the compiled step reads.
+        Coefficients are compiled in, and shapes are static. With noise, there is also a faster
+        variant: torch's generator fills a buffer, which the compiled step reads.
         """
         formula, x, m, uncond, noise = self._formula(), self.x_t, self.model_output, self.uncond, self.noise
 
         def in_place(x_t, model_output, model_output_uncond, z):
             return x_t.copy_(formula(x_t, model_output, model_output_uncond, z))
 
-        torch._dynamo.reset()  # the code objects are the same in every case: without this, they count as recompilations
+        torch._dynamo.reset()  # all cases share code objects, which would count as recompilations
         out_step, in_step = (torch.compile(f, fullgraph=True, dynamic=False) for f in (formula, in_place))
         calls = {
             "torch.compile": lambda: out_step(x, m, uncond, None),
@@ -146,7 +150,7 @@ class StepCase:
         return {name: call for name, call in calls.items() if name not in missing}, missing
 
     def _why_not(self, call: Callable[[], Tensor]) -> str | None:
-        """Compile; the reason where that fails, for instance for want of a C++ compiler."""
+        """Compile; return the reason if that fails, such as a missing C++ compiler."""
         try:
             with torch.inference_mode():
                 self.prepare()
@@ -156,7 +160,10 @@ class StepCase:
         return None
 
     def diffusers(self) -> Calls:
-        """DDIMScheduler.step, configured alike, called as pipelines call it, but with an int timestep (faster)."""
+        """Return DDIMScheduler.step with the same settings, called as in pipelines.
+
+        Only the timestep is an int, which is faster.
+        """
         from diffusers import DDIMScheduler
 
         scheduler = DDIMScheduler(
@@ -174,7 +181,10 @@ class StepCase:
         return {"diffusers": lambda: step(uncond + scale * (m - uncond), T, x, eta=v.eta, return_dict=False)[0]}
 
     def triads(self) -> Calls:
-        """a = b * scale + c over as many bytes as x_t has, over b and elsewhere: what this processor can stream."""
+        """Return the triad a = b * scale + c over as many bytes as x_t: the processor's bandwidth.
+
+        It writes in place, over b, and into another buffer.
+        """
         if cpu_step.extension is None:
             return {}
         triad, n = cpu_step.extension.triad, self.elements * self.x_t.element_size() // 4
@@ -199,7 +209,10 @@ class StepCase:
         return options
 
     def _formula(self) -> Callable[..., Tensor]:
-        """What a user would write: equation 12, its coefficients Python numbers; draws noise where none is given."""
+        """Return equation 12 as a user would write it, with Python coefficients.
+
+        It draws noise unless given.
+        """
         signal, spread = math.sqrt(self.step.alpha_bar_t), math.sqrt(1 - self.step.alpha_bar_t)
         std_dev_t, clip, scale = self.step.std_dev_t, self.variant.clip, self.variant.guidance_scale
         signal_prev = math.sqrt(self.step.alpha_bar_prev)
@@ -221,7 +234,7 @@ class StepCase:
 
     # -------------------------------------------------------------------------------------------------------- oracle
     def check(self, name: str, result: Tensor) -> None:
-        """Raise AssertionError where ``result`` of the contender is not the step in float64."""
+        """Raise AssertionError if a contender's ``result`` is not the step in float64."""
         picked = range(self.shape[0]) if self.elements <= LARGE else (0, self.shape[0] // 2, self.shape[0] - 1)
         picked = torch.tensor(list(picked))
         if name.startswith("triad"):
@@ -241,7 +254,10 @@ class StepCase:
         return oracle.row_step(row, x_t, m, uncond=uncond, guidance=v.guidance_scale, noise=noise)
 
     def _noise_of(self, name: str, picked: Tensor) -> np.ndarray | None:
-        """The noise standard's for our own, in NumPy; for others what torch's generator gives after ``prepare``."""
+        """Return the noise of a contender.
+
+        For ours, the noise standard's in NumPy; for others, torch's generator after ``prepare``.
+        """
         if not self.variant.eta:
             return None
         if name.startswith(("ours", "backend")):
@@ -251,7 +267,10 @@ class StepCase:
         return _float64(torch.randn(self.shape, dtype=self.dtype)[picked])
 
     def _check_own_noise(self, name: str, result: Tensor, picked: Tensor) -> None:
-        """Inductor's generator cannot be asked for its noise: what it added must have a normal's first four moments."""
+        """Check that the added noise has a normal's first four moments.
+
+        The noise of Inductor's generator cannot be obtained otherwise.
+        """
         without = self._exact(picked, np.zeros((len(picked), *self.shape[1:]))).x_prev
         assert_normal(name, (_float64(result[picked]) - without) / self.step.std_dev_t)
 
@@ -278,11 +297,11 @@ def _assert_near(name: str, result: Tensor, exact: np.ndarray, terms: np.ndarray
     if name == "diffusers" and result.dtype != torch.float32:
         allowed = 16 * torch.finfo(result.dtype).eps * terms
     worst = np.max(np.abs(_float64(result) - exact) / allowed)
-    assert worst <= 1, f"{name} is wrong: its worst error is {worst:.3g} times what is allowed, so it is not timed"
+    assert worst <= 1, f"{name} is wrong: its largest error is {worst:.3g} times the tolerance, so it is not timed"
 
 
 def assert_normal(name: str, z: np.ndarray) -> None:
-    """The first four moments of ``z`` are a standard normal's, within six of their standard errors."""
+    """Assert that the first four moments of ``z`` are normal within six standard errors."""
     n = z.size
     for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         moment = float(np.mean(z**power))

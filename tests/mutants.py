@@ -1,10 +1,10 @@
 """PTX that is wrong on purpose: a test that passes on one of these could not have failed.
 
     for mutant in MUTANTS:
-        for wrong in mutant.sites(ptx): ...                # one text for each place that can be
-        broken
-    with emulated_gpu("sm_90", transform=MUTANTS_BY_NAME["dropped-barrier"]): ...     # only the
-    first place
+        for wrong in mutant.sites(ptx): ...  # one text for each place that can be broken
+
+    # The first place only:
+    with emulated_gpu("sm_90", transform=MUTANTS_BY_NAME["dropped-barrier"]): ...
 
 Each is a mutation of the text, so it needs no compiler, and the emulated GPU runs it as it is.
 """

@@ -1,4 +1,4 @@
-"""The numbers of docs/BENCHMARKS.md, from runs of `make bench`.
+"""Write docs/BENCHMARKS.md from runs of `make bench`.
 
 \b
 make bench OUT=out/first && make bench OUT=out/second
@@ -22,7 +22,7 @@ JSON_FILE, DOCUMENT = ROOT / "docs" / "benchmarks.json", ROOT / "docs" / "BENCHM
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 LEFT_OUT = ("calls_per_round", "ratio_to_baseline", "ratio_spread", "bytes_formula", "stable", "gigabytes_per_second")
 QUIET = 0.05
-"""Processors that others may use before a run counts as disturbed."""
+"""The share of processors that other processes may use before a run counts as disturbed."""
 
 SCHEDULERS = "diffusers", "ours"
 SIDES = "ours", "eager"
@@ -51,13 +51,16 @@ ABOUT = {
     "Threads": "A step in place: times faster on more threads than on one, and eager PyTorch's time over ours.",
     "Batches": "The model that ships, 20 steps, by pictures at once and by threads.",
 }
-"""What stands before the table of a section."""
+"""The text before the table of each section."""
 
 # --- Reducing ---------------------------------------------------------------------------------------------------------
 
 
 def reduced(data: dict) -> dict:
-    """What the page and ``benchmarks/compare.py`` need of a file of pytest-benchmark, in its form."""
+    """Return the part of a pytest-benchmark file that the page and ``benchmarks/compare.py`` need.
+
+    It keeps the file's structure.
+    """
     return {
         "machine_info": {"ddim_fast": data["machine_info"]["ddim_fast"]},
         "commit_info": {name: data["commit_info"][name] for name in ("id", "dirty")},
@@ -74,7 +77,7 @@ def reduced(data: dict) -> dict:
 
 
 def _rounded(value):
-    """Four digits of each number; null where there is none."""
+    """Round numbers to four digits; NaN and infinity become null."""
     if isinstance(value, dict):
         return {key: _rounded(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -88,7 +91,7 @@ def _rounded(value):
 
 
 def rendered(data: dict) -> str:
-    """What stands between the markers."""
+    """Return the text between the markers."""
     infos = {one["fullname"]: one["extra_info"] for one in data["benchmarks"]}
     sections = [section(found) for prefix, section in SECTIONS.items() if (found := _of(infos, prefix))]
     return "\n\n".join([measured_where(data), *sections, *repeated(data)])
@@ -109,7 +112,7 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits near 1 and below, two above, and no exponent."""
+    """Format a number with three digits near 1 and below, two above, and no exponent."""
     return (
         f"{value:.3f}"
         if value < 0.1
@@ -126,7 +129,7 @@ def _share(value: float | None) -> str:
 
 
 def _ratio(info: dict, other: str, ours: str) -> str:
-    """A ratio and its spread."""
+    """Format a ratio and its spread."""
     found = info["ratios"].get(f"{other} / {ours}")
     return f"{_number(found['ratio'])} ({_share(found['spread'])})" if found else "–"
 
@@ -198,7 +201,7 @@ def robot(infos: list[dict]) -> str:
 
 
 def _against_ours(info: dict, others: tuple[str, ...]) -> list[str]:
-    """Our seconds, the ratios of others, and the seconds of other ways of ours."""
+    """Return our time, the ratios of the others, and the times of our other loops."""
     seconds = info["seconds"]
     ways = [_time(seconds[name]) for name in OTHER_WAYS]
     return [_time(seconds["ours"]), *(_ratio(info, other, "ours") for other in others), *ways]
@@ -318,7 +321,7 @@ SECTIONS = {
     "bench_scaling.py::test_threads": threads,
     "bench_scaling.py::test_batches": batches,
 }
-"""How the names of cases begin, and what writes their section."""
+"""Prefixes of case names, and the function that writes their section."""
 
 
 def repeated(data: dict) -> list[str]:
@@ -338,7 +341,7 @@ def with_numbers(document: str, data: dict) -> str:
     before, _, rest = document.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        raise click.ClickException(f"{DOCUMENT} must have the lines {BEGIN} and {END}")
+        raise click.ClickException(f"{DOCUMENT} must have the lines {BEGIN} and {END}, and lacks one: restore it")
     return f"{before}{BEGIN}\n\n{rendered(data)}\n\n{END}{after}"
 
 
@@ -356,7 +359,7 @@ def main() -> None:
 
 @main.command("write", help="Write docs/benchmarks.json and the page from a file that make bench wrote.")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--again", type=click.Path(path_type=Path), help="A second run: how well it repeats the first is told.")
+@click.option("--again", type=click.Path(path_type=Path), help="A second run, to report how well it repeats the first.")
 def write_command(file: Path, again: Path | None) -> None:
     run = read_run(file)
     data = reduced(json.loads(file.read_text()))
@@ -366,7 +369,7 @@ def write_command(file: Path, again: Path | None) -> None:
     render(data)
 
 
-@main.command("render", help="Write the page again from docs/benchmarks.json.")
+@main.command("render", help="Regenerate the page from docs/benchmarks.json.")
 def render_command() -> None:
     render(json.loads(JSON_FILE.read_text()))
 

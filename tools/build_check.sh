@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compile the C++ kernel with old and new compilers, and for another processor. Any warning fails.
-# What can run here is also loaded.
-# usage: tools/build_check.sh PYTHON [COMPILER...]   (a Python with setuptools and ninja)
+# Builds for this machine are also loaded.
+# usage: tools/build_check.sh PYTHON [COMPILER...]   (PYTHON has setuptools and ninja)
 set -euo pipefail
 python=$(realpath -s "$1")
 cd "$(dirname "$0")/.."
@@ -13,7 +13,7 @@ for compiler in "${compilers[@]}"; do command -v "$compiler" > /dev/null || miss
 if [ ${#missing[@]} -gt 0 ]; then
   echo "build-check needs every compiler, and did not find: ${missing[*]}. On Debian 12:" >&2
   echo "  apt-get install g++ clang-14 clang-19 g++-aarch64-linux-gnu" >&2
-  echo "Or name those that you have: make build-check COMPILERS=\"g++ clang++\"" >&2
+  echo "Or pass the compilers that you have: make build-check COMPILERS=\"g++ clang++\"" >&2
   exit 1
 fi
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Check the types of the package, and of a user's script against it, with mypy's defaults: once over
-# the source tree, which is what an editable install imports, and once over an installed wheel.
+# Check the types of the package and of a user's script with mypy's defaults: against the source
+# tree, which an editable install imports, and against an installed wheel.
 # usage: tools/check_types.sh BIN   (the bin folder of an environment with mypy and the dependencies)
 set -euo pipefail
 bin=$(realpath -s "$1")
@@ -10,8 +10,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
 
-# kernels/ is installed as ddim_fast.kernels. An editable install maps it by an import hook, which
-# type checkers do not run: they are shown the same tree as links instead.
+# kernels/ is installed as ddim_fast.kernels. An editable install maps it with an import hook, which
+# type checkers do not run, so this builds the same tree from links.
 tree=build/types
 rm -rf $tree
 mkdir -p $tree/ddim_fast
@@ -22,14 +22,14 @@ MYPYPATH=$tree "$bin/mypy" --cache-dir .mypy_cache -p ddim_fast 2>&1 | sed "s#^$
 echo "mypy: a user's script, against the source tree"
 MYPYPATH=$tree "$bin/mypy" --cache-dir .mypy_cache $script || failed=1
 
-# The types of the source say nothing about the wheel: py.typed or a module may be missing from it.
-# An environment of its own has only the wheel, and borrows the dependencies.
+# Checking the source does not check the wheel: py.typed or a module may be missing from it. A
+# separate environment has only the wheel, and uses the dependencies of BIN.
 "$bin/python" -m venv --without-pip "$work/venv"
 site=$("$work/venv/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 realpath "$("$bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")" > "$site/borrowed.pth"
 mkdir "$work/source"
 cp -r setup.py pyproject.toml README.md LICENSE pytest_ddim_fast.py ddim_fast kernels "$work/source"
-# Types do not need the extension: without a compiler, a wheel takes seconds.
+# Type checking does not need the extension: without a compiler, the wheel builds in seconds.
 DDIM_FAST_REQUIRE_EXTENSION=0 CXX=false "$bin/python" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$work" "$work/source"
 "$bin/python" -m pip install --quiet --no-deps --no-index --target "$site" "$work"/*.whl
 cp $script "$work"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Build the sdist and, from it, the wheel; install the wheel into an empty folder, and use it outside
+# Build the sdist and from it the wheel, install the wheel into an empty folder, and use it outside
 # the repository.
-# usage: tools/check_wheel.sh PYTHON   (a Python with `build`, torch and the other dependencies)
+# usage: tools/check_wheel.sh PYTHON   (PYTHON has `build`, torch and the other dependencies)
 set -euo pipefail
 python=$(realpath -s "$1")
 cd "$(dirname "$0")/.."

@@ -1,4 +1,4 @@
-"""Count how often right subjects fail: the checks of ddim_fast.verify, repeated with new seeds.
+"""Count how often correct subjects fail the checks of ddim_fast.verify, over many seeds.
 
 python tools/false_alarms.py cpu --repeats 200 --check noise-normal --json out/false_alarms.json
 """
@@ -19,8 +19,11 @@ BAD = (Outcome.FAILED, Outcome.ERROR)
 
 
 def repeat(subject: str, checks: list[str] | None, seeds: range, full: bool, bar: tqdm) -> dict:
-    """Run all checks with each seed; return how often each failed, its worst error, and every
-    failure with its seed."""
+    """Run all checks with each seed.
+
+    Returns:
+        How often each check failed, its worst error, and every failure with its seed.
+    """
     failures: list[dict] = []
     found = {}
     for seed in seeds:
@@ -40,15 +43,15 @@ def repeat(subject: str, checks: list[str] | None, seeds: range, full: bool, bar
 @click.command(help=__doc__.split("\n\n")[0])
 @click.argument("subjects", nargs=-1, required=True)
 @click.option(
-    "--check", "checks", multiple=True, type=click.Choice(list(CHECKS)), help="Only this check; may be repeated."
+    "--check", "checks", multiple=True, type=click.Choice(list(CHECKS)), help="Run only this check; may be repeated."
 )
 @click.option("--repeats", default=100, show_default=True, type=click.IntRange(min=1))
 @click.option(
     "--first-seed",
     type=click.IntRange(min=0),
-    help="The first seed, followed by its successors; by default from the clock.",
+    help="The first of consecutive seeds; by default taken from the clock.",
 )
-@click.option("--full", is_flag=True, help="The full set.")
+@click.option("--full", is_flag=True, help="Run the full set.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file, as JSON.")
 def main(
     subjects: tuple[str, ...],

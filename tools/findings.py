@@ -1,6 +1,6 @@
 """Verify the DDIM samplers of other libraries, and write docs/FINDINGS.md.
 
-The libraries are not in this project's environment; `prepare` makes another one that has both.
+The libraries are not in this project's environment; `prepare` makes one that also has them.
 
 \b
 python tools/findings.py prepare /tmp/wild
@@ -44,12 +44,12 @@ SUBJECTS = {
     "FastDDIMScheduler (ours)": ("ddim_fast.integrations.diffusers:FastDDIMScheduler", "ddim-fast"),
     "FastDDIMScheduler (ours), set_alpha_to_one=False": (f"{IN_THE_WILD}FastDiffusersFinalAlpha", "ddim-fast"),
 }
-"""The subjects: name in the table, then the name for ``verify`` and the package."""
+"""Subjects by their name in the table: the name for ``verify``, and the package."""
 
 SPACINGS = ("leading", "trailing", "linspace")
 
 FULL = ("DDIMScheduler", "DDIMSampler", "GaussianDiffusion.ddim_sample", "sample_euler, sample_euler_ancestral")
-"""The subjects that are verified with the full set, too."""
+"""Subjects that are also verified with the full set."""
 
 # --- What a failure means ---------------------------------------------------------------------------------------------
 
@@ -70,12 +70,11 @@ OFFSET = "DDIMScheduler, set_alpha_to_one=False, steps_offset=1"
 INVERSION = "DDIMScheduler with DDIMInverseScheduler"
 
 MEANINGS: dict[tuple[str, str], tuple[str, str]] = {}
-"""The meaning of each failure, by subject and check: a key of KINDS, and what it means to a user.
-"""
+"""The meaning of each failure by subject and check: a key of KINDS, and what it means to a user."""
 
 
 def meaning(checks: str, kind: str, text: str, *subjects: str) -> None:
-    """Record what a failure of any of these checks, separated by spaces, means for these subjects."""
+    """Record what a failure of these checks, separated by spaces, means for these subjects."""
     for subject in subjects:
         MEANINGS.update({(subject, check): (kind, " ".join(text.split())) for check in checks.split()})
 
@@ -183,7 +182,7 @@ def version_of(package: str) -> str:
 
 
 def verified(subject: str, full: bool, seed: int = 0) -> list[dict]:
-    """Return each check's outcome on a subject; where it fails, with message and code."""
+    """Return the outcome of each check on a subject, and the message and code of failures."""
     from ddim_fast.verify import verify
 
     report = verify(subject, full=full, seed=seed, required=())
@@ -192,8 +191,10 @@ def verified(subject: str, full: bool, seed: int = 0) -> list[dict]:
 
 
 def spacing_sweep() -> list[dict]:
-    """Return which numbers of steps from 1 to 1000 diffusers gets wrong: the timesteps visited, and
-    where steps go."""
+    """Return which numbers of steps from 1 to 1000 diffusers gets wrong.
+
+    It compares the timesteps visited, and the timestep that each step goes to.
+    """
     from diffusers import DDIMScheduler
 
     rows = []
@@ -222,8 +223,10 @@ def spacing_sweep() -> list[dict]:
 
 
 def samples_by_spacing() -> list[dict]:
-    """Return the (mean, standard deviation) of diffusers' samples of N(0.3, 0.5^2) with the exact
-    model, at eta = 0."""
+    """Return the (mean, standard deviation) of diffusers' samples of N(0.3, 0.5^2) at eta = 0.
+
+    The model is exact.
+    """
     import torch
     from diffusers import DDIMScheduler
 
@@ -247,7 +250,7 @@ def samples_by_spacing() -> list[dict]:
 
 
 def rendered(found: dict) -> str:
-    """Return the text between the markers: tables, then each failure."""
+    """Return the text between the markers: the tables, then each failure."""
     return "\n\n".join([_table(found), _sweep(found["spacings"]), _samples(found["samples"]), *_failures(found)])
 
 
@@ -304,7 +307,7 @@ def _samples(rows: list[dict]) -> str:
 
 
 def _failures(found: dict) -> list[str]:
-    """Those of a meaning together, with the first's case."""
+    """Return the failures grouped by meaning, each group with its first case."""
     groups: dict[tuple, list] = {}
     for one in found["subjects"]:
         for check in one["checks"]:
@@ -337,13 +340,13 @@ def with_findings(document: str, found: dict) -> str:
     before, _, rest = document.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        raise click.ClickException(f"{DOCUMENT} must have the lines {BEGIN} and {END}")
+        raise click.ClickException(f"{DOCUMENT} must have the lines {BEGIN} and {END}, and lacks one: restore it")
     return f"{before}{BEGIN}\n\n{rendered(found)}\n\n{END}{after}"
 
 
 def render(found: dict) -> None:
     if missing := unexplained(found):
-        raise click.ClickException("each failure needs a meaning:\n" + "\n".join(missing))
+        raise click.ClickException("each failure needs a meaning in MEANINGS, got none for:\n" + "\n".join(missing))
     DOCUMENT.write_text(with_findings(DOCUMENT.read_text(), found))
 
 
@@ -356,9 +359,9 @@ def main() -> None:
 
 
 @main.command("run", help="Verify all subjects, and write docs/findings.json and docs/FINDINGS.md.")
-@click.option("--only", multiple=True, help="Only subjects of this package; keep the results of others.")
-@click.option("--quick", is_flag=True, help="The quick set only; keep the results of the full set.")
-@click.option("--full", is_flag=True, help="The full set only; keep the results of the quick set.")
+@click.option("--only", multiple=True, help="Verify only subjects of this package; keep the other results.")
+@click.option("--quick", is_flag=True, help="Run only the quick set; keep the results of the full set.")
+@click.option("--full", is_flag=True, help="Run only the full set; keep the results of the quick set.")
 def run_command(only: tuple[str, ...], quick: bool, full: bool) -> None:
     from tqdm.auto import tqdm
 
@@ -380,7 +383,7 @@ def run_command(only: tuple[str, ...], quick: bool, full: bool) -> None:
     render(found)
 
 
-@main.command("render", help="Write docs/FINDINGS.md from docs/findings.json.")
+@main.command("render", help="Regenerate docs/FINDINGS.md from docs/findings.json.")
 def render_command() -> None:
     render(json.loads(JSON_FILE.read_text()))
 
@@ -388,8 +391,8 @@ def render_command() -> None:
 PACKAGES = ("azula==0.11.1", "denoising-diffusion-pytorch==2.3.4", "k-diffusion==0.1.1.post1")
 NEEDED = ("einops", "ema-pytorch", "torchdiffeq", "torchsde", "trampoline", "boltons")
 STANDING_IN = "torchvision accelerate pytorch_fid skimage cleanfid clip dctorch jsonmerge kornia wandb"
-"""What the libraries import only for training, data and images. Their samplers do not use it, so
-empty modules suffice."""
+"""Packages that the libraries import only for training, data and images. Their samplers do not use
+them, so empty modules suffice."""
 
 _STAND_INS = f'''
 import sys
@@ -426,9 +429,7 @@ sys.meta_path.append(Finder)
 '''
 
 
-@main.command(
-    "prepare", help="Make an environment in FOLDER that has the libraries and everything of this environment."
-)
+@main.command("prepare", help="Make an environment in FOLDER with the libraries and all packages of this environment.")
 @click.argument("folder", type=click.Path(path_type=Path, exists=False))
 def prepare_command(folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)

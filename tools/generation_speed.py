@@ -1,13 +1,12 @@
-"""What many processes gain, what writing costs, and whether memory grows: ddim-fast generate,
-measured.
+"""Measure ddim-fast generate: scaling over processes, cost of writing, and peak memory.
 
-    python tools/generation_speed.py scaling        # processes of one thread each on the model that ships
-    python tools/generation_speed.py writing        # processor time with and without files
-    python tools/generation_speed.py memory         # the most memory, for 1,000 and for 100,000 samples
+    python tools/generation_speed.py scaling        # single-threaded processes on the shipped model
+    python tools/generation_speed.py writing        # CPU time with and without files
+    python tools/generation_speed.py memory         # peak memory for 1,000 and for 100,000 samples
     python tools/generation_speed.py bandwidth      # encoders, SHA-256, the store
 
-Wall-clock numbers need a quiet machine. Processor time is less sensitive to what else runs, so it
-is printed, too.
+Wall-clock numbers need a quiet machine. CPU time is less sensitive to other load, so it is also
+printed.
 """
 
 import hashlib
@@ -42,9 +41,12 @@ def main() -> None:
 @click.option("-n", "--count", default=512, show_default=True)
 @click.option("--steps", default=20, show_default=True)
 @click.option("--processes", default=2, show_default=True)
-@click.option("--rounds", default=3, show_default=True, help="Of one process, then many.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds of one process, then many.")
 def scaling(count: int, steps: int, processes: int, rounds: int) -> None:
-    """Throughput of many processes over that of one. Both draw the same samples to files of 64."""
+    """Measure the throughput of many processes over that of one.
+
+    Both draw the same samples into files of 64.
+    """
     ratios, processor_ratios = [], []
     for i in range(rounds):
         one, one_processor = _run(1, count, steps)
@@ -53,11 +55,11 @@ def scaling(count: int, steps: int, processes: int, rounds: int) -> None:
         processor_ratios.append(processes * one_processor / many_processor)
         click.echo(f"round {i}: {one:.2f} and {many:.2f} samples/s, {many / one:.2f} times")
     click.echo(f"{processes} processes: {median(ratios):.2f} times the throughput of one (median of {rounds} rounds)")
-    click.echo(f"by processor time, as if each had a core to itself: {median(processor_ratios):.2f} times")
+    click.echo(f"by CPU time, as if each had its own core: {median(processor_ratios):.2f} times")
 
 
 def _run(processes: int, count: int, steps: int) -> tuple[float, float]:
-    """Samples a second, and processor seconds that the samples took (without those of starting)."""
+    """Return samples per second, and the CPU seconds of the samples (without start-up)."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--steps", steps, "--shard-size", 64, "--out", f"{folder}/set"]
         words = [sys.executable, "-m"]
@@ -74,7 +76,7 @@ def _run(processes: int, count: int, steps: int) -> tuple[float, float]:
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, said
 
-        # A run of 16 samples costs what starting costs.
+        # A run of 16 samples measures the cost of start-up.
         starting, _ = processor_seconds(16)
         for path in Path(folder).glob("set/*"):
             path.unlink()
@@ -87,7 +89,7 @@ def _run(processes: int, count: int, steps: int) -> tuple[float, float]:
 @click.option("--steps", default=20, show_default=True)
 @click.option("--rounds", default=3, show_default=True)
 def writing(count: int, steps: int, rounds: int) -> None:
-    """What files cost beside the samples of the model that ships, in processor time."""
+    """Measure the CPU time of writing files, relative to drawing samples of the shipped model."""
     model, sampler, rule = df.load_model("fashion"), df.DDIMSampler(df.NoiseSchedule.linear(), steps), EveryClass(10)
     bare = Samples(sampler, model, model.sample_shape, 0, 16, 64, rule, torch.device("cpu"), torch.float32, {})
     for format in FORMATS:
@@ -104,7 +106,7 @@ def writing(count: int, steps: int, rounds: int) -> None:
             if i or rounds == 1:
                 more.append(whole / alone - 1)
                 share.append(done.writing_seconds / whole)
-        click.echo(f"{format}: {median(more):+.2%} processor time in all, the writer's thread {median(share):.3%}")
+        click.echo(f"{format}: {median(more):+.2%} CPU time in total, the writer thread {median(share):.3%}")
 
 
 class Tiny(nn.Module):
@@ -126,7 +128,7 @@ class Tiny(nn.Module):
 @click.option("--format", type=click.Choice(list(FORMATS)), default="safetensors", show_default=True)
 @click.option("--only", type=int, hidden=True)
 def memory(counts: tuple[int, ...], format: str, only: int | None) -> None:
-    """The most memory that a process takes."""
+    """Measure the peak memory of a process."""
     if only is None:
         for count in counts:
             words = [sys.executable, __file__, "memory", "--only", str(count), "--format", format]
@@ -141,8 +143,10 @@ def memory(counts: tuple[int, ...], format: str, only: int | None) -> None:
 
 @main.command()
 def bandwidth() -> None:
-    """Encoders and SHA-256 on one core, on noise (which no PNG compresses) and on smooth pictures;
-    the store's round trip."""
+    """Measure encoders and SHA-256 on one core, and the store's round trip.
+
+    Encoders are timed on noise (which PNG cannot compress) and on smooth images.
+    """
     for size in (64, 256):
         smooth = torch.linspace(-1, 1, size).view(1, 1, 1, -1).expand(32, 3, size, size).contiguous()
         for what, samples in {"smooth": smooth, "noise": torch.rand(32, 3, size, size) * 2 - 1}.items():
@@ -166,7 +170,7 @@ def bandwidth() -> None:
 
 
 def _seconds(call, clock) -> float:
-    """The least of several."""
+    """Return the minimum time of a call over one second of repeats."""
     best, end = float("inf"), time.perf_counter() + 1
     while time.perf_counter() < end:
         started = clock()

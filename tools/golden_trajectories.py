@@ -1,11 +1,12 @@
-"""Write the recorded runs: ``python tools/golden_trajectories.py >
-ddim_fast/verify/truth/golden_trajectories.json``.
+"""Write the recorded runs.
 
-They are computed by the float64 oracle alone, so that no error of the sampler can affect them, and
-have the same bytes on every machine: only operations that IEEE 754 rounds correctly are used (+ - *
-/ and square roots, hence no cosine schedule, whose last bits depend on the C library), and floats
-are written as the shortest decimal that reads back. A test compares the bytes. Changing a number
-needs a new ``GOLDEN_VERSION`` (ddim_fast/verify/truth/golden.py) and a line in the changelog.
+    python tools/golden_trajectories.py > ddim_fast/verify/truth/golden_trajectories.json
+
+Only the float64 oracle computes them, so that no error of the sampler can affect them. They have
+the same bytes on every machine: they use only operations that IEEE 754 rounds correctly (+ - * /
+and square roots; no cosine schedule, whose last bits depend on the C library), and floats are
+written as the shortest decimal that reads back exactly. A test compares the bytes. Changing a
+number needs a new ``GOLDEN_VERSION`` (ddim_fast/verify/truth/golden.py) and a changelog entry.
 """
 
 import json
@@ -21,7 +22,7 @@ from ddim_fast.verify.truth.golden import GOLDEN_VERSION
 SHAPE = (2, 3)
 MOST_STEPS = 50
 IRREGULAR = (999, 931, 640, 258, 17, 0)
-STEPS = {"leading": 5, "trailing": 5, "linspace": 4}  # they divide 1000, for linspace 999 - 3 gaps - too
+STEPS = {"leading": 5, "trailing": 5, "linspace": 4}  # divide 1000; the 3 gaps of linspace divide 999
 SIMPLEST = {
     "timestep_spacing": "leading",
     "schedule": "linear",
@@ -35,7 +36,7 @@ SIMPLEST = {
 
 
 def settings() -> list[dict]:
-    """Return how each run differs from ``SIMPLEST``. The "quick" ones together use every option."""
+    """Return how each run differs from ``SIMPLEST``. The "quick" runs together use every option."""
     runs = []
     for prediction_type in ("epsilon", "sample", "v_prediction"):
         base = {"prediction_type": prediction_type}
@@ -60,8 +61,10 @@ def settings() -> list[dict]:
 
 
 def scripted(first: int) -> np.ndarray:
-    """Return numbers from -2 to 2 that are exact in half precision: every 37th multiple of 1/32, in
-    a circle."""
+    """Return numbers in [-2, 2] that are exact in half precision.
+
+    They are every 37th multiple of 1/32, wrapping around.
+    """
     count = first + np.arange(math.prod(SHAPE))
     return ((37 * count % 129 - 64) / 32).reshape(SHAPE)
 
@@ -77,7 +80,7 @@ def inputs() -> dict[str, np.ndarray]:
 
 
 def run(special: dict, given: dict[str, np.ndarray]) -> dict:
-    """Return a complete run, step by step, by equation 12."""
+    """Return a complete run of equation 12, step by step."""
     setting = SIMPLEST | {name: value for name, value in special.items() if name not in ("eta_scales", "quick")}
     irregular = "timesteps" in setting
     if irregular:
@@ -120,7 +123,7 @@ def _shown(name: str, value: object) -> object:
 
 
 def text() -> str:
-    """Return the file's text, with a line for each run, so that a diff shows which changed."""
+    """Return the file's text, one line per run, so that a diff shows which runs changed."""
     given = inputs()
     runs = ",\n".join(json.dumps(run(special, given), sort_keys=True, allow_nan=False) for special in settings())
     plain = json.dumps({name: array.tolist() for name, array in given.items()}, sort_keys=True)

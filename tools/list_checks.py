@@ -1,5 +1,4 @@
-"""Write the table of checks in docs/VERIFY.md from the checks themselves: ``python
-tools/list_checks.py``."""
+"""Write the table of checks in docs/VERIFY.md: ``python tools/list_checks.py``."""
 
 from pathlib import Path
 
@@ -10,8 +9,7 @@ BEGIN, END = "<!-- checks: begin -->", "<!-- checks: end -->"
 
 
 def table() -> str:
-    """Return the table in Markdown: what each check proves, its source, its tolerance, and the
-    features that it needs."""
+    """Return the Markdown table: each check's claim, source, tolerance and needed features."""
     lines = ["| check | proves | source | tolerance | applies to |", "|---|---|---|---|---|"]
     for check in CHECKS.values():
         needs = ", ".join(f"`{feature}`" for feature in sorted(check.needs)) or "all"
@@ -23,7 +21,7 @@ def table() -> str:
 
 
 def rewritten(text: str) -> str:
-    """Return the document with the table replaced."""
+    """Return the document with its table regenerated."""
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
 

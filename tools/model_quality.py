@@ -1,5 +1,5 @@
-"""The numbers of docs/MODEL_CARD.md: pictures in equal numbers per class, judged by the shipped
-classifier.
+"""Measure the numbers of docs/MODEL_CARD.md: samples, equally many per class, evaluated by the
+shipped classifier.
 
 python tools/model_quality.py --steps 20 --pictures 1000
 """
@@ -16,7 +16,7 @@ from ddim_fast.models.metrics import class_agreement, classifier_frechet_distanc
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--steps", multiple=True, type=int, default=(20, 50), show_default=True)
 @click.option("--pictures", default=1000, show_default=True)
-@click.option("--weights", type=click.Path(exists=True), help="Another file of weights for the same network.")
+@click.option("--weights", type=click.Path(exists=True), help="A different weights file for the same network.")
 def main(steps: tuple[int, ...], pictures: int, weights: str | None) -> None:
     model = df.load_model("fashion")
     if weights is not None:

@@ -1,9 +1,9 @@
 """Fit the polynomials of the noise standard and print them: ``python tools/noise_polynomials.py``.
 
-Each is the minimax polynomial (in the error that matters for the normals) found by Lawson's
-iteration, with the coefficients rounded to float32 one after another, lowest order first, and the
-rest fitted again to what the rounding left. ``kernels/noise.py`` holds the printed values;
-``tests/kernels/test_noise.py`` runs this script and compares them to the bit.
+Each is the minimax polynomial (in the error that matters for the normals), found by Lawson's
+iteration. Coefficients are rounded to float32 one by one, lowest order first, and the remaining
+ones are fitted again to the residual. ``kernels/noise.py`` holds the printed values;
+``tests/kernels/test_noise.py`` runs this script and compares them bit by bit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def lawson(powers: np.ndarray, target: np.ndarray, weight: np.ndarray, iterations: int = 300) -> np.ndarray:
-    """Coefficients that minimise ``max |weight * (powers @ c - target)|``."""
+    """Return the coefficients c that minimise ``max |weight * (powers @ c - target)|``."""
     importance = np.full(len(target), 1.0 / len(target))
     best, best_error = None, np.inf
     for _ in range(iterations):
@@ -29,8 +29,11 @@ def lawson(powers: np.ndarray, target: np.ndarray, weight: np.ndarray, iteration
 def fit(
     function, low: float, high: float, degree: int, weight=lambda x: np.ones_like(x)
 ) -> tuple[list[np.float32], float]:
-    """Float32 coefficients, lowest order first, of a polynomial close to ``function`` on [low,
-    high], and its largest weighted error."""
+    """Fit a polynomial to ``function`` on [low, high].
+
+    Returns:
+        Its float32 coefficients, lowest order first, and its largest weighted error.
+    """
     x = 0.5 * (low + high) + 0.5 * (high - low) * np.cos(np.pi * (np.arange(4000) + 0.5) / 4000)
     powers = x[:, None] ** np.arange(degree + 1)
     target, rounded = function(x), []
@@ -42,22 +45,22 @@ def fit(
 
 
 def minus_two_log(f: np.ndarray) -> np.ndarray:
-    """-2 log(1 + f) / f"""
+    """Return -2 log(1 + f) / f."""
     return np.where(f == 0, -2.0, -2 * np.log1p(f) / np.where(f == 0, 1, f))
 
 
 def sine_quarter(y: np.ndarray) -> np.ndarray:
-    """sin(pi/2 t) / t as a function of y = t^2"""
+    """Return sin(pi/2 t) / t as a function of y = t^2."""
     return np.sin(np.pi / 2 * np.sqrt(y)) / np.sqrt(y)
 
 
 def cosine_quarter(y: np.ndarray) -> np.ndarray:
-    """cos(pi/2 t) as a function of y = t^2"""
+    """Return cos(pi/2 t) as a function of y = t^2."""
     return np.cos(np.pi / 2 * np.sqrt(y))
 
 
 FITS = {
-    # relative error: r is the square root of this
+    # relative error, because r is the square root of this
     "MINUS_TWO_LOG": (minus_two_log, np.sqrt(0.5) - 1, np.sqrt(2.0) - 1, 7, lambda x: 1 / np.abs(minus_two_log(x))),
     "SINE": (sine_quarter, 1e-12, 1.0, 4, lambda y: 1 / sine_quarter(y)),
     "COSINE": (cosine_quarter, 1e-12, 1.0, 4, np.ones_like),

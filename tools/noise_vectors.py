@@ -1,9 +1,10 @@
-"""Write the published test vectors of the noise standard: ``python tools/noise_vectors.py >
-tests/data/noise_vectors.json``.
+"""Write the published test vectors of the noise standard.
 
-Each entry gives a seed, a step, a stream and a first counter, and what belongs there: the words in
-hexadecimal, and the normals as the bits of their float32. Anyone who implements the standard can
-check against this file; so do our tests.
+    python tools/noise_vectors.py > tests/data/noise_vectors.json
+
+Each entry has a seed, a step, a stream and a first counter, and the expected values: the words in
+hexadecimal, and the normals as the bits of their float32. Other implementations of the standard can
+be checked against this file, as our tests do.
 """
 
 import json

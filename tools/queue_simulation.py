@@ -1,13 +1,13 @@
-"""What slow, stopped and dead processes cost a run of ddim-fast generate: its queue, simulated,
-beside slices dealt out beforehand.
+"""Simulate what slow, hung and dead processes cost a run of ddim-fast generate: its queue against a
+fixed assignment of slices.
 
     python tools/queue_simulation.py            # print the table
     python tools/queue_simulation.py --write    # put it into docs/GENERATE.md
 
-The rules are those of ddim_fast.generation.processes: slices in order to whoever asks; then, for a
-process that has no work, after its patience without anything finished, a slice that somebody else
-did not finish. Time is in seconds; a process of speed 1 takes ``work`` seconds for its share. Every
-slice's time varies by 5 % (lognormal), from a fixed seed.
+The rules are those of ddim_fast.generation.processes. Each process takes the next slice in order.
+When none is left, a process waits until nothing has been finished for its patience, and then redoes
+a slice that another has not finished. Times are in seconds: a process of speed 1 takes ``WORK``
+seconds for its share. The time of each slice varies by 5 % (lognormal), from a fixed seed.
 """
 
 import heapq
@@ -27,14 +27,17 @@ RESTART = 60.0  # seconds until torchrun's new processes have loaded the model
 
 
 def dealt_out(durations: np.ndarray, deaths: Mapping[int, float]) -> float:
-    """Slice i belongs to process i mod the number of processes. ``durations``: (slices, processes)."""
+    """Return the end time if slice i is assigned to process i mod their number; inf if never.
+
+    ``durations`` is (slices, processes).
+    """
     ranks = durations.shape[1]
     ends = [durations[rank::ranks, rank].sum() for rank in range(ranks)]
     return math.inf if any(ends[rank] > death for rank, death in deaths.items()) else max(ends)
 
 
 def queued(durations: np.ndarray, deaths: Mapping[int, float], again: bool = True) -> float:
-    """When the last slice is finished; inf if never."""
+    """Return the time when the last slice is finished; inf if never."""
     slices, ranks = durations.shape
     first, finished, last_finish = 0, [False] * slices, 0.0
     missing, slowest, turns, taken = slices, [0.0] * ranks, [0] * ranks, set()
@@ -47,7 +50,7 @@ def queued(durations: np.ndarray, deaths: Mapping[int, float], again: bool = Tru
             continue
         if what == "done":
             if working.get(rank) != index:
-                continue  # it gave the slice up, since another finished it
+                continue  # it gave up the slice, because another finished it
             del working[rank]
             slowest[rank] = max(slowest[rank], durations[index, rank])
             if not finished[index]:
@@ -62,8 +65,7 @@ def queued(durations: np.ndarray, deaths: Mapping[int, float], again: bool = Tru
             mine, first = first, first + 1
         elif again:
             patience = max(LEAST_PATIENCE, TIMES_SLOWEST * slowest[rank])
-            # "free" begins to wait; "look" is the end of a wait in which something may have been
-            # finished.
+            # "free" starts a wait; "look" ends one, during which a slice may have been finished.
             begun = now if what != "look" else last_finish
             if what == "look" and now - last_finish >= patience - 1e-9:
                 turns[rank] += 1
@@ -81,8 +83,10 @@ def queued(durations: np.ndarray, deaths: Mapping[int, float], again: bool = Tru
 
 
 def with_restart(durations: np.ndarray, deaths: Mapping[int, float]) -> float:
-    """As under torchrun: a death ends all processes, which lose what they have in hand and begin
-    again with --resume."""
+    """Return the end time under torchrun.
+
+    A death ends all processes, which lose their current slices and restart with --resume.
+    """
     slices, ranks = durations.shape
     death = min(deaths.values(), default=math.inf)
     ends, done = [0.0] * ranks, 0
@@ -99,7 +103,7 @@ def with_restart(durations: np.ndarray, deaths: Mapping[int, float]) -> float:
 
 
 def scenarios(ranks: int) -> dict[str, tuple[np.ndarray, dict[int, float]]]:
-    """Speeds, and times of death."""
+    """Return the speeds and times of death of each scenario."""
     equal = np.ones(ranks)
     half, tenth = equal.copy(), equal.copy()
     half[: max(1, ranks // 20)] = 0.5
@@ -116,11 +120,11 @@ def scenarios(ranks: int) -> dict[str, tuple[np.ndarray, dict[int, float]]]:
 
 
 def shares(ranks: int, speeds: np.ndarray, deaths: Mapping[int, float], per_rank: int, seed: int = 0) -> list[float]:
-    """Of each way, the least possible time over its own; 0 if it never ends."""
+    """Return the minimum possible time over that of each method; 0 if it never ends."""
     noise = np.random.default_rng(seed).lognormal(0.0, 0.05, (per_rank * ranks, 1))
     durations = WORK / per_rank * noise / speeds
     work = (WORK / per_rank * noise).sum()
-    # What all the processes could have done, each until it died.
+    # The work that dead processes could have done until they died.
     lost = sum(speeds[rank] * death for rank, death in deaths.items())
     alive = sum(speed for rank, speed in enumerate(speeds) if rank not in deaths)
     least = (work - lost) / alive

@@ -1,5 +1,5 @@
-"""The numbers of docs/INVERSION.md: table 2 of the DDIM paper (reconstruction error) for the
-shipped model.
+"""Measure table 2 of the DDIM paper (reconstruction error) for the shipped model, as in
+docs/INVERSION.md.
 
 python tools/reconstruction.py --steps 50 --images 32
 """
@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def measure(model, x0, labels, steps: int, iterations: int, bar) -> dict:
-    """The error of each picture, encoded and decoded in ``steps`` steps each, summed up."""
+    """Return the mean and maximum error of images encoded and decoded in ``steps`` steps each."""
     sampler = df.DDIMSampler(model.schedule, steps)
     errors = []
     for x, y in zip(x0.split(BATCH), labels.split(BATCH), strict=True):
@@ -41,7 +41,7 @@ def measure(model, x0, labels, steps: int, iterations: int, bar) -> dict:
 
 
 def table(results: list[dict]) -> str:
-    """Markdown: a row for each number of iterations, a column for each number of steps."""
+    """Return a Markdown table: rows by number of iterations, columns by number of steps."""
     found = {(r["iterations"], r["steps"]): r["mean"] for r in results}
     rows, columns = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
     lines = [["iterations", *(f"S = {steps}" for steps in columns)], ["---"] * (len(columns) + 1)]
@@ -52,10 +52,10 @@ def table(results: list[dict]) -> str:
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--steps", multiple=True, type=int, default=(10, 20, 50, 100, 200, 500, 1000), show_default=True)
 @click.option("--iterations", multiple=True, type=int, default=(1, 5), show_default=True, help="1: plain inversion.")
-@click.option("--images", default=64, show_default=True, help="How many of the test pictures, from the first.")
+@click.option("--images", default=64, show_default=True, help="Number of test images, starting from the first.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
 @click.option("--data", type=click.Path(path_type=Path), default=DEFAULT_DIRECTORY, show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Where the results go, as JSON.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file, as JSON.")
 def main(
     steps: tuple[int, ...],
     iterations: tuple[int, ...],

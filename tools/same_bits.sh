@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Check that all instruction sets give the same bits. Each is built from its source, AVX-512 from AVX2
-# halves, and compared with the others on random steps, noise and convolutions.
+# Check that all instruction sets give the same bits. Each is compiled from its source, AVX-512 as
+# two AVX2 halves, and compared with the others on random steps, noise and convolutions.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)

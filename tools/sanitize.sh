@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build the C++ kernel with AddressSanitizer and UndefinedBehaviorSanitizer, and run its tests on it.
+# Build the C++ kernel with AddressSanitizer and UndefinedBehaviorSanitizer, and run its tests.
 # usage: tools/sanitize.sh FOLDER   (the bin folder of an environment with the test dependencies)
 set -euo pipefail
 bin=$(realpath -s "$1")
@@ -9,8 +9,8 @@ DDIM_FAST_REQUIRE_EXTENSION=1 "$bin/python" setup.py --quiet build --build-lib b
   { cat build-sanitize.log; exit 1; }
 rm build-sanitize.log
 compiler=${CXX:-c++}
-# What other libraries find when they are imported inside the repository is not the kernel's matter.
-# Leaks are not checked: the interpreter and torch keep memory until the end on purpose.
+# The deselected test is about imports of other libraries, not about the kernel. Leaks are not
+# checked: the interpreter and torch keep memory until exit on purpose.
 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
 LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libubsan.so) $($compiler -print-file-name=libstdc++.so.6)" \
 PYTHONPATH=$PWD/build/sanitize DDIM_FAST_SANITIZED=1 \

@@ -1,11 +1,11 @@
-"""Write the tables of docs/TRADEOFF.md from the studies that were measured, docs/paper_table*.json
-and docs/search.json.
+"""Write the tables of docs/TRADEOFF.md from the measured studies, docs/paper_table*.json and
+docs/search.json.
 
     ddim-fast tradeoff --paper-table -n 2000 --threads 1 --out table1          # hours
     python tools/tradeoff_tables.py take table1/study.json docs/paper_table.json
     python tools/tradeoff_tables.py write
 
-A test holds the page to the files.
+A test checks that the page matches the files.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def main() -> None: ...
 @click.argument("study", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 def take(study: Path, out: Path) -> None:
-    """Keep a study's numbers, without its pictures."""
+    """Copy a study's numbers, without its images."""
     write_json(read_json(study), out)
 
 
 @main.command()
 def write() -> None:
-    """Put the tables into the page."""
+    """Write the tables into the page."""
     PAGE.write_text(page_text(PAGE.read_text()))
 
 
@@ -51,12 +51,12 @@ def page_text(text: str) -> str:
         pattern = rf"<!-- {name}: begin -->.*?<!-- {name}: end -->"
         text, found = re.subn(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
         if found != 1:
-            raise ValueError(f"{PAGE} must have one pair of marks for {name}, got {found}")
+            raise ValueError(f"{PAGE} must have one pair of markers for {name}, got {found}: restore them")
     return text
 
 
 def paper_table(study: Study) -> str:
-    """Table 1 of the DDIM paper: ours and its own, and what of their shape agrees."""
+    """Return table 1 of the DDIM paper, with our numbers and its own, and which trends agree."""
     table = paper_table_of(study)
     steps = [S for S in PAPER_STEPS if any((row, S) in table.results for row in ROWS)]
     head = "| | " + " | ".join(f"S = {S}" for S in steps) + " |\n|---|" + "---|" * len(steps)
@@ -76,7 +76,7 @@ def paper_table(study: Study) -> str:
 
 
 def cells_table(study: Study) -> str:
-    """Every cell of a study, the cheapest first."""
+    """Return a table of all cells of a study, fewest steps first."""
     metrics = study.metrics
     head = (
         "| | model calls | " + " | ".join(metric.title for metric in metrics) + " |\n|---|---|" + "---|" * len(metrics)

@@ -1,5 +1,5 @@
-"""Print the versions of Python and of the packages that pyproject.toml names, as docs/VERSIONS.md
-lists them.
+"""Print the versions of Python and of all packages in pyproject.toml, as docs/VERSIONS.md lists
+them.
 
 usage: python tools/versions.py
 """

@@ -1,8 +1,9 @@
-"""Muon for the weights of hidden layers, AdamW for the rest.
+"""Muon for the weights of hidden layers, AdamW for all other parameters.
 
-Muon (K. Jordan et al., 2024, "Muon: an optimizer for hidden layers in neural networks") replaces each matrix of the
-momentum by the nearest semi-orthogonal matrix, found with a few Newton-Schulz steps. ``torch.optim.Muon`` takes
-matrices only; here a convolution's weight is used as the matrix (out_channels, in_channels * height * width).
+Muon (K. Jordan et al., 2024, "Muon: an optimizer for hidden layers in neural networks") replaces
+each momentum matrix by the nearest semi-orthogonal matrix, approximated with a few Newton-Schulz
+steps. ``torch.optim.Muon`` takes matrices only; this one also takes a convolution's weight, as the
+matrix (out_channels, in_channels * height * width).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# The quintic of Jordan et al.: chosen for speed, it brings singular values into about [0.7, 1.2] rather than to 1.
+# The quintic of Jordan et al. is chosen for speed: it brings singular values to about [0.7, 1.2],
+# not to 1.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -42,7 +44,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def split_parameters(model: nn.Module, adamw_modules: tuple[str, ...]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(weights for Muon, the rest): matrices and convolutions, except in modules whose name is in ``adamw_modules``."""
+    """Return the parameters for Muon and those for AdamW.
+
+    Muon gets matrices and convolution weights, except in the top-level modules ``adamw_modules``.
+    """
     muon, adamw = [], []
     for name, parameter in model.named_parameters():
         hidden = parameter.ndim >= 2 and name.split(".")[0] not in adamw_modules

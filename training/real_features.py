@@ -1,8 +1,9 @@
-"""Write the shipped classifier's features of 2,000 Fashion-MNIST test pictures, for precision and recall.
+"""Write the shipped classifier's features of 2,000 Fashion-MNIST test images.
 
     python training/real_features.py
 
-They are what ``ddim_fast.models.metrics.load_features`` loads: the first 200 test pictures of each class, float16.
+Precision and recall use them (``ddim_fast.models.metrics.load_features``). They are those of the
+first 200 test images of each class, in float16.
 """
 
 from __future__ import annotations

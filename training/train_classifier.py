@@ -1,10 +1,11 @@
-"""Train the shipped Fashion-MNIST classifier, and take the training set's feature statistics with it.
+"""Train the shipped Fashion-MNIST classifier, and compute the training set's feature statistics.
 
     python training/train_classifier.py --out runs/classifier
 
-Writes a checkpoint after each epoch and goes on from it when started again, to the same result as without a break (each
-epoch has a seed of its own). At the end the averaged weights go to ``--weights`` as float16, the statistics are taken
-with the weights as stored, and the distances that give the Frechet distance its scale are printed.
+Writes a checkpoint after each epoch. A restarted run resumes from it, with the same result as an
+uninterrupted one, since each epoch has its own seed. At the end, the averaged weights are written
+to ``--weights`` in float16, and the statistics are computed with the stored weights. Reference
+values of the Frechet distance are printed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ AVERAGE_DECAY = 0.999
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures ``(N, 1, 28, 28)``, each shifted by up to two pixels each way, and mirrored half of the time."""
+    """Shift each image ``(N, 1, 28, 28)`` by up to two pixels; mirror it with probability 1/2."""
     count, _, height, width = images.shape
     padded = F.pad(images, [MAXIMUM_SHIFT] * 4, value=-1.0)[:, 0]
     top, left = torch.randint(2 * MAXIMUM_SHIFT + 1, (2, count, 1), generator=generator)
@@ -43,7 +44,10 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def learning_rate_factor(progress: float) -> float:
-    """One cycle: a straight line up to 1 over the first fifth, then half a cosine down to 0; ``progress`` in [0, 1]."""
+    """Return the one-cycle factor of the learning rate at ``progress`` in [0, 1].
+
+    It rises linearly to 1 over the first fifth, then falls to 0 along half a cosine.
+    """
     if progress < WARM_UP_SHARE:
         return progress / WARM_UP_SHARE
     return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP_SHARE) / (1 - WARM_UP_SHARE)))
@@ -51,7 +55,7 @@ def learning_rate_factor(progress: float) -> float:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
-    """Move ``average`` a little towards ``model``: weights and batch statistics alike."""
+    """Update the exponential moving average of the weights and batch statistics."""
     decay = min(AVERAGE_DECAY, (1 + step) / (10 + step))
     for target, source in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
         if target.is_floating_point():
@@ -61,7 +65,7 @@ def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
 
 
 def train_epoch(model, average, optimizer, images: Tensor, labels: Tensor, epoch: int, args) -> float:
-    """One pass over the pictures; the mean loss."""
+    """Train for one epoch; return the mean loss."""
     generator = torch.Generator().manual_seed(1000 + epoch)
     steps = len(images) // args.batch_size
     order = torch.randperm(len(images), generator=generator)[: steps * args.batch_size].view(steps, args.batch_size)
@@ -88,7 +92,10 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def train(args, images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor) -> nn.Module:
-    """The averaged model after ``args.epochs`` epochs, from the checkpoint in ``args.out`` if there is one."""
+    """Train for ``args.epochs`` epochs and return the averaged model.
+
+    Resumes from the checkpoint in ``args.out`` if there is one.
+    """
     torch.manual_seed(0)
     model = metrics.FashionClassifier().to(memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False)
@@ -99,8 +106,8 @@ def train(args, images: Tensor, labels: Tensor, test_images: Tensor, test_labels
         state = torch.load(checkpoint, weights_only=True)
         if state["settings"] != settings:
             raise ValueError(
-                f"{checkpoint} must have been made with the settings asked for, {settings}, and was made with "
-                f"{state['settings']}. Give those again, or another --out."
+                f"{checkpoint} must have the settings of this run, {settings}, got "
+                f"{state['settings']}: pass those settings, or another --out"
             )
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
@@ -120,7 +127,7 @@ def train(args, images: Tensor, labels: Tensor, test_images: Tensor, test_labels
 
 
 def export(model: nn.Module, images: Tensor, directory: Path) -> None:
-    """Write the weights as float16, then the statistics of ``images`` with the weights as they were stored."""
+    """Write the weights in float16, then the statistics of ``images`` with the stored weights."""
     directory.mkdir(parents=True, exist_ok=True)
     classifier_path = directory / "fashion_classifier.safetensors"
     halves = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
@@ -131,15 +138,15 @@ def export(model: nn.Module, images: Tensor, directory: Path) -> None:
     save_file(
         {"mean": statistics.mean, "covariance": statistics.covariance, "count": torch.tensor(statistics.count)},
         statistics_path,
-        # Statistics mean nothing with other weights: a test compares this with the classifier's file.
+        # The statistics are only valid for these weights: a test compares this with their file.
         metadata={"classifier_sha256": hashlib.sha256(classifier_path.read_bytes()).hexdigest()},
     )
     for path in (classifier_path, statistics_path):
-        path.chmod(0o644)  # safetensors writes files for the owner only; these are packaged for everyone
+        path.chmod(0o644)  # safetensors makes files readable by the owner only; these are packaged
 
 
 def blur(images: Tensor, std: float = 1.0) -> Tensor:
-    """``images`` ``(N, 1, 28, 28)`` convolved with a Gaussian of ``std`` pixels."""
+    """Blur ``images`` ``(N, 1, 28, 28)`` with a Gaussian of ``std`` pixels."""
     weights = torch.exp(-0.5 * (torch.arange(-4, 5) / std) ** 2)
     weights = weights / weights.sum()
     padded = F.pad(images, [4] * 4, mode="replicate")
@@ -147,7 +154,7 @@ def blur(images: Tensor, std: float = 1.0) -> Tensor:
 
 
 def measure(images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor) -> dict[str, float]:
-    """The accuracy of the stored classifier, and the distances that give the Frechet distance its scale."""
+    """Measure the stored classifier's accuracy, and reference values of the Frechet distance."""
     generator = torch.Generator().manual_seed(0)
     some, some_test = torch.randperm(60000, generator=generator), torch.randperm(10000, generator=generator)
     noise = torch.randn(test_images.shape, generator=generator)
@@ -183,7 +190,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=metrics.WEIGHTS_DIRECTORY)
     parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.1, help="highest learning rate of the cycle")
+    parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate of the cycle")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
 

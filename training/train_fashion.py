@@ -1,9 +1,12 @@
-"""Train the shipped model: a class-conditional U-Net on Fashion-MNIST, v-prediction, linear betas, T = 1000.
+"""Train the shipped model, a class-conditional U-Net, on Fashion-MNIST.
+
+It uses v-prediction, linear betas and T = 1000.
 
     python training/train_fashion.py --out runs/fashion --minutes 120
 
-Stops after the minutes asked for, with the learning rate brought to zero by then; writes a checkpoint every minute and goes on from it when
-started again. The averaged weights end up in ``fashion.safetensors``, in float16, as ``ddim_fast/weights`` has them.
+Training stops after ``--minutes``, when the learning rate reaches zero. A checkpoint is written
+every minute; a restarted run resumes from it. The averaged weights are written to
+``fashion.safetensors`` in float16, the format of ``ddim_fast/weights``.
 """
 
 from __future__ import annotations
@@ -29,8 +32,9 @@ NUM_TRAIN_TIMESTEPS = 1000
 LABEL_DROPOUT = 0.1
 schedule = NoiseSchedule.linear(NUM_TRAIN_TIMESTEPS)
 alphas_cumprod = torch.tensor(schedule.alphas_cumprod)
-# Half of the timesteps are drawn uniformly, half with a normal distribution over the log signal-to-noise ratio (after EDM,
-# arXiv 2206.00364): the linear betas spend half of all timesteps where hardly any signal is left.
+# Half of the timesteps are drawn uniformly, half from a normal distribution over the log
+# signal-to-noise ratio (after EDM, arXiv 2206.00364), because linear betas have half of all
+# timesteps where hardly any signal is left.
 LOG_SNR_MEAN, LOG_SNR_STD = 1.3, 2.4
 
 
@@ -42,7 +46,7 @@ def timestep_cdf() -> Tensor:
 
 
 def velocity_loss(model, x0: Tensor, labels: Tensor, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Mean squared error of v at timesteps ``t`` ``(B,)``."""
+    """Return the mean squared error of v at timesteps ``t`` ``(B,)``."""
     noise = torch.randn(x0.shape, generator=generator)
     return F.mse_loss(model(schedule.add_noise(x0, noise, t), t, labels), schedule.velocity(x0, noise, t))
 
@@ -62,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=DEFAULT_DIRECTORY)
-    parser.add_argument("--minutes", type=float, default=120.0, help="time to train for, over all runs")
+    parser.add_argument("--minutes", type=float, default=120.0, help="training time, over all resumed runs")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--multiplier", type=int, default=3)
     parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
@@ -124,7 +128,8 @@ def main() -> None:
         for optimizer, lr in zip(optimizers, base_lrs, strict=True):
             optimizer.param_groups[0]["lr"] = lr * factor
         index = torch.randint(len(images), (args.batch_size,), generator=generator)
-        # One draw in each of batch_size equal slices of the distribution: the same expectation with less variance.
+        # Stratified sampling: one draw in each of batch_size equal slices has the same expectation
+        # and less variance.
         u = (torch.arange(args.batch_size) + torch.rand(args.batch_size, generator=generator)) / args.batch_size
         t = torch.searchsorted(cdf, u.double()).clamp_(max=NUM_TRAIN_TIMESTEPS - 1)
         batch_labels = labels[index].clone()

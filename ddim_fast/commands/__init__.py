@@ -1,1 +1,1 @@
-"""The commands of ``ddim-fast``, a file for each group of them; ``cli`` puts them together."""
+"""The commands of ``ddim-fast``, one file per group; ``cli`` puts them together."""

@@ -22,11 +22,14 @@ _PICTURES = click.argument(
     metavar="PICTURES...",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
 )
-_STRENGTH = "how much is regenerated, in (0, 1]: the share of the steps that is run"
+_STRENGTH = "how much is regenerated, in (0, 1]: the share of the steps to run"
 
 
 def _read(run: Run, paths: tuple[Path, ...]) -> tuple[Tensor, list[str], list[int] | None]:
-    """The pictures on the model's device, their names, and their classes where one was asked for."""
+    """Read the pictures onto the model's device; return them, their names, and their labels.
+
+    Labels are None without --class.
+    """
     x0, names = read_samples(paths, run.sample_shape)
     labels = None if run.class_name is None else run.labels(len(x0))
     return x0.to(run.where), names, labels
@@ -48,7 +51,7 @@ def _write_pairs(run: Run, before: Tensor, after: Tensor, names: list[str], titl
     click.option("--strength", type=float, default=0.6, show_default=True, help=f"{_STRENGTH.capitalize()}."),
 )
 def img2img(run: Run, paths: tuple[Path, ...], strength: float) -> None:
-    """Regenerate pictures: add noise to them, and sample from there.
+    """Regenerate pictures: add noise to them, then denoise them by sampling.
 
     PICTURES are image files, or samples that --save wrote (.npz, .safetensors).
 
@@ -85,7 +88,7 @@ _KEPT = {
 
 
 def _mask(keep: str, sample_shape: tuple[int, ...]) -> Tensor:
-    """``(H, W)``: 1 where the picture is kept."""
+    """Return the mask ``(H, W)``: 1 where the picture is kept."""
     _, height, width = sample_shape
     if keep in _KEPT:
         y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
@@ -105,7 +108,7 @@ def _mask(keep: str, sample_shape: tuple[int, ...]) -> Tensor:
         "--keep",
         required=True,
         metavar="PART|FILE",
-        help=f"What is kept: {', '.join(_KEPT)}, or an image file, white where the picture is kept.",
+        help=f"The part to keep: {', '.join(_KEPT)}, or a mask image, white where the picture is kept.",
     ),
     click.option(
         "--strength", type=float, default=1.0, show_default=True, help=f"For the rest of the picture: {_STRENGTH}."
@@ -137,21 +140,23 @@ def inpaint(run: Run, paths: tuple[Path, ...], keep: str, strength: float) -> No
 
     images = torch.cat([part.samples for part in run.in_batches(len(x0), draw)])
     title = f"{run.model_name}: {keep} kept, {sampler.num_inference_steps} steps, eta {run.eta:g}, seed {run.seed}"
-    shown = x0 * mask.to(x0) - (1 - mask.to(x0))  # what is not kept in black
+    shown = x0 * mask.to(x0) - (1 - mask.to(x0))  # the regenerated part in black
     _write_pairs(run, shown, images, names, title, labels)
 
 
 @click.command()
 @takes_run(
-    click.option("--from-seed", type=click.IntRange(0), default=0, show_default=True, help="The first sample's seed."),
-    click.option("--to-seed", type=click.IntRange(0), default=1, show_default=True, help="The last sample's seed."),
-    click.option("--frames", type=click.IntRange(2), default=11, show_default=True, help="How many, with both ends."),
+    click.option("--from-seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the first sample."),
+    click.option("--to-seed", type=click.IntRange(0), default=1, show_default=True, help="Seed of the last sample."),
     click.option(
-        "-n", "--rows", type=click.IntRange(1), default=5, show_default=True, help="How many pairs, a row for each."
+        "--frames", type=click.IntRange(2), default=11, show_default=True, help="Samples per row, ends included."
+    ),
+    click.option(
+        "-n", "--rows", type=click.IntRange(1), default=5, show_default=True, help="Number of rows, one for each pair."
     ),
 )
 def interpolate(run: Run, from_seed: int, to_seed: int, frames: int, rows: int) -> None:
-    """Draw samples between two samples, by spherical interpolation of their noise (section 5.3 of
+    """Draw samples between two samples by spherical interpolation of their noise (section 5.3 of
     the DDIM paper).
 
     \b
@@ -192,13 +197,13 @@ def interpolate(run: Run, from_seed: int, to_seed: int, frames: int, rows: int) 
         type=click.IntRange(1),
         default=5,
         show_default=True,
-        help="Model calls for each step back. 1: the plain inversion.",
+        help="Model calls per inversion step. 1: plain DDIM inversion.",
     ),
 )
 def reconstruct(run: Run, paths: tuple[Path, ...], iterations: int) -> None:
-    """Invert pictures to noise, sample them again from it, and report the error.
+    """Invert pictures to noise, sample from that noise, and report the reconstruction error.
 
-    PICTURES are image files, or samples that --save wrote (.npz, .safetensors). Nothing is clipped:
+    PICTURES are image files, or samples that --save wrote (.npz, .safetensors). x0 is not clipped:
     see docs/INVERSION.md.
 
     \b

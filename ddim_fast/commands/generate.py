@@ -24,7 +24,7 @@ from ..utils.checks import usable_device
 from .options import Run, conditioning_rule, noise_options, takes_run
 
 _INTERRUPTED = 130
-_NOT_HERE = ("out", "save", "threads")  # options that this command has in a form of its own, or not at all
+_NOT_HERE = ("out", "save", "threads")  # common options that this command redefines or omits
 
 
 @click.command()
@@ -35,7 +35,7 @@ _NOT_HERE = ("out", "save", "threads")  # options that this command has in a for
         "--count",
         type=click.IntRange(1),
         default=None,
-        help="How many samples.  [default: the rows of --conditioning]",
+        help="Number of samples.  [default: the rows of --conditioning]",
     ),
     click.option(
         "--out",
@@ -44,14 +44,14 @@ _NOT_HERE = ("out", "save", "threads")  # options that this command has in a for
         default="samples",
         show_default=True,
         metavar="DIR",
-        help="A new or empty directory; with --resume, that of the set to continue.",
+        help="A new or empty directory; with --resume, the directory of the set to resume.",
     ),
     click.option(
         "--format",
         type=click.Choice(list(FORMATS)),
         default="safetensors",
         show_default=True,
-        help="safetensors: the numbers. npz: pictures for FID tools. webdataset: tars of PNG.",
+        help="safetensors: raw samples. npz: uint8 images for FID tools. webdataset: tar files of PNG.",
     ),
     click.option(
         "--conditioning",
@@ -59,16 +59,16 @@ _NOT_HERE = ("out", "save", "threads")  # options that this command has in a for
         type=click.Path(path_type=Path),
         default=None,
         metavar="FILE",
-        help="A row for each sample: .jsonl, .csv or .parquet.  [default: each class in turn]",
+        help="A table with a row for each sample: .jsonl, .csv or .parquet.  [default: each class in turn]",
     ),
-    click.option("--resume", is_flag=True, help="Continue or repair the set in --out."),
+    click.option("--resume", is_flag=True, help="Resume or repair the set in --out."),
     click.option(
         "--check",
         "checked",
         type=click.Path(path_type=Path),
         default=None,
         metavar="DIR",
-        help="Only verify a finished set.",
+        help="Only verify a finished set against its checksums.",
     ),
     click.option(
         "--join",
@@ -76,17 +76,17 @@ _NOT_HERE = ("out", "save", "threads")  # options that this command has in a for
         type=click.Path(dir_okay=False, path_type=Path),
         default=None,
         metavar="FILE.npz",
-        help="With --check: also write a set of npz as the one file that evaluators read.",
+        help="With --check: also join the npz shards into the single file that FID evaluators read.",
     ),
     click.option(
-        "--shard-size", type=click.IntRange(1), default=SHARD_SIZE, show_default=True, help="Samples in a file."
+        "--shard-size", type=click.IntRange(1), default=SHARD_SIZE, show_default=True, help="Samples per file."
     ),
     click.option(
         "--compute-batch-size",
         type=click.IntRange(1),
         default=COMPUTE_BATCH_SIZE,
         show_default=True,
-        help="Samples in a call of the model; changes the last bits, so it belongs to the set.",
+        help="Samples per model call; changes the last bits, so it is one of the set's settings.",
     ),
     click.option(
         "--threads",
@@ -94,20 +94,20 @@ _NOT_HERE = ("out", "save", "threads")  # options that this command has in a for
         type=click.IntRange(1),
         default=1,
         show_default=True,
-        help="Threads of each process; start as many processes as there are cores instead.",
+        help="Threads per process. For speed, start one process per core instead.",
     ),
     click.option(
         "--patience",
         type=float,
         default=None,
         metavar="SECONDS",
-        help="After this time an idle process makes a slice that another holds.  [default: 1.5 times its slowest]",
+        help="Time after which an idle process redoes another's unfinished slice.  [default: 1.5 times its slowest]",
     ),
-    click.option("--no-space-check", is_flag=True, help="Begin even where the disk may be too small."),
+    click.option("--no-space-check", is_flag=True, help="Start even if the disk may be too small."),
     click.option(
         "--trust-pickle",
         is_flag=True,
-        help="Load a model that can run code: TorchScript, torch.export, weights in a .bin.",
+        help="Load a model file that can run code: TorchScript, torch.export, weights in a .bin.",
     ),
 )
 def generate(
@@ -126,8 +126,9 @@ def generate(
     no_space_check: bool,
     trust_pickle: bool,
 ) -> None:
-    """Write any number of samples to files: by many processes, resumable after any interruption,
-    always the same bytes.
+    """Write any number of samples to files, with one or many processes.
+
+    A run can be resumed after any interruption, and always gives the same bytes.
 
     \b
     Examples:
@@ -140,10 +141,10 @@ def generate(
         _check(checked, joined, run)
         return
     if joined is not None:
-        raise ValueError(f"--join joins a set that --check DIR has verified, got --join {joined} alone")
+        raise ValueError(f"--join needs --check DIR, got --join {joined} alone: add --check DIR")
     run.model = _model(run, trust_pickle)
     conditioning, count = _conditioning(run, table, count)
-    # torchrun sends SIGTERM to the others when one has died: they then stop as at Ctrl-C.
+    # When a process dies, torchrun sends SIGTERM to the others: they stop as on Ctrl-C.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         done = generate_set(
@@ -169,7 +170,7 @@ def generate(
             progress=not run.quiet,
         )
     except KeyboardInterrupt:
-        click.echo(f"stopped; every shard that has its name is whole. {_how_to_resume()}", err=True)
+        click.echo(f"stopped; all shards written so far are complete. {_how_to_resume()}", err=True)
         sys.exit(_INTERRUPTED)
     except OSError as error:
         raise click.ClickException(f"{error}\n{_how_to_resume()}") from error
@@ -181,7 +182,7 @@ def generate(
         _report(run, done, count)
 
 
-# The common options, without those that make no sense here.
+# Remove the common options that do not apply here.
 generate.params = [parameter for parameter in generate.params if parameter.name not in _NOT_HERE]
 
 
@@ -194,19 +195,19 @@ def _model(run: Run, trust_pickle: bool):
         torch.cuda.set_device(usable)
     if os.path.isfile(run.model_name) and not trust_pickle:
         raise ValueError(
-            f"a model must have its weights in safetensors, got the archive {run.model_name}, which holds a program and pickles and can "
-            "run code: pass --trust-pickle if you trust where it came from"
+            f"model weights must be in safetensors, got the archive {run.model_name}, which contains a program and pickles and can "
+            "run code: pass --trust-pickle if you trust its source"
         )
     model = load_model(run.model_name, usable, trust_pickle=trust_pickle)
     if model.sample_shape is None:
         raise ValueError(
-            f"the command line needs a model whose files give the shape of its samples, got {run.model_name}: use it from Python"
+            f"the command line needs a model whose files give the shape of its samples, got {run.model_name}: use the Python API"
         )
     return model
 
 
 def _model_id(run: Run) -> str | None:
-    """An archive's program is not in its weights: it is the file that counts."""
+    """Return an archive's file digest: its weights alone do not identify its program."""
     return (
         file_digest(Path(run.model_name)) if os.path.isfile(run.model_name) and run.model_name not in SHIPPED else None
     )
@@ -216,31 +217,31 @@ def _conditioning(run: Run, table: Path | None, count: int | None) -> tuple[Cond
     if table is not None:
         if run.class_name is not None:
             raise ValueError(
-                f"--class and --conditioning both say what a sample is of, got {run.class_name!r} and {table}"
+                f"--class and --conditioning must not be combined, got {run.class_name!r} and {table}: leave one out"
             )
         rows = Table(table)
         return rows, len(rows) if count is None else count
     if count is None:
-        raise ValueError("-n says how many samples to draw: give it, or --conditioning with a row for each")
+        raise ValueError("-n, the number of samples, must be given, got none: pass -n, or --conditioning")
     return conditioning_rule(run), count
 
 
 def _how_to_resume() -> str:
     words = ["ddim-fast", *sys.argv[1:]]
     command = shlex.join(words if "--resume" in words else [*words, "--resume"])
-    started = "" if os.environ.get("WORLD_SIZE", "1") == "1" else ", by torchrun with any number of processes"
-    return f"Continue with: {command}{started}"
+    started = "" if os.environ.get("WORLD_SIZE", "1") == "1" else ", under torchrun with any number of processes"
+    return f"Resume with: {command}{started}"
 
 
 def _report(run: Run, done: Generated, count: int) -> None:
-    found = f", {done.found} were there" if done.found else ""
+    found = f", {done.found} already there" if done.found else ""
     run.say(
-        f"{count} samples in {done.shards} files: {done.made} made in {done.seconds:.1f} s "
+        f"{count} samples in {done.shards} files: {done.made} drawn in {done.seconds:.1f} s "
         f"({done.made / done.seconds:.1f} samples/s){found} -> {done.out}"
     )
     if done.non_finite:
         click.echo(
-            f"warning: {done.non_finite} samples hold NaN or infinity; the manifest says in which files", err=True
+            f"warning: {done.non_finite} samples contain NaN or infinity; the manifest lists their files", err=True
         )
 
 
@@ -249,7 +250,7 @@ def _check(path: Path, joined: Path | None, run: Run) -> None:
     with tqdm(total=manifest["settings"].get("count"), desc="checking", unit="sample", disable=run.quiet) as bar:
         problems = check_set(path, bar.update)
     if problems:
-        raise click.ClickException(f"{path} is not whole:\n  " + "\n  ".join(problems))
-    run.say(f"{path} is whole: {manifest['settings']['count']} samples in {len(manifest['shards'])} files")
+        raise click.ClickException(f"{path} is not complete:\n  " + "\n  ".join(problems))
+    run.say(f"{path} is complete: {manifest['settings']['count']} samples in {len(manifest['shards'])} files")
     if joined is not None:
-        run.say(f"joined to {join_npz(path, joined)}")
+        run.say(f"joined into {join_npz(path, joined)}")

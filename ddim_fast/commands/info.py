@@ -17,7 +17,7 @@ from ..kernels.noise import NOISE_STANDARD_VERSION
 
 @click.command()
 def info() -> None:
-    """Say what runs on this machine: versions, backends and why one does not, instruction set."""
+    """Print versions, usable backends (and why others are not), and the instruction set."""
     click.echo(f"ddim_fast {__version__}, noise standard {NOISE_STANDARD_VERSION}")
     click.echo(f"torch {torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}")
     click.echo(

@@ -1,4 +1,4 @@
-"""The options that several commands share, and what follows from them."""
+"""Options shared by several commands, and the model, sampler and files that they select."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ..utils import pictures
 from ..utils.checks import usable_device
 from ..utils.import_string import import_string
 
-FRAMES = 60  # at most, in an animation
+FRAMES = 60  # the most frames in an animation
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 NUMBER_SUFFIXES = (".npz", ".safetensors")
 
@@ -41,7 +41,7 @@ NUMBER_SUFFIXES = (".npz", ".safetensors")
 
 @dataclass
 class Run:
-    """The values of the options of every command that samples, and what follows from them."""
+    """The options of every command that samples, and the model and sampler they select."""
 
     model_name: str = "fashion"
     class_name: str | None = None
@@ -67,13 +67,13 @@ class Run:
     model: nn.Module = field(init=False)
 
     def prepare(self) -> None:
-        """Check that the files can be written, before anything is computed; then load the model."""
+        """Check that the output files can be written, then load the model."""
         check_output(self.out, PICTURE_SUFFIXES)
         check_output(self.save, NUMBER_SUFFIXES)
         self.load()
 
     def load(self) -> None:
-        """Load the model to the device asked for."""
+        """Load the model onto the requested device."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = usable_device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -81,13 +81,13 @@ class Run:
         self.model = _own_model(self.model_name).to(device) if named else load_model(self.model_name, device)
         if getattr(self.model, "sample_shape", None) is None:
             raise ValueError(
-                f"the command line needs a model with the shape of its samples, got {self.model_name}: give it an attribute "
-                "sample_shape = (C, H, W), or use it from Python"
+                f"the command line needs a model that has the shape of its samples, got {self.model_name}: give it an attribute "
+                "sample_shape = (C, H, W), or use the Python API"
             )
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """The shape of one sample of the model, (C, H, W)."""
+        """The shape of one sample, (C, H, W)."""
         return tuple(getattr(self.model, "sample_shape", ()))
 
     @property
@@ -99,26 +99,26 @@ class Run:
         return next(iter(self.model.parameters()), torch.empty(0)).device
 
     def noise_schedule(self) -> NoiseSchedule:
-        """The schedule asked for, or else the model's."""
+        """Return the noise schedule of --schedule, or else the model's."""
         trained = getattr(self.model, "schedule", None)
         schedule = trained if self.schedule is None else make_schedule(self.schedule)
         if schedule is None:
             raise ValueError(
-                f"a model must have a noise schedule, got none in {self.model_name}: name one with --schedule"
+                f"a model must have a noise schedule, got none in {self.model_name}: pass one with --schedule"
             )
         if trained is not None and schedule != trained and not self.quiet:
             click.echo(
-                f"note: the {self.model_name} model was trained with another schedule; with {self.schedule} its pictures will be wrong",
+                f"note: the {self.model_name} model was trained with another schedule; with {self.schedule} its samples will be wrong",
                 err=True,
             )
         return schedule
 
     def sampler_options(self) -> dict[str, Any]:
-        """Return the settings of sampling in the model's files, as arguments of ``DDIMSampler``."""
+        """Return the model's own sampling settings, as arguments of ``DDIMSampler``."""
         return dict(getattr(self.model, "sampler_options", {}))
 
     def sampler(self, **more: Any) -> DDIMSampler:
-        """Return the sampler asked for; other settings are the model's, or the sampler's defaults."""
+        """Return the sampler; options left out are the model's, or the sampler's defaults."""
         options = self.sampler_options()
         if self.spacing is not None:
             options["timestep_spacing"] = self.spacing
@@ -136,8 +136,10 @@ class Run:
         )
 
     def labels(self, count: int) -> list[int] | None:
-        """The class of every picture: one for all, or each in turn; None for a model without
-        classes."""
+        """Return the class of every sample: the one of --class, or each class in turn.
+
+        None for a model without classes.
+        """
         names = self.class_names
         if names is None:
             if self.class_name is not None:
@@ -160,7 +162,7 @@ class Run:
         return [str(i) for i in range(count)] if labels is None or names is None else [names[label] for label in labels]
 
     def columns(self, count: int) -> int | None:
-        """A column for each class, where all are drawn in turn."""
+        """Return one column per class if classes are drawn in turn, else None."""
         classes = len(self.class_names or ())
         return classes if classes and self.class_name is None and count >= classes else None
 
@@ -171,7 +173,7 @@ class Run:
         return torch.from_numpy(sample_seeds(self.seed, count))
 
     def options(self, labels: list[int] | None, seeds: Tensor, part: slice) -> dict[str, Any]:
-        """Return the arguments that all methods of the sampler get for one batch."""
+        """Return the arguments of the sampler's methods for one batch."""
         return {
             "seeds": seeds[part],
             "conditioning": self.conditioning(labels, part),
@@ -182,8 +184,10 @@ class Run:
         }
 
     def in_batches(self, count: int, draw: Callable[[slice], Tensor | Trajectory]) -> list[Trajectory]:
-        """Return the result of ``draw`` for each batch, on the CPU. A sample's seed does not depend
-        on its batch."""
+        """Return the results of ``draw`` for each batch, on the CPU.
+
+        A sample's seed does not depend on its batch.
+        """
         parts = []
         for first in range(0, count, self.batch_size):
             result = draw(slice(first, min(first + self.batch_size, count)))
@@ -200,8 +204,7 @@ class Run:
         labels: list[int] | None = None,
         samples: Tensor | None = None,
     ) -> list[Path]:
-        """Write the grid of these images, and with --save the samples as numbers (the images where
-        None)."""
+        """Write the grid of images and, with --save, the samples. None: the images themselves."""
         pictures.grid(images, names, title, columns=columns).save(self.out)
         if self.save is None:
             return [self.out]
@@ -220,64 +223,64 @@ _OPTIONS = {
         default="fashion",
         show_default=True,
         metavar="NAME|PATH",
-        help=f"The model that ships ({', '.join(SHIPPED)}), a diffusers directory, a TorchScript or torch.export archive, or "
-        "module:attribute, a torch module with an attribute sample_shape, or a function that returns one.",
+        help=f"The shipped model ({', '.join(SHIPPED)}), a diffusers directory, a TorchScript or torch.export archive, or "
+        "module:attribute: a torch module with an attribute sample_shape, or a function that returns one.",
     ),
     "class_name": click.option(
-        "--class", "class_name", default=None, metavar="NAME", help="Only this class: a name or number."
+        "--class", "class_name", default=None, metavar="NAME", help="Use only this class: a name or number."
     ),
     "guidance": click.option(
         "--guidance",
         type=float,
         default=1.0,
         show_default=True,
-        help="Classifier-free guidance: above 1, more typical of the class.",
+        help="Classifier-free guidance scale; above 1, samples are more typical of their class.",
     ),
     "steps": click.option(
         "--steps",
         type=click.IntRange(1),
         default=None,
-        help="How many timesteps to visit: more is better and slower.  [default: 50]",
+        help="Number of sampling steps: more are better and slower.  [default: 50]",
     ),
     "timesteps": click.option(
         "--timesteps",
         default=None,
         metavar="LIST",
-        help='Instead of --steps: "ddim50", sections "10,15,20", a list "[900,600,300,0]", or a FILE.json of ddim-fast search.',
+        help='Instead of --steps: "ddim50", sections "10,15,20", a list "[900,600,300,0]", or a FILE.json from ddim-fast search.',
     ),
     "spacing": click.option(
         "--spacing",
         type=click.Choice(sorted(SPACINGS)),
         default=None,
-        help="How the timesteps are spread.  [default: the model's, or leading]",
+        help="Timestep spacing.  [default: the model's, or leading]",
     ),
     "schedule": click.option(
         "--schedule",
         type=click.Choice(sorted(SCHEDULES)),
         default=None,
-        help="The noise schedule, for a model whose files do not say.  [default: the model's]",
+        help="Noise schedule, for a model whose files do not give one.  [default: the model's]",
     ),
     "batch_size": click.option(
         "--batch-size",
         type=click.IntRange(1),
         default=64,
         show_default=True,
-        help="Pictures at a time; changes speed only.",
+        help="Samples per batch; changes speed only.",
     ),
     "threads": click.option(
-        "--threads", type=click.IntRange(1), default=None, help="Processor threads.  [default: torch's]"
+        "--threads", type=click.IntRange(1), default=None, help="Number of CPU threads.  [default: torch's]"
     ),
     "backend": click.option(
         "--backend",
         type=click.Choice(list(dispatch.BACKENDS)),
         default=None,
-        help="What computes the update.  [default: the fastest]",
+        help="Backend that computes the update.  [default: the fastest]",
     ),
     "device": click.option(
         "--device",
         default=None,
         metavar="DEVICE",
-        help="cpu, cuda or cuda:1.  [default: cuda where there is one, else cpu]",
+        help="cpu, cuda or cuda:1.  [default: cuda if available, else cpu]",
     ),
     "out": click.option(
         "--out",
@@ -291,9 +294,9 @@ _OPTIONS = {
         type=click.Path(dir_okay=False, path_type=Path),
         default=None,
         metavar="FILE",
-        help="Also the samples as numbers: .npz or .safetensors.",
+        help="Also write the raw samples: .npz or .safetensors.",
     ),
-    "quiet": click.option("--quiet", is_flag=True, help="No progress bar and no summary."),
+    "quiet": click.option("--quiet", is_flag=True, help="Show no progress bar and no summary."),
 }
 
 _OF_A_MODEL = ("model_name", "class_name", "guidance", "schedule", "batch_size", "threads", "device", "quiet")
@@ -313,42 +316,43 @@ noise_options = (
         "--order",
         type=click.IntRange(1, 2),
         default=None,
-        help="2: the multistep form of DDIM, closer to converged samples with as many model calls; needs --eta 0.  "
-        "[default: that of --timesteps FILE.json, or 1]",
+        help="2: multistep DDIM, closer to converged samples with the same number of model calls; needs --eta 0.  "
+        "[default: the order of --timesteps FILE.json, or 1]",
     ),
     click.option(
         "--analytic-variance",
         is_flag=True,
-        help="Add the noise of Analytic-DPM instead of eta's, as measured for --timesteps FILE.json.",
+        help="Add Analytic-DPM's noise instead of eta's, as measured for --timesteps FILE.json.",
     ),
-    click.option("--sigma-hat", is_flag=True, help="The paper's larger DDPM noise; needs --eta 1."),
+    click.option("--sigma-hat", is_flag=True, help="Use the paper's larger DDPM noise; needs --eta 1."),
     click.option(
-        "--seed", type=click.IntRange(0), default=0, show_default=True, help="The same seed gives the same pictures."
+        "--seed", type=click.IntRange(0), default=0, show_default=True, help="The same seed gives the same samples."
     ),
     click.option(
         "--capture",
         type=click.Choice(MODES),
         default="auto",
         show_default=True,
-        help="On a CUDA device: replay the steps as CUDA graphs, one a step or one for the whole loop.",
+        help="On a CUDA device: replay CUDA graphs, one per step or one for the whole loop.",
     ),
 )
 
 
 def takes_run(*more: Callable) -> Callable:
-    """Decorator: the options of every command that samples, and these, gathered in a ``Run`` that
-    the command gets first."""
+    """Decorate a command with the options of all sampling commands, and with ``more``.
+
+    The common ones are passed as a ``Run``, the command's first argument.
+    """
     return _gathered((*more, *_OPTIONS.values()), {f.name for f in fields(Run) if f.init})
 
 
 def takes_model(command: Callable) -> Callable:
-    """Decorator: the options that say which model to ask and how, gathered in a ``Run`` that the
-    command gets first."""
+    """Decorate a command with the options of the model only, passed as a ``Run`` first."""
     return _gathered([_OPTIONS[name] for name in _OF_A_MODEL], set(_OF_A_MODEL))(command)
 
 
 def _gathered(options: Sequence[Callable], names: set[str]) -> Callable:
-    """Decorator: these options; those of these names in a ``Run``."""
+    """Return a decorator that adds options, and passes those in ``names`` as a ``Run``."""
 
     def decorate(command: Callable) -> Callable:
         @wraps(command)
@@ -375,8 +379,10 @@ def _own_model(name: str) -> nn.Module:
 
 
 def conditioning_rule(run: Run) -> Conditioning | None:
-    """Return the rule for the class of sample i: the class asked for, or each in turn; None for a
-    model without classes."""
+    """Return the conditioning: the class of --class, or each class in turn.
+
+    None for a model without classes.
+    """
     labels = run.labels(1)
     if labels is None:
         return None
@@ -384,7 +390,7 @@ def conditioning_rule(run: Run) -> Conditioning | None:
 
 
 def parse_timesteps(text: str | None) -> list[int] | str | None:
-    """Return a list "[900,600]" as integers, and other texts unchanged."""
+    """Return a list "[900,600]" as integers, and any other text unchanged."""
     if text is None or not text.startswith("["):
         return text
     try:
@@ -397,13 +403,13 @@ def parse_timesteps(text: str | None) -> list[int] | str | None:
 
 
 def check_output(path: Path | None, suffixes: tuple[str, ...]) -> None:
-    """Raise ValueError where a file could not be written."""
+    """Raise ValueError if a file has an unknown suffix, or its folder does not exist."""
     if path is None:
         return
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"the file name must end in {' or '.join(suffixes)}, got {path}")
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"the folder of {path} does not exist: make it first")
+        raise ValueError(f"the folder of {path} does not exist: create it first")
 
 
 def save_samples(images: Tensor, labels: list[int] | None, path: Path) -> None:
@@ -416,10 +422,13 @@ def save_samples(images: Tensor, labels: list[int] | None, path: Path) -> None:
 
 
 def read_samples(paths: tuple[Path, ...], sample_shape: tuple[int, ...]) -> tuple[Tensor, list[str]]:
-    """Read pictures, and samples that ``--save`` wrote, as one batch ``(B, C, H, W)`` in [-1, 1],
-    with a name for each.
+    """Read pictures, and samples that ``--save`` wrote.
 
-    Pictures are resized to the model's samples, and converted to grey for models with one channel.
+    Pictures are resized to the model's sample size, and converted to grey for models with one
+    channel.
+
+    Returns:
+        One batch ``(B, C, H, W)`` in [-1, 1], and a name for each sample.
 
     Raises:
         ValueError: a file is neither, or its samples have another shape.
@@ -443,14 +452,14 @@ def _read_numbers(path: Path) -> Tensor:
                 return torch.from_numpy(file["samples"]).float()
         return load_file(path)["samples"].float()
     except KeyError:
-        raise ValueError(f"{path} must hold an array called samples, as --save writes it") from None
+        raise ValueError(f"{path} must hold an array called samples, got none: use a file that --save wrote") from None
 
 
 def _read_picture(path: Path, sample_shape: tuple[int, ...]) -> Tensor:
     channels, height, width = sample_shape
     if channels not in (1, 3):
         raise ValueError(
-            f"pictures are for models with 1 or 3 channels, got one with {channels}: give samples as numbers (.npz)"
+            f"pictures need a model with 1 or 3 channels, got one with {channels}: pass samples as .npz or .safetensors"
         )
     with Image.open(path) as image:
         resized = image.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.LANCZOS)

@@ -17,20 +17,20 @@ from .options import FRAMES, Run, check_output, noise_options, takes_run
 @click.command()
 @takes_run(
     *noise_options,
-    click.option("-n", "--count", type=click.IntRange(1), default=64, show_default=True, help="How many pictures."),
+    click.option("-n", "--count", type=click.IntRange(1), default=64, show_default=True, help="Number of pictures."),
     click.option(
         "--trajectory",
         type=click.Path(dir_okay=False, path_type=Path),
         default=None,
         metavar="FILE.gif",
-        help="Also an animation of x0 as it forms.",
+        help="Also write an animation of the predicted x0.",
     ),
 )
 def sample(run: Run, count: int, trajectory: Path | None) -> None:
-    """Draw pictures and lay them out in a labelled grid.
+    """Draw pictures and write them as a labelled grid.
 
     \b
-    Classes of the model that ships:
+    Classes of the shipped model:
       0 T-shirt/top  1 Trouser  2 Pullover  3 Dress  4 Coat
       5 Sandal       6 Shirt    7 Sneaker   8 Bag    9 Ankle boot
 

@@ -11,8 +11,8 @@ from ..search import Found, Search, search_timesteps
 from .options import Run, check_output, conditioning_rule, takes_model
 
 EFFORTS = {
-    # name: samples of the table of costs, of the refinement, of the held-out score; whole runs that
-    # the refinement may cost
+    # name: samples for the cost table, for the refinement, for the held-out score; full sampling
+    # runs that the refinement may use
     "quick": (24, 32, 64, 30),
     "normal": (48, 96, 200, 150),
     "thorough": (96, 256, 1000, 400),
@@ -21,46 +21,47 @@ EFFORTS = {
 
 @click.command()
 @takes_model
-@click.option("--steps", type=click.IntRange(1), required=True, help="How many timesteps to find.")
+@click.option("--steps", type=click.IntRange(1), required=True, help="Number of timesteps to find.")
 @click.option(
     "--order",
     type=click.IntRange(1, 2),
     default=2,
     show_default=True,
-    help="Order of the steps: 1 is DDIM, 2 its multistep form.",
+    help="Solver order: 1 is DDIM, 2 is multistep DDIM.",
 )
 @click.option(
     "--model-timesteps/--one-list",
     default=True,
     show_default=True,
-    help="Search for model timesteps, too; or for one list, which any DDIM sampler can use.",
+    help="Also search for model timesteps, or find one list, which any DDIM sampler can use.",
 )
 @click.option(
     "--effort",
     type=click.Choice(list(EFFORTS)),
     default="normal",
     show_default=True,
-    help="How many samples and how many runs the search uses.",
+    help="How many samples and sampling runs the search uses.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0), default=1000, show_default=True, help="Of the search; the next seed is held out."
+    "--seed", type=click.IntRange(0), default=1000, show_default=True, help="Search seed; the next one is held out."
 )
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     default="timesteps.json",
     show_default=True,
-    help="The list, with its provenance.",
+    help="The file for the list and its provenance.",
 )
 def search(run: Run, steps: int, order: int, model_timesteps: bool, effort: str, seed: int, out: Path) -> None:
-    """Find the few timesteps whose samples come nearest to those of many steps, for one model.
+    """Find the few timesteps whose samples are closest to converged samples, for one model.
 
-    First, dynamic programming over the costs of all possible steps, measured along converged
-    trajectories. Then single timesteps are moved and judged by sampling: the timesteps visited, and
-    the timesteps given to the model, since a long step ends nearer to many short ones with the
-    model's output at a timestep on its way. The result is judged on noise that the search has not
-    used, beside every closed-form spacing, and written as a small JSON file, for --timesteps of all
-    commands and for DDIMSampler(timesteps="FILE.json") in Python.
+    First, dynamic programming finds the cheapest path over all possible steps, whose costs are
+    measured along converged trajectories. Then the search moves single timesteps and evaluates each
+    move by sampling: the timesteps visited, and the model timesteps, which the model is given
+    instead. A model timestep within a long step brings the result closer to that of many short
+    steps. The result is evaluated on held-out noise, next to every closed-form spacing, and written
+    as a small JSON file for --timesteps of all commands, and for
+    DDIMSampler(timesteps="FILE.json") in Python.
 
     \b
     Examples:
@@ -90,7 +91,7 @@ def search(run: Run, steps: int, order: int, model_timesteps: bool, effort: str,
     )
     with tqdm(total=wanted.calls(), desc="searching", unit="call", disable=run.quiet) as bar:
         found = search_timesteps(wanted, bar.update, lambda text: bar.set_postfix_str(text))
-        bar.total = bar.n  # the refinement may end before its budget
+        bar.total = bar.n  # the refinement may not use its whole budget
     found.best.write(out)
     run.say(_table(found))
     if found.best.model_timesteps is not None:
@@ -99,7 +100,7 @@ def search(run: Run, steps: int, order: int, model_timesteps: bool, effort: str,
 
 
 def _table(found: Found) -> str:
-    """Every list that was judged, the best first."""
+    """Return a table of the scores of all lists, the best first."""
     title = "distance to converged"
     width = max(len(title), *(len(score.name) + 2 for score in found.scores))
     lines = [f"{title:{width}}  searched on  held out"]

@@ -38,7 +38,7 @@ QUICK_CONVERGED = Cell(60, "log_snr", order=2)
 
 
 class _List(click.ParamType):
-    """Values separated by commas."""
+    """A list of values separated by commas."""
 
     name = "LIST"
 
@@ -69,27 +69,27 @@ class _List(click.ParamType):
     type=click.Path(file_okay=False, path_type=Path),
     required=True,
     metavar="DIR",
-    help="The directory for everything. An interrupted run is resumed there.",
+    help="Output directory. An interrupted run is resumed there.",
 )
-@click.option("--quick", is_flag=True, help="A first look, in three minutes: few samples, few cells.")
-@click.option("-n", "--count", type=click.IntRange(2), default=None, help="Samples of each cell.  [default: 1000]")
-@click.option("--steps", type=_List(int), default=None, help="Step counts.  [default: 5,10,20,50]")
+@click.option("--quick", is_flag=True, help="Measure few cells with few samples, in three minutes.")
+@click.option("-n", "--count", type=click.IntRange(2), default=None, help="Samples per cell.  [default: 1000]")
+@click.option("--steps", type=_List(int), default=None, help="Numbers of steps.  [default: 5,10,20,50]")
 @click.option(
     "--spacings",
     type=_List(str, sorted(SPACINGS)),
     default=None,
-    help=f"Of {', '.join(SPACINGS)}.  [default: leading,trailing,log_snr]",
+    help=f"Timestep spacings, of {', '.join(SPACINGS)}.  [default: leading,trailing,log_snr]",
 )
-@click.option("--etas", type=_List(float), default=None, help="[default: 0,1]")
+@click.option("--etas", type=_List(float), default=None, help="Values of eta.  [default: 0,1]")
 @click.option(
     "--eta-scales",
     type=_List(str, ("std_dev", "variance")),
     default=("std_dev",),
     help="What eta multiplies: std_dev (the paper), variance, or both.  [default: std_dev]",
 )
-@click.option("--sigma-hat", is_flag=True, help="The paper's larger DDPM noise, too.")
+@click.option("--sigma-hat", is_flag=True, help="Also measure the paper's larger DDPM noise.")
 @click.option(
-    "--orders", type=_List(int, ("1", "2")), default=None, help="1 is DDIM, 2 its multistep form.  [default: 1,2]"
+    "--orders", type=_List(int, ("1", "2")), default=None, help="1 is DDIM, 2 is multistep DDIM.  [default: 1,2]"
 )
 @click.option(
     "--timesteps",
@@ -97,33 +97,33 @@ class _List(click.ParamType):
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE.json",
-    help="A list that ddim-fast search found, as cells of its own; may be given more than once.",
+    help="Also measure a list from ddim-fast search; may be repeated.",
 )
 @click.option(
-    "--analytic-variance", is_flag=True, help="These lists also with the noise of Analytic-DPM, where eta is not 0."
+    "--analytic-variance", is_flag=True, help="Also measure these lists with Analytic-DPM's noise where eta is not 0."
 )
 @click.option(
     "--paper-table",
     "paper",
     is_flag=True,
-    help="Instead: table 1 of the DDIM paper, 10 to 1000 steps (there with 400 samples), eta 0 to 1 and sigma-hat, "
-    "with quad spacing as in the paper, or that of --spacings.",
+    help="Measure table 1 of the DDIM paper instead: 10 to 1000 steps (400 samples at 1000), eta 0 to 1 and sigma-hat, "
+    "with quad spacing as in the paper, or with --spacings.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Each cell begins with the same noise."
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Every cell starts from the same noise."
 )
 @click.option(
     "--features",
     default=None,
     metavar="MODULE:ATTRIBUTE",
-    help="Your feature extractor: a callable from samples (B, C, H, W) to features (B, D).",
+    help="A feature extractor: a callable from samples (B, C, H, W) to features (B, D).",
 )
 @click.option(
     "--real",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     default=None,
     metavar="FILE.npz",
-    help="Real data for it: an array called samples, in [-1, 1].",
+    help="Real data for --features: an array called samples, in [-1, 1].",
 )
 def tradeoff(
     run: Run,
@@ -143,12 +143,12 @@ def tradeoff(
     features: str | None,
     real: Path | None,
 ) -> None:
-    """How many steps are enough? Quality against time, cell by cell, on one page.
+    """Measure quality against time to find how many steps are enough.
 
-    Draws samples with each combination of step count, spacing, eta and order, times them, and
-    judges them: by their distance to converged samples from the same noise, and where there is a
-    feature extractor, by how near they are to real data. Writes DIR/report.html, plots, a CSV and a
-    JSON file, and says which cell to use.
+    Draws samples with each combination of number of steps, spacing, eta and order (a cell), and
+    times them. Measures their distance to converged samples from the same noise and, with a feature
+    extractor, to real data. Writes DIR/report.html, plots, a CSV and a JSON file, and recommends a
+    cell.
 
     \b
     Examples:
@@ -164,12 +164,10 @@ def tradeoff(
 
     if (real is None) != (features is None):
         raise ValueError(
-            "real data are judged by features, and features need real data: give both --features and --real, or neither"
+            "--features and --real must be given together, got only one: give both --features and --real, or neither"
         )
     if paper and analytic_variance:
-        raise ValueError(
-            "--paper-table is a table of its own, got --analytic-variance beside it: leave one of them out"
-        )
+        raise ValueError("--paper-table must not be combined with --analytic-variance, got both: leave one of them out")
     truth = ClosedForm() if run.model_name == CLOSED_FORM else None
     if truth is not None:
         run.model = truth
@@ -201,11 +199,11 @@ def tradeoff(
     written = write_report(study, out)
     if (recommended := study.recommendation()) is not None:
         run.say(str(recommended))
-    run.say(f"{len(study.results)} cells -> {written[0]}, and {len(written) - 1} files beside it")
+    run.say(f"{len(study.results)} cells -> {written[0]}, and {len(written) - 1} more files")
 
 
 def _measure(run: Run, subject: Subject, cells: list[Cell], out: Path, converged: Cell | None) -> Study:
-    """Measure all cells, or those that an earlier run left out, with a progress bar."""
+    """Measure all cells that an earlier run has not measured, with a progress bar."""
     directory = StudyDirectory(out, settings_of(subject))
     total = calls_to_do(subject, cells, directory, converged)
     with tqdm(total=total, desc="measuring", unit="call", unit_scale=True, disable=run.quiet) as bar:
@@ -222,15 +220,15 @@ def _measure(run: Run, subject: Subject, cells: list[Cell], out: Path, converged
 def _cells(
     quick, steps, spacings, etas, eta_scales, sigma_hat, orders, files, analytic_variance, run: Run
 ) -> list[Cell]:
-    """Return the cells asked for; with --quick alone, a small grid that shows most."""
+    """Return the requested cells; with --quick alone, a small representative grid."""
     if analytic_variance and not (files and any(etas or (0.0, 1.0))):
         raise ValueError(
-            "--analytic-variance is about lists that ddim-fast search made, and noise: give --timesteps FILE.json, and an eta above 0"
+            "--analytic-variance needs a list from ddim-fast search and noise: give --timesteps FILE.json, and an eta above 0"
         )
     searched = {}
     for path in files:
         searched[path.stem] = read_timesteps(path)
-        searched[path.stem].for_schedule(run.noise_schedule(), str(path))  # is it one for this model?
+        searched[path.stem].for_schedule(run.noise_schedule(), str(path))  # check that it fits the model
     if quick and not any((steps, spacings, etas, orders)):
         cells = grid((5, 10, 20, 50), ("leading",), searched=searched)
         if analytic_variance:

@@ -1,4 +1,4 @@
-"""The command ``ddim-fast verify``."""
+"""``ddim-fast verify``."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _REPORT = click.Path(path_type=Path)
 
 
 class _CouldNotRunError(click.ClickException):
-    """Nothing is known of the subject: exit code 2."""
+    """The subject could not be verified: exit code 2."""
 
     exit_code = 2
 
 
 @dataclass
 class _Request:
-    """The options, by their names."""
+    """The options of the command."""
 
     subject: str | None
     against: str | None
@@ -54,7 +54,7 @@ class _Request:
 
 @click.command()
 @click.argument("subject", required=False)
-@click.option("--against", metavar="SUBJECT", help="Run the same checks on a second subject and show both.")
+@click.option("--against", metavar="SUBJECT", help="Also run the checks on a second subject, shown beside the first.")
 @click.option(
     "--device", default="cpu", show_default=True, metavar="DEVICE", help="Device of the tensors: cpu, cuda or cuda:1."
 )
@@ -63,47 +63,47 @@ class _Request:
     "quick",
     default=True,
     show_default=True,
-    help="The quick set (seconds), or the full set (minutes).",
+    help="Run the quick set (seconds) or the full set (minutes).",
 )
 @click.option("--check", multiple=True, metavar="NAME", help="Run only this check; may be repeated.")
 @click.option(
     "--require",
     multiple=True,
     metavar="NAME",
-    help="Exit with 3 unless this check ran; may be repeated.  [default: observed-update, or what --check names]",
+    help="Exit with 3 unless this check ran; may be repeated.  [default: observed-update, or the checks of --check]",
 )
 @click.option(
     "--seed",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Seed of all random numbers in the checks. A right sampler passes with any.",
+    help="Seed of all random numbers in the checks. A correct sampler passes with any.",
 )
 @click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),
     metavar="SECONDS",
-    help="Time limit of each check.  [default: 300, with --full 1800]",
+    help="Time limit per check.  [default: 300, with --full 1800]",
 )
 @click.option(
     "--eta-scales",
     type=click.Choice(ETA_SCALES),
-    help="What the subject's eta multiplies; the paper's is std_dev.  [default: as the subject says]",
+    help="What the subject's eta multiplies; the paper's is std_dev.  [default: what the subject states]",
 )
 @click.option(
     "--arithmetic",
     type=click.Choice(("exact", "float32")),
-    help="How exact it must be: coefficients in float64, or in float32.  [default: as the subject says]",
+    help="Required precision of coefficients: exact (float64) or float32.  [default: what the subject states]",
 )
-@click.option("--junit", type=_REPORT, metavar="FILE.xml", help="Write JUnit XML, which CI systems show.")
+@click.option("--junit", type=_REPORT, metavar="FILE.xml", help="Write JUnit XML, which CI systems display.")
 @click.option("--json", type=_REPORT, metavar="FILE.json", help="Write the complete report as JSON.")
 @click.option("--html", type=_REPORT, metavar="FILE.html", help="Write the report as one HTML file.")
-@click.option("--list", "list_", is_flag=True, help="List the checks: what each proves, its source and its tolerance.")
+@click.option("--list", "list_", is_flag=True, help="List the checks: what each proves, its source, its tolerance.")
 @click.option("--golden", is_flag=True, help="Run only the comparison with the recorded runs.")
 @click.option("--quiet", is_flag=True, help="Print failures only.")
 @click.pass_context
 def verify(context: click.Context, quick: bool, **options: Any) -> None:
-    """Verify a DDIM sampler, ours or anyone's, against the paper.
+    """Verify any DDIM sampler against the paper.
 
     \b
     SUBJECT is one of
@@ -115,26 +115,25 @@ def verify(context: click.Context, quick: bool, **options: Any) -> None:
         a step                  step(x_t, model_output, alpha_bar_t,
                                      alpha_bar_prev, ...)
         a sampler               sample(model, x_T, ...)
-        a Subject               of ddim_fast.verify: an adapter of your own
+        a Subject               of ddim_fast.verify: a custom adapter
 
-    It runs in a process of its own: a crash, or a call that never returns, loses
-    one check.
+    The subject runs in a separate process: a crash or a hang costs only the
+    check that caused it.
 
     \b
     Examples:
-      ddim-fast verify                                  this package, here
-      ddim-fast verify diffusers:DDIMScheduler --full   another, the full set
+      ddim-fast verify                                  this package
+      ddim-fast verify diffusers:DDIMScheduler --full   diffusers, the full set
       ddim-fast verify mine:step --check update         one check, of mine.py
-      ddim-fast verify mine:step --against cpu          beside a right one
+      ddim-fast verify mine:step --against cpu          next to a correct one
       ddim-fast verify mine:step --junit report.xml     in a CI job
-      ddim-fast verify --list                           what is checked
+      ddim-fast verify --list                           list the checks
 
     \b
     Exit codes:
       0  it is right
-      1  it is wrong: each failure is shown with Python that fails
-      2  it was not verified to the end: no such subject, a crash, a timeout,
-         Ctrl-C
+      1  it is wrong: each failure is shown with Python code that reproduces it
+      2  it was not fully verified: no such subject, a crash, a timeout, Ctrl-C
       3  a required check was skipped, or does not apply
     """
     request = _Request(full=not quick, **options)
@@ -144,7 +143,7 @@ def verify(context: click.Context, quick: bool, **options: Any) -> None:
     except click.ClickException:
         raise
     except KeyboardInterrupt as ended:
-        click.echo(f"ended by {_name(ended)} before any check ran", err=True)
+        click.echo(f"ended by {_name(ended)} before the first check", err=True)
         code = 2
     except BrokenPipeError:  # the reader of the output has closed it
         code = 2
@@ -155,11 +154,9 @@ def verify(context: click.Context, quick: bool, **options: Any) -> None:
 
 
 def _verify(request: _Request) -> int:
-    """Check all options before the first check runs; return the exit code."""
+    """Validate all options, run the checks, and return the exit code."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise _CouldNotRunError(
-            f"verify needs {', '.join(missing)}, not installed here: pip install 'ddim-fast[verify]'"
-        )
+        raise _CouldNotRunError(f"verify needs {', '.join(missing)}, not installed: pip install 'ddim-fast[verify]'")
     if request.list_:
         _list_checks()
         return 0
@@ -193,8 +190,7 @@ def _run(request: _Request, names: list[str], checks: Sequence[Any], required: t
     results: list[list[Any]] = [[] for _ in names]
     ended_by = ""
     with contextlib.ExitStack() as stack:
-        # Import all before the first check, so that a subject that cannot be imported is reported
-        # at once.
+        # Import all subjects first, so that one that cannot be imported is reported at once.
         subjects = [stack.enter_context(_isolated(IsolatedSubject, request, name)) for name in names]
         try:
             with display:
@@ -234,7 +230,7 @@ def _chosen_checks(request: _Request) -> tuple[list[Any], tuple[str, ...]]:
     from ..verify.run import REQUIRED, choose_checks
 
     if request.golden and request.check:
-        raise ValueError("--golden and --check must not be given together: leave out one")
+        raise ValueError("--golden and --check must not be combined, got both: leave out one")
     named = ("golden",) if request.golden else request.check
     checks = choose_checks(named or None, request.full)
     required = request.require or named or REQUIRED
@@ -251,11 +247,11 @@ def _check_outputs(request: _Request) -> None:
     for path in paths:
         check_writable(path)
     if len({path.resolve() for path in paths}) < len(paths):
-        raise ValueError("each report must have its own file, got one name twice: rename one")
+        raise ValueError("each report needs its own file, got one name twice: rename one")
 
 
 def _backend_here(device: str) -> str:
-    """Return the name of the backend that steps on this device use."""
+    """Return the name of the backend that runs steps on this device."""
     from ..verify.subjects.backends import reasons_against
 
     return next(name for name in BACKENDS if not reasons_against(name, device))
@@ -277,7 +273,7 @@ def _list_checks() -> None:
         lines = {"": one.proves, "tolerance": one.tolerance, "source": one.source}
         lines["applies to"] = f"subjects that offer {', '.join(sorted(one.needs))}" if one.needs else "every subject"
         if one.false_alarm_rate:
-            lines["false alarms"] = f"{one.false_alarm_rate:g} of right subjects"
+            lines["false alarms"] = f"{one.false_alarm_rate:g} of correct subjects"
         for title, text in lines.items():
             click.echo(paragraph.fill(f"{title}: {text}" if title else text))
         click.echo()
@@ -287,7 +283,7 @@ def _list_checks() -> None:
 
 
 def _refused(request: _Request, name: str, required: tuple[str, ...], why: str) -> Any:
-    """Return a report without results, so that an earlier report is not mistaken for this run's."""
+    """Return an empty report, so that an earlier one is not mistaken for this run's."""
     from ..verify.reports.report import Report
 
     return Report(
@@ -303,7 +299,7 @@ def _refused(request: _Request, name: str, required: tuple[str, ...], why: str) 
 
 
 def _write(request: _Request, names: list[str], reports: list[Any]) -> list[str]:
-    """Write the reports asked for, and return the names of their files."""
+    """Write the requested reports, and return their paths."""
     from ..verify.reports.write import json_text, junit_text, write_text
     from ..verify.reports.write_html import html_text
 
@@ -324,7 +320,7 @@ def _write(request: _Request, names: list[str], reports: list[Any]) -> list[str]
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Treat SIGTERM, with which CI systems end a job, like Ctrl-C: the reports are still written."""
+    """Treat SIGTERM, which CI systems send to end a job, like Ctrl-C: reports are still written."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,7 +1,8 @@
-"""How many steps are enough: quality against time, measured for a model, cell by cell.
+"""How many steps are enough: quality against time, measured for one model.
 
-    study = run_study(subject, grid((10, 20, 50)), StudyDirectory(path, settings_of(subject)), "my
-    model") print(study.recommendation())
+    directory = StudyDirectory(path, settings_of(subject))
+    study = run_study(subject, grid((10, 20, 50)), directory, "my model")
+    print(study.recommendation())
 
 On the command line: ``ddim-fast tradeoff``.
 """

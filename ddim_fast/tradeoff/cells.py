@@ -1,4 +1,4 @@
-"""A cell of the table: one way to sample, and the grids of cells that are worth comparing."""
+"""A cell of the table, which is one way to sample, and grids of cells worth comparing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..sampler import DDIMSampler
 
 PAPER_STEPS = (10, 20, 50, 100, 1000)
 PAPER_ETAS = (0.0, 0.2, 0.5, 1.0)
-"""Rows and columns of table 1 of the DDIM paper, where sigma-hat is the last row."""
+"""The columns and rows of table 1 of the DDIM paper, whose last row is sigma-hat."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Cell:
     """One way to sample, as arguments of ``DDIMSampler``.
 
     Args:
-        num_inference_steps: S.
-        timestep_spacing: a key of ``timesteps.SPACINGS``; with ``timesteps``, a name for them.
+        num_inference_steps: the number of steps, S.
+        timestep_spacing: a key of ``timesteps.SPACINGS``; with ``timesteps``, a name for the list.
         timesteps, model_timesteps: an explicit list, such as a searched one, and the timesteps
-            given to the model where they differ.
+            given to the model if they differ.
         eta, eta_scales, sigma_hat, order: see ``DDIMSampler``.
-        count: samples of this cell, where not as many as the others have.
-        analytic_variance: the mean squared error of eps at each timestep: the cell adds noise of
-            the analytic variance that follows, instead of eta's.
+        count: the number of samples, if it differs from the study's.
+        analytic_variance: the mean squared error of eps at each timestep. The cell then adds noise
+            of the analytic variance computed from it, instead of eta's.
     """
 
     num_inference_steps: int
@@ -43,7 +43,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """A name for people and for files, different for different cells of a table."""
+        """A readable name, also used for files; unique within a table."""
         eta = "sigma-hat" if self.sigma_hat else f"eta{self.eta:g}"
         scales = "" if self.eta_scales == "std_dev" else f"-{self.eta_scales}"
         scales += "" if self.analytic_variance is None else "-analytic"
@@ -58,7 +58,7 @@ class Cell:
         """Return the sampler of this cell.
 
         Raises:
-            ValueError: the cell contradicts itself, or does not fit the schedule.
+            ValueError: the cell's options conflict, or do not fit the schedule.
         """
         options = dict(options)
         if self.timesteps is None:
@@ -79,7 +79,7 @@ class Cell:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the cell in the form that JSON can hold."""
+        """Return the cell as plain data for JSON."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
@@ -102,20 +102,19 @@ def grid(
     analytic_variance: bool = False,
     count_at: Mapping[int, int] | None = None,
 ) -> list[Cell]:
-    """Return all different and possible combinations, cheapest first.
+    """Return all valid combinations without duplicates, fewest steps first.
 
     Args:
-        sigma_hat: also cells with the paper's larger DDPM noise.
-        orders: orders above 1 get deterministic cells only.
-        searched: named lists of timesteps, each with every eta and order.
-        analytic_variance: also cells of these lists with an analytic variance, where noise is
-            added.
-        count_at: samples of the cells with that many steps, where not as many as the others have.
+        sigma_hat: add cells with the paper's larger DDPM noise.
+        orders: orders above 1 apply to deterministic cells only.
+        searched: named lists of timesteps, each combined with every eta and order.
+        analytic_variance: for these lists and eta > 0, add cells with the analytic variance.
+        count_at: number of samples by number of steps, if it differs from the study's.
 
     Raises:
-        ValueError: a list lacks the residual that an analytic variance needs.
+        ValueError: a list lacks the residual that the analytic variance needs.
     """
-    # What the cells of one list have in common, and the residual for an analytic variance.
+    # What all cells of one list share, and the residual for the analytic variance.
     lists: list[tuple[Cell, tuple[float, ...] | None]] = [
         (Cell(S, spacing), None) for S in steps for spacing in spacings
     ]
@@ -141,13 +140,15 @@ def grid(
 def _residual(name: str, found: TimestepList) -> tuple[float, ...]:
     if found.eps_residual is None:
         raise ValueError(
-            f"an analytic variance needs the mean squared error of eps, got none in the list {name}: search again, or leave it out"
+            f"the analytic variance needs the mean squared error of eps, got none in the list {name}: search again, or leave it out"
         )
     return found.eps_residual
 
 
 def paper_table(count_at_1000: int | None = None, spacing: str = "quad") -> list[Cell]:
-    """Return the cells of table 1 of the DDIM paper. The paper's CIFAR-10 half, which they are
-    compared with, is quadratic."""
+    """Return the cells of table 1 of the DDIM paper.
+
+    They are compared with its CIFAR-10 half, which uses quadratic spacing.
+    """
     count_at = None if count_at_1000 is None else {1000: count_at_1000}
     return grid(PAPER_STEPS, (spacing,), PAPER_ETAS, sigma_hat=True, count_at=count_at)

@@ -1,5 +1,4 @@
-"""A data distribution whose optimal model, and the distance of samples to it, are known in closed
-form."""
+"""A data distribution with a closed-form optimal model and a closed-form distance to samples."""
 
 from __future__ import annotations
 
@@ -12,11 +11,11 @@ from ..plans.schedules import NoiseSchedule
 
 
 class ClosedForm(nn.Module):
-    """A mixture of Gaussians on the line, as a model that predicts eps without error.
+    """A 1-D Gaussian mixture, as a model that predicts eps exactly.
 
-    Samples are ``(B, 1)``, B of them independent. x_t is a mixture, too, with means
-    sqrt(alpha_bar_t) mean_k and variances alpha_bar_t variance_k + 1 - alpha_bar_t; so E[x0 | x_t]
-    is a weighted sum of the components', and eps follows from it (equation 9 of the DDIM paper).
+    A batch is ``(B, 1)``: B independent samples. x_t is also a mixture, with means
+    sqrt(alpha_bar_t) mean_k and variances alpha_bar_t variance_k + 1 - alpha_bar_t. So E[x0 | x_t]
+    is a weighted sum over the components, and eps follows from it (equation 9 of the DDIM paper).
 
     Args:
         weights, means, std_devs: of the components.
@@ -45,7 +44,7 @@ class ClosedForm(nn.Module):
         self.weights /= self.weights.sum()
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """eps ``(B, 1)`` for ``x`` ``(B, 1)``, computed in float64."""
+        """Return eps ``(B, 1)`` for ``x`` ``(B, 1)``, computed in float64."""
         alpha_bar = self.alphas_cumprod[t].view(-1, 1)
         x_t, signal = x.double(), alpha_bar.sqrt()
         variances = alpha_bar * self.std_devs**2 + 1 - alpha_bar
@@ -56,8 +55,10 @@ class ClosedForm(nn.Module):
         return ((x_t - signal * x0) / (1 - alpha_bar).sqrt()).to(x.dtype)
 
     def quantile(self, p: Tensor) -> Tensor:
-        """The data's quantile function of ``p`` ``(N,)`` in (0, 1), float64, by bisection to the
-        last bit or so."""
+        """Return the data's quantiles at ``p`` ``(N,)`` in (0, 1), float64.
+
+        Bisection finds them to about the last bit.
+        """
         reach = 40 * self.std_devs.max().item()
         low = torch.full_like(p, self.means.min().item() - reach)
         high = torch.full_like(p, self.means.max().item() + reach)
@@ -68,16 +69,16 @@ class ClosedForm(nn.Module):
         return (low + high) / 2
 
     def cumulative(self, x: Tensor) -> Tensor:
-        """The data's cumulative distribution function of ``x`` ``(N,)``, float64."""
+        """Return the data's cumulative distribution function at ``x`` ``(N,)``, float64."""
         z = (x[:, None] - self.means) / (self.std_devs * math.sqrt(2))
         return (self.weights * torch.erfc(-z) / 2).sum(1)
 
     def wasserstein(self, samples: Tensor) -> float:
-        """Exact 2-Wasserstein distance of samples ``(N, 1)`` to the data: on the line, the i-th
-        smallest goes to the i-th slice of 1 / N.
+        """Return the exact 2-Wasserstein distance between samples ``(N, 1)`` and the data.
 
-        N independent samples of the data itself are about 1 / sqrt(N) away; N of its quantiles much
-        less.
+        In 1-D the optimal transport moves the i-th smallest sample to the i-th slice of mass 1 / N.
+        N independent samples of the data are at a distance of about 1 / sqrt(N), N of its quantiles
+        at a much smaller one.
         """
         ordered = samples.double().flatten().sort().values
         count = len(ordered)
@@ -86,8 +87,10 @@ class ClosedForm(nn.Module):
         return (ordered.square() / count - 2 * ordered * first + second).sum().clamp(min=0).sqrt().item()
 
     def _moments(self, edges: Tensor) -> tuple[Tensor, Tensor]:
-        """Integrals of x and x^2 times the density between neighbouring edges, the first and last
-        slices unbounded: ``(N,)`` each."""
+        """Return the integrals of x and x^2 times the density over each slice, ``(N,)`` each.
+
+        Slices lie between neighbouring edges; the first and the last are unbounded.
+        """
         z = (edges[:, None] - self.means) / self.std_devs
         density = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
 
@@ -103,7 +106,9 @@ class ClosedForm(nn.Module):
 
     @staticmethod
     def noise(count: int) -> Tensor:
-        """x_T as quantiles of a standard normal, ``(count, 1)`` float32: what is left of the
-        distance is the sampler's own."""
+        """Return x_T as quantiles of a standard normal, ``(count, 1)`` float32.
+
+        Quantiles carry no sampling noise, so that the distance measures the sampler's error.
+        """
         p = (torch.arange(count, dtype=torch.float64) + 0.5) / count
         return torch.special.ndtri(p)[:, None].float()

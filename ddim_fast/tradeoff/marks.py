@@ -1,5 +1,4 @@
-"""How plots show a study, the same on the page and in PNG files: colours, shapes, what is filled,
-and which axes are logarithmic."""
+"""The look of plots, the same on the page and in PNG files: colours, shapes, fills, log axes."""
 
 from __future__ import annotations
 
@@ -10,12 +9,11 @@ from .cells import Cell
 from .results import CellResult, Measure, Study, eta_text
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#f0e442")
-"""Okabe and Ito's palette (2008), which colour-blind people can distinguish; grey instead of black,
-for dark pages."""
+"""Okabe and Ito's colour-blind safe palette (2008), with grey instead of black for dark pages."""
 _GREY = 6
 SHAPES = ("circle", "square", "triangle", "diamond", "down", "pentagon", "cross", "star")
 LOG_FROM = 8
-"""An axis whose largest value is that many times its smallest is logarithmic."""
+"""An axis is logarithmic if its largest value is at least this many times its smallest."""
 
 _DIMENSIONS: dict[str, Callable[[Cell], str]] = {
     "spacing": lambda cell: cell.timestep_spacing,
@@ -26,7 +24,7 @@ _DIMENSIONS: dict[str, Callable[[Cell], str]] = {
 
 @dataclass(frozen=True)
 class Mark:
-    """How a point is drawn: numbers in ``COLOURS`` and ``SHAPES``."""
+    """The look of a point: indices into ``COLOURS`` and ``SHAPES``."""
 
     colour: int = 0
     shape: int = 0
@@ -35,17 +33,17 @@ class Mark:
 
 @dataclass(frozen=True)
 class LegendEntry:
-    """What a mark stands for."""
+    """A value and the mark that shows it."""
 
     value: str
     mark: Mark
 
 
 class Marks:
-    """The marks of a study's cells: colour is the spacing, shape the eta, and order 1 is filled.
+    """The marks of a study's cells: colour shows the spacing, shape the eta; order 1 is filled.
 
-    With a single spacing, colour is the eta, too; with a single eta as well, the order. Beyond
-    eight values, colours and shapes repeat.
+    With a single spacing, colour shows the eta as well; with a single eta too, the order. Colours
+    and shapes repeat after eight values.
     """
 
     def __init__(self, study: Study):
@@ -59,8 +57,10 @@ class Marks:
         return Mark(at[self._coloured_by] % len(COLOURS), at["eta"] % len(SHAPES), cell.order == 1)
 
     def legend(self) -> dict[str, list[LegendEntry]]:
-        """By "spacing", "eta" and "order": those in which cells differ. What does not is shown as
-        it is in a plain mark."""
+        """Return the entries for each of "spacing", "eta" and "order" in which cells differ.
+
+        An entry's mark shows its own dimension only and is plain in the others.
+        """
         return {
             name: [LegendEntry(value, self._plain(name, i, value)) for i, value in enumerate(values)]
             for name, values in self._values.items()
@@ -74,7 +74,7 @@ class Marks:
 
 @dataclass(frozen=True)
 class Point:
-    """A result in a plot of a metric: ``x`` as the plot has it."""
+    """A result in a plot of a metric, at the horizontal position ``x``."""
 
     result: CellResult
     x: float
@@ -83,19 +83,19 @@ class Point:
 
 
 def points(study: Study, metric: str, x: Callable[[CellResult], float]) -> list[Point]:
-    """Return all points of a plot, the front last, so that nothing covers it."""
+    """Return all points of a plot, the Pareto front last, so that it is drawn on top."""
     marks, front = Marks(study), study.pareto_front(metric)
     drawn = sorted(study.with_metric(metric), key=lambda result: any(result is one for one in front))
     return [Point(result, x(result), result.quality[metric], marks.of(result.cell)) for result in drawn]
 
 
 def is_log(values: Sequence[float]) -> bool:
-    """Return whether these values are easier to distinguish on a logarithmic axis."""
+    """Return whether these values are shown on a logarithmic axis."""
     return len(values) > 0 and min(values) > 0 and max(values) >= LOG_FROM * min(values)
 
 
 def _in_order(name: str, values: Iterable[str]) -> list[str]:
-    """Each once: spacings as they came, others by number, sigma-hat last."""
+    """Return the distinct values: spacings in their order, others by number, sigma-hat last."""
     different = list(dict.fromkeys(values))
     if name == "spacing":
         return different

@@ -1,4 +1,4 @@
-"""One cell, measured: its samples drawn, timed and judged."""
+"""Measuring one cell: draw its samples, time them, and evaluate their quality."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from .quality import Judge, mean
 from .results import CellResult, Measure
 
 CONVERGED = Cell(200, "log_snr", order=2)
-"""The cell that stands for the exact solution: of order 2, its error falls with the square of the
+"""The cell used as the converged solution. It is of order 2: its error falls with the square of the
 number of steps."""
 Progress = Callable[[int], Any]
-"""Called as ``progress(calls)`` with the number of further model calls, counted by sample."""
+"""Called as ``progress(calls)`` with the number of new model calls, counted per sample."""
 
 
 @dataclass
 class Subject:
-    """A model and everything that all cells have in common: they differ only in what ``Cell``
-    contains.
+    """A model and all settings that cells share. Cells differ only in the fields of ``Cell``.
 
     Args:
         shape: of one sample, ``(C, ...)``.
-        conditioning: the rule for sample i; None for an unconditional model.
-        sampler_options: the model's own settings of sampling, as arguments of ``DDIMSampler``.
-        seed: sample i of every cell starts from the same noise.
-        judge, truth: what is known about the data, if anything.
-        reconstructed: converged samples to encode and decode again; 0 for none.
+        conditioning: gives the conditioning of sample i; None for an unconditional model.
+        sampler_options: the model's own sampling settings, as arguments of ``DDIMSampler``.
+        seed: gives the initial noise; sample i of every cell starts from the same noise.
+        judge: evaluates samples by features; None for no such metrics.
+        truth: the data distribution in closed form, if it is known.
+        reconstructed: number of converged samples to encode and decode; 0 for none.
     """
 
     model: Model
@@ -65,7 +65,7 @@ class Subject:
         return cell.sampler(self.schedule, self.sampler_options)
 
     def labels(self, count: int) -> Tensor | None:
-        """The class asked for in each sample, where there are classes."""
+        """Return the class of each sample; None for a model without classes."""
         return None if self.conditioning is None else self.conditioning.rows(0, count).get("class_labels")
 
     @property
@@ -73,13 +73,13 @@ class Subject:
         return 1 if self.guidance_scale in (None, 1) else 2
 
     def calls(self, cell: Cell) -> int:
-        """Model calls of a cell, counted by sample, but for reconstruction."""
+        """Return the model calls of a cell, counted per sample, without those of reconstruction."""
         return (cell.count or self.count) * cell.num_inference_steps * self.calls_per_step
 
 
 @dataclass
 class Drawn:
-    """Samples of a cell ``(N, C, ...)`` on the CPU, and what each batch took, in seconds a sample."""
+    """Samples of a cell ``(N, C, ...)`` on the CPU, and each batch's time in seconds per sample."""
 
     samples: Tensor
     model_seconds: list[float]
@@ -87,7 +87,7 @@ class Drawn:
 
 
 def draw(subject: Subject, cell: Cell, count: int | None = None, progress: Progress = lambda calls: None) -> Drawn:
-    """The first ``count`` samples of a cell; as many as it is judged by if none."""
+    """Draw the first ``count`` samples of a cell. None: the cell's own number of samples."""
     count = count or cell.count or subject.count
     sampler, seeds = subject.sampler(cell), torch.from_numpy(sample_seeds(subject.seed, count))
     x_T = None if subject.truth is None else subject.truth.noise(count)
@@ -116,8 +116,10 @@ def draw(subject: Subject, cell: Cell, count: int | None = None, progress: Progr
 
 @contextmanager
 def _counted(model: Model, calls: int, progress: Progress) -> Iterator[None]:
-    """Call ``progress`` after each model call, or at the end where calls are invisible (in a CUDA
-    graph, a plain function)."""
+    """Call ``progress`` after each model call.
+
+    Calls that cannot be observed (in a CUDA graph, of a plain function) are reported at the end.
+    """
     seen = 0
 
     def after(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
@@ -139,11 +141,11 @@ def _counted(model: Model, calls: int, progress: Progress) -> Iterator[None]:
 def measure(
     subject: Subject, cell: Cell, converged: Tensor | None = None, progress: Progress = lambda calls: None
 ) -> tuple[CellResult, Tensor]:
-    """Draw a cell and judge it.
+    """Draw the samples of a cell and measure their quality and time.
 
     Args:
-        converged: the converged samples from the same noise, ``(M, C, ...)``; the first min(N, M)
-            are compared. None: no distance.
+        converged: converged samples from the same noise, ``(M, C, ...)``; the first min(N, M) are
+            compared. None: no distance.
 
     Returns:
         The result, and the samples ``(N, C, ...)``.
@@ -165,7 +167,7 @@ def measure(
         cell,
         len(samples),
         quality,
-        # The fastest batch is the one least disturbed by other programs.
+        # The fastest batch is the least disturbed by other programs.
         model_ms=1e3 * min(drawn.model_seconds),
         update_ms=1e3 * min(drawn.update_seconds),
         calls=cell.num_inference_steps * subject.calls_per_step,
@@ -175,8 +177,8 @@ def measure(
 
 
 def reconstruction(subject: Subject, cell: Cell, samples: Tensor) -> Measure:
-    """Mean squared error, in [0, 1], of samples encoded to noise and decoded again (section 5.4 of
-    the DDIM paper)."""
+    """Return the mean squared error, in [0, 1], of samples encoded to noise and decoded again
+    (section 5.4 of the DDIM paper)."""
     x0 = samples.to(subject.device)
     rows = {} if subject.conditioning is None else subject.conditioning.rows(0, len(x0))
     again = subject.sampler(cell).reconstruct(
@@ -186,7 +188,7 @@ def reconstruction(subject: Subject, cell: Cell, samples: Tensor) -> Measure:
 
 
 class PeakMemory:
-    """The most memory in use from now on, over what is in use now."""
+    """Peak memory since construction, minus the memory in use at construction."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -197,14 +199,14 @@ class PeakMemory:
             self._before = _reset_peak()
 
     def megabytes(self) -> float:
-        """Return the peak in 10^6 bytes; NaN where the system does not report it."""
+        """Return the peak in 10^6 bytes; NaN if the system does not report it."""
         if self._device.type == "cuda":
             return (torch.cuda.max_memory_allocated(self._device) - self._before) / 1e6
         return max(_status("VmHWM") - self._before, 0.0) / 1e6
 
 
 def _reset_peak() -> float:
-    """Set Linux's mark of the most memory this process had back to what it has, in bytes."""
+    """Reset Linux's peak memory counter of this process; return the memory in use, in bytes."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

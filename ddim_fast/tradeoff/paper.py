@@ -1,5 +1,5 @@
-"""A study beside table 1 of the DDIM paper: its numbers, ours in the same layout, and what of their
-shape agrees, computed."""
+"""A study compared with table 1 of the DDIM paper: its numbers, ours in the same layout, and which
+trends agree."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ PAPER_FIDS: dict[Row, dict[int, float]] = {
     1.0: dict(zip(PAPER_STEPS, (41.07, 18.36, 8.01, 5.78, 4.73), strict=True)),
     SIGMA_HAT: dict(zip(PAPER_STEPS, (367.43, 133.37, 32.72, 9.99, 3.17), strict=True)),
 }
-"""FID by row and S: Song, Meng, Ermon 2020, arXiv 2010.02502, table 1, CIFAR10 (32 x 32)."""
+"""FID by row and S, from Song, Meng, Ermon 2020, arXiv 2010.02502, table 1, CIFAR10 (32 x 32)."""
 PAPER_SOURCE = "Song, Meng, Ermon 2020 (arXiv 2010.02502), table 1, CIFAR10 32 x 32"
 
 _COLLAPSE = 2.0
-"""Times the best row's distance, from which on a row is said to collapse."""
+"""A row collapses if its distance is at least this many times that of the best row."""
 
 
 @dataclass(frozen=True)
 class Statement:
-    """What the paper's numbers show, and whether ours show it, too."""
+    """A trend in the paper's numbers, and whether ours agree."""
 
     text: str
     agrees: bool
@@ -42,8 +42,8 @@ class PaperTable:
     """Our numbers in the paper's layout.
 
     Args:
-        results: by row and S; a cell that was not measured is missing.
-        spacing: of all these cells.
+        results: by row and S; cells that were not measured are missing.
+        spacing: the timestep spacing of all these cells.
     """
 
     metric: Metric
@@ -51,16 +51,15 @@ class PaperTable:
     results: dict[tuple[Row, int], CellResult]
 
     def measure(self, row: Row, steps: int) -> Measure | None:
-        """None is a gap."""
+        """Return the number of a cell; None if it was not measured."""
         result = self.results.get((row, steps))
         return None if result is None else result.quality[self.metric.name]
 
     def statements(self) -> list[Statement]:
-        """What of the shape agrees, as far as both have numbers for it; every word follows from
-        them."""
+        """Return which trends agree, over the cells that were measured."""
         return [*self._order_of_rows(), *self._gain_by_steps(), *self._sigma_hat()]
 
-    # Each says nothing where a gap leaves nothing to compare.
+    # Each yields nothing where missing cells leave nothing to compare.
 
     def _order_of_rows(self) -> Iterator[Statement]:
         for S in PAPER_STEPS:
@@ -120,7 +119,7 @@ class PaperTable:
         return self.results[row, steps].quality[self.metric.name].value
 
     def _is_better(self, a: tuple[Row, int], b: tuple[Row, int]) -> bool:
-        """Whether our number at a is better than that at b by more than the error bars."""
+        """Return whether our number at a beats the one at b by more than the error bars."""
         one, other = (self.results[place].quality[self.metric.name] for place in (a, b))
         return self.metric.cost(one.value) < self.metric.cost(other.value) and not overlap(one, other)
 
@@ -129,15 +128,12 @@ def row_text(row: Row) -> str:
     return row if isinstance(row, str) else f"eta {row:.1f}"
 
 
-def is_paper_table(study: Study) -> bool:
-    """Whether a study has cells in every row of the paper's table, all of one spacing. Cells may be
-    missing."""
-    return paper_table_of(study) is not None
-
-
 def paper_table_of(study: Study) -> PaperTable | None:
-    """Our numbers in the paper's layout, by the first metric and in the spacing, of several the
-    paper's, that fill most of it."""
+    """Return our numbers in the paper's layout; None if a row is empty.
+
+    They are those of the first metric that has every row, in the spacing that fills most cells. Of
+    equals, the paper's spacing wins.
+    """
     found = []
     for metric in study.metrics:
         results = [(place, r) for r in study.with_metric(metric.name) if (place := _place(r.cell)) is not None]
@@ -151,7 +147,7 @@ def paper_table_of(study: Study) -> PaperTable | None:
 
 
 def _place(cell: Cell) -> tuple[Row, int] | None:
-    """Where in the table a cell stands, if anywhere."""
+    """Return a cell's row and column in the table; None if it is not part of it."""
     row = SIGMA_HAT if cell.sigma_hat else cell.eta
     own = (cell.timesteps, cell.model_timesteps, cell.analytic_variance)
     plain = cell.order == 1 and own == (None, None, None) and (cell.eta_scales == "std_dev" or cell.eta in (0, 1))

@@ -1,5 +1,4 @@
-"""Plots of a study as PNG files, by matplotlib: quality against time, and against the number of
-steps."""
+"""Plots of a study as PNG files, drawn by matplotlib: quality against time and against steps."""
 
 from __future__ import annotations
 
@@ -21,8 +20,9 @@ _INCHES, _DPI = (8.0, 5.0), 160
 
 
 def quality_against_time(study: Study, metric: str) -> bytes:
-    """A PNG file: a metric's value against a sample's time, with error bars, and the front as a
-    line.
+    """Return a PNG plot of a metric against the time per sample.
+
+    It has error bars, and a line along the Pareto front.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -32,8 +32,10 @@ def quality_against_time(study: Study, metric: str) -> bytes:
 
 
 def quality_against_steps(study: Study, metric: str) -> bytes:
-    """A PNG file: a metric's value against the number of steps, with error bars, and a line for
-    each way to sample."""
+    """Return a PNG plot of a metric against the number of steps.
+
+    It has error bars, and a line for each way to sample.
+    """
     return _plot(study, metric, "steps", lambda result: result.cell.num_inference_steps, _ways)
 
 
@@ -42,7 +44,7 @@ def _plot(
 ) -> bytes:
     drawn = points(study, metric, x)
     if not drawn:
-        raise ValueError(f"a plot needs a metric of the study: {[m.name for m in study.metrics]}, got {metric!r}")
+        raise ValueError(f"metric must be one that the study has: {[m.name for m in study.metrics]}, got {metric!r}")
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -51,7 +53,7 @@ def _plot(
             'plots are drawn by matplotlib, which is missing: pip install "ddim_fast[tradeoff]"'
         ) from error
 
-    # Names may hold dollar signs, and are no formulas.
+    # Names may contain dollar signs and must not be parsed as formulas.
     with rc_context({"text.parse_math": False, "axes.edgecolor": _QUIET, "axes.labelcolor": _INK, "font.size": 10}):
         figure = Figure(_INCHES, layout="constrained", facecolor="white")
         axes = figure.add_subplot()
@@ -140,14 +142,14 @@ def _ways(axes: Axes, study: Study, metric: str, x: Callable[[CellResult], float
 
 
 def _keep_values_in_sight(axes: Axes, values: list[float]) -> None:
-    """Long error bars may leave the plot; on a logarithmic axis they may have no lower end."""
+    """Limit a logarithmic axis to the values: error bars may reach far, or below 0."""
     if axes.get_yscale() == "log":
         room = (max(values) / min(values)) ** 0.1
         axes.set_ylim(min(values) / room, max(values) * room)
 
 
 def _plain_numbers(one: Any) -> None:
-    """20, not 2 x 10^1."""
+    """Label an axis with plain numbers: 20, not 2 x 10^1."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))

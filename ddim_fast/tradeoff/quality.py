@@ -1,4 +1,4 @@
-"""How good a set of samples is, each number with its standard error."""
+"""Quality metrics of a set of samples, each with its standard error."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ..models.metrics import (
 from .results import Measure
 
 BOOTSTRAPS = 40
-"""Resamples behind the standard error of a Frechet distance: the error of that error is 11 %."""
+"""Bootstrap resamples for the standard error of a Frechet distance, which is then known to 11 %."""
 ENOUGH = 5
-"""Samples that a Frechet distance needs for each feature: with fewer, a covariance is so poorly
-estimated that the distance says little."""
+"""Samples per feature that a Frechet distance needs. With fewer, the covariance estimate is too
+poor for the distance to mean much."""
 NEIGHBOURS = 3
 """k of precision and recall (arXiv 1904.06991, section 3)."""
 _BATCH_SIZE = 500
@@ -31,15 +31,15 @@ _BATCH_SIZE = 500
 
 @dataclass(frozen=True)
 class Judge:
-    """A feature extractor, with the features of real data.
+    """A feature extractor and the features of real data.
 
     Args:
         name: of the features, for the report.
         features: samples ``(B, C, ...)`` float32 on the CPU -> ``(B, D)``.
-        statistics: of the features of real data; no Frechet distance without.
-        real_features: ``(N, D)``, of real data; no precision and recall without.
-        classify: samples -> logits ``(B, classes)``; no class agreement without.
-        clamp: samples are clamped to [-1, 1] first, as where they are written as pictures.
+        statistics: of the features of real data; None: no Frechet distance.
+        real_features: ``(N, D)``, of real data; None: no precision and recall.
+        classify: samples -> logits ``(B, classes)``; None: no class agreement.
+        clamp: clamp samples to [-1, 1] first, as when they are written as images.
     """
 
     name: str
@@ -50,8 +50,7 @@ class Judge:
     clamp: bool = True
 
     def measures(self, samples: Tensor, labels: Tensor | None) -> dict[str, Measure]:
-        """Return every measure that applies to these samples ``(N, C, ...)``, drawn for these
-        labels ``(N,)``, if any."""
+        """Return every metric that applies to samples ``(N, C, ...)`` and their labels ``(N,)``."""
         samples = samples.clamp(-1, 1) if self.clamp else samples
         features = in_batches(self.features, samples).double()
         found: dict[str, Measure] = {}
@@ -67,13 +66,13 @@ class Judge:
 
 
 def fashion_judge() -> Judge:
-    """The shipped classifier, with what it saw in Fashion-MNIST."""
+    """Return the shipped classifier with its Fashion-MNIST features as a judge."""
     classifier = load_classifier()
     return Judge("shipped classifier", classifier.features, load_statistics(), load_features(), classifier)
 
 
 def judge_of(features: Callable[[Tensor], Tensor], real: Tensor | None, name: str) -> Judge:
-    """Return a judge by a caller's own features, and real data ``(N, C, ...)``, if there are any."""
+    """Return a judge with a custom feature extractor and, if given, real data ``(N, C, ...)``."""
     if real is None:
         return Judge(name, features)
     seen = in_batches(features, real)
@@ -82,13 +81,15 @@ def judge_of(features: Callable[[Tensor], Tensor], real: Tensor | None, name: st
 
 @torch.no_grad()
 def in_batches(function: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
-    """``function`` of the float32 samples, a batch at a time: ``(N, ...)`` on the CPU."""
+    """Apply ``function`` to the float32 samples in batches; return ``(N, ...)`` on the CPU."""
     return torch.cat([function(batch.float()).cpu() for batch in samples.split(_BATCH_SIZE)])
 
 
 def frechet_measure(features: Tensor, real: FeatureStatistics) -> Measure:
-    """Frechet distance of features ``(N, D)`` to real data, its standard error by the bootstrap
-    (Efron 1979)."""
+    """Return the Frechet distance between features ``(N, D)`` and real data.
+
+    Its standard error is a bootstrap estimate (Efron 1979).
+    """
     distance = frechet_distance(feature_statistics(features), real)
     draws = torch.Generator().manual_seed(0)
     again = [
@@ -101,21 +102,23 @@ def frechet_measure(features: Tensor, real: FeatureStatistics) -> Measure:
 
 
 def share(is_so: Tensor) -> Measure:
-    """Share of a boolean ``(N,)`` that holds, with a binomial's standard error."""
+    """Return the share of True in a boolean ``(N,)``, with its binomial standard error."""
     p = is_so.double().mean().item()
     return Measure(p, math.sqrt(p * (1 - p) / len(is_so)))
 
 
 def mean(values: Tensor) -> Measure:
-    """Mean of ``(N,)`` with its standard error; NaN of a single value."""
+    """Return the mean of ``(N,)`` with its standard error, which is NaN for a single value."""
     values = values.double()
     error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Measure(values.mean().item(), error)
 
 
 def precision_and_recall(samples: Tensor, real: Tensor, k: int = NEIGHBOURS) -> tuple[Measure, Measure]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991, equation 2) of
-    features ``(N, D)`` and ``(M, D)``."""
+    """Return the improved precision and recall of features ``(N, D)`` and real ones ``(M, D)``.
+
+    See Kynkaanniemi et al. 2019, arXiv 1904.06991, equation 2.
+    """
     between = torch.cdist(samples, real)
     within_real = between <= _radii(real, k)[None, :]
     within_samples = between <= _radii(samples, k)[:, None]
@@ -123,5 +126,5 @@ def precision_and_recall(samples: Tensor, real: Tensor, k: int = NEIGHBOURS) -> 
 
 
 def _radii(features: Tensor, k: int) -> Tensor:
-    """Distance of each feature to its k-th nearest neighbour, itself not counted: ``(N,)``."""
+    """Return each feature's distance to its k-th nearest neighbour, itself excluded, ``(N,)``."""
     return torch.cdist(features, features).kthvalue(k + 1, dim=1).values

@@ -1,5 +1,4 @@
-"""A study as files that people look at: a page of HTML that needs nothing else, plots, and tables
-for other programs."""
+"""The report of a study: one self-contained HTML page, PNG plots, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -25,14 +24,14 @@ from .results import CellResult, Measure, Metric, Recommendation, Study, describ
 from .study import PICTURES
 
 _IN_A_ROW = 10
-"""Samples in a row of a cell's grid of pictures."""
+"""Samples in a row of a cell's sample grid."""
 _WIDE, _NARROW = (900, 460), (366, 380)
-"""Sizes of a plot on a desk and on a phone, where text must not shrink with it."""
-_MOST_SMALL = 12  # characters of a digest on the page; all of them are in the JSON
+"""Sizes of a plot on a desktop and on a phone, so that text keeps its size on both."""
+_MOST_SMALL = 12  # characters of a digest on the page; the JSON has all of them
 
 
 def check_libraries() -> None:
-    """Raise ImportError where a report could not be written, before there is anything to write."""
+    """Raise ImportError if a library that the report needs is missing."""
     for name in ("jinja2", "matplotlib"):
         try:
             import_module(name)
@@ -43,18 +42,19 @@ def check_libraries() -> None:
 
 
 def write_report(study: Study, directory: Path) -> list[Path]:
-    """Write ``report.html``, ``study.json``, ``cells.csv``, and PNG plots of each metric, each
-    completely or not at all.
+    """Write ``report.html``, ``study.json``, ``cells.csv``, and PNG plots of each metric.
+
+    Each file is written atomically.
 
     Args:
-        directory: of the study, whose pictures are read.
+        directory: the study's, from which sample grids are read.
 
     Returns:
-        The files, the page first.
+        The paths of the files, the page first.
 
     Raises:
         ImportError: matplotlib or jinja2 is missing; nothing was written.
-        OSError: a file could not be written; an old file is unchanged.
+        OSError: a file could not be written; an older file is left unchanged.
     """
     contents = {
         "report.html": html_text(study, directory).encode(),
@@ -74,10 +74,13 @@ def write_report(study: Study, directory: Path) -> list[Path]:
 
 
 def csv_text(study: Study) -> str:
-    """A row for each cell. For each metric its value, its error, and whether the cell is on its
-    front; what is not known is empty."""
+    """Return a CSV table with a row for each cell.
+
+    Each metric has its value, its standard error, and whether the cell is on the Pareto front.
+    Unknown values are empty.
+    """
     fronts = {metric.name: study.pareto_front(metric.name) for metric in study.metrics}
-    columns = _csv_row(CellResult(Cell(1), 0, {}, 0.0, 0.0, 0), fronts)  # of any cell, as there may be none
+    columns = _csv_row(CellResult(Cell(1), 0, {}, 0.0, 0.0, 0), fronts)  # a dummy cell: a study may have none
     file = io.StringIO()
     writer = csv.DictWriter(file, list(columns), lineterminator="\n")
     writer.writeheader()
@@ -111,7 +114,7 @@ def _csv_row(result: CellResult, fronts: Mapping[str, list[CellResult]]) -> dict
 
 
 def _csv_value(value: Any) -> Any:
-    """Numbers to their last digit."""
+    """Return a value for the CSV: numbers in full precision, empty if not finite."""
     if isinstance(value, bool):
         return int(value)
     return "" if isinstance(value, float) and not math.isfinite(value) else value
@@ -122,7 +125,7 @@ def _csv_value(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Quality:
-    """A metric's number in the table."""
+    """A metric's value in the table."""
 
     text: str
     value: float | str
@@ -151,10 +154,10 @@ class _MetricPlot:
 
 
 def html_text(study: Study, directory: Path) -> str:
-    """The page.
+    """Return the HTML page.
 
     Args:
-        directory: where the study lies. A picture that is not a PNG file in there is left out.
+        directory: the study's. Only PNG files inside it are used as sample grids.
 
     Raises:
         ImportError: jinja2 is missing.
@@ -195,14 +198,14 @@ def html_text(study: Study, directory: Path) -> str:
 
 
 def number_text(value: float) -> str:
-    """Three digits, and no exponent."""
+    """Format a number with three digits and no exponent."""
     if not math.isfinite(value):
         return "\N{EM DASH}"
     return f"{value:,.{_decimals(value, 3)}f}"
 
 
 def measure_text(measure: Measure | None) -> str:
-    """A value and its error, both to the error's second digit."""
+    """Format a value and its standard error, both to the error's second digit."""
     if measure is None:
         return "\N{EM DASH}"
     if not math.isfinite(measure.value):
@@ -221,7 +224,7 @@ def _headline(study: Study) -> str:
     recommendation = study.recommendation()
     if recommendation is not None:
         return str(recommendation)
-    return "Times alone were measured, no quality." if study.results else "Nothing was measured."
+    return "Only times were measured, no quality." if study.results else "Nothing was measured."
 
 
 def _rows(study: Study, pictures: list[bytes | None]) -> list[_Row]:
@@ -256,7 +259,7 @@ def _rows(study: Study, pictures: list[bytes | None]) -> list[_Row]:
 
 
 def _choices(rows: list[_Row]) -> dict[str, list[str]]:
-    """What can be chosen among, where there is a choice."""
+    """Return the filters of the table: the values of each column that has more than one."""
     values = {
         "spacing": [row.result.cell.timestep_spacing for row in rows],
         "eta": [row.eta for row in rows],
@@ -274,7 +277,7 @@ def _metric_plot(study: Study, metric: Metric) -> _MetricPlot:
 
 
 def _counts_text(study: Study) -> str:
-    """How many samples the cells have, and that numbers of different counts are no equals."""
+    """Describe the number of samples of each cell, with a warning if cells differ in it."""
     counts: dict[int, int] = {}
     for result in study.results:
         counts[result.count] = counts.get(result.count, 0) + 1
@@ -286,7 +289,7 @@ def _counts_text(study: Study) -> str:
     if not others:
         return f"{text}."
     listed = "; ".join(f"{describe(result.cell)}: {result.count:,}" for result in others)
-    return f"{text}, but for {listed}. Distances of cells with different numbers of samples cannot be compared closely."
+    return f"{text}, except {listed}. Distances are not closely comparable between different numbers of samples."
 
 
 def _samples(count: int) -> str:
@@ -294,7 +297,7 @@ def _samples(count: int) -> str:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings by their path; digests shortened."""
+    """Flatten nested settings, keyed by their path; shorten digests."""
     found: dict[str, str] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -310,7 +313,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _picture(directory: Path, name: str | None) -> bytes | None:
-    """A PNG file beside the study; nothing of any other place, nor of any other kind."""
+    """Read a PNG file of the study's directory; return None for any other file or place."""
     if name is None:
         return None
     path = (directory / name).resolve()
@@ -320,7 +323,7 @@ def _picture(directory: Path, name: str | None) -> bytes | None:
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             image.verify()
-    except (OSError, SyntaxError):  # what Pillow raises for what is no PNG, and for a broken one
+    except (OSError, SyntaxError):  # Pillow's errors for a file that is not a PNG, or is broken
         return None
     return content
 
@@ -331,7 +334,7 @@ def _data_uri(png: bytes) -> str:
 
 @dataclass(frozen=True)
 class _Strip:
-    """The first samples of cells that differ in their steps alone."""
+    """The first samples of cells that differ only in their number of steps."""
 
     words: str
     rows: list[tuple[_Row, str]]
@@ -339,8 +342,10 @@ class _Strip:
 
 
 def _strips(study: Study, rows: list[_Row], pictures: list[bytes | None]) -> list[_Strip]:
-    """One for each way to sample that has pictures of several step counts; that of the recommended
-    cell is open."""
+    """Return a strip for each way to sample that has sample grids for several step counts.
+
+    The strip of the recommended cell is open.
+    """
     recommendation = study.recommendation()
     ways: dict[tuple[str, ...], list[tuple[_Row, bytes]]] = {}
     for row, picture in zip(rows, pictures, strict=True):
@@ -359,8 +364,10 @@ def _strips(study: Study, rows: list[_Row], pictures: list[bytes | None]) -> lis
 
 
 def _first_row(png: bytes, count: int) -> str:
-    """The first row of a cell's grid; margins make its share of the height no less than that of its
-    pictures."""
+    """Return the first row of a cell's sample grid as a data URI.
+
+    The height divided by the number of rows, rounded up, contains the whole first row.
+    """
     rows = math.ceil(min(count, PICTURES) / _IN_A_ROW)
     image = Image.open(io.BytesIO(png))
     file = io.BytesIO()

@@ -1,5 +1,4 @@
-"""What a study found, as data: one result for each cell, what it was found with, and what follows
-for the user."""
+"""The results of a study as data: a result for each cell, the settings, and the recommendation."""
 
 from __future__ import annotations
 
@@ -14,12 +13,12 @@ from typing import Any
 from .cells import Cell
 
 STUDY_VERSION = 1
-"""Of the JSON's form."""
+"""The version of the JSON format."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number with its standard error; NaN where there is none to give."""
+    """A value with its standard error, which is NaN if unknown."""
 
     value: float
     error: float = math.nan
@@ -27,12 +26,11 @@ class Measure:
 
 @dataclass(frozen=True)
 class Metric:
-    """What a quality number is called and means.
+    """A quality metric: its name and meaning.
 
     Args:
         better: "lower" or "higher".
-        enough: a value from which on better ones are not worth any time; None where there is no
-            such value.
+        enough: the value beyond which better ones are not worth extra time; None if there is none.
     """
 
     name: str
@@ -45,7 +43,7 @@ class Metric:
         return self.enough is not None and self.cost(value) <= self.cost(self.enough)
 
     def cost(self, value: float) -> float:
-        """The value, or its negative: lower is better."""
+        """Return the value, negated if higher is better, so that lower always is."""
         return value if self.better == "lower" else -value
 
 
@@ -63,15 +61,15 @@ METRICS = {
             "distance",
             "distance to converged",
             "lower",
-            "root mean square over a sample's elements of its difference to the converged sample from the same noise, mean over samples; "
-            "deterministic cells only. With samples in [-1, 1], hardly anyone sees less than 0.02",
+            "root-mean-square difference to the converged sample from the same noise, over a sample's elements, mean over samples; "
+            "deterministic cells only. For samples in [-1, 1], differences below 0.02 are barely visible",
             enough=0.02,
         ),
         Metric(
             "wasserstein",
             "Wasserstein distance",
             "lower",
-            "exact 2-Wasserstein distance between the samples and the data distribution, known in closed form",
+            "exact 2-Wasserstein distance between the samples and the data distribution, which is known in closed form",
         ),
         Metric(
             "precision",
@@ -83,13 +81,13 @@ METRICS = {
             "recall",
             "recall",
             "higher",
-            "share of real data within the manifold of the samples, estimated likewise",
+            "share of real data within the manifold of the samples, estimated in the same way",
         ),
         Metric(
             "class_agreement",
             "class agreement",
             "higher",
-            "share of samples to which a classifier gives the class that was asked for",
+            "share of samples that a classifier assigns to the requested class",
         ),
         Metric(
             "reconstruction",
@@ -100,24 +98,22 @@ METRICS = {
         ),
     )
 }
-"""Quality numbers by name, those that decide first: the first that a study has is what it
-recommends by."""
+"""Metrics by name, most important first: a recommendation uses the first one that a study has."""
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """What was measured in one cell.
+    """The measurements of one cell.
 
     Args:
-        count: samples.
-        quality: by names of ``METRICS``; those that apply.
-        model_ms, update_ms: milliseconds a sample takes in the model and in the update, in the
-            fastest batch.
-        calls: model calls a sample takes, guidance counted.
-        peak_megabytes: the most memory in use while sampling, minus what was in use before; NaN
-            where it is unknown.
-        pictures: the first samples as a grid, a PNG file beside the study, or none where samples
-            are no pictures.
+        count: the number of samples.
+        quality: the metrics that apply, by their name in ``METRICS``.
+        model_ms, update_ms: milliseconds per sample in the model and in the update, in the fastest
+            batch.
+        calls: model calls per sample, guidance included.
+        peak_megabytes: peak memory while sampling, minus the memory in use before; NaN if unknown.
+        pictures: a PNG grid of the first samples in the study's directory; None if samples are not
+            images.
     """
 
     cell: Cell
@@ -148,9 +144,9 @@ class Study:
     """All cells of a study.
 
     Args:
-        model: what the model is called.
-        settings: everything that results are a function of, as JSON.
-        notes: what a reader has to know beside the numbers, a sentence each.
+        model: the model's name.
+        settings: everything that determines the results, as JSON.
+        notes: remarks for the reader, a sentence each.
     """
 
     model: str
@@ -161,28 +157,32 @@ class Study:
 
     @property
     def metrics(self) -> list[Metric]:
-        """Those that some cell has."""
+        """The metrics that at least one cell has."""
         return [metric for name, metric in METRICS.items() if self.with_metric(name)]
 
     def with_metric(self, name: str) -> list[CellResult]:
-        """Results that can be compared by a metric: one that is not finite, as of samples that
-        diverged, cannot."""
+        """Return the results that have a finite value of a metric.
+
+        The value is not finite where samples diverged.
+        """
         return [r for r in self.results if name in r.quality and math.isfinite(r.quality[name].value)]
 
     def best(self, name: str) -> CellResult | None:
-        """The best cell by a metric, of equally good ones the fastest; none where no cell has it."""
+        """Return the best cell by a metric, the fastest of equals; None if no cell has it."""
         return min(self.with_metric(name), key=lambda r: (_cost(r, name), r.milliseconds), default=None)
 
     def within_error(self, name: str) -> list[CellResult]:
-        """Cells whose error bar overlaps that of the best, which is one of them."""
+        """Return the cells whose error bar overlaps that of the best, including the best."""
         best = self.best(name)
         return (
             [] if best is None else [r for r in self.with_metric(name) if overlap(r.quality[name], best.quality[name])]
         )
 
     def pareto_front(self, name: str) -> list[CellResult]:
-        """Cells than which none is both faster and better, fastest first. Of cells equal in both,
-        the first."""
+        """Return the cells that no other beats in both time and quality, fastest first.
+
+        Of cells equal in both, only the first is kept.
+        """
         front: list[CellResult] = []
         for result in sorted(self.with_metric(name), key=lambda r: (r.milliseconds, _cost(r, name))):
             if not front or _cost(result, name) < _cost(front[-1], name):
@@ -190,14 +190,17 @@ class Study:
         return front
 
     def recommendation(self, name: str | None = None, within: float = 0.05) -> Recommendation | None:
-        """The fastest cell whose quality is within a share of the best one's, or whose error bar
+        """Return the fastest cell that is about as good as the best.
+
+        That is a cell within the relative difference ``within`` of the best, or whose error bar
         overlaps the best one's, or that is good enough (``Metric.enough``).
 
         Args:
-            name: a key of ``METRICS``; the first that this study has if none.
+            name: a key of ``METRICS``. None: the first one that this study has.
+            within: the largest relative difference to the best value.
 
         Returns:
-            None where no cell has the metric.
+            The recommendation; None if no cell has the metric.
 
         Raises:
             ValueError: there is no such metric.
@@ -208,7 +211,7 @@ class Study:
                 return None
             name = metrics[0].name
         if name not in METRICS:
-            raise ValueError(f"a recommendation goes by one of the metrics {', '.join(METRICS)}, got {name!r}")
+            raise ValueError(f"name must be one of the metrics {', '.join(METRICS)}, got {name!r}")
         best = self.best(name)
         if best is None:
             return None
@@ -242,13 +245,12 @@ class Study:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A recommendation, as data: ``chosen`` is as good as ``best`` up to a small share, and no
-    slower.
+    """A recommendation: ``chosen`` is about as good as ``best``, and no slower.
 
     Args:
-        within: the share that was asked for; where chance may explain more, ``chosen`` may be
-            further off.
-        among: how many cells were compared.
+        within: the requested relative difference. ``chosen`` may be further off if error bars
+            overlap or if it is good enough.
+        among: the number of cells compared.
     """
 
     metric: Metric
@@ -259,13 +261,12 @@ class Recommendation:
 
     @property
     def times_less(self) -> float:
-        """How many times less time the chosen cell takes than the best; NaN where no time was
-        measured."""
+        """The time of the best cell over that of the chosen one; NaN if no time was measured."""
         return self.best.milliseconds / self.chosen.milliseconds if self.chosen.milliseconds else math.nan
 
     @property
     def share_worse(self) -> float:
-        """By what share of the best value the chosen one is worse; 0 where they are the same."""
+        """The relative difference of the chosen value to the best; 0 if they are equal."""
         best = self.best.quality[self.metric.name].value
         gap = abs(self.chosen.quality[self.metric.name].value - best)
         return (gap / abs(best) if best else math.inf) if gap else 0.0
@@ -280,25 +281,24 @@ class Recommendation:
         if self.share_worse == 0:
             how += f" is as good as {best}"
         elif self.share_worse > self.within and self.metric.is_enough(self.chosen.quality[self.metric.name].value):
-            how += f" is {self.chosen.quality[self.metric.name].value:.2g}, too little to see, as is {best}"
+            how += f" is {self.chosen.quality[self.metric.name].value:.2g}, too small to see, as is {best}"
         elif self.share_worse <= self.within:
             how += f" is within {_percent_above(self.share_worse)} % of {best}"
         else:
             how += f" is within error of {best}"
-        # What would be written as 1.0 is no gain.
+        # A factor that rounds to 1.0 is no gain.
         return (
-            f"{how}, in {self.times_less:.1f} times less time."
+            f"{how}, at {self.times_less:.1f} times the speed."
             if self.times_less >= 1.05
             else f"{how}, in no more time."
         )
 
 
 def describe(cell: Cell, beside: Cell | None = None) -> str:
-    """A cell in words: "20 steps with log_snr spacing, eta 0.5 and order=2".
+    """Describe a cell in words: "20 steps with log_snr spacing, eta 0.5 and order=2".
 
     Args:
-        beside: a cell that was just described: what both have in common is not repeated, except the
-            steps.
+        beside: a cell just described; what both share is not repeated, except the steps.
     """
     known = ("eta 0", "order=1") if beside is None else way_of(beside)
     parts = [part for part in way_of(cell) if part not in known]
@@ -308,13 +308,13 @@ def describe(cell: Cell, beside: Cell | None = None) -> str:
 
 
 def way_of(cell: Cell) -> tuple[str, ...]:
-    """Return everything about a cell but its number of steps, in words."""
+    """Return everything about a cell except its number of steps, in words."""
     spacing = f"{cell.timestep_spacing} spacing" if cell.timesteps is None else f"the timesteps {cell.timestep_spacing}"
     return spacing, "sigma-hat" if cell.sigma_hat else f"eta {eta_text(cell)}", f"order={cell.order}"
 
 
 def eta_text(cell: Cell) -> str:
-    """The noise that a cell adds: "0.5", "0.5 of the variance", "1, analytic variance", or
+    """Describe the noise of a cell: "0.5", "0.5 of the variance", "1, analytic variance", or
     "sigma-hat"."""
     if cell.sigma_hat:
         return "sigma-hat"
@@ -324,8 +324,10 @@ def eta_text(cell: Cell) -> str:
 
 
 def overlap(a: Measure, b: Measure) -> bool:
-    """Whether two error bars, of one standard error each way, meet. One that is not known has no
-    length."""
+    """Return whether two error bars of one standard error each way overlap.
+
+    An unknown error counts as 0.
+    """
     errors = [m.error if math.isfinite(m.error) else 0.0 for m in (a, b)]
     return abs(a.value - b.value) <= sum(errors)
 
@@ -347,7 +349,7 @@ def _cost(result: CellResult, name: str) -> float:
 
 
 def _percent_above(share: float) -> int:
-    """The whole number of percent that a share is within. Rounding must not make one more of it."""
+    """Return a share as a whole percentage, rounded up, without float noise adding one."""
     return math.ceil(round(100 * share, 6))
 
 
@@ -356,7 +358,7 @@ def _number(value: float | None) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: no NaN, no infinity."""
+    """Return the value for JSON, with NaN and infinity as null."""
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -1,5 +1,4 @@
-"""A study on disk: each cell is written as soon as it is measured, so that an interrupted run can
-be resumed."""
+"""A study on disk. Each cell is written as soon as it is measured, so that runs can be resumed."""
 
 from __future__ import annotations
 
@@ -23,14 +22,14 @@ from .measure import CONVERGED, Progress, Subject, draw, measure
 from .results import CellResult, Study
 
 PICTURES = 30
-"""Samples of each cell that people can look at."""
+"""The number of samples in each cell's sample grid."""
 
 
 def settings_of(subject: Subject, model_id: str | None = None) -> dict[str, Any]:
-    """What the numbers of a study depend on, but for its cells, as JSON.
+    """Return everything that a study's numbers depend on except its cells, as JSON.
 
     Args:
-        model_id: identifies a model that is no ``nn.Module``, which its weights identify.
+        model_id: identifies a model that is not an ``nn.Module``. None: the digest of its weights.
     """
     schedule = subject.schedule
     return {
@@ -51,11 +50,13 @@ def settings_of(subject: Subject, model_id: str | None = None) -> dict[str, Any]
 
 
 class StudyDirectory:
-    """The directory of a study: ``settings.json``, ``cells/KEY.json`` and ``KEY.png``,
+    """The directory of a study.
+
+    It holds ``settings.json``, ``cells/KEY.json``, ``cells/KEY.png`` and
     ``converged.safetensors``.
 
     Raises:
-        ValueError: there is a study with other settings; the message has the differences.
+        ValueError: it holds a study with other settings; the message lists the differences.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
@@ -72,7 +73,7 @@ class StudyDirectory:
         write_atomically(there, as_json(settings).encode())
 
     def result(self, cell: Cell) -> CellResult | None:
-        """What was found in this very cell, if anything."""
+        """Return the result of this cell; None if it was not measured."""
         path = self.path / "cells" / f"{cell.key}.json"
         if not path.exists():
             return None
@@ -87,8 +88,7 @@ class StudyDirectory:
         return self.path / "cells" / f"{cell.key}.png"
 
     def converged(self, make: Callable[[], Tensor]) -> Tensor:
-        """Return the converged samples on the disk, or those that ``make`` returns, which are then
-        written."""
+        """Return the converged samples on disk, or else those of ``make``, and write them."""
         path = self.path / "converged.safetensors"
         if path.exists():
             return load(path.read_bytes())["samples"]
@@ -109,16 +109,16 @@ def run_study(
     progress: Progress = lambda calls: None,
     done: Callable[[CellResult], Any] = lambda result: None,
 ) -> Study:
-    """Measure every cell that the directory does not have yet.
+    """Measure every cell that is not in the directory yet, and return the study.
 
     Args:
-        converged_cell: draws the converged samples that distances are measured to. None: no
+        converged_cell: how to draw the converged samples that distances are measured to. None: no
             distances.
-        converged_count: how many of them. None: as many as a cell has samples.
-        done: called with each result, also with those from an earlier run.
+        converged_count: the number of converged samples. None: as many as a cell has.
+        done: called with each result, including those of an earlier run.
     """
     cells = list(cells)
-    for cell in cells:  # all contradictions come before any work
+    for cell in cells:  # report invalid cells before any work
         subject.sampler(cell).plan(subject.model)
     converged = None
     if converged_cell is not None and any(cell.deterministic for cell in cells):
@@ -145,7 +145,7 @@ def calls_to_do(
     converged_cell: Cell | None,
     converged_count: int | None = None,
 ) -> int:
-    """Model calls, counted by sample, that ``run_study`` would make: for a progress bar."""
+    """Return the model calls, counted per sample, that ``run_study`` would make."""
     cells = list(cells)
     calls = sum(subject.calls(cell) for cell in cells if directory.result(cell) is None)
     there = (directory.path / "converged.safetensors").exists()
@@ -155,7 +155,7 @@ def calls_to_do(
 
 
 def _sheet(samples: Tensor) -> Image.Image | None:
-    """The first samples as a grid, ten in a row, where they are pictures."""
+    """Return the first samples as a grid, ten in a row; None if they are not images."""
     if samples.ndim != 4 or samples.shape[1] not in (1, 3):
         return None
     return pictures.grid(samples[:PICTURES], columns=10, scale=max(1, round(56 / samples.shape[3])))

@@ -1,5 +1,4 @@
-"""A plot as numbers for an SVG: where the page's template draws its axes, points, error bars and
-front."""
+"""The layout of a plot for SVG: the coordinates of axes, points, error bars and front."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from .marks import SHAPES, Mark, Point, is_log
 from .results import CellResult
 
 _R = 5.5
-# Around (0, 0), of about equal areas.
+# Centred at (0, 0), with about equal areas.
 _PATHS = {
     "circle": f"M{-_R} 0a{_R} {_R} 0 1 0 {2 * _R} 0a{_R} {_R} 0 1 0 {-2 * _R} 0z",
     "square": "M-5-5h10v10h-10z",
@@ -23,7 +22,7 @@ _PATHS = {
     "star": "M0-7.5L2-2.5 7-2.5 3 1 4.5 6.5 0 3.2-4.5 6.5-3 1-7-2.5-2-2.5z",
 }
 _ERROR_REACH = 0.6
-"""Of a value: no error bar makes the vertical axis longer than this."""
+"""The largest share of a value by which its error bar extends the vertical axis."""
 
 
 def path_of(mark: Mark) -> str:
@@ -38,7 +37,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Axis:
-    """From values to places: ``low`` is at ``start``, ``high`` at ``end``."""
+    """A map from values to coordinates: ``low`` is at ``start``, ``high`` at ``end``."""
 
     low: float
     high: float
@@ -47,7 +46,7 @@ class Axis:
     end: float
 
     def place(self, value: float) -> float:
-        """Of a value outside the axis: its nearest end."""
+        """Return the coordinate of a value, clamped to the ends of the axis."""
         low, high, at = self.low, self.high, value
         if self.log:
             low, high, at = math.log(low), math.log(high), math.log(max(value, self.low))
@@ -55,26 +54,26 @@ class Axis:
         return round(self.start + (self.end - self.start) * min(max(share, 0.0), 1.0), 1)
 
     def ticks(self, most: int) -> list[Tick]:
-        """At round numbers, at most so many."""
+        """Return at most ``most`` ticks, at round numbers."""
         values = _log_ticks(self.low, self.high, most) if self.log else _linear_ticks(self.low, self.high, most)
         return [Tick(self.place(value), f"{value:,.6g}") for value in values]
 
 
 def axis(values: Sequence[float], start: float, end: float, margin: float = 0.07) -> Axis:
-    """An axis on which all values have a place, with room at both ends."""
+    """Return an axis that contains all values, with room at both ends."""
     low, high = min(values), max(values)
     if is_log(values):
         room = (high / low) ** margin
         return Axis(low / room, high * room, True, start, end)
     room = margin * (high - low) or 0.2 * abs(high) or 1.0
-    # Nothing that is not negative gets a negative part of an axis.
+    # An axis of non-negative values must not start below 0.
     return Axis(max(0.0, low - room) if low >= 0 else low - room, high + room, False, start, end)
 
 
 @dataclass(frozen=True)
 class Dot:
-    """A point where it is drawn: the error bar from ``top`` to ``bottom``, or none; ``label`` at
-    the front only."""
+    """A point at its coordinates. Its error bar reaches from ``top`` to ``bottom``; None if it has
+    none."""
 
     point: Point
     x: float
@@ -86,7 +85,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Plot:
-    """All of a plot of ``width`` by ``height``; its inside is from (left, top) to (right, bottom)."""
+    """A plot of ``width`` by ``height``, whose axes span (left, top) to (right, bottom)."""
 
     width: int
     height: int
@@ -102,12 +101,12 @@ class Plot:
 
 
 def plot(points: Sequence[Point], front: Sequence[CellResult], width: int, height: int, labels_below: bool) -> Plot:
-    """A plot of at least one point.
+    """Return the layout of a plot of at least one point.
 
     Args:
-        front: along which the line goes.
-        labels_below: where steps are written: on the side of the front on which there are no
-            points.
+        front: the results that the line connects.
+        labels_below: write the numbers of steps below the front, the side without points if lower
+            is better; otherwise above.
     """
     left, right, top, bottom = 58.0, width - 14.0, 24.0, height - 46.0
     horizontal = axis([p.x for p in points], left, right)
@@ -137,9 +136,9 @@ def plot(points: Sequence[Point], front: Sequence[CellResult], width: int, heigh
 
 
 def _labels(on_front: Sequence[Dot], below: bool, floor: float) -> list[tuple[Dot, float]]:
-    """Numbers of steps on the front, and where each stands: those that have room, the last first.
+    """Return the points of the front to label, each with the label's y, starting from the last.
 
-    Below is not below ``floor``.
+    Labels that would overlap are left out, and none is placed below ``floor``.
     """
     placed: list[tuple[Dot, float]] = []
     for dot in reversed(on_front):
@@ -152,7 +151,7 @@ def _labels(on_front: Sequence[Dot], below: bool, floor: float) -> list[tuple[Do
 
 
 def _reach(point: Point) -> list[float]:
-    """The values that a point needs on the vertical axis."""
+    """Return the values of a point that the vertical axis must contain."""
     value, error = point.measure.value, point.measure.error
     error = min(error, _ERROR_REACH * abs(value)) if math.isfinite(error) else 0.0
     return [value - error, value, value + error]

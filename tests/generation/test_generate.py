@@ -197,7 +197,7 @@ def test_shards_of_npz_are_joined_to_the_one_file_that_evaluators_read(tmp_path)
     out, file = tmp_path / "set", tmp_path / "all.npz"
     worker.crowd(out, 75, format="npz")
     output = invoke("--check", out, "--join", file)
-    assert f"joined to {file}" in output
+    assert f"joined into {file}" in output
     shards = []
     for path in sorted(out.glob("samples-*")):
         with np.load(path) as shard:
@@ -584,13 +584,13 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, name):
         os.kill(processes.ranks[0].pid, getattr(signal, name))
         assert processes.wait() == [130]
         said = processes.errors()
-    assert "stopped; every shard that has its name is whole" in said
-    assert f"Continue with: ddim-fast generate -n 96 --steps 2 --shard-size 16 --class Bag --out {out} --resume" in said
+    assert "stopped; all shards written so far are complete" in said
+    assert f"Resume with: ddim-fast generate -n 96 --steps 2 --shard-size 16 --class Bag --out {out} --resume" in said
     there = files(out)
     assert check_set(out) == [f"the set is not finished. {AGAIN}"]
     result = CliRunner().invoke(main, ["generate", *arguments, "--out", str(out), "--resume"])
     assert result.exit_code == 0, result.output
-    assert "were there" in result.output
+    assert "already there" in result.output
     assert check_set(out) == []
     shards = {name: sha for name, sha in there.items() if name.startswith("samples-")}
     assert 1 <= len(shards) < 6
@@ -887,7 +887,7 @@ def test_the_command_is_the_function(tmp_path):
     output = invoke(
         "-n", 20, "--steps", 2, "--eta", 1, "--seed", 5, "--guidance", 2, "--out", tmp_path / "a", "--format", "npz"
     )
-    assert "20 samples in 1 files: 20 made in" in output
+    assert "20 samples in 1 files: 20 drawn in" in output
     assert "20/20" in output
     generate(
         ddim_fast.load_model("fashion"),
@@ -900,7 +900,7 @@ def test_the_command_is_the_function(tmp_path):
         format="npz",
     )
     assert files(tmp_path / "a") == files(tmp_path / "b")
-    assert "is whole: 20 samples in 1 files" in invoke("--check", tmp_path / "a")
+    assert "is complete: 20 samples in 1 files" in invoke("--check", tmp_path / "a")
     assert invoke("--check", tmp_path / "a", "--quiet").strip() == ""
 
 
@@ -912,9 +912,11 @@ def test_the_command_refuses_what_could_run_code_and_what_is_unclear(tmp_path):
     assert "shape of its samples" in invoke(
         "-n", 4, "--model", archive, "--trust-pickle", "--out", tmp_path / "set", code=1
     )
-    assert "-n says how many" in invoke("--out", tmp_path / "set", code=1)
+    assert "-n, the number of samples, must be given" in invoke("--out", tmp_path / "set", code=1)
     table = write_table(tmp_path / "rows.csv", [{"class_labels": 1}])
-    assert "both say" in invoke("--conditioning", table, "--class", "Bag", "--out", tmp_path / "set", code=1)
+    assert "must not be combined" in invoke(
+        "--conditioning", table, "--class", "Bag", "--out", tmp_path / "set", code=1
+    )
     assert "got none in" in invoke("--check", tmp_path, code=1)
     assert not (tmp_path / "set").exists()
 

@@ -23,5 +23,5 @@ def test_its_tables_are_those_of_the_studies(tables):
         changed = text.replace(f"<!-- {name}: begin -->\n", f"<!-- {name}: begin -->\nx", 1)
         assert changed != text
         assert tables.page_text(changed) == text
-        with pytest.raises(ValueError, match=f"one pair of marks for {name}, got 0"):
+        with pytest.raises(ValueError, match=f"one pair of markers for {name}, got 0"):
             tables.page_text(text.replace(f"<!-- {name}: begin -->", ""))

@@ -7,7 +7,7 @@ import pytest
 from tradeoff.example_studies import MANY, PAPER, result, study
 
 from ddim_fast.tradeoff import Measure, grid, paper_table
-from ddim_fast.tradeoff.paper import PAPER_FIDS, ROWS, is_paper_table, paper_table_of
+from ddim_fast.tradeoff.paper import PAPER_FIDS, ROWS, paper_table_of
 from ddim_fast.tradeoff.report import html_text
 
 
@@ -37,17 +37,17 @@ def test_numbers_of_the_paper():
 
 
 def test_which_studies_have_the_table():
-    assert is_paper_table(PAPER)
-    assert not is_paper_table(MANY)  # no eta of 0.2, no sigma-hat
-    assert not is_paper_table(study())
-    assert not is_paper_table(study(*(result(c, 1.0) for c in paper_table() if not c.sigma_hat)))
-    assert not is_paper_table(study(*(result(c) for c in paper_table())))
+    assert paper_table_of(PAPER)
+    assert not paper_table_of(MANY)  # no eta of 0.2, no sigma-hat
+    assert not paper_table_of(study())
+    assert not paper_table_of(study(*(result(c, 1.0) for c in paper_table() if not c.sigma_hat)))
+    assert not paper_table_of(study(*(result(c) for c in paper_table())))
     mixed = [replace(c, timestep_spacing=f"{c.eta}") for c in paper_table()]
-    assert not is_paper_table(study(*(result(c, 1.0) for c in mixed)))
+    assert not paper_table_of(study(*(result(c, 1.0) for c in mixed)))
     searched = [replace(c, timesteps=tuple(range(c.num_inference_steps, 0, -1))) for c in paper_table()]
-    assert not is_paper_table(study(*(result(c, 1.0) for c in searched)))
+    assert not paper_table_of(study(*(result(c, 1.0) for c in searched)))
     other = [replace(c, eta_scales="variance") for c in paper_table()]
-    assert not is_paper_table(study(*(result(c, 1.0) for c in other)))
+    assert not paper_table_of(study(*(result(c, 1.0) for c in other)))
 
 
 def test_of_several_spacings_the_fullest_and_then_the_papers():

@@ -144,7 +144,7 @@ def test_counts_that_differ_are_told(tmp_path):
     assert "Each cell has 500 samples." in html_text(FEW, tmp_path)
     fewer = study(*FEW.results, result(Cell(1000, "quad"), 7.0, count=1))
     text = html_text(fewer, tmp_path)
-    assert "Each cell has 500 samples, but for 1000 steps with quad spacing: 1." in text
+    assert "Each cell has 500 samples, except 1000 steps with quad spacing: 1." in text
     assert "500 at most" in text
 
 

@@ -76,15 +76,15 @@ def test_chance_makes_more_cells_close():
     assert found.recommendation().chosen.cell == Cell(20)
     assert steps_of(found.within_error("frechet")) == [20, 100]
     assert str(found.recommendation()) == (
-        "Use 20 steps with leading spacing: its Frechet distance is within error of the best (100 steps), in 5.0 times less time."
+        "Use 20 steps with leading spacing: its Frechet distance is within error of the best (100 steps), at 5.0 times the speed."
     )
 
 
 def test_what_nobody_sees_is_not_worth_any_time():
     cells = [result(Cell(S), distance=value) for S, value in ((10, 0.05), (20, 0.018), (50, 0.004), (100, 0.001))]
     assert str(study(*cells).recommendation("distance")) == (
-        "Use 20 steps with leading spacing: its distance to converged is 0.018, too little to see, as is the best (100 steps), in 5.0 "
-        "times less time."
+        "Use 20 steps with leading spacing: its distance to converged is 0.018, too small to see, as is the best (100 steps), at 5.0 "
+        "times the speed."
     )
     assert study(*cells[:1], *cells[2:]).recommendation("distance").chosen.cell == Cell(50)
     assert study(result(Cell(10), distance=0.05), result(Cell(20), distance=0.03)).recommendation(
@@ -111,13 +111,13 @@ def test_errors_that_are_not_known_have_no_length():
     [
         (
             [result(Cell(20, "log_snr", order=2), 5.15, ms=1), result(Cell(100, "log_snr", order=2), 5.0, ms=5)],
-            "Use 20 steps with log_snr spacing and order=2: its Frechet distance is within 3 % of the best (100 steps), in 5.0 times "
-            "less time.",
+            "Use 20 steps with log_snr spacing and order=2: its Frechet distance is within 3 % of the best (100 steps), at 5.0 times "
+            "the speed.",
         ),
         (
             [result(Cell(20, "quad", 0.5), 5.001, ms=1), result(Cell(100, "leading"), 5.0, ms=7.25)],
             "Use 20 steps with quad spacing and eta 0.5: its Frechet distance is within 1 % of the best (100 steps with leading spacing "
-            "and eta 0), in 7.2 times less time.",
+            "and eta 0), at 7.2 times the speed.",
         ),
         (
             [result(Cell(20), 5.0, ms=1), result(Cell(100, sigma_hat=True, eta=1.0), 5.0, ms=1.04)],
@@ -138,7 +138,7 @@ def test_errors_that_are_not_known_have_no_length():
         ),
         (
             [result(Cell(10), 0.01, 0.02, ms=1), result(Cell(20), 0.0, ms=2)],
-            "Use 10 steps with leading spacing: its Frechet distance is within error of the best (20 steps), in 2.0 times less time.",
+            "Use 10 steps with leading spacing: its Frechet distance is within error of the best (20 steps), at 2.0 times the speed.",
         ),
     ],
     ids=["as wanted", "what differs", "the best", "no gain", "alone", "no time", "best is 0"],
