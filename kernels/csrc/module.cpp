@@ -116,6 +116,13 @@ struct Reference {
   Reference& operator=(const Reference&) = delete;
 };
 
+// None, owned by the caller. Py_RETURN_NONE of Python 3.12's and 3.13's headers counts no reference,
+// even where the limited API asks for versions before 3.12, whose None can be freed.
+PyObject* new_none() {
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+
 bool read_any(PyObject* object, dlpack::Tensor* t) {
   if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != tensor_type) return false;
   if (exchange->tensor_from_object(object, t) != 0 || t->device.type != dlpack::kCpu) return false;
@@ -326,7 +333,7 @@ PyObject* py_step(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
   int64_t total = 0;
   if (is_watched() || !read_step(a, &s, &total)) {
     PyErr_Clear();  // the checks in Python raise the error
-    Py_RETURN_NONE;
+    return new_none();
   }
   run_unlocked(s, thread_count(total, s.seeds != nullptr));
   if (PyErr_Occurred()) return nullptr;
@@ -409,7 +416,7 @@ PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) 
   if (!x0) {
     if (x_prev) NewTensor::destroy(&x_prev->managed);
     PyErr_Clear();
-    Py_RETURN_NONE;
+    return new_none();
   }
   s.x_prev = {x_prev + 1, s.x_t.stride, s.x_t.dtype};
   s.x0 = {x0 + 1, s.x_t.stride, s.x_t.dtype};
@@ -452,7 +459,7 @@ PyObject* py_run(PyObject*, PyObject* arguments) {
   s.noise_step = noise_step;
   s.noise_stream = noise_stream;
   run_unlocked(s, threads);
-  Py_RETURN_NONE;
+  return new_none();
 }
 
 // normals(seeds, n_samples, n_elements, noise_step, noise_stream, z, threads): addresses of int64
@@ -475,7 +482,7 @@ PyObject* py_normals(PyObject*, PyObject* arguments) {
     }
   });
   PyEval_RestoreThread(state);
-  Py_RETURN_NONE;
+  return new_none();
 }
 
 // words(seed, first_counter, noise_step, noise_stream, address, n): four uint32 words for each of n
@@ -486,7 +493,7 @@ PyObject* py_words(PyObject*, PyObject* arguments) {
   unsigned long long address;
   if (!PyArg_ParseTuple(arguments, "LLIIKL", &seed, &first_counter, &noise_step, &noise_stream, &address, &n)) return nullptr;
   kernels->words(seed, first_counter, noise_step, noise_stream, reinterpret_cast<uint32_t*>(address), n);
-  Py_RETURN_NONE;
+  return new_none();
 }
 
 // triad(a, b, c, scale, n): addresses of float32; a = b * scale + c on the calling thread
@@ -498,7 +505,7 @@ PyObject* py_triad(PyObject*, PyObject* arguments) {
   PyThreadState* state = PyEval_SaveThread();
   kernels->triad(reinterpret_cast<float*>(a), reinterpret_cast<const float*>(b), reinterpret_cast<const float*>(c), scale, n);
   PyEval_RestoreThread(state);
-  Py_RETURN_NONE;
+  return new_none();
 }
 
 // Memory of a thread, which grows and is kept: allocating it again costs as much as a small
@@ -545,7 +552,7 @@ PyObject* py_convolve(PyObject*, PyObject* arguments) {
   });
   PyEval_RestoreThread(state);
   if (!enough_memory) return PyErr_NoMemory();
-  Py_RETURN_NONE;
+  return new_none();
 }
 
 PyObject* py_instruction_sets(PyObject*, PyObject*) {
@@ -563,7 +570,7 @@ PyObject* py_select(PyObject*, PyObject* arguments) {
   for (const Kernels* k : usable_kernels()) {
     if (std::strcmp(k->name, name) == 0) {
       kernels = k;
-      Py_RETURN_NONE;
+      return new_none();
     }
   }
   PyErr_Format(PyExc_ValueError, "instruction set must be one of instruction_sets(), got '%s'", name);
