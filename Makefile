@@ -88,11 +88,11 @@ bench: $(VENV)/.installed ## time the step, loops and whole pipelines against Py
 bench-compare: $(VENV)/.installed ## compare A=before.json with B=after.json: what got slower or faster
 	$(BIN)/python benchmarks/compare.py $(A) $(B)
 
-lint: $(VENV)/.installed ## check style and formatting
+lint: $(VENV)/.installed types ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.installed ## check the types of the package and of a user's script with mypy (not all rooms pass yet)
+types: $(VENV)/.installed ## check the types of the package and of a user's script with mypy
 	tools/check_types.sh $(BIN)
 
 wheel-check: $(VENV)/.installed ## build the sdist and the wheel, and use the wheel outside the repository

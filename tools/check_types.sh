@@ -7,6 +7,7 @@ bin=$(realpath -s "$1")
 cd "$(dirname "$0")/.."
 script=tests/typing/user_script.py
 work=$(mktemp -d)
+cache=$PWD/.mypy_cache  # torch alone takes a minute
 trap 'rm -rf "$work"' EXIT
 failed=0
 
@@ -18,9 +19,9 @@ mkdir -p $tree/ddim_fast
 for entry in ddim_fast/*; do [[ $entry == */__pycache__ ]] || ln -s "../../../$entry" "$tree/$entry"; done
 ln -s ../../../kernels $tree/ddim_fast/kernels
 echo "mypy: the source tree"
-MYPYPATH=$tree "$bin/mypy" --cache-dir .mypy_cache -p ddim_fast 2>&1 | sed "s#^$tree/ddim_fast/kernels/#kernels/#; s#^$tree/##" || failed=1
+MYPYPATH=$tree "$bin/mypy" --cache-dir "$cache" -p ddim_fast 2>&1 | sed "s#^$tree/ddim_fast/kernels/#kernels/#; s#^$tree/##" || failed=1
 echo "mypy: a user's script, against the source tree"
-MYPYPATH=$tree "$bin/mypy" --cache-dir .mypy_cache $script || failed=1
+MYPYPATH=$tree "$bin/mypy" --cache-dir "$cache" $script || failed=1
 
 # Checking the source does not check the wheel: py.typed or a module may be missing from it. A
 # separate environment has only the wheel, and uses the dependencies of BIN.
@@ -35,5 +36,5 @@ DDIM_FAST_REQUIRE_EXTENSION=0 CXX=false "$bin/python" -m pip wheel --quiet --no-
 cp $script "$work"
 cd "$work"
 echo "mypy: a user's script, against the wheel"
-"$bin/mypy" --cache-dir "$work/cache" --python-executable "$work/venv/bin/python" "${script##*/}" || failed=1
+"$bin/mypy" --cache-dir "$cache" --python-executable "$work/venv/bin/python" "${script##*/}" || failed=1
 exit $failed
