@@ -16,7 +16,7 @@ import ddim_fast as df
 from ddim_fast.sampling.inversion import reconstruct, reconstruction_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-from data import DEFAULT_DIRECTORY, load_split
+from fashion import DEFAULT_DIRECTORY, load_split
 
 BATCH = 32
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

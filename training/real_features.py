@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from data import DEFAULT_DIRECTORY, load_split
+from fashion import DEFAULT_DIRECTORY, load_split
 from safetensors.torch import save_file
 
 from ddim_fast.models import metrics

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from data import DEFAULT_DIRECTORY, load_split
+from fashion import DEFAULT_DIRECTORY, load_split
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

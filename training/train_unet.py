@@ -1,12 +1,13 @@
-"""Train the shipped model, a class-conditional U-Net, on Fashion-MNIST.
+"""Train a small class-conditional U-Net: the shipped model, or one of pictures of scenes.
 
 It uses v-prediction, linear betas and T = 1000.
 
-    python training/train_fashion.py --out runs/fashion --minutes 120
+    python training/train_unet.py fashion --out runs/fashion --minutes 120
+    python training/train_unet.py scenes --data scenes.npz --out runs/scenes --minutes 120
 
 Training stops after ``--minutes``, when the learning rate reaches zero. A checkpoint is written
 every minute; a restarted run resumes from it. The averaged weights are written to
-``fashion.safetensors`` in float16, the format of ``ddim_fast/weights``.
+``OUT/DATASET.safetensors`` in float16, the format of ``ddim_fast/weights``.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import copy
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import fashion
+import scenes
 import torch
 import torch.nn.functional as F
-from data import DEFAULT_DIRECTORY, load_split
 from optimizer import Muon, split_parameters
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,6 +32,23 @@ from torch import Tensor
 from ddim_fast.models.unet import SmallUNet
 from ddim_fast.plans.schedules import NoiseSchedule
 
+
+class Dataset(NamedTuple):
+    """Where pictures come from, and the U-Net for them."""
+
+    load_split: Callable[[str, Path], tuple[Tensor, Tensor]]
+    path: Path
+    unet: dict[str, int]
+
+
+DATASETS = {
+    "fashion": Dataset(fashion.load_split, fashion.DEFAULT_DIRECTORY, {"multiplier": 3}),
+    "scenes": Dataset(
+        scenes.load_split,
+        Path("scenes.npz"),
+        {"in_channels": 3, "num_classes": len(scenes.KINDS), "width": 48, "multiplier": 3},
+    ),
+}
 NUM_TRAIN_TIMESTEPS = 1000
 LABEL_DROPOUT = 0.1
 schedule = NoiseSchedule.linear(NUM_TRAIN_TIMESTEPS)
@@ -64,11 +85,11 @@ def held_out_loss(model, images: Tensor, labels: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--data", type=Path, default=DEFAULT_DIRECTORY)
+    parser.add_argument("--data", type=Path, help="default: where the dataset is expected")
     parser.add_argument("--minutes", type=float, default=120.0, help="training time, over all resumed runs")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--multiplier", type=int, default=3)
     parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--adamw-lr", type=float, default=2e-3)
@@ -79,9 +100,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)
-    images, labels = load_split("train", args.data)
-    test_images, test_labels = load_split("test", args.data)
-    model = SmallUNet(multiplier=args.multiplier).to(memory_format=torch.channels_last)
+    dataset = DATASETS[args.dataset]
+    images, labels = dataset.load_split("train", args.data or dataset.path)
+    test_images, test_labels = dataset.load_split("test", args.data or dataset.path)
+    model = SmallUNet(**dataset.unet).to(memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False)
     muon_weights, others = split_parameters(model, ("stem", "conv_out", "label_embedding", "time_mlp"))
     if args.optimizer == "adamw":
@@ -159,7 +181,7 @@ def main() -> None:
             log.write(json.dumps(entry) + "\n")
             log.flush()
             print(json.dumps(entry), flush=True)
-    save_file({k: v.half().contiguous() for k, v in average.state_dict().items()}, args.out / "fashion.safetensors",
+    save_file({k: v.half().contiguous() for k, v in average.state_dict().items()}, args.out / f"{args.dataset}.safetensors",
               metadata={"config": json.dumps(average.config), "prediction_type": "v_prediction"})  # fmt: skip
 
 
