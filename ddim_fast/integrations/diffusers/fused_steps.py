@@ -33,8 +33,7 @@ class FusedSteps(SchedulerRows):
         """
         config = self.config
         if not config.explicit_pairs:
-            original: Any = super()
-            return original.set_timesteps(num_inference_steps, device)
+            return super().set_timesteps(num_inference_steps, device)  # type: ignore[misc]  # the original
         timesteps = select_timesteps(
             num_inference_steps,
             config.num_train_timesteps,
@@ -161,8 +160,7 @@ class FusedSteps(SchedulerRows):
             x0 = original_samples.to(dtype)
             return self._rows(self._noising_row).step(x0, x0, t, noise=noise.to(dtype))
         except LeaveToOriginal:
-            original: Any = super()
-            return original.add_noise(original_samples, noise, timesteps)
+            return super().add_noise(original_samples, noise, timesteps)  # type: ignore[misc]  # the original
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Compute the target of v-prediction (Salimans and Ho 2022) as the original does."""
@@ -171,5 +169,4 @@ class FusedSteps(SchedulerRows):
             dtype = torch.promote_types(sample.dtype, noise.dtype)
             return self._rows(self._velocity_row).step(sample.to(dtype), noise.to(dtype), t)
         except LeaveToOriginal:
-            original: Any = super()
-            return original.get_velocity(sample, noise, timesteps)
+            return super().get_velocity(sample, noise, timesteps)  # type: ignore[misc]  # the original

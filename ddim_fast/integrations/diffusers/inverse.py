@@ -50,6 +50,5 @@ class FastDDIMInverseScheduler(FusedSteps, DDIMInverseScheduler):
             found = self._between_levels(model_output, single_timestep(timestep), sample, 0.0, False)
         except LeaveToOriginal:
             self._refuse_what_the_original_ignores("explicit_pairs")
-            original: Any = super()
-            return original.step(model_output, timestep, sample, return_dict)
+            return super().step(model_output, timestep, sample, return_dict)  # type: ignore[misc]  # the original
         return step_output(DDIMSchedulerOutput, found) if return_dict else found

@@ -55,8 +55,7 @@ class FastDDIMParallelScheduler(SamplingSteps, DDIMParallelScheduler):
             return rows.step(sample.to(dtype), model_output, t)
         except LeaveToOriginal:
             self._refuse_what_the_original_ignores("explicit_pairs")
-            original: Any = super()
-            return original.batch_step_no_noise(model_output, timesteps, sample, eta, use_clipped_model_output)
+            return super().batch_step_no_noise(model_output, timesteps, sample, eta, use_clipped_model_output)  # type: ignore[misc]  # the original
 
     def _parallel_row(self, use_clipped_model_output: bool, t: int) -> StepCoefficients:
         origin, target = self._pair(t)

@@ -65,8 +65,7 @@ class SamplingSteps(FusedSteps):
         except LeaveToOriginal:
             draws = variance_noise is None and isinstance(eta, (Real, Tensor)) and eta > 0
             self._refuse_what_the_original_ignores("explicit_pairs", *(["philox_noise"] if draws else []))
-            original: Any = super()
-            return original.step(
+            return super().step(  # type: ignore[misc]  # the original
                 model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
             )
         if eta == 0 and use_clipped_model_output is False and type(t) is int and self._is_plain():
