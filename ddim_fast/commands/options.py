@@ -29,7 +29,7 @@ from ..sampling.loop import Trajectory
 from ..utils import pictures
 from ..utils.checks import usable_device
 from ..utils.files import npz_array, safetensors_tensor
-from ..utils.import_string import import_string
+from ..utils.import_string import exits_refused, import_string
 
 FRAMES = 60  # the most frames in an animation
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -397,7 +397,8 @@ def _gathered(options: Sequence[Callable], names: set[str]) -> Callable:
 def _own_model(name: str) -> nn.Module:
     """Import ``module:attribute``: a module, or a function that returns one."""
     value = import_string(name, "the model")
-    model = value if isinstance(value, nn.Module) or not callable(value) else value()
+    with exits_refused(name, "the model"):
+        model = value if isinstance(value, nn.Module) or not callable(value) else value()
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"--model module:attribute must be a torch.nn.Module, or return one, got {type(model).__name__} from {name}"

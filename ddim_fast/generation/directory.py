@@ -16,7 +16,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.atomic_files import atomic_file, fsync_directory
+from ..utils.files import read_json
 from .formats import FORMATS
 from .settings import LAYOUT_VERSION, as_json, differences, file_digest
 
@@ -226,7 +226,7 @@ class SetDirectory:
         """Return the record of a shard that was written, or None where there is none or it is
         damaged."""
         try:
-            record = json.loads(self.record_path(part.index).read_bytes())
+            record = read_json(self.record_path(part.index))
         except (OSError, ValueError):
             record = self.old_records.get(part.index)
         return record if _is_record(record, part, self.shard_name(part.index)) else None
@@ -282,10 +282,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = path / MANIFEST
     if not manifest.is_file():
         raise FileNotFoundError(f"a set of samples must have a {MANIFEST}, got none in {path}")
-    try:
-        found = json.loads(manifest.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{manifest} must be JSON, and is not: {error}") from error
+    found = read_json(manifest)
     if not isinstance(found, dict) or found.get("layout") != LAYOUT_VERSION:
         raise ValueError(f"{manifest} must be of layout {LAYOUT_VERSION}, which this version of ddim_fast writes")
     shards = found.get("shards", [])

@@ -221,7 +221,7 @@ def _load_diffusers(path: Path, dtype: torch.dtype | None, trust_pickle: bool, v
             raise ValueError(
                 f"a pipeline must have a unet and a scheduler, got one in {path} without {missing[0]}: {parts}"
             )
-        stated = _read_scheduler(path / "scheduler")
+        stated = _read_scheduler(path / "scheduler" / "scheduler_config.json")
         return _load_unet(path / "unet", dtype, trust_pickle, variant, stated)
     if (path / "config.json").is_file():
         return _load_unet(path, dtype, trust_pickle, variant, {})
@@ -398,49 +398,49 @@ _CHECKS: dict[str, Any] = {
 """The rule of each setting that is used."""
 
 
-def _read_scheduler(path: Path) -> dict[str, Any]:
+def _read_scheduler(file: Path) -> dict[str, Any]:
     """Read the settings in a scheduler's configuration, as arguments of ``LoadedModel``."""
-    stored = _read_json(path / "scheduler_config.json")
+    stored = _read_json(file)
     name = stored.get("_class_name")
     name = _ORIGINALS.get(name, name) if isinstance(name, str) else name
     if name not in SCHEDULERS:
         raise ValueError(
             f"a scheduler must be one for betas, which DDIM can replace ({', '.join(SCHEDULERS)}), got _class_name = {name!r} "
-            f"in {path}"
+            f"in {file}"
         )
-    _check_settings(stored, path, _CHECKS)
+    _check_settings(stored, file, _CHECKS)
     # By diffusers, for its defaults of what the file leaves out.
     try:
         config = getattr(_diffusers(), name).from_config({**stored, "_class_name": name}).config
     except NotImplementedError:  # not every scheduler has every schedule
-        raise _unknown_betas(stored, path) from None
+        raise _unknown_betas(stored, file) from None
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"diffusers cannot make the {name} of {path}: {first_line(error)}") from error
+        raise ValueError(f"diffusers cannot make the {name} of {file}: {first_line(error)}") from error
     if config.get("use_flow_sigmas"):
-        raise ValueError(f"a schedule must follow from betas, got use_flow_sigmas = True in {path}")
+        raise ValueError(f"a schedule must follow from betas, got use_flow_sigmas = True in {file}")
     options = {name: config[name] for name in _SAMPLER_OPTIONS if name in config}
     clips = config.get("clip_sample") and not config.get("thresholding")
     numbers = ("clip_sample_range",) if clips else ()
     if config.get("thresholding"):
         options |= {name: config[name] for name in _THRESHOLDING_OPTIONS}
         numbers = _THRESHOLDING_OPTIONS[1:]
-    _check_settings(config, path, dict.fromkeys(numbers, check_number))
+    _check_settings(config, file, dict.fromkeys(numbers, check_number))
     return {
         "prediction_type": config.prediction_type,
-        "schedule": _schedule(config, path),
+        "schedule": _schedule(config, file),
         "clip_sample_range": float(config.get("clip_sample_range", 1.0)) if clips else None,
         "sampler_options": options,
     }
 
 
-def _check_settings(config: Mapping[str, Any], path: Path, checks: Mapping[str, Any]) -> None:
+def _check_settings(config: Mapping[str, Any], file: Path, checks: Mapping[str, Any]) -> None:
     with _settings_of_a_file():
         for name, check in checks.items():
             if name in config:
-                check(f"{name} in {path / 'scheduler_config.json'}", config[name])
+                check(f"{name} in {file}", config[name])
 
 
-def _schedule(config: Mapping[str, Any], path: Path) -> NoiseSchedule:
+def _schedule(config: Mapping[str, Any], file: Path) -> NoiseSchedule:
     """Return the noise schedule, from betas in float64; diffusers computes them in float32."""
     try:
         if config["trained_betas"] is not None:
@@ -451,16 +451,16 @@ def _schedule(config: Mapping[str, Any], path: Path) -> NoiseSchedule:
         elif config["beta_schedule"] == "squaredcos_cap_v2":
             schedule = NoiseSchedule.cosine(config["num_train_timesteps"])
         else:
-            raise _unknown_betas(config, path)
+            raise _unknown_betas(config, file)
         return schedule.rescale_zero_terminal_snr() if config.get("rescale_betas_zero_snr") else schedule
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path / 'scheduler_config.json'} must give a noise schedule: {error}") from error
+        raise ValueError(f"{file} must give a noise schedule: {error}") from error
 
 
-def _unknown_betas(config: Mapping[str, Any], path: Path) -> ValueError:
+def _unknown_betas(config: Mapping[str, Any], file: Path) -> ValueError:
     return ValueError(
         "beta_schedule must be linear, scaled_linear, sigmoid or squaredcos_cap_v2, or trained_betas given, got "
-        f"beta_schedule = {config.get('beta_schedule')!r} in {path}"
+        f"beta_schedule = {config.get('beta_schedule')!r} in {file}"
     )
 
 

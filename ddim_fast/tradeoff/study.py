@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ..generation.settings import as_json, differences, environment, model_digest
 from ..kernels.noise import NOISE_STANDARD_VERSION
 from ..utils import pictures
 from ..utils.atomic_files import write_atomically
+from ..utils.files import read_json_object, safetensors_tensor
 from .cells import Cell
 from .measure import CONVERGED, Progress, Subject, draw, measure
 from .results import CellResult, Study
@@ -63,7 +64,7 @@ class StudyDirectory:
         self.path, self.settings = path, dict(settings)
         there = path / "settings.json"
         if there.exists():
-            found = differences(json.loads(there.read_text()), settings, "there", "here")
+            found = differences(read_json_object(there), settings, "there", "here")
             if found:
                 listed = "\n".join(f"  {line}" for line in found)
                 raise ValueError(
@@ -77,7 +78,13 @@ class StudyDirectory:
         path = self.path / "cells" / f"{cell.key}.json"
         if not path.exists():
             return None
-        result = CellResult.from_dict(json.loads(path.read_text()))
+        fields = read_json_object(path)
+        try:
+            result = CellResult.from_dict(fields)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{path} must hold the result of a cell, and does not ({error!r}): remove it, and it is measured again"
+            ) from error
         return result if result.cell == cell else None
 
     def save(self, result: CellResult) -> None:
@@ -91,7 +98,7 @@ class StudyDirectory:
         """Return the converged samples on disk, or else those of ``make``, and write them."""
         path = self.path / "converged.safetensors"
         if path.exists():
-            return load(path.read_bytes())["samples"]
+            return safetensors_tensor(path, "samples")
         samples = make()
         write_atomically(path, save({"samples": samples.contiguous()}))
         return samples

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +18,7 @@ import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
 
+_MOST_LEVELS = 50
 _SAFE_PYARROW = (14, 0, 1)  # older ones unpickle what a file's schema holds
 
 
@@ -52,14 +53,32 @@ def read_json(path: Path) -> Any:
         return parse_json(file.read(), str(path))
 
 
-def parse_json(content: bytes | str, where: str) -> Any:
-    """Return the value of a JSON text; ``where`` it stands is for the error."""
+def parse_json(content: bytes | str, where: str, pairs: Callable[[list[tuple[str, Any]]], Any] = dict) -> Any:
+    """Return the value of a JSON text; ``where`` it stands is for the error. ``pairs`` makes an
+    object of its names and values."""
     try:
-        return json.loads(content)
+        value = json.loads(content, object_pairs_hook=pairs)
+        deep = _is_deeper(value, _MOST_LEVELS)
+    except _FoundError as error:
+        raise ValueError(f"{where} {error}") from None
     except RecursionError:
-        raise ValueError(f"{where} must be JSON of a few levels, and is nested too deeply") from None
+        deep = True
     except ValueError as error:
         raise ValueError(f"{where} must be JSON, and is not: {error}") from error
+    if deep:
+        raise ValueError(f"{where} must be JSON of at most {_MOST_LEVELS} levels, and is nested more deeply")
+    return value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Return whether lists and objects are nested more deeply: whatever walks them has to return."""
+    level = [value]
+    for _ in range(levels + 1):
+        inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        level = [one for values in inner for one in values]
+        if not inner:
+            return False
+    return True
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -76,10 +95,16 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, 1):
             if not (line := line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).strip():
                 continue
-            row = parse_json(line, f"line {number} of {path}")
+            row = parse_json(line, f"line {number} of {path}", _unique)
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} of {path} must be a JSON object, got {type(row).__name__}")
             yield row
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if twice := _second(name for name, _ in pairs):
+        raise _FoundError(f"must have each name once, got {twice!r} twice")
+    return dict(pairs)
 
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -13,10 +13,13 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from damaged_files import DEEP, VALUES, damaged, reads_or_names_the_file
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import ddim_fast
-from ddim_fast.models.loading import LoadedModel, load_model_from
+from ddim_fast.models.loading import LoadedModel, _read_scheduler, load_model_from
 from ddim_fast.plans.schedules import NoiseSchedule
 from ddim_fast.sampler import DDIMSampler
 
@@ -396,6 +399,83 @@ def test_what_cannot_be_honoured_is_named(pipeline, file, changes, message):
         return
     with pytest.raises(ValueError, match=message):
         load_model_from(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        (
+            "scheduler",
+            {"num_train_timesteps": "1000"},
+            "num_train_timesteps in .* must be an integer in .*, got '1000'",
+        ),
+        ("scheduler", {"num_train_timesteps": -5}, "num_train_timesteps in .* got -5"),
+        ("scheduler", {"num_train_timesteps": 10**12}, r"in \[1, 1000000\], got 1000000000000"),
+        ("scheduler", {"trained_betas": "evil"}, "trained_betas in .* must be a list of numbers, got 'evil'"),
+        ("scheduler", {"trained_betas": [0.1, "x"]}, "a number of trained_betas in .* got 'x'"),
+        ("scheduler", {"trained_betas": [0.1, 2]}, r"must give a noise schedule: betas .*got betas\[1\] = 2"),
+        ("scheduler", {"beta_end": "0.02"}, "beta_end in .* must be a finite number, got '0.02'"),
+        ("scheduler", {"beta_schedule": ["linear"]}, "beta_schedule"),
+        ("scheduler", {"prediction_type": ["epsilon"]}, r"prediction_type in .* must be .*got \['epsilon'\]"),
+        ("scheduler", {"timestep_spacing": 5}, "timestep_spacing in .* must be one of .*got 5"),
+        ("scheduler", {"steps_offset": "x"}, "steps_offset in .* must be an integer, .*got 'x'"),
+        ("scheduler", {"clip_sample": "yes"}, "clip_sample in .* must be true or false, got 'yes'"),
+        ("scheduler", {"clip_sample_range": "1"}, "clip_sample_range in .* must be a finite number.*got '1'"),
+        ("scheduler", {"thresholding": True, "sample_max_value": []}, r"sample_max_value in .* got \[\]"),
+        ("unet", {"sample_size": "8"}, "sample_size in .* must be an integer, at least 1, got '8'"),
+        ("unet", {"sample_size": [8, 8, 8]}, r"sample_size in .* got \[8, 8, 8\]"),
+        ("unet", {"in_channels": "3"}, "in_channels in .* must be an integer, at least 1, got '3'"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_named(pipeline, file, changes, message):
+    edit(pipeline / {"scheduler": "scheduler/scheduler_config.json", "unet": "unet/config.json"}[file], **changes)
+    with pytest.raises(ValueError, match=message):
+        load_model_from(pipeline)
+
+
+SETTINGS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+SETTINGS += ("timestep_spacing", "steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr", "clip_sample")
+SETTINGS += ("clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value", "_class_name")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_scheduler_of_any_settings_samples_or_is_named(tmp_path, data):
+    """What is accepted makes a sampler: nothing is left for its arguments to refuse."""
+    from diffusers import DDIMScheduler
+
+    config = dict(DDIMScheduler().config)
+    changes = data.draw(st.dictionaries(st.sampled_from(SETTINGS), st.sampled_from(VALUES), max_size=3))
+
+    def read(path):
+        stated = _read_scheduler(path)
+        steps = min(3, stated["schedule"].num_train_timesteps)
+        DDIMSampler(stated["schedule"], steps, **stated["sampler_options"])
+
+    content = json.dumps({**config, **changes}).encode()
+    content = data.draw(st.one_of(st.just(content), damaged(content), st.sampled_from(DEEP)))
+    reads_or_names_the_file(read, tmp_path / "scheduler_config.json", content)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    broken = tiny_unet()
+    with torch.no_grad():
+        broken.conv_out.bias[1] = float("nan")
+    broken.save_pretrained(tmp_path / "nan")
+    with pytest.raises(
+        ValueError, match=r"must be finite, got NaN or infinity in conv_out\.bias of .*as torch\.float32"
+    ):
+        load_model_from(tmp_path / "nan")
+    with torch.no_grad():
+        broken.conv_out.bias[1] = 1e5
+    broken.save_pretrained(tmp_path / "large")
+    load_model_from(tmp_path / "large")
+    with pytest.raises(ValueError, match=r"in conv_out\.bias of .* as torch\.float16: .* beyond that dtype"):
+        load_model_from(tmp_path / "large", dtype=torch.float16)
+    net = seeded(Net)
+    net.conv.bias[0] = float("inf")
+    with pytest.raises(ValueError, match=r"in conv\.bias of"):
+        load_model_from(save_torchscript(net, tmp_path / "net.pt"), trust_pickle=True)
 
 
 def test_a_model_that_needs_further_channels_is_refused(tmp_path):

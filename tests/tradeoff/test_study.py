@@ -167,6 +167,18 @@ def study(path, cells, model=None, **options):
 CELLS = [Cell(2), Cell(4), Cell(3, "trailing", 1.0)]
 
 
+@pytest.mark.parametrize("name", ["settings.json", "cells", "converged.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"{}", b"[]", bytes(200)])
+def test_damaged_files_are_named(tmp_path, name, content):
+    study(tmp_path, CELLS[:1])
+    path = tmp_path / name if name != "cells" else next((tmp_path / "cells").glob("*.json"))
+    path.write_bytes(content)
+    if name == "converged.safetensors":  # which is read where a cell is not
+        next((tmp_path / "cells").glob("*.json")).unlink()
+    with pytest.raises(ValueError, match=str(tmp_path) if name == "settings.json" else path.name):
+        study(tmp_path, CELLS[:1])
+
+
 def test_it_goes_on_where_it_was(tmp_path):
     whole, model = study(tmp_path / "whole", CELLS)
     assert model.calls == 10 * (2 + 4 + 3 + 40)
