@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..generation.settings import as_json, differences, environment, model_digest
 from ..kernels.noise import NOISE_STANDARD_VERSION
 from ..utils import pictures
-from ..utils.atomic_files import write_atomically
+from ..utils.atomic_files import own_directory, write_atomically
 from ..utils.files import read_json_object, safetensors_tensor
 from .cells import Cell
 from .measure import CONVERGED, Progress, Subject, draw, measure
@@ -70,7 +71,7 @@ class StudyDirectory:
                 raise ValueError(
                     f"{path} holds a study with other settings: choose another directory, or remove it\n{listed}"
                 )
-        (path / "cells").mkdir(parents=True, exist_ok=True)
+        own_directory(path / "cells")
         write_atomically(there, as_json(settings).encode())
 
     def result(self, cell: Cell) -> CellResult | None:
@@ -137,7 +138,9 @@ def run_study(
             result, samples = measure(subject, cell, converged, progress)
             if (sheet := _sheet(samples)) is not None:
                 path = directory.picture_path(cell)
-                sheet.save(path)
+                png = io.BytesIO()
+                sheet.save(png, "PNG")
+                write_atomically(path, png.getvalue())
                 result = replace(result, pictures=str(path.relative_to(directory.path)))
             directory.save(result)
         results.append(result)

@@ -445,6 +445,55 @@ def test_a_record_of_any_bytes_is_no_record(tmp_path):
         assert directory.record(Slice(0, 0, 8)) is None
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    "link", [".unfinished", ".unfinished/lock", ".unfinished/samples-000000.json", "manifest.json"]
+)
+def test_no_link_in_a_prepared_directory_leads_out_of_it(tmp_path, link, resume):
+    """Whatever the links point to keeps its bytes, and its files."""
+    out, other = tmp_path / "set", tmp_path / "other"
+    if resume:
+        worker.crowd(out)
+        (out / "manifest.json").write_text((out / "manifest.json").read_text().replace('"finished"', '"unfinished"'))
+    (out / ".unfinished").mkdir(parents=True, exist_ok=True)
+    other.mkdir()
+    (other / "precious").write_text("precious")
+    (other / "precious.tmp").write_text("precious")
+    before = files(other)
+    if link == "manifest.json":
+        if resume:
+            (out / link).rename(other / "precious")
+            before = files(other)
+        (out / link).symlink_to(other / "precious")
+    elif link == ".unfinished":
+        (out / link).rmdir()
+        (out / link).symlink_to(other)
+    else:
+        (out / link).symlink_to(other / "precious")
+    if link in (".unfinished", ".unfinished/lock"):
+        with pytest.raises(ValueError, match="of its own, got a link"):
+            worker.crowd(out, resume=resume)
+    elif link == "manifest.json" and not resume:
+        with pytest.raises(ValueError, match="must be JSON"):
+            worker.crowd(out)
+    else:
+        worker.crowd(out, resume=resume)
+        assert check_set(out) == []
+        assert not (out / link).is_symlink()
+    assert files(other) == before
+
+
+def test_a_pipe_in_a_shards_place_is_replaced(tmp_path):
+    worker.crowd(tmp_path / "set")
+    for name in ("samples-000000.safetensors", ".unfinished/samples-000001.json"):
+        path = tmp_path / "set" / name
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+    worker.crowd(tmp_path / "set", resume=True)
+    assert check_set(tmp_path / "set") == []
+
+
 def test_where_rank_0_refuses_all_do(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set/thesis.tex").touch()
