@@ -104,11 +104,6 @@ _NOT_HERE = ("out", "save", "threads")  # common options that this command redef
         help="Time after which an idle process redoes another's unfinished slice.  [default: 1.5 times its slowest]",
     ),
     click.option("--no-space-check", is_flag=True, help="Start even if the disk may be too small."),
-    click.option(
-        "--trust-pickle",
-        is_flag=True,
-        help="Load a model file that can run code: TorchScript, torch.export, weights in a .bin.",
-    ),
 )
 def generate(
     run: Run,
@@ -124,7 +119,6 @@ def generate(
     threads_each: int,
     patience: float | None,
     no_space_check: bool,
-    trust_pickle: bool,
 ) -> None:
     """Write any number of samples to files, with one or many processes.
 
@@ -142,7 +136,7 @@ def generate(
         return
     if joined is not None:
         raise ValueError(f"--join needs --check DIR, got --join {joined} alone: add --check DIR")
-    run.model = _model(run, trust_pickle)
+    run.model = _model(run)
     conditioning, count = _conditioning(run, table, count)
     # When a process dies, torchrun sends SIGTERM to the others: they stop as on Ctrl-C.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -186,19 +180,14 @@ def generate(
 generate.params = [parameter for parameter in generate.params if parameter.name not in _NOT_HERE]
 
 
-def _model(run: Run, trust_pickle: bool):
+def _model(run: Run):
     device = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     usable = usable_device(device)
     if usable.type == "cuda":
         torch.cuda.set_device(usable)
-    if os.path.isfile(run.model_name) and not trust_pickle:
-        raise ValueError(
-            f"model weights must be in safetensors, got the archive {run.model_name}, which contains a program and pickles and can "
-            "run code: pass --trust-pickle if you trust its source"
-        )
-    model = load_model(run.model_name, usable, trust_pickle=trust_pickle)
+    model = load_model(run.model_name, usable, trust_pickle=run.trust_pickle, variant=run.variant)
     if model.sample_shape is None:
         raise ValueError(
             f"the command line needs a model whose files give the shape of its samples, got {run.model_name}: use the Python API"

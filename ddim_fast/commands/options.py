@@ -12,8 +12,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..generation.conditioning import Conditioning, EveryClass, OneClass
@@ -29,7 +28,8 @@ from ..sampling.capture import MODES
 from ..sampling.loop import Trajectory
 from ..utils import pictures
 from ..utils.checks import usable_device
-from ..utils.import_string import import_string
+from ..utils.files import npz_array, safetensors_tensor
+from ..utils.import_string import exits_refused, import_string
 
 FRAMES = 60  # the most frames in an animation
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -63,6 +63,8 @@ class Run:
     capture: str = "auto"
     out: Path = Path("grid.png")
     save: Path | None = None
+    trust_pickle: bool = False
+    variant: str | None = None
     quiet: bool = False
     model: nn.Module = field(init=False)
 
@@ -78,7 +80,10 @@ class Run:
             torch.set_num_threads(self.threads)
         device = usable_device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         named = ":" in self.model_name and not os.path.exists(self.model_name)
-        self.model = _own_model(self.model_name).to(device) if named else load_model(self.model_name, device)
+        if named:
+            self.model = _own_model(self.model_name).to(device)
+        else:
+            self.model = load_model(self.model_name, device, trust_pickle=self.trust_pickle, variant=self.variant)
         if getattr(self.model, "sample_shape", None) is None:
             raise ValueError(
                 f"the command line needs a model that has the shape of its samples, got {self.model_name}: give it an attribute "
@@ -226,6 +231,17 @@ _OPTIONS = {
         help=f"The shipped model ({', '.join(SHIPPED)}), a diffusers directory, a TorchScript or torch.export archive, or "
         "module:attribute: a torch module with an attribute sample_shape, or a function that returns one.",
     ),
+    "trust_pickle": click.option(
+        "--trust-pickle",
+        is_flag=True,
+        help="Load a model file that can run code: TorchScript, torch.export, weights in a .bin.",
+    ),
+    "variant": click.option(
+        "--variant",
+        default=None,
+        metavar="NAME",
+        help='Which weights of a diffusers directory: "fp16" for diffusion_pytorch_model.fp16.safetensors.',
+    ),
     "class_name": click.option(
         "--class", "class_name", default=None, metavar="NAME", help="Use only this class: a name or number."
     ),
@@ -299,7 +315,18 @@ _OPTIONS = {
     "quiet": click.option("--quiet", is_flag=True, help="Show no progress bar and no summary."),
 }
 
-_OF_A_MODEL = ("model_name", "class_name", "guidance", "schedule", "batch_size", "threads", "device", "quiet")
+_OF_A_MODEL = (
+    "model_name",
+    "trust_pickle",
+    "variant",
+    "class_name",
+    "guidance",
+    "schedule",
+    "batch_size",
+    "threads",
+    "device",
+    "quiet",
+)
 
 noise_options = (
     click.option(
@@ -370,7 +397,8 @@ def _gathered(options: Sequence[Callable], names: set[str]) -> Callable:
 def _own_model(name: str) -> nn.Module:
     """Import ``module:attribute``: a module, or a function that returns one."""
     value = import_string(name, "the model")
-    model = value if isinstance(value, nn.Module) or not callable(value) else value()
+    with exits_refused(name, "the model"):
+        model = value if isinstance(value, nn.Module) or not callable(value) else value()
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"--model module:attribute must be a torch.nn.Module, or return one, got {type(model).__name__} from {name}"
@@ -446,13 +474,13 @@ def read_samples(paths: tuple[Path, ...], sample_shape: tuple[int, ...]) -> tupl
 
 
 def _read_numbers(path: Path) -> Tensor:
-    try:
-        if path.suffix.lower() == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return torch.from_numpy(file["samples"]).float()
-        return load_file(path)["samples"].float()
-    except KeyError:
-        raise ValueError(f"{path} must hold an array called samples, got none: use a file that --save wrote") from None
+    if path.suffix.lower() == ".npz":
+        samples = torch.from_numpy(npz_array(path, "samples").astype(np.float32))
+    else:
+        samples = safetensors_tensor(path, "samples").float()
+    if not bool(samples.isfinite().all()):
+        raise ValueError(f"samples must be finite, got NaN or infinity in {path}")
+    return samples
 
 
 def _read_picture(path: Path, sample_shape: tuple[int, ...]) -> Tensor:
@@ -461,7 +489,5 @@ def _read_picture(path: Path, sample_shape: tuple[int, ...]) -> Tensor:
         raise ValueError(
             f"pictures need a model with 1 or 3 channels, got one with {channels}: pass samples as .npz or .safetensors"
         )
-    with Image.open(path) as image:
-        resized = image.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.LANCZOS)
-        pixels = np.asarray(resized, dtype=np.float32).reshape(height, width, channels)
+    pixels = pictures.read_picture(path, "L" if channels == 1 else "RGB", (width, height))
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]

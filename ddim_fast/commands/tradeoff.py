@@ -29,6 +29,7 @@ from ..tradeoff import (
 )
 from ..tradeoff.measure import CONVERGED
 from ..tradeoff.study import calls_to_do, run_study, settings_of
+from ..utils.files import npz_array
 from ..utils.import_string import import_string
 from .options import Run, conditioning_rule, takes_model
 
@@ -258,6 +259,6 @@ def _judge(run: Run, features: str | None, real: Path | None) -> Judge | None:
             raise TypeError(
                 f"--features module:attribute must be a callable, got {type(extractor).__name__} from {features}"
             )
-        with np.load(real, allow_pickle=False) as file:
-            return judge_of(extractor, torch.from_numpy(file["samples"]).float(), features)
+        samples = torch.from_numpy(npz_array(real, "samples").astype(np.float32))
+        return judge_of(extractor, samples, features)
     return fashion_judge() if run.model_name in SHIPPED else None

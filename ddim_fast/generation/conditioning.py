@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..utils.checks import check_integer
+from ..utils.files import csv_rows, json_lines, parquet_rows
 from .settings import file_digest
 
 LABELS = "class_labels"
@@ -24,6 +23,7 @@ KEY = "key"
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(/[A-Za-z0-9_][A-Za-z0-9_-]*)*")
 _LONGEST_KEY = 96  # a tar's names have 100 bytes
 _ROWS_AT_A_TIME = 1 << 16
+_INT64, _FLOAT32_MAX = np.iinfo(np.int64), float(np.finfo(np.float32).max)
 
 
 class Conditioning(Protocol):
@@ -106,48 +106,25 @@ class Table:
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
-def _read_json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"line {number} of {path} must be JSON, and is not: {error}") from error
-            if not isinstance(row, Mapping):
-                raise ValueError(f"line {number} of {path} must be a JSON object, got {type(row).__name__}")
-            yield row
+def _csv_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    for row in csv_rows(path):
+        yield {name: value if name == KEY else _number(value) for name, value in row.items()}
 
 
-def _read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file, strict=True):
-            yield {name: value if name == KEY else _number(value) for name, value in row.items()}
-
-
-def _number(text: Any) -> Any:
-    for kind in (int, float):
+def _number(text: str) -> Any:
+    for kind in (int, float) if "_" not in text else ():  # Python's 1_000 is no number in CSV
         try:
             return kind(text)
-        except (TypeError, ValueError):
+        except ValueError:
             pass
     return text
 
 
-def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ImportError(
-            f"a Parquet file is read by pyarrow, which is missing ({error}): pip install pyarrow, or write JSON lines"
-        ) from error
-    with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(_ROWS_AT_A_TIME):
-            yield from batch.to_pylist()
-
-
-_READERS = {".jsonl": _read_json_lines, ".csv": _read_csv, ".parquet": _read_parquet}
+_READERS: dict[str, Callable[[Path], Iterator[Mapping[str, Any]]]] = {
+    ".jsonl": json_lines,
+    ".csv": _csv_rows,
+    ".parquet": lambda path: parquet_rows(path, _ROWS_AT_A_TIME),
+}
 
 
 def _columns(rows: Iterator[Mapping[str, Any]], path: Path) -> tuple[dict[str, np.ndarray], list[str] | None]:
@@ -159,6 +136,8 @@ def _columns(rows: Iterator[Mapping[str, Any]], path: Path) -> tuple[dict[str, n
     start = 1
     while some := list(islice(rows, _ROWS_AT_A_TIME)):
         names = names or list(some[0])
+        if not all(names):
+            raise ValueError(f"each column of {path} must have a name, got one without: {', '.join(map(repr, names))}")
         for number, row in enumerate(some, start):
             if row.keys() != set(names):
                 raise ValueError(
@@ -180,24 +159,24 @@ def _columns(rows: Iterator[Mapping[str, Any]], path: Path) -> tuple[dict[str, n
 
 
 def _numbers(values: Sequence[Any], name: str, start: int, path: Path) -> np.ndarray:
-    try:
-        array = np.asarray(values)
-    except ValueError:
-        array = np.asarray(values, dtype=object)
-    if array.dtype.kind == "i":
-        return array.astype(np.int64)
-    if array.dtype.kind == "f" and np.isfinite(array).all():
-        return array
-    bad = next((i for i, value in enumerate(values) if not _is_number(value)), 0)
+    bad = next((i for i, value in enumerate(values) if not _is_number(value)), None)
+    if bad is None:
+        try:
+            return np.asarray(values, dtype=None if values else np.float32)
+        except ValueError:  # lists of several lengths
+            bad = 0
     raise ValueError(
-        f"column {name!r} of {path} must hold finite numbers (or lists of them, of one length), got {values[bad]!r} in row {start + bad}"
+        f"column {name!r} of {path} must hold finite numbers (or lists of them, of one length) within int64 if they are whole, "
+        f"else float32, got {values[bad]!r:.200} in row {start + bad}"
     )
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any, levels: int = 8) -> bool:
     if isinstance(value, list):
-        return all(map(_is_number, value))
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+        return levels > 0 and all(_is_number(one, levels - 1) for one in value)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and _INT64.min <= value <= _INT64.max
+    return isinstance(value, float) and abs(value) <= _FLOAT32_MAX
 
 
 def _joined(arrays: Sequence[np.ndarray], name: str, path: Path) -> np.ndarray:

@@ -13,10 +13,10 @@ checksums.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -26,7 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..utils.atomic_files import atomic_file, fsync_directory
+from ..utils.atomic_files import atomic_file, fsync_directory, own_directory
+from ..utils.files import read_json
 from .formats import FORMATS
 from .settings import LAYOUT_VERSION, as_json, differences, file_digest
 
@@ -124,10 +125,17 @@ class SetDirectory:
             )
         else:
             _refuse_others(found["settings"], settings, self.path)
-        self.scratch.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
-        for leftover in self.scratch.glob("*.tmp"):
-            leftover.unlink(missing_ok=True)
+        own_directory(self.scratch)
+        # By its descriptor: whatever the name becomes, no other directory is written to or cleared.
+        scratch = os.open(self.scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            self._take_lock(scratch)
+            for leftover in os.listdir(scratch):
+                if leftover.endswith(".tmp"):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(leftover, dir_fd=scratch)
+        finally:
+            os.close(scratch)
         if found is None or found["state"] == FINISHED:  # a finished set that is looked at again is not, until it was
             self.write(self.manifest, _manifest(UNFINISHED, settings, None if found is None else found["shards"]))
         self.read_old_records(found or {})
@@ -152,10 +160,16 @@ class SetDirectory:
     def read_old_records(self, found: Mapping[str, Any]) -> None:
         self.old_records = dict(enumerate(found.get("shards", [])))
 
-    def _take_lock(self) -> None:
+    def _take_lock(self, scratch: int) -> None:
         """One run at a time, where the file system has locks. The lock ends with the process,
         however that ends."""
-        self._lock = open(self.scratch / "lock", "w")  # noqa: SIM115 (held until close)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            self._lock = os.fdopen(os.open("lock", flags, 0o666, dir_fd=scratch), "rb", buffering=0)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise ValueError(f"{self.scratch / 'lock'} must be a file of its own, got a link: remove it") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -217,16 +231,15 @@ class SetDirectory:
         )
 
     def _digest(self, part: Slice) -> str | None:
-        try:
-            return file_digest(self.shard(part.index))
-        except FileNotFoundError:
-            return None
+        shard = self.shard(part.index)  # a pipe in its place would never end
+        return file_digest(shard) if shard.is_file() else None
 
     def record(self, part: Slice) -> dict[str, Any] | None:
         """Return the record of a shard that was written, or None where there is none or it is
         damaged."""
+        path = self.record_path(part.index)
         try:
-            record = json.loads(self.record_path(part.index).read_bytes())
+            record = read_json(path) if path.is_file() else self.old_records.get(part.index)
         except (OSError, ValueError):
             record = self.old_records.get(part.index)
         return record if _is_record(record, part, self.shard_name(part.index)) else None
@@ -282,10 +295,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = path / MANIFEST
     if not manifest.is_file():
         raise FileNotFoundError(f"a set of samples must have a {MANIFEST}, got none in {path}")
-    try:
-        found = json.loads(manifest.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{manifest} must be JSON, and is not: {error}") from error
+    found = read_json(manifest)
     if not isinstance(found, dict) or found.get("layout") != LAYOUT_VERSION:
         raise ValueError(f"{manifest} must be of layout {LAYOUT_VERSION}, which this version of ddim_fast writes")
     shards = found.get("shards", [])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from ..utils.atomic_files import atomic_file, fsync_directory
+from ..utils.atomic_files import atomic_file, fsync_directory, name_beside
 from .directory import FINISHED, SetDirectory, Slices, read_manifest
 from .formats import ZIP_EPOCH
 
@@ -41,8 +40,7 @@ def join_npz(out: str | os.PathLike[str], file: str | os.PathLike[str]) -> Path:
     shards = [directory.shard(part.index) for part in slices]
     with zipfile.ZipFile(shards[0]) as first:
         names = first.namelist()
-    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
-    with atomic_file(file, temporary) as target, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+    with atomic_file(file, name_beside(file)) as target, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for name in names:
             _join(archive, name, shards, settings["count"])
     fsync_directory(file.absolute().parent)

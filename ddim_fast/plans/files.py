@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..utils.checks import check_number, refuse
+from ..utils.files import read_json
 from .schedules import NoiseSchedule
 from .timesteps import explicit_model_timesteps, explicit_timesteps
 
@@ -101,11 +103,9 @@ def read_timesteps(path: str | os.PathLike[str]) -> TimestepList:
         ValueError: it holds no such list; the message says what is wrong with it.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = read_json(Path(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file of timesteps {path}: make one with ddim-fast search") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} must be JSON, as ddim-fast search writes it, got something else ({error})") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(
             f'{path} must be an object with "format": "{FORMAT}", as ddim-fast search writes it, got {str(found)[:80]}'
@@ -115,14 +115,19 @@ def read_timesteps(path: str | os.PathLike[str]) -> TimestepList:
             f"{path} must have version {' or '.join(map(str, READABLE))}, got {found.get('version')!r}: "
             "make it again with this ddim_fast, or update ddim_fast"
         )
+    provenance, digest = found.get("provenance", {}), found.get("schedule_sha256")
+    if not isinstance(provenance, dict):
+        refuse(f"provenance in {path} must be an object", provenance)
+    if not isinstance(digest, (str, type(None))):
+        refuse(f"schedule_sha256 in {path} must be a text", digest)
     try:
         result = TimestepList(
             tuple(found["timesteps"]),
             found["num_train_timesteps"],
-            found.get("schedule_sha256"),
+            digest,
             found.get("order", 1),
             _numbers(found.get("eps_residual")),
-            found.get("provenance", {}),
+            provenance,
             found.get("model_timesteps"),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -138,4 +143,4 @@ def _one_line(value: Any) -> str:
 
 
 def _numbers(values: Any) -> tuple[float, ...] | None:
-    return None if values is None else tuple(float(value) for value in values)
+    return None if values is None else tuple(check_number("eps_residual", value, at_least=0) for value in values)

@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ..utils.files import read_json_object
 from .cells import Cell
 
 STUDY_VERSION = 1
@@ -341,7 +342,13 @@ def write_json(study: Study, path: Path) -> None:
 
 
 def read_json(path: Path) -> Study:
-    return Study.from_dict(json.loads(path.read_text()))
+    fields = read_json_object(path)
+    try:
+        return Study.from_dict(fields)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} must hold a study, as ddim-fast tradeoff writes it, and does not ({error!r})"
+        ) from error
 
 
 def _cost(result: CellResult, name: str) -> float:

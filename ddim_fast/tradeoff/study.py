@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -10,13 +11,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ..generation.settings import as_json, differences, environment, model_digest
 from ..kernels.noise import NOISE_STANDARD_VERSION
 from ..utils import pictures
-from ..utils.atomic_files import write_atomically
+from ..utils.atomic_files import own_directory, write_atomically
+from ..utils.files import read_json_object, safetensors_tensor
 from .cells import Cell
 from .measure import CONVERGED, Progress, Subject, draw, measure
 from .results import CellResult, Study
@@ -63,13 +65,13 @@ class StudyDirectory:
         self.path, self.settings = path, dict(settings)
         there = path / "settings.json"
         if there.exists():
-            found = differences(json.loads(there.read_text()), settings, "there", "here")
+            found = differences(read_json_object(there), settings, "there", "here")
             if found:
                 listed = "\n".join(f"  {line}" for line in found)
                 raise ValueError(
                     f"{path} holds a study with other settings: choose another directory, or remove it\n{listed}"
                 )
-        (path / "cells").mkdir(parents=True, exist_ok=True)
+        own_directory(path / "cells")
         write_atomically(there, as_json(settings).encode())
 
     def result(self, cell: Cell) -> CellResult | None:
@@ -77,7 +79,13 @@ class StudyDirectory:
         path = self.path / "cells" / f"{cell.key}.json"
         if not path.exists():
             return None
-        result = CellResult.from_dict(json.loads(path.read_text()))
+        fields = read_json_object(path)
+        try:
+            result = CellResult.from_dict(fields)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{path} must hold the result of a cell, and does not ({error!r}): remove it, and it is measured again"
+            ) from error
         return result if result.cell == cell else None
 
     def save(self, result: CellResult) -> None:
@@ -91,7 +99,7 @@ class StudyDirectory:
         """Return the converged samples on disk, or else those of ``make``, and write them."""
         path = self.path / "converged.safetensors"
         if path.exists():
-            return load(path.read_bytes())["samples"]
+            return safetensors_tensor(path, "samples")
         samples = make()
         write_atomically(path, save({"samples": samples.contiguous()}))
         return samples
@@ -130,7 +138,9 @@ def run_study(
             result, samples = measure(subject, cell, converged, progress)
             if (sheet := _sheet(samples)) is not None:
                 path = directory.picture_path(cell)
-                sheet.save(path)
+                png = io.BytesIO()
+                sheet.save(png, "PNG")
+                write_atomically(path, png.getvalue())
                 result = replace(result, pictures=str(path.relative_to(directory.path)))
             directory.save(result)
         results.append(result)

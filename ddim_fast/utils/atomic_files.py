@@ -33,19 +33,30 @@ def atomic_file(path: Path, temporary: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file completely or not at all.
+    """Write a file completely or not at all. A link of that name is replaced, not followed.
 
     Raises:
         OSError: it could not be written; an old file is unchanged.
     """
-    path = path.resolve()
     with atomic_file(path, name_beside(path)) as file:
         file.write(content)
 
 
 def name_beside(path: Path) -> Path:
-    """Return a name in the same folder that no other process uses."""
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Return a name in the same folder that no process uses, nor has left behind: another each
+    time, since in containers every process may have the same number."""
+    return path.with_name(f".{path.name}.{os.urandom(8).hex()}.part")
+
+
+def own_directory(path: Path) -> None:
+    """Make a directory, or take the one that is there.
+
+    Raises:
+        ValueError: its name is a link, so that files would be written, or removed, elsewhere.
+    """
+    if path.is_symlink():
+        raise ValueError(f"{path} must be a directory of its own, got a link to {os.readlink(path)}: remove the link")
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def fsync_directory(path: Path) -> None:

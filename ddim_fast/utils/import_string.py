@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,12 +34,31 @@ def import_string(name: str, what: str) -> Any:
             value = importlib.import_module(module)
             for part in attribute.split("."):
                 value = getattr(value, part)
-    except (ImportError, AttributeError) as error:
+    except (Exception, SystemExit) as error:  # whatever the module does; Ctrl-C is the user's
         raise ValueError(
-            f"{what} {name!r} cannot be imported ({type(error).__name__}: {error}): "
+            f"{what} {name!r} cannot be imported ({type(error).__name__}: {error}{_place(error)}): "
             "it is looked for in the current folder and in what is installed"
         ) from error
     return value
+
+
+@contextmanager
+def exits_refused(name: str, what: str) -> Iterator[None]:
+    """Make a ValueError of ``sys.exit`` in what was imported: the command has not done its work."""
+    try:
+        yield
+    except SystemExit as error:
+        raise ValueError(
+            f"{what} {name!r} must not end the program, got SystemExit({error.code!r}){_place(error)}"
+        ) from error
+
+
+def _place(error: BaseException) -> str:
+    """Return where in a file an error was raised, for those that do not say it themselves."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, (ImportError, AttributeError, SyntaxError)) or not frames:
+        return ""
+    return f", {frames[-1].filename}, line {frames[-1].lineno}"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Labelled grids and animations of samples."""
+"""Pictures read from files, and labelled grids and animations of samples."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .files import reading
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What Pillow decodes by itself. It would hand an EPS file to Ghostscript, whatever the file's
+name."""
 _MARGIN = 6
 _BACKGROUND, _INK = (255, 255, 255), (40, 40, 40)
 
@@ -75,3 +80,17 @@ def save_animation(
     """Write frames of one size as an animated GIF that pauses on its last frame."""
     durations = [milliseconds] * (len(frames) - 1) + [last_milliseconds]
     frames[0].save(path, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
+
+
+def read_picture(path: Path, mode: str, size: tuple[int, int]) -> np.ndarray:
+    """Read a picture in a mode of Pillow ("L" or "RGB"), resized to (width, height), as ``(height,
+    width, channels)`` float32 from 0 to 255.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is no picture, or damaged.
+    """
+    with reading(path, f"a picture ({', '.join(FORMATS)})") as file:
+        with Image.open(file, formats=FORMATS) as image:
+            resized = image.convert(mode).resize(size, Image.Resampling.LANCZOS)
+        return np.asarray(resized, dtype=np.float32).reshape(size[1], size[0], -1)

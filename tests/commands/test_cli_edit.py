@@ -6,6 +6,7 @@ import torch
 from commands.test_cli import load, run
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
+from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from ddim_fast import DDIMSampler, load_model
@@ -163,3 +164,31 @@ def test_files_that_hold_no_pictures(sneakers, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     assert "cannot identify image file" in run("img2img", tmp_path / "text.png", code=1)
     assert "does not exist" in run("img2img", tmp_path / "missing.png", code=2)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+@pytest.mark.parametrize("command", ["img2img", "inpaint", "reconstruct"])
+def test_files_of_samples_that_are_damaged(tmp_path, suffix, command):
+    path, words = tmp_path / f"samples{suffix}", ["--keep", "left"] if command == "inpaint" else []
+    arrays = {"samples": np.zeros((1, 1, 28, 28), dtype=np.float32)}
+    np.savez(path, **arrays) if suffix == ".npz" else save_file(arrays, path)
+    whole = path.read_bytes()
+    for content in (b"", whole[:100], whole[: len(whole) // 2], whole[:-20]):
+        path.write_bytes(content)
+        output = run(command, path, *words, "--out", tmp_path / "g.png", code=1)
+        assert output.startswith("Error: ")
+        assert f"{path.name} must be a" in output
+    arrays["samples"][0, 0, 3, 3] = np.nan
+    np.savez(path, **arrays) if suffix == ".npz" else save_file(arrays, path)
+    assert "samples must be finite, got NaN" in run(command, path, *words, "--out", tmp_path / "g.png", code=1)
+    assert not (tmp_path / "g.png").exists()
+
+
+@pytest.mark.parametrize("text", ["def f(:", "import sys\nsys.exit(0)", "import sys\ndef Net(): sys.exit(0)"])
+def test_a_module_that_cannot_be_a_model(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    name = f"own_broken_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(text)
+    output = run("sample", "--model", f"{name}:Net", code=1)
+    assert output.startswith("Error: the model")
+    assert "SyntaxError" in output or "SystemExit" in output

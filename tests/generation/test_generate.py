@@ -23,6 +23,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from click.testing import CliRunner
+from damaged_files import DEEP, damaged, other_json, reads_or_names_the_file
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file
 from torch import nn
@@ -30,7 +33,7 @@ from torch import nn
 from ddim_fast import sample_seeds
 from ddim_fast.cli import main
 from ddim_fast.generation import EveryClass, GenerationError, OneClass, Table, check_set, generate
-from ddim_fast.generation.directory import AGAIN
+from ddim_fast.generation.directory import AGAIN, SetDirectory, Slice
 from ddim_fast.generation.formats import FORMATS, PER_SHARD, Shard
 from ddim_fast.generation.processes import Processes, WorkQueue
 from ddim_fast.generation.settings import plan_settings
@@ -424,6 +427,71 @@ def test_what_is_in_the_way_is_refused(tmp_path, whole):
     (tmp_path / "mine/manifest.json").write_text("{")
     with pytest.raises(ValueError, match="must be JSON, and is not"):
         worker.crowd(tmp_path / "mine", resume=True)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_manifest_of_any_bytes_is_checked_or_named(whole, tmp_path, data):
+    content = (whole / "manifest.json").read_bytes()
+    other = st.one_of(other_json(json.loads(content)), damaged(content), st.sampled_from(DEEP))
+    reads_or_names_the_file(lambda path: check_set(path.parent), tmp_path / "manifest.json", data.draw(other))
+
+
+def test_a_record_of_any_bytes_is_no_record(tmp_path):
+    directory = SetDirectory(tmp_path, ".npz")
+    directory.scratch.mkdir()
+    for content in (*DEEP, b"", b"[]", b"\xff", b'{"name": "samples-000000.npz"}'):
+        directory.record_path(0).write_bytes(content)
+        assert directory.record(Slice(0, 0, 8)) is None
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    "link", [".unfinished", ".unfinished/lock", ".unfinished/samples-000000.json", "manifest.json"]
+)
+def test_no_link_in_a_prepared_directory_leads_out_of_it(tmp_path, link, resume):
+    """Whatever the links point to keeps its bytes, and its files."""
+    out, other = tmp_path / "set", tmp_path / "other"
+    if resume:
+        worker.crowd(out)
+        (out / "manifest.json").write_text((out / "manifest.json").read_text().replace('"finished"', '"unfinished"'))
+    (out / ".unfinished").mkdir(parents=True, exist_ok=True)
+    other.mkdir()
+    (other / "precious").write_text("precious")
+    (other / "precious.tmp").write_text("precious")
+    before = files(other)
+    if link == "manifest.json":
+        if resume:
+            (out / link).rename(other / "precious")
+            before = files(other)
+        (out / link).symlink_to(other / "precious")
+    elif link == ".unfinished":
+        (out / link).rmdir()
+        (out / link).symlink_to(other)
+    else:
+        (out / link).symlink_to(other / "precious")
+    if link in (".unfinished", ".unfinished/lock"):
+        with pytest.raises(ValueError, match="of its own, got a link"):
+            worker.crowd(out, resume=resume)
+    elif link == "manifest.json" and not resume:
+        with pytest.raises(ValueError, match="must be JSON"):
+            worker.crowd(out)
+    else:
+        worker.crowd(out, resume=resume)
+        assert check_set(out) == []
+        assert not (out / link).is_symlink()
+    assert files(other) == before
+
+
+def test_a_pipe_in_a_shards_place_is_replaced(tmp_path):
+    worker.crowd(tmp_path / "set")
+    for name in ("samples-000000.safetensors", ".unfinished/samples-000001.json"):
+        path = tmp_path / "set" / name
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+    worker.crowd(tmp_path / "set", resume=True)
+    assert check_set(tmp_path / "set") == []
 
 
 def test_where_rank_0_refuses_all_do(tmp_path):
@@ -823,6 +891,55 @@ def test_files_of_rows_that_cannot_be_read(tmp_path, monkeypatch):
         Table(tmp_path / "rows.jsonl")
 
 
+ROWS = {
+    ".csv": b"key,class_labels,weight\na,1,0.5\nb/c,2,1e3\n",
+    ".jsonl": b'{"key": "a", "class_labels": 1, "list": [0.5, 1]}\n{"key": "b", "class_labels": 2, "list": [3, 4]}\n',
+}
+
+
+@pytest.mark.parametrize("suffix", ROWS)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_table_of_any_bytes_is_finite_or_named(tmp_path_factory, suffix, data):
+    def read(path):
+        for column in Table(path).columns.values():
+            assert column.dtype in (np.int64, np.float32)
+            assert np.isfinite(column).all()
+
+    rows = [json.loads(line) for line in ROWS[".jsonl"].splitlines()]
+    other = other_json(rows[0]).map(lambda row: row + b"\n" + json.dumps(rows[1]).encode())
+    content = data.draw(st.one_of(damaged(ROWS[suffix]), other, st.sampled_from(DEEP)))
+    reads_or_names_the_file(read, tmp_path_factory.getbasetemp() / f"table{suffix}", content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", "a\n1e39\n", r"int64 if they are whole, else float32, got 1e\+39 in row 1"),
+        ("x.jsonl", '{"a": 1}\n{"a": -1e39}', r"got -1e\+39 in row 2"),
+        ("x.csv", "a\n9223372036854775808\n", "got 9223372036854775808 in row 1"),
+        ("x.jsonl", '{"a": [1, 1' + 400 * "0" + "]}", r"got \[1, 10000.* in row 1"),
+        ("x.csv", "a,a\n1,2\n", "got 'a' twice"),
+        ("x.csv", "a,\n1,2\n", "must have a name, got one without: 'a', ''"),
+        ("x.csv", 'a\n"1', "must be CSV in UTF-8, and is none, or damaged"),
+        ("x.csv", "a\n1_000\n", "got '1_000' in row 1"),
+        ("x.jsonl", '{"a": 1}\n{"a": true}', "got True in row 2"),
+        ("x.jsonl", '{"a": ' + "[" * 20 + "1" + "]" * 20 + "}", "lists of them"),
+    ],
+)
+def test_numbers_that_would_change_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Table(tmp_path / name)
+
+
+def test_the_largest_numbers_and_a_byte_order_mark(tmp_path):
+    (tmp_path / "x.csv").write_text("a,b\n9223372036854775807,3.4028234663852886e38\n", encoding="utf-8-sig")
+    columns = Table(tmp_path / "x.csv").columns
+    assert columns["a"].tolist() == [2**63 - 1]
+    assert columns["b"].tolist() == [float(np.finfo(np.float32).max)]
+
+
 # --- Errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -908,7 +1025,7 @@ def test_the_command_refuses_what_could_run_code_and_what_is_unclear(tmp_path):
     archive = tmp_path / "model.pt"
     torch.export.save(torch.export.export(nn.Identity(), (torch.zeros(2, 1),)), archive)
     for path in (archive,):
-        assert "pass --trust-pickle" in invoke("-n", 4, "--model", path, "--out", tmp_path / "set", code=1)
+        assert "(--trust-pickle)" in invoke("-n", 4, "--model", path, "--out", tmp_path / "set", code=1)
     assert "shape of its samples" in invoke(
         "-n", 4, "--model", archive, "--trust-pickle", "--out", tmp_path / "set", code=1
     )

@@ -1,7 +1,10 @@
 """Models from files, against the objects that were saved, and against diffusers' own loop."""
 
+import contextlib
+import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -10,10 +13,13 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from damaged_files import DEEP, VALUES, damaged, reads_or_names_the_file
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import ddim_fast
-from ddim_fast.models.loading import LoadedModel, load_model_from
+from ddim_fast.models.loading import LoadedModel, _read_scheduler, load_model_from
 from ddim_fast.plans.schedules import NoiseSchedule
 from ddim_fast.sampler import DDIMSampler
 
@@ -271,6 +277,93 @@ def test_the_network_is_never_asked(unet, tmp_path, monkeypatch):
 # --- Errors of directories --------------------------------------------------------------------------------------------
 
 
+def test_weights_are_found_by_the_names_that_diffusers_gives_them(unet, tmp_path):
+    from diffusers import DDIMScheduler
+
+    x, t = noise(2, 3, 8, 8), torch.tensor([3, 900])
+    expected = unet(x, t).sample
+    cases = [
+        {"variant": "fp16"},
+        {"variant": "non_ema", "safe_serialization": False},
+        {"max_shard_size": "8KB"},
+        {"max_shard_size": "8KB", "variant": "fp16"},
+        {"max_shard_size": "8KB", "variant": "fp16", "safe_serialization": False},
+    ]
+    for number, options in enumerate(cases):
+        path = save_pipeline(tmp_path / str(number), unet, DDIMScheduler(), **options)
+        variant = options.get("variant")
+        assert len(list((path / "unet").iterdir())) > (2 if "max_shard_size" in options else 1)
+        if options.get("safe_serialization") is False:
+            with pytest.raises(ValueError, match=r"got only \S+\.bin in .*trust_pickle=True"):
+                load_model_from(path, variant=variant)
+        for load in (load_model_from, ddim_fast.load_model):
+            model = load(path, trust_pickle="safe_serialization" in options, variant=variant)
+            assert torch.equal(model(x, t), expected)
+        if variant is not None:
+            looked_for = rf"in diffusion_pytorch_model\.safetensors, got none in .*pass variant='{variant}'"
+            with pytest.raises(ValueError, match=looked_for):
+                load_model_from(path, trust_pickle=True)
+        with pytest.raises(ValueError, match=r"in diffusion_pytorch_model\.other\.safetensors, got none in"):
+            load_model_from(path, variant="other")
+
+
+def test_of_two_variants_the_one_that_is_named_is_loaded(unet, tmp_path):
+    unet.save_pretrained(tmp_path)
+    other = tiny_unet()
+    with torch.no_grad():
+        other.conv_in.weight += 1
+    other.save_pretrained(tmp_path, variant="ema")
+    x, t = noise(2, 3, 8, 8), torch.tensor([3, 900])
+    assert torch.equal(load_model_from(tmp_path)(x, t), unet(x, t).sample)
+    assert torch.equal(load_model_from(tmp_path, variant="ema")(x, t), other(x, t).sample)
+
+
+def test_weights_beside_those_of_something_else(unet, tmp_path):
+    from safetensors.torch import save_file
+
+    unet.save_pretrained(tmp_path, safe_serialization=False)
+    save_file({"lora": torch.zeros(2)}, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(ValueError, match=r"got only diffusion_pytorch_model\.bin in .*trust_pickle=True"):
+        load_model_from(tmp_path)
+    x, t = noise(2, 3, 8, 8), torch.tensor([3, 900])
+    assert torch.equal(load_model_from(tmp_path, trust_pickle=True)(x, t), unet(x, t).sample)
+
+
+@pytest.mark.parametrize("variant", ["", "../fp16", "fp16.safetensors", "a/b", 16])
+def test_a_variant_is_a_word(unet, tmp_path, variant):
+    unet.save_pretrained(tmp_path)
+    with pytest.raises(TypeError if variant == 16 else ValueError, match="variant must be a word such as fp16"):
+        load_model_from(tmp_path, variant=variant)
+
+
+def test_a_variant_is_for_directories(tmp_path):
+    for load in (
+        lambda: ddim_fast.load_model("fashion", variant="fp16"),
+        lambda: load_model_from(save_torchscript(Net(), tmp_path / "m.pt"), trust_pickle=True, variant="fp16"),
+    ):
+        with pytest.raises(ValueError, match="got 'fp16': leave it out for a model that is no such directory"):
+            load()
+
+
+@pytest.mark.parametrize("name", ["FastDDIMScheduler", "FastDDIMParallelScheduler", "FastDDIMInverseScheduler"])
+def test_a_pipeline_that_was_saved_with_our_schedulers(unet, tmp_path, name):
+    import diffusers
+
+    from ddim_fast.integrations import diffusers as ours
+
+    options = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    got, wanted = (
+        load_model_from(save_pipeline(tmp_path / of.__name__, unet, getattr(of, of_name)(**options)))
+        for of, of_name in ((ours, name), (diffusers, name.removeprefix("Fast")))
+    )
+    assert got.schedule == wanted.schedule
+    for setting in ("prediction_type", "clip_sample_range", "sampler_options", "sample_shape"):
+        assert getattr(got, setting) == getattr(wanted, setting)
+    assert set(ours.__all__) - {"SchedulerMixin"} == {
+        f"Fast{n}" for n in ("DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler")
+    }
+
+
 @pytest.fixture
 def pipeline(unet, tmp_path):
     from diffusers import DDIMScheduler
@@ -289,7 +382,7 @@ def pipeline(unet, tmp_path):
         ("unet/config.json", {"layers_per_block": 2}, "must be those of its config.json, got none that fit"),
         ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEuler"),
         ("scheduler/scheduler_config.json", {"_class_name": "LCMScheduler"}, "_class_name = 'LCMScheduler'"),
-        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type must be .*got 'flow'"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type in .* must be .*got 'flow'"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "squaredcos_cap_v2"}, None),
         ("scheduler/scheduler_config.json", {"beta_schedule": "laplace"}, "beta_schedule = 'laplace'"),
         (
@@ -308,6 +401,83 @@ def test_what_cannot_be_honoured_is_named(pipeline, file, changes, message):
         load_model_from(pipeline)
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        (
+            "scheduler",
+            {"num_train_timesteps": "1000"},
+            "num_train_timesteps in .* must be an integer in .*, got '1000'",
+        ),
+        ("scheduler", {"num_train_timesteps": -5}, "num_train_timesteps in .* got -5"),
+        ("scheduler", {"num_train_timesteps": 10**12}, r"in \[1, 1000000\], got 1000000000000"),
+        ("scheduler", {"trained_betas": "evil"}, "trained_betas in .* must be a list of numbers, got 'evil'"),
+        ("scheduler", {"trained_betas": [0.1, "x"]}, "a number of trained_betas in .* got 'x'"),
+        ("scheduler", {"trained_betas": [0.1, 2]}, r"must give a noise schedule: betas .*got betas\[1\] = 2"),
+        ("scheduler", {"beta_end": "0.02"}, "beta_end in .* must be a finite number, got '0.02'"),
+        ("scheduler", {"beta_schedule": ["linear"]}, "beta_schedule"),
+        ("scheduler", {"prediction_type": ["epsilon"]}, r"prediction_type in .* must be .*got \['epsilon'\]"),
+        ("scheduler", {"timestep_spacing": 5}, "timestep_spacing in .* must be one of .*got 5"),
+        ("scheduler", {"steps_offset": "x"}, "steps_offset in .* must be an integer, .*got 'x'"),
+        ("scheduler", {"clip_sample": "yes"}, "clip_sample in .* must be true or false, got 'yes'"),
+        ("scheduler", {"clip_sample_range": "1"}, "clip_sample_range in .* must be a finite number.*got '1'"),
+        ("scheduler", {"thresholding": True, "sample_max_value": []}, r"sample_max_value in .* got \[\]"),
+        ("unet", {"sample_size": "8"}, "sample_size in .* must be an integer, at least 1, got '8'"),
+        ("unet", {"sample_size": [8, 8, 8]}, r"sample_size in .* got \[8, 8, 8\]"),
+        ("unet", {"in_channels": "3"}, "in_channels in .* must be an integer, at least 1, got '3'"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_named(pipeline, file, changes, message):
+    edit(pipeline / {"scheduler": "scheduler/scheduler_config.json", "unet": "unet/config.json"}[file], **changes)
+    with pytest.raises(ValueError, match=message):
+        load_model_from(pipeline)
+
+
+SETTINGS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+SETTINGS += ("timestep_spacing", "steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr", "clip_sample")
+SETTINGS += ("clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value", "_class_name")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_scheduler_of_any_settings_samples_or_is_named(tmp_path, data):
+    """What is accepted makes a sampler: nothing is left for its arguments to refuse."""
+    from diffusers import DDIMScheduler
+
+    config = dict(DDIMScheduler().config)
+    changes = data.draw(st.dictionaries(st.sampled_from(SETTINGS), st.sampled_from(VALUES), max_size=3))
+
+    def read(path):
+        stated = _read_scheduler(path)
+        steps = min(3, stated["schedule"].num_train_timesteps)
+        DDIMSampler(stated["schedule"], steps, **stated["sampler_options"])
+
+    content = json.dumps({**config, **changes}).encode()
+    content = data.draw(st.one_of(st.just(content), damaged(content), st.sampled_from(DEEP)))
+    reads_or_names_the_file(read, tmp_path / "scheduler_config.json", content)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    broken = tiny_unet()
+    with torch.no_grad():
+        broken.conv_out.bias[1] = float("nan")
+    broken.save_pretrained(tmp_path / "nan")
+    with pytest.raises(
+        ValueError, match=r"must be finite, got NaN or infinity in conv_out\.bias of .*as torch\.float32"
+    ):
+        load_model_from(tmp_path / "nan")
+    with torch.no_grad():
+        broken.conv_out.bias[1] = 1e5
+    broken.save_pretrained(tmp_path / "large")
+    load_model_from(tmp_path / "large")
+    with pytest.raises(ValueError, match=r"in conv_out\.bias of .* as torch\.float16: .* beyond that dtype"):
+        load_model_from(tmp_path / "large", dtype=torch.float16)
+    net = seeded(Net)
+    net.conv.bias[0] = float("inf")
+    with pytest.raises(ValueError, match=r"in conv\.bias of"):
+        load_model_from(save_torchscript(net, tmp_path / "net.pt"), trust_pickle=True)
+
+
 def test_a_model_that_needs_further_channels_is_refused(tmp_path):
     tiny_unet(in_channels=5).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="in_channels = 5 and out_channels = 3"):
@@ -318,10 +488,12 @@ def test_damaged_directories(pipeline):
     weights = pipeline / "unet" / "diffusion_pytorch_model.safetensors"
     intact = weights.read_bytes()
     weights.write_bytes(intact[: len(intact) // 2])
-    with pytest.raises(ValueError, match="which may be damaged or incomplete"):
+    with pytest.raises(ValueError, match=r"model\.safetensors must be a safetensors file, and is none, or damaged"):
         load_model_from(pipeline)
     weights.unlink()
-    with pytest.raises(ValueError, match=r"must hold its weights as \.safetensors, got none"):
+    with pytest.raises(
+        ValueError, match=r"must hold its weights as \.safetensors, in diffusion_pytorch_model\.safetensors, got none"
+    ):
         load_model_from(pipeline)
     (pipeline / "unet" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json must be JSON, and is not: Expecting"):
@@ -352,6 +524,10 @@ def test_archives_need_no_diffusers():
 # --- Archives ---------------------------------------------------------------------------------------------------------
 
 
+def trusted(path, **options):
+    return load_model_from(path, trust_pickle=True, **options)
+
+
 def save_torchscript(module, path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -369,7 +545,7 @@ def save_exported(module, path, batch=3, dynamic=False, extra=()):
 @pytest.mark.parametrize("name", ["model.pt", "model.ts", "model"])
 def test_torchscript(tmp_path, name):
     net = seeded(Net)
-    model = load_model_from(save_torchscript(seeded(Net).train(), tmp_path / name))
+    model = trusted(save_torchscript(seeded(Net).train(), tmp_path / name))
     x, t = noise(3, 2, 4, 4), torch.tensor([3, 500, 900])
     assert torch.equal(model(x, t), net(x, t))  # without dropout: in eval mode
     assert not any(p.requires_grad for p in model.parameters())
@@ -383,7 +559,7 @@ def test_torchscript(tmp_path, name):
 
 def test_torchscript_in_another_dtype_and_with_conditioning(tmp_path):
     net, y = seeded(Labelled).double(), torch.tensor([0.1, 0.2, 0.3])
-    model = load_model_from(save_torchscript(seeded(Labelled), tmp_path / "model.pt"), dtype=torch.float64)
+    model = trusted(save_torchscript(seeded(Labelled), tmp_path / "model.pt"), dtype=torch.float64)
     x, t = noise(3, 2, 4, 4, dtype=torch.float64), torch.tensor([3, 500, 900])
     assert torch.equal(model(x, t, y=y), net(x, t, y=y))
 
@@ -392,7 +568,7 @@ def test_torchscript_in_another_dtype_and_with_conditioning(tmp_path):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_exported_programs(tmp_path, dynamic):
     net = seeded(Net)
-    model = load_model_from(save_exported(net, tmp_path / "model.pt2", dynamic=dynamic)).eval()
+    model = trusted(save_exported(net, tmp_path / "model.pt2", dynamic=dynamic)).eval()
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     for batch in (3, 5) if dynamic else (3,):
@@ -403,7 +579,7 @@ def test_exported_programs(tmp_path, dynamic):
 
 
 def test_exported_programs_say_which_shapes_they_take(tmp_path):
-    model = load_model_from(save_exported(seeded(Net), tmp_path / "model.pt2"))
+    model = trusted(save_exported(seeded(Net), tmp_path / "model.pt2"))
     with pytest.raises(ValueError, match=r"x \(3, 2, 4, 4\), t \(3,\), got x \(5, 2, 4, 4\) and t \(5,\): sample in"):
         DDIMSampler(LINEAR, 4).sample(model, (5, 2, 4, 4), seed=0)
     with pytest.raises(RuntimeError, match="should be the same"):  # no matter of shapes
@@ -415,16 +591,16 @@ def test_exported_programs_with_conditioning(tmp_path):
     net, y = seeded(Labelled), torch.tensor([0.1, 0.2, 0.3])
     inputs = (noise(3, 2, 4, 4), torch.arange(3))
     torch.export.save(torch.export.export(net, inputs, {"y": y}), tmp_path / "model.pt2")
-    model = load_model_from(tmp_path / "model.pt2")
+    model = trusted(tmp_path / "model.pt2")
     assert torch.equal(model(*inputs, y=y), net(*inputs, y=y))
 
 
 def test_exported_programs_cannot_be_changed(tmp_path):
     path = save_exported(seeded(Net), tmp_path / "model.pt2")
     with pytest.raises(ValueError, match=r"got dtype=torch\.float16: leave dtype out"):
-        load_model_from(path, dtype=torch.float16)
+        trusted(path, dtype=torch.float16)
     with pytest.raises(ValueError, match="exported for, cpu, got device='meta': pass device='cpu'"):
-        load_model_from(path, device="meta")
+        trusted(path, device="meta")
 
 
 def truncated(path):
@@ -479,7 +655,7 @@ def written(path, content=b"no archive"):
 )
 def test_files_that_are_no_model(tmp_path, make, message):
     with pytest.raises(ValueError, match=message) as raised:
-        load_model_from(make(tmp_path))
+        trusted(make(tmp_path))
     assert "\n" not in str(raised.value)
 
 
@@ -500,6 +676,155 @@ def test_nothing_there(tmp_path):
         load_model_from(tmp_path, device="gpu")
     with pytest.raises(TypeError, match="dtype must be a floating-point"):
         load_model_from(tmp_path, dtype=torch.int64)
+
+
+# --- Code that would run ------------------------------------------------------------------------------------------------
+
+
+class Exploit:
+    """A pickle that writes a marker, or whatever the call is, while it is read."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+def with_member(path, part, content):
+    """The archive with one of its files replaced, or added."""
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    names = [name for name in files if name.endswith(part)] or [f"{next(iter(files)).partition('/')[0]}/{part}"]
+    files |= dict.fromkeys(names, content)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def exploit_bytes(marker, how):
+    """A pickle by itself, of torch's two formats or Python's."""
+    buffer = io.BytesIO()
+    if how == "pickle":
+        buffer.write(pickle.dumps(Exploit(marker)))
+    else:
+        torch.save(Exploit(marker), buffer, _use_new_zipfile_serialization=how == "zip")
+    return buffer.getvalue()
+
+
+ARCHIVES = {
+    "sample inputs": lambda path, marker: with_member(
+        save_exported(Net(), path), "data/sample_inputs/model.pt", exploit_bytes(marker, "zip")
+    ),
+    "constants": lambda path, marker: with_member(
+        save_torchscript(Net(), path), "constants.pkl", exploit_bytes(marker, "pickle")
+    ),
+    "attributes": lambda path, marker: with_member(
+        save_torchscript(Net(), path), "data.pkl", exploit_bytes(marker, "pickle")
+    ),
+    "zip": lambda path, marker: written(path, exploit_bytes(marker, "zip")),
+    "legacy": lambda path, marker: written(path, exploit_bytes(marker, "legacy")),
+    "pickle": lambda path, marker: written(path, exploit_bytes(marker, "pickle")),
+    "objects": lambda path, marker: numpy_objects(path, marker),
+}
+
+
+def numpy_objects(path, marker):
+    with open(path, "wb") as file:
+        np.savez(
+            file, samples=np.array([Exploit(marker)], dtype=object), arr_0=np.array([Exploit(marker)], dtype=object)
+        )
+    return path
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
+def test_the_exploits_are_real(tmp_path):
+    for how in ("zip", "legacy", "pickle"):
+        content = io.BytesIO(exploit_bytes(tmp_path / how, how))
+        pickle.load(content) if how == "pickle" else torch.load(content, weights_only=False).close()
+        assert (tmp_path / how).exists()
+    with contextlib.suppress(ValueError):
+        trusted(ARCHIVES["sample inputs"](tmp_path / "m.pt2", tmp_path / "export"))
+    assert (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("archive", ARCHIVES)
+def test_no_archive_runs_without_trust_whatever_its_name(tmp_path, archive):
+    original = ARCHIVES[archive](tmp_path / "original", tmp_path / "marker")
+    for name in ("m.pt", "m.pt2", "m.ts", "m.pth", "m.ckpt", "m.bin", "m.pkl", "m.npz", "m.npy", "m.safetensors", "m"):
+        path = written(tmp_path / name, original.read_bytes())
+        for load in (load_model_from, ddim_fast.load_model):
+            with pytest.raises(ValueError, match=r"trust_pickle=True|is a pickle|weights without a network|is none"):
+                load(path)
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("archive", [*ARCHIVES, "module"])
+def test_no_command_runs_a_file_without_trust(tmp_path, archive, monkeypatch):
+    from click.testing import CliRunner
+
+    from ddim_fast.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    make = ARCHIVES.get(archive, lambda path, marker: save_torchscript(seeded(Net), path))
+    path = make(tmp_path / "m.npz", tmp_path / "marker")
+    (tmp_path / "x.safetensors").write_bytes(path.read_bytes())
+    (tmp_path / "x.png").write_bytes(path.read_bytes())
+    model = ["--model", str(path)]
+    commands = [
+        ["sample", *model],
+        ["img2img", "m.npz", *model],
+        ["inpaint", "m.npz", "--keep", "left", *model],
+        ["interpolate", *model],
+        ["reconstruct", "m.npz", *model],
+        ["generate", "-n", "4", "--out", "set", *model],
+        ["search", "--steps", "3", *model],
+        ["tradeoff", "--out", "study", *model],
+        *(["img2img", name] for name in ("m.npz", "x.safetensors", "x.png")),
+    ]
+    for words in commands:
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 1, words
+        assert result.output.startswith("Error: "), words
+        assert isinstance(result.exception, SystemExit), words
+    assert not (tmp_path / "marker").exists()
+
+
+def test_no_part_of_a_directory_runs_without_trust(pipeline, tmp_path):
+    marker, unet = tmp_path / "marker", pipeline / "unet"
+    weights = unet / "diffusion_pytorch_model.safetensors"
+    intact = weights.read_bytes()
+    for how in ("zip", "legacy", "pickle"):
+        weights.write_bytes(exploit_bytes(marker, how))
+        with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors must be a safetensors file"):
+            load_model_from(pipeline)
+    weights.unlink()
+    (unet / "diffusion_pytorch_model.bin").write_bytes(exploit_bytes(marker, "zip"))
+    with pytest.raises(ValueError, match="trust_pickle=True"):
+        load_model_from(pipeline)
+    index = unet / "diffusion_pytorch_model.safetensors.index.json"
+    for name in ("diffusion_pytorch_model.bin", "../evil.safetensors", "/evil.safetensors", 3):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": name}}))
+        with pytest.raises(ValueError, match=r"must be a \.safetensors in the same directory"):
+            load_model_from(pipeline)
+    index.unlink()
+    weights.write_bytes(intact)
+    (tmp_path / "evil_module.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Evil: pass\n")
+    names = ("os.system", "evil_module.Evil", "evil_module", "__import__", "FlaxUNet2DConditionModel", ["UNet2DModel"])
+    for file in ("unet/config.json", "scheduler/scheduler_config.json"):
+        original = (pipeline / file).read_text()
+        for name in names:
+            edit(pipeline / file, _class_name=name, auto_map={"AutoModel": "evil_module.Evil"})
+            with pytest.raises(ValueError, match="got _class_name = "):
+                load_model_from(pipeline)
+        (pipeline / file).write_text(original)
+    edit(pipeline / "unet/config.json", quantization_config={"quant_method": "torchao", "quant_type": "evil"})
+    with pytest.raises(ValueError, match="got a quantization_config in"):
+        load_model_from(pipeline)
+    assert not marker.exists()
 
 
 # --- What needs no loading --------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from damaged_files import DEEP, damaged, other_json, reads_or_names_the_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,3 +123,22 @@ def test_an_analytic_variance_needs_numbers(tmp_path):
         DDIMSampler(LINEAR, 2, analytic_variance=[0.5, np.nan])
     with pytest.raises(ValueError, match="order=2 beside it"):
         DDIMSampler(LINEAR, 2, analytic_variance=[0.5, 0.5], order=2)
+
+
+WHOLE = {
+    "format": "ddim_fast timesteps",
+    "version": 2,
+    "timesteps": [900, 500, 10],
+    "model_timesteps": [890, 510, 10],
+    "num_train_timesteps": 1000,
+    "schedule_sha256": LINEAR.digest,
+    "order": 2,
+    "eps_residual": [0.1, 0.2, 0.3],
+    "provenance": {"method": "x"},
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(content=st.one_of(other_json(WHOLE), damaged(json.dumps(WHOLE).encode()), st.sampled_from(DEEP)))
+def test_a_list_of_any_bytes_is_read_or_named(tmp_path_factory, content):
+    reads_or_names_the_file(read_timesteps, tmp_path_factory.getbasetemp() / "list.json", content)

@@ -5,6 +5,9 @@ import math
 from dataclasses import replace
 
 import pytest
+from damaged_files import DEEP, damaged, other_json, reads_or_names_the_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tradeoff.example_studies import ALL, DIVERGED, MANY, result, study
 
 from ddim_fast.tradeoff import Cell, Measure, Study, read_json, write_json
@@ -158,6 +161,14 @@ def test_recommendation_by_no_metric():
     assert MANY.recommendation("wasserstein") is None
     with pytest.raises(ValueError, match=r"frechet, distance.*got 'fid'"):
         MANY.recommendation("fid")
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_json_of_any_bytes_is_read_or_named(tmp_path_factory, data):
+    fields = MANY.as_dict()
+    content = st.one_of(other_json(fields), damaged(json.dumps(fields).encode()), st.sampled_from(DEEP))
+    reads_or_names_the_file(read_json, tmp_path_factory.getbasetemp() / "study.json", data.draw(content))
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -1,6 +1,7 @@
 """A study: the cells it should have, measured, kept, and gone on with."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -165,6 +166,38 @@ def study(path, cells, model=None, **options):
 
 
 CELLS = [Cell(2), Cell(4), Cell(3, "trailing", 1.0)]
+
+
+def test_no_link_in_a_prepared_directory_leads_out_of_it(tmp_path):
+    precious, out = tmp_path / "precious", tmp_path / "study"
+    (out / "cells").mkdir(parents=True)
+    for name in (f"cells/{CELLS[0].key}.png", f"cells/{CELLS[0].key}.json", "settings.json", "converged.safetensors"):
+        (out / name).symlink_to(precious)  # which does not exist yet
+    study(out, CELLS[:1])
+    assert not precious.exists()
+    for name in (f"cells/{CELLS[0].key}.png",):
+        (out / name).unlink()
+        precious.write_text("precious")
+        (out / name).symlink_to(precious)
+        (out / f"cells/{CELLS[0].key}.json").unlink()
+        study(out, CELLS[:1])
+    assert precious.read_text() == "precious"
+    shutil.move(out / "cells", tmp_path / "elsewhere")
+    (out / "cells").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="cells must be a directory of its own"):
+        study(out, CELLS[:1])
+
+
+@pytest.mark.parametrize("name", ["settings.json", "cells", "converged.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"{}", b"[]", bytes(200)])
+def test_damaged_files_are_named(tmp_path, name, content):
+    study(tmp_path, CELLS[:1])
+    path = tmp_path / name if name != "cells" else next((tmp_path / "cells").glob("*.json"))
+    path.write_bytes(content)
+    if name == "converged.safetensors":  # which is read where a cell is not
+        next((tmp_path / "cells").glob("*.json")).unlink()
+    with pytest.raises(ValueError, match=str(tmp_path) if name == "settings.json" else path.name):
+        study(tmp_path, CELLS[:1])
 
 
 def test_it_goes_on_where_it_was(tmp_path):

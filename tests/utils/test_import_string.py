@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ddim_fast.utils.import_string import import_string
+from ddim_fast.utils.import_string import exits_refused, import_string
 
 MODULE = """
 import {name}_neighbour
@@ -57,3 +57,35 @@ def test_what_cannot_be_imported_leaves_the_path_alone(folder, name):
 def test_a_name_of_another_form(name):
     with pytest.raises(ValueError, match=f"the number must be named module:attribute, got '{name}'"):
         import_string(name, "the number")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def f(:", r"SyntaxError: .*line 1\)"),
+        ("import sys\nsys.exit(0)", r"SystemExit: 0, .*\.py, line 2\)"),
+        ("\n1 / 0", r"ZeroDivisionError: division by zero, .*\.py, line 2\)"),
+        ("raise EOFError", "EOFError"),
+        ("raise RecursionError", "RecursionError"),
+    ],
+)
+def test_whatever_a_module_does_is_an_error_with_its_place(folder, tmp_path, text, said):
+    before = list(sys.path)
+    (tmp_path / f"{folder}.py").write_text(text)
+    with pytest.raises(ValueError, match=rf"the model '{folder}:value' cannot be imported \({said}"):
+        import_string(f"{folder}:value", "the model")
+    assert sys.path == before
+
+
+def test_ctrl_c_is_the_users(folder, tmp_path):
+    (tmp_path / f"{folder}.py").write_text("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        import_string(f"{folder}:value", "the model")
+
+
+def test_a_function_that_ends_the_program():
+    with (
+        pytest.raises(ValueError, match=r"the model 'a:b' must not end the program, got SystemExit\(0\), .*, line \d+"),
+        exits_refused("a:b", "the model"),
+    ):
+        sys.exit(0)

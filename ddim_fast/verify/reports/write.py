@@ -214,9 +214,9 @@ def check_writable(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically.
+    """Write a file atomically; the target of a link, as the caller named it.
 
     Raises:
         OSError: it could not be written; an earlier file with this name is unchanged.
     """
-    write_atomically(path, text.encode())
+    write_atomically(path.resolve(), text.encode())
