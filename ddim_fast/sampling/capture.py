@@ -111,7 +111,7 @@ class CapturedLoop:
                 static.copy_(getattr(job.loop, name))
         self.loop.generator = job.loop.generator
         self._position.table.rows[:count].copy_(job.table.rows)
-        timesteps = torch.tensor(job.plan.model_timesteps)[:, None]
+        timesteps = torch.tensor(job.plan.model_timesteps, dtype=torch.int64, device="cpu")[:, None]
         self._position.timesteps[:count].copy_(timesteps.to(device).expand(-1, job.loop.shape[0]))
         self._position.index.zero_()
         leaves, _ = tree_flatten(list(job.conditionings))

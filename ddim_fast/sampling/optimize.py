@@ -234,8 +234,8 @@ class _Trial:
     def _example(self, shape: tuple[int, ...], batched: bool) -> Callable[[Callable[..., Any]], Any]:
         """Return a call as the sampler makes it, of whatever it is given."""
         steps, guidance = self.plan.steps, self.options.guidance
-        x = torch.zeros(shape, device=self.device)
-        t = torch.full((shape[0],), steps[len(steps) // 2].model_timestep, device=self.device)
+        x = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        t = torch.full((shape[0],), steps[len(steps) // 2].model_timestep, dtype=torch.int64, device=self.device)
         scales = None if self._scale is None else (self._scale,)
         conditionings = conditionings_of(self.model, guidance.conditioning, scales, guidance.unconditional_conditioning)
         first, *rest = conditionings

@@ -205,4 +205,4 @@ def _is_stopped(observation: Observation, step: PlannedStep, loop: Loop, traject
 
 def model_timesteps(plan: SamplingPlan, device: torch.device, batch_size: int) -> Tensor:
     """Return ``(S, B)`` int64: the timestep given to the model in each step, for each sample."""
-    return torch.tensor(plan.model_timesteps, device=device)[:, None].expand(-1, batch_size)
+    return torch.tensor(plan.model_timesteps, dtype=torch.int64, device=device)[:, None].expand(-1, batch_size)

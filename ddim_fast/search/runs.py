@@ -69,7 +69,7 @@ class Runs:
                 name: value[part] if torch.is_tensor(value) else value
                 for name, value in (self.conditioning or {}).items()
             }
-            times = torch.full((len(x),), t, device=x.device)
+            times = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
             calls = model_calls(self.model, conditionings_of(self.model, own, scales, None))
             m, uncond = Loop(
                 x_t=x,
