@@ -126,8 +126,7 @@ def _integer(name: str, value: Any) -> int:
 
 
 def initial_state(shape, x_T, per_sample, generator, device, dtype) -> Tensor:
-    """Return x_T in new memory. Called outside inference mode, so that the caller gets ordinary
-    tensors."""
+    """Return x_T in new memory."""
     if x_T is not None:
         return x_T.detach().clone(memory_format=torch.contiguous_format)
     if generator is not None:

@@ -201,7 +201,7 @@ class _Trial:
     def _is_faster(self, way: Callable[..., Any], than: OptimizedModel) -> bool:
         """Return whether a call takes noticeably less time than with the best so far."""
         call = self._example(than.shape, than.batches_guidance)
-        with torch.inference_mode():
+        with torch.no_grad():
             before, after = _in_turn(lambda: call(than.fast), lambda: call(way), rounds=ROUNDS)
         return after < WORTHWHILE * before
 

@@ -95,7 +95,7 @@ def sample_parallel(
     bar = tqdm(total=last, desc="sampling in parallel", unit="step", disable=not options.observation.progress)
     iterations = evaluations = 0
     calls: dict[int, list[ModelCall]] = {}
-    with torch.inference_mode(), bar:
+    with torch.no_grad(), bar:
         while run.first < last and iterations != max_iterations:
             count = min(width, last - run.first)
             if count not in calls:

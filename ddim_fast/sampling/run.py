@@ -176,7 +176,7 @@ def _take_steps(
     with using as captured:
         loop = job.loop if captured is None else captured.loop
         timesteps = model_timesteps(job.plan, loop.x_t.device, loop.shape[0])
-        with torch.inference_mode(), bar as steps:
+        with torch.no_grad(), bar as steps:
             if captured is not None and mode == "loop":
                 captured.replay_all(timing)
                 steps = ()
