@@ -325,7 +325,7 @@ class DDIMSampler:
         """Draw samples: from noise x_T, one model call and one fused update per step.
 
         Args:
-            model: any callable, see ``models.Model``. Called under ``torch.inference_mode()``.
+            model: any callable, see ``models.Model``. Called under ``torch.no_grad()``.
             shape: ``(B, C, ...)``. May be left out where ``x_T`` or ``known_x0`` is given, whose
                 device and dtype the samples then have.
             seed: one number for the run; sample i gets its own seed from it (``sample_seeds``).

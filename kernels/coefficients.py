@@ -280,7 +280,7 @@ class StepTable:
             )
         rows = [step.row(scale) for step, scale in zip(steps, scales, strict=True)]
         return cls(
-            rows=torch.tensor(rows, dtype=torch.float32).to(device),
+            rows=torch.tensor(rows, dtype=torch.float32, device="cpu").to(device),
             clipped=steps[0].clipped,
             adds_noise=any(step.adds_noise for step in steps),
             adds_known_noise=any(step.adds_known_noise for step in steps),

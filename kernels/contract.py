@@ -13,6 +13,7 @@ from ..utils.checks import check_choice, check_integer
 from .coefficients import ROW_WIDTH, Column, StepCoefficients, StepTable, check_guidance_scale
 from .fields import PER_ELEMENT, TENSORS, StepInputs
 from .noise import MAX_ELEMENTS
+from .torch_internals import is_wrapped
 
 __all__ = [
     "NORMALS", "ROW_WIDTH", "Column", "StepCoefficients", "StepInputs", "StepTable", "check_inputs", "check_predictions",
@@ -60,6 +61,8 @@ def _check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}: call .to_dense()")
+    if value.is_nested:
+        raise TypeError(f"{name} must be a tensor with one shape, got a nested one: use torch.nested.to_padded_tensor")
 
 
 def _check_sample(x_t: Tensor) -> None:
@@ -188,7 +191,8 @@ def _check_thresholds(inputs: StepInputs) -> None:
             "thresholds scale x0 into [-clip, clip]: they need coefficients with a finite clip, got clip = inf"
         )
     # On a GPU, looking at the values would wait for the device.
-    if inputs.thresholds.device.type == "cpu" and bool((inputs.thresholds <= 0).any()):
+    known = inputs.thresholds.device.type == "cpu" and not is_wrapped(inputs.thresholds)
+    if known and bool((inputs.thresholds <= 0).any()):
         raise ValueError(f"thresholds must be positive, got {inputs.thresholds.min().item()}")
 
 
@@ -220,6 +224,11 @@ def _check_history(inputs: StepInputs) -> None:
 
 
 def _check_writable(name: str, written: Tensor) -> None:
+    if written.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name} is written to outside of torch.inference_mode(), got a tensor that was made inside: use .clone(), "
+            "or make it under torch.no_grad()"
+        )
     if overlaps_itself(written):
         raise ValueError(
             f"{name} is written to, so its elements must not share memory, got an expanded or self-overlapping tensor "
@@ -227,8 +236,28 @@ def _check_writable(name: str, written: Tensor) -> None:
         )
     if written.requires_grad and written.is_leaf and torch.is_grad_enabled():
         raise ValueError(
-            f"{name} is written to and must not require gradients: detach it, or work under torch.inference_mode()"
+            f"{name} is written to and must not require gradients: detach it, or work under torch.no_grad()"
         )
+
+
+def numbers_on_host(name: str, tensor: Tensor) -> list[int]:
+    """Return the numbers in a checked tensor: waits for its device.
+
+    Raises:
+        ValueError: it is inside a ``torch.func`` transform that hides them.
+    """
+    try:
+        return tensor.tolist()
+    except RuntimeError:
+        if not is_wrapped(tensor):
+            raise
+    try:
+        return tensor.numpy().tolist()  # of a functionalized tensor
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name} must be the same for all samples of a torch.func transform, got one of its tensors: "
+            "call the step without the transform, or with a fixed one"
+        ) from error
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
@@ -256,6 +285,8 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 def _check_overlap(name: str, written: Tensor, other_name: str, other: Tensor, same_allowed: bool) -> None:
     """Raise ValueError where memory is shared other than element for element."""
     if written.numel() == 0 or other.numel() == 0 or written.device != other.device or written.device.type == "meta":
+        return
+    if is_wrapped(written) or is_wrapped(other):  # inside a torch.func transform, where torch's own copy_ writes
         return
     (begin, end), (other_begin, other_end) = _span(written), _span(other)
     if end <= other_begin or other_end <= begin:

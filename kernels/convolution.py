@@ -62,7 +62,7 @@ def transformed_weights(weight: Tensor) -> Tensor:
 
     ``(out_channels, in_channels, 3, 3)`` -> ``(36, in_channels, out_channels)`` float32.
     """
-    to_points = torch.tensor(_FILTER_TO_POINTS, dtype=torch.float64)
+    to_points = torch.tensor(_FILTER_TO_POINTS, dtype=torch.float64, device="cpu")
     points = torch.einsum("ia,ocab,jb->ijco", to_points, weight.detach().double(), to_points)
     return points.flatten(0, 1).float().contiguous()
 

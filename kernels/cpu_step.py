@@ -71,7 +71,10 @@ def unsupported_reasons(inputs: StepInputs) -> list[str]:
         reasons.append(missing_reason)
     if inputs.x_t.device.type != "cpu":
         reasons.append(f"tensors are on {inputs.x_t.device}, it runs on cpu")
-    return reasons + plain_memory_reasons(inputs)
+    reasons += plain_memory_reasons(inputs)
+    if not reasons and any(t.data_ptr() == 0 and t.numel() for _, t in inputs.tensors):
+        reasons.append("a tensor has no memory, such as zeros that torch knows without any")
+    return reasons
 
 
 def run(inputs: StepInputs) -> Tensor:
@@ -126,6 +129,6 @@ def normals(seeds: Tensor, shape: tuple[int, ...], step: int, stream: int) -> Te
     if extension is None:
         return torch.from_numpy(standard_normals(np.asarray(seeds), n_elements, step, stream)).view(-1, *shape)
     seeds = seeds.contiguous()
-    z = torch.empty((len(seeds), *shape), dtype=torch.float32)
+    z = torch.empty((len(seeds), *shape), dtype=torch.float32, device="cpu")
     extension.normals(seeds.data_ptr(), len(seeds), n_elements, step, stream, z.data_ptr(), torch.get_num_threads())
     return z

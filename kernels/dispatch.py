@@ -12,7 +12,7 @@ from torch import Tensor
 from ..utils.checks import check_choice
 from . import cpu_step, operators, reference, triton_backend
 from .coefficients import StepCoefficients, StepTable
-from .contract import check_inputs
+from .contract import check_inputs, numbers_on_host
 from .fields import TENSORS, StepInputs
 from .torch_internals import increment_version, is_wrapped, modes_active, takes_forward_derivatives
 
@@ -220,7 +220,7 @@ def run_from_table(inputs: StepInputs) -> Tensor:
     table = inputs.coefficients
     assert isinstance(table, StepTable)
     assert inputs.index is not None  # checked: a table needs one
-    rows = inputs.index.reshape(-1).tolist()
+    rows = numbers_on_host("index", inputs.index.reshape(-1))
     if wrong := [row for row in rows if not 0 <= row < len(table.rows)]:
         raise ValueError(
             f"index must be at least 0 and less than the {len(table.rows)} rows of the table, got {wrong[0]}"
@@ -272,7 +272,7 @@ def _through_operator(inputs: StepInputs, target: Tensor | None) -> Tensor:
         if isinstance(inputs.coefficients, StepTable):
             raise ValueError(
                 "a step by a row of a table has no derivatives where it is traced, got tensors that record them: "
-                "use ddim_step with a row's coefficients, or torch.inference_mode()"
+                "use ddim_step with a row's coefficients, or torch.no_grad()"
             )
         return run(inputs, "reference")
     x_prev = torch.empty_like(inputs.x_t) if target is None else target

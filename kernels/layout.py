@@ -85,7 +85,7 @@ def plain_memory_reasons(inputs: StepInputs) -> list[str]:
         )
     tensors = [tensor for _, tensor in inputs.tensors]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        reasons.append("a tensor requires gradients, which only the reference computes: use torch.inference_mode()")
+        reasons.append("a tensor requires gradients, which only the reference computes: use torch.no_grad()")
     if any(_is_wrapper(t) for t in tensors):
         reasons.append(
             "a tensor is a subclass, a lazy negative or inside a torch.func transform: it is not plain memory"

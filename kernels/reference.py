@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .coefficients import StepCoefficients
+from .contract import numbers_on_host
 from .fields import StepInputs
 from .noise import NoiseStream, standard_normals
 
@@ -55,11 +55,10 @@ def run(inputs: StepInputs) -> Tensor:
             known = known + c.known_noise * _noise(inputs, inputs.known_noise, NoiseStream.KNOWN_REGION).to(dtype)
         mask = inputs.mask.to(dtype)
         x_prev = mask * known + (1 - mask) * x_prev
+    result = x_prev.to(inputs.x_t.dtype) if inputs.x_prev is None else inputs.x_prev.copy_(x_prev)
     for target in targets:
         target.copy_(x0)
-    if inputs.x_prev is not None:
-        return inputs.x_prev.copy_(x_prev)
-    return x_prev.to(inputs.x_t.dtype)
+    return result
 
 
 def _combine(*terms: tuple[float, Tensor]) -> Tensor:
@@ -78,6 +77,5 @@ def _noise(inputs: StepInputs, given: Tensor | None, stream: int) -> Tensor:
     x_t = inputs.x_t
     assert inputs.seeds is not None  # checked: a row that adds noise has one of the two
     n_elements = math.prod(x_t.shape[1:])
-    seeds = inputs.seeds.cpu().resolve_neg().numpy()
-    z = standard_normals(np.asarray(seeds), n_elements, inputs.noise_step, stream)
+    z = standard_normals(numbers_on_host("seeds", inputs.seeds), n_elements, inputs.noise_step, stream)
     return torch.from_numpy(z).view(x_t.shape).to(x_t.device)

@@ -151,3 +151,45 @@ def test_importing_the_package_loads_no_more_than_sampling_needs():
     rooms_loaded = [name for name in loaded for room in NOT_LOADED if name.startswith(f"{PACKAGE}.{room}")]
     assert not rooms_loaded
     assert not {"click", "matplotlib", "scipy", "triton", "diffusers"} & {*loaded}
+
+
+MAKERS = {
+    "arange",
+    "as_tensor",
+    "asarray",
+    "empty",
+    "empty_strided",
+    "eye",
+    "full",
+    "linspace",
+    "logspace",
+    "normal",
+    "ones",
+}
+MAKERS |= {"rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros"}
+"""Functions of torch that make a tensor on the caller's default device, unless they are given one."""
+OF_NO_DEFAULT_DTYPE = {"as_tensor", "asarray", "normal", "randint", "randperm"}
+"""Those of them that ask for no default dtype, or whose callers give them a tensor."""
+DEFAULT_DTYPE_OF_THE_ORIGINAL = {"randn", "linspace", "full", "tensor"}
+"""What drop-ins make in the caller's default dtype, because their originals do."""
+
+
+def makers_without(module: str) -> list[str]:
+    """Where a module leaves the device or the dtype of a new tensor to the caller's defaults."""
+    found, path = [], relative(SOURCES[module])
+    for node in ast.walk(TREES[module]):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        function = node.func
+        if not isinstance(function.value, ast.Name) or function.value.id != "torch" or function.attr not in MAKERS:
+            continue
+        dropped_in = path.startswith("ddim_fast/integrations/") and function.attr in DEFAULT_DTYPE_OF_THE_ORIGINAL
+        wanted = {"device"} if dropped_in or function.attr in OF_NO_DEFAULT_DTYPE else {"device", "dtype"}
+        if missing := wanted - {keyword.arg for keyword in node.keywords}:
+            found.append(f"{path}:{node.lineno}: torch.{function.attr} without {' and '.join(sorted(missing))}")
+    return found
+
+
+def test_every_new_tensor_names_its_device_and_dtype():
+    found = [where for module in SOURCES for where in makers_without(module)]
+    assert not found, "\n".join(["these follow the caller's default device or dtype:", *sorted(found)])

@@ -165,7 +165,7 @@ def interpolate(run: Run, from_seed: int, to_seed: int, frames: int, rows: int) 
     """
     run.prepare()
     labels, sampler = run.labels(rows), run.sampler()
-    weights = torch.linspace(0, 1, frames).tolist()
+    weights = torch.linspace(0, 1, frames, dtype=torch.float32, device="cpu").tolist()
 
     def start(seed: int) -> Tensor:
         seeds = torch.from_numpy(sample_seeds(seed, rows)).to(run.where)

@@ -25,7 +25,7 @@ def info() -> None:
     )
     click.echo("backends, best first:")
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        x = torch.zeros(1, 4, device=device)
+        x = torch.zeros(1, 4, dtype=torch.float32, device=device)
         inputs = StepInputs(x, x, StepCoefficients(1, 0, 0, 1, 0, 1, 0, 0))
         for name, backend in dispatch.BACKENDS.items():
             reasons = backend.unsupported_reasons(inputs)

@@ -101,7 +101,7 @@ class Run:
 
     @property
     def where(self) -> torch.device:
-        return next(iter(self.model.parameters()), torch.empty(0)).device
+        return next(iter(self.model.parameters()), torch.empty(0, dtype=torch.float32, device="cpu")).device
 
     def noise_schedule(self) -> NoiseSchedule:
         """Return the noise schedule of --schedule, or else the model's."""
@@ -172,7 +172,11 @@ class Run:
         return classes if classes and self.class_name is None and count >= classes else None
 
     def conditioning(self, labels: list[int] | None, part: slice = slice(None)) -> dict[str, Tensor] | None:
-        return None if labels is None else {"class_labels": torch.tensor(labels[part], device=self.where)}
+        return (
+            None
+            if labels is None
+            else {"class_labels": torch.tensor(labels[part], dtype=torch.int64, device=self.where)}
+        )
 
     def seeds(self, count: int) -> Tensor:
         return torch.from_numpy(sample_seeds(self.seed, count))
@@ -445,7 +449,7 @@ def save_samples(images: Tensor, labels: list[int] | None, path: Path) -> None:
         arrays: dict[str, Any] = {} if labels is None else {"labels": np.array(labels)}
         np.savez_compressed(path, samples=images.numpy(), **arrays)
     else:
-        tensors = {} if labels is None else {"labels": torch.tensor(labels)}
+        tensors = {} if labels is None else {"labels": torch.tensor(labels, dtype=torch.int64, device="cpu")}
         save_file({"samples": images.contiguous(), **tensors}, path)
 
 

@@ -88,7 +88,7 @@ class Samples:
         size = self.compute_batch_size
         if part.first % size:
             raise ValueError(f"a slice must begin at a multiple of {size}, got {part.first}")
-        found = torch.empty((part.count, *self.shape), dtype=self.dtype)
+        found = torch.empty((part.count, *self.shape), dtype=self.dtype, device="cpu")
         end = part.first + -(-part.count // size) * size
         for first in range(part.first, end, self.batch_size):
             if not is_wanted():

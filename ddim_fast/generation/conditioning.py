@@ -49,7 +49,7 @@ class EveryClass:
         return {"rule": "every class in turn", "num_classes": self.num_classes, "name": self.name}
 
     def rows(self, first: int, count: int) -> dict[str, Tensor]:
-        return {self.name: torch.arange(first, first + count) % self.num_classes}
+        return {self.name: torch.arange(first, first + count, dtype=torch.int64, device="cpu") % self.num_classes}
 
 
 class OneClass:
@@ -62,7 +62,7 @@ class OneClass:
         return {"rule": "one class", "label": self.label, "name": self.name}
 
     def rows(self, first: int, count: int) -> dict[str, Tensor]:
-        return {self.name: torch.full((count,), self.label)}
+        return {self.name: torch.full((count,), self.label, dtype=torch.int64, device="cpu")}
 
 
 class Table:

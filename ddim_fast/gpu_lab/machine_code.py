@@ -171,7 +171,7 @@ def inputs_of(variant: Variant, device: str = "meta", n_elements: int = 1 << 20)
     samples = 4
 
     def tensor(dtype: torch.dtype) -> torch.Tensor:
-        return torch.randn((samples, n_elements), device=device).to(dtype)
+        return torch.randn((samples, n_elements), dtype=torch.float32, device=device).to(dtype)
 
     def optional(wanted: bool, dtype: torch.dtype) -> torch.Tensor | None:
         return tensor(dtype) if wanted else None
@@ -193,8 +193,8 @@ def inputs_of(variant: Variant, device: str = "meta", n_elements: int = 1 << 20)
         torch.zeros(1, dtype=torch.int64, device=device),
         model_output_uncond=optional(variant.guidance, variant.model_dtype),
         noise=optional(variant.noise == "given", variant.dtype),
-        seeds=torch.arange(samples, device=device) if in_registers else None,
-        thresholds=torch.ones(samples, device=device) if variant.thresholds else None,
+        seeds=torch.arange(samples, dtype=torch.int64, device=device) if in_registers else None,
+        thresholds=torch.ones(samples, dtype=torch.float32, device=device) if variant.thresholds else None,
         mask=optional(variant.mask, variant.dtype),
         known_x0=optional(variant.mask, variant.dtype),
         x_prev=x_t,

@@ -84,7 +84,7 @@ class _Memory:
     def end_recording(self) -> None:
         """Undo what the recording wrote, and release the caller's memory."""
         if self._recording is not None and self._made_here:
-            torch.empty(0, dtype=torch.uint8).set_(self._recording).fill_(_NEVER_WRITTEN)
+            torch.empty(0, dtype=torch.uint8, device="cpu").set_(self._recording).fill_(_NEVER_WRITTEN)
         elif self._recording is not None and self._before is not None:
             self._recording.copy_(self._before)
         self._recording = self._before = None
@@ -112,7 +112,9 @@ class _Frozen:
     offset: int
 
     def tensor(self) -> Tensor:
-        return torch.empty(0, dtype=self.dtype).set_(self.memory.storage(), self.offset, self.size, self.stride)
+        return torch.empty(0, dtype=self.dtype, device="cpu").set_(
+            self.memory.storage(), self.offset, self.size, self.stride
+        )
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ class _EmulatedDriver:
     def get_empty_cache_for_benchmark(self) -> Any:
         import torch
 
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32, device="cpu")
 
     def clear_cache(self, cache: object) -> None:
         pass

@@ -216,7 +216,7 @@ def _time_pairs(num_timesteps: int, sampling_timesteps: int) -> list[tuple[int, 
 
     They are evenly spaced from T - 1 to -1, in torch's default dtype, and truncated to integers.
     """
-    times = torch.linspace(-1, num_timesteps - 1, steps=sampling_timesteps + 1).int().tolist()
+    times = torch.linspace(-1, num_timesteps - 1, steps=sampling_timesteps + 1, device="cpu").int().tolist()
     return list(pairwise(reversed(times)))
 
 

@@ -116,7 +116,7 @@ class DDIMSampler:
             use_original_steps: [math.sqrt(ddim_variance(*pair, self._eta)) for pair in levels]
             for use_original_steps, levels in self._levels.items()
         }
-        alphas, alphas_prev = torch.tensor(self._levels[False], dtype=torch.float64).T.contiguous()
+        alphas, alphas_prev = torch.tensor(self._levels[False], dtype=torch.float64, device="cpu").T.contiguous()
         float32 = {
             "betas": self.model.betas.detach(),
             "alphas_cumprod": alphas_cumprod,
@@ -128,11 +128,11 @@ class DDIMSampler:
             "sqrt_recipm1_alphas_cumprod": (1 / alphas_cumprod - 1).sqrt(),
             "ddim_alphas": alphas,
             "ddim_sqrt_one_minus_alphas": (1 - alphas).sqrt(),
-            "ddim_sigmas_for_original_num_steps": torch.tensor(sigmas[True], dtype=torch.float64),
+            "ddim_sigmas_for_original_num_steps": torch.tensor(sigmas[True], dtype=torch.float64, device="cpu"),
         }
         for name, attr in float32.items():
             self.register_buffer(name, attr.to(torch.float32, copy=True))
-        self.register_buffer("ddim_sigmas", torch.tensor(sigmas[False], dtype=torch.float64))
+        self.register_buffer("ddim_sigmas", torch.tensor(sigmas[False], dtype=torch.float64, device="cpu"))
         self.register_buffer("ddim_alphas_prev", alphas_prev.numpy())
 
     @torch.no_grad()

@@ -42,6 +42,10 @@ def output_tensor(output: Any, like: Tensor) -> Tensor:
         )
     if found.layout != torch.strided:
         raise TypeError(f"a model must return a dense tensor, got layout {found.layout}: call .to_dense()")
+    if found.is_nested:
+        raise TypeError(
+            "a model must return a tensor with one shape, got a nested one: use torch.nested.to_padded_tensor"
+        )
     if found.shape != like.shape:
         if found.ndim == like.ndim > 1 and found.shape == (like.shape[0], 2 * like.shape[1], *like.shape[2:]):
             found = found[:, : like.shape[1]]  # learned-variance channels are ignored, without a copy

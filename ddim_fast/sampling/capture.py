@@ -74,7 +74,7 @@ class CapturedLoop:
         with torch.inference_mode(False), torch.no_grad():
             self._allocate(job)
         self.load(job)
-        with torch.inference_mode():
+        with torch.no_grad():
             graphs.warm_up(self._first_step)
             self._graph: CapturedGraph = graphs.capture(self._all_steps if mode == "loop" else self._one_step)
 
@@ -102,7 +102,7 @@ class CapturedLoop:
             torch.ones(batch_size, dtype=torch.float32, device=device),
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def load(self, job: Job) -> None:
         """Copy the values of another job with the same key into the static tensors."""
         count, device = job.plan.num_inference_steps, self.loop.x_t.device
@@ -111,7 +111,7 @@ class CapturedLoop:
                 static.copy_(getattr(job.loop, name))
         self.loop.generator = job.loop.generator
         self._position.table.rows[:count].copy_(job.table.rows)
-        timesteps = torch.tensor(job.plan.model_timesteps)[:, None]
+        timesteps = torch.tensor(job.plan.model_timesteps, dtype=torch.int64, device="cpu")[:, None]
         self._position.timesteps[:count].copy_(timesteps.to(device).expand(-1, job.loop.shape[0]))
         self._position.index.zero_()
         leaves, _ = tree_flatten(list(job.conditionings))

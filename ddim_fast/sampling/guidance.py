@@ -47,7 +47,7 @@ class ClassifierGuidance:
         """
         # A copy, for which gradients can be taken, and which cond_fn may change.
         with torch.inference_mode(False), torch.enable_grad():
-            t = torch.full((len(x_t),), self.timesteps[step], device=x_t.device)
+            t = torch.full((len(x_t),), self.timesteps[step], dtype=torch.int64, device=x_t.device)
             gradient = self.cond_fn(x_t.clone(), t, **self.conditioning)
         if not isinstance(gradient, Tensor) or not gradient.dtype.is_floating_point:
             raise TypeError(f"cond_fn must return a floating-point tensor, the gradient for x_t, got {gradient!r:.80}")

@@ -104,7 +104,7 @@ def _per_sample_seeds(seed: int | None, seeds, batch_size: int) -> Tensor:
     if seed is not None and seeds is not None:
         raise ValueError("noise comes from one place: pass seed or seeds, got both")
     if seeds is None:
-        seed = int(torch.randint(2**63 - 1, ())) if seed is None else _integer("seed", seed)
+        seed = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else _integer("seed", seed)
         return torch.from_numpy(sample_seeds(seed, batch_size))
     if isinstance(seeds, (Tensor, np.ndarray)):
         seeds = seeds.tolist()
@@ -115,7 +115,7 @@ def _per_sample_seeds(seed: int | None, seeds, batch_size: int) -> Tensor:
     seeds = [_integer("a seed", s) for s in seeds]
     if bad := [s for s in seeds if not -(1 << 63) <= s < 1 << 64]:
         raise ValueError(f"a seed must fit in 64 bits, got {bad[0]}")
-    return torch.tensor([s - (1 << 64) if s >= 1 << 63 else s for s in seeds], dtype=torch.int64)
+    return torch.tensor([s - (1 << 64) if s >= 1 << 63 else s for s in seeds], dtype=torch.int64, device="cpu")
 
 
 def _integer(name: str, value: Any) -> int:
@@ -126,8 +126,7 @@ def _integer(name: str, value: Any) -> int:
 
 
 def initial_state(shape, x_T, per_sample, generator, device, dtype) -> Tensor:
-    """Return x_T in new memory. Called outside inference mode, so that the caller gets ordinary
-    tensors."""
+    """Return x_T in new memory."""
     if x_T is not None:
         return x_T.detach().clone(memory_format=torch.contiguous_format)
     if generator is not None:

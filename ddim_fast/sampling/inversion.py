@@ -66,7 +66,7 @@ def invert(
     timesteps = model_timesteps(plan, x0.device, len(x0))
     trajectory = Trajectory()
     bar = tqdm(plan.steps[::-1], desc="inverting", unit="step", disable=not observation.progress)
-    with torch.inference_mode(), bar:
+    with torch.no_grad(), bar:
         for step in bar:
             search.back(step.index, rows[step.index], timesteps[step.index])
             if observation.return_trajectory:  # x_t and x_prev have changed places

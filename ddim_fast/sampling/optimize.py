@@ -201,7 +201,7 @@ class _Trial:
     def _is_faster(self, way: Callable[..., Any], than: OptimizedModel) -> bool:
         """Return whether a call takes noticeably less time than with the best so far."""
         call = self._example(than.shape, than.batches_guidance)
-        with torch.inference_mode():
+        with torch.no_grad():
             before, after = _in_turn(lambda: call(than.fast), lambda: call(way), rounds=ROUNDS)
         return after < WORTHWHILE * before
 
@@ -234,8 +234,8 @@ class _Trial:
     def _example(self, shape: tuple[int, ...], batched: bool) -> Callable[[Callable[..., Any]], Any]:
         """Return a call as the sampler makes it, of whatever it is given."""
         steps, guidance = self.plan.steps, self.options.guidance
-        x = torch.zeros(shape, device=self.device)
-        t = torch.full((shape[0],), steps[len(steps) // 2].model_timestep, device=self.device)
+        x = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        t = torch.full((shape[0],), steps[len(steps) // 2].model_timestep, dtype=torch.int64, device=self.device)
         scales = None if self._scale is None else (self._scale,)
         conditionings = conditionings_of(self.model, guidance.conditioning, scales, guidance.unconditional_conditioning)
         first, *rest = conditionings

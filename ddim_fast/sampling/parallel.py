@@ -89,13 +89,13 @@ def sample_parallel(
     loop = Loop(x_t=x, calls=[], guidance_scales=scales, thresholding=plan.thresholding, seeds=seeds)
     timesteps = model_timesteps(plan, device, shape[0])
     weights = [weight_at_constant_v(step.alpha_bar_t, plan.prediction_type) for step in plan.steps]
-    variances = 1 - torch.tensor([step.alpha_bar_prev for step in plan.steps], dtype=torch.float64)
+    variances = 1 - torch.tensor([step.alpha_bar_prev for step in plan.steps], dtype=torch.float64, device="cpu")
     limits = tolerance**2 * math.prod(shape[1:]) * variances.to(device)[:, None]
     run = _Window(plan.steps, weights, loop, timesteps, limits, guesses, torch.empty_like(guesses), execution.backend)
     bar = tqdm(total=last, desc="sampling in parallel", unit="step", disable=not options.observation.progress)
     iterations = evaluations = 0
     calls: dict[int, list[ModelCall]] = {}
-    with torch.inference_mode(), bar:
+    with torch.no_grad(), bar:
         while run.first < last and iterations != max_iterations:
             count = min(width, last - run.first)
             if count not in calls:

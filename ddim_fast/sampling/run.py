@@ -176,7 +176,7 @@ def _take_steps(
     with using as captured:
         loop = job.loop if captured is None else captured.loop
         timesteps = model_timesteps(job.plan, loop.x_t.device, loop.shape[0])
-        with torch.inference_mode(), bar as steps:
+        with torch.no_grad(), bar as steps:
             if captured is not None and mode == "loop":
                 captured.replay_all(timing)
                 steps = ()
@@ -205,4 +205,4 @@ def _is_stopped(observation: Observation, step: PlannedStep, loop: Loop, traject
 
 def model_timesteps(plan: SamplingPlan, device: torch.device, batch_size: int) -> Tensor:
     """Return ``(S, B)`` int64: the timestep given to the model in each step, for each sample."""
-    return torch.tensor(plan.model_timesteps, device=device)[:, None].expand(-1, batch_size)
+    return torch.tensor(plan.model_timesteps, dtype=torch.int64, device=device)[:, None].expand(-1, batch_size)

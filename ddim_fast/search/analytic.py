@@ -11,7 +11,7 @@ from ..plans.plan import SamplingPlan
 from .runs import Runs
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_eps_residual(runs: Runs, plan: SamplingPlan, x0: Tensor) -> tuple[float, ...]:
     """Return E |eps - eps(x_t, t)|^2 per element at each timestep of a plan, for
     ``DDIMSampler(analytic_variance=...)``.

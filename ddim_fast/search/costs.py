@@ -57,7 +57,7 @@ def reference(runs: Runs, plan: SamplingPlan, candidates: Sequence[int]) -> Refe
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def cost_table(found: Reference, plan: SamplingPlan, progress: Callable[[int], Any] = lambda steps: None) -> np.ndarray:
     """Return the costs of all steps between candidates, in the form that ``dynamic.best_timesteps``
     takes.

@@ -56,7 +56,7 @@ class Runs:
         seeds = torch.from_numpy(sample_seeds(seed, count)).to(device)
         return cls(model, normals(seeds, tuple(shape), 0, NoiseStream.INITIAL), **others)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, x_t: Tensor, t: int) -> Tensor:
         """Return the model's output at x_t ``(B, C, ...)``, with guidance where there is a scale."""
         scales = guidance_scales(self.guidance_scale, (t,))
@@ -69,7 +69,7 @@ class Runs:
                 name: value[part] if torch.is_tensor(value) else value
                 for name, value in (self.conditioning or {}).items()
             }
-            times = torch.full((len(x),), t, device=x.device)
+            times = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
             calls = model_calls(self.model, conditionings_of(self.model, own, scales, None))
             m, uncond = Loop(
                 x_t=x,
@@ -100,7 +100,7 @@ class Runs:
         return states
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def after(state: State, step: PlannedStep, m: Tensor, order: int) -> State:
     """Return the state after a step with the model's output ``m``, in new memory."""
     if order == 1:

@@ -38,9 +38,11 @@ class ClosedForm(nn.Module):
     ):
         super().__init__()
         self.schedule = NoiseSchedule.linear() if schedule is None else schedule
-        self.register_buffer("alphas_cumprod", torch.tensor(self.schedule.alphas_cumprod, dtype=torch.float64))
+        self.register_buffer(
+            "alphas_cumprod", torch.tensor(self.schedule.alphas_cumprod, dtype=torch.float64, device="cpu")
+        )
         for name, values in {"weights": weights, "means": means, "std_devs": std_devs}.items():
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float64))
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float64, device="cpu"))
         self.weights /= self.weights.sum()
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ class ClosedForm(nn.Module):
         """
         ordered = samples.double().flatten().sort().values
         count = len(ordered)
-        edges = self.quantile(torch.arange(1, count, dtype=torch.float64) / count)
+        edges = self.quantile(torch.arange(1, count, dtype=torch.float64, device="cpu") / count)
         first, second = self._moments(edges)
         return (ordered.square() / count - 2 * ordered * first + second).sum().clamp(min=0).sqrt().item()
 
@@ -95,7 +97,7 @@ class ClosedForm(nn.Module):
         density = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
 
         def slices(values: Tensor, at_infinity: float) -> Tensor:
-            ends = torch.zeros(1, values.shape[1], dtype=values.dtype)
+            ends = torch.zeros(1, values.shape[1], dtype=values.dtype, device=values.device)
             return torch.cat([ends, values, ends + at_infinity]).diff(dim=0)
 
         mass, of_density, of_z = slices(torch.special.ndtr(z), 1.0), slices(density, 0.0), slices(z * density, 0.0)
@@ -110,5 +112,5 @@ class ClosedForm(nn.Module):
 
         Quantiles carry no sampling noise, so that the distance measures the sampler's error.
         """
-        p = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        p = (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5) / count
         return torch.special.ndtri(p)[:, None].float()

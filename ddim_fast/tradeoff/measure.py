@@ -91,7 +91,7 @@ def draw(subject: Subject, cell: Cell, count: int | None = None, progress: Progr
     count = count or cell.count or subject.count
     sampler, seeds = subject.sampler(cell), torch.from_numpy(sample_seeds(subject.seed, count))
     x_T = None if subject.truth is None else subject.truth.noise(count)
-    samples, drawn = [], Drawn(torch.empty(0), [], [])
+    samples, drawn = [], Drawn(torch.empty(0, dtype=torch.float32, device="cpu"), [], [])
     for first in range(0, count, subject.batch_size):
         size, timing = min(subject.batch_size, count - first), Timing()
 

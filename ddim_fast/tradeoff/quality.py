@@ -94,11 +94,12 @@ def frechet_measure(features: Tensor, real: FeatureStatistics) -> Measure:
     draws = torch.Generator().manual_seed(0)
     again = [
         frechet_distance(
-            feature_statistics(features[torch.randint(len(features), (len(features),), generator=draws)]), real
+            feature_statistics(features[torch.randint(len(features), (len(features),), generator=draws, device="cpu")]),
+            real,
         )
         for _ in range(BOOTSTRAPS)
     ]
-    return Measure(distance, torch.tensor(again).std().item())
+    return Measure(distance, torch.tensor(again, dtype=torch.float32, device="cpu").std().item())
 
 
 def share(is_so: Tensor) -> Measure:

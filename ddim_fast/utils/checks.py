@@ -98,7 +98,7 @@ def _range(at_least: float | None, at_most: float | None, above: float | None = 
 
 def check_samples(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a floating-point tensor ``(B, C, ...)``."""
-    if not isinstance(value, Tensor) or not value.dtype.is_floating_point or value.ndim < 2:
+    if not isinstance(value, Tensor) or not value.dtype.is_floating_point or value.is_nested or value.ndim < 2:
         raise TypeError(f"{name} must be a floating-point tensor (B, C, ...), got {value!r:.80}")
 
 

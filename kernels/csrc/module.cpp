@@ -17,6 +17,8 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <exception>
+#include <initializer_list>
 #include <new>
 #include <vector>
 
@@ -94,18 +96,29 @@ void run_step(Step s, int threads) {
 // With fewer elements, releasing the interpreter's lock costs more than it gains.
 constexpr int64_t kReleaseLock = 65536;
 
+// Releases the interpreter's lock while it lives.
+class Unlocked {
+ public:
+  Unlocked() : state_(PyEval_SaveThread()) {}
+  ~Unlocked() { PyEval_RestoreThread(state_); }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
 void run_unlocked(const Step& s, int threads) {
   if (s.n_samples * s.n_elements < kReleaseLock) return run_step(s, threads);
-  PyThreadState* state = PyEval_SaveThread();
+  Unlocked unlocked;
   run_step(s, threads);
-  PyEval_RestoreThread(state);
 }
 
 // ------------------------------------------------------------------------------------------------------ what torch is asked
-PyObject *tensor_type, *get_num_threads, *grad_enabled, *s_requires_grad, *s_packed;
+PyObject *tensor_type, *get_num_threads, *grad_enabled, *inference_mode, *s_requires_grad, *s_packed;
 // From kernels/torch_internals.py. The last two are None where torch has no such name.
 PyObject *modes_active, *forward_ad, *forward_ad_level, *write_count;
-PyCFunction is_negated;                         // torch.Tensor.is_neg, called without looking it up
+PyCFunction is_negated, is_inference;           // torch.Tensor.is_neg and is_inference, called without looking them up
 const dlpack::ExchangeApi* exchange = nullptr;  // null before torch 2.10: then step() refuses, and Python checks at its own pace
 
 struct Reference {
@@ -123,11 +136,16 @@ PyObject* new_none() {
   return Py_None;
 }
 
+bool has_elements(const dlpack::Tensor& t) {
+  return std::find(t.shape, t.shape + t.ndim, 0) == t.shape + t.ndim;
+}
+
+// Reads a tensor with memory of its own. Zeros that torch knows without memory have none.
 bool read_any(PyObject* object, dlpack::Tensor* t) {
   if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != tensor_type) return false;
   if (exchange->tensor_from_object(object, t) != 0 || t->device.type != dlpack::kCpu) return false;
   Reference negated(is_negated(object, nullptr));  // its memory has the other sign
-  return negated.object == Py_False;
+  return negated.object == Py_False && (t->data || !has_elements(*t));
 }
 
 void* address_of(const dlpack::Tensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
@@ -176,6 +194,14 @@ bool without_gradient(PyObject* object, bool recording) {
   if (!recording) return true;
   Reference attribute(PyObject_GetAttr(object, s_requires_grad));
   return attribute.object == Py_False;
+}
+
+// Whether torch allows writing: a tensor made under inference mode may be written there alone.
+bool writable(PyObject* object) {
+  Reference inference(is_inference(object, nullptr));
+  if (inference.object == Py_False) return true;
+  Reference allowed(PyObject_CallNoArgs(inference_mode));
+  return allowed.object == Py_True;
 }
 
 // Reads a plain one-dimensional tensor with an entry for each sample.
@@ -289,15 +315,15 @@ bool read_step(PyObject* const* a, Step* s, int64_t* total) {
     for (int64_t i = 0; i < s->n_samples; ++i)
       if (s->thresholds[i] <= 0) return false;
   }
-  if (!read_tensor(a[kXPrev], &like, stride, &s->x_prev) || s->x_prev.dtype != s->x_t.dtype) return false;
+  if (!read_tensor(a[kXPrev], &like, stride, &s->x_prev) || s->x_prev.dtype != s->x_t.dtype || !writable(a[kXPrev])) return false;
   if (a[kXPrev] != a[kXT] && !without_gradient(a[kXPrev], recording)) return false;
   if (a[kX0] != Py_None) {
     if (!read_tensor(a[kX0], &like, stride, &s->x0) || s->x0.dtype != s->x_t.dtype || !without_gradient(a[kX0], recording)) return false;
-    if (s->x0.data == s->x_prev.data || !safe_to_write(s->x0, s->x_prev, *total)) return false;
+    if (!writable(a[kX0]) || s->x0.data == s->x_prev.data || !safe_to_write(s->x0, s->x_prev, *total)) return false;
   }
   if (a[kHistory] != Py_None) {
     if (wanted || !read_tensor(a[kHistory], &like, stride, &s->history) || s->history.dtype != s->x_t.dtype) return false;
-    if (!without_gradient(a[kHistory], recording)) return false;
+    if (!writable(a[kHistory]) || !without_gradient(a[kHistory], recording)) return false;
   } else if (s->c.history != 0) {
     return false;
   }
@@ -425,6 +451,14 @@ PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) 
   return first.object && second.object ? PyTuple_Pack(2, first.object, second.object) : nullptr;
 }
 
+// Whether all of these are addresses, for at least one element. False: an exception. Tensors without
+// memory on the CPU, such as those on the device meta, have the address 0.
+bool all_given(std::initializer_list<const void*> addresses, int64_t rows, int64_t columns) {
+  if (rows >= 0 && columns >= 0 && (rows == 0 || columns == 0 || std::find(addresses.begin(), addresses.end(), nullptr) == addresses.end())) return true;
+  PyErr_SetString(PyExc_ValueError, "a kernel must be given memory on the CPU, got a tensor that has none: move it with .cpu()");
+  return false;
+}
+
 // run(n_samples, n_elements, tensors, guidance_scale, packed, thresholds, seeds, known_seeds,
 // noise_step, noise_stream, threads); tensors is a tuple of (address, stride, dtype) for each of
 // kPerElement; address 0: not given.
@@ -448,6 +482,10 @@ PyObject* py_run(PyObject*, PyObject* arguments) {
     long long address, stride;
     int dtype;
     if (!PyArg_ParseTuple(PyTuple_GetItem(described, i), "LLi", &address, &stride, &dtype)) return nullptr;
+    if (dtype < kFloat32 || dtype > kBFloat16) {
+      PyErr_Format(PyExc_ValueError, "dtype must be a code of csrc/step.h, got %d", dtype);
+      return nullptr;
+    }
     s.*kPerElement[i] = {reinterpret_cast<void*>(address), stride, static_cast<DType>(dtype)};
   }
   s.n_samples = n_samples;
@@ -458,6 +496,7 @@ PyObject* py_run(PyObject*, PyObject* arguments) {
   s.known_seeds = reinterpret_cast<const int64_t*>(known_seeds);
   s.noise_step = noise_step;
   s.noise_stream = noise_stream;
+  if (!all_given({s.x_t.data, s.model_output.data, s.x_prev.data}, n_samples, n_elements)) return nullptr;
   run_unlocked(s, threads);
   return new_none();
 }
@@ -472,16 +511,18 @@ PyObject* py_normals(PyObject*, PyObject* arguments) {
   if (!PyArg_ParseTuple(arguments, "KLLIIKi", &seeds_address, &n_samples, &n_elements, &noise_step, &noise_stream, &z_address, &threads)) return nullptr;
   const auto* seeds = reinterpret_cast<const int64_t*>(seeds_address);
   auto* z = reinterpret_cast<float*>(z_address);
-  PyThreadState* state = PyEval_SaveThread();
-  const int64_t per_sample = std::max<int64_t>(1, (n_elements + kNoiseGrain - 1) / kNoiseGrain);
-  parallel_for(n_samples * per_sample, 1, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t sample = i / per_sample, first = i % per_sample * kNoiseGrain;
-      const int64_t count = std::min<int64_t>(kNoiseGrain, n_elements - first);
-      if (count > 0) kernels->normals(seeds[sample], first, noise_step, noise_stream, z + sample * n_elements + first, count);
-    }
-  });
-  PyEval_RestoreThread(state);
+  if (!all_given({seeds, z}, n_samples, n_elements)) return nullptr;
+  {
+    Unlocked unlocked;
+    const int64_t per_sample = std::max<int64_t>(1, (n_elements + kNoiseGrain - 1) / kNoiseGrain);
+    parallel_for(n_samples * per_sample, 1, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t sample = i / per_sample, first = i % per_sample * kNoiseGrain;
+        const int64_t count = std::min<int64_t>(kNoiseGrain, n_elements - first);
+        if (count > 0) kernels->normals(seeds[sample], first, noise_step, noise_stream, z + sample * n_elements + first, count);
+      }
+    });
+  }
   return new_none();
 }
 
@@ -492,19 +533,25 @@ PyObject* py_words(PyObject*, PyObject* arguments) {
   unsigned int noise_step, noise_stream;
   unsigned long long address;
   if (!PyArg_ParseTuple(arguments, "LLIIKL", &seed, &first_counter, &noise_step, &noise_stream, &address, &n)) return nullptr;
-  kernels->words(seed, first_counter, noise_step, noise_stream, reinterpret_cast<uint32_t*>(address), n);
+  auto* words = reinterpret_cast<uint32_t*>(address);
+  if (!all_given({words}, n, 1)) return nullptr;
+  kernels->words(seed, first_counter, noise_step, noise_stream, words, n);
   return new_none();
 }
 
 // triad(a, b, c, scale, n): addresses of float32; a = b * scale + c on the calling thread
 PyObject* py_triad(PyObject*, PyObject* arguments) {
-  unsigned long long a, b, c;
+  unsigned long long a_address, b_address, c_address;
   float scale;
   long long n;
-  if (!PyArg_ParseTuple(arguments, "KKKfL", &a, &b, &c, &scale, &n)) return nullptr;
-  PyThreadState* state = PyEval_SaveThread();
-  kernels->triad(reinterpret_cast<float*>(a), reinterpret_cast<const float*>(b), reinterpret_cast<const float*>(c), scale, n);
-  PyEval_RestoreThread(state);
+  if (!PyArg_ParseTuple(arguments, "KKKfL", &a_address, &b_address, &c_address, &scale, &n)) return nullptr;
+  auto* a = reinterpret_cast<float*>(a_address);
+  const auto *b = reinterpret_cast<const float*>(b_address), *c = reinterpret_cast<const float*>(c_address);
+  if (!all_given({a, b, c}, n, 1)) return nullptr;
+  {
+    Unlocked unlocked;
+    kernels->triad(a, b, c, scale, n);
+  }
   return new_none();
 }
 
@@ -540,17 +587,19 @@ PyObject* py_convolve(PyObject*, PyObject* arguments) {
     return nullptr;
   const Convolution c{reinterpret_cast<const float*>(input), reinterpret_cast<const float*>(weights), reinterpret_cast<const float*>(bias),
                       reinterpret_cast<float*>(output), batch, height, width, in_channels, out_channels};
+  if (!all_given({c.input, c.weights, c.output}, batch * height, width * out_channels)) return nullptr;
   std::atomic<bool> enough_memory{true};
-  PyThreadState* state = PyEval_SaveThread();
-  parallel_for(tile_count(c), kRowGrain, threads, [&](int64_t begin, int64_t end) {
-    thread_local Scratch scratch;
-    float* memory = scratch.of(scratch_floats(c));
-    if (memory)
-      kernels->convolve(c, begin, end, memory);
-    else
-      enough_memory = false;
-  });
-  PyEval_RestoreThread(state);
+  {
+    Unlocked unlocked;
+    parallel_for(tile_count(c), kRowGrain, threads, [&](int64_t begin, int64_t end) {
+      thread_local Scratch scratch;
+      float* memory = scratch.of(scratch_floats(c));
+      if (memory)
+        kernels->convolve(c, begin, end, memory);
+      else
+        enough_memory = false;
+    });
+  }
   if (!enough_memory) return PyErr_NoMemory();
   return new_none();
 }
@@ -579,20 +628,44 @@ PyObject* py_select(PyObject*, PyObject* arguments) {
 
 PyObject* py_selected(PyObject*, PyObject*) { return PyUnicode_FromString(kernels->name); }
 
+// The function of a method, from which no exception of C++ comes out.
+template <auto function, typename... Arguments>
+PyObject* guarded(PyObject* self, Arguments... arguments) {
+  try {
+    return function(self, arguments...);
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
+template <auto function>
+constexpr PyCFunction method = guarded<function, PyObject*>;
+template <auto function>
+const PyCFunction fast_method = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(guarded<function, PyObject* const*, Py_ssize_t>));
+
 PyMethodDef methods[] = {
-    {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_step)), METH_FASTCALL, nullptr},
-    {"step_to_new", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_step_to_new)), METH_FASTCALL, nullptr},
-    {"run", py_run, METH_VARARGS, nullptr},
-    {"normals", py_normals, METH_VARARGS, nullptr},
-    {"words", py_words, METH_VARARGS, nullptr},
-    {"triad", py_triad, METH_VARARGS, nullptr},
-    {"convolve", py_convolve, METH_VARARGS, nullptr},
-    {"instruction_sets", py_instruction_sets, METH_NOARGS, "The instruction sets usable here, best first."},
-    {"select", py_select, METH_VARARGS, "Use the named instruction set from now on, on every thread."},
-    {"selected", py_selected, METH_NOARGS, "The instruction set in use."},
+    {"step", fast_method<py_step>, METH_FASTCALL, nullptr},
+    {"step_to_new", fast_method<py_step_to_new>, METH_FASTCALL, nullptr},
+    {"run", method<py_run>, METH_VARARGS, nullptr},
+    {"normals", method<py_normals>, METH_VARARGS, nullptr},
+    {"words", method<py_words>, METH_VARARGS, nullptr},
+    {"triad", method<py_triad>, METH_VARARGS, nullptr},
+    {"convolve", method<py_convolve>, METH_VARARGS, nullptr},
+    {"instruction_sets", method<py_instruction_sets>, METH_NOARGS, "The instruction sets usable here, best first."},
+    {"select", method<py_select>, METH_VARARGS, "Use the named instruction set from now on, on every thread."},
+    {"selected", method<py_selected>, METH_NOARGS, "The instruction set in use."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu_step", "The DDIM step in SIMD C++.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+// A method without arguments as a function. Null: it is none in C, or an exception.
+PyCFunction method_of(PyObject* object, const char* name) {
+  Reference method(object ? PyObject_GetAttrString(object, name) : nullptr);
+  return method.object && PyCFunction_GetFlags(method.object) == METH_NOARGS ? PyCFunction_GetFunction(method.object) : nullptr;
+}
 
 bool import_torch_names() {
   Reference torch(PyImport_ImportModule("torch"));
@@ -600,6 +673,7 @@ bool import_torch_names() {
   tensor_type = PyObject_GetAttrString(torch.object, "Tensor");
   get_num_threads = PyObject_GetAttrString(torch.object, "get_num_threads");
   grad_enabled = PyObject_GetAttrString(torch.object, "is_grad_enabled");
+  inference_mode = PyObject_GetAttrString(torch.object, "is_inference_mode_enabled");
   Reference internals(PyImport_ImportModule("ddim_fast.kernels.torch_internals"));
   if (!internals.object) return false;
   modes_active = PyObject_GetAttrString(internals.object, "modes_active");
@@ -609,22 +683,25 @@ bool import_torch_names() {
   s_requires_grad = PyUnicode_InternFromString("requires_grad");
   s_packed = PyUnicode_InternFromString("packed");
   Reference example(PyObject_CallNoArgs(tensor_type));  // on the CPU, for any default device
-  Reference method(example.object ? PyObject_GetAttrString(example.object, "is_neg") : nullptr);
+  is_negated = method_of(example.object, "is_neg");
+  is_inference = method_of(example.object, "is_inference");
   if (PyErr_Occurred()) return false;
-  if (PyCFunction_GetFlags(method.object) == METH_NOARGS) is_negated = PyCFunction_GetFunction(method.object);
   Reference capsule(PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__"));
   const auto* api = static_cast<const dlpack::ExchangeApi*>(
       capsule.object ? PyCapsule_GetPointer(capsule.object, "dlpack_exchange_api") : nullptr);
-  if (api && api->version.major == 1 && is_negated) exchange = api;
+  if (api && api->version.major == 1 && is_negated && is_inference) exchange = api;
   PyErr_Clear();
   return true;
+}
+
+PyObject* make_module(PyObject*) {
+  kernels = usable_kernels().front();
+  return import_torch_names() ? PyModule_Create(&definition) : nullptr;
 }
 
 }  // namespace
 }  // namespace ddim
 
 PyMODINIT_FUNC PyInit__cpu_step() {
-  ddim::kernels = ddim::usable_kernels().front();
-  if (!ddim::import_torch_names()) return nullptr;
-  return PyModule_Create(&ddim::definition);
+  return ddim::guarded<ddim::make_module>(nullptr);
 }

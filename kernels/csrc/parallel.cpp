@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
+#include <new>
 #include <thread>
 
 namespace ddim {
@@ -14,25 +16,31 @@ class Pool {
  public:
   void run(int parts, const std::function<void(int)>& part) {
     std::unique_lock<std::mutex> only_caller(caller_, std::try_to_lock);
-    if (!only_caller) {
-      for (int i = 0; i < parts; ++i) part(i);
-      return;
-    }
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      for (; workers_ < parts - 1; ++workers_) std::thread(&Pool::work, this, workers_ + 1).detach();
-      part_ = &part;
-      parts_ = parts;
-      pending_ = parts - 1;
-      ++generation_;
-    }
-    start_.notify_all();
+    const int shared = only_caller ? share(parts, part) : 1;
     part(0);
+    for (int i = shared; i < parts; ++i) part(i);
+    if (!only_caller) return;
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return pending_ == 0; });
   }
 
  private:
+  // Gives parts 1, 2, ... to a worker each, and returns the first that has none: the number of
+  // threads may be limited.
+  int share(int parts, const std::function<void(int)>& part) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    try {
+      for (; workers_ < parts - 1; ++workers_) std::thread(&Pool::work, this, workers_ + 1).detach();
+    } catch (const std::exception&) {
+    }
+    part_ = &part;
+    parts_ = std::min(parts, workers_ + 1);
+    pending_ = parts_ - 1;
+    ++generation_;
+    start_.notify_all();
+    return parts_;
+  }
+
   void work(int index) {
     uint64_t seen = 0;
     std::unique_lock<std::mutex> lock(mutex_);
@@ -56,16 +64,17 @@ class Pool {
 };
 
 // Never destroyed: its threads outlive static destructors. A forked child has none of them, so it
-// starts with a new pool.
+// starts with a new pool. Null where there is not enough memory for one.
 Pool* pool = nullptr;
 std::once_flag pool_once;
 
-Pool& the_pool() {
+void make_pool() { pool = new (std::nothrow) Pool; }
+
+Pool* the_pool() {
   std::call_once(pool_once, [] {
-    pool = new Pool;
-    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+    if (pthread_atfork(nullptr, nullptr, make_pool) == 0) make_pool();
   });
-  return *pool;
+  return pool;
 }
 
 }  // namespace
@@ -73,11 +82,12 @@ Pool& the_pool() {
 void parallel_for(int64_t n, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& work) {
   const int64_t grains = (n + grain - 1) / grain;
   const int parts = static_cast<int>(std::min<int64_t>(std::max(threads, 1), grains));
-  if (parts <= 1) {
+  Pool* pool = parts > 1 ? the_pool() : nullptr;
+  if (!pool) {
     if (n > 0) work(0, n);
     return;
   }
-  the_pool().run(parts, [&](int i) {
+  pool->run(parts, [&](int i) {
     const int64_t begin = grains * i / parts * grain, end = std::min(n, grains * (i + 1) / parts * grain);
     work(begin, end);
   });

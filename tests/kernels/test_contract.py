@@ -547,6 +547,112 @@ def test_lazy_negation_of_a_conjugate_is_honoured():
         torch.testing.assert_close(got, ddim_step(x[:, some].clone(), m[:, some], PLAIN, backend="reference"))
 
 
+# --- What torch's own in-place operations refuse ------------------------------------------------------------------------
+
+WRITTEN = ("out", "x0_out", "history")
+
+
+@per_backend
+@pytest.mark.parametrize("written", WRITTEN)
+@pytest.mark.parametrize("outside", [torch.enable_grad, torch.no_grad])
+def test_what_was_made_under_inference_mode_is_written_there_alone(written, backend, outside):
+    with torch.inference_mode():
+        target = torch.full((2, 3, 4), 7.0)
+    x_t, m = sample(1), sample(2)
+    with outside():
+        with pytest.raises(ValueError, match=r"written to outside of torch.inference_mode\(\).*clone"):
+            ddim_step(x_t, m, row(), backend=backend, **{written: target})
+        assert bool((target == 7).all())
+    with torch.inference_mode():
+        ddim_step(x_t, m, row(), backend=backend, **{written: target})
+    assert not bool((target == 7).any())
+
+
+def views_that_torch_does_not_write():
+    leaf, other = torch.ones(2, 3, 4, requires_grad=True), torch.ones(2, 2, 3, 4, requires_grad=True)
+    with torch.no_grad():
+        quiet = leaf[:]
+    return {"of a leaf": leaf[:], "of many": (other * 1).unbind(0)[0], "made without gradients": quiet}
+
+
+@pytest.mark.parametrize("kind", views_that_torch_does_not_write())
+def test_a_view_that_torch_does_not_write_is_not_written_and_nothing_else_is(kind):
+    view, x0 = views_that_torch_does_not_write()[kind], torch.full((2, 3, 4), 7.0)
+    with pytest.raises(RuntimeError, match="view"):
+        view.add_(1)
+    with pytest.raises((RuntimeError, ValueError), match=r"view|require gradients"):
+        ddim_step(sample(1), sample(2), row(), out=view, x0_out=x0)
+    assert bool((x0 == 7).all())
+    assert bool((view == 1).all())
+
+
+@pytest.mark.parametrize("name", ["x_t", "model_output"])
+def test_zeros_that_have_no_memory_are_zeros(name):
+    given = {"x_t": sample(1), "model_output": sample(2)}
+    zeros = torch._efficientzerotensor((2, 3, 4))
+    got = ddim_step(**given | {name: zeros}, coefficients=row())
+    torch.testing.assert_close(got, ddim_step(**given | {name: torch.zeros(2, 3, 4)}, coefficients=row()))
+
+
+def test_zeros_that_have_no_memory_are_not_written():
+    with pytest.raises(RuntimeError, match="immutable"):
+        ddim_step(sample(1), sample(2), row(), out=torch._efficientzerotensor((2, 3, 4)))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@pytest.mark.parametrize("name", ["x_t", "model_output", "noise", "out", "x0_out"])
+def test_a_nested_tensor_is_refused_in_a_sentence(name):
+    given = {"x_t": sample(1), "model_output": sample(2), "coefficients": row(prev_noise=0.1), "noise": sample(3)}
+    nested = torch.nested.nested_tensor([sample(4)[0], sample(5)[0]])
+    with pytest.raises(TypeError, match="one shape, got a nested one"):
+        ddim_step(**given | {name: nested})
+
+
+# --- Inside torch.func's transforms -------------------------------------------------------------------------------------
+
+
+def test_under_vmap_every_tensor_may_be_mapped_but_those_read_on_the_host():
+    x_t, m, noisy = sample(1, (4, 2, 3)), sample(2, (4, 2, 3)), row(prev_noise=0.1)
+    seeds = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]])
+    expected = torch.stack([ddim_step(a, b, row(), backend="reference") for a, b in zip(x_t, m, strict=True)])
+    assert torch.equal(torch.vmap(lambda a, b: ddim_step(a, b, row()))(x_t, m), expected)
+    out = torch.empty_like(x_t)
+    torch.vmap(lambda a, b, out: ddim_step(a, b, row(), out=out))(x_t, m, out)
+    assert torch.equal(out, expected)
+    thresholds = torch.tensor([[0.5, 1.0], [2.0, 1.0], [1.5, 3.0], [0.1, 0.2]])
+    clipped = torch.vmap(lambda a, b, s: ddim_step(a, b, row(clip=0.5), thresholds=s))(x_t, m, thresholds)
+    each = [ddim_step(*of, row(clip=0.5), thresholds=s) for *of, s in zip(x_t, m, thresholds, strict=True)]
+    torch.testing.assert_close(clipped, torch.stack(each))
+    with pytest.raises(ValueError, match=r"seeds must be the same for all samples of a torch.func transform"):
+        torch.vmap(lambda a, b, s: ddim_step(a, b, noisy, seeds=s))(x_t, m, seeds)
+    table = StepTable.of([row(), row()])
+    with pytest.raises(ValueError, match=r"index must be the same for all samples of a torch.func transform"):
+        torch.vmap(lambda a, b, i: ddim_step_from_table(a, b, table, i))(x_t, m, torch.zeros(4, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("written", ["out", "x0_out"])
+@pytest.mark.parametrize("transform", ["vmap", "grad"])
+def test_a_transform_does_not_write_what_it_does_not_hold(transform, written):
+    plain = torch.full((2, 3), 7.0)
+
+    def step(x_t):
+        return ddim_step(x_t, x_t, row(), **{written: plain}).sum()
+
+    calls = {
+        "vmap": lambda x_t: torch.vmap(step)(x_t[None].repeat(4, 1, 1)),
+        "grad": lambda x_t: torch.func.grad(step)(x_t),
+    }
+    with pytest.raises(RuntimeError, match=r"in-?place"):
+        calls[transform](sample(1, (2, 3)))
+    assert bool((plain == 7).all())
+
+
+def test_seeds_serve_a_function_whose_gradient_is_taken():
+    seeds, noisy = torch.tensor([3, 4]), row(prev_noise=0.1)
+    gradient = torch.func.grad(lambda x_t: ddim_step(x_t, x_t * 0, noisy, seeds=seeds).sum())(sample(1, (2, 3)))
+    torch.testing.assert_close(gradient, torch.full((2, 3), 1.5 * 0.5))
+
+
 # --- Dispatch -------------------------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ import torch
 from ddim_fast.kernels import cpu_step
 from ddim_fast.kernels.contract import StepCoefficients
 from ddim_fast.kernels.dispatch import ddim_step
+from ddim_fast.kernels.fields import PER_ELEMENT
 from ddim_fast.kernels.noise import philox_words, standard_normals, words_to_normals
 from ddim_fast.verify.truth import oracle
 from ddim_fast.verify.truth.tolerances import assert_near, to_numpy
@@ -488,6 +489,78 @@ worker.join()
 
 def test_interpreter_ends_with_threads_waiting():
     assert_runs("import torch; from test_extension import big_step; torch.set_num_threads(3); big_step()()", timeout=60)
+
+
+WITHOUT_THREADS = """
+import os, resource, threading
+import numpy, torch
+from ddim_fast import StepCoefficients, ddim_step
+from ddim_fast.kernels import cpu_step
+from ddim_fast.kernels.convolution import convolve, transformed_weights
+
+torch.set_num_threads(1)
+row = StepCoefficients(1.5, -0.5, 0, 1, 0, 0.5, 0.5, 0.1)
+x = torch.linspace(-1, 1, 1 << 18, dtype=torch.float32)[None]
+seeds, picture = torch.tensor([5]), x.view(1, 16, 128, 128).contiguous(memory_format=torch.channels_last)
+weights = transformed_weights(torch.linspace(-1, 1, 16 * 16 * 9).view(16, 16, 3, 3))
+calls = [
+    lambda: ddim_step(x, x, row, seeds=seeds),
+    lambda: ddim_step(x, x, row, seeds=seeds, backend="cpu"),
+    lambda: cpu_step.normals(seeds, (1 << 18,), 0, 0),
+    lambda: convolve(picture, weights, None),
+]
+expected = [call().numpy() for call in calls]
+torch.set_num_threads(4)
+if os.geteuid() == 0:
+    os.setuid(65534)  # root may start as many as it likes
+resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+try:
+    threading.Thread(target=int).start()
+except RuntimeError:
+    pass
+else:
+    raise SystemExit("this test needs a limit on threads")
+for call, wanted in zip(calls, expected):
+    assert numpy.array_equal(call().numpy(), wanted)  # torch's own comparison would want threads
+"""
+
+
+def test_where_no_thread_can_be_made_the_caller_does_all():
+    assert_runs(WITHOUT_THREADS)
+
+
+NOWHERE = {
+    "normals": (0, 1, 8, 0, 0, 0, 1),
+    "words": (0, 0, 0, 0, 0, 8),
+    "triad": (0, 0, 0, 1.0, 8),
+    "convolve": (0, 0, 0, 0, 1, 4, 4, 16, 16, 1),
+    "run": (
+        1,
+        8,
+        ((0, 8, 0),) * len(PER_ELEMENT),
+        0.0,
+        StepCoefficients(1, 0, 0, 1, 0, 1, 1, 0).packed,
+        0,
+        0,
+        0,
+        0,
+        0,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("function", NOWHERE)
+def test_no_kernel_works_on_the_address_of_a_tensor_without_memory(function):
+    with pytest.raises(ValueError, match="must be given memory on the CPU, got a tensor that has none"):
+        getattr(cpu_step.extension, function)(*NOWHERE[function])
+
+
+def test_a_dtype_that_no_kernel_has_is_refused():
+    *before, tensors = NOWHERE["run"][:3]
+    wrong = (*before, ((8, 8, 3), *tensors[1:]), *NOWHERE["run"][3:])
+    with pytest.raises(ValueError, match=r"dtype must be a code of csrc/step.h, got 3"):
+        cpu_step.extension.run(*wrong)
 
 
 # --- The edges of memory ---------------------------------------------------------------------------------------------------------------

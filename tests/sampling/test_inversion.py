@@ -50,7 +50,8 @@ def as_torch(kind):
     """``model(x, t, label=0.0)`` in torch, computed in NumPy."""
 
     def model(x, t, label=0.0):
-        assert torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
         return torch.from_numpy(two_peaks(kind, label)(x.double().numpy(), t.numpy())).to(x.dtype)
 
     return model

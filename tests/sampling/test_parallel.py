@@ -127,7 +127,8 @@ def test_the_model_is_called_once_for_the_window():
     seen = []
 
     def model(x, t):
-        assert torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
         assert t.dtype == torch.int64
         seen.append((tuple(x.shape), t.tolist()))
         return wavy(x, t)

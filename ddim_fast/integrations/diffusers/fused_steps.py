@@ -41,7 +41,8 @@ class FusedSteps(SchedulerRows):
             steps_offset=config.steps_offset,
         )
         self.num_inference_steps = num_inference_steps
-        self.timesteps = torch.tensor(timesteps if self._noisiest_first else timesteps[::-1], device=device)
+        ordered = timesteps if self._noisiest_first else timesteps[::-1]
+        self.timesteps = torch.tensor(ordered, dtype=torch.int64, device="cpu" if device is None else device)
         return None
 
     def _refuse_what_the_original_ignores(self, *fields: str) -> None:

@@ -88,7 +88,7 @@ def eta_convention(context: Context) -> None:
 
 def _given_noise(context: Context, setting: Setting, index: int, level: Level) -> None:
     """Check a step from x_t = 0 with a model output of 0: x_prev is the noise alone."""
-    zero = torch.zeros(2, 16, device=context.device)
+    zero = torch.zeros(2, 16, dtype=torch.float32, device=context.device)
     noise = context.normal(2, 16)
     case = StepCase(setting, index, zero, zero.clone(), noise)
     result = context.step(case.copied())
@@ -103,7 +103,7 @@ def _given_noise(context: Context, setting: Setting, index: int, level: Level) -
 def _pure_noise(context: Context, setting: Setting) -> Iterator[tuple[Setting, Observed]]:
     """Yield steps that draw their noise, with a model output of 0: x_prev is the scaled x_t and
     noise, in either convention."""
-    x_t = torch.zeros(DRAWN, device=context.device)
+    x_t = torch.zeros(DRAWN, dtype=torch.float32, device=context.device)
     for one in drawn_steps(context, setting, lambda level, x: torch.zeros_like(x), x_t):
         if one.level.alpha_bar_t < one.level.alpha_bar_prev < 1:  # the last step of some schedulers goes nowhere
             yield setting, one

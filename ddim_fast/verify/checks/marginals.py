@@ -127,7 +127,7 @@ def _sampled(context: Context, setting: Setting, model: Model, x_T: Tensor) -> T
         return context.sample(setting, model, x_T.clone())
     x_t = x_T
     for index, level in enumerate(context.levels(setting)):
-        output = model(x_t, torch.full((len(x_t),), level.t, device=x_t.device))
+        output = model(x_t, level.times(x_t))
         x_t = context.step(StepCase(setting, index, x_t, output, noise=context.normal(*x_t.shape))).x_prev
     return x_t
 

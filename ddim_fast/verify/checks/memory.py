@@ -60,7 +60,7 @@ class Place(NamedTuple):
 
 
 def _of_twice(shape: tuple[int, ...], dtype: torch.dtype, dim: int) -> Tensor:
-    return torch.full([n * 2 if i == dim else n for i, n in enumerate(shape)], 7.5, dtype=dtype)
+    return torch.full([n * 2 if i == dim else n for i, n in enumerate(shape)], 7.5, dtype=dtype, device="cpu")
 
 
 def _place(memory: Tensor, view: Callable[[Tensor], Tensor]) -> Place:
@@ -72,12 +72,14 @@ LAYOUTS: dict[str, Callable[[tuple[int, ...], torch.dtype], Place]] = {
     "the second half of twice the channels": lambda s, d: _place(_of_twice(s, d, 1), lambda t: t[:, s[1] :]),
     "every other element of its rows": lambda s, d: _place(_of_twice(s, d, 3), lambda t: t[..., ::2]),
     "every other sample of a batch": lambda s, d: _place(_of_twice(s, d, 0), lambda t: t[1::2]),
-    "transposed": lambda s, d: _place(torch.full((s[0], s[3], s[2], s[1]), 7.5, dtype=d), lambda t: t.transpose(1, 3)),
+    "transposed": lambda s, d: _place(
+        torch.full((s[0], s[3], s[2], s[1]), 7.5, dtype=d, device="cpu"), lambda t: t.transpose(1, 3)
+    ),
     "channels_last": lambda s, d: _place(
-        torch.full(s, 7.5, dtype=d).contiguous(memory_format=torch.channels_last), lambda t: t
+        torch.full(s, 7.5, dtype=d, device="cpu").contiguous(memory_format=torch.channels_last), lambda t: t
     ),
     "one element past an aligned address": lambda s, d: _place(
-        torch.full((math.prod(s) + 1,), 7.5, dtype=d), lambda t: t[1:].view(s)
+        torch.full((math.prod(s) + 1,), 7.5, dtype=d, device="cpu"), lambda t: t[1:].view(s)
     ),
 }
 
@@ -229,7 +231,7 @@ def _on_gpu(context: Context, in_place: bool) -> tuple[Context, list[StepCase]]:
     there = Context(subject, context.rng, context.full, torch.device("cuda"))
     cases = []
     for setting in (Setting(), Setting(eta=eta)):
-        x_t, m, z = (torch.empty(IMAGES, device="cuda") for _ in range(3))
+        x_t, m, z = (torch.empty(IMAGES, dtype=torch.float32, device="cuda") for _ in range(3))
         cases += [StepCase(setting, i, x_t, m, z if setting.eta else None, in_place=in_place) for i in (0, 4)]
     return there, cases
 

@@ -146,8 +146,9 @@ def previous_timestep(context: Context) -> None:
 
 def _samples(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
     """Return an x_t and a model output that reveal every wrong noise level."""
-    x_t, output = torch.tensor([[1.0, 0.0, 0.7]]), torch.tensor([[0.0, 1.0, -0.6]])
-    return x_t.to(context.device), output.to(context.device)
+    x_t = torch.tensor([[1.0, 0.0, 0.7]], dtype=torch.float32, device=context.device)
+    output = torch.tensor([[0.0, 1.0, -0.6]], dtype=torch.float32, device=context.device)
+    return x_t, output
 
 
 def _chosen(context: Context, levels: list[Level] | tuple[Level, ...]) -> list[int]:

@@ -55,7 +55,8 @@ def update(context: Context) -> None:
         for index in some_steps(context, setting):
             judge(context, random_step(context, setting, index, shape))
     for setting in settings_of(context):
-        x_t, output = torch.tensor(list(itertools.product(EXTREMES, EXTREMES)), device=context.device).T.unsqueeze(1)
+        pairs = list(itertools.product(EXTREMES, EXTREMES))
+        x_t, output = torch.tensor(pairs, dtype=torch.float32, device=context.device).T.unsqueeze(1)
         for index in some_steps(context, setting):
             judge(context, StepCase(setting, index, x_t, output))
 

@@ -97,7 +97,7 @@ class Scheduler(Subject):
     def levels(self, setting: Setting) -> tuple[Level, ...]:
         scheduler = self.built(setting.but(eta=0.0, use_clipped_model_output=False))
         bars = np.asarray(scheduler.alphas_cumprod, dtype=np.float64)
-        timesteps = torch.as_tensor(scheduler.timesteps).double().tolist()
+        timesteps = torch.as_tensor(scheduler.timesteps, device="cpu").double().tolist()
         return setting.levels(timesteps, bars, float(getattr(scheduler, "final_alpha_cumprod", 1.0)))
 
     def step(self, case: StepCase) -> StepResult:
@@ -250,7 +250,7 @@ class SamplerFunction(Subject):
     def source(self, seed: int, batch_size: int) -> Any:
         torch.manual_seed(seed)
         if "seeds" in self._takes:
-            return torch.randint(2**62, (batch_size,))
+            return torch.randint(2**62, (batch_size,), device="cpu")
         return torch.Generator().manual_seed(seed) if "generator" in self._takes else None
 
     def sample(self, setting: Setting, model: Model, x_T: Tensor, source: Any) -> Tensor:

@@ -171,7 +171,7 @@ class EmulatedTriton(Backend):
 
 def reasons_against(name: str, device: torch.device | str) -> list[str]:
     """Return why a backend cannot make steps on this device; empty where it can."""
-    x = torch.zeros(1, 4, device=device)
+    x = torch.zeros(1, 4, dtype=torch.float32, device=device)
     row = StepCoefficients(
         x0_x=1.0, x0_m=0.0, eps_x=0.0, eps_m=1.0, eps_0=0.0, prev_x0=1.0, prev_eps=0.0, prev_noise=0.0
     )

@@ -86,7 +86,7 @@ class DiffusersInversion(Diffusers):
         scheduler.set_timesteps(setting.num_inference_steps)
         x_t = x0
         for t in scheduler.timesteps:
-            output = model(x_t, torch.full((len(x_t),), int(t)))
+            output = model(x_t, torch.full((len(x_t),), int(t), dtype=torch.int64, device=x_t.device))
             x_t = scheduler.step(output, t, x_t).prev_sample
         return x_t
 
@@ -184,7 +184,7 @@ class Azula(Subject):
         schedule = AzulaSchedule(setting, level)
         denoiser = AzulaDenoiser(schedule, setting.prediction_type, case.model_output)
         sampler = self.sampler(denoiser, eta=setting.eta, silent=True)
-        t, s = (torch.tensor((i + 1) / schedule.total, dtype=time) for i in (level.t, level.t_prev))
+        t, s = (torch.tensor((i + 1) / schedule.total, dtype=time, device="cpu") for i in (level.t, level.t_prev))
         with global_generator(case.source):
             return StepResult(sampler.step(case.x_t, t, s))
 
@@ -218,7 +218,7 @@ class AzulaSchedule:
         self.bars = {round(level.t): level.alpha_bar_t, round(level.t_prev): level.alpha_bar_prev}
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        bar = torch.tensor(self.bars[round(float(t) * self.total) - 1], dtype=torch.float64)
+        bar = torch.tensor(self.bars[round(float(t) * self.total) - 1], dtype=torch.float64, device="cpu")
         return bar.sqrt().to(t), (1 - bar).sqrt().to(t)
 
 
@@ -303,7 +303,7 @@ def _times_of(subject: DenoisingDiffusionPytorch, setting: Setting) -> tuple[int
         seen.append(int(t[0]))
         return torch.zeros_like(x)
 
-    subject.sample(setting, model, torch.zeros(1, 1), None)
+    subject.sample(setting, model, torch.zeros(1, 1, dtype=torch.float32, device="cpu"), None)
     return tuple(seen)
 
 
@@ -364,7 +364,7 @@ class KDiffusion(Subject):
         return getattr(self.external, kind)(model, alphas_cumprod, quantize=True)
 
     def _sigmas(self, setting: Setting) -> Tensor:
-        timesteps = torch.tensor([round(level.t) for level in setting.levels()])
+        timesteps = torch.tensor([round(level.t) for level in setting.levels()], dtype=torch.int64, device="cpu")
         return self.sampling.append_zero(self._denoiser(setting).t_to_sigma(timesteps))
 
     def levels(self, setting: Setting) -> tuple[Level, ...]:

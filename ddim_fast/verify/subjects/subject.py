@@ -107,7 +107,7 @@ class Subject:
         """Make a whole run: the steps one after the other, unless overridden."""
         x_t = x_T
         for index, level in enumerate(self.levels(setting)):
-            output = model(x_t, torch.full((len(x_t),), level.t, device=x_t.device))
+            output = model(x_t, level.times(x_t))
             x_t = self.step(StepCase(setting, index, x_t, output, source=source)).x_prev
         return x_t
 

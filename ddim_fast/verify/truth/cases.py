@@ -30,6 +30,11 @@ class Level(NamedTuple):
     alpha_bar_t: float
     alpha_bar_prev: float
 
+    def times(self, x_t: Tensor) -> Tensor:
+        """Return ``t`` for a model's call with ``x_t``, ``(B,)``: int64 where it is an integer."""
+        dtype = torch.int64 if isinstance(self.t, int) else torch.float32
+        return torch.full((len(x_t),), self.t, dtype=dtype, device=x_t.device)
+
 
 @dataclass(frozen=True)
 class Setting:

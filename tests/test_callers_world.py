@@ -1,0 +1,148 @@
+"""What is the caller's stays the caller's: the default device and dtype under which the package is called, and the autograd
+of models that are sampled between two steps of their training."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from ddim_fast import DDIMSampler, NoiseSchedule, load_model, sample_seeds, slerp
+from ddim_fast.kernels import dispatch
+from ddim_fast.sampling.inversion import reconstruction_error
+from ddim_fast.search import Search, search_timesteps
+
+LINEAR = NoiseSchedule.linear(100)
+SHAPE = (2, 2, 4, 4)
+
+
+class Net(nn.Module):
+    """A model that makes no tensor of its own, and takes what a test gives it."""
+
+    prediction_type = "epsilon"
+
+    def __init__(self):
+        super().__init__()
+        weight = torch.linspace(-1, 1, 2 * 2 * 9, dtype=torch.float32, device="cpu").view(2, 2, 3, 3)
+        self.convolution = nn.Conv2d(2, 2, 3, padding=1, bias=False, device="meta")
+        self.convolution.weight = nn.Parameter(weight)
+
+    def forward(self, x, t, scale=1.0):
+        return (self.convolution(x) + t.to(x.dtype).view(-1, 1, 1, 1) / 100) * scale
+
+    def unconditional(self, conditioning):
+        return {**conditioning, "scale": 0.5}
+
+
+def cond_fn(x_t, t, scale=1.0):
+    return -x_t
+
+
+class Caching(Net):
+    """A model that keeps what it computed in its first call, such as a rotary table."""
+
+    kept = None
+
+    def forward(self, x, t, scale=1.0):
+        if self.kept is None:
+            self.kept = torch.full_like(x[:1, :1], 2).sqrt()
+        return super().forward(x, t, scale) * self.kept
+
+
+def numbers(values):
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+def calls(make=Net):
+    """What people call, each with its name; ``make()`` returns a model."""
+    plain = DDIMSampler(LINEAR, 3)
+    noisy = plain.replace(eta=1.0, thresholding=True)
+    x0 = torch.linspace(-1, 1, 64, dtype=torch.float32, device="cpu").view(SHAPE)
+    mask = (x0 > 0).float()
+    seeds = [1, 2]
+    start = dispatch.normals(torch.from_numpy(sample_seeds(0, 2)), SHAPE[1:], 0, 1)
+    run = {"seed": 0, "guidance_scale": 2.0}
+    effort = {"num_inference_steps": 2, "count": 2, "refine_count": 2, "refine_runs": 2, "held_out": 2, "candidates": 4}
+    generator = torch.Generator("cpu").manual_seed(0)
+    return {
+        "sample": lambda: plain.sample(make(), SHAPE, seed=0),
+        "sample without a seed": lambda: torch.isfinite(plain.sample(make(), SHAPE)),
+        "sample, seeds": lambda: noisy.sample(make(), SHAPE, seeds=seeds),
+        "sample, generator": lambda: noisy.sample(make(), SHAPE, generator=generator.manual_seed(0)),
+        "sample, classifier": lambda: plain.sample(make(), SHAPE, cond_fn=cond_fn, guidance_rescale=0.5, **run),
+        "sample, half": lambda: noisy.sample(make(), SHAPE, dtype=torch.float16, model_dtype=torch.float32, **run),
+        "sample, reference": lambda: noisy.sample(make(), SHAPE, backend="reference", **run),
+        "sample, order 2": lambda: plain.replace(order=2).sample(make(), SHAPE, return_trajectory=True, **run).x_t[-1],
+        "img2img": lambda: plain.img2img(make(), x0, 0.7, **run),
+        "inpaint": lambda: noisy.inpaint(make(), x0, mask, **run),
+        "interpolate": lambda: plain.interpolate(make(), start, start.flip(0), [0.0, 0.5], **run),
+        "slerp": lambda: slerp(start, start.flip(0), 0.3),
+        "invert": lambda: plain.invert(make(), x0, iterations=3, tolerance=1e-5),
+        "reconstruct": lambda: reconstruction_error(x0, plain.reconstruct(make(), x0)),
+        "sample_parallel": lambda: noisy.sample_parallel(make(), SHAPE, **run),
+        "optimize": lambda: plain.sample(plain.optimize(make(), SHAPE, compile=False, tolerance=0), SHAPE, seed=0),
+        "table": lambda: plain.plan().table().rows,
+        "add_noise": lambda: LINEAR.add_noise(x0, start, 50),
+        "the model that ships": lambda: load_model()(
+            start[:, :1, :1, :1].expand(2, 1, 28, 28), mask[:, 0, 0, 0].long()
+        ),
+        "search": lambda: numbers(search_timesteps(Search(make(), LINEAR, SHAPE[1:], **effort)).timesteps),
+    }
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+WORLDS = {
+    "device meta": lambda: torch.device("meta"),
+    "float64": lambda: default_dtype(torch.float64),
+    "float16": lambda: default_dtype(torch.float16),
+}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", calls())
+def test_results_are_the_same_whatever_the_callers_defaults(name, world):
+    torch.manual_seed(0)
+    expected = calls()[name]()
+    with WORLDS[world]():
+        got = calls()[name]()
+    assert (got.device, got.dtype) == (expected.device, expected.dtype)
+    assert torch.equal(got, expected)
+
+
+# --- Autograd ---------------------------------------------------------------------------------------------------------
+
+
+CALLING_A_MODEL = [name for name, call in calls().items() if "make" in call.__code__.co_freevars]
+
+
+@pytest.mark.parametrize("name", CALLING_A_MODEL)
+def test_a_model_that_was_sampled_can_be_trained_on(name):
+    model = Caching()
+    result = calls(lambda: model)[name]()
+    assert model.kept is not None
+    assert not result.is_inference()
+    assert not result.requires_grad
+    model(torch.zeros(SHAPE), torch.zeros(SHAPE[0], dtype=torch.int64)).sum().backward()
+    assert model.convolution.weight.grad is not None
+
+
+class Recording(Net):
+    """A model that turns gradients on for itself, as some with checkpointing do."""
+
+    def forward(self, x, t, scale=1.0):
+        with torch.enable_grad():
+            return super().forward(x, t, scale)
+
+
+@pytest.mark.parametrize("name", CALLING_A_MODEL)
+def test_results_have_no_gradient_even_if_the_model_records_one(name):
+    assert not calls(Recording)[name]().requires_grad
