@@ -43,6 +43,10 @@ class Column(IntEnum):
 ROW_WIDTH = len(Column)
 """Number of columns of a row in a table."""
 
+LARGEST_SCALE = 2.0**64
+"""The most that a threshold scales x0 by: half of float32's exponents, so that neither the scaled
+coefficients nor their products overflow on the way to a result within bounds."""
+
 _PACKED = struct.Struct(f"={Column.GUIDANCE_SCALE}fI")  # ``Coefficients``, then whether x0 is clipped
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 

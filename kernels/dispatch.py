@@ -68,7 +68,7 @@ def ddim_step(
         seeds: instead of ``noise``, each sample's seed, ``(B,)`` int64. The noise standard's
             normals at ``noise_step`` of ``noise_stream`` are generated in registers.
         thresholds: ``(B,)`` float32, for dynamic thresholding: x0 of sample i is multiplied by
-            clip / thresholds[i] before it is clipped.
+            clip / thresholds[i], or by 2**64 if that is less, before it is clipped.
         mask, known_x0: inpainting, both or neither, in the shape and dtype of ``x_t``. Where the
             mask is 1, x_prev is ``known_x0`` (a clean image) at the noise level of x_prev; between
             0 and 1 the two are blended.

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .coefficients import StepCoefficients
+from .coefficients import LARGEST_SCALE, StepCoefficients
 from .contract import numbers_on_host
 from .fields import StepInputs
 from .noise import NoiseStream, standard_normals
@@ -37,7 +37,8 @@ def run(inputs: StepInputs) -> Tensor:
     if c.clipped:
         x0 = c.x0_x * x_t + c.x0_m * m
         if inputs.thresholds is not None:
-            x0 = x0 * (c.clip / inputs.thresholds.to(dtype)).view(-1, *[1] * (x0.ndim - 1))
+            scale = (c.clip / inputs.thresholds.to(dtype)).clamp(max=LARGEST_SCALE)
+            x0 = x0 * scale.view(-1, *[1] * (x0.ndim - 1))
         x0 = x0.clamp(-c.clip, c.clip)
         eps = _combine((c.eps_x, x_t), (c.eps_m, m), (c.eps_0, x0))
         x_prev = _combine((c.prev_x0, x0), (c.prev_eps, eps))

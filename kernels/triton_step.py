@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from . import noise as standard
-from .coefficients import ROW_WIDTH, Column, StepTable
+from .coefficients import LARGEST_SCALE, ROW_WIDTH, Column, StepTable
 from .fields import PER_ELEMENT
 from .layout import Rows
 from .triton_internals import is_amd
@@ -148,6 +148,7 @@ KNOWN_X0 = tl.constexpr(int(Column.KNOWN_X0))
 KNOWN_NOISE = tl.constexpr(int(Column.KNOWN_NOISE))
 HISTORY = tl.constexpr(int(Column.HISTORY))
 GUIDANCE_SCALE = tl.constexpr(int(Column.GUIDANCE_SCALE))
+_LARGEST_SCALE = tl.constexpr(LARGEST_SCALE)
 
 # ---- the step on loaded values ---------------------------------------------------------------------------------------------------
 
@@ -252,6 +253,7 @@ def ddim_step_kernel(
             # Imagen, arXiv 2205.11487: x0 = clamp(x0, -s, s) / s * bound, with the division folded
             # into the coefficients.
             scale = tl.div_rn(tl.load(row_ptr + X0_BOUND), tl.load(thresholds_ptr + sample))
+            scale = tl.minimum(scale, _LARGEST_SCALE, propagate_nan=tl.PropagateNan.ALL)
         x_prev = clip(
             linear(tl.load(row_ptr + CLIP_X) * scale, x, tl.load(row_ptr + CLIP_M) * scale, m),
             tl.load(row_ptr + CLIP_BOUND),

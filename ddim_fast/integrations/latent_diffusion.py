@@ -419,7 +419,12 @@ class DDIMSampler:
         key = bool(use_original_steps)
         levels = self._levels_of(key)
         if key not in self._noising:
-            self._noising[key] = RowsByTimestep(len(levels), lambda index: noising_coefficients(levels[index][0]))
+            self._noising[key] = RowsByTimestep(
+                len(levels),
+                lambda index: noising_coefficients(levels[index][0]),
+                f"t counts steps from 0, so {len(levels) - 1} is the noisiest; a strength of 1, t = {len(levels)}, keeps "
+                "nothing of x0: start from noise, with sample",
+            )
         noise = torch.randn_like(x0) if noise is None else noise
         x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
         return self._noising[key].step(x0, x0, t, noise=noise.to(x0.dtype))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..kernels.contract import StepCoefficients, StepInputs, StepTable
 from ..kernels.dispatch import ddim_step, ddim_step_from_table, run_per_sample
+from ..utils.checks import refuse
 
 _MAX_CACHED = 64
 
@@ -23,11 +24,13 @@ class RowsByTimestep:
     Args:
         num_timesteps: T. Timesteps are 0 to T - 1.
         coefficients: ``coefficients(t)`` is the row of the step that starts at timestep t.
+        remedy: what an error about another ``t`` advises.
     """
 
-    def __init__(self, num_timesteps: int, coefficients: Callable[[int], StepCoefficients]):
+    def __init__(self, num_timesteps: int, coefficients: Callable[[int], StepCoefficients], remedy: str = ""):
         self.num_timesteps = num_timesteps
         self._coefficients = coefficients
+        self._remedy = remedy
         self._rows: dict[int, StepCoefficients] = {}
         self._tables: dict[tuple[torch.device, float | None], StepTable] = {}
 
@@ -40,7 +43,7 @@ class RowsByTimestep:
         found = self._rows.get(t)
         if found is None:
             if not 0 <= t < self.num_timesteps:
-                raise ValueError(f"a timestep must be 0 to {self.num_timesteps - 1}, got {t}")
+                refuse(f"t must be 0 to {self.num_timesteps - 1}", t, self._remedy)
             found = self._rows[t] = self._coefficients(t)
         return found
 

@@ -7,6 +7,7 @@
 namespace ddim {
 
 constexpr uint32_t kKnownRegion = 2;  // the noise standard's stream of a known image's noise: NoiseStream.KNOWN_REGION
+constexpr float kLargestScale = 0x1p64f;  // of x0 by a threshold: LARGEST_SCALE
 
 enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kNumDTypes = 3 };
 

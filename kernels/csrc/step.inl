@@ -16,7 +16,7 @@ struct Row {
     if (step.thresholds) {
       // Dynamic thresholding (Imagen, arXiv 2205.11487): x0 = clamp(x0, -s, s) / s * x0_bound, with
       // the division folded into the coefficients.
-      float scale = c.x0_bound / step.thresholds[sample];
+      float scale = std::min(c.x0_bound / step.thresholds[sample], kLargestScale);  // a NaN stays one
       // Storing bfloat16 relies on NaNs whose lower half is zero: those of bfloat16 tensors and the
       // processor's own are such.
       if (std::isnan(scale)) scale = std::numeric_limits<float>::quiet_NaN();

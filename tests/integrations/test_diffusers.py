@@ -1081,17 +1081,28 @@ def test_a_shallow_copy_makes_rows_of_its_own(kind):
 
 
 @pytest.mark.parametrize(
-    ("flag", "arguments"),
+    ("flag", "arguments", "said"),
     [
-        ("explicit_pairs", {"timestep": torch.tensor([333])}),
-        ("explicit_pairs", {"eta": np.float32(0.5)}),
-        ("explicit_pairs", {"eta": 0.5, "variance_noise": torch.ones(1, 1, 1, 1)}),
-        ("philox_noise", {"eta": 0.5, "timestep": torch.tensor([333])}),
-        ("philox_noise", {"eta": torch.tensor(0.5)}),
+        ("explicit_pairs", {"timestep": torch.tensor([333])}, r"timestep must be .*got a tensor of shape \(1,\)"),
+        ("explicit_pairs", {"timestep": 333.0}, r"timestep must be .*got 333\.0"),
+        ("explicit_pairs", {"eta": np.float32(0.5)}, "eta must be a float, .*got .*0.5.*pass float"),
+        (
+            "explicit_pairs",
+            {"eta": 0.5, "variance_noise": torch.ones(1, 1, 1, 1)},
+            "variance_noise must have the shape",
+        ),
+        (
+            "explicit_pairs",
+            {"eta": 0.5, "variance_noise": torch.ones(SHAPE).double()},
+            "variance_noise .*got torch.float64",
+        ),
+        ("explicit_pairs", {"sample": torch.ones(SHAPE)[:1]}, "sample and model_output must be .*one shape"),
+        ("philox_noise", {"eta": 0.5, "timestep": torch.tensor([333])}, "timestep must be"),
+        ("philox_noise", {"eta": torch.tensor(0.5)}, "eta must be a float"),
     ],
 )
 @pytest.mark.parametrize("kind", SAMPLING)
-def test_what_would_be_left_to_the_original_is_refused_where_it_would_ignore_a_flag(kind, flag, arguments):
+def test_what_would_be_left_to_the_original_is_refused_where_it_would_ignore_a_flag(kind, flag, arguments, said):
     fast = PAIRS[kind](**{flag: True}, timestep_spacing="linspace")
     call = {"model_output": torch.ones(SHAPE), "timestep": 333, "sample": torch.ones(SHAPE), **arguments}
     if "variance_noise" not in call:
@@ -1099,8 +1110,18 @@ def test_what_would_be_left_to_the_original_is_refused_where_it_would_ignore_a_f
     with pytest.raises(ValueError, match="Number of inference steps is 'None'"):
         fast.step(**call)
     fast.set_timesteps(4)
-    with pytest.raises(ValueError, match=f"{flag} works in fused steps only"):
+    with pytest.raises(ValueError, match=f"^{said}.*{flag} works in fused steps only"):
         fast.step(**call)
+
+
+@pytest.mark.parametrize("kind", SAMPLING)
+def test_epsilon_at_zero_snr_is_refused_with_its_remedy_alone(kind):
+    fast = PAIRS[kind](explicit_pairs=True, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    fast.set_timesteps(4)
+    with pytest.raises(ValueError, match=r"epsilon prediction needs alpha_bar_t > 0.*'v_prediction'") as caught:
+        fast.step(torch.ones(SHAPE), int(fast.timesteps.max()), torch.ones(SHAPE))
+    assert "variance_noise" not in str(caught.value)
+    assert "thresholding" not in str(caught.value)
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad"])

@@ -68,7 +68,7 @@ def test_no_samples():
 
 @pytest.mark.parametrize("t", [-1, 10, torch.tensor([0, 1, 10])])
 def test_no_such_timestep(x, m, t):
-    with pytest.raises(ValueError, match="a timestep must be 0 to 9, got"):
+    with pytest.raises(ValueError, match="t must be 0 to 9, got"):
         steps().step(x, m, t)
 
 

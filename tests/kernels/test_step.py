@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ddim_fast.kernels import cpu_step, noise
@@ -736,6 +736,31 @@ def test_nan_threshold_passes_through(target, dtype):
     result = target(x, x, StepCoefficients(**edge_rows()["clipped"]), thresholds=thresholds)
     assert result[:2].isnan().all()
     assert result[2].isfinite().all()
+
+
+@per_target
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    exponents=st.tuples(*[st.floats(-149, 127)] * 2),
+    size=st.sampled_from([1.0, 2.0**7, 2.0**20]),
+    name=st.sampled_from(["clipped", "re-derived"]),
+    dtype=st.sampled_from(FLOATS),
+)
+@example(exponents=(-149.0, -149.0), size=1.0, name="clipped", dtype=torch.float32)
+@example(exponents=(-127.0, -120.0), size=2.0**7, name="clipped", dtype=torch.float32)
+def test_every_positive_threshold_has_its_result(target, exponents, size, name, dtype):
+    """Down to the least float32: clip / threshold, times a coefficient, times an element must not overflow to a NaN or
+    the wrong bound. The elements make x0 exact in float32, 0 among them."""
+    row = edge_rows()[name]
+    row |= {"x0_x": row["x0_x"] * size, "x0_m": row["x0_m"] * size}
+    thresholds = torch.tensor([2.0**e for e in exponents], dtype=torch.float32)
+    grid = torch.cartesian_prod(*[torch.arange(-8.0, 9.0)] * 2).to(dtype)
+    x, m = (column.repeat(2, 1) for column in grid.T)
+    x0 = torch.empty_like(x)
+    got = target(x, m, StepCoefficients(**row), thresholds=thresholds, x0_out=x0)
+    expected = oracle.row_step(row, to_numpy(x), to_numpy(m), thresholds=to_numpy(thresholds))
+    assert_near(got, expected.x_prev, expected.terms, f"x_prev {thresholds}")
+    assert_near(x0, expected.x0, expected.x0_terms, f"x0 {thresholds}")
 
 
 # --- Equal bits -----------------------------------------------------------------------------------------------------------

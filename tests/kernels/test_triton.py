@@ -375,6 +375,18 @@ def test_quantiles_without_interpolation_are_elements():
         assert torch.equal(got, expected), rank
 
 
+def test_a_tiny_threshold_gives_the_bits_of_cpp():
+    row = StepCoefficients(2.0**7, -(2.0**6), 0.5, 1, -0.5, 0.5, 0.5, 0, clip=1.0)
+    x, m = (column.repeat(3, 1) for column in torch.cartesian_prod(*[torch.arange(-3.0, 4.0)] * 2).T)
+    thresholds, x0 = torch.tensor([1e-45, 1e-37, 3.0]), torch.empty_like(x)
+    expected = ddim_step(x, m, row, thresholds=thresholds, backend="cpu")
+    with emulated_gpu("sm_90"):
+        got = run(StepInputs(x, m, row, thresholds=thresholds, x0=x0))
+    assert not got.isnan().any()
+    assert not x0.isnan().any()
+    assert same_bits(got, expected)
+
+
 # --- wrong on purpose -------------------------------------------------------------------------------------------------------------------
 
 _NOISY = {

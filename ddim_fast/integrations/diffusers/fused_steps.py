@@ -45,17 +45,11 @@ class FusedSteps(SchedulerRows):
         self.timesteps = torch.tensor(ordered, dtype=torch.int64, device="cpu" if device is None else device)
         return None
 
-    def _refuse_what_the_original_ignores(self, *fields: str) -> None:
-        """Raise ValueError if one of these fields, which the original does not have, is on."""
+    def _refuse_what_the_original_ignores(self, reason: LeaveToOriginal, *fields: str) -> None:
+        """Raise ValueError, with the reason, if one of these fields is on: the original has none."""
         for field in fields:
             if getattr(self.config, field, False) and self.num_inference_steps is not None:
-                raise ValueError(
-                    f"{field} works in fused steps only, got a call that has no fused form: pass a timestep that is "
-                    "an int (or an int32 or int64 tensor without dimensions), floating-point tensors of one shape, "
-                    "noise of their dtype and eta as a float; no thresholding in float64 or with sample_max_value "
-                    "below 1, and no epsilon prediction at alpha_bar = 0. Or construct the scheduler with "
-                    f"{field}=False"
-                )
+                raise ValueError(f"{reason}. ({field} works in fused steps only; {field}=False turns it off)")
 
     # --- The step -----------------------------------------------------------------------------------------------------
 
@@ -91,7 +85,7 @@ class FusedSteps(SchedulerRows):
         if isinstance(t, int):
             self._check_visited(t)
             if not 0 <= t < rows.num_timesteps:
-                raise LeaveToOriginal
+                raise LeaveToOriginal(f"timestep must be 0 to {rows.num_timesteps - 1}, got {t}")
         row: Any = rows.row(t) if isinstance(t, int) else rows.table(t.device)
         if sample.dtype != model_output.dtype:
             sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
@@ -126,13 +120,13 @@ class FusedSteps(SchedulerRows):
         """Take the step by the operator that looks the noise levels up when it runs."""
         config = self.config
         if torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad):
-            raise LeaveToOriginal
+            raise LeaveToOriginal("a traced step is not differentiable")
         if (
             type(t) is not int
             or not 0 <= t < config.num_train_timesteps
             or config.prediction_type not in PREDICTION_TYPES
         ):
-            raise LeaveToOriginal
+            raise LeaveToOriginal("a traced step needs a timestep that exists, and a known prediction_type")
         if sample.dtype != model_output.dtype:
             sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         prev_sample, x0 = step_between_levels(

@@ -46,9 +46,9 @@ class FastDDIMInverseScheduler(FusedSteps, DDIMInverseScheduler):
         try:
             check_tensors(sample, model_output)
             if self.num_inference_steps is None:
-                raise LeaveToOriginal
+                raise LeaveToOriginal("a step needs timesteps: call set_timesteps first")
             found = self._between_levels(model_output, single_timestep(timestep), sample, 0.0, False)
-        except LeaveToOriginal:
-            self._refuse_what_the_original_ignores("explicit_pairs")
+        except LeaveToOriginal as reason:
+            self._refuse_what_the_original_ignores(reason, "explicit_pairs")
             return super().step(model_output, timestep, sample, return_dict)  # type: ignore[misc]  # the original
         return step_output(DDIMSchedulerOutput, found) if return_dict else found

@@ -29,11 +29,16 @@ def noise_like_the_originals(
         m = model_output
         return lambda: {"noise": randn_tensor(m.shape, generator=generator, device=m.device, dtype=m.dtype).to(dtype)}
     if generator is not None or not isinstance(variance_noise, Tensor):
-        raise LeaveToOriginal
+        raise LeaveToOriginal("noise comes from one place: pass generator, or variance_noise as a tensor")
     if variance_noise.shape != sample.shape or variance_noise.device != sample.device:
-        raise LeaveToOriginal
+        raise LeaveToOriginal(
+            f"variance_noise must have the shape and device of sample, {tuple(sample.shape)} on {sample.device}, got "
+            f"{tuple(variance_noise.shape)} on {variance_noise.device}"
+        )
     if torch.promote_types(variance_noise.dtype, dtype) != dtype:  # the result is of that dtype
-        raise LeaveToOriginal
+        raise LeaveToOriginal(
+            f"variance_noise must be no wider than the samples, {dtype}, got {variance_noise.dtype}: convert it"
+        )
     return lambda: {"noise": variance_noise.to(dtype)}
 
 

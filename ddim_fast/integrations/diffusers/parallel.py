@@ -44,7 +44,7 @@ class FastDDIMParallelScheduler(SamplingSteps, DDIMParallelScheduler):
         """
         try:
             if eta != 0 or self.num_inference_steps is None or self.config.thresholding:
-                raise LeaveToOriginal
+                raise LeaveToOriginal(f"batch_step_no_noise needs eta = 0 and no thresholding, got eta={eta!r:.40}")
             t = batch_of_timesteps(timesteps, sample, model_output, len(self.alphas_cumprod))
             # The original's coefficients are float32 tensors with dimensions here, so half
             # precision is promoted.
@@ -53,8 +53,8 @@ class FastDDIMParallelScheduler(SamplingSteps, DDIMParallelScheduler):
             )
             rows = self._rows(self._parallel_row, bool(use_clipped_model_output))
             return rows.step(sample.to(dtype), model_output, t)
-        except LeaveToOriginal:
-            self._refuse_what_the_original_ignores("explicit_pairs")
+        except LeaveToOriginal as reason:
+            self._refuse_what_the_original_ignores(reason, "explicit_pairs")
             return super().batch_step_no_noise(model_output, timesteps, sample, eta, use_clipped_model_output)  # type: ignore[misc]  # the original
 
     def _parallel_row(self, use_clipped_model_output: bool, t: int) -> StepCoefficients:

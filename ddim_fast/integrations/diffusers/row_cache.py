@@ -27,7 +27,7 @@ class RowCache:
         config, explicit_pairs = scheduler.config, scheduler.config.explicit_pairs
         levels, outside = scheduler.alphas_cumprod, getattr(scheduler, clean_level)
         if not isinstance(levels, Tensor):
-            raise LeaveToOriginal
+            raise LeaveToOriginal(f"alphas_cumprod must be a tensor, got a {type(levels).__name__}")
         attributes = ["alphas_cumprod", clean_level, "num_inference_steps", *(["timesteps"] if explicit_pairs else [])]
         config_entry = internals.config_entry(scheduler)
         self._scheduler, self._config = scheduler, config

@@ -57,14 +57,16 @@ class SamplingSteps(FusedSteps):
                 return step_output(self._output_kind, found) if return_dict else found
         try:
             check_tensors(sample, model_output)
-            if not isinstance(eta, (int, float)) or not 0 <= eta < math.inf or self.num_inference_steps is None:
-                raise LeaveToOriginal
+            if self.num_inference_steps is None:
+                raise LeaveToOriginal("a step needs timesteps: call set_timesteps first")
+            if not isinstance(eta, (int, float)) or not 0 <= eta < math.inf:
+                raise LeaveToOriginal(f"eta must be a float, 0 or more and finite, got {eta!r:.80}: pass float(eta)")
             noise = self._noise(model_output, sample, generator, variance_noise) if eta > 0 else None
             t = single_timestep(timestep)
             found = self._between_levels(model_output, t, sample, float(eta), bool(use_clipped_model_output), noise)
-        except LeaveToOriginal:
+        except LeaveToOriginal as reason:
             draws = variance_noise is None and isinstance(eta, (Real, Tensor)) and eta > 0
-            self._refuse_what_the_original_ignores("explicit_pairs", *(["philox_noise"] if draws else []))
+            self._refuse_what_the_original_ignores(reason, "explicit_pairs", *(["philox_noise"] if draws else []))
             return super().step(  # type: ignore[misc]  # the original
                 model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
             )

@@ -102,7 +102,7 @@ class SchedulerRows:
         try:
             variance = variance_with_room(alpha_bar_t, alpha_bar_prev, eta, f"at timestep {t}")
         except ZeroDivisionError:
-            raise LeaveToOriginal from None
+            raise LeaveToOriginal(f"a step with eta > 0 must not end at alpha_bar = 0, got timestep {t}") from None
         return self._row_between(
             alpha_bar_t, alpha_bar_prev, variance=variance, use_clipped_model_output=use_clipped_model_output
         )
@@ -116,9 +116,14 @@ class SchedulerRows:
                 clip_sample_range=self._clip_range(),
                 **options,
             )
-        except (KeyError, TypeError, ValueError):
+        except KeyError:
+            known = ", ".join(PREDICTION_TYPES)
+            raise LeaveToOriginal(
+                f"prediction_type must be one of {known}, got {self.config.prediction_type!r}"
+            ) from None
+        except (TypeError, ValueError) as error:
             # A prediction without a row: the original handles it in its own way.
-            raise LeaveToOriginal from None
+            raise LeaveToOriginal(str(error)) from None
 
     def _noising_row(self, t: int) -> StepCoefficients:
         return noising_coefficients(self._alpha_bar(t))
