@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..kernels.contract import StepCoefficients
-from ..kernels.dispatch import ddim_step
 from ..plans.coefficients import (
     check_eta,
     ddim_coefficients,
@@ -30,7 +29,7 @@ from ..plans.coefficients import (
     variance_with_room,
 )
 from ..utils.checks import check_choice, check_integer, check_number
-from .dtype_promotion import promoted_step
+from .original_results import kinds_of_results, per_sample_coefficient, step_of_kind, step_with_x0
 from .rows_by_timestep import RowsByTimestep
 
 PARAMETERIZATIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -334,13 +333,20 @@ class DDIMSampler:
         if score_corrector is not None:
             e_t, guidance = _guided(e_t, **guidance), {}
             e_t = score_corrector.modify_score(self.model, e_t, x, t, c, **(corrector_kwargs or {}))
-        if quantize_denoised:
-            # One pass computes eps and x0; another takes the step from eps and the quantized x0.
-            only_eps = replace(row, prev_x0=0.0, prev_eps=1.0, prev_noise=0.0)
-            e_t, pred_x0 = promoted_step(x, e_t, only_eps, None, **guidance)
-            x, _, *_ = self.model.first_stage_model.quantize(pred_x0)
-            row, guidance = replace(row, x0_x=1.0, x0_m=0.0, eps_x=0.0, eps_m=1.0), {}
-        return promoted_step(x, e_t, row, _draw_noise(x, repeat_noise, noise_dropout), **guidance)
+        kinds = kinds_of_results(
+            _originals_results, x, *_tensors(e_t, **guidance), None, kind=_prediction_type(self.model)
+        )
+        if not quantize_denoised:
+            noise = _draw_noise(x, repeat_noise, noise_dropout)
+            return step_with_x0(*kinds, x, e_t, row, noise=noise, **guidance)
+        # One pass computes eps and x0; another takes the step from eps and the quantized x0.
+        only_eps = replace(row, prev_x0=0.0, prev_eps=1.0, prev_noise=0.0)
+        e_t, pred_x0 = step_with_x0(*kinds, x, e_t, only_eps, **guidance)
+        quantized, _, *_ = self.model.first_stage_model.quantize(pred_x0)
+        row = replace(row, x0_x=1.0, x0_m=0.0, eps_x=0.0, eps_m=1.0)
+        kinds = kinds_of_results(_originals_results, x, e_t, None, quantized, kind="epsilon")
+        noise = _draw_noise(x, repeat_noise, noise_dropout)
+        return step_of_kind(kinds[1], quantized, e_t, row, noise=noise), quantized
 
     @torch.no_grad()
     def encode(
@@ -387,10 +393,8 @@ class DDIMSampler:
             model_output, guidance = self._predict(
                 x_next, t, c, unconditional_guidance_scale, unconditional_conditioning
             )
-            # The original's coefficients are tensors without dimensions here: unlike in
-            # p_sample_ddim, half precision stays.
-            x_next = x_next.to(torch.promote_types(x_next.dtype, model_output.dtype))
-            x_next = ddim_step(x_next, model_output, rows[i], noise=x_next, **guidance)
+            (kind,) = kinds_of_results(_originals_encoding, x_next, *_tensors(model_output, **guidance))
+            x_next = step_of_kind(kind, x_next, model_output, rows[i], noise=x_next, **guidance)
             if return_intermediates and (i % (t_enc // return_intermediates) == 0 or i >= t_enc - 2):
                 intermediates.append(x_next)
                 inter_steps.append(i)
@@ -421,8 +425,9 @@ class DDIMSampler:
         if key not in self._noising:
             self._noising[key] = RowsByTimestep(len(levels), lambda index: noising_coefficients(levels[index][0]))
         noise = torch.randn_like(x0) if noise is None else noise
-        x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
-        return self._noising[key].step(x0, x0, t, noise=noise.to(x0.dtype))
+        (kind,) = kinds_of_results(_originals_noising, x0, noise)
+        x0, out = x0.to(kind.dtype), kind.empty(x0)
+        return self._noising[key].step(x0, x0, t, noise=noise.to(kind.dtype), out=out)
 
     @torch.no_grad()
     def decode(
@@ -537,6 +542,43 @@ def make_ddim_timesteps(
     if verbose:
         print(f"DDIM timesteps: {steps}")
     return steps
+
+
+def _tensors(
+    model_output: Tensor, model_output_uncond: Tensor | None = None, guidance_scale: float = 1.0
+) -> tuple[Tensor, Tensor | None]:
+    return model_output, model_output_uncond
+
+
+def _originals_results(
+    x: Tensor, m: Tensor, uncond: Tensor | None, quantized: Tensor | None, *, kind: str
+) -> tuple[Tensor, Tensor]:
+    """Run the operations of the original's ``p_sample_ddim``; return x0 and x_prev."""
+    k = per_sample_coefficient(x)
+    m = m if uncond is None else uncond + 1.0 * (m - uncond)
+    e_t, x0 = m, (x - k * m) / k
+    if kind == "v_prediction":
+        e_t, x0 = k * m + k * x, k * x - k * m
+    elif kind == "sample":
+        e_t, x0 = x0, m * 1
+    if quantized is not None:
+        x0 = quantized
+    return x0, k * x0 + k * e_t + k * torch.empty(x.shape, device=x.device)
+
+
+def _originals_encoding(x: Tensor, m: Tensor, uncond: Tensor | None) -> tuple[Tensor]:
+    """Run the operations of a step of the original's ``encode``.
+
+    Its coefficients have no dimensions: unlike in ``p_sample_ddim``, half precision stays.
+    """
+    k = torch.empty((), device=x.device, dtype=torch.float32)
+    return (k * x + k * (m if uncond is None else uncond + 1.0 * (m - uncond)),)
+
+
+def _originals_noising(x0: Tensor, noise: Tensor) -> tuple[Tensor]:
+    """Run the operations of the original's ``stochastic_encode``."""
+    k = per_sample_coefficient(x0, torch.float32)
+    return (k * x0 + k * noise,)
 
 
 def _step_row(

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
+from layouts import assert_laid_out_alike, draw, kinds, laid_out, modelled, shapes, sweep
 
 from ddim_fast.gpu_lab.fake_cuda import fake_cuda
-from ddim_fast.integrations import dtype_promotion, latent_diffusion
+from ddim_fast.integrations import latent_diffusion, original_results
 from ddim_fast.integrations.latent_diffusion import DDIMSampler, make_ddim_timesteps
 
 T = 60
@@ -342,8 +344,8 @@ def test_half_precision_becomes_float32_as_beside_float32_coefficients():
 @pytest.mark.parametrize(("quantize", "passes"), [(False, 1), (True, 2)])
 def test_kernel_passes_of_a_step(monkeypatch, quantize, passes):
     calls = []
-    step = dtype_promotion.ddim_step
-    monkeypatch.setattr(dtype_promotion, "ddim_step", lambda *a, **k: calls.append(1) or step(*a, **k))
+    step = original_results.ddim_step
+    monkeypatch.setattr(original_results, "ddim_step", lambda *a, **k: calls.append(1) or step(*a, **k))
     options = originals_name(GUIDED) | {"eta": 1.0, "quantize_x0": quantize, "noise_dropout": 0.1}
     DDIMSampler(Model()).sample(5, 2, SHAPE[1:], verbose=False, **options)
     assert len(calls) == 5 * passes
@@ -372,6 +374,79 @@ def test_a_subclass_may_replace_the_step():
 
     got, _ = Doubled(Model()).sample(5, 2, SHAPE[1:], x_T=random(2), verbose=False)
     assert torch.equal(got, 32 * random(2))
+
+
+# --- The original's operations ----------------------------------------------------------------------------------------
+
+
+def original_step(sampler, x, c, t, index, scale, uncond, quantize):
+    """Run ``p_sample_ddim``, operation by operation, in the original's dtypes."""
+    m = guided_output(sampler.model, x, t, c, scale, uncond)
+    k = {name: torch.full((len(x), 1, 1, 1), float(getattr(sampler, name)[index])) for name in (
+        "ddim_alphas", "ddim_alphas_prev", "ddim_sigmas", "ddim_sqrt_one_minus_alphas"
+    )}  # fmt: skip
+    a, a_prev, sigma, root = k.values()
+    e_t, pred_x0 = m, (x - root * m) / a.sqrt()
+    if sampler.model.parameterization == "v":
+        e_t, pred_x0 = a.sqrt() * m + root * x, a.sqrt() * x - root * m
+    if quantize:
+        pred_x0, *_ = sampler.model.first_stage_model.quantize(pred_x0)
+    dir_xt = (1.0 - a_prev - sigma**2).sqrt() * e_t
+    return a_prev.sqrt() * pred_x0 + dir_xt + sigma * torch.randn(x.shape), pred_x0
+
+
+@sweep(
+    parameterization=st.sampled_from(["eps", "v"]),
+    of_noise=kinds,
+    of_model=kinds,
+    of_quantized=st.one_of(st.none(), kinds),
+    guided=st.booleans(),
+    shape=shapes,
+    eta=st.sampled_from([0.0, 0.7]),
+)
+def test_layouts_and_dtypes_are_the_originals(parameterization, of_noise, of_model, of_quantized, guided, shape, eta):
+    model = Model(parameterization)
+    model.apply_model = lambda x, t, c: modelled(x, of_model)
+    model.first_stage_model.quantize = lambda x: (
+        laid_out(torch.round(2 * x.clamp(-1, 1)) / 8, of_quantized),
+        None,
+        None,
+    )
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(5, ddim_eta=eta, verbose=False)
+    scale, uncond = (1.5, torch.zeros(shape[0], 1)) if guided else (1.0, None)
+    c = torch.ones(shape[0], 1)
+    x, quantize, both = draw(3, shape, of_noise), of_quantized is not None, (of_noise, of_model, of_quantized)
+    torch.manual_seed(4)
+    _, intermediates = sampler.ddim_sampling(
+        c,
+        shape,
+        x_T=x,
+        timesteps=4,
+        quantize_denoised=quantize,
+        log_every_t=1,
+        unconditional_guidance_scale=scale,
+        unconditional_conditioning=uncond,
+    )
+    stream, want = torch.get_rng_state(), x
+    torch.manual_seed(4)
+    for index, one, one_x0 in zip((2, 1, 0), intermediates["x_inter"][1:], intermediates["pred_x0"][1:], strict=True):
+        t = torch.full((shape[0],), int(sampler.ddim_timesteps[index]))
+        want, x0 = original_step(sampler, want, c, t, index, scale, uncond, quantize)
+        assert_laid_out_alike([one, one_x0], [want, x0], *both)
+    assert torch.equal(torch.get_rng_state(), stream)
+
+    got, _ = sampler.encode(x, c, 2, unconditional_guidance_scale=scale, unconditional_conditioning=uncond)
+    want, a, a_prev = x, sampler.ddim_alphas, torch.from_numpy(sampler.ddim_alphas_prev).float()
+    for i, step in enumerate(sampler.ddim_timesteps[:2]):
+        m = guided_output(model, want, torch.full((shape[0],), int(step)), c, scale, uncond)
+        weighted = a[i].sqrt() * ((1 / a[i] - 1).sqrt() - (1 / a_prev[i] - 1).sqrt()) * m
+        want = (a[i] / a_prev[i]).sqrt() * want + weighted
+    if parameterization == "eps":
+        assert_laid_out_alike([got], [want], *both)
+    noise, a = draw(5, shape, of_model), a[torch.arange(shape[0])].view(-1, 1, 1, 1)
+    got = sampler.stochastic_encode(x, torch.arange(shape[0]), noise=noise)
+    assert_laid_out_alike([got], [a.sqrt() * x + (1 - a).sqrt() * noise], *both)
 
 
 # --- Encoding and decoding --------------------------------------------------------------------------------------------
