@@ -432,7 +432,10 @@ def _choice(diffusion: Any, name: str, choices: Mapping[str, Any]) -> Any:
 
 
 def _levels(diffusion: Any, name: str) -> np.ndarray:
-    levels = np.array(_attribute(diffusion, name), dtype=np.float64)
+    given = np.asarray(_attribute(diffusion, name))
+    if given.dtype == np.float16:  # 1 - alpha_bar has lost its digits
+        raise TypeError(f"{name} must be float64 or float32, got {given.dtype}: the originals compute it in float64")
+    levels = np.array(given, dtype=np.float64)
     if levels.shape != (_attribute(diffusion, "num_timesteps"),):
         raise ValueError(
             f"{name} must have one level for each of the {diffusion.num_timesteps} timesteps, got shape {levels.shape}"

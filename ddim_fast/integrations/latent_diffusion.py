@@ -29,7 +29,7 @@ from ..plans.coefficients import (
     variance_with_room,
 )
 from ..utils.checks import check_choice, check_integer, check_number
-from .original_results import kinds_of_results, per_sample_coefficient, step_of_kind, step_with_x0
+from .original_results import HALF_PRECISION, kinds_of_results, per_sample_coefficient, step_of_kind, step_with_x0
 from .rows_by_timestep import RowsByTimestep
 
 PARAMETERIZATIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -83,7 +83,8 @@ class DDIMSampler:
 
         Raises:
             ValueError: there is no such discretization or there are no such timesteps, see
-                ``make_ddim_timesteps``; eta adds more noise than a step has room for.
+                ``make_ddim_timesteps``; eta adds more noise than a step has room for; the model's
+            noise levels are in half precision, and are not those of its betas.
         """
         total = self.ddpm_num_timesteps
         timesteps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, total, verbose=verbose)
@@ -93,11 +94,10 @@ class DDIMSampler:
                 f"model.alphas_cumprod must have shape ({total},), one entry for each timestep, "
                 f"got {tuple(self.model.alphas_cumprod.shape)}"
             )
-        alphas_cumprod = self.model.alphas_cumprod.detach().cpu().double()
+        alphas_cumprod, alphas_cumprod_prev = _noise_levels(self.model)
         alphas = alphas_cumprod[timesteps].tolist()
         # The step to clean data stops at the first noise level, alpha_bar of timestep 0.
         alphas_prev = [float(alphas_cumprod[0]), *alphas[:-1]]
-        alphas_cumprod_prev = self.model.alphas_cumprod_prev.detach().cpu().double()
         levels = {
             False: list(zip(alphas, alphas_prev, strict=True)),
             True: list(zip(alphas_cumprod.tolist(), alphas_cumprod_prev.tolist(), strict=True)),
@@ -106,11 +106,11 @@ class DDIMSampler:
         rows = {(False, i, 1.0): _step_row(self.model, *pair, ddim_eta, 1.0) for i, pair in enumerate(levels[False])}
         self._levels, self._rows, self._noising, self._eta = levels, rows, {}, float(ddim_eta)
         self.ddim_timesteps = timesteps
-        self._register_buffers(alphas_cumprod)
+        self._register_buffers(alphas_cumprod, alphas_cumprod_prev)
         if verbose:
             print(f"DDIM with eta = {ddim_eta}: alphas {alphas}, alphas_prev {alphas_prev}, sigmas {self.ddim_sigmas}")
 
-    def _register_buffers(self, alphas_cumprod: Tensor) -> None:
+    def _register_buffers(self, alphas_cumprod: Tensor, alphas_cumprod_prev: Tensor) -> None:
         sigmas = {
             use_original_steps: [math.sqrt(ddim_variance(*pair, self._eta)) for pair in levels]
             for use_original_steps, levels in self._levels.items()
@@ -119,7 +119,7 @@ class DDIMSampler:
         float32 = {
             "betas": self.model.betas.detach(),
             "alphas_cumprod": alphas_cumprod,
-            "alphas_cumprod_prev": self.model.alphas_cumprod_prev.detach(),
+            "alphas_cumprod_prev": alphas_cumprod_prev,
             "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
             "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
             "log_one_minus_alphas_cumprod": (1 - alphas_cumprod).log(),
@@ -592,6 +592,26 @@ def _step_row(
         variance=variance,
         std_dev_added=math.sqrt(variance) * temperature,
     )
+
+
+def _noise_levels(model: Any) -> tuple[Tensor, Tensor]:
+    """Return alpha_bar_t and alpha_bar_prev of every timestep, in float64 on the host.
+
+    In half precision, as after ``model.half()``, 1 - alpha_bar has lost most of its digits; the
+    betas, which are small, have not.
+    """
+    levels = model.alphas_cumprod.detach().cpu()
+    if levels.dtype not in HALF_PRECISION and model.alphas_cumprod_prev.dtype not in HALF_PRECISION:
+        return levels.double(), model.alphas_cumprod_prev.detach().cpu().double()
+    betas = model.betas.detach().cpu()
+    found = torch.cumprod(1 - betas.double(), 0)
+    allowed = 2 * max(torch.finfo(dtype).eps for dtype in (levels.dtype, betas.dtype))
+    if found.shape != levels.shape or not (found - levels.double()).abs().max() <= allowed:
+        raise ValueError(
+            f"model.alphas_cumprod must be float32 or float64 where it is not the product of 1 - model.betas, "
+            f"got {levels.dtype}: convert the network alone (model.model.half()), not the noise levels"
+        )
+    return found, torch.cat([torch.ones(1, dtype=torch.float64), found[:-1]])
 
 
 def _prediction_type(model: Any) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..kernels.dispatch import ddim_step
 
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 _MAX_KNOWN = 1024
 _known: dict[Any, tuple[ResultKind, ...]] = {}
 
@@ -77,8 +78,8 @@ def readable(model_output: Tensor, dtype: torch.dtype) -> Tensor:
 
     Half precision beside float32 stays.
     """
-    halves = (torch.float16, torch.bfloat16)
-    return model_output if dtype == torch.float32 and model_output.dtype in halves else model_output.to(dtype)
+    stays = dtype == torch.float32 and model_output.dtype in HALF_PRECISION
+    return model_output if stays else model_output.to(dtype)
 
 
 def step_of_kind(

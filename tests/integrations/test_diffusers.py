@@ -290,6 +290,20 @@ def test_layouts_and_dtypes_are_the_originals(
     assert_laid_out_alike(*reversed(results), of_sample, of_output, of_noise, of_size_1=False)
 
 
+@pytest.mark.parametrize("original", PAIRS)
+def test_levels_in_half_precision_give_the_originals_results(original):
+    rng = np.random.default_rng(0)
+    x, m = tensors(rng, (torch.float32, torch.float32))
+    results = []
+    for kind in (original, PAIRS[original]):
+        scheduler = kind()
+        scheduler.set_timesteps(10)
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.half()
+        results.append(scheduler.step(m, 100, x, return_dict=False))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def half_unit(values, exact):
     """Return what one rounding of the exact result to half precision may cost.
 

@@ -805,6 +805,11 @@ OPTIONS = dict(betas=BETAS, model_mean_type=ModelMeanType.EPSILON, model_var_typ
         (lambda: changed(model_var_type="learned"), ValueError, "model_var_type must be one of LEARNED,"),
         (lambda: changed(alphas_cumprod=BETAS), ValueError, "alphas_cumprod must decrease"),
         (
+            lambda: changed(alphas_cumprod=np.cumprod(1 - BETAS).astype(np.float16)),
+            TypeError,
+            "alphas_cumprod must be float64 or float32, got float16",
+        ),
+        (
             lambda: changed(num_timesteps=8),
             ValueError,
             "alphas_cumprod must have one level for each of the 8 timesteps",
@@ -822,7 +827,7 @@ OPTIONS = dict(betas=BETAS, model_mean_type=ModelMeanType.EPSILON, model_var_typ
         ),
         (lambda: FastDiffusion(original()), ValueError, "ddim_sample is replaced by fused steps"),
     ],
-    ids=["no attributes", "velocity", "names", "levels", "timesteps", "subclass", "patched", "fork", "twice"],
+    ids=["no attributes", "velocity", "names", "levels", "half", "timesteps", "subclass", "patched", "fork", "twice"],
 )
 def test_a_diffusion_that_would_be_misunderstood_is_refused(make, error, message):
     with pytest.raises(error, match=message):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
+from ..original_results import HALF_PRECISION
 from ..rows_by_timestep import RowsByTimestep
 from . import internals
 from .arguments import LeaveToOriginal
@@ -26,7 +27,8 @@ class RowCache:
     def __init__(self, scheduler: Any, config_fields: Sequence[str], clean_level: str):
         config, explicit_pairs = scheduler.config, scheduler.config.explicit_pairs
         levels, outside = scheduler.alphas_cumprod, getattr(scheduler, clean_level)
-        if not isinstance(levels, Tensor):
+        # In half precision 1 - alpha_bar has lost its digits: the results are then the original's.
+        if not isinstance(levels, Tensor) or levels.dtype in HALF_PRECISION:
             raise LeaveToOriginal
         attributes = ["alphas_cumprod", clean_level, "num_inference_steps", *(["timesteps"] if explicit_pairs else [])]
         config_entry = internals.config_entry(scheduler)
