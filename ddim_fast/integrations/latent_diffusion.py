@@ -333,9 +333,8 @@ class DDIMSampler:
         if score_corrector is not None:
             e_t, guidance = _guided(e_t, **guidance), {}
             e_t = score_corrector.modify_score(self.model, e_t, x, t, c, **(corrector_kwargs or {}))
-        kinds = kinds_of_results(
-            _originals_results, x, *_tensors(e_t, **guidance), None, kind=_prediction_type(self.model)
-        )
+        operands = (x, *_tensors(e_t, **guidance))
+        kinds = kinds_of_results(_originals_results, *operands, None, kind=_prediction_type(self.model))
         if not quantize_denoised:
             noise = _draw_noise(x, repeat_noise, noise_dropout)
             return step_with_x0(*kinds, x, e_t, row, noise=noise, **guidance)
@@ -344,9 +343,9 @@ class DDIMSampler:
         e_t, pred_x0 = step_with_x0(*kinds, x, e_t, only_eps, **guidance)
         quantized, _, *_ = self.model.first_stage_model.quantize(pred_x0)
         row = replace(row, x0_x=1.0, x0_m=0.0, eps_x=0.0, eps_m=1.0)
-        kinds = kinds_of_results(_originals_results, x, e_t, None, quantized, kind="epsilon")
+        _, kind = kinds_of_results(_originals_results, *operands, quantized, kind=_prediction_type(self.model))
         noise = _draw_noise(x, repeat_noise, noise_dropout)
-        return step_of_kind(kinds[1], quantized, e_t, row, noise=noise), quantized
+        return step_of_kind(kind, quantized, e_t, row, noise=noise), quantized
 
     @torch.no_grad()
     def encode(
