@@ -358,6 +358,8 @@ class DDIMSampler:
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None,
         callback: Callable[[int], Any] | None = None,
+        *,
+        model_timesteps: str = "timestep",
     ) -> tuple[Tensor, dict[str, Any]]:
         """Encode clean data to noise, from which ``decode`` nearly reproduces it.
 
@@ -367,6 +369,9 @@ class DDIMSampler:
         Args:
             x0: ``(B, C, ...)``.
             return_intermediates: about how many intermediate states to return.
+            model_timesteps: what the model is given as t: the "timestep" of each step, as in
+                ``decode``; or its "index", as Stability-AI's ``encode`` does, to repeat encodings
+                made with that.
 
         Returns:
             The encoded latents, and ``{"x_encoded", "intermediate_steps"}``, with
@@ -375,6 +380,7 @@ class DDIMSampler:
         Raises:
             ValueError: an argument is wrong; the model has not been called.
         """
+        check_choice("model_timesteps", model_timesteps, ("timestep", "index"))
         levels = self._levels_of(use_original_steps)
         if not 0 <= t_enc <= len(levels):
             raise ValueError(f"t_enc must be 0 to the {len(levels)} steps of the schedule, got {t_enc}")
@@ -388,7 +394,8 @@ class DDIMSampler:
         rows = [inversion_coefficients(*pair, _prediction_type(self.model)) for pair in levels[:t_enc]]
         x_next, intermediates, inter_steps = x0, [], []
         for i, step in enumerate(tqdm(self._visited(use_original_steps)[:t_enc], desc="Encoding image")):
-            t = torch.full((x0.shape[0],), int(step), device=self.model.device, dtype=torch.long)
+            told = i if model_timesteps == "index" else int(step)
+            t = torch.full((x0.shape[0],), told, device=self.model.device, dtype=torch.long)
             model_output, guidance = self._predict(
                 x_next, t, c, unconditional_guidance_scale, unconditional_conditioning
             )

@@ -507,14 +507,14 @@ def test_decode(kind):
     assert sampler.decode(random(4), C, 0).equal(random(4))
 
 
-def original_encode(model, schedule, x, c, scale, uncond):
-    """Return every state.
+def original_encode(model, schedule, x, c, scale, uncond, indices=False):
+    """Return every state. With ``indices`` the model is given the number of the step.
 
     The model predicts noise; a v is converted to noise at the level of the model timestep.
     """
     states = []
-    for timestep, a_next, a in zip(*schedule, strict=True):
-        t = torch.full((len(x),), int(timestep))
+    for i, (timestep, a_next, a) in enumerate(zip(*schedule, strict=True)):
+        t = torch.full((len(x),), i if indices else int(timestep))
         eps = guided_output(model, x, t, c, scale, uncond)
         if model.parameterization == "v":
             eps = a_next.sqrt() * eps + (1 - a_next).sqrt() * x
@@ -553,6 +553,22 @@ def test_encode(kind, scale, original, dtype):
     assert out["intermediate_steps"] == [0, 2, 4, 6, 7]  # each second, 8 // 3, and the last two
     for state, i in zip(out["intermediates"], out["intermediate_steps"], strict=True):
         assert_close(state, states[i], dtype)
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_encode_can_give_the_model_the_index_of_the_step_as_stability_does(original):
+    sampler, model = DDIMSampler(Model()), Model()
+    sampler.make_schedule(10, verbose=False)
+    options = {
+        "unconditional_guidance_scale": 2.5,
+        "unconditional_conditioning": UNCOND,
+        "use_original_steps": original,
+    }
+    got, _ = sampler.encode(random(4), C, 8, **options, model_timesteps="index")
+    schedule = [part[:8] for part in levels(model, None if original else uniform(10))]
+    states = original_encode(model, schedule, random(4), C, 2.5, UNCOND, indices=True)
+    assert sampler.model.calls == model.calls == [(4, i) for i in range(8)]
+    assert_close(got, states[-1], torch.float64)
 
 
 def test_encode_without_intermediates():
@@ -811,6 +827,10 @@ OTHERS_REFUSED = {
         r"noise_dropout must be a finite number in \[0, 1\]",
     ),
     "t_enc": (lambda: made().encode(random(1), None, 6), "t_enc must be 0 to the 5 steps"),
+    "model_timesteps": (
+        lambda: made().encode(random(1), None, 2, model_timesteps="steps"),
+        "model_timesteps must be one of timestep, index, got 'steps'",
+    ),
     "intermediates": (lambda: made().encode(random(1), None, 2, return_intermediates=3), "at most t_enc, 2, got 3"),
     "encode unguided": (lambda: made().encode(random(1), C, 2, unconditional_guidance_scale=2.0), "got None: pass it"),
     "t in steps": (lambda: made().stochastic_encode(random(1), torch.tensor([5])), "must be 0 to 4, got 5"),
@@ -873,7 +893,7 @@ def test_arguments_are_the_originals_in_order():
         "stochastic_encode": "x0 t use_original_steps noise",
         "decode": "x_latent cond t_start unconditional_guidance_scale unconditional_conditioning use_original_steps callback",
         "encode": "x0 c t_enc use_original_steps return_intermediates unconditional_guidance_scale "
-        "unconditional_conditioning callback",
+        "unconditional_conditioning callback model_timesteps",
     }
     for method, arguments in names.items():
         assert list(inspect.signature(getattr(DDIMSampler, method)).parameters) == ["self", *arguments.split()]
