@@ -384,7 +384,7 @@ class DDIMSampler:
         levels = self._levels_of(use_original_steps)
         if not 0 <= t_enc <= len(levels):
             raise ValueError(f"t_enc must be 0 to the {len(levels)} steps of the schedule, got {t_enc}")
-        if return_intermediates and not 0 < return_intermediates <= max(t_enc, 1):
+        if return_intermediates and t_enc and not 0 < return_intermediates <= t_enc:
             raise ValueError(f"return_intermediates must be at most t_enc, {t_enc}, got {return_intermediates}")
         if unconditional_guidance_scale != 1 and unconditional_conditioning is None:
             raise ValueError(

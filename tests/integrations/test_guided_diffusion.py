@@ -712,6 +712,7 @@ STEP_ERRORS = [
 FORWARD_ERRORS = [
     (dict(eta=-0.1), ValueError, "eta must be a finite number, 0"),
     (dict(eta=None), ValueError, "eta must be a finite number"),
+    (dict(eta=torch.tensor(0.5)), ValueError, r"eta must be a finite number.*got tensor\(0.5"),
     (dict(eta=3.0), ValueError, r"at timestep [123], eta may be at most [\d.]+, got 3.0"),
     (dict(cond_fn=3), TypeError, "cond_fn must be a function or None, got int"),
 ]

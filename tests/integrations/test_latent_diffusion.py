@@ -578,6 +578,14 @@ def test_encode_without_intermediates():
     assert out == {"x_encoded": got, "intermediate_steps": []}
 
 
+def test_encode_of_no_steps_has_no_intermediates():
+    sampler, x = DDIMSampler(Model()), random(4)
+    sampler.make_schedule(10, verbose=False)
+    got, out = sampler.encode(x, None, 0, return_intermediates=3)
+    assert got is x
+    assert out == {"x_encoded": x, "intermediate_steps": [], "intermediates": []}
+
+
 def test_decode_takes_back_what_encode_did_where_the_noise_does_not_depend_on_x():
     model = Model()
     model.apply_model = lambda x, t, c: (torch.cos(t.double()).view(-1, 1, 1, 1) * KNOWN[: len(x)]).to(x.dtype)
@@ -767,6 +775,7 @@ REFUSED = {
     "S > T": ({"S": 61}, r"ddim_num_steps must be an integer in \[1, 60\]"),
     "S = T": ({"S": 60}, "last one, 59, or before, got 60 for ddim_num_steps=60: take 30 steps"),
     "eta < 0": ({"eta": -0.1}, "eta must be a finite number"),
+    "eta a tensor": ({"eta": torch.tensor(0.5)}, r"eta must be a finite number.*got tensor\(0.5"),
     "eta too large": ({"eta": 9.0}, "eta may be at most"),
     "mask without x0": ({"mask": MASK}, "mask needs x0, whose masked region is kept, got None"),
     "dropout": ({"noise_dropout": 1.5}, r"noise_dropout must be a finite number in \[0, 1\]"),
@@ -817,6 +826,7 @@ OTHERS_REFUSED = {
     "quad of none": (lambda: make_ddim_timesteps("quad", 0, T), "at least 1, got 0"),
     "quad of few": (lambda: make_ddim_timesteps("quad", 6, 5), "or before, got 5"),
     "index": (lambda: made().p_sample_ddim(random(1), None, torch.zeros(2).long(), 5), "index must be 0 to 4, .*got 5"),
+    "negative index": (lambda: made().p_sample_ddim(random(1), None, None, -1), "index must be 0 to 4, .*got -1"),
     "timesteps": (lambda: made().ddim_sampling(None, SHAPE, timesteps=0), "timesteps must be 1"),
     "original timesteps": (
         lambda: made().ddim_sampling(None, SHAPE, timesteps=61, ddim_use_original_steps=True),

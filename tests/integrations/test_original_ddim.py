@@ -241,6 +241,7 @@ def refuses_to_be_called(x, t):
         ([5, 3], {}, ValueError, "increasing.*got 3 after 5"),
         ([0.5, 3], {}, TypeError, "seq must be integers"),
         ([0, 3], {"eta": -1}, ValueError, "eta must be a finite number"),
+        ([0, 3], {"eta": torch.tensor(0.5)}, ValueError, r"eta must be a finite number.*got tensor\(0.5"),
         ([0, 3], {"eta": float("nan")}, ValueError, "eta must be a finite number"),
         ([0, 59], {"eta": 7.0}, ValueError, "eta may be at most"),
         ([0, 3], {"skip": 1}, TypeError, "skip"),
