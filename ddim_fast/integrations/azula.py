@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..kernels.contract import StepCoefficients
-from ..kernels.dispatch import ddim_step
 from ..plans.coefficients import check_eta, mean_coefficients
 from ..utils.checks import check_integer, refuse
+from .original_results import kinds_of_results, step_of_kind
 
 
 class FastDDIMSampler:
@@ -157,15 +157,19 @@ class FastDDIMSampler:
             )
         # Drawn even where the row adds none, so that the generator advances as in azula.
         noise = torch.randn_like(x_t)
-        dtype = torch.promote_types(x_t.dtype, mean.dtype)
-        # In the memory layout of azula's result, in whose order the next noise is drawn.
-        out = torch.empty_like(mean, dtype=dtype)
-        return ddim_step(x_t.to(dtype), mean, row, noise=noise.to(dtype), out=out)
+        (kind,) = kinds_of_results(_originals_result, x_t, mean, noise)
+        return step_of_kind(kind, x_t, mean, row, noise=noise)
 
     def progress_bar(self, it: Iterable[Any]) -> Iterable[Any]:
         """Return ``it`` with azula's progress bar, unless ``silent``."""
         it = it.unbind() if isinstance(it, Tensor) else it
         return it if self.silent else tqdm(it, miniters=1, unit="step", ncols=79, ascii=True)
+
+
+def _originals_result(x_t: Tensor, mean: Tensor, noise: Tensor) -> tuple[Tensor]:
+    """Run the operations of azula's step. Its coefficients have no dimensions."""
+    k = torch.empty((), device=x_t.device)
+    return (k * mean + k * (x_t - k * mean) + k * noise,)
 
 
 def _rows(

@@ -22,9 +22,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..kernels.contract import StepCoefficients
-from ..kernels.dispatch import ddim_step
 from ..plans.coefficients import check_eta, ddim_coefficients, variance_with_room
 from ..utils.checks import check_choice, check_integer
+from .original_results import kinds_of_results, per_sample_coefficient, step_of_kind, step_with_x0
 
 PREDICTION_TYPES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 """The prediction type of each of the original's objectives."""
@@ -166,8 +166,23 @@ def _states(
         model_output = call(x_t, time, x0 if diffusion.self_condition else None)
         # Drawn even where the row adds none, so that the generator advances as in the original.
         noise = torch.randn_like(x_t) if t_next >= 0 else None
-        x0 = torch.empty_like(x_t) if diffusion.self_condition else None
-        x_t = ddim_step(x_t, model_output, row, noise=noise, out=_next_state(diffusion, x_t, model_output), x0_out=x0)
+        x0_kind, kind = kinds_of_results(
+            _originals_results,
+            x_t,
+            model_output,
+            noise,
+            levels=diffusion.alphas_cumprod.dtype,
+            objective=diffusion.objective,
+            clip=clip,
+            recomputes_eps=use_clipped_model_output,
+        )
+        if diffusion.objective == "pred_x0" and not clip:  # the original's x0 is that tensor itself
+            x0 = model_output
+            x_t = x0 if noise is None else step_of_kind(kind, x_t, model_output, row, noise=noise)
+        elif diffusion.self_condition:
+            x_t, x0 = step_with_x0(x0_kind, kind, x_t, model_output, row, noise=noise)
+        else:
+            x_t = step_of_kind(kind, x_t, model_output, row, noise=noise)
         yield x_t
 
 
@@ -177,16 +192,24 @@ def _last(states: Iterator[Tensor]) -> Tensor:
     return last
 
 
-def _next_state(diffusion: Any, x_t: Tensor, model_output: Tensor) -> Tensor:
-    """Allocate x_prev in the memory layout of the original's, which is that of x0.
-
-    With ``pred_x0`` that is the layout of the model's output.
-
-    The next step's noise is drawn in the order of the samples' memory, so in another layout a model
-    in channels_last would give other samples.
-    """
-    like = model_output if diffusion.objective == "pred_x0" and model_output.shape == x_t.shape else x_t
-    return torch.empty_like(like, dtype=x_t.dtype)
+def _originals_results(
+    x: Tensor,
+    m: Tensor,
+    noise: Tensor | None,
+    *,
+    levels: torch.dtype,
+    objective: str,
+    clip: bool,
+    recomputes_eps: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run the operations of the originals' step; return x0 and x_prev."""
+    k, number = per_sample_coefficient(x, levels), torch.empty((), dtype=levels, device=x.device)
+    x0 = m if objective == "pred_x0" else k * x - k * m
+    x0 = x0.clamp(-1, 1) if clip else x0
+    if noise is None:  # the last step
+        return x0, x0
+    eps = (k * x - x0) / k if objective != "pred_noise" or recomputes_eps else m
+    return x0, x0 * number + number * eps + number * noise
 
 
 def _steps(diffusion: Any, clip: bool, use_clipped_model_output: bool) -> list[tuple[int, int, StepCoefficients]]:

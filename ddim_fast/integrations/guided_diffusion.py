@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import Prediction, check_eta, ddim_coefficients, previous_x_prediction, variance_with_room
-from .dtype_promotion import promoted_dtype
+from .original_results import kinds_of_results, per_sample_coefficient, readable, step_of_kind, step_with_x0
 from .rows_by_timestep import RowsByTimestep, cached_rows
 
 _PREVIOUS_X = "previous_x"
@@ -325,18 +325,26 @@ class FastDiffusion:
         cond_fn: Callable[..., Tensor] | None,
         model_kwargs: Mapping[str, Any] | None,
     ) -> dict[str, Tensor]:
-        m = self._model_output(model, x, t, model_kwargs)
-        x_t, prediction = x.to(promoted_dtype(x, m)), self._prediction
+        m, prediction, gradient = self._model_output(model, x, t, model_kwargs), self._prediction, None
         if denoised_fn is not None:
             if prediction != "sample":
-                m = self._steps(prediction, "x0").step(x_t, m, at)
+                (kind,) = kinds_of_results(_originals_x0, x, m, prediction=prediction)
+                m = step_of_kind(kind, x, m, at, take=self._steps(prediction, "x0").step)
             m, prediction = _returned("denoised_fn", denoised_fn(m), x), "sample"
         if cond_fn is not None:
-            gradient = _returned("cond_fn", self._call(cond_fn, x, t, model_kwargs), x).to(x_t.dtype)
-            m = self._steps(prediction, "eps", 0.0, bool(clip_denoised)).step(x_t, m, at, noise=gradient)
-        noise = torch.randn_like(x).to(x_t.dtype) if target == "prev" else None
-        pred_xstart = torch.empty_like(x_t)
-        sample = steps.step(x_t, m, at, noise=noise, x0_out=pred_xstart)
+            gradient = _returned("cond_fn", self._call(cond_fn, x, t, model_kwargs), x)
+        adds_noise, clip = target == "prev", bool(clip_denoised)
+        options = {"prediction": prediction, "clip": clip, "adds_noise": adds_noise}
+        kinds = kinds_of_results(_originals_results, x, m, gradient, **options)
+        if prediction == "sample" and not clip and gradient is None:  # the originals return that tensor itself
+            noise = torch.randn_like(x) if adds_noise else None
+            return {"sample": step_of_kind(kinds[1], x, m, at, noise=noise, take=steps.step), "pred_xstart": m}
+        if gradient is not None:
+            dtype = kinds[1].dtype
+            conditioned = self._steps(prediction, "eps", 0.0, clip)
+            m = conditioned.step(x.to(dtype), readable(m, dtype), at, noise=gradient.to(dtype))
+        noise = torch.randn_like(x) if adds_noise else None
+        sample, pred_xstart = step_with_x0(*kinds, x, m, at, noise=noise, take=steps.step)
         return {"sample": sample, "pred_xstart": pred_xstart}
 
     def _model_output(
@@ -346,7 +354,8 @@ class FastDiffusion:
         channels = x.shape[1]
         shape = (len(x), 2 * channels, *x.shape[2:]) if self._learns_variance else x.shape
         remedy = f" (model_var_type {self.diffusion.model_var_type})"
-        return _returned("model", self._call(model, x, t, model_kwargs), x, shape, remedy)[:, :channels]
+        output = _returned("model", self._call(model, x, t, model_kwargs), x, shape, remedy)
+        return output[:, :channels] if self._learns_variance else output
 
     def _call(
         self, function: Callable[..., Tensor], x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None
@@ -384,6 +393,28 @@ class FastDiffusion:
         )
 
 
+def _originals_x0(x: Tensor, m: Tensor, *, prediction: str) -> tuple[Tensor]:
+    """Run the operations of the originals' predictions of x0."""
+    k = per_sample_coefficient(x, torch.float32).expand(x.shape)
+    if prediction == "sample":
+        return (m,)
+    return (k * m - k * x if prediction == _PREVIOUS_X else k * x - k * m,)
+
+
+def _originals_results(
+    x: Tensor, m: Tensor, gradient: Tensor | None, *, prediction: str, clip: bool, adds_noise: bool
+) -> tuple[Tensor, Tensor]:
+    """Run the operations of the originals' ``ddim_sample``; return x0 and the sample."""
+    one_each = per_sample_coefficient(x, torch.float32)
+    k = one_each.expand(x.shape)
+    (x0,) = _originals_x0(x, m, prediction=prediction)
+    x0 = x0.clamp(-1, 1) if clip else x0
+    if gradient is not None:
+        x0 = k * x - k * ((k * x - x0) / k - (1 - k).sqrt() * gradient)
+    sample = x0 * k.sqrt() + (1 - k).sqrt() * ((k * x - x0) / k)
+    return x0, sample + one_each * (1 - k) * torch.empty_like(x) if adds_noise else sample
+
+
 def _attribute(diffusion: Any, name: str) -> Any:
     if not hasattr(diffusion, name):
         raise TypeError(
@@ -401,7 +432,10 @@ def _choice(diffusion: Any, name: str, choices: Mapping[str, Any]) -> Any:
 
 
 def _levels(diffusion: Any, name: str) -> np.ndarray:
-    levels = np.array(_attribute(diffusion, name), dtype=np.float64)
+    given = np.asarray(_attribute(diffusion, name))
+    if given.dtype == np.float16:  # 1 - alpha_bar has lost its digits
+        raise TypeError(f"{name} must be float64 or float32, got {given.dtype}: the originals compute it in float64")
+    levels = np.array(given, dtype=np.float64)
     if levels.shape != (_attribute(diffusion, "num_timesteps"),):
         raise ValueError(
             f"{name} must have one level for each of the {diffusion.num_timesteps} timesteps, got shape {levels.shape}"

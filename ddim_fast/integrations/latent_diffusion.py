@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..kernels.contract import StepCoefficients
-from ..kernels.dispatch import ddim_step
 from ..plans.coefficients import (
     check_eta,
     ddim_coefficients,
@@ -30,7 +29,7 @@ from ..plans.coefficients import (
     variance_with_room,
 )
 from ..utils.checks import check_choice, check_integer, check_number
-from .dtype_promotion import promoted_step
+from .original_results import HALF_PRECISION, kinds_of_results, per_sample_coefficient, step_of_kind, step_with_x0
 from .rows_by_timestep import RowsByTimestep
 
 PARAMETERIZATIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -84,7 +83,8 @@ class DDIMSampler:
 
         Raises:
             ValueError: there is no such discretization or there are no such timesteps, see
-                ``make_ddim_timesteps``; eta adds more noise than a step has room for.
+                ``make_ddim_timesteps``; eta adds more noise than a step has room for; the model's
+            noise levels are in half precision, and are not those of its betas.
         """
         total = self.ddpm_num_timesteps
         timesteps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, total, verbose=verbose)
@@ -94,11 +94,10 @@ class DDIMSampler:
                 f"model.alphas_cumprod must have shape ({total},), one entry for each timestep, "
                 f"got {tuple(self.model.alphas_cumprod.shape)}"
             )
-        alphas_cumprod = self.model.alphas_cumprod.detach().cpu().double()
+        alphas_cumprod, alphas_cumprod_prev = _noise_levels(self.model)
         alphas = alphas_cumprod[timesteps].tolist()
         # The step to clean data stops at the first noise level, alpha_bar of timestep 0.
         alphas_prev = [float(alphas_cumprod[0]), *alphas[:-1]]
-        alphas_cumprod_prev = self.model.alphas_cumprod_prev.detach().cpu().double()
         levels = {
             False: list(zip(alphas, alphas_prev, strict=True)),
             True: list(zip(alphas_cumprod.tolist(), alphas_cumprod_prev.tolist(), strict=True)),
@@ -107,11 +106,11 @@ class DDIMSampler:
         rows = {(False, i, 1.0): _step_row(self.model, *pair, ddim_eta, 1.0) for i, pair in enumerate(levels[False])}
         self._levels, self._rows, self._noising, self._eta = levels, rows, {}, float(ddim_eta)
         self.ddim_timesteps = timesteps
-        self._register_buffers(alphas_cumprod)
+        self._register_buffers(alphas_cumprod, alphas_cumprod_prev)
         if verbose:
             print(f"DDIM with eta = {ddim_eta}: alphas {alphas}, alphas_prev {alphas_prev}, sigmas {self.ddim_sigmas}")
 
-    def _register_buffers(self, alphas_cumprod: Tensor) -> None:
+    def _register_buffers(self, alphas_cumprod: Tensor, alphas_cumprod_prev: Tensor) -> None:
         sigmas = {
             use_original_steps: [math.sqrt(ddim_variance(*pair, self._eta)) for pair in levels]
             for use_original_steps, levels in self._levels.items()
@@ -120,7 +119,7 @@ class DDIMSampler:
         float32 = {
             "betas": self.model.betas.detach(),
             "alphas_cumprod": alphas_cumprod,
-            "alphas_cumprod_prev": self.model.alphas_cumprod_prev.detach(),
+            "alphas_cumprod_prev": alphas_cumprod_prev,
             "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
             "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
             "log_one_minus_alphas_cumprod": (1 - alphas_cumprod).log(),
@@ -334,13 +333,19 @@ class DDIMSampler:
         if score_corrector is not None:
             e_t, guidance = _guided(e_t, **guidance), {}
             e_t = score_corrector.modify_score(self.model, e_t, x, t, c, **(corrector_kwargs or {}))
-        if quantize_denoised:
-            # One pass computes eps and x0; another takes the step from eps and the quantized x0.
-            only_eps = replace(row, prev_x0=0.0, prev_eps=1.0, prev_noise=0.0)
-            e_t, pred_x0 = promoted_step(x, e_t, only_eps, None, **guidance)
-            x, _, *_ = self.model.first_stage_model.quantize(pred_x0)
-            row, guidance = replace(row, x0_x=1.0, x0_m=0.0, eps_x=0.0, eps_m=1.0), {}
-        return promoted_step(x, e_t, row, _draw_noise(x, repeat_noise, noise_dropout), **guidance)
+        operands = (x, *_tensors(e_t, **guidance))
+        kinds = kinds_of_results(_originals_results, *operands, None, kind=_prediction_type(self.model))
+        if not quantize_denoised:
+            noise = _draw_noise(x, repeat_noise, noise_dropout)
+            return step_with_x0(*kinds, x, e_t, row, noise=noise, **guidance)
+        # One pass computes eps and x0; another takes the step from eps and the quantized x0.
+        only_eps = replace(row, prev_x0=0.0, prev_eps=1.0, prev_noise=0.0)
+        e_t, pred_x0 = step_with_x0(*kinds, x, e_t, only_eps, **guidance)
+        quantized, _, *_ = self.model.first_stage_model.quantize(pred_x0)
+        row = replace(row, x0_x=1.0, x0_m=0.0, eps_x=0.0, eps_m=1.0)
+        _, kind = kinds_of_results(_originals_results, *operands, quantized, kind=_prediction_type(self.model))
+        noise = _draw_noise(x, repeat_noise, noise_dropout)
+        return step_of_kind(kind, quantized, e_t, row, noise=noise), quantized
 
     @torch.no_grad()
     def encode(
@@ -353,6 +358,8 @@ class DDIMSampler:
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None,
         callback: Callable[[int], Any] | None = None,
+        *,
+        model_timesteps: str = "timestep",
     ) -> tuple[Tensor, dict[str, Any]]:
         """Encode clean data to noise, from which ``decode`` nearly reproduces it.
 
@@ -362,6 +369,9 @@ class DDIMSampler:
         Args:
             x0: ``(B, C, ...)``.
             return_intermediates: about how many intermediate states to return.
+            model_timesteps: what the model is given as t: the "timestep" of each step, as in
+                ``decode``; or its "index", as Stability-AI's ``encode`` does, to repeat encodings
+                made with that.
 
         Returns:
             The encoded latents, and ``{"x_encoded", "intermediate_steps"}``, with
@@ -370,10 +380,11 @@ class DDIMSampler:
         Raises:
             ValueError: an argument is wrong; the model has not been called.
         """
+        check_choice("model_timesteps", model_timesteps, ("timestep", "index"))
         levels = self._levels_of(use_original_steps)
         if not 0 <= t_enc <= len(levels):
             raise ValueError(f"t_enc must be 0 to the {len(levels)} steps of the schedule, got {t_enc}")
-        if return_intermediates and not 0 < return_intermediates <= max(t_enc, 1):
+        if return_intermediates and t_enc and not 0 < return_intermediates <= t_enc:
             raise ValueError(f"return_intermediates must be at most t_enc, {t_enc}, got {return_intermediates}")
         if unconditional_guidance_scale != 1 and unconditional_conditioning is None:
             raise ValueError(
@@ -383,14 +394,13 @@ class DDIMSampler:
         rows = [inversion_coefficients(*pair, _prediction_type(self.model)) for pair in levels[:t_enc]]
         x_next, intermediates, inter_steps = x0, [], []
         for i, step in enumerate(tqdm(self._visited(use_original_steps)[:t_enc], desc="Encoding image")):
-            t = torch.full((x0.shape[0],), int(step), device=self.model.device, dtype=torch.long)
+            told = i if model_timesteps == "index" else int(step)
+            t = torch.full((x0.shape[0],), told, device=self.model.device, dtype=torch.long)
             model_output, guidance = self._predict(
                 x_next, t, c, unconditional_guidance_scale, unconditional_conditioning
             )
-            # The original's coefficients are tensors without dimensions here: unlike in
-            # p_sample_ddim, half precision stays.
-            x_next = x_next.to(torch.promote_types(x_next.dtype, model_output.dtype))
-            x_next = ddim_step(x_next, model_output, rows[i], noise=x_next, **guidance)
+            (kind,) = kinds_of_results(_originals_encoding, x_next, *_tensors(model_output, **guidance))
+            x_next = step_of_kind(kind, x_next, model_output, rows[i], noise=x_next, **guidance)
             if return_intermediates and (i % (t_enc // return_intermediates) == 0 or i >= t_enc - 2):
                 intermediates.append(x_next)
                 inter_steps.append(i)
@@ -426,8 +436,9 @@ class DDIMSampler:
                 "nothing of x0: start from noise, with sample",
             )
         noise = torch.randn_like(x0) if noise is None else noise
-        x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
-        return self._noising[key].step(x0, x0, t, noise=noise.to(x0.dtype))
+        (kind,) = kinds_of_results(_originals_noising, x0, noise)
+        x0, out = x0.to(kind.dtype), kind.empty(x0)
+        return self._noising[key].step(x0, x0, t, noise=noise.to(kind.dtype), out=out)
 
     @torch.no_grad()
     def decode(
@@ -544,6 +555,43 @@ def make_ddim_timesteps(
     return steps
 
 
+def _tensors(
+    model_output: Tensor, model_output_uncond: Tensor | None = None, guidance_scale: float = 1.0
+) -> tuple[Tensor, Tensor | None]:
+    return model_output, model_output_uncond
+
+
+def _originals_results(
+    x: Tensor, m: Tensor, uncond: Tensor | None, quantized: Tensor | None, *, kind: str
+) -> tuple[Tensor, Tensor]:
+    """Run the operations of the original's ``p_sample_ddim``; return x0 and x_prev."""
+    k = per_sample_coefficient(x)
+    m = m if uncond is None else uncond + 1.0 * (m - uncond)
+    e_t, x0 = m, (x - k * m) / k
+    if kind == "v_prediction":
+        e_t, x0 = k * m + k * x, k * x - k * m
+    elif kind == "sample":
+        e_t, x0 = x0, m * 1
+    if quantized is not None:
+        x0 = quantized
+    return x0, k * x0 + k * e_t + k * torch.empty(x.shape, device=x.device)
+
+
+def _originals_encoding(x: Tensor, m: Tensor, uncond: Tensor | None) -> tuple[Tensor]:
+    """Run the operations of a step of the original's ``encode``.
+
+    Its coefficients have no dimensions: unlike in ``p_sample_ddim``, half precision stays.
+    """
+    k = torch.empty((), device=x.device, dtype=torch.float32)
+    return (k * x + k * (m if uncond is None else uncond + 1.0 * (m - uncond)),)
+
+
+def _originals_noising(x0: Tensor, noise: Tensor) -> tuple[Tensor]:
+    """Run the operations of the original's ``stochastic_encode``."""
+    k = per_sample_coefficient(x0, torch.float32)
+    return (k * x0 + k * noise,)
+
+
 def _step_row(
     model: Any, alpha_bar_t: float, alpha_bar_prev: float, eta: float, temperature: float
 ) -> StepCoefficients:
@@ -555,6 +603,26 @@ def _step_row(
         variance=variance,
         std_dev_added=math.sqrt(variance) * temperature,
     )
+
+
+def _noise_levels(model: Any) -> tuple[Tensor, Tensor]:
+    """Return alpha_bar_t and alpha_bar_prev of every timestep, in float64 on the host.
+
+    In half precision, as after ``model.half()``, 1 - alpha_bar has lost most of its digits; the
+    betas, which are small, have not.
+    """
+    levels = model.alphas_cumprod.detach().cpu()
+    if levels.dtype not in HALF_PRECISION and model.alphas_cumprod_prev.dtype not in HALF_PRECISION:
+        return levels.double(), model.alphas_cumprod_prev.detach().cpu().double()
+    betas = model.betas.detach().cpu()
+    found = torch.cumprod(1 - betas.double(), 0)
+    allowed = 2 * max(torch.finfo(dtype).eps for dtype in (levels.dtype, betas.dtype))
+    if found.shape != levels.shape or not (found - levels.double()).abs().max() <= allowed:
+        raise ValueError(
+            f"model.alphas_cumprod must be float32 or float64 where it is not the product of 1 - model.betas, "
+            f"got {levels.dtype}: convert the network alone (model.model.half()), not the noise levels"
+        )
+    return found, torch.cat([torch.ones(1, dtype=torch.float64), found[:-1]])
 
 
 def _prediction_type(model: Any) -> str:

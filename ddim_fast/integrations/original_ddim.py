@@ -18,7 +18,7 @@ from torch import Tensor
 from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import check_eta, ddim_coefficients, ddpm_variance, variance_with_room
 from ..utils.checks import refuse
-from .dtype_promotion import promoted_step
+from .original_results import kinds_of_results, per_sample_coefficient, step_with_x0
 
 Model = Callable[[Tensor, Tensor], Tensor]
 """``model(x, t)`` predicts the noise, like x ``(B, C, ...)``, at timesteps t ``(B,)`` float32."""
@@ -32,10 +32,10 @@ def compute_alpha(beta: Tensor, t: Tensor) -> Tensor:
         t: ``(B,)`` int64, -1 to T - 1.
 
     Returns:
-        ``(B, 1, 1, 1)`` in the dtype and on the device of ``beta``; the product is computed in
-        float64.
+        ``(B, 1, 1, 1)`` on the device of ``beta``, in its dtype, float32 at least; the product is
+        computed in float64.
     """
-    alpha_bars = torch.tensor(_alpha_bars(beta), dtype=beta.dtype, device=beta.device)
+    alpha_bars = torch.tensor(_alpha_bars(beta), dtype=_levels_dtype(beta), device=beta.device)
     return alpha_bars.index_select(0, t + 1).view(-1, 1, 1, 1)
 
 
@@ -46,7 +46,8 @@ def generalized_steps(
     """Sample by DDIM (equations 12 and 16 of arXiv 2010.02502).
 
     Args:
-        x: x_T ``(B, C, ...)``. Steps run on its device, and in float32 if it is in half precision.
+        x: x_T ``(B, C, ...)``. Steps run on its device, in the widest dtype of x,
+            ``b`` and float32.
         seq: timesteps to visit, increasing, for instance ``range(0, 1000, 20)``.
         model: see ``Model``.
         b: ``(T,)`` betas, on any device.
@@ -66,8 +67,8 @@ def generalized_steps(
         )
 
     check_eta(eta)
-    # The original draws noise like x_T in every step, even where x_t has become float32.
-    return _sample(x, _steps(seq, b, row), model, lambda x_t: torch.randn_like(x))
+    # The original draws noise like x_T in every step, even where x_t has another dtype.
+    return _sample(x, _steps(seq, b, row), model, _levels_dtype(b), _ddim_results, lambda x_t: torch.randn_like(x))
 
 
 @torch.no_grad()
@@ -91,7 +92,26 @@ def ddpm_steps(x: Tensor, seq: Sequence[int], model: Model, b: Tensor) -> tuple[
             use_clipped_model_output=True,
         )
 
-    return _sample(x, _steps(seq, b, row), model, torch.randn_like)
+    return _sample(x, _steps(seq, b, row), model, _levels_dtype(b), _ddpm_results, torch.randn_like)
+
+
+def _ddim_results(x: Tensor, m: Tensor, noise: Tensor, *, levels: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Run the operations of the original's ``generalized_steps``; return x0 and x_prev."""
+    k = per_sample_coefficient(x, levels)
+    x0 = (x - m * k) / k
+    return x0, k * x0 + k * noise + k * m
+
+
+def _ddpm_results(x: Tensor, m: Tensor, noise: Tensor, *, levels: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Run the operations of the original's ``ddpm_steps``; return x0 and x_prev."""
+    k = per_sample_coefficient(x, levels)
+    x0 = (k * x - k * m).clamp(-1, 1)
+    return x0, (k * x0 + k * x) / k + k * noise
+
+
+def _levels_dtype(b: Tensor) -> torch.dtype:
+    """Return the dtype of the original's noise levels: that of betas beside a float32 zero."""
+    return torch.promote_types(b.dtype, torch.float32)
 
 
 def _alpha_bars(b: Tensor) -> list[float]:
@@ -120,13 +140,20 @@ def _steps(
 
 
 def _sample(
-    x: Tensor, steps: list[tuple[int, StepCoefficients]], model: Model, draw_noise: Callable[[Tensor], Tensor]
+    x: Tensor,
+    steps: list[tuple[int, StepCoefficients]],
+    model: Model,
+    levels: torch.dtype,
+    operations: Callable[..., tuple[Tensor, ...]],
+    draw_noise: Callable[[Tensor], Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:
     x_t, xs, x0_preds = x, [x], []
     for t, row in steps:
         model_output = model(x_t, torch.full((x.size(0),), t, dtype=torch.float32, device=x.device))
         # Drawn even where a step adds none: the rest of the random stream must stay the same.
-        x_t, x0 = promoted_step(x_t, model_output, row, draw_noise(x_t))
+        noise = draw_noise(x_t)
+        kinds = kinds_of_results(operations, x_t, model_output, noise, levels=levels)
+        x_t, x0 = step_with_x0(*kinds, x_t, model_output, row, noise=noise)
         xs.append(x_t.to("cpu"))
         x0_preds.append(x0.to("cpu"))
     return xs, x0_preds

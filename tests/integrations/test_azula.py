@@ -12,8 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import strategies as st
+from layouts import assert_laid_out_alike, draw, kinds, modelled, shapes, sweep
 
 from ddim_fast.integrations import azula as drop_in
+from ddim_fast.integrations import original_results
 from ddim_fast.integrations.azula import FastDDIMSampler
 from ddim_fast.plans.coefficients import mean_coefficients
 
@@ -144,10 +147,35 @@ def test_close_times_keep_their_digits(schedule):
     compare(schedule, eta=1.0, start=0.5, stop=0.4999, steps=3, dtype=torch.float64)
 
 
-def test_noise_is_drawn_in_the_layout_of_the_original():
-    """azula returns the memory layout of the denoiser's mean, the order in which noise is drawn."""
-    got = compare(rectified, eta=1.0, steps=5, dtype=torch.float32, memory_format=torch.channels_last)
-    assert got.is_contiguous(memory_format=torch.channels_last)
+@sweep(of_samples=kinds, of_mean=kinds, shape=shapes, eta=st.sampled_from([0.0, 0.7]), times=st.sampled_from(DTYPES))
+def test_layouts_and_dtypes_are_the_originals(of_samples, of_mean, shape, eta, times):
+    """azula draws each step's noise in the order of the samples' memory."""
+    seen = []
+
+    def denoiser(x, t):
+        seen.append(x)
+        return SimpleNamespace(mean=modelled(x, of_mean))
+
+    denoiser.schedule = rectified
+    sampler = FastDDIMSampler(denoiser, eta, steps=3, silent=True, dtype=times)
+    x = draw(5, shape, of_samples)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        got, after, ours = sampler(x), torch.get_rng_state(), list(seen)
+        seen.clear()
+        torch.manual_seed(3)
+        for t, s in itertools.pairwise(sampler.timesteps.unbind()):  # azula's operations
+            (alpha_t, sigma_t), (alpha_s, sigma_s) = rectified(t), rectified(s)
+            tau = torch.clip(eta * (1 - (alpha_t / alpha_s * sigma_s / sigma_t) ** 2), min=0, max=1)
+            mean = denoiser(x, t).mean
+            noise = torch.randn_like(x)
+            x = (
+                alpha_s * mean
+                + sigma_s * torch.sqrt(1 - tau) / sigma_t * (x - alpha_t * mean)
+                + sigma_s * torch.sqrt(tau) * noise
+            )
+        assert torch.equal(torch.get_rng_state(), after)
+    assert_laid_out_alike([*ours, got], [*seen, x], of_samples, of_mean)
 
 
 def test_the_wider_dtype_wins_as_in_torch():
@@ -201,8 +229,8 @@ def test_a_step_has_derivatives():
 
 def test_one_pass_per_step_and_the_schedule_before_the_first(monkeypatch):
     passes, looks = [], []
-    step = drop_in.ddim_step
-    monkeypatch.setattr(drop_in, "ddim_step", lambda *a, **k: passes.append(a) or step(*a, **k))
+    step = original_results.ddim_step
+    monkeypatch.setattr(original_results, "ddim_step", lambda *a, **k: passes.append(a) or step(*a, **k))
     denoiser = SimpleDenoiser(lambda t: looks.append(len(passes)) or rectified(t))
     FastDDIMSampler(denoiser, steps=6, silent=True)(random(dtype=torch.float32))
     assert len(passes) == 6

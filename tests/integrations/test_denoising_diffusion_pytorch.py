@@ -1,6 +1,7 @@
 """The drop-in for denoising-diffusion-pytorch against its loops, restated here in float64."""
 
 import copy
+import itertools
 import math
 import re
 import sys
@@ -9,9 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import strategies as st
+from layouts import assert_laid_out_alike, kinds, laid_out, sweep
 from torch import nn
 
 from ddim_fast.integrations import denoising_diffusion_pytorch as drop_in
+from ddim_fast.integrations import original_results
 from ddim_fast.integrations.denoising_diffusion_pytorch import (
     ddim_sample,
     ddim_sample_1d,
@@ -235,17 +239,69 @@ def test_float32_buffers_give_the_schedule_that_was_rounded():
     assert abs((1 - alpha_bars) / (1 - exact) - 1).max() < eps
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_noise_is_drawn_in_the_layout_of_the_original(objective):
-    """With pred_x0, a model in channels_last makes the original's samples channels_last.
+def original_states(diffusion, shape, kwargs, recomputes_eps):
+    """Run the originals' loop, operation by operation, with their buffers; return its states and x0s."""
 
-    torch draws noise in the order of memory.
-    """
-    net = Net(memory_format=torch.channels_last)
-    diffusion = GaussianDiffusion(net, objective=objective, ddim_sampling_eta=1.0)
-    got, expected = both(diffusion, lambda d: d.sample(3))
-    assert_near(got, expected, torch.float32)
-    assert got.stride() == expected.stride()
+    def at(numbers, t):
+        return numbers[torch.full((shape[0],), t)].reshape(-1, *[1] * (len(shape) - 1))
+
+    levels = diffusion.alphas_cumprod
+    times = torch.linspace(-1, diffusion.num_timesteps - 1, steps=diffusion.sampling_timesteps + 1).int().tolist()[::-1]
+    img, x0, states, x0s = torch.randn(shape), None, [], []
+    for t, t_next in itertools.pairwise(times):
+        x_self_cond = {"x_self_cond": x0} if diffusion.self_condition else {}
+        m = diffusion.model(img, torch.full((shape[0],), t), **x_self_cond)
+        x0 = m
+        if diffusion.objective == "pred_noise":
+            x0 = at((1 / levels).sqrt(), t) * img - at((1 / levels - 1).sqrt(), t) * m
+        elif diffusion.objective == "pred_v":
+            x0 = at(levels.sqrt(), t) * img - at((1 - levels).sqrt(), t) * m
+        x0 = x0.clamp(-1, 1) if kwargs.get("clip_denoised", True) else x0
+        eps = (at((1 / levels).sqrt(), t) * img - x0) / at((1 / levels - 1).sqrt(), t)
+        eps = m if diffusion.objective == "pred_noise" and not recomputes_eps else eps
+        if t_next < 0:
+            img = x0
+        else:
+            a, a_next = levels[t], levels[t_next]
+            sigma = diffusion.ddim_sampling_eta * ((1 - a / a_next) * (1 - a_next) / (1 - a)).sqrt()
+            noise = torch.randn_like(img)
+            img = x0 * a_next.sqrt() + (1 - a_next - sigma**2).sqrt() * eps + sigma * noise
+        states.append(img)
+        x0s.append(x0)
+    return states, x0s
+
+
+@sweep(
+    one_dimension=st.booleans(),
+    objective=st.sampled_from(OBJECTIVES),
+    self_condition=st.booleans(),
+    clip=st.booleans(),
+    of_model=kinds,
+    shape=st.sampled_from([(3, 2, 4, 5), (1, 2, 2, 2), (2, 2, 1, 1)]),
+    eta=st.sampled_from([0.0, 0.7]),
+)
+def test_layouts_and_dtypes_are_the_originals(one_dimension, objective, self_condition, clip, of_model, shape, eta):
+    """The originals draw each step's noise in the order of the samples' memory."""
+    seen = []
+
+    class LaidOut(Net):
+        def forward(self, x, t, x_self_cond=None):
+            seen.extend([x] if x_self_cond is None else [x, x_self_cond])
+            return laid_out(super().forward(x.double(), t, x_self_cond), of_model)
+
+    kind, sampler = (GaussianDiffusion1D, ddim_sample_1d) if one_dimension else (GaussianDiffusion, ddim_sample)
+    diffusion = kind(
+        LaidOut(self_condition), objective=objective, ddim_sampling_eta=eta, sampling_timesteps=3, auto_normalize=False
+    )
+    kwargs = {"clip_denoised": clip} if one_dimension else {}
+    torch.manual_seed(11)
+    states, _ = original_states(diffusion, shape, kwargs, recomputes_eps=not one_dimension)
+    after, originals = torch.get_rng_state(), list(seen)
+    seen.clear()
+    torch.manual_seed(11)
+    got = sampler(diffusion, shape, progress=False, **kwargs)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert_laid_out_alike([*seen, got], [*originals, states[-1]], of_model)
 
 
 def test_the_noise_returned_is_where_sampling_started():
@@ -291,8 +347,8 @@ def test_half_precision_models():
 
 def test_one_pass_per_step(monkeypatch):
     calls = []
-    step = drop_in.ddim_step
-    monkeypatch.setattr(drop_in, "ddim_step", lambda *a, **k: calls.append(k["x0_out"]) or step(*a, **k))
+    step = original_results.ddim_step
+    monkeypatch.setattr(original_results, "ddim_step", lambda *a, **k: calls.append(k.get("x0_out")) or step(*a, **k))
     for self_condition in (False, True):
         calls.clear()
         ddim_sample(GaussianDiffusion(Net(self_condition)), (2, 2, 3, 4), progress=False)

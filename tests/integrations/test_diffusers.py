@@ -18,6 +18,8 @@ from diffusers import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler
 from diffusers_rounding import radicand
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import assert_laid_out_alike, draw, shapes, sweep
+from layouts import kinds as kinds_of_tensors
 
 from ddim_fast.integrations.diffusers import (
     FastDDIMInverseScheduler,
@@ -247,6 +249,59 @@ def test_step_is_the_originals_and_never_further_from_float64(original, examples
         return None
 
     check()
+
+
+@sweep(
+    original=st.sampled_from(list(PAIRS)),
+    prediction_type=st.sampled_from(["epsilon", "sample", "v_prediction"]),
+    limits=st.sampled_from([{}, {"clip_sample": True}, {"clip_sample": False, "thresholding": True}]),
+    of_sample=kinds_of_tensors,
+    of_output=kinds_of_tensors,
+    of_noise=st.one_of(st.none(), kinds_of_tensors),
+    shape=shapes,
+    eta=st.sampled_from([0.0, 0.7]),
+    recomputed=st.booleans(),
+)
+def test_layouts_and_dtypes_are_the_originals(
+    original, prediction_type, limits, of_sample, of_output, of_noise, shape, eta, recomputed
+):
+    """Each step twice, since the second may take the short path."""
+    inverse = original is DDIMInverseScheduler
+    config = {
+        "clip_sample": False,
+        "prediction_type": prediction_type,
+        **({} if inverse and "thresholding" in limits else limits),
+    }
+    schedulers = [original(**config), PAIRS[original](**config)]
+    sample, output = draw(0, shape, of_sample), draw(1, shape, of_output)
+    noise = None if of_noise is None else draw(2, shape, of_noise)
+    options = {} if inverse else {"eta": eta, "use_clipped_model_output": recomputed, "variance_noise": noise}
+    results = []
+    for scheduler in schedulers:
+        scheduler.set_timesteps(10)
+        torch.manual_seed(5)
+        found = [one for _ in range(2) for one in scheduler.step(output, 500, sample, return_dict=False, **options)]
+        t = torch.tensor(500)
+        if noise is not None and not inverse:
+            found += [scheduler.add_noise(sample, noise, t[None]), scheduler.get_velocity(sample, noise, t[None])]
+        if original is DDIMParallelScheduler and "thresholding" not in limits:
+            found.append(scheduler.batch_step_no_noise(output, t.expand(shape[0]), sample, 0.0, recomputed))
+        results.append([*found, torch.get_rng_state().double()])
+    assert_laid_out_alike(*reversed(results), of_sample, of_output, of_noise, of_size_1=False)
+
+
+@pytest.mark.parametrize("original", PAIRS)
+def test_levels_in_half_precision_give_the_originals_results(original):
+    rng = np.random.default_rng(0)
+    x, m = tensors(rng, (torch.float32, torch.float32))
+    results = []
+    for kind in (original, PAIRS[original]):
+        scheduler = kind()
+        scheduler.set_timesteps(10)
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.half()
+        results.append(scheduler.step(m, 100, x, return_dict=False))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 def half_unit(values, exact):

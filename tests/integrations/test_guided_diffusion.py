@@ -15,6 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
+from layouts import assert_laid_out_alike, kinds, modelled, shapes, sweep
+from layouts import draw as draw_laid_out
 
 from ddim_fast.integrations import guided_diffusion, rows_by_timestep
 from ddim_fast.integrations.guided_diffusion import FastDiffusion
@@ -65,7 +68,7 @@ class GaussianDiffusion:
         self.alphas_cumprod_next = np.concatenate([self.alphas_cumprod[1:], [0.0]])
 
     def at(self, numbers, t, x):
-        return torch.from_numpy(numbers)[t].to(self.levels).reshape(-1, *[1] * (x.ndim - 1))
+        return torch.from_numpy(numbers)[t].to(self.levels).reshape(-1, *[1] * (x.ndim - 1)).expand(x.shape)
 
     def _scale_timesteps(self, t):
         return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
@@ -112,15 +115,15 @@ class GaussianDiffusion:
         level, to = self.at(self.alphas_cumprod, t, x), self.at(self.alphas_cumprod_prev, t, x)
         sigma = eta * torch.sqrt((1 - to) / (1 - level)) * torch.sqrt(1 - level / to)
         noise = torch.randn_like(x)
-        mean = torch.sqrt(to) * out["pred_xstart"] + torch.sqrt(1 - to - sigma**2) * eps
-        there_is_noise = (t != 0).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        mean = out["pred_xstart"] * torch.sqrt(to) + torch.sqrt(1 - to - sigma**2) * eps
+        there_is_noise = (t != 0).float().reshape(-1, *[1] * (x.ndim - 1))
         return {"sample": mean + there_is_noise * sigma * noise, "pred_xstart": out["pred_xstart"]}
 
     def ddim_reverse_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0):
         x0 = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)["pred_xstart"]
         to = self.at(self.alphas_cumprod_next, t, x)
         eps = self._predict_eps_from_xstart(x, t, x0)
-        return {"sample": torch.sqrt(to) * x0 + torch.sqrt(1 - to) * eps, "pred_xstart": x0}
+        return {"sample": x0 * torch.sqrt(to) + torch.sqrt(1 - to) * eps, "pred_xstart": x0}
 
     def ddim_sample_loop(
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
@@ -510,12 +513,60 @@ def test_random_draws_of_the_model_come_before_the_steps():
     assert_same(*run_both(diffusion, "ddim_sample_loop_progressive", model, SHAPE, draw(0), **options))
 
 
-def test_noise_follows_the_layout_of_the_samples():
-    diffusion = original()
-    x = draw(0).contiguous(memory_format=torch.channels_last)
-    got, expected = run_both(diffusion, "ddim_sample", model_of(diffusion), x, torch.tensor([5, 5, 5]), eta=1.0)
-    assert_same(got, expected)
-    assert got[0]["sample"].is_contiguous(memory_format=torch.channels_last)
+@sweep(
+    mean=st.sampled_from(["PREVIOUS_X", "START_X", "EPSILON"]),
+    learned=st.booleans(),
+    clip=st.booleans(),
+    of_noise=kinds,
+    of_model=kinds,
+    of_denoised=st.one_of(st.none(), kinds),
+    of_gradient=st.one_of(st.none(), kinds),
+    shape=shapes,
+    eta=st.sampled_from([0.0, 0.6, 1.0]),
+)
+def test_layouts_and_dtypes_are_the_originals(
+    mean, learned, clip, of_noise, of_model, of_denoised, of_gradient, shape, eta
+):
+    """The originals draw each step's noise in the order of the samples' memory."""
+    diffusion = original(mean, "LEARNED" if learned else "FIXED_SMALL", betas=[0.1, 0.2, 0.3], levels=torch.float32)
+    seen = []
+
+    def model(x, t):
+        seen.append(x)
+        return modelled(torch.cat([x, x], dim=1) if learned else x, of_model)
+
+    def denoised(x0):
+        seen.append(x0)
+        return modelled(x0, of_denoised)
+
+    def gradient(x, t):
+        return modelled(x, of_gradient, pull=-0.3)
+
+    options = dict(clip_denoised=clip, denoised_fn=of_denoised and denoised, model_kwargs={})
+    noise, loop = draw_laid_out(0, shape, of_noise), "ddim_sample_loop_progressive"
+    start = dict(noise=noise, cond_fn=of_gradient and gradient, device="cpu", eta=eta)
+    results = run_both(diffusion, loop, model, shape, **options, **start)
+    for_both = of_noise, of_model, of_denoised, of_gradient
+    for got, expected in zip(*results, strict=True):
+        assert_laid_out_alike(got.values(), [expected[name] for name in got], *for_both)
+    assert_laid_out_alike(seen[: len(seen) // 2], seen[len(seen) // 2 :], *for_both)
+    t = torch.ones(shape[0], dtype=torch.int64)
+    (got,), (expected,) = run_both(diffusion, "ddim_reverse_sample", model, noise, t, **options)
+    assert_laid_out_alike(got.values(), [expected[name] for name in got], *for_both)
+
+
+def test_x0_of_a_model_that_predicts_it_is_its_output():
+    """Unclipped, the originals return the model's tensor itself, in its own dtype."""
+    diffusion, outputs = original("START_X", levels=torch.float32), []
+
+    def model(x, t):
+        outputs.append(modelled(x, ("channels last", torch.bfloat16)))
+        return outputs[-1]
+
+    x, t = draw(0, dtype=torch.float32), torch.tensor([5, 5, 5])
+    got, expected = run_both(diffusion, "ddim_sample", model, x, t, clip_denoised=False)
+    assert got[0]["pred_xstart"] is outputs[0]
+    assert expected[0]["pred_xstart"] is outputs[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -661,6 +712,7 @@ STEP_ERRORS = [
 FORWARD_ERRORS = [
     (dict(eta=-0.1), ValueError, "eta must be a finite number, 0"),
     (dict(eta=None), ValueError, "eta must be a finite number"),
+    (dict(eta=torch.tensor(0.5)), ValueError, r"eta must be a finite number.*got tensor\(0.5"),
     (dict(eta=3.0), ValueError, r"at timestep [123], eta may be at most [\d.]+, got 3.0"),
     (dict(cond_fn=3), TypeError, "cond_fn must be a function or None, got int"),
 ]
@@ -754,6 +806,11 @@ OPTIONS = dict(betas=BETAS, model_mean_type=ModelMeanType.EPSILON, model_var_typ
         (lambda: changed(model_var_type="learned"), ValueError, "model_var_type must be one of LEARNED,"),
         (lambda: changed(alphas_cumprod=BETAS), ValueError, "alphas_cumprod must decrease"),
         (
+            lambda: changed(alphas_cumprod=np.cumprod(1 - BETAS).astype(np.float16)),
+            TypeError,
+            "alphas_cumprod must be float64 or float32, got float16",
+        ),
+        (
             lambda: changed(num_timesteps=8),
             ValueError,
             "alphas_cumprod must have one level for each of the 8 timesteps",
@@ -771,7 +828,7 @@ OPTIONS = dict(betas=BETAS, model_mean_type=ModelMeanType.EPSILON, model_var_typ
         ),
         (lambda: FastDiffusion(original()), ValueError, "ddim_sample is replaced by fused steps"),
     ],
-    ids=["no attributes", "velocity", "names", "levels", "timesteps", "subclass", "patched", "fork", "twice"],
+    ids=["no attributes", "velocity", "names", "levels", "half", "timesteps", "subclass", "patched", "fork", "twice"],
 )
 def test_a_diffusion_that_would_be_misunderstood_is_refused(make, error, message):
     with pytest.raises(error, match=message):

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
+from layouts import assert_laid_out_alike, draw, kinds, laid_out, modelled, shapes, sweep
 
 from ddim_fast.gpu_lab.fake_cuda import fake_cuda
-from ddim_fast.integrations import dtype_promotion, latent_diffusion
+from ddim_fast.integrations import latent_diffusion, original_results
 from ddim_fast.integrations.latent_diffusion import DDIMSampler, make_ddim_timesteps
 
 T = 60
@@ -342,8 +344,8 @@ def test_half_precision_becomes_float32_as_beside_float32_coefficients():
 @pytest.mark.parametrize(("quantize", "passes"), [(False, 1), (True, 2)])
 def test_kernel_passes_of_a_step(monkeypatch, quantize, passes):
     calls = []
-    step = dtype_promotion.ddim_step
-    monkeypatch.setattr(dtype_promotion, "ddim_step", lambda *a, **k: calls.append(1) or step(*a, **k))
+    step = original_results.ddim_step
+    monkeypatch.setattr(original_results, "ddim_step", lambda *a, **k: calls.append(1) or step(*a, **k))
     options = originals_name(GUIDED) | {"eta": 1.0, "quantize_x0": quantize, "noise_dropout": 0.1}
     DDIMSampler(Model()).sample(5, 2, SHAPE[1:], verbose=False, **options)
     assert len(calls) == 5 * passes
@@ -372,6 +374,79 @@ def test_a_subclass_may_replace_the_step():
 
     got, _ = Doubled(Model()).sample(5, 2, SHAPE[1:], x_T=random(2), verbose=False)
     assert torch.equal(got, 32 * random(2))
+
+
+# --- The original's operations ----------------------------------------------------------------------------------------
+
+
+def original_step(sampler, x, c, t, index, scale, uncond, quantize):
+    """Run ``p_sample_ddim``, operation by operation, in the original's dtypes."""
+    m = guided_output(sampler.model, x, t, c, scale, uncond)
+    k = {name: torch.full((len(x), 1, 1, 1), float(getattr(sampler, name)[index])) for name in (
+        "ddim_alphas", "ddim_alphas_prev", "ddim_sigmas", "ddim_sqrt_one_minus_alphas"
+    )}  # fmt: skip
+    a, a_prev, sigma, root = k.values()
+    e_t, pred_x0 = m, (x - root * m) / a.sqrt()
+    if sampler.model.parameterization == "v":
+        e_t, pred_x0 = a.sqrt() * m + root * x, a.sqrt() * x - root * m
+    if quantize:
+        pred_x0, *_ = sampler.model.first_stage_model.quantize(pred_x0)
+    dir_xt = (1.0 - a_prev - sigma**2).sqrt() * e_t
+    return a_prev.sqrt() * pred_x0 + dir_xt + sigma * torch.randn(x.shape), pred_x0
+
+
+@sweep(
+    parameterization=st.sampled_from(["eps", "v"]),
+    of_noise=kinds,
+    of_model=kinds,
+    of_quantized=st.one_of(st.none(), kinds),
+    guided=st.booleans(),
+    shape=shapes,
+    eta=st.sampled_from([0.0, 0.7]),
+)
+def test_layouts_and_dtypes_are_the_originals(parameterization, of_noise, of_model, of_quantized, guided, shape, eta):
+    model = Model(parameterization)
+    model.apply_model = lambda x, t, c: modelled(x, of_model)
+    model.first_stage_model.quantize = lambda x: (
+        laid_out(torch.round(2 * x.clamp(-1, 1)) / 8, of_quantized),
+        None,
+        None,
+    )
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(5, ddim_eta=eta, verbose=False)
+    scale, uncond = (1.5, torch.zeros(shape[0], 1)) if guided else (1.0, None)
+    c = torch.ones(shape[0], 1)
+    x, quantize, both = draw(3, shape, of_noise), of_quantized is not None, (of_noise, of_model, of_quantized)
+    torch.manual_seed(4)
+    _, intermediates = sampler.ddim_sampling(
+        c,
+        shape,
+        x_T=x,
+        timesteps=4,
+        quantize_denoised=quantize,
+        log_every_t=1,
+        unconditional_guidance_scale=scale,
+        unconditional_conditioning=uncond,
+    )
+    stream, want = torch.get_rng_state(), x
+    torch.manual_seed(4)
+    for index, one, one_x0 in zip((2, 1, 0), intermediates["x_inter"][1:], intermediates["pred_x0"][1:], strict=True):
+        t = torch.full((shape[0],), int(sampler.ddim_timesteps[index]))
+        want, x0 = original_step(sampler, want, c, t, index, scale, uncond, quantize)
+        assert_laid_out_alike([one, one_x0], [want, x0], *both)
+    assert torch.equal(torch.get_rng_state(), stream)
+
+    got, _ = sampler.encode(x, c, 2, unconditional_guidance_scale=scale, unconditional_conditioning=uncond)
+    want, a, a_prev = x, sampler.ddim_alphas, torch.from_numpy(sampler.ddim_alphas_prev).float()
+    for i, step in enumerate(sampler.ddim_timesteps[:2]):
+        m = guided_output(model, want, torch.full((shape[0],), int(step)), c, scale, uncond)
+        weighted = a[i].sqrt() * ((1 / a[i] - 1).sqrt() - (1 / a_prev[i] - 1).sqrt()) * m
+        want = (a[i] / a_prev[i]).sqrt() * want + weighted
+    if parameterization == "eps":
+        assert_laid_out_alike([got], [want], *both)
+    noise, a = draw(5, shape, of_model), a[torch.arange(shape[0])].view(-1, 1, 1, 1)
+    got = sampler.stochastic_encode(x, torch.arange(shape[0]), noise=noise)
+    assert_laid_out_alike([got], [a.sqrt() * x + (1 - a).sqrt() * noise], *both)
 
 
 # --- Encoding and decoding --------------------------------------------------------------------------------------------
@@ -432,14 +507,14 @@ def test_decode(kind):
     assert sampler.decode(random(4), C, 0).equal(random(4))
 
 
-def original_encode(model, schedule, x, c, scale, uncond):
-    """Return every state.
+def original_encode(model, schedule, x, c, scale, uncond, indices=False):
+    """Return every state. With ``indices`` the model is given the number of the step.
 
     The model predicts noise; a v is converted to noise at the level of the model timestep.
     """
     states = []
-    for timestep, a_next, a in zip(*schedule, strict=True):
-        t = torch.full((len(x),), int(timestep))
+    for i, (timestep, a_next, a) in enumerate(zip(*schedule, strict=True)):
+        t = torch.full((len(x),), i if indices else int(timestep))
         eps = guided_output(model, x, t, c, scale, uncond)
         if model.parameterization == "v":
             eps = a_next.sqrt() * eps + (1 - a_next).sqrt() * x
@@ -480,11 +555,35 @@ def test_encode(kind, scale, original, dtype):
         assert_close(state, states[i], dtype)
 
 
+@pytest.mark.parametrize("original", [False, True])
+def test_encode_can_give_the_model_the_index_of_the_step_as_stability_does(original):
+    sampler, model = DDIMSampler(Model()), Model()
+    sampler.make_schedule(10, verbose=False)
+    options = {
+        "unconditional_guidance_scale": 2.5,
+        "unconditional_conditioning": UNCOND,
+        "use_original_steps": original,
+    }
+    got, _ = sampler.encode(random(4), C, 8, **options, model_timesteps="index")
+    schedule = [part[:8] for part in levels(model, None if original else uniform(10))]
+    states = original_encode(model, schedule, random(4), C, 2.5, UNCOND, indices=True)
+    assert sampler.model.calls == model.calls == [(4, i) for i in range(8)]
+    assert_close(got, states[-1], torch.float64)
+
+
 def test_encode_without_intermediates():
     sampler = DDIMSampler(Model())
     sampler.make_schedule(10, verbose=False)
     got, out = sampler.encode(random(4), None, 8)
     assert out == {"x_encoded": got, "intermediate_steps": []}
+
+
+def test_encode_of_no_steps_has_no_intermediates():
+    sampler, x = DDIMSampler(Model()), random(4)
+    sampler.make_schedule(10, verbose=False)
+    got, out = sampler.encode(x, None, 0, return_intermediates=3)
+    assert got is x
+    assert out == {"x_encoded": x, "intermediate_steps": [], "intermediates": []}
 
 
 def test_decode_takes_back_what_encode_did_where_the_noise_does_not_depend_on_x():
@@ -561,6 +660,36 @@ def test_the_attributes_of_a_schedule(eta):
     assert sampler.betas is not model.betas
     assert sampler.ddpm_num_timesteps == T
     assert (sampler.schedule, sampler.model) == ("linear", model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("converted", ["all", "levels", "previous levels"])
+def test_levels_of_a_model_in_half_precision_come_from_its_betas(converted, dtype):
+    """1 - alpha_bar of half-precision levels is off by up to 14 % at the last step: of the betas, by their rounding."""
+    model = Model()
+    model.betas = torch.linspace(0.00085**0.5, 0.012**0.5, T) ** 2
+    exact = torch.cumprod(1 - model.betas.double(), 0)
+    names = {"all": ("betas", "alphas_cumprod", "alphas_cumprod_prev"), "levels": ("alphas_cumprod",)}
+    model.alphas_cumprod, model.alphas_cumprod_prev = exact.float(), torch.cat([torch.ones(1), exact[:-1].float()])
+    for name in names.get(converted, ("alphas_cumprod_prev",)):
+        setattr(model, name, getattr(model, name).to(dtype))
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(5, ddim_eta=1.0, verbose=False)
+    eps = torch.finfo(dtype if converted == "all" else torch.float32).eps
+    for original, at in ((False, uniform(5)), (True, np.arange(T))):
+        a, a_prev = torch.tensor(sampler._levels[original], dtype=torch.float64).T
+        torch.testing.assert_close(1 - a, 1 - exact[at], rtol=eps, atol=0)
+        torch.testing.assert_close(
+            1 - a_prev[1:], 1 - exact[at - 1 if original else np.roll(at, 1)][1:], rtol=eps, atol=0
+        )
+    assert sampler.alphas_cumprod.dtype == sampler.alphas_cumprod_prev.dtype == torch.float32
+
+
+def test_levels_in_half_precision_that_are_not_those_of_the_betas_are_refused():
+    model = Model()
+    model.alphas_cumprod = (0.9 * model.alphas_cumprod).half()
+    with pytest.raises(ValueError, match=r"got torch.float16: convert the network alone"):
+        DDIMSampler(model).make_schedule(5, verbose=False)
 
 
 def test_buffers_go_where_they_are_asked_to():
@@ -646,6 +775,7 @@ REFUSED = {
     "S > T": ({"S": 61}, r"ddim_num_steps must be an integer in \[1, 60\]"),
     "S = T": ({"S": 60}, "last one, 59, or before, got 60 for ddim_num_steps=60: take 30 steps"),
     "eta < 0": ({"eta": -0.1}, "eta must be a finite number"),
+    "eta a tensor": ({"eta": torch.tensor(0.5)}, r"eta must be a finite number.*got tensor\(0.5"),
     "eta too large": ({"eta": 9.0}, "eta may be at most"),
     "mask without x0": ({"mask": MASK}, "mask needs x0, whose masked region is kept, got None"),
     "dropout": ({"noise_dropout": 1.5}, r"noise_dropout must be a finite number in \[0, 1\]"),
@@ -696,6 +826,7 @@ OTHERS_REFUSED = {
     "quad of none": (lambda: make_ddim_timesteps("quad", 0, T), "at least 1, got 0"),
     "quad of few": (lambda: make_ddim_timesteps("quad", 6, 5), "or before, got 5"),
     "index": (lambda: made().p_sample_ddim(random(1), None, torch.zeros(2).long(), 5), "index must be 0 to 4, .*got 5"),
+    "negative index": (lambda: made().p_sample_ddim(random(1), None, None, -1), "index must be 0 to 4, .*got -1"),
     "timesteps": (lambda: made().ddim_sampling(None, SHAPE, timesteps=0), "timesteps must be 1"),
     "original timesteps": (
         lambda: made().ddim_sampling(None, SHAPE, timesteps=61, ddim_use_original_steps=True),
@@ -706,6 +837,10 @@ OTHERS_REFUSED = {
         r"noise_dropout must be a finite number in \[0, 1\]",
     ),
     "t_enc": (lambda: made().encode(random(1), None, 6), "t_enc must be 0 to the 5 steps"),
+    "model_timesteps": (
+        lambda: made().encode(random(1), None, 2, model_timesteps="steps"),
+        "model_timesteps must be one of timestep, index, got 'steps'",
+    ),
     "intermediates": (lambda: made().encode(random(1), None, 2, return_intermediates=3), "at most t_enc, 2, got 3"),
     "encode unguided": (lambda: made().encode(random(1), C, 2, unconditional_guidance_scale=2.0), "got None: pass it"),
     "t in steps": (
@@ -771,7 +906,7 @@ def test_arguments_are_the_originals_in_order():
         "stochastic_encode": "x0 t use_original_steps noise",
         "decode": "x_latent cond t_start unconditional_guidance_scale unconditional_conditioning use_original_steps callback",
         "encode": "x0 c t_enc use_original_steps return_intermediates unconditional_guidance_scale "
-        "unconditional_conditioning callback",
+        "unconditional_conditioning callback model_timesteps",
     }
     for method, arguments in names.items():
         assert list(inspect.signature(getattr(DDIMSampler, method)).parameters) == ["self", *arguments.split()]

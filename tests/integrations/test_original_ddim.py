@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import strategies as st
+from layouts import assert_laid_out_alike, draw, kinds, modelled, shapes, sweep
 
-from ddim_fast.integrations import dtype_promotion
+from ddim_fast.integrations import original_results
 from ddim_fast.integrations.original_ddim import compute_alpha, ddpm_steps, generalized_steps
 
 BETAS = torch.linspace(1e-4, 0.09, 60)
@@ -143,12 +145,19 @@ def test_a_half_precision_output_beside_float32_is_read_as_it_is():
 
 def test_one_pass_a_step(monkeypatch):
     calls = []
-    step = dtype_promotion.ddim_step
-    monkeypatch.setattr(dtype_promotion, "ddim_step", lambda *a, **k: calls.append(1) or step(*a, **k))
+    step = original_results.ddim_step
+    monkeypatch.setattr(original_results, "ddim_step", lambda *a, **k: calls.append(1) or step(*a, **k))
     generalized_steps(random(0), range(0, 60, 10), wavy, BETAS, eta=1.0)
     assert len(calls) == 6
     ddpm_steps(random(0), range(0, 60, 10), wavy, BETAS)
     assert len(calls) == 12
+
+
+def test_half_precision_betas_have_float32_levels():
+    b, t = BETAS.half(), torch.tensor([-1, 0, 59])
+    got = compute_alpha(b, t)
+    assert got.dtype == original_alpha(b, t).dtype == torch.float32
+    torch.testing.assert_close(got, original_alpha(b, t), rtol=TOLERANCE * torch.finfo(torch.float32).eps, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -159,6 +168,65 @@ def test_compute_alpha(dtype):
     assert got[0].item() == 1
     want = torch.stack([alpha_bar(i) for i in t.tolist()])
     torch.testing.assert_close(got.double().flatten(), want, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def original_alpha(beta, t):
+    return (1 - torch.cat([torch.zeros(1), beta])).cumprod(0).index_select(0, t + 1).view(-1, 1, 1, 1)
+
+
+def original_steps(kind, x, seq, model, b, eta):
+    """Run the original's loops, operation by operation, in its dtypes."""
+    xs, x0s, start = [x], [], x
+    for i, j in zip(reversed(seq), reversed([-1, *seq[:-1]]), strict=True):
+        t, t_next = torch.full((len(x),), float(i)), torch.full((len(x),), float(j))
+        a, a_next, x = original_alpha(b, t.long()), original_alpha(b, t_next.long()), xs[-1]
+        m = model(x, t)
+        if kind == "ddim":
+            x0 = (x - m * (1 - a).sqrt()) / a.sqrt()
+            c1 = eta * ((1 - a / a_next) * (1 - a_next) / (1 - a)).sqrt()
+            x = a_next.sqrt() * x0 + c1 * torch.randn_like(start) + ((1 - a_next) - c1**2).sqrt() * m
+        else:
+            beta = 1 - a / a_next
+            x0 = ((1 / a).sqrt() * x - (1 / a - 1).sqrt() * m).clamp(-1, 1)
+            mean = ((a_next.sqrt() * beta) * x0 + ((1 - beta).sqrt() * (1 - a_next)) * x) / (1 - a)
+            mask = (1 - (t == 0).float()).view(-1, 1, 1, 1)
+            x = mean + mask * torch.exp(0.5 * beta.log()) * torch.randn_like(x)
+        xs.append(x)
+        x0s.append(x0)
+    return xs, x0s
+
+
+@sweep(
+    kind=st.sampled_from(["ddim", "ddpm"]),
+    of_noise=kinds,
+    of_model=kinds,
+    betas=st.sampled_from([torch.float32, torch.float64, torch.float16]),
+    shape=shapes,
+    eta=st.sampled_from([0.0, 0.6]),
+)
+def test_layouts_and_dtypes_are_the_originals(kind, of_noise, of_model, betas, shape, eta):
+    """The original draws noise in the order of the samples' memory, and float64 betas make float64 samples."""
+    x, seq, b = draw(0, shape, of_noise), [0, 10, 30, 50], (BETAS + 1e-3).to(betas)
+    sampler, options = (generalized_steps, {"eta": eta}) if kind == "ddim" else (ddpm_steps, {})
+    torch.manual_seed(3)
+    xs, x0s = sampler(x, seq, lambda x, t: modelled(x, of_model), b, **options)
+    stream = torch.get_rng_state()
+    torch.manual_seed(3)
+    want_xs, want_x0s = original_steps(kind, x, seq, lambda x, t: modelled(x, of_model), b, eta)
+    assert torch.equal(stream, torch.get_rng_state())
+    assert_laid_out_alike([*xs, *x0s], [*want_xs, *want_x0s], of_noise, of_model)
+
+
+def test_float64_betas_make_float64_samples_to_float64_accuracy():
+    b, x, seq = torch.linspace(1e-4, 0.09, 60, dtype=torch.float64), random(0, torch.float32), [0, 20, 50]
+    tolerance = TOLERANCE * torch.finfo(torch.float64).eps
+    for kind, (sampler, *_) in {"ddim": SAMPLERS["ddim"], "ddpm": SAMPLERS["ddpm"]}.items():
+        torch.manual_seed(3)
+        xs, x0s = sampler(x, seq, wavy, b)
+        torch.manual_seed(3)
+        want_xs, want_x0s = original_steps(kind, x, seq, wavy, b, 0.0)
+        for got, want in zip([*xs[1:], *x0s], [*want_xs[1:], *want_x0s], strict=True):
+            torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 def refuses_to_be_called(x, t):
@@ -173,6 +241,7 @@ def refuses_to_be_called(x, t):
         ([5, 3], {}, ValueError, "increasing.*got 3 after 5"),
         ([0.5, 3], {}, TypeError, "seq must be integers"),
         ([0, 3], {"eta": -1}, ValueError, "eta must be a finite number"),
+        ([0, 3], {"eta": torch.tensor(0.5)}, ValueError, r"eta must be a finite number.*got tensor\(0.5"),
         ([0, 3], {"eta": float("nan")}, ValueError, "eta must be a finite number"),
         ([0, 59], {"eta": 7.0}, ValueError, "eta may be at most"),
         ([0, 3], {"skip": 1}, TypeError, "skip"),

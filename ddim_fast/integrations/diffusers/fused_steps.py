@@ -11,6 +11,7 @@ from ...kernels.dispatch import ddim_step
 from ...kernels.thresholding import dynamic_thresholds
 from ...plans.coefficients import PREDICTION_TYPES
 from ...plans.timesteps import select_timesteps
+from ..original_results import kinds_of_results, per_sample_coefficient, readable, step_of_kind
 from ..rows_by_timestep import RowsByTimestep
 from .arguments import LeaveToOriginal, batch_of_timesteps, thresholding_options
 from .noise import NoiseArguments
@@ -18,6 +19,26 @@ from .scheduler_rows import SchedulerRows
 from .traced_step import step_between_levels
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+
+
+def _originals_results(
+    x: Tensor, m: Tensor, noise: Tensor | None, *, prediction_type: str, clip: bool, thresholding: bool
+) -> tuple[Tensor, Tensor]:
+    """Run the operations of the originals' ``step``; return x0 and x_prev."""
+    k = torch.empty((), dtype=torch.float32, device=x.device)
+    x0 = m if prediction_type == "sample" else k * x - k * m
+    if thresholding:
+        x0 = (x0.reshape(len(x0), -1) / 1).reshape(x0.shape)
+    elif clip:
+        x0 = x0.clamp(-1, 1)
+    x_prev = k * x0 + k * ((x - k * x0) / k)
+    return x0, x_prev if noise is None else x_prev + k * noise
+
+
+def _originals_sum(first: Tensor, second: Tensor) -> tuple[Tensor]:
+    """Run the operations of the originals' ``add_noise`` and ``get_velocity``."""
+    k = per_sample_coefficient(first, first.dtype)
+    return (k * first + k * second,)
 
 
 class FusedSteps(SchedulerRows):
@@ -96,14 +117,37 @@ class FusedSteps(SchedulerRows):
             thresholds = dynamic_thresholds(sample, model_output, row, ratio, maximum, index=index)
         # Where the model predicts x0 and nothing clips it, its output is x0.
         predicts_x0 = self.config.prediction_type == "sample"
-        x0_out = None if predicts_x0 and not row.clipped else torch.empty_like(sample)
+        is_x0 = predicts_x0 and not row.clipped
         arguments = {} if noise is None else noise()  # last, after every check: it may draw from a generator
+        if _is_dynamo_compiling() or (sample.is_contiguous() and model_output.is_contiguous()):
+            out, x0_out = None, None if is_x0 else torch.empty_like(sample)
+        else:
+            x0_kind, kind = kinds_of_results(
+                _originals_results,
+                sample,
+                model_output,
+                arguments.get("noise"),
+                prediction_type=self.config.prediction_type,
+                clip=row.clipped,
+                thresholding=thresholds is not None,
+            )
+            out, x0_out = kind.empty(sample), None if is_x0 else x0_kind.empty(sample, sample.dtype)
+        model_output_read = readable(model_output, sample.dtype)
         if isinstance(t, int):
             prev_sample = ddim_step(
-                sample, model_output, row, thresholds=thresholds, noise_step=t, x0_out=x0_out, **arguments
+                sample,
+                model_output_read,
+                row,
+                thresholds=thresholds,
+                noise_step=t,
+                out=out,
+                x0_out=x0_out,
+                **arguments,
             )
         else:
-            prev_sample = rows.step(sample, model_output, t, thresholds=thresholds, x0_out=x0_out, **arguments)
+            prev_sample = rows.step(
+                sample, model_output_read, t, thresholds=thresholds, out=out, x0_out=x0_out, **arguments
+            )
         if x0_out is None:
             return prev_sample, model_output
         return prev_sample, x0_out.to(model_output.dtype) if predicts_x0 else x0_out
@@ -151,9 +195,9 @@ class FusedSteps(SchedulerRows):
         """Noise samples (equation 4 of the DDIM paper) as the original does."""
         try:
             t = batch_of_timesteps(timesteps, original_samples, noise, len(self.alphas_cumprod))
-            dtype = torch.promote_types(original_samples.dtype, noise.dtype)
-            x0 = original_samples.to(dtype)
-            return self._rows(self._noising_row).step(x0, x0, t, noise=noise.to(dtype))
+            (kind,) = kinds_of_results(_originals_sum, original_samples, noise)
+            x0 = original_samples.to(kind.dtype)
+            return step_of_kind(kind, x0, x0, t, noise=noise, take=self._rows(self._noising_row).step)
         except LeaveToOriginal:
             return super().add_noise(original_samples, noise, timesteps)  # type: ignore[misc]  # the original
 
@@ -161,7 +205,7 @@ class FusedSteps(SchedulerRows):
         """Compute the target of v-prediction (Salimans and Ho 2022) as the original does."""
         try:
             t = batch_of_timesteps(timesteps, sample, noise, len(self.alphas_cumprod))
-            dtype = torch.promote_types(sample.dtype, noise.dtype)
-            return self._rows(self._velocity_row).step(sample.to(dtype), noise.to(dtype), t)
+            (kind,) = kinds_of_results(_originals_sum, noise, sample)
+            return step_of_kind(kind, sample, noise.to(kind.dtype), t, take=self._rows(self._velocity_row).step)
         except LeaveToOriginal:
             return super().get_velocity(sample, noise, timesteps)  # type: ignore[misc]  # the original

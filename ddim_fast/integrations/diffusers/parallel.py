@@ -11,9 +11,23 @@ from diffusers.schedulers.scheduling_ddim_parallel import DDIMParallelSchedulerO
 from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
+from ..original_results import kinds_of_results, per_sample_coefficient, step_of_kind
 from .arguments import LeaveToOriginal, batch_of_timesteps
 from .config_fields import add_config_fields, check_flags
 from .sampling_step import SamplingSteps
+
+
+def _originals_batch_step(
+    x: Tensor, m: Tensor, *, levels: torch.dtype, prediction_type: str, clip: bool
+) -> tuple[Tensor]:
+    """Run the operations of the original's ``batch_step_no_noise``.
+
+    Its coefficients have dimensions, so half precision is promoted.
+    """
+    k = per_sample_coefficient(x, levels)
+    x0 = m if prediction_type == "sample" else k * x - k * m
+    x0 = x0.clamp(-1, 1) if clip else x0
+    return (k * x0 + k * ((x - k * x0) / k),)
 
 
 class FastDDIMParallelScheduler(SamplingSteps, DDIMParallelScheduler):
@@ -46,13 +60,16 @@ class FastDDIMParallelScheduler(SamplingSteps, DDIMParallelScheduler):
             if eta != 0 or self.num_inference_steps is None or self.config.thresholding:
                 raise LeaveToOriginal(f"batch_step_no_noise needs eta = 0 and no thresholding, got eta={eta!r:.40}")
             t = batch_of_timesteps(timesteps, sample, model_output, len(self.alphas_cumprod))
-            # The original's coefficients are float32 tensors with dimensions here, so half
-            # precision is promoted.
-            dtype = torch.promote_types(
-                torch.promote_types(sample.dtype, model_output.dtype), self.alphas_cumprod.dtype
-            )
             rows = self._rows(self._parallel_row, bool(use_clipped_model_output))
-            return rows.step(sample.to(dtype), model_output, t)
+            (kind,) = kinds_of_results(
+                _originals_batch_step,
+                sample,
+                model_output,
+                levels=self.alphas_cumprod.dtype,
+                prediction_type=self.config.prediction_type,
+                clip=bool(self.config.clip_sample),
+            )
+            return step_of_kind(kind, sample, model_output, t, take=rows.step)
         except LeaveToOriginal as reason:
             self._refuse_what_the_original_ignores(reason, "explicit_pairs")
             return super().batch_step_no_noise(model_output, timesteps, sample, eta, use_clipped_model_output)  # type: ignore[misc]  # the original

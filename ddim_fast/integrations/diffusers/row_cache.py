@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
+from ..original_results import HALF_PRECISION
 from ..rows_by_timestep import RowsByTimestep
 from . import internals
 from .arguments import LeaveToOriginal
@@ -28,6 +29,9 @@ class RowCache:
         levels, outside = scheduler.alphas_cumprod, getattr(scheduler, clean_level)
         if not isinstance(levels, Tensor):
             raise LeaveToOriginal(f"alphas_cumprod must be a tensor, got a {type(levels).__name__}")
+        # In half precision 1 - alpha_bar has lost its digits: the results are then the original's.
+        if levels.dtype in HALF_PRECISION:
+            raise LeaveToOriginal(f"alphas_cumprod must not be in half precision, got {levels.dtype}")
         attributes = ["alphas_cumprod", clean_level, "num_inference_steps", *(["timesteps"] if explicit_pairs else [])]
         config_entry = internals.config_entry(scheduler)
         self._scheduler, self._config = scheduler, config

@@ -1,0 +1,122 @@
+"""Results with the dtype and the memory layout that an original's arithmetic gives them.
+
+Noise is drawn in the order of the samples' memory, so another layout is another picture. PyTorch
+gives each operation's result a layout that depends on the shapes, strides and dtypes of all
+operands, and on the device. So an original's operations are run once for each combination, on
+tensors without values, and what they return is remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.dispatch import ddim_step
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+_MAX_KNOWN = 1024
+_known: dict[Any, tuple[ResultKind, ...]] = {}
+
+
+class ResultKind(NamedTuple):
+    """The strides and the dtype of a result."""
+
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    def empty(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Allocate such a result in the shape and on the device of ``like``."""
+        return torch.empty_strided(like.shape, self.strides, dtype=dtype or self.dtype, device=like.device)
+
+
+def kinds_of_results(
+    operations: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None, **options: Any
+) -> tuple[ResultKind, ...]:
+    """Return what ``operations(*tensors, **options)`` returns but for the values.
+
+    Args:
+        operations: a function of a module (it is remembered), which makes tensors of its own on the
+            device of its first argument.
+    """
+    given = tuple(None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
+    key = (operations, given, tensors[0].device.type == "cpu", *options.items(), torch.get_default_dtype())  # type: ignore[union-attr] # the first is given
+    found = _known.get(key)
+    if found is None:
+        if len(_known) >= _MAX_KNOWN:
+            _known.clear()
+        found = _known[key] = _run(operations, tensors, options)
+    return found
+
+
+def _run(
+    operations: Callable[..., tuple[Tensor, ...]], tensors: Any, options: dict[str, Any]
+) -> tuple[ResultKind, ...]:
+    # Before it adds tensors of two dtypes, PyTorch converts one of them: on CPUs to a new tensor,
+    # whose layout counts. The meta device, which computes nothing, does not show that.
+    given = [tensor for tensor in tensors if tensor is not None]
+    as_allocated = all(tensor.stride() == _strides_when_new(tensor.shape) for tensor in given)
+    device = "cpu" if given[0].device.type == "cpu" and not as_allocated else "meta"
+    with torch.no_grad():
+        stand_ins = [
+            None
+            if tensor is None
+            else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            for tensor in tensors
+        ]
+        return tuple(ResultKind(result.stride(), result.dtype) for result in operations(*stand_ins, **options))
+
+
+def _strides_when_new(shape: torch.Size) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
+def readable(model_output: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``model_output`` as a step of samples of this dtype reads it.
+
+    Half precision beside float32 stays.
+    """
+    stays = dtype == torch.float32 and model_output.dtype in HALF_PRECISION
+    return model_output if stays else model_output.to(dtype)
+
+
+def step_of_kind(
+    kind: ResultKind,
+    x_t: Tensor,
+    model_output: Tensor,
+    step: Any,
+    *,
+    noise: Tensor | None = None,
+    model_output_uncond: Tensor | None = None,
+    take: Callable[..., Tensor] | None = None,
+    **options: Any,
+) -> Tensor:
+    """Take a step that returns an x_prev of this kind, in its dtype.
+
+    Args:
+        step: the third argument of ``take``: a row, or a timestep.
+        noise, model_output_uncond: of any floating-point dtype.
+        take: ``ddim_step`` if None.
+        options: other arguments of ``take``.
+    """
+    if model_output_uncond is not None:
+        options["model_output_uncond"] = readable(model_output_uncond, kind.dtype)
+    if noise is not None:
+        options["noise"] = noise.to(kind.dtype)
+    take = ddim_step if take is None else take
+    return take(x_t.to(kind.dtype), readable(model_output, kind.dtype), step, out=kind.empty(x_t), **options)
+
+
+def step_with_x0(
+    x0_kind: ResultKind, x_prev_kind: ResultKind, x_t: Tensor, *args: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Take ``step_of_kind``; return x_prev and the predicted x0, of a kind of its own."""
+    x0 = x0_kind.empty(x_t, x_prev_kind.dtype)
+    return step_of_kind(x_prev_kind, x_t, *args, x0_out=x0, **options), x0.to(x0_kind.dtype)
+
+
+def per_sample_coefficient(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a coefficient ``(B, 1, ...)`` of an original's step, in torch's default dtype."""
+    return torch.empty((len(x), *[1] * (x.ndim - 1)), dtype=dtype, device=x.device)

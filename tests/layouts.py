@@ -1,0 +1,73 @@
+"""Tensors in any memory layout and dtype, for tests that a drop-in's results are laid out as the original's."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "reversed": lambda x: x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim))),
+    "batch inside": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "expanded batch": lambda x: x[:1].expand(x.shape),
+    "expanded channels": lambda x: x[:, :1].expand(x.shape),
+    "one number": lambda x: x.flatten()[0].expand(x.shape),
+    "slice": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+    "every second": lambda x: torch.stack([x, x], dim=-1)[..., 0],
+}
+SHAPES = [(3, 2, 4, 5), (2, 3, 2, 2), (1, 2, 4, 5), (3, 1, 4, 5), (2, 3, 1, 1)]
+
+kinds = st.tuples(
+    st.sampled_from(list(LAYOUTS)),
+    st.sampled_from([torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+)
+"""A layout and a dtype."""
+shapes = st.sampled_from(SHAPES)
+
+
+def laid_out(x, kind):
+    """Return ``x`` in this layout and dtype. Where it is expanded, elements become equal."""
+    layout, dtype = kind
+    return LAYOUTS[layout](x.to(dtype))
+
+
+def draw(seed, shape, kind):
+    return laid_out(torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), kind)
+
+
+def modelled(x, kind, pull=0.9):
+    """Return what a model that is smooth and bounded makes of ``x``."""
+    return laid_out(pull * torch.tanh(0.6 * x.double()) + 0.1 * x.double().flip(1).cos(), kind)
+
+
+def sweep(examples=25, **strategies):
+    """Decorate a test: with a few examples in every run, with 3,000 in ``make test-slow``."""
+
+    def decorate(check):
+        @pytest.mark.parametrize("examples", [examples, pytest.param(3000, marks=pytest.mark.slow)])
+        def test(examples):
+            run = given(**strategies)(check)
+            settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))(run)()
+
+        test.__doc__ = check.__doc__
+        return test
+
+    return decorate
+
+
+def assert_laid_out_alike(got, expected, *kinds, of_size_1=True):
+    """Compare dtypes, strides, and roughly the values: noise in another order is off by 1 or more.
+
+    Args:
+        kinds: all that were mixed; rounding to the narrowest dtype among them may go either way.
+        of_size_1: also compare the strides of dimensions of size 1, which do not change the order in memory.
+    """
+    eps = max(torch.finfo(dtype).eps for dtype in [torch.float32, *(kind[1] for kind in kinds if kind)])
+    allowed = 30 * eps if eps > 1e-5 else 3000 * eps
+    for a, b in zip(got, expected, strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        strides = [[(d, s) for d, s in enumerate(x.stride()) if of_size_1 or x.shape[d] > 1] for x in (a, b)]
+        assert strides[0] == strides[1], f"{a.stride()} for the original's {b.stride()} of {tuple(b.shape)}"
+        error = (a.double() - b.double()).abs().max()
+        assert error <= allowed * b.double().abs().max().clamp(min=1), float(error)
