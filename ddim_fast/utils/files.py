@@ -31,6 +31,8 @@ def reading(path: Path, kind: str) -> Iterator[BinaryIO]:
         except _FoundError:
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the system's, not a library's
+                raise
             raise ValueError(f"{path} must be {kind}, and is none, or damaged: {first_line(error)}") from error
 
 
