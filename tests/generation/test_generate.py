@@ -220,7 +220,7 @@ def test_shards_of_npz_are_joined_to_the_one_file_that_evaluators_read(tmp_path)
     assert not (tmp_path / "broken.npz").exists()
     worker.crowd(tmp_path / "numbers", 16)
     assert "of format 'npz' can be joined" in invoke("--check", tmp_path / "numbers", "--join", file, code=1)
-    assert "verified" in invoke("-n", 4, "--join", file, code=1)
+    assert "--join needs --check DIR" in invoke("-n", 4, "--join", file, code=1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
