@@ -164,6 +164,7 @@ def interpolate(run: Run, from_seed: int, to_seed: int, frames: int, rows: int) 
       ddim-fast interpolate --from-seed 3 --to-seed 8 --frames 9 -n 10
     """
     run.prepare()
+    run.check_memory("--rows times --frames", rows * frames)
     labels, sampler = run.labels(rows), run.sampler()
     weights = torch.linspace(0, 1, frames, dtype=torch.float32, device="cpu").tolist()
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..generation import Conditioning, Generated, Table, check_set, join_npz
 from ..generation import generate as generate_set
-from ..generation.directory import GenerationError, read_manifest
+from ..generation.directory import MANIFEST, GenerationError, parts_of, read_manifest
 from ..generation.formats import FORMATS
 from ..generation.run import COMPUTE_BATCH_SIZE, SHARD_SIZE
 from ..generation.settings import file_digest
@@ -167,7 +167,8 @@ def generate(
         click.echo(f"stopped; all shards written so far are complete. {_how_to_resume()}", err=True)
         sys.exit(_INTERRUPTED)
     except OSError as error:
-        raise click.ClickException(f"{error}\n{_how_to_resume()}") from error
+        begun = f"\n{_how_to_resume()}" if (directory / MANIFEST).is_file() else ""
+        raise click.ClickException(f"{error}{begun}") from error
     except GenerationError as error:
         raise click.ClickException(str(error)) from error
     finally:
@@ -236,10 +237,11 @@ def _report(run: Run, done: Generated, count: int) -> None:
 
 def _check(path: Path, joined: Path | None, run: Run) -> None:
     manifest = read_manifest(path)
-    with tqdm(total=manifest["settings"].get("count"), desc="checking", unit="sample", disable=run.quiet) as bar:
+    _, slices = parts_of(path, manifest)
+    with tqdm(total=slices.count, desc="checking", unit="sample", disable=run.quiet) as bar:
         problems = check_set(path, bar.update)
     if problems:
         raise click.ClickException(f"{path} is not complete:\n  " + "\n  ".join(problems))
-    run.say(f"{path} is complete: {manifest['settings']['count']} samples in {len(manifest['shards'])} files")
+    run.say(f"{path} is complete: {slices.count} samples in {len(manifest['shards'])} files")
     if joined is not None:
         run.say(f"joined into {join_npz(path, joined)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -27,7 +28,7 @@ from ..sampler import DDIMSampler
 from ..sampling.capture import MODES
 from ..sampling.loop import Trajectory
 from ..utils import pictures
-from ..utils.checks import usable_device
+from ..utils.checks import check_memory, usable_device
 from ..utils.files import npz_array, safetensors_tensor
 from ..utils.import_string import exits_refused, import_string
 
@@ -139,6 +140,12 @@ class Run:
             **options,
             **more,
         )
+
+    def check_memory(self, name: str, count: int, kept: int = 1, grids: int = 1) -> None:
+        """Raise ValueError where ``count`` samples do not fit into memory, each ``kept`` times as
+        floats, and in so many grids."""
+        each = 4 * kept * math.prod(self.sample_shape) + grids * pictures.grid_bytes(self.sample_shape)
+        check_memory(name, count, count * each, "take fewer, or write them with ddim-fast generate")
 
     def labels(self, count: int) -> list[int] | None:
         """Return the class of every sample: the one of --class, or each class in turn.

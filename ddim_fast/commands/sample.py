@@ -42,7 +42,10 @@ def sample(run: Run, count: int, trajectory: Path | None) -> None:
     """
     check_output(trajectory, (".gif",))
     run.prepare()
-    labels, sampler = run.labels(count), run.sampler()
+    sampler = run.sampler()
+    steps = 0 if trajectory is None else sampler.num_inference_steps
+    run.check_memory("-n", count, 1 + 2 * steps, 1 + min(steps, FRAMES))
+    labels = run.labels(count)
     timing, started, seeds = Timing(), time.perf_counter(), run.seeds(count)
 
     def draw(part: slice):

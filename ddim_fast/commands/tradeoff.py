@@ -174,6 +174,8 @@ def tradeoff(
         run.model = truth
     else:
         run.load()
+    count = count or (200 if quick else 1000)
+    run.check_memory("-n", count, grids=0)
     judge = _judge(run, features, real)
     cells = (
         [cell for spacing in spacings or ("quad",) for cell in paper_table(PAPER_COUNT_AT_1000, spacing)]
@@ -188,7 +190,7 @@ def tradeoff(
         None if run.guidance == 1 else run.guidance,
         run.sampler_options(),
         seed=seed,
-        count=count or (200 if quick else 1000),
+        count=count,
         batch_size=run.batch_size,
         device=run.where,
         judge=judge,

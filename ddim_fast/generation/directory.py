@@ -18,6 +18,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import time
 import uuid
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.atomic_files import atomic_file, fsync_directory, own_directory
+from ..utils.checks import check_choice, check_integer, refuse
 from ..utils.files import read_json
 from .formats import FORMATS
 from .settings import LAYOUT_VERSION, as_json, differences, file_digest
@@ -34,6 +36,8 @@ from .settings import LAYOUT_VERSION, as_json, differences, file_digest
 MANIFEST = "manifest.json"
 UNFINISHED, FINISHED = "unfinished", "finished"
 _SCRATCH = ".unfinished"
+MOST_SHARDS = 1_000_000  # their names have six digits
+_SHARD = re.compile(r"samples-(\d{6})")
 _VISIBLE_WITHIN = 60.0  # seconds in which a network file system shows one machine's file to another
 
 AGAIN = "What is written is safe: run the same command with --resume (resume=True), with as many processes as you like"
@@ -54,10 +58,24 @@ class Slice:
 
 @dataclass(frozen=True)
 class Slices:
-    """A run cut into shards of one size; the last may be smaller."""
+    """A run cut into shards of one size; the last may be smaller.
+
+    Raises:
+        ValueError: they are no counts, or make more than ``MOST_SHARDS``.
+    """
 
     count: int
     size: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("count", self.count), ("shard_size", self.size)):
+            check_integer(name, value, at_least=1)
+        if self.count > MOST_SHARDS * self.size:
+            refuse(
+                f"count must make at most {MOST_SHARDS:,} files of {self.size} samples each",
+                self.count,
+                f"take shard_size={-(-self.count // (MOST_SHARDS * self.size)) * self.size} (--shard-size) or more, or several sets",
+            )
 
     def __len__(self) -> int:
         return -(-self.count // self.size)
@@ -104,14 +122,17 @@ class SetDirectory:
     def record_path(self, index: int) -> Path:
         return self.scratch / f"samples-{index:06d}.json"
 
-    def begin(self, settings: Mapping[str, Any], resume: bool) -> None:
+    def begin(self, settings: Mapping[str, Any], resume: bool, needed: Callable[[], int] | None = None) -> None:
         """Make the directory, or check that it belongs to these settings: called by one process,
         before the others go on.
+
+        Args:
+            needed: an upper bound of the bytes to be written. None: it does not matter.
 
         Raises:
             ValueError: the directory holds something else, or a set of other settings, or there is
                 a set and no ``resume``.
-            OSError: another run is at work here.
+            OSError: another run is at work here, or the disk is too small. Nothing is written.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out must be a directory, and {self.path} is a file: name another")
@@ -125,6 +146,8 @@ class SetDirectory:
             )
         else:
             _refuse_others(found["settings"], settings, self.path)
+        if needed is not None:
+            self._check_space(needed())
         own_directory(self.scratch)
         # By its descriptor: whatever the name becomes, no other directory is written to or cleared.
         scratch = os.open(self.scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -256,16 +279,31 @@ class SetDirectory:
         self.close()
         shutil.rmtree(self.scratch, ignore_errors=True)
 
-    def check_space(self, needed: int) -> None:
-        """Raise OSError where the disk has less room than ``needed`` bytes, an upper bound."""
-        free = shutil.disk_usage(self.path).free
+    def present(self, slices: Slices) -> list[Slice]:
+        """Return the slices whose shards are there, whatever is in them: in one look at the
+        directory."""
+        try:
+            names = [entry.name for entry in os.scandir(self.path) if entry.is_file()]
+        except FileNotFoundError:
+            return []
+        found = [(name, _SHARD.match(name)) for name in names]
+        indices = sorted(int(match[1]) for name, match in found if match and name == match[0] + self.suffix)
+        return [slices[index] for index in indices if index < len(slices)]
+
+    def _check_space(self, needed: int) -> None:
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.is_dir())
+        free = shutil.disk_usage(there).free
         if free < needed:
             raise OSError(
                 errno.ENOSPC,
-                f"the samples to make may take up to {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: make room, name another "
+                f"the samples to make may take up to {_gigabytes(needed)} GB, and {_gigabytes(free)} GB are free: make room, name another "
                 "directory, or pass --no-space-check (check_space=False)",
                 str(self.path),
             )
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count // 10**9:,}.{count % 10**9 // 10**7:02d}"
 
 
 def _manifest(state: str, settings: Mapping[str, Any], records: Sequence[Mapping[str, Any]] | None = None) -> bytes:
@@ -325,6 +363,20 @@ def _refuse_others(there: Mapping[str, Any], here: Mapping[str, Any], path: Path
 # --- Checking ---------------------------------------------------------------------------------------------------------
 
 
+def parts_of(path: Path, manifest: Mapping[str, Any]) -> tuple[SetDirectory, Slices]:
+    """Return the directory of a set, and its shards, as its manifest has them.
+
+    Raises:
+        ValueError: it has no such settings.
+    """
+    settings = manifest["settings"]
+    try:
+        check_choice("format", settings["format"], FORMATS)
+        return SetDirectory(path, FORMATS[settings["format"]].suffix), Slices(settings["count"], settings["shard_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path / MANIFEST} must hold the settings of a run: it is damaged ({error})") from error
+
+
 def check_set(path: str | os.PathLike[str], progress: Callable[[int], Any] = lambda count: None) -> list[str]:
     """Return what is wrong with a set: nothing if it is finished and every shard has the bytes of
     its manifest.
@@ -339,17 +391,11 @@ def check_set(path: str | os.PathLike[str], progress: Callable[[int], Any] = lam
     found = read_manifest(path)
     if found["state"] != FINISHED:
         return [f"the set is not finished. {AGAIN}"]
-    settings = found["settings"]
-    try:
-        directory = SetDirectory(path, FORMATS[settings["format"]].suffix)
-        slices = Slices(settings["count"], settings["shard_size"])
-        directory.read_old_records(found)
-        wanted = {directory.shard_name(i) for i in range(len(slices))}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path / MANIFEST} must hold the settings of a run: it is damaged ({error!r})") from error
+    directory, slices = parts_of(path, found)
+    directory.read_old_records(found)
     problems = []
-    if len(found.get("shards", [])) != len(slices):
-        problems.append(f"the manifest must list {len(slices)} shards, and lists {len(found.get('shards', []))}")
+    if len(directory.old_records) != len(slices):
+        problems.append(f"the manifest must list {len(slices)} shards, and lists {len(directory.old_records)}")
     for part in slices:
         name = directory.shard_name(part.index)
         # Of a finished set, the manifest alone counts.
@@ -363,5 +409,6 @@ def check_set(path: str | os.PathLike[str], progress: Callable[[int], Any] = lam
         elif file_digest(directory.shard(part.index)) != record["sha256"]:
             problems.append(f"{name} has the right size, and other bytes than were written")
         progress(part.count)
+    wanted = {directory.shard_name(part.index) for part in directory.present(slices)}
     strangers = sorted(child.name for child in path.glob("samples-*") if child.name not in wanted)
     return problems + [f"{name} is not part of the set" for name in strangers]

@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from ..utils.atomic_files import atomic_file, fsync_directory, name_beside
-from .directory import FINISHED, SetDirectory, Slices, read_manifest
+from ..utils.files import reading
+from .directory import FINISHED, parts_of, read_manifest
 from .formats import ZIP_EPOCH
+
+_KIND = "a shard of a set (--check says which are damaged)"
 
 
 def join_npz(out: str | os.PathLike[str], file: str | os.PathLike[str]) -> Path:
@@ -30,19 +33,18 @@ def join_npz(out: str | os.PathLike[str], file: str | os.PathLike[str]) -> Path:
     found = read_manifest(out)
     if file.suffix != ".npz":
         raise ValueError(f"the file of a joined set must end in .npz, got {file}")
-    settings = found["settings"]
-    if found["state"] != FINISHED or settings["format"] != "npz":
+    directory, slices = parts_of(out, found)
+    format = found["settings"]["format"]
+    if found["state"] != FINISHED or format != "npz":
         raise ValueError(
-            f"only a finished set of format 'npz' can be joined, got one {found['state']} of format {settings['format']!r} in {out}"
+            f"only a finished set of format 'npz' can be joined, got one {found['state']} of format {format!r} in {out}"
         )
-    directory = SetDirectory(out, ".npz")
-    slices = Slices(settings["count"], settings["shard_size"])
     shards = [directory.shard(part.index) for part in slices]
-    with zipfile.ZipFile(shards[0]) as first:
+    with reading(shards[0], _KIND) as opened, zipfile.ZipFile(opened) as first:
         names = first.namelist()
     with atomic_file(file, name_beside(file)) as target, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for name in names:
-            _join(archive, name, shards, settings["count"])
+            _join(archive, name, shards, slices.count)
     fsync_directory(file.absolute().parent)
     return file
 
@@ -50,7 +52,7 @@ def join_npz(out: str | os.PathLike[str], file: str | os.PathLike[str]) -> Path:
 def _join(archive: zipfile.ZipFile, name: str, shards: list[Path], count: int) -> None:
     with archive.open(zipfile.ZipInfo(name, ZIP_EPOCH), "w", force_zip64=True) as target:
         for i, shard in enumerate(shards):
-            with zipfile.ZipFile(shard) as source, source.open(name) as member:
+            with reading(shard, _KIND) as opened, zipfile.ZipFile(opened) as source, source.open(name) as member:
                 np.lib.format.read_magic(member)
                 shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(member)
                 if i == 0:

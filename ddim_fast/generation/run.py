@@ -3,6 +3,7 @@ anywhere."""
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from ..sampler import DDIMSampler
 from ..sampling.capture import choose_mode
 from ..sampling.guidance import check_rescale, guidance_scales
 from ..sampling.initial_state import conditionings_of
-from ..utils.checks import check_choice, check_dtype, check_integer, check_number, usable_device
+from ..utils.checks import check_choice, check_dtype, check_integer, check_memory, check_number, usable_device
 from .batches import Samples
 from .conditioning import LABELS, Conditioning, Table
 from .directory import AGAIN, SetDirectory, Slice, Slices
@@ -131,8 +132,15 @@ def generate(
     device = usable_device(device)
     _check_arguments(model, sampler, count, seed, format, shard_size, batch_size, compute_batch_size, threads, patience)
     shape = _shape(model, shape, format)
-    _check_conditioning(model, conditioning, count, format, compute_batch_size)
+    slices = Slices(int(count), int(shard_size))
     check_dtype("dtype", dtype)
+    check_memory(
+        "shard_size",
+        shard_size,
+        max(compute_batch_size, min(count, shard_size)) * math.prod(shape) * dtype.itemsize,
+        "take a smaller one",
+    )
+    _check_conditioning(model, conditioning, count, format, compute_batch_size)
     if model_dtype is not None:
         check_dtype("model_dtype", model_dtype)
     if capture == "auto" and not isinstance(model, nn.Module):
@@ -166,12 +174,10 @@ def generate(
     }
     samples = Samples(sampler, model, shape, seed, compute_batch_size, batch_size, conditioning, device, dtype, options)
     directory = SetDirectory(Path(out), FORMATS[format].suffix)
-    slices = Slices(int(count), int(shard_size))
 
     def begin() -> None:
-        directory.begin(settings, resume)
-        if check_space:
-            directory.check_space(_space_needed(directory, slices, shape, dtype, format))
+        needed = partial(_space_needed, directory, slices, shape, dtype, format)
+        directory.begin(settings, resume, needed if check_space else None)
 
     done = None
     with _fixed_algorithms(threads), store_errors(directory.is_finished):
@@ -297,9 +303,9 @@ def _fixed_algorithms(threads: int) -> Iterator[None]:
 def _space_needed(
     directory: SetDirectory, slices: Slices, shape: tuple[int, ...], dtype: torch.dtype, format: str
 ) -> int:
-    missing = [part for part in slices if not directory.shard(part.index).is_file()]
-    of_samples = sum(part.count for part in missing) * FORMATS[format].largest(shape, dtype)
-    return of_samples + len(missing) * PER_SHARD
+    there = directory.present(slices)
+    missing = slices.count - sum(part.count for part in there)
+    return missing * FORMATS[format].largest(shape, dtype) + (len(slices) - len(there)) * PER_SHARD
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------

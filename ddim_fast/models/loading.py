@@ -420,7 +420,7 @@ def _read_scheduler(file: Path) -> dict[str, Any]:
         raise ValueError(f"a schedule must follow from betas, got use_flow_sigmas = True in {file}")
     options = {name: config[name] for name in _SAMPLER_OPTIONS if name in config}
     clips = config.get("clip_sample") and not config.get("thresholding")
-    numbers = ("clip_sample_range",) if clips else ()
+    numbers: tuple[str, ...] = ("clip_sample_range",) if clips else ()
     if config.get("thresholding"):
         options |= {name: config[name] for name in _THRESHOLDING_OPTIONS}
         numbers = _THRESHOLDING_OPTIONS[1:]

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Iterable
 from numbers import Real
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -94,6 +96,22 @@ def _range(at_least: float | None, at_most: float | None, above: float | None = 
     if above is not None:
         return f", above {above}"
     return "" if at_most is None else f", at most {at_most}"
+
+
+def check_memory(name: str, value: object, needed: int, remedy: str) -> None:
+    """Raise ValueError where more bytes are needed than this machine, or this container, has."""
+    there = _memory()
+    if needed > there:
+        rule = f"{name} must fit into memory, of {there // 10**9} GB, and would take at least {needed // 10**9:,} GB"
+        refuse(rule, value, remedy)
+
+
+def _memory() -> int:
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # another system; "max"
+        return machine
 
 
 def check_samples(name: str, value: object) -> None:

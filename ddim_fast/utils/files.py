@@ -7,6 +7,7 @@ these readers runs anything that a file contains. Pictures: ``utils/pictures.py`
 from __future__ import annotations
 
 import csv
+import errno
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,9 @@ def reading(path: Path, kind: str) -> Iterator[BinaryIO]:
         except _FoundError:
             raise
         except Exception as error:
+            # The system's errors, such as a full disk; but a damaged file leads to invalid offsets.
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+                raise
             raise ValueError(f"{path} must be {kind}, and is none, or damaged: {first_line(error)}") from error
 
 
@@ -153,7 +157,11 @@ def parquet_rows(path: Path, at_a_time: int) -> Iterator[dict[str, Any]]:
 def _second(names: Iterable[str]) -> str | None:
     """Return the first name that comes a second time, or None."""
     seen: set[str] = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def npz_array(path: Path, name: str) -> np.ndarray:

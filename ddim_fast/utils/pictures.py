@@ -49,7 +49,7 @@ def grid(
     """
     pictures = to_uint8(samples)
     count, height, width, channels = pictures.shape
-    scale = scale or max(1, round(84 / max(width, 1)))
+    scale = scale or _scale(width)
     columns = columns or max(1, math.ceil(math.sqrt(count)))
     rows = math.ceil(count / columns)
     font, title_font = ImageFont.load_default(size=11), ImageFont.load_default(size=14)
@@ -72,6 +72,17 @@ def grid(
             centre = x + width * scale / 2
             draw.text((centre, y + height * scale + 2), labels[i], fill=_INK, font=font, anchor="ma")
     return sheet
+
+
+def grid_bytes(sample_shape: Sequence[int]) -> int:
+    """Return the memory that a grid takes for each of its samples, at least."""
+    *_, height, width = (1, 1, *sample_shape)
+    scale = _scale(width)
+    return 3 * (width * scale + _MARGIN) * (height * scale + _MARGIN)
+
+
+def _scale(width: int) -> int:
+    return max(1, round(84 / max(width, 1)))
 
 
 def save_animation(

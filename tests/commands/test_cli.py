@@ -174,3 +174,26 @@ def test_a_device_that_is_not_there_is_refused(name, message, tmp_path, monkeypa
     result = CliRunner().invoke(main, ["sample", "--device", name, "--out", str(tmp_path / "grid.png")])
     assert result.exit_code != 0
     assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["sample", "-n", 10**8], "-n"),
+        (["sample", "-n", 10**11], "-n"),
+        (["sample", "-n", 10**30, "--out", "x.jpg"], "-n"),
+        (["sample", "-n", 200_000, "--trajectory", "x.gif"], "-n"),
+        (["interpolate", "--rows", 10**9], "--rows times --frames"),
+        (["interpolate", "--frames", 10**12], "--rows times --frames"),
+        (["tradeoff", "-n", 10**11, "--out", "study"], "-n"),
+    ],
+    ids=str,
+)
+def test_more_samples_than_fit_into_memory_are_refused_at_once(tmp_path, monkeypatch, words, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ddim_fast.utils.checks._memory", lambda: 2 * 10**9)
+    for module in ("ddim_fast.kernels.noise", "ddim_fast.commands.options"):
+        monkeypatch.setattr(f"{module}.sample_seeds", None)
+    output = run(*words, code=1)
+    assert f"Error: {name} must fit into memory, of 2 GB, and would take at least" in output
+    assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,8 +33,8 @@ from torch import nn
 
 from ddim_fast import sample_seeds
 from ddim_fast.cli import main
-from ddim_fast.generation import EveryClass, GenerationError, OneClass, Table, check_set, generate
-from ddim_fast.generation.directory import AGAIN, SetDirectory, Slice
+from ddim_fast.generation import EveryClass, GenerationError, OneClass, Table, check_set, generate, join_npz
+from ddim_fast.generation.directory import AGAIN, MOST_SHARDS, SetDirectory, Slice, Slices
 from ddim_fast.generation.formats import FORMATS, PER_SHARD, Shard
 from ddim_fast.generation.processes import Processes, WorkQueue
 from ddim_fast.generation.settings import plan_settings
@@ -219,7 +220,7 @@ def test_shards_of_npz_are_joined_to_the_one_file_that_evaluators_read(tmp_path)
     assert not (tmp_path / "broken.npz").exists()
     worker.crowd(tmp_path / "numbers", 16)
     assert "of format 'npz' can be joined" in invoke("--check", tmp_path / "numbers", "--join", file, code=1)
-    assert "--check DIR" in invoke("-n", 4, "--join", file, code=1)
+    assert "--join needs --check DIR" in invoke("-n", 4, "--join", file, code=1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -639,8 +640,73 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(tmp_pat
     with pytest.raises(OSError, match=r"0\.00 GB are free: make room") as caught:
         worker.crowd(tmp_path / "set")
     assert caught.value.errno == errno.ENOSPC
-    assert not list((tmp_path / "set").glob("samples-*"))
-    worker.crowd(tmp_path / "set", check_space=False, resume=True)
+    assert not (tmp_path / "set").exists()
+    worker.crowd(tmp_path / "set", check_space=False)
+
+
+def few_looks(monkeypatch):
+    """Fail where each of many shards is looked at, or each of many slices made."""
+    made = []
+
+    def counted(self, index):
+        made.append(index)
+        assert len(made) < 1000, "the work grows with the count"
+        return Slice(index, index * self.size, min(self.size, self.count - index * self.size))
+
+    monkeypatch.setattr("ddim_fast.generation.directory.Slices.__getitem__", counted)
+
+
+@pytest.mark.parametrize("check_space", [True, False])
+@pytest.mark.parametrize("count", [10**9, 10**11, 10**12, 10**18, 2**63, 10**30, 10**400])
+@pytest.mark.parametrize("shard_size", [512, 10**6 * 16, 10**12, 10**30 * 16])
+def test_counts_that_no_disk_can_hold_are_refused_at_once(tmp_path, monkeypatch, count, shard_size, check_space):
+    few_looks(monkeypatch)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("", (), {"free": 10**9}))
+    monkeypatch.setattr("ddim_fast.utils.checks._memory", lambda: 10**9)
+    model = worker.Crowd().eval()
+    for _ in range(2):  # the same command again says the same
+        with pytest.raises((ValueError, OSError), match=r"must make at most 1,000,000 files|into memory|GB are free"):
+            generate(model, worker.sampler(), count, tmp_path / "set", shard_size=shard_size, check_space=check_space)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_most_files(tmp_path):
+    assert len(Slices(MOST_SHARDS * 16, 16)) == MOST_SHARDS
+    with pytest.raises(
+        ValueError, match=r"at most 1,000,000 files of 16 samples each, got 16000001: take shard_size=32 "
+    ):
+        Slices(MOST_SHARDS * 16 + 1, 16)
+
+
+def test_the_space_for_what_is_missing_alone_is_asked_for(tmp_path, whole, monkeypatch):
+    out = Path(shutil.copytree(whole, tmp_path / "set"))
+    remove(out)
+    asked = []
+    monkeypatch.setattr(SetDirectory, "_check_space", lambda self, needed: asked.append(needed))
+    (out / "samples-000001.safetensors.part").touch()
+    (out / "samples-999999.safetensors").touch()
+    worker.crowd(out, resume=True)
+    assert asked == [worker.SHARD * FORMATS["safetensors"].largest(worker.SHAPE, torch.float32) + PER_SHARD]
+
+
+def test_the_command_leaves_nothing_behind(tmp_path):
+    for count in ("1e9", str(10**9), str(10**12), str(10**30)):
+        output = invoke("-n", count, "--steps", 2, "--out", tmp_path / "set", code=2 if "e" in count else 1)
+        assert "Resume with" not in output
+        assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("count", [10**7, 10**12, 10**400, -1, 0, "12", 2.5])
+def test_a_manifest_of_a_huge_set_is_damaged(whole, tmp_path, monkeypatch, count):
+    few_looks(monkeypatch)
+    manifest = json.loads((whole / "manifest.json").read_text())
+    manifest["settings"] |= {"count": count, "shard_size": 1, "format": "npz"}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    for use in (check_set, lambda path: join_npz(path, path / "all.npz")):
+        with pytest.raises(
+            ValueError, match=r"manifest\.json must hold the settings of a run: it is damaged \(.*count"
+        ):
+            use(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddim_fast.utils.checks import check_choice, check_integer, check_number, refuse
+from ddim_fast.utils.checks import check_choice, check_integer, check_memory, check_number, refuse
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), torch.tensor(3)])
@@ -72,3 +72,15 @@ def test_a_long_value_is_shortened():
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (its length is what matters)
         refuse("a rule", list(range(10_000)))
     assert len(str(caught.value)) < 300
+
+
+def test_memory_is_that_of_the_machine():
+    check_memory("count", 1, 1, "take fewer")
+    with pytest.raises(
+        ValueError, match=r"count must fit into memory, of \d+ GB, and would take at least [\d,]+ GB, got 5: take fewer"
+    ):
+        check_memory("count", 5, 10**400, "take fewer")
+    with open("/proc/meminfo") as file:
+        kilobytes = int(file.readline().split()[1])
+    with pytest.raises(ValueError, match="into memory"):
+        check_memory("count", 5, 1024 * kilobytes + 10**9, "take fewer")

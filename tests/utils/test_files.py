@@ -1,7 +1,9 @@
 """The readers of files that others wrote: whatever the bytes, an array or an error with the file's name."""
 
+import errno
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -12,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddim_fast.utils.files import check_safetensors, csv_rows, json_lines, npz_array, read_json, safetensors_tensor
+from ddim_fast.utils.files import (
+    check_safetensors,
+    csv_rows,
+    json_lines,
+    npz_array,
+    read_json,
+    reading,
+    safetensors_tensor,
+)
 from ddim_fast.utils.pictures import read_picture
 
 SAMPLES = np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 1, 3, 4)
@@ -149,3 +159,12 @@ def test_no_picture_is_handed_to_another_program(tmp_path, monkeypatch):
 def test_a_picture_that_would_fill_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
     refused(READERS["png"][0], tmp_path / "x.png", picture("PNG"), "exceeds limit")
+
+
+def test_only_the_systems_errors_are_not_the_files(tmp_path):
+    """A full disk, while a file is copied, says nothing of the file; a place before its beginning does."""
+    path = tmp_path / "x.npz"
+    path.write_bytes(b"")
+    for number, kind in ((errno.EINVAL, ValueError), (None, ValueError), (errno.ENOSPC, OSError)):
+        with pytest.raises(kind, match=r"must be a file|No space"), reading(path, "a file"):
+            raise OSError(*(() if number is None else (number, os.strerror(number))))
