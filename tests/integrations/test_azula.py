@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from layouts import assert_laid_out_alike, draw, kinds, modelled, shapes, sweep
+from twins import twins
 
 from ddim_fast.integrations import azula as drop_in
 from ddim_fast.integrations import original_results
@@ -243,6 +244,23 @@ class SimpleDenoiser:
 
     def __call__(self, x_t, t):
         return SimpleNamespace(mean=torch.tanh(x_t))
+
+
+def test_copies_before_and_after_each_method():
+    sampler, x = FastDDIMSampler(SimpleDenoiser(rectified), steps=3, silent=True), random()
+    for method in (lambda: None, lambda: sampler(x), lambda: sampler.step(x, *torch.tensor([0.7, 0.4]))):
+        method()
+        for twin in twins(sampler):
+            assert torch.equal(twin(x), sampler(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_device_without_float64_is_asked_for_none(monkeypatch, dtype):
+    """As Apple's: the values of a float32 schedule are read as they are."""
+    monkeypatch.setattr(torch.Tensor, "double", lambda self: pytest.fail("float64 on the device"))
+    rows = drop_in._rows(rectified, torch.tensor([0.7, 0.4], dtype=dtype).unbind(), 0.5)
+    scales = [float(scale) for time in torch.tensor([0.7, 0.4], dtype=dtype) for scale in rectified(time)]
+    assert rows == [mean_coefficients(*scales, 0.5)]
 
 
 def test_a_subclass_with_a_step_of_its_own_is_asked():
