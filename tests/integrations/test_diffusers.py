@@ -7,6 +7,7 @@ original's alphas_cumprod: it shares no code with either.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import math
@@ -314,6 +315,23 @@ def test_levels_in_half_precision_give_the_originals_results(original):
         results.append(scheduler.step(m, 100, x, return_dict=False))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("original", PAIRS)
+def test_a_step_that_is_unpacked_needs_return_dict_false(original):
+    """As the page says of MONAI's inferers; the short path, taken the second time, too."""
+    (x,) = tensors(np.random.default_rng(0), (torch.float32,))
+    for kind in (original, PAIRS[original]):
+        scheduler = kind()
+        scheduler.set_timesteps(10)
+        prev_sample, _ = scheduler.step(x, 100, x)
+        assert prev_sample == "prev_sample"
+        want = scheduler.step(x, 100, x)
+        scheduler.step = functools.partial(scheduler.step, return_dict=False)
+        for _ in range(2):
+            prev_sample, x0 = scheduler.step(x, 100, x)
+            assert torch.equal(prev_sample, want.prev_sample)
+            assert torch.equal(x0, want.pred_original_sample)
 
 
 @pytest.mark.parametrize("original", PAIRS)
