@@ -344,13 +344,13 @@ class DDIMSampler:
             e_t, guidance = _guided(e_t, **guidance), {}
             e_t = score_corrector.modify_score(self.model, e_t, x, t, c, **(corrector_kwargs or {}))
         operands = (x, *_tensors(e_t, **guidance))
-        kinds = kinds_of_results(_originals_results, *operands, None, kind=_prediction_type(self.model))
+        x0_kind, kind = kinds_of_results(_originals_results, *operands, None, kind=_prediction_type(self.model))
         if not quantize_denoised:
             noise = _draw_noise(x, repeat_noise, noise_dropout)
-            return step_with_x0(*kinds, x, e_t, row, noise=noise, **guidance)
+            return step_with_x0(x0_kind, kind, x, e_t, row, noise=noise, **guidance)
         # One pass computes eps and x0; another takes the step from eps and the quantized x0.
         only_eps = replace(row, prev_x0=0.0, prev_eps=1.0, prev_noise=0.0)
-        e_t, pred_x0 = step_with_x0(*kinds, x, e_t, only_eps, **guidance)
+        e_t, pred_x0 = step_with_x0(x0_kind, kind, x, e_t, only_eps, **guidance)
         quantized, _, *_ = self.model.first_stage_model.quantize(pred_x0)
         row = replace(row, x0_x=1.0, x0_m=0.0, eps_x=0.0, eps_m=1.0)
         _, kind = kinds_of_results(_originals_results, *operands, quantized, kind=_prediction_type(self.model))
