@@ -178,7 +178,7 @@ def _rows(
     """Return the row of each step, from each of ``times`` to the next."""
     check_eta(eta)
     # One time per call, as in azula: a call for several may differ in the last digit.
-    scales = [scale.detach().double().reshape(()) for time in times for scale in schedule(time)]
+    scales = [scale.detach().reshape(()) for time in times for scale in schedule(time)]
     numbers = torch.stack(scales).tolist()  # the only wait for the device
     levels = zip(numbers[::2], numbers[1::2], strict=True)
     return [mean_coefficients(*at_t, *at_s, eta) for at_t, at_s in pairwise(levels)]

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
-from types import MappingProxyType, MethodType
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -132,8 +133,9 @@ def use_fast_ddim(diffusion: Any) -> Any:
             f"diffusion.sample must use ddim_sample, got that of {type(diffusion).__module__}, which never uses ddim_sample: "
             "call ddim_sample(diffusion, shape)"
         )
-    # A bound method, not a closure: in a deep copy of the object it is bound to the copy.
-    diffusion.ddim_sample = MethodType(replacement, diffusion)
+    # In a deep copy of the object, or one loaded from a file, it is bound to the copy. (A closure
+    # could not be saved, and a method is loaded by its name: as the original.)
+    diffusion.ddim_sample = partial(replacement, diffusion)
     return diffusion
 
 
@@ -250,8 +252,8 @@ def _alpha_bars(diffusion: Any) -> np.ndarray:
     and 1 - alpha_bar_t is taken from its own buffer, so the relative error of both is a few float32
     eps.
     """
-    alpha_bar = diffusion.alphas_cumprod.double().cpu().numpy()
-    noise_level = diffusion.sqrt_one_minus_alphas_cumprod.double().cpu().numpy()
+    alpha_bar = diffusion.alphas_cumprod.cpu().double().numpy()
+    noise_level = diffusion.sqrt_one_minus_alphas_cumprod.cpu().double().numpy()
     return np.where(alpha_bar < 0.5, alpha_bar, 1 - noise_level**2)
 
 

@@ -325,26 +325,26 @@ class FastDiffusion:
         cond_fn: Callable[..., Tensor] | None,
         model_kwargs: Mapping[str, Any] | None,
     ) -> dict[str, Tensor]:
-        m, prediction, gradient = self._model_output(model, x, t, model_kwargs), self._prediction, None
+        m, prediction = self._model_output(model, x, t, model_kwargs), self._prediction
+        gradient: Tensor | None = None
         if denoised_fn is not None:
             if prediction != "sample":
-                (kind,) = kinds_of_results(_originals_x0, x, m, prediction=prediction)
-                m = step_of_kind(kind, x, m, at, take=self._steps(prediction, "x0").step)
+                (x0_kind,) = kinds_of_results(_originals_x0, x, m, prediction=prediction)
+                m = step_of_kind(x0_kind, x, m, at, take=self._steps(prediction, "x0").step)
             m, prediction = _returned("denoised_fn", denoised_fn(m), x), "sample"
         if cond_fn is not None:
             gradient = _returned("cond_fn", self._call(cond_fn, x, t, model_kwargs), x)
         adds_noise, clip = target == "prev", bool(clip_denoised)
         options = {"prediction": prediction, "clip": clip, "adds_noise": adds_noise}
-        kinds = kinds_of_results(_originals_results, x, m, gradient, **options)
+        x0_kind, kind = kinds_of_results(_originals_results, x, m, gradient, **options)
         if prediction == "sample" and not clip and gradient is None:  # the originals return that tensor itself
             noise = torch.randn_like(x) if adds_noise else None
-            return {"sample": step_of_kind(kinds[1], x, m, at, noise=noise, take=steps.step), "pred_xstart": m}
+            return {"sample": step_of_kind(kind, x, m, at, noise=noise, take=steps.step), "pred_xstart": m}
         if gradient is not None:
-            dtype = kinds[1].dtype
-            conditioned = self._steps(prediction, "eps", 0.0, clip)
-            m = conditioned.step(x.to(dtype), readable(m, dtype), at, noise=gradient.to(dtype))
+            to_eps = self._steps(prediction, "eps", 0.0, clip)
+            m = to_eps.step(x.to(kind.dtype), readable(m, kind.dtype), at, noise=gradient.to(kind.dtype))
         noise = torch.randn_like(x) if adds_noise else None
-        sample, pred_xstart = step_with_x0(*kinds, x, m, at, noise=noise, take=steps.step)
+        sample, pred_xstart = step_with_x0(x0_kind, kind, x, m, at, noise=noise, take=steps.step)
         return {"sample": sample, "pred_xstart": pred_xstart}
 
     def _model_output(

@@ -12,6 +12,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,9 +67,18 @@ class DDIMSampler:
         self._noising: dict[bool, RowsByTimestep] = {}
 
     def register_buffer(self, name: str, attr: Any) -> None:
-        """Set an attribute; tensors are moved to ``device``, or that of the model."""
+        """Set an attribute; tensors are moved to ``device``, or that of the model.
+
+        float64 becomes float32 on a device that has no float64, such as Apple's.
+        """
         if isinstance(attr, Tensor):
-            attr = attr.to(self.model.device if self.device is None else self.device)
+            device = self.model.device if self.device is None else self.device
+            try:
+                attr = attr.to(device)
+            except TypeError:
+                if attr.dtype != torch.float64:
+                    raise
+                attr = attr.to(torch.float32).to(device)
         setattr(self, name, attr)
 
     def make_schedule(
@@ -77,14 +87,14 @@ class DDIMSampler:
         """Choose the timesteps and compute their coefficients.
 
         Sets ``ddim_timesteps`` (NumPy), ``ddim_alphas``, ``ddim_alphas_prev`` (NumPy float64),
-        ``ddim_sigmas`` (float64), ``ddim_sqrt_one_minus_alphas``,
+        ``ddim_sigmas`` (float64 where the device has it), ``ddim_sqrt_one_minus_alphas``,
         ``ddim_sigmas_for_original_num_steps``, and ``betas``, ``alphas_cumprod`` and what is
         derived from it, float32. They are for reading: changing them changes no step.
 
         Raises:
             ValueError: there is no such discretization or there are no such timesteps, see
                 ``make_ddim_timesteps``; eta adds more noise than a step has room for; the model's
-            noise levels are in half precision, and are not those of its betas.
+                noise levels are in half precision, and are not those of its betas.
         """
         total = self.ddpm_num_timesteps
         timesteps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, total, verbose=verbose)
@@ -334,13 +344,13 @@ class DDIMSampler:
             e_t, guidance = _guided(e_t, **guidance), {}
             e_t = score_corrector.modify_score(self.model, e_t, x, t, c, **(corrector_kwargs or {}))
         operands = (x, *_tensors(e_t, **guidance))
-        kinds = kinds_of_results(_originals_results, *operands, None, kind=_prediction_type(self.model))
+        x0_kind, kind = kinds_of_results(_originals_results, *operands, None, kind=_prediction_type(self.model))
         if not quantize_denoised:
             noise = _draw_noise(x, repeat_noise, noise_dropout)
-            return step_with_x0(*kinds, x, e_t, row, noise=noise, **guidance)
+            return step_with_x0(x0_kind, kind, x, e_t, row, noise=noise, **guidance)
         # One pass computes eps and x0; another takes the step from eps and the quantized x0.
         only_eps = replace(row, prev_x0=0.0, prev_eps=1.0, prev_noise=0.0)
-        e_t, pred_x0 = step_with_x0(*kinds, x, e_t, only_eps, **guidance)
+        e_t, pred_x0 = step_with_x0(x0_kind, kind, x, e_t, only_eps, **guidance)
         quantized, _, *_ = self.model.first_stage_model.quantize(pred_x0)
         row = replace(row, x0_x=1.0, x0_m=0.0, eps_x=0.0, eps_m=1.0)
         _, kind = kinds_of_results(_originals_results, *operands, quantized, kind=_prediction_type(self.model))
@@ -431,7 +441,7 @@ class DDIMSampler:
         if key not in self._noising:
             self._noising[key] = RowsByTimestep(
                 len(levels),
-                lambda index: noising_coefficients(levels[index][0]),
+                partial(_noising_row, levels),
                 f"t counts steps from 0, so {len(levels) - 1} is the noisiest; a strength of 1, t = {len(levels)}, keeps "
                 "nothing of x0: start from noise, with sample",
             )
@@ -545,10 +555,11 @@ def make_ddim_timesteps(
     steps = steps + 1
     if steps[-1] >= total:
         fewer = next(s for s in range(min(count, total), 0, -1) if s == 1 or (total - 1) % (total // s))
+        every = f", or all {total} by ddim_sampling(..., ddim_use_original_steps=True)" if count > total // 2 else ""
         raise ValueError(
             f"{ddim_discr_method} timesteps must end at the model's last one, {total - 1}, or before, "
             f"got {steps[-1]} for ddim_num_steps={count}: "
-            f"take {fewer} steps"
+            f"take {fewer} steps{every}"
         )
     if verbose:
         print(f"DDIM timesteps: {steps}")
@@ -603,6 +614,10 @@ def _step_row(
         variance=variance,
         std_dev_added=math.sqrt(variance) * temperature,
     )
+
+
+def _noising_row(levels: Sequence[tuple[float, float]], index: int) -> StepCoefficients:
+    return noising_coefficients(levels[index][0])
 
 
 def _noise_levels(model: Any) -> tuple[Tensor, Tensor]:

@@ -152,8 +152,8 @@ def _sample(
         model_output = model(x_t, torch.full((x.size(0),), t, dtype=torch.float32, device=x.device))
         # Drawn even where a step adds none: the rest of the random stream must stay the same.
         noise = draw_noise(x_t)
-        kinds = kinds_of_results(operations, x_t, model_output, noise, levels=levels)
-        x_t, x0 = step_with_x0(*kinds, x_t, model_output, row, noise=noise)
+        x0_kind, kind = kinds_of_results(operations, x_t, model_output, noise, levels=levels)
+        x_t, x0 = step_with_x0(x0_kind, kind, x_t, model_output, row, noise=noise)
         xs.append(x_t.to("cpu"))
         x0_preds.append(x0.to("cpu"))
     return xs, x0_preds

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from layouts import assert_laid_out_alike, draw, kinds, modelled, shapes, sweep
+from twins import twins
 
 from ddim_fast.integrations import azula as drop_in
 from ddim_fast.integrations import original_results
@@ -52,9 +53,8 @@ SCHEDULES = [variance_exploding, variance_preserving, rectified, clean_at_0, pur
 class Denoiser:
     """A mean within [-1, 1] that mixes channels; it depends on time, scale and a condition."""
 
-    def __init__(self, schedule, memory_format=torch.contiguous_format):
+    def __init__(self, schedule):
         self.schedule = schedule
-        self.memory_format = memory_format
         self.times = []
 
     def __call__(self, x_t, t, bias=0.0):
@@ -63,7 +63,7 @@ class Denoiser:
         alpha, sigma = (float(scale) for scale in self.schedule(t))
         x = x_t / math.hypot(alpha, sigma) + bias
         mean = torch.tanh(0.8 * x + 0.3 * x.flip(1) + 0.2 * float(t))
-        return SimpleNamespace(mean=mean.contiguous(memory_format=self.memory_format))
+        return SimpleNamespace(mean=mean)
 
 
 def restated(denoiser, x, times, eta, **kwargs):
@@ -90,9 +90,9 @@ def assert_near(got, expected, dtype):
     torch.testing.assert_close(got.double(), expected, rtol=allowed, atol=allowed * float(expected.abs().max()))
 
 
-def compare(schedule, *, eta=0.0, dtype=torch.float64, memory_format=torch.contiguous_format, kwargs=None, **options):
+def compare(schedule, *, eta=0.0, dtype=torch.float64, kwargs=None, **options):
     """Compare a full loop by ours and by the restated one, and the generator states after it."""
-    denoiser = Denoiser(schedule, memory_format)
+    denoiser = Denoiser(schedule)
     sampler = FastDDIMSampler(denoiser, eta, silent=True, **options)
     times, kwargs = sampler.timesteps, kwargs or {}
     x = random(dtype=dtype) * math.hypot(*map(float, schedule(times[0])))
@@ -243,6 +243,23 @@ class SimpleDenoiser:
 
     def __call__(self, x_t, t):
         return SimpleNamespace(mean=torch.tanh(x_t))
+
+
+def test_copies_before_and_after_each_method():
+    sampler, x = FastDDIMSampler(SimpleDenoiser(rectified), steps=3, silent=True), random()
+    for method in (lambda: None, lambda: sampler(x), lambda: sampler.step(x, *torch.tensor([0.7, 0.4]))):
+        method()
+        for twin in twins(sampler):
+            assert torch.equal(twin(x), sampler(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_device_without_float64_is_asked_for_none(monkeypatch, dtype):
+    """As Apple's: the values of a float32 schedule are read as they are."""
+    monkeypatch.setattr(torch.Tensor, "double", lambda self: pytest.fail("float64 on the device"))
+    rows = drop_in._rows(rectified, torch.tensor([0.7, 0.4], dtype=dtype).unbind(), 0.5)
+    scales = [float(scale) for time in torch.tensor([0.7, 0.4], dtype=dtype) for scale in rectified(time)]
+    assert rows == [mean_coefficients(*scales, 0.5)]
 
 
 def test_a_subclass_with_a_step_of_its_own_is_asked():

@@ -13,6 +13,7 @@ import torch
 from hypothesis import strategies as st
 from layouts import assert_laid_out_alike, kinds, laid_out, sweep
 from torch import nn
+from twins import twins
 
 from ddim_fast.integrations import denoising_diffusion_pytorch as drop_in
 from ddim_fast.integrations import original_results
@@ -43,11 +44,10 @@ def _restored_state():
 class Net(nn.Module):
     """A small model of t and the self-conditioning that mixes channels and leaves [-1, 1]."""
 
-    def __init__(self, self_condition=False, memory_format=torch.contiguous_format):
+    def __init__(self, self_condition=False):
         super().__init__()
         self.channels = self.out_dim = 2
         self.self_condition = self_condition
-        self.memory_format = memory_format
         self.weight = nn.Parameter(torch.tensor([[0.6, -0.4], [0.3, 0.8]], dtype=torch.float64))
 
     def forward(self, x, t, x_self_cond=None, bias=0.0):
@@ -56,7 +56,7 @@ class Net(nn.Module):
         x = x if x_self_cond is None else x + 0.7 * x_self_cond
         mixed = torch.einsum("oc,bc...->bo...", self.weight.to(x.dtype), x + bias)
         t = t.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-        return (1.4 * torch.tanh(mixed * (0.4 + t / 700))).contiguous(memory_format=self.memory_format)
+        return 1.4 * torch.tanh(mixed * (0.4 + t / 700))
 
 
 class Restated(nn.Module):
@@ -319,6 +319,23 @@ def test_all_timesteps_may_be_visited():
     assert_near(ddim_sample(diffusion, (2, 2, 3, 4), progress=False), expected, torch.float32)
 
 
+def test_a_device_without_float64_is_asked_for_none():
+    """As Apple's: only a buffer on the host becomes float64."""
+
+    class OnSuchADevice(torch.Tensor):
+        def double(self):
+            raise TypeError("this device has no float64")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    diffusion = GaussianDiffusion(Net())
+    expected = drop_in._alpha_bars(diffusion)
+    for name in ("alphas_cumprod", "sqrt_one_minus_alphas_cumprod"):
+        setattr(diffusion, name, getattr(diffusion, name).as_subclass(OnSuchADevice))
+    assert (drop_in._alpha_bars(diffusion) == expected).all()
+
+
 def test_settings_are_read_in_each_call():
     diffusion = GaussianDiffusion(Net())
     use_fast_ddim(diffusion)
@@ -363,11 +380,11 @@ def test_it_can_be_undone():
     diffusion = GaussianDiffusion(Net())
     keys = list(diffusion.state_dict())
     assert use_fast_ddim(use_fast_ddim(diffusion)) is diffusion
-    assert diffusion.ddim_sample.__func__ is ddim_sample
+    assert diffusion.ddim_sample.func is ddim_sample
     assert list(diffusion.state_dict()) == keys
     assert use_original_ddim(use_original_ddim(diffusion)) is diffusion
     assert diffusion.ddim_sample.__func__ is GaussianDiffusion.ddim_sample
-    assert use_fast_ddim(GaussianDiffusion1D(Net())).ddim_sample.__func__ is ddim_sample_1d
+    assert use_fast_ddim(GaussianDiffusion1D(Net())).ddim_sample.func is ddim_sample_1d
 
 
 def test_a_copy_is_fast_with_weights_of_its_own():
@@ -381,7 +398,25 @@ def test_a_copy_is_fast_with_weights_of_its_own():
     got = average.sample(2)
     torch.manual_seed(0)
     assert_near(got, use_original_ddim(average).sample(2), torch.float32)
-    assert average is not diffusion.ddim_sample.__self__ is diffusion
+    assert diffusion.ddim_sample.args == (diffusion,)
+
+
+def absolute(x):
+    return x.abs()
+
+
+@pytest.mark.parametrize("kind", [GaussianDiffusion, GaussianDiffusion1D])
+def test_a_saved_object_is_fast_when_it_is_loaded(kind):
+    diffusion = use_fast_ddim(kind(Net()))
+    diffusion.unnormalize = absolute  # the restated one is a lambda
+    for _ in range(2):  # before and after it has sampled
+        for twin in twins(diffusion):
+            assert twin.ddim_sample.func in (ddim_sample, ddim_sample_1d)
+            assert twin.ddim_sample.args[0] is twin
+            torch.manual_seed(0)
+            got = twin.sample(2)
+            torch.manual_seed(0)
+            assert torch.equal(got, diffusion.sample(2))
 
 
 def test_the_progress_bar(monkeypatch):
@@ -407,7 +442,7 @@ def test_the_page_runs(monkeypatch):
     names = {}
     exec(block, names)
     assert len(names["pictures"]) == 4
-    assert names["diffusion"].ddim_sample.__func__ is ddim_sample
+    assert names["diffusion"].ddim_sample.func is ddim_sample
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------

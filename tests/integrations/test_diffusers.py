@@ -7,6 +7,7 @@ original's alphas_cumprod: it shares no code with either.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import math
@@ -16,10 +17,11 @@ import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler
 from diffusers_rounding import radicand
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from layouts import assert_laid_out_alike, draw, shapes, sweep
 from layouts import kinds as kinds_of_tensors
+from twins import twins
 
 from ddim_fast.integrations.diffusers import (
     FastDDIMInverseScheduler,
@@ -262,6 +264,17 @@ def test_step_is_the_originals_and_never_further_from_float64(original, examples
     eta=st.sampled_from([0.0, 0.7]),
     recomputed=st.booleans(),
 )
+@example(
+    original=DDIMScheduler,
+    prediction_type="epsilon",
+    limits={},
+    of_sample=("expanded batch", torch.float32),  # leaves the order to the model's output
+    of_output=("reversed", torch.float32),
+    of_noise=None,
+    shape=(3, 2, 4, 5),
+    eta=0.0,
+    recomputed=False,
+)
 def test_layouts_and_dtypes_are_the_originals(
     original, prediction_type, limits, of_sample, of_output, of_noise, shape, eta, recomputed
 ):
@@ -302,6 +315,41 @@ def test_levels_in_half_precision_give_the_originals_results(original):
         results.append(scheduler.step(m, 100, x, return_dict=False))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("original", PAIRS)
+def test_a_step_that_is_unpacked_needs_return_dict_false(original):
+    """As the page says of MONAI's inferers; the short path, taken the second time, too."""
+    (x,) = tensors(np.random.default_rng(0), (torch.float32,))
+    for kind in (original, PAIRS[original]):
+        scheduler = kind()
+        scheduler.set_timesteps(10)
+        prev_sample, _ = scheduler.step(x, 100, x)
+        assert prev_sample == "prev_sample"
+        want = scheduler.step(x, 100, x)
+        scheduler.step = functools.partial(scheduler.step, return_dict=False)
+        for _ in range(2):
+            prev_sample, x0 = scheduler.step(x, 100, x)
+            assert torch.equal(prev_sample, want.prev_sample)
+            assert torch.equal(x0, want.pred_original_sample)
+
+
+@pytest.mark.parametrize("original", PAIRS)
+def test_copies_before_and_after_each_method(original):
+    (x,) = tensors(np.random.default_rng(0), (torch.float32,))
+    scheduler, t = PAIRS[original](), torch.tensor([1, 20, 300])
+    scheduler.set_timesteps(10)
+    methods = [lambda: None, lambda: scheduler.step(x, 100, x), lambda: scheduler.step(x, 100, x)]
+    if original is not DDIMInverseScheduler:
+        philox = PAIRS[original](philox_noise=True)
+        philox.set_timesteps(10)
+        methods.append(lambda: philox.step(x, 100, x, eta=1.0, generator=torch.Generator().manual_seed(1)))
+        methods += [lambda: scheduler.add_noise(x, x, t), lambda: scheduler.get_velocity(x, x, t)]
+        assert all(twin.config.philox_noise for twin in twins(philox))
+    for method in methods:
+        method()
+        for twin in twins(scheduler):
+            assert torch.equal(twin.step(x, 100, x)[0], scheduler.step(x, 100, x)[0])
 
 
 def half_unit(values, exact):

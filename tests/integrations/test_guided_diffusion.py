@@ -8,7 +8,6 @@ import enum
 import inspect
 import itertools
 import math
-import pickle
 import re
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from hypothesis import strategies as st
 from layouts import assert_laid_out_alike, kinds, modelled, shapes, sweep
 from layouts import draw as draw_laid_out
+from twins import twins
 
 from ddim_fast.integrations import guided_diffusion, rows_by_timestep
 from ddim_fast.integrations.guided_diffusion import FastDiffusion
@@ -632,10 +632,23 @@ def test_everything_else_is_the_originals():
     assert torch.equal(fast.q_sample(x, t, noise=x), diffusion.q_sample(x, t, noise=x))
     with pytest.raises(AttributeError, match="no_such_method"):
         fast.no_such_method  # noqa: B018 (looked up, that is all)
-    model = model_of(diffusion)
-    fast.ddim_sample(model, x, t)
-    for twin in (copy.copy(fast), copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        assert torch.equal(twin.ddim_sample(model, x, t)["sample"], fast.ddim_sample(model, x, t)["sample"])
+
+
+def test_copies_before_and_after_each_method():
+    diffusion = original(respaced=True)
+    x, t, model = draw(0), torch.tensor([1, 2, 3]), model_of(diffusion)
+    fast, want = FastDiffusion(diffusion), FastDiffusion(diffusion).ddim_sample(model, x, t)["sample"]
+    for method in (
+        lambda: None,
+        lambda: fast.ddim_sample(model, x, t, denoised_fn=denoised_fn),
+        lambda: fast.ddim_reverse_sample(model, x, t),
+        lambda: fast.ddim_sample_loop(model, SHAPE, x, cond_fn=cond_fn, device="cpu"),
+        lambda: fast.ddim_reverse_sample_loop(model, x),
+        lambda: fast._steps("epsilon", "prev").table(torch.device("cpu")),  # as a step on a GPU does
+    ):
+        method()
+        for twin in [copy.copy(fast), *twins(fast)]:
+            assert torch.equal(twin.ddim_sample(model, x, t)["sample"], want)
 
 
 def test_no_samples():

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import example
 from hypothesis import strategies as st
 from layouts import assert_laid_out_alike, draw, kinds, laid_out, modelled, shapes, sweep
+from twins import twins
 
 from ddim_fast.gpu_lab.fake_cuda import fake_cuda
 from ddim_fast.integrations import latent_diffusion, original_results
@@ -404,6 +406,15 @@ def original_step(sampler, x, c, t, index, scale, uncond, quantize):
     shape=shapes,
     eta=st.sampled_from([0.0, 0.7]),
 )
+@example(
+    parameterization="eps",
+    of_noise=("contiguous", torch.float64),
+    of_model=("contiguous", torch.float32),
+    of_quantized=("contiguous", torch.float32),  # of which alone the step is taken: float32
+    guided=False,
+    shape=(3, 2, 4, 5),
+    eta=0.0,
+)
 def test_layouts_and_dtypes_are_the_originals(parameterization, of_noise, of_model, of_quantized, guided, shape, eta):
     model = Model(parameterization)
     model.apply_model = lambda x, t, c: modelled(x, of_model)
@@ -470,6 +481,45 @@ def test_stochastic_encode(t, original, dtype):
     noise = torch.randn_like(x0)
     assert torch.equal(stream, torch.get_rng_state())
     assert_close(drawn, a.sqrt() * x0.double() + (1 - a).sqrt() * noise.double(), dtype)
+
+
+def test_copies_before_and_after_each_method():
+    sampler, x, t = DDIMSampler(Model()), random(4), torch.tensor([1, 2])
+    sampler.model.first_stage_model = None  # the restated one is a lambda
+    for method in (
+        lambda: None,
+        lambda: sampler.make_schedule(5, verbose=False),
+        lambda: sampler.p_sample_ddim(x, None, t, 1),
+        lambda: sampler.sample(5, 2, SHAPE[1:], x_T=x, verbose=False),
+        lambda: sampler.stochastic_encode(x, t),
+        lambda: sampler.stochastic_encode(x, t, use_original_steps=True),
+        lambda: sampler.encode(x, None, 2),
+        lambda: sampler.decode(x, None, 2),
+    ):
+        method()
+        for twin in twins(sampler):
+            if not sampler._levels:
+                twin.make_schedule(5, verbose=False)
+                assert twin.decode(x, None, 5).isfinite().all()
+                continue
+            assert torch.equal(twin.decode(x, None, 5), sampler.decode(x, None, 5))
+
+
+def test_a_device_without_float64_gets_float32(monkeypatch):
+    """As Apple's, for which the "meta" device stands in here."""
+    to = torch.Tensor.to
+
+    def without_float64(self, *args, **kwargs):
+        if self.dtype == torch.float64 and torch.device("meta") in (*args, *kwargs.values()):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return to(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", without_float64)
+    sampler = DDIMSampler(Model(), device=torch.device("meta"))
+    sampler.make_schedule(5, ddim_eta=0.5, verbose=False)
+    buffers = [value for value in vars(sampler).values() if isinstance(value, torch.Tensor)]
+    assert len(buffers) == 12
+    assert {(b.dtype, b.device.type) for b in buffers} == {(torch.float32, "meta")}
 
 
 def test_a_new_schedule_replaces_all_of_the_old():
@@ -773,7 +823,7 @@ def test_verbose_prints_the_schedule(capsys):
 REFUSED = {
     "S = 0": ({"S": 0}, r"ddim_num_steps must be an integer in \[1, 60\]"),
     "S > T": ({"S": 61}, r"ddim_num_steps must be an integer in \[1, 60\]"),
-    "S = T": ({"S": 60}, "last one, 59, or before, got 60 for ddim_num_steps=60: take 30 steps"),
+    "S = T": ({"S": 60}, "last one, 59, or before, got 60 for ddim_num_steps=60: take 30 .*or all 60 by .*use_original_steps=True"),
     "eta < 0": ({"eta": -0.1}, "eta must be a finite number"),
     "eta a tensor": ({"eta": torch.tensor(0.5)}, r"eta must be a finite number.*got tensor\(0.5"),
     "eta too large": ({"eta": 9.0}, "eta may be at most"),

@@ -21,12 +21,19 @@ from .traced_step import step_between_levels
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
+def originals_x0(k: Tensor, x: Tensor, m: Tensor, prediction_type: str) -> Tensor:
+    """Run the operations of the originals' predictions of x0, with a coefficient ``k``."""
+    if prediction_type == "sample":
+        return m
+    return k * x - k * m if prediction_type == "v_prediction" else (x - k * m) / k
+
+
 def _originals_results(
     x: Tensor, m: Tensor, noise: Tensor | None, *, prediction_type: str, clip: bool, thresholding: bool
 ) -> tuple[Tensor, Tensor]:
     """Run the operations of the originals' ``step``; return x0 and x_prev."""
     k = torch.empty((), dtype=torch.float32, device=x.device)
-    x0 = m if prediction_type == "sample" else k * x - k * m
+    x0 = originals_x0(k, x, m, prediction_type)
     if thresholding:
         x0 = (x0.reshape(len(x0), -1) / 1).reshape(x0.shape)
     elif clip:

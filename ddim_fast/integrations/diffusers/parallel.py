@@ -14,6 +14,7 @@ from ...kernels.contract import StepCoefficients
 from ..original_results import kinds_of_results, per_sample_coefficient, step_of_kind
 from .arguments import LeaveToOriginal, batch_of_timesteps
 from .config_fields import add_config_fields, check_flags
+from .fused_steps import originals_x0
 from .sampling_step import SamplingSteps
 
 
@@ -25,7 +26,7 @@ def _originals_batch_step(
     Its coefficients have dimensions, so half precision is promoted.
     """
     k = per_sample_coefficient(x, levels)
-    x0 = m if prediction_type == "sample" else k * x - k * m
+    x0 = originals_x0(k, x, m, prediction_type)
     x0 = x0.clamp(-1, 1) if clip else x0
     return (k * x0 + k * ((x - k * x0) / k),)
 
