@@ -69,7 +69,8 @@ class LoadedModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         network = self.network
         kept = _ScriptArchive(network) if isinstance(network, torch.jit.ScriptModule) else network
-        return {**vars(self), "_modules": {**self._modules, "network": kept}}
+        state = vars(self)
+        return {**state, "_modules": {**state["_modules"], "network": kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         kept = state["_modules"]["network"]
