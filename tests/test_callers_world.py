@@ -3,13 +3,15 @@ of models that are sampled between two steps of their training."""
 
 import copy
 import pickle
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
-from ddim_fast import DDIMSampler, NoiseSchedule, load_model, sample_seeds, slerp
+from ddim_fast import DDIMSampler, NoiseSchedule, load_model, sample_seeds, slerp, standard_normals
 from ddim_fast.kernels import dispatch
 from ddim_fast.plans.files import TimestepList
 from ddim_fast.sampling.capture import GraphCache
@@ -200,3 +202,38 @@ def test_what_people_hold_can_be_copied_and_sent_to_workers_before_and_after_its
         for again in (before, COPIES[way](thing), COPIES[way](before)):
             assert type(again) is type(thing), name
             assert torch.equal(use(again), expected), name
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+def step_with_a_gradient():
+    x_t = torch.linspace(-1, 1, 64).view(SHAPE).requires_grad_()
+    row = DDIMSampler(LINEAR, 3, 1.0).plan().steps[0].coefficients
+    return dispatch.ddim_step(x_t, x_t * 0.5, row, seeds=torch.tensor([1, 2])).detach()
+
+
+COMPILED = {
+    "seeds": lambda: torch.from_numpy(sample_seeds(2**63 + 5, 3)),
+    "normals": lambda: torch.from_numpy(standard_normals([3, 4], 8, 0)),
+    "step with a gradient": step_with_a_gradient,
+    "sample": lambda: DDIMSampler(LINEAR, 2, 1.0).sample(lambda x, t: x * 0.5, SHAPE, seed=0),
+    "sample, reference": lambda: DDIMSampler(LINEAR, 2, 1.0).sample(
+        lambda x, t: x * 0.5, SHAPE, seed=0, backend="reference"
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning")  # dynamo warns of graph breaks and caches
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # it looks at those of tensors inside a graph
+@pytest.mark.parametrize("name", COMPILED)
+def test_what_a_compiled_function_calls_gives_the_same(name):
+    torch.compiler.reset()
+    compiled = torch.compile(COMPILED[name], backend="eager")
+    assert torch.equal(compiled(), COMPILED[name]())
+
+
+def test_importing_the_package_does_not_load_the_compiler():
+    code = "import sys, ddim_fast; ddim_fast.sample_seeds(0, 1); print('torch._dynamo' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
