@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.untraced import untraced
 from .coefficients import StepCoefficients
 from .fields import PER_ELEMENT, StepInputs
 from .layout import as_rows, plain_memory_reasons
@@ -120,6 +121,7 @@ def run(inputs: StepInputs) -> Tensor:
     return result
 
 
+@untraced
 def normals(seeds: Tensor, shape: tuple[int, ...], step: int, stream: int) -> Tensor:
     """Return normals of the noise standard, ``(len(seeds), *shape)`` float32 on the CPU.
 

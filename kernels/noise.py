@@ -32,6 +32,8 @@ from enum import IntEnum
 
 import numpy as np
 
+from ..utils.untraced import untraced
+
 NOISE_STANDARD_VERSION = 1
 MAX_ELEMENTS = 1 << 34
 """Most elements that one sample may have: a counter has 32 bits and serves four elements."""
@@ -73,6 +75,7 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = np.uint64(0xFFFFFFFF)
 
 
+@untraced
 def philox4x32(counter: np.ndarray, key: np.ndarray, rounds: int = 10) -> np.ndarray:
     """Return the words of Philox4x32, ``(..., 4)`` uint32.
 
@@ -117,6 +120,7 @@ def _horner(coefficients: Sequence[float], x: np.ndarray) -> np.ndarray:
     return total
 
 
+@untraced
 def words_to_normals(words: np.ndarray) -> np.ndarray:
     """Turn words ``(..., 4)`` uint32 into normals ``(..., 4)`` float32, by the formula above."""
     a, b = words[..., 0::2], words[..., 1::2]
@@ -135,6 +139,7 @@ def words_to_normals(words: np.ndarray) -> np.ndarray:
     return np.stack([radius * cosine, radius * sine], axis=-1).reshape(words.shape)
 
 
+@untraced
 def philox_words(seed: int, n: int, step: int, stream: int, first_counter: int = 0) -> np.ndarray:
     """Return the words of ``n`` consecutive counters, ``(n, 4)`` uint32."""
     counter = np.zeros((n, 4), dtype=np.uint32)
@@ -148,6 +153,7 @@ def philox_words(seed: int, n: int, step: int, stream: int, first_counter: int =
 _CHUNK = 1 << 16  # counters at a time: keeps the float64 temporaries small
 
 
+@untraced
 def standard_normals(
     seeds: Sequence[int] | np.ndarray, n: int, step: int, stream: int = NoiseStream.STEP
 ) -> np.ndarray:
@@ -173,6 +179,7 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed must be an integer in [0, 2**64), got {seed}")
 
 
+@untraced
 def sample_seeds(seed: int, count: int, first: int = 0) -> np.ndarray:
     """Return the seeds of the samples ``first .. first + count - 1`` of a run.
 

@@ -1,14 +1,20 @@
 """What is the caller's stays the caller's: the default device and dtype under which the package is called, and the autograd
 of models that are sampled between two steps of their training."""
 
+import copy
+import pickle
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
-from ddim_fast import DDIMSampler, NoiseSchedule, load_model, sample_seeds, slerp
+from ddim_fast import DDIMSampler, NoiseSchedule, load_model, sample_seeds, slerp, standard_normals
 from ddim_fast.kernels import dispatch
+from ddim_fast.plans.files import TimestepList
+from ddim_fast.sampling.capture import GraphCache
 from ddim_fast.sampling.inversion import reconstruction_error
 from ddim_fast.search import Search, search_timesteps
 
@@ -146,3 +152,88 @@ class Recording(Net):
 @pytest.mark.parametrize("name", CALLING_A_MODEL)
 def test_results_have_no_gradient_even_if_the_model_records_one(name):
     assert not calls(Recording)[name]().requires_grad
+
+
+# --- Copies -----------------------------------------------------------------------------------------------------------
+
+
+def held():
+    """What people hold, each with what it gives."""
+    sampler, model = DDIMSampler(LINEAR, 3, 1.0, clip_sample=True), Net()
+    plan, x0 = sampler.plan(model), torch.linspace(-1, 1, 64).view(SHAPE)
+    table = plan.table("cpu", 2.0)
+    row, other = plan.steps[1].coefficients, table.coefficients(1)[0]
+    optimized = sampler.optimize(model, SHAPE, compile=False, tolerance=1.0)
+    trajectory = sampler.sample(model, SHAPE, seed=0, return_trajectory=True)
+    chosen = TimestepList((7, 3, 1), 100, provenance={"method": "by hand"}, model_timesteps=(6, 3, 2))
+
+    def drawn(sampler):
+        return sampler.sample(model, SHAPE, seed=0)
+
+    def step(row):
+        return dispatch.ddim_step(x0, x0.flip(0), row, seeds=torch.tensor([1, 2]))
+
+    return {
+        "sampler": (sampler, drawn),
+        "sampler with a list and a cache": (DDIMSampler(LINEAR, timesteps=chosen, graphs=GraphCache(3)), drawn),
+        "schedule": (LINEAR, lambda schedule: drawn(DDIMSampler(schedule, 3))),
+        "plan": (plan, lambda plan: plan.table().rows),
+        "planned step": (plan.steps[1], lambda planned: step(planned.coefficients)),
+        "row": (row, step),
+        "row of a table": (other, step),
+        "table": (table, lambda table: table.rows),
+        "trajectory": (trajectory, lambda trajectory: trajectory.samples),
+        "list of timesteps": (chosen, lambda chosen: drawn(DDIMSampler(LINEAR, timesteps=chosen))),
+        "cache of graphs": (GraphCache(3), lambda cache: drawn(sampler.replace(graphs=cache))),
+        "optimized model": (optimized, lambda model: sampler.sample(model, SHAPE, seed=0)),
+        "the model that ships": (load_model(), lambda model: model.unet.state_dict()["time_mlp.0.weight"]),
+        "search": (Search(model, LINEAR, SHAPE[1:], 2), lambda search: numbers(search.candidate_timesteps)),
+    }
+
+
+COPIES = {"pickle": lambda x: pickle.loads(pickle.dumps(x)), "copy": copy.copy, "deepcopy": copy.deepcopy}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_what_people_hold_can_be_copied_and_sent_to_workers_before_and_after_its_use(way):
+    for name, (thing, use) in held().items():
+        before = COPIES[way](thing)
+        expected = use(thing)
+        for again in (before, COPIES[way](thing), COPIES[way](before)):
+            assert type(again) is type(thing), name
+            assert torch.equal(use(again), expected), name
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+def step_with_a_gradient():
+    x_t = torch.linspace(-1, 1, 64).view(SHAPE).requires_grad_()
+    row = DDIMSampler(LINEAR, 3, 1.0).plan().steps[0].coefficients
+    return dispatch.ddim_step(x_t, x_t * 0.5, row, seeds=torch.tensor([1, 2])).detach()
+
+
+COMPILED = {
+    "seeds": lambda: torch.from_numpy(sample_seeds(2**63 + 5, 3)),
+    "normals": lambda: torch.from_numpy(standard_normals([3, 4], 8, 0)),
+    "step with a gradient": step_with_a_gradient,
+    "sample": lambda: DDIMSampler(LINEAR, 2, 1.0).sample(lambda x, t: x * 0.5, SHAPE, seed=0),
+    "sample, reference": lambda: DDIMSampler(LINEAR, 2, 1.0).sample(
+        lambda x, t: x * 0.5, SHAPE, seed=0, backend="reference"
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning")  # dynamo warns of graph breaks and caches
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # it looks at those of tensors inside a graph
+@pytest.mark.parametrize("name", COMPILED)
+def test_what_a_compiled_function_calls_gives_the_same(name):
+    torch.compiler.reset()
+    compiled = torch.compile(COMPILED[name], backend="eager")
+    assert torch.equal(compiled(), COMPILED[name]())
+
+
+def test_importing_the_package_does_not_load_the_compiler():
+    code = "import sys, ddim_fast; ddim_fast.sample_seeds(0, 1); print('torch._dynamo' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"

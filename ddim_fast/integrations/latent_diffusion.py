@@ -8,7 +8,6 @@ those of CompVis/latent-diffusion, CompVis/stable-diffusion and Stability-AI/sta
 from __future__ import annotations
 
 import math
-import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -29,7 +28,7 @@ from ..plans.coefficients import (
     noising_coefficients,
     variance_with_room,
 )
-from ..utils.checks import check_choice, check_integer, check_number
+from ..utils.checks import as_index, check_choice, check_integer, check_number
 from .original_results import HALF_PRECISION, kinds_of_results, per_sample_coefficient, step_of_kind, step_with_x0
 from .rows_by_timestep import RowsByTimestep
 
@@ -502,7 +501,7 @@ class DDIMSampler:
         return self.ddim_timesteps[: None if timesteps is None else int(min(timesteps / count, 1) * count) - 1]
 
     def _row(self, index: int, use_original_steps: bool, temperature: float = 1.0) -> StepCoefficients:
-        key = bool(use_original_steps), operator.index(index), float(temperature)
+        key = bool(use_original_steps), as_index(index), float(temperature)
         if key not in self._rows:
             levels = self._levels_of(use_original_steps)
             if not 0 <= index < len(levels):

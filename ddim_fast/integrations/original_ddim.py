@@ -8,7 +8,6 @@ Replaces ``functions/denoising.py`` of ermongroup/ddim. This is the whole change
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import check_eta, ddim_coefficients, ddpm_variance, variance_with_room
-from ..utils.checks import refuse
+from ..utils.checks import as_index, refuse
 from .original_results import kinds_of_results, per_sample_coefficient, step_with_x0
 
 Model = Callable[[Tensor, Tensor], Tensor]
@@ -128,7 +127,7 @@ def _steps(
     """
     alpha_bars = _alpha_bars(b)
     try:
-        timesteps = [operator.index(t) for t in seq]
+        timesteps = [as_index(t) for t in seq]
     except TypeError:
         refuse("seq must be integers", seq, "round them, for instance with int(t)", TypeError)
     pairs = list(pairwise([-1, *timesteps]))

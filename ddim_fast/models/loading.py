@@ -6,6 +6,7 @@ as it is.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import warnings
@@ -64,6 +65,19 @@ class LoadedModel(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
         return output_tensor(self.network(x, t, **conditioning), x)
+
+    # ---- pickle: torch pickles no TorchScript ----
+
+    def __getstate__(self) -> dict[str, Any]:
+        network = self.network
+        kept = _ScriptArchive(network) if isinstance(network, torch.jit.ScriptModule) else network
+        state = vars(self)
+        return {**state, "_modules": {**state["_modules"], "network": kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        kept = state["_modules"]["network"]
+        network = kept.network if isinstance(kept, _ScriptArchive) else kept
+        super().__setstate__({**state, "_modules": {**state["_modules"], "network": network}})
 
 
 def load_model(
@@ -516,8 +530,7 @@ def _archive_kind(path: Path) -> str:
 
 def _load_torchscript(path: Path, device: torch.device, dtype: torch.dtype | None) -> LoadedModel:
     try:
-        with warnings.catch_warnings():  # newer torch calls TorchScript deprecated; archives exist all the same
-            warnings.simplefilter("ignore", DeprecationWarning)
+        with _without_deprecations():
             network = torch.jit.load(str(path), map_location=device)
     except RuntimeError as error:
         raise ValueError(f"torch cannot load the TorchScript archive {path}: {first_line(error)}") from error
@@ -545,11 +558,39 @@ def _load_exported(path: Path, device: torch.device, dtype: torch.dtype | None) 
 _ARCHIVES = {"TorchScript": _load_torchscript, "torch.export": _load_exported}
 
 
+class _ScriptArchive:
+    """A TorchScript module that is pickled as its archive."""
+
+    def __init__(self, network: torch.jit.ScriptModule):
+        self.network = network
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        archive = io.BytesIO()
+        with _without_deprecations():
+            torch.jit.save(self.network, archive)
+        return _script_from, (archive.getvalue(),)
+
+
+def _script_from(archive: bytes) -> _ScriptArchive:
+    with _without_deprecations():
+        return _ScriptArchive(torch.jit.load(io.BytesIO(archive)))
+
+
+@contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """Keep newer torch from calling TorchScript deprecated: archives exist all the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
 class _Exported(nn.Module):
-    """An exported program as a module, with an error that names the shapes it takes."""
+    """An exported program as a module, with an error that names the shapes it takes. It is pickled
+    as its archive."""
 
     def __init__(self, program: torch.export.ExportedProgram):
         super().__init__()
+        self._exported = program
         self.program = program.module()
         values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
         self._takes = ", ".join(
@@ -571,7 +612,16 @@ class _Exported(nn.Module):
                 f"and t {tuple(t.shape)}: sample in that shape, or export it with dynamic_shapes ({first_line(error)})"
             ) from error
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        archive = io.BytesIO()
+        torch.export.save(self._exported, archive)
+        return _exported_from, (archive.getvalue(), self.training)
+
     def train(self, mode: bool = True) -> _Exported:
         """Set ``training`` only: an exported program has the mode in which it was exported."""
         self.training = mode
         return self
+
+
+def _exported_from(archive: bytes, training: bool) -> _Exported:
+    return _Exported(torch.export.load(io.BytesIO(archive))).requires_grad_(False).train(training)

@@ -3,7 +3,6 @@ noise, a noised picture, a known region."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..kernels.noise import NoiseStream, check_seed, sample_seeds
 from ..kernels.torch_internals import tree_map_only
 from ..models.protocol import Model
 from ..plans.coefficients import known_region_coefficients, noising_coefficients
-from ..utils.checks import check_alike, check_samples, usable_device
+from ..utils.checks import as_index, check_alike, check_samples, usable_device
 
 BEFORE_THE_FIRST_STEP = (1 << 32) - 1
 """Step -1 of the noise standard's stream KNOWN_REGION: the noise of the known region at x_T, before
@@ -45,7 +44,7 @@ def _check_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
     if shape is None:
         raise ValueError("shape is needed where no x_T is given, got None: for instance shape=(16, 3, 32, 32)")
     try:
-        shape = tuple(operator.index(size) for size in shape)
+        shape = tuple(as_index(size) for size in shape)
     except TypeError:
         raise TypeError(f"shape must be integers (batch, channels, ...), got {shape!r}") from None
     if len(shape) < 2 or min(shape) < 0:
@@ -120,7 +119,7 @@ def _per_sample_seeds(seed: int | None, seeds, batch_size: int) -> Tensor:
 
 def _integer(name: str, value: Any) -> int:
     try:
-        return operator.index(value)
+        return as_index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got the {type(value).__name__} {value!r}") from None
 

@@ -26,6 +26,16 @@ def refuse(rule: str, value: object, remedy: str = "", kind: type[Exception] = V
     raise kind(f"{rule}, got {value!r:.200}" + (f": {remedy}" if remedy else ""))
 
 
+def as_index(value: Any) -> int:
+    """Return ``value`` as an int, as ``operator.index`` does.
+
+    Raises:
+        TypeError: it is not an integer.
+    """
+    # torch.compile fails in operator.index of an IntEnum.
+    return int(value) if isinstance(value, int) else operator.index(value)
+
+
 def check_choice(name: str, value: object, choices: Iterable[str], remedy: str = "") -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     choices = tuple(choices)
@@ -44,7 +54,7 @@ def check_integer(
     """
     rule = f"{name} must be an integer" + _range(at_least, at_most)
     try:
-        number = operator.index(value)
+        number = as_index(value)
     except TypeError:
         refuse(rule, value, remedy, TypeError)
     if isinstance(value, bool):

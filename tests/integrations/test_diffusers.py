@@ -754,6 +754,23 @@ def test_what_no_operator_does_breaks_the_graph(flag):
     assert torch.equal(got.prev_sample, fast.step(m, t, x).prev_sample)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning")
+def test_noise_from_the_seeds_of_generators_breaks_the_graph(count):
+    torch.compiler.reset()
+    x, m = tensors(np.random.default_rng(0), [torch.float32] * 2)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(x))]
+    generator = generators if count > 1 else generators[0]
+    steps = []
+    for compile in (lambda step: step, lambda step: torch.compile(step, backend="eager")):
+        fast = FastDDIMScheduler(philox_noise=True)
+        fast.set_timesteps(7)
+        step = compile(lambda m, x, s=fast: s.step(m, int(s.timesteps[3]), x, eta=1.0, generator=generator).prev_sample)
+        with torch.no_grad():
+            steps.append(step(m, x))
+    assert torch.equal(*steps)
+
+
 # --- Being a scheduler of diffusers -----------------------------------------------------------------------------------
 
 

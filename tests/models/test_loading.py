@@ -1,6 +1,7 @@
 """Models from files, against the objects that were saved, and against diffusers' own loop."""
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -576,6 +577,37 @@ def test_exported_programs(tmp_path, dynamic):
         assert torch.equal(model(x, t), net(x, t))
         sampler = DDIMSampler(LINEAR, 4, 1.0)
         assert torch.equal(sampler.sample(model, x_T=x, seed=0), sampler.sample(net, x_T=x, seed=0))
+
+
+def by_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "the oldest pickle": lambda model: pickle.loads(pickle.dumps(model, 0)),
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "torch.save": by_torch_save,
+}
+
+
+@READS_EXPORTED
+@pytest.mark.parametrize("save", [save_torchscript, save_exported])
+@pytest.mark.parametrize("way", COPIES)
+def test_archives_are_copied_and_pickled_with_their_weights_as_they_are(tmp_path, save, way):
+    model = trusted(save(seeded(Net), tmp_path / "model"))
+    model.prediction_type = "v_prediction"
+    for parameter in model.parameters():
+        parameter.mul_(0.5)
+    expected = DDIMSampler(LINEAR, 3).sample(model, (3, 2, 4, 4), seed=0)
+    again = COPIES[way](model)
+    assert again.prediction_type == "v_prediction"
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    assert torch.equal(DDIMSampler(LINEAR, 3).sample(again, (3, 2, 4, 4), seed=0), expected)
 
 
 def test_exported_programs_say_which_shapes_they_take(tmp_path):
