@@ -29,6 +29,7 @@ from ..kernels.layout import DTYPES_OF_KERNELS
 from ..kernels.torch_internals import forward_hooks, tree_flatten, tree_unflatten
 from ..models.protocol import Model
 from ..plans.plan import PlannedStep, SamplingPlan
+from ..utils.checks import check_choice
 from .cuda_graphs import CapturedGraph, CudaGraphs, GraphBackend
 from .loop import Loop, Position, Timing, model_calls
 
@@ -295,8 +296,7 @@ def choose_mode(
     Raises:
         ValueError: the mode asked for is unknown or impossible; the message has the reason.
     """
-    if capture not in MODES:
-        raise ValueError(f"capture must be one of {', '.join(MODES)}, got {capture!r}")
+    check_choice("capture", capture, MODES)
     reason: str | None
     if device.type not in cache.device_types:
         reason = f"it needs a CUDA device, and the samples are on {device}"
