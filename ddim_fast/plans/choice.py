@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..utils.warn import warn_caller
 from .files import SUFFIX, TimestepList, read_timesteps
 from .schedules import NoiseSchedule
 from .timesteps import explicit_model_timesteps, explicit_timesteps, respaced_timesteps, select_timesteps
@@ -105,7 +106,13 @@ def _visited(
     total = schedule.num_train_timesteps
     if timesteps is None:
         count = DEFAULT_STEPS if count is None else count
-        return select_timesteps(count, total, spacing, steps_offset=steps_offset, schedule=schedule)
+        visited = select_timesteps(count, total, spacing, steps_offset=steps_offset, schedule=schedule)
+        if len(visited) == 1 and visited[0] < total - 1:
+            warn_caller(
+                f"one step from noise must be taken at the noisiest timestep, got {visited[0]} of 0 to {total - 1} from "
+                f"{spacing!r} spacing, whose samples are noise: use 'trailing' spacing, or timesteps=[{total - 1}]"
+            )
+        return visited
     if isinstance(timesteps, str):
         return _checked_count(respaced_timesteps(timesteps, total), count)
     assert not isinstance(timesteps, (os.PathLike, TimestepList))  # files were read before

@@ -174,3 +174,11 @@ def test_a_device_that_is_not_there_is_refused(name, message, tmp_path, monkeypa
     result = CliRunner().invoke(main, ["sample", "--device", name, "--out", str(tmp_path / "grid.png")])
     assert result.exit_code != 0
     assert message in result.output
+
+
+def test_one_step_that_leaves_noise_has_a_note(tmp_path):
+    arguments = ("sample", "--steps", 1, "-n", 1, "--out", tmp_path / "grid.png")
+    note = "note: one step from noise must be taken at the noisiest timestep, got 0"
+    assert run(*arguments, "--spacing", "leading").count(note) == 1
+    assert note not in run(*arguments, "--spacing", "leading", "--quiet")
+    assert "note" not in run(*arguments, "--spacing", "trailing")
