@@ -72,3 +72,35 @@ def test_a_list_of_generators_is_refused_with_seeds_as_the_remedy():
     generators = [torch.Generator(), torch.Generator(), torch.Generator()]
     with pytest.raises(TypeError, match=r"generator must be one torch.Generator.*seeds=\[\.\.\.\]"):
         DDIMSampler(NoiseSchedule.linear(), 2).sample(lambda x, t: x, (3, 2, 2), generator=generators)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({}, ValueError, r"num_inference_steps must be given .* fewer than 50 timesteps, got None: pass 1 to 20"),
+        ({"timestep_spacing": "even"}, ValueError, r"timestep_spacing must be one of .*'even': .*timesteps=\[\.\.\.\]"),
+        ({"timesteps": "ddim"}, ValueError, "timesteps must be 'ddim' and a count, .*got 'ddim'"),
+        ({"timesteps": "0,0"}, ValueError, "timesteps must ask for at least one timestep, got"),
+        (
+            {"analytic_variance": None},
+            TypeError,
+            "analytic_variance must be True, False or a list of numbers, got None",
+        ),
+        ({"analytic_variance": "x"}, TypeError, "analytic_variance must be True, False or a list of numbers, got 'x'"),
+        ({"analytic_variance": torch.tensor(1.0)}, TypeError, "analytic_variance must be one number for each"),
+        (
+            {"analytic_variance": ["a"]},
+            TypeError,
+            r"analytic_variance\[0\] must be a finite number, at least 0, got 'a'",
+        ),
+    ],
+)
+def test_a_mistake_in_the_constructor_is_refused_by_the_name_of_the_argument(arguments, error, said):
+    with pytest.raises(error, match=f"^{said}"):
+        DDIMSampler(NoiseSchedule.linear(20), **arguments)
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.int64, torch.complex64, True])
+def test_sample_parallel_refuses_a_dtype_by_its_name(dtype):
+    with pytest.raises(TypeError, match=r"^dtype must be a floating-point torch\.dtype"):
+        DDIMSampler(NoiseSchedule.linear(), 2).sample_parallel(lambda x, t: x, (2, 2), dtype=dtype, seed=0)
