@@ -58,7 +58,9 @@ class DDIMSampler:
         model_timesteps: the timestep given to the model at each of these, where it is a different
             one (arXiv 2310.09469, 2405.15506). None: what the file of timesteps says, or else the
             timesteps visited.
-        timestep_spacing: how S timesteps are chosen, a key of ``plans.timesteps.SPACINGS``.
+        timestep_spacing: how S timesteps are chosen, a key of ``plans.timesteps.SPACINGS``. One
+            step of "leading", "linspace", "uniform" or "quad" is at the cleanest timestep, which
+            warns.
         steps_offset: added to the timesteps of "leading" spacing.
         prediction_type: "epsilon", "sample" or "v_prediction". None: what the model says of itself,
             or else "epsilon".

@@ -558,6 +558,7 @@ def test_samples_may_have_any_number_of_dimensions(shape):
 
 @pytest.mark.parametrize("count", [1, 2, 999, 1000])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.filterwarnings("ignore:one step from noise")
 def test_as_many_model_calls_as_steps_at_the_timesteps_chosen(count, spacing):
     seen = []
     sampler = DDIMSampler(LINEAR, count, timestep_spacing=spacing)

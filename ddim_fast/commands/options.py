@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import wraps
@@ -128,18 +129,24 @@ class Run:
         options = self.sampler_options()
         if self.spacing is not None:
             options["timestep_spacing"] = self.spacing
-        return DDIMSampler(
-            self.noise_schedule(),
-            self.steps,
-            self.eta,
-            timesteps=parse_timesteps(self.timesteps),
-            eta_scales=self.eta_scales,
-            sigma_hat=self.sigma_hat,
-            order=self.order,
-            analytic_variance=self.analytic_variance,
-            **options,
-            **more,
-        )
+        schedule, timesteps = self.noise_schedule(), parse_timesteps(self.timesteps)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            sampler = DDIMSampler(
+                schedule,
+                self.steps,
+                self.eta,
+                timesteps=timesteps,
+                eta_scales=self.eta_scales,
+                sigma_hat=self.sigma_hat,
+                order=self.order,
+                analytic_variance=self.analytic_variance,
+                **options,
+                **more,
+            )
+        for warning in () if self.quiet else caught:
+            click.echo(f"note: {warning.message}", err=True)
+        return sampler
 
     def check_memory(self, name: str, count: int, kept: int = 1, grids: int = 1) -> None:
         """Raise ValueError where ``count`` samples do not fit into memory, each ``kept`` times as

@@ -4,12 +4,14 @@ timesteps."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ..utils.checks import check_choice, check_number, refuse
+from ..utils.warn import warn_caller
 from .files import SUFFIX, TimestepList, read_timesteps
 from .schedules import NoiseSchedule
-from .timesteps import explicit_model_timesteps, explicit_timesteps, respaced_timesteps, select_timesteps
+from .timesteps import SPACINGS, explicit_model_timesteps, explicit_timesteps, respaced_timesteps, select_timesteps
 
 DEFAULT_STEPS = 50
 
@@ -70,6 +72,11 @@ def choose_timesteps(
         visited = _visited(schedule, num_inference_steps, timesteps, timestep_spacing, steps_offset)
     else:
         visited = _checked_count(of_file.for_schedule(schedule, timesteps_name), num_inference_steps)
+    if residual is not None and len(residual) != len(visited):
+        refuse(
+            f"analytic_variance must be one finite number, 0 or more, for each of the {len(visited)} timesteps",
+            residual,
+        )
     if model_timesteps is None and of_file is not None:
         model_timesteps = of_file.model_timesteps
     given = visited if model_timesteps is None else model_timesteps
@@ -85,7 +92,14 @@ def _residual(
     if analytic_variance is False:
         return None
     if analytic_variance is not True:
-        return tuple(map(float, analytic_variance)) or None
+        if isinstance(analytic_variance, (str, bytes)) or not isinstance(analytic_variance, Iterable):
+            refuse("analytic_variance must be True, False or a list of numbers", analytic_variance, kind=TypeError)
+        values = analytic_variance.tolist() if hasattr(analytic_variance, "tolist") else list(analytic_variance)
+        if not isinstance(values, list):
+            refuse("analytic_variance must be one number for each timestep", values, kind=TypeError)
+        return (
+            tuple(check_number(f"analytic_variance[{i}]", value, at_least=0) for i, value in enumerate(values)) or None
+        )
     if of_file is None:
         raise ValueError(
             "analytic_variance=True takes the mean squared error of eps from a file of timesteps that ddim-fast "
@@ -104,10 +118,23 @@ def _visited(
 ) -> tuple[int, ...]:
     total = schedule.num_train_timesteps
     if timesteps is None:
+        check_choice("timestep_spacing", spacing, SPACINGS, "for a list of your own pass timesteps=[...]")
+        if count is None and total < DEFAULT_STEPS:
+            refuse(
+                f"num_inference_steps must be given for a schedule of fewer than {DEFAULT_STEPS} timesteps",
+                None,
+                f"pass 1 to {total}",
+            )
         count = DEFAULT_STEPS if count is None else count
-        return select_timesteps(count, total, spacing, steps_offset=steps_offset, schedule=schedule)
+        visited = select_timesteps(count, total, spacing, steps_offset=steps_offset, schedule=schedule)
+        if len(visited) == 1 and visited[0] < total - 1:
+            warn_caller(
+                f"one step from noise must be taken at the noisiest timestep, got {visited[0]} of 0 to {total - 1} from "
+                f"{spacing!r} spacing, whose samples are noise: use 'trailing' spacing, or timesteps=[{total - 1}]"
+            )
+        return visited
     if isinstance(timesteps, str):
-        return _checked_count(respaced_timesteps(timesteps, total), count)
+        return _checked_count(respaced_timesteps(timesteps, total, name="timesteps"), count)
     assert not isinstance(timesteps, (os.PathLike, TimestepList))  # files were read before
     return _checked_count(explicit_timesteps(timesteps, total), count)
 

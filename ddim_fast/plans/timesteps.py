@@ -316,7 +316,7 @@ def _timesteps_of_log_snr(wanted: np.ndarray, snr: np.ndarray) -> np.ndarray:
 
 
 def respaced_timesteps(
-    respacing: str | Sequence[int] | np.ndarray | Tensor, num_train_timesteps: int
+    respacing: str | Sequence[int] | np.ndarray | Tensor, num_train_timesteps: int, *, name: str = "respacing"
 ) -> tuple[int, ...]:
     """Timesteps of a respacing string in the notation of improved-diffusion and guided-diffusion.
 
@@ -330,6 +330,7 @@ def respaced_timesteps(
     Args:
         respacing: such a string, or the sections' counts.
         num_train_timesteps: T >= 1.
+        name: what errors call ``respacing``.
 
     Returns:
         As many distinct integers in [0, T-1] as the notation asks for, decreasing.
@@ -341,13 +342,13 @@ def respaced_timesteps(
     """
     num_train_timesteps = check_integer("num_train_timesteps", num_train_timesteps, at_least=1)
     if not isinstance(respacing, str):
-        return _sectioned_timesteps(_integer_list("respacing", respacing), num_train_timesteps)
+        return _sectioned_timesteps(_integer_list(name, respacing), num_train_timesteps, name)
     if match := re.fullmatch(r"ddim([0-9]{1,18})", respacing):
         return _ddim_timesteps(int(match[1]), num_train_timesteps)
     if re.fullmatch(r"\s*[0-9]{1,18}\s*(,\s*[0-9]{1,18}\s*)*", respacing):
-        return _sectioned_timesteps([int(count) for count in respacing.split(",")], num_train_timesteps)
+        return _sectioned_timesteps([int(count) for count in respacing.split(",")], num_train_timesteps, name)
     raise ValueError(
-        f"respacing must be 'ddim' and a count, or counts separated by commas, got {respacing!r}: "
+        f"{name} must be 'ddim' and a count, or counts separated by commas, got {respacing!r}: "
         "write for example 'ddim50' or '10,15,20'"
     )
 
@@ -415,9 +416,9 @@ def _ddim_timesteps(count: int, num_train_timesteps: int) -> tuple[int, ...]:
     return distinct_timesteps(uniform(SpacingRequest(count, num_train_timesteps)), num_train_timesteps)
 
 
-def _sectioned_timesteps(counts: list[int], num_train_timesteps: int) -> tuple[int, ...]:
+def _sectioned_timesteps(counts: list[int], num_train_timesteps: int, name: str) -> tuple[int, ...]:
     if not counts or max(counts) < 1:
-        raise ValueError(f"respacing must ask for at least one timestep, got {counts}: write for example '10,15,20'")
+        raise ValueError(f"{name} must ask for at least one timestep, got {counts}: write for example '10,15,20'")
     size, longer = divmod(num_train_timesteps, len(counts))
     timesteps: list[int] = []
     start = 0

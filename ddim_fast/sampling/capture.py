@@ -9,10 +9,8 @@ graph is kept (``_key``), so a different value leads to a different graph, never
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +27,8 @@ from ..kernels.layout import DTYPES_OF_KERNELS
 from ..kernels.torch_internals import forward_hooks, tree_flatten, tree_unflatten
 from ..models.protocol import Model
 from ..plans.plan import PlannedStep, SamplingPlan
+from ..utils.checks import check_choice
+from ..utils.warn import warn_caller
 from .cuda_graphs import CapturedGraph, CudaGraphs, GraphBackend
 from .loop import Loop, Position, Timing, model_calls
 
@@ -36,7 +36,6 @@ MODES = ("auto", "loop", "step", "off")
 """One graph for the whole loop, one for a step that is replayed for each, or none; "auto": "step"
 where it can be."""
 
-_PACKAGE = __name__.partition(".")[0]
 _LOADED = ("x_t", "seeds", "mask", "known_x0")  # tensors of a Loop that are copied in for each call
 _SCRATCH = ("noise", "known_noise", "model_input", "x_seen", "x0", "history")  # tensors that the steps fill
 
@@ -234,7 +233,7 @@ class GraphCache:
             return None if key in failed else self._get(mode, job)
         except Exception as error:
             if None not in failed:
-                warnings.warn(f"sampling without CUDA graphs: {error}", stacklevel=_callers_level())
+                warn_caller(f"sampling without CUDA graphs: {error}")
             failed |= {key, None}
             return None
 
@@ -253,17 +252,6 @@ class GraphCache:
             self._failed.clear()
             while self._captured:
                 _free(self._captured.popitem()[1][1])
-
-
-def _callers_level() -> int:
-    """Return the ``stacklevel`` of the line outside this package that called the sampler."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
-        _PACKAGE,
-        "contextlib",
-    ):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _free(captured: CapturedLoop) -> None:
@@ -295,8 +283,7 @@ def choose_mode(
     Raises:
         ValueError: the mode asked for is unknown or impossible; the message has the reason.
     """
-    if capture not in MODES:
-        raise ValueError(f"capture must be one of {', '.join(MODES)}, got {capture!r}")
+    check_choice("capture", capture, MODES)
     reason: str | None
     if device.type not in cache.device_types:
         reason = f"it needs a CUDA device, and the samples are on {device}"

@@ -45,6 +45,7 @@ def inpaint(
     """Keep the known part of pictures, and draw the rest: see ``DDIMSampler.inpaint``."""
     check_samples("x0", x0)
     options = options.replace(mask=mask, known_x0=x0)
+    steps_of_strength(strength, plan.num_inference_steps)
     if strength == 1:
         return sample(plan, model, None, options, graphs)
     return img2img(plan, model, x0, strength, options, graphs)
@@ -61,6 +62,9 @@ def interpolate(
 ) -> Tensor | Trajectory:
     """Sample between two starts: see ``DDIMSampler.interpolate``."""
     weights = check_weights(weights)
+    check_samples("x_T_first", x_T_first)
+    check_samples("x_T_last", x_T_last)
+    check_alike("x_T_last", x_T_last, "x_T_first", x_T_first)
     x_T = torch.cat([slerp(x_T_first, x_T_last, weight) for weight in weights])
     pairs, times = len(x_T_first), len(weights)
     noise, guidance = options.noise, options.guidance
@@ -70,7 +74,9 @@ def interpolate(
         seed=None,
         seeds=None if seeds is None else seeds.repeat(times),
         conditioning=repeat_conditioning(guidance.conditioning, pairs, times),
-        unconditional_conditioning=repeat_conditioning(guidance.unconditional_conditioning, pairs, times),
+        unconditional_conditioning=repeat_conditioning(
+            guidance.unconditional_conditioning, pairs, times, "unconditional_conditioning"
+        ),
     )
     result = sample(plan, model, None, options, graphs)
     shape = (times, *(x_T_first.shape if pairs != 1 else x_T_first.shape[1:]))

@@ -15,7 +15,7 @@ from ..kernels.noise import NoiseStream, check_seed, sample_seeds
 from ..kernels.torch_internals import tree_map_only
 from ..models.protocol import Model
 from ..plans.coefficients import known_region_coefficients, noising_coefficients
-from ..utils.checks import as_index, check_alike, check_samples, usable_device
+from ..utils.checks import as_index, check_alike, check_samples, refuse, usable_device
 
 BEFORE_THE_FIRST_STEP = (1 << 32) - 1
 """Step -1 of the noise standard's stream KNOWN_REGION: the noise of the known region at x_T, before
@@ -55,9 +55,11 @@ def _check_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
 def conditionings_of(model: Model, conditioning, scales, unconditional_conditioning) -> list[Mapping[str, Any]]:
     """Return the conditioning of each model call of a step: one, or a conditional and an
     unconditional one."""
-    conditioning = dict(conditioning or {})
     if not callable(model):
         raise TypeError(f"model must be callable as model(x, t, **conditioning), got {type(model).__name__}")
+    conditioning = _keywords("conditioning", conditioning)
+    if unconditional_conditioning is not None:
+        unconditional_conditioning = _keywords("unconditional_conditioning", unconditional_conditioning)
     if scales is None:
         return [conditioning]
     if unconditional_conditioning is None:
@@ -71,7 +73,22 @@ def conditionings_of(model: Model, conditioning, scales, unconditional_condition
     return [conditioning, dict(unconditional_conditioning)]
 
 
-def repeat_conditioning(conditioning: Mapping[str, Any] | None, batch_size: int, times: int) -> dict[str, Any] | None:
+def _keywords(name: str, value: object) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        refuse(
+            f"{name} must be a dict of the model's keywords",
+            value,
+            'for instance {"class_labels": labels}',
+            TypeError,
+        )
+    return dict(value)
+
+
+def repeat_conditioning(
+    conditioning: Mapping[str, Any] | None, batch_size: int, times: int, name: str = "conditioning"
+) -> dict[str, Any] | None:
     """Return the conditioning of ``times`` copies of a batch: tensors with ``batch_size`` rows are
     repeated."""
     if conditioning is None:
@@ -81,7 +98,21 @@ def repeat_conditioning(conditioning: Mapping[str, Any] | None, batch_size: int,
         of_batch = tensor.ndim > 0 and len(tensor) == batch_size
         return tensor.repeat(times, *[1] * (tensor.ndim - 1)) if of_batch else tensor
 
-    return tree_map_only(Tensor, repeat, dict(conditioning))
+    return tree_map_only(Tensor, repeat, _keywords(name, conditioning))
+
+
+def check_generator(generator: object, device: torch.device) -> None:
+    """Raise TypeError or ValueError unless ``generator`` is None, or one that draws on ``device``."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        remedy = "for one seed per sample pass seeds=[...]" if isinstance(generator, Sequence) else "or pass seed"
+        refuse("generator must be one torch.Generator, for all samples", generator, remedy, TypeError)
+    if generator.device.type != device.type:
+        raise ValueError(
+            f"generator must be on the device of the samples, {device}, got one on {generator.device}: "
+            f"make it with torch.Generator({str(device)!r})"
+        )
 
 
 def seeds_of_samples(seed, seeds, generator, batch_size: int, needed: bool = True) -> Tensor | None:
@@ -107,13 +138,13 @@ def _per_sample_seeds(seed: int | None, seeds, batch_size: int) -> Tensor:
         return torch.from_numpy(sample_seeds(seed, batch_size))
     if isinstance(seeds, (Tensor, np.ndarray)):
         seeds = seeds.tolist()
-    if not isinstance(seeds, Sequence):
+    if isinstance(seeds, (str, bytes)) or not isinstance(seeds, Sequence):
         raise TypeError(f"seeds must be a list of integers, one per sample, got {seeds!r}: for one number use seed")
     if len(seeds) != batch_size:
         raise ValueError(f"seeds must have one entry per sample, {batch_size}, got {len(seeds)}")
-    seeds = [_integer("a seed", s) for s in seeds]
-    if bad := [s for s in seeds if not -(1 << 63) <= s < 1 << 64]:
-        raise ValueError(f"a seed must fit in 64 bits, got {bad[0]}")
+    seeds = [_integer(f"seeds[{i}]", s) for i, s in enumerate(seeds)]
+    if bad := [(i, s) for i, s in enumerate(seeds) if not -(1 << 63) <= s < 1 << 64]:
+        raise ValueError("seeds[{}] must fit in 64 bits, got {}".format(*bad[0]))
     return torch.tensor([s - (1 << 64) if s >= 1 << 63 else s for s in seeds], dtype=torch.int64, device="cpu")
 
 
@@ -139,6 +170,7 @@ def noised(x0: Tensor, alpha_bar_t: float, seeds: Tensor | None, generator: torc
     The noise is the one that ``sample`` would start from: of the stream INITIAL, or the generator's
     next ``randn``.
     """
+    check_generator(generator, x0.device)
     x0 = x0.detach()
     noise = None
     if generator is not None:
@@ -161,8 +193,8 @@ def known_region(mask: Tensor | None, known_x0: Tensor | None) -> tuple[Tensor |
         have, lack = ("known_x0", "mask") if mask is None else ("mask", "known_x0")
         raise ValueError(f"inpainting needs both mask and known_x0, got only {have}: pass {lack}, too, or neither")
     check_samples("known_x0", known_x0)
-    if not isinstance(mask, Tensor) or mask.is_complex():
-        raise TypeError(f"mask must be a real tensor, 1 where the picture is known, got {mask!r:.80}")
+    if not isinstance(mask, Tensor) or mask.is_complex() or mask.layout != torch.strided:
+        raise TypeError(f"mask must be a real tensor, dense, 1 where the picture is known, got {mask!r:.80}")
     mask = mask.detach()
     if mask.device.type == "cpu" and not bool(((mask >= 0) & (mask <= 1)).all()):
         raise ValueError(

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from ..models.protocol import Model
 from ..plans.coefficients import weight_at_constant_v
 from ..plans.plan import PlannedStep, SamplingPlan
-from ..utils.checks import check_integer, check_number
+from ..utils.checks import check_dtype, check_integer, check_number
 from .guidance import guidance_scales
 from .initial_state import conditionings_of, initial_state, place, repeat_conditioning, seeds_of_samples
 from .loop import Loop, ModelCall, Timing, model_calls
@@ -78,6 +78,7 @@ def sample_parallel(
             f"{len(plan.steps)} steps has, got window={window}: leave one of them out"
         )
     shape, device, dtype = place(shape, execution.device, execution.dtype, x_T=noise.x_T)
+    check_dtype("dtype", dtype)
     scales = guidance_scales(guidance.guidance_scale, plan.timesteps)
     conditionings = conditionings_of(model, guidance.conditioning, scales, guidance.unconditional_conditioning)
     seeds = seeds_of_samples(noise.seed, noise.seeds, None, shape[0])

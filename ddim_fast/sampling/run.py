@@ -11,12 +11,21 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..kernels.contract import NORMALS
 from ..models.protocol import Model
 from ..plans.plan import PlannedStep, SamplingPlan
-from ..utils.checks import check_dtype
+from ..utils.checks import check_choice, check_dtype, refuse
 from .capture import CapturedLoop, GraphCache, Job, choose_mode
 from .guidance import ClassifierGuidance, check_rescale, classifier_guidance, guidance_scales
-from .initial_state import blend_known_region, conditionings_of, initial_state, known_region, place, seeds_of_samples
+from .initial_state import (
+    blend_known_region,
+    check_generator,
+    conditionings_of,
+    initial_state,
+    known_region,
+    place,
+    seeds_of_samples,
+)
 from .loop import Loop, Timing, Trajectory, model_calls
 from .options import Observation, Options
 
@@ -78,6 +87,9 @@ def _check(plan: SamplingPlan, model: Model, shape: Sequence[int] | None, option
     model_dtype = dtype if execution.model_dtype is None else execution.model_dtype
     check_dtype("dtype", dtype)
     check_dtype("model_dtype", model_dtype)
+    check_choice("normals", options.noise.normals, NORMALS)
+    check_generator(options.noise.generator, device)
+    _check_observation(options.observation)
     check_rescale(guidance.guidance_rescale, guidance.guidance_scale)
     scales = guidance_scales(guidance.guidance_scale, plan.timesteps)
     conditionings = conditionings_of(model, guidance.conditioning, scales, guidance.unconditional_conditioning)
@@ -96,6 +108,15 @@ def _check(plan: SamplingPlan, model: Model, shape: Sequence[int] | None, option
         adds_noise=plan.adds_noise,
         adds_known_noise=mask is not None and plan.adds_known_noise,
     )
+
+
+def _check_observation(observation: Observation) -> None:
+    """Check what the caller watches a run with."""
+    callback, timing = observation.callback, observation.timing
+    if callback is not None and not callable(callback):
+        refuse("callback must be callable as callback(step, t, x_t, x0)", callback, kind=TypeError)
+    if timing is not None and not isinstance(timing, Timing):
+        refuse("timing must be a Timing, to which seconds are added", timing, kind=TypeError)
 
 
 def _mode(request: _Request, options: Options, graphs: GraphCache) -> str:

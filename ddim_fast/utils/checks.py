@@ -128,6 +128,8 @@ def check_samples(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a floating-point tensor ``(B, C, ...)``."""
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point or value.is_nested or value.ndim < 2:
         raise TypeError(f"{name} must be a floating-point tensor (B, C, ...), got {value!r:.80}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}: call .to_dense()")
 
 
 def check_dtype(name: str, value: object) -> None:
@@ -151,12 +153,14 @@ def usable_device(device: str | torch.device) -> torch.device:
     """Return the device of that name.
 
     Raises:
-        ValueError: there is no such name, or torch finds no CUDA device.
+        ValueError: there is no such name, it is "meta", or torch finds no CUDA device.
     """
     try:
         found = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError, ValueError):
         raise ValueError(f"device must be a torch device such as cpu, cuda or cuda:1, got {device!r}") from None
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {found} needs a CUDA device and a torch built for it, and torch finds none: use cpu")
+    if found.type == "meta":
+        raise ValueError("device must be one that holds numbers, got meta: use cpu or cuda")
     return found

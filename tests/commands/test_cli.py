@@ -197,3 +197,11 @@ def test_more_samples_than_fit_into_memory_are_refused_at_once(tmp_path, monkeyp
     output = run(*words, code=1)
     assert f"Error: {name} must fit into memory, of 2 GB, and would take at least" in output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_step_that_leaves_noise_has_a_note(tmp_path):
+    arguments = ("sample", "--steps", 1, "-n", 1, "--out", tmp_path / "grid.png")
+    note = "note: one step from noise must be taken at the noisiest timestep, got 0"
+    assert run(*arguments, "--spacing", "leading").count(note) == 1
+    assert note not in run(*arguments, "--spacing", "leading", "--quiet")
+    assert "note" not in run(*arguments, "--spacing", "trailing")

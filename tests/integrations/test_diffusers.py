@@ -805,6 +805,10 @@ def test_pipelines_that_read_signatures_see_the_originals(kind):
         if hasattr(kind, name):
             wanted = list(inspect.signature(getattr(kind, name)).parameters.values())
             found = list(inspect.signature(getattr(fast, name)).parameters.values())
+            if name == "set_timesteps" and kind in SAMPLING:  # as of diffusers' schedulers that take a list
+                added = found.pop()
+                assert (added.name, added.default, found[1].default) == ("timesteps", None, None)
+                found[1] = found[1].replace(default=inspect.Parameter.empty)
             assert [(p.name, p.kind, p.default) for p in found] == [(p.name, p.kind, p.default) for p in wanted], name
     wanted, found = (inspect.signature(c.__init__).parameters for c in (kind, fast))
     assert [n for n in found if n in wanted] == list(wanted)
@@ -921,6 +925,58 @@ def test_explicit_pairs_follow_a_list_of_the_users_own():
         "epsilon", x.numpy(), m.numpy(), float(fast.alphas_cumprod[333]), float(fast.alphas_cumprod[100])
     )
     np.testing.assert_allclose(fast.step(m, 333, x).prev_sample, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", SAMPLING)
+@settings(deadline=None, max_examples=30)
+@given(visited=st.lists(st.integers(0, 999), min_size=1, max_size=6, unique=True), eta=st.sampled_from([0.0, 0.3]))
+def test_a_list_of_timesteps_is_stepped_from_each_to_the_next(kind, visited, eta):
+    visited = sorted(visited, reverse=True)
+    fast = PAIRS[kind](clip_sample=False)
+    fast.set_timesteps(50)
+    x, m, z = tensors(np.random.default_rng(0), [torch.float64] * 3)
+    fast.step(m, 20 * (visited[0] // 20), x)  # fills caches by the other rule
+    fast.set_timesteps(timesteps=visited)
+    assert (fast.timesteps.tolist(), fast.num_inference_steps) == (visited, len(visited))
+    for t, t_prev in zip(visited, [*visited[1:], None], strict=True):
+        levels = float(fast.alphas_cumprod[t]), 1.0 if t_prev is None else float(fast.alphas_cumprod[t_prev])
+        expected, _ = oracle.textbook_step("epsilon", x.numpy(), m.numpy(), *levels, eta=eta, noise=z.numpy())
+        for _ in range(2):  # the second by the short path
+            got = fast.step(m, t, x, eta, variance_noise=z if eta else None).prev_sample
+            np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=r"must be one of scheduler\.timesteps, got"):
+        fast.step(m, next(t for t in range(1000) if t not in visited), x)
+    fast.set_timesteps(50)
+    levels = float(fast.alphas_cumprod[500]), float(fast.alphas_cumprod[480])
+    expected, _ = oracle.textbook_step("epsilon", x.numpy(), m.numpy(), *levels)
+    np.testing.assert_allclose(fast.step(m, 500, x).prev_sample, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        (
+            {"num_inference_steps": 2, "timesteps": [9, 3]},
+            ValueError,
+            "either num_inference_steps or timesteps, got both",
+        ),
+        ({}, ValueError, "either num_inference_steps or timesteps, got neither"),
+        ({"timesteps": [3, 9]}, ValueError, "timesteps must be strictly decreasing, got 3 followed by 9"),
+        ({"timesteps": [9, 9]}, ValueError, "timesteps must be strictly decreasing"),
+        ({"timesteps": [1000, 3]}, ValueError, r"timesteps must lie in \[0, 999\], got timesteps\[0\] = 1000"),
+        ({"timesteps": [3, -1]}, ValueError, r"timesteps must lie in \[0, 999\]"),
+        ({"timesteps": []}, ValueError, "timesteps must hold at least one"),
+        ({"timesteps": [9.5, 3]}, TypeError, r"timesteps\[0\] must be an integer, got 9\.5"),
+        ({"timesteps": 7}, TypeError, "timesteps must be a list of ints, got 7"),
+    ],
+)
+def test_a_list_of_timesteps_that_is_none_is_refused_and_changes_nothing(arguments, error, said):
+    fast = FastDDIMScheduler()
+    fast.set_timesteps(timesteps=[700, 30])
+    with pytest.raises(error, match=said):
+        fast.set_timesteps(**arguments)
+    assert fast.timesteps.tolist() == [700, 30]
+    assert fast.custom_timesteps
 
 
 # --- Noise that does not depend on the batch -------------------------------------------------------------------------

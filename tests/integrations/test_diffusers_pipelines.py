@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import warnings
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +166,40 @@ def test_the_same_pictures(parts, name, eta):
     assert type(pipeline.scheduler) is FastDDIMScheduler
     assert np.ptp(expected) > 0.05, "these pictures must show something"
     assert np.abs(got - expected).max() <= 1 / 255
+
+
+class ByTheList(DDIMScheduler):
+    """The original's own step, from each timestep of a list to the next: it steps by T // num_inference_steps."""
+
+    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None):
+        self.timesteps, self.num_inference_steps = torch.tensor(timesteps, device=device), len(timesteps)
+
+    @functools.wraps(DDIMScheduler.step)  # pipelines look for eta in its signature
+    def step(self, model_output, timestep, *arguments, **more):
+        visited, count = [*self.timesteps.tolist(), -1], self.num_inference_steps
+        stride = int(timestep) - visited[visited.index(int(timestep)) + 1]
+        self.num_inference_steps = Fraction(self.config.num_train_timesteps, stride)
+        try:
+            return super().step(model_output, timestep, *arguments, **more)
+        finally:
+            self.num_inference_steps = count
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("name", ["text_to_image", "image_to_image", "controlnet"])
+def test_a_list_of_timesteps_gives_the_originals_pictures_of_that_list(parts, name, eta):
+    listed = [951, 800, 433, 222, 221, 30, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline, arguments = PIPELINES[name](parts)
+        pictures = []
+        for kind in (ByTheList, FastDDIMScheduler):
+            pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+            generator = torch.Generator().manual_seed(3)
+            more = {"generator": generator, "output_type": "np", "eta": eta, "timesteps": listed}
+            pictures.append(pipeline(**arguments, **more).images)
+    assert np.ptp(pictures[0]) > 0.05
+    assert np.abs(pictures[1] - pictures[0]).max() <= 1 / 255
 
 
 def test_a_run_without_the_noise_would_be_seen(parts):

@@ -117,9 +117,11 @@ def test_an_analytic_variance_needs_numbers(tmp_path):
     path = written(tmp_path / "list.json", eps_residual=None)
     with pytest.raises(ValueError, match=f"{path} holds none"):
         DDIMSampler(LINEAR, timesteps=path, order=1, analytic_variance=True)
-    with pytest.raises(ValueError, match="one finite number, 0 or more, for each of the 10 timesteps"):
+    with pytest.raises(
+        ValueError, match="analytic_variance must be one finite number, 0 or more, for each of the 10 timesteps"
+    ):
         DDIMSampler(LINEAR, 10, analytic_variance=[0.5])
-    with pytest.raises(ValueError, match="one finite number, 0 or more"):
+    with pytest.raises(ValueError, match=r"analytic_variance\[1\] must be a finite number, at least 0, got nan"):
         DDIMSampler(LINEAR, 2, analytic_variance=[0.5, np.nan])
     with pytest.raises(ValueError, match="order=2 beside it"):
         DDIMSampler(LINEAR, 2, analytic_variance=[0.5, 0.5], order=2)

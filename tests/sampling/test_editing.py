@@ -251,6 +251,7 @@ def test_strength_is_the_share_of_the_steps_that_is_run(steps, strength, count):
 
 
 @pytest.mark.parametrize("steps", [1, 3, 11, 50, 1000])
+@pytest.mark.filterwarnings("ignore:one step from noise")
 def test_a_strength_that_leaves_no_step_is_refused_with_one_that_does(steps):
     sampler = DDIMSampler(LINEAR, steps)
     with pytest.raises(ValueError, match=rf"with {steps} steps, got {0.5 / steps}") as caught:

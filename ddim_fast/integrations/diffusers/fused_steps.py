@@ -75,9 +75,13 @@ class FusedSteps(SchedulerRows):
 
     def _refuse_what_the_original_ignores(self, reason: LeaveToOriginal, *fields: str) -> None:
         """Raise ValueError, with the reason, if one of these fields is on: the original has none."""
+        if self.num_inference_steps is None:
+            return
         for field in fields:
-            if getattr(self.config, field, False) and self.num_inference_steps is not None:
+            if getattr(self.config, field, False):
                 raise ValueError(f"{reason}. ({field} works in fused steps only; {field}=False turns it off)")
+        if self.custom_timesteps:
+            raise ValueError(f"{reason}. (A list of timesteps works in fused steps only)")
 
     # --- The step -----------------------------------------------------------------------------------------------------
 
@@ -96,7 +100,11 @@ class FusedSteps(SchedulerRows):
         breaks; a step that is differentiated is left to the original.
         """
         only_fused = ("explicit_pairs", "philox_noise", "thresholding")
-        if not _is_dynamo_compiling() or any(getattr(self.config, field, False) for field in only_fused):
+        if (
+            not _is_dynamo_compiling()
+            or self.custom_timesteps
+            or any(getattr(self.config, field, False) for field in only_fused)
+        ):
             rows = self._rows(self._sampling_row, eta, use_clipped_model_output)
             return self._fused(rows, model_output, t, sample, noise)
         return self._traced(model_output, t, sample, eta, use_clipped_model_output, noise)

@@ -25,7 +25,7 @@ class RowCache:
     """
 
     def __init__(self, scheduler: Any, config_fields: Sequence[str], clean_level: str):
-        config, explicit_pairs = scheduler.config, scheduler.config.explicit_pairs
+        config, explicit_pairs = scheduler.config, scheduler._pairs_are_explicit
         levels, outside = scheduler.alphas_cumprod, getattr(scheduler, clean_level)
         if not isinstance(levels, Tensor):
             raise LeaveToOriginal(f"alphas_cumprod must be a tensor, got a {type(levels).__name__}")

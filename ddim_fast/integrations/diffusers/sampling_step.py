@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.cpu_step import plain_step
+from ...plans.timesteps import explicit_timesteps
 from .arguments import LeaveToOriginal, check_tensors, single_timestep
 from .fused_steps import FusedSteps
 from .noise import GeneratorSeeds, NoiseArguments, noise_like_the_originals
@@ -25,6 +27,38 @@ class SamplingSteps(FusedSteps):
     _row_fields = (*FusedSteps._row_fields, "thresholding")
     _clean_level = "final_alpha_cumprod"
     _generator_seeds: GeneratorSeeds | None = None
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Set the timesteps as the original does, or to a list, as diffusers' other schedulers do.
+
+        Args:
+            timesteps: instead of a number: a list, strictly decreasing, such as ``ddim-fast
+                search`` finds. Each step then leads to the next one of the list, as with
+                ``explicit_pairs``.
+
+        Raises:
+            TypeError, ValueError: both or neither are given, or the list is none, or leaves the
+                range; the original's errors. The scheduler is as it was.
+        """
+        if num_inference_steps is not None and timesteps is None:
+            super().set_timesteps(num_inference_steps, device)
+        elif num_inference_steps is None and timesteps is not None:
+            visited = explicit_timesteps(timesteps, self.config.num_train_timesteps)
+            self.timesteps = torch.tensor(visited, device=device)
+            self.num_inference_steps = len(visited)
+        else:
+            raise ValueError(
+                "set_timesteps takes either num_inference_steps or timesteps, got "
+                f"{'neither' if timesteps is None else 'both'}: pass one of them"
+            )
+        if self.custom_timesteps != (timesteps is not None):
+            self.custom_timesteps = timesteps is not None
+            self._row_cache = None
 
     def _pair(self, t: int) -> tuple[int, int]:
         visited = self._visited()

@@ -32,6 +32,8 @@ class SchedulerRows:
     num_inference_steps: int | None
     timesteps: Tensor
     alphas_cumprod: Tensor
+    custom_timesteps: bool = False
+    """Whether ``timesteps`` is a list that ``set_timesteps`` was given, as in diffusers' others."""
 
     _row_fields: tuple[str, ...] = (
         "num_train_timesteps",
@@ -69,14 +71,20 @@ class SchedulerRows:
     def _alpha_bar(self, t: int) -> float:
         return self._cache().alpha_bars[t] if t >= 0 else self._cache().alpha_bar_outside
 
+    @property
+    def _pairs_are_explicit(self) -> bool:
+        """Whether a step leads to the next one of ``timesteps``."""
+        return self.custom_timesteps or self.config.explicit_pairs
+
     def _visited(self) -> tuple[int, ...]:
         """Return the timesteps from the noisiest to the cleanest, where pairs are explicit."""
-        return self._cache().visited if self.config.explicit_pairs else ()
+        return self._cache().visited if self._pairs_are_explicit else ()
 
     def _check_visited(self, t: int) -> None:
-        if self.config.explicit_pairs and t not in self._cache().visited:
+        if self._pairs_are_explicit and t not in self._cache().visited:
             raise ValueError(
-                f"with explicit_pairs a timestep must be one of scheduler.timesteps, got {t}: set_timesteps sets them"
+                "with explicit_pairs, or a list of timesteps, a timestep must be one of scheduler.timesteps, got "
+                f"{t}: set_timesteps sets them"
             )
 
     def _stride(self) -> int:

@@ -1,0 +1,22 @@
+"""Warn of what the caller's own line does, and not of a line of this package."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+def warn_caller(message: str) -> None:
+    """Issue a UserWarning at the line outside this package that led here.
+
+    So Python shows it once for each such line.
+    """
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        _PACKAGE,
+        "contextlib",
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
