@@ -168,7 +168,7 @@ class FastDDIMSampler:
 
 def _originals_result(x_t: Tensor, mean: Tensor, noise: Tensor) -> tuple[Tensor]:
     """Run the operations of azula's step. Its coefficients have no dimensions."""
-    k = torch.empty((), device=x_t.device)
+    k = torch.empty((), dtype=torch.get_default_dtype(), device=x_t.device)
     return (k * mean + k * (x_t - k * mean) + k * noise,)
 
 

@@ -584,7 +584,8 @@ def _originals_results(
         e_t, x0 = x0, m * 1
     if quantized is not None:
         x0 = quantized
-    return x0, k * x0 + k * e_t + k * torch.empty(x.shape, device=x.device)
+    noise = torch.empty(x.shape, dtype=torch.get_default_dtype(), device=x.device)
+    return x0, k * x0 + k * e_t + k * noise
 
 
 def _originals_encoding(x: Tensor, m: Tensor, uncond: Tensor | None) -> tuple[Tensor]:
@@ -636,7 +637,7 @@ def _noise_levels(model: Any) -> tuple[Tensor, Tensor]:
             f"model.alphas_cumprod must be float32 or float64 where it is not the product of 1 - model.betas, "
             f"got {levels.dtype}: convert the network alone (model.model.half()), not the noise levels"
         )
-    return found, torch.cat([torch.ones(1, dtype=torch.float64), found[:-1]])
+    return found, torch.cat([torch.ones(1, dtype=torch.float64, device=found.device), found[:-1]])
 
 
 def _prediction_type(model: Any) -> str:

@@ -70,7 +70,7 @@ def _run(
 
 
 def _strides_when_new(shape: torch.Size) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()
+    return torch.empty(shape, dtype=torch.float32, device="meta").stride()
 
 
 def readable(model_output: Tensor, dtype: torch.dtype) -> Tensor:

@@ -44,6 +44,10 @@ class Net(nn.Module):
         return {"scale": torch.zeros_like(conditioning["scale"])}
 
 
+# Runs of one step are compared with one another; that they begin at the cleanest timestep is no matter.
+pytestmark = pytest.mark.filterwarnings("ignore:one step from noise:UserWarning")
+
+
 @pytest.fixture
 def cache():
     return GraphCache(maxsize=4, backend=lambda device: RecordedGraphs(), device_types=("cpu",))
