@@ -200,9 +200,14 @@ def _shipped_file(name: str, kind: str) -> Path:
     return path
 
 
+def _load(name: str, what: str) -> dict[str, Tensor]:
+    with torch.device("cpu"):  # older versions of safetensors load to the default device
+        return load_file(_shipped_file(name, what))
+
+
 def load_classifier(name: str = "fashion") -> FashionClassifier:
     """Load the shipped classifier: on the CPU, float32, in evaluation mode, its weights frozen."""
-    state = load_file(_shipped_file(name, "classifier"))
+    state = _load(name, "classifier")
     with torch.device("meta"):  # no random initialisation: a caller's random state stays as it was
         model = FashionClassifier()
     float32 = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
@@ -213,14 +218,14 @@ def load_classifier(name: str = "fashion") -> FashionClassifier:
 def load_statistics(name: str = "fashion") -> FeatureStatistics:
     """Load the shipped classifier's ``FeatureStatistics`` over the 60,000 pictures of the training
     set."""
-    state = load_file(_shipped_file(name, "statistics"))
+    state = _load(name, "statistics")
     return FeatureStatistics(state["mean"], state["covariance"], int(state["count"]))
 
 
 def load_features(name: str = "fashion") -> Tensor:
     """Load the shipped classifier's features ``(2000, 64)`` float32 of the first 200 test pictures
     of each class."""
-    return load_file(_shipped_file(name, "features"))["features"].float()
+    return _load(name, "features")["features"].float()
 
 
 def _check_pictures(images: Tensor, minimum_count: int) -> None:
