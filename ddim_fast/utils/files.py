@@ -16,7 +16,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.torch
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -181,8 +180,7 @@ def npz_array(path: Path, name: str) -> np.ndarray:
 
 def safetensors_tensor(path: Path, name: str) -> Tensor:
     """Read one tensor from a ``.safetensors`` file."""
-    # Older versions of safetensors load to the default device.
-    with reading(path, "a safetensors file") as file, torch.device("cpu"):
+    with reading(path, "a safetensors file") as file:
         tensors = safetensors.torch.load(file.read())
         if name not in tensors:
             raise _FoundError(f"{path} must hold an array called {name}, got {', '.join(tensors) or 'none'}")
