@@ -206,7 +206,7 @@ class NoiseSchedule:
     ) -> NoiseSchedule:
         """A schedule from its alpha_bar_t, shape (T,): the constructor, for any type of array.
         Errors as for the class."""
-        return cls(alphas_cumprod, name)  # type: ignore[arg-type]
+        return cls(alphas_cumprod, name)  # type: ignore[arg-type]  # the constructor converts
 
     @classmethod
     def _square_of_linear(

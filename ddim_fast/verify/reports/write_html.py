@@ -8,8 +8,8 @@ from typing import Any
 
 from markupsafe import Markup
 from pygments import highlight  # type: ignore[import-untyped]  # pygments has no types
-from pygments.formatters import HtmlFormatter  # type: ignore[import-untyped]
-from pygments.lexers import PythonLexer  # type: ignore[import-untyped]
+from pygments.formatters import HtmlFormatter  # type: ignore[import-untyped]  # pygments ships no types
+from pygments.lexers import PythonLexer  # type: ignore[import-untyped]  # pygments ships no types
 
 from ...utils.html import plain_text, render_page
 from .report import CheckResult, Outcome, Report
