@@ -1,8 +1,19 @@
 """Compute a step's row of coefficients from noise levels: the one place where equation 12 of the
 DDIM paper becomes numbers, in float64.
 
-Nothing here knows a schedule or a timestep: a noise level is its alpha_bar. Plans and drop-ins look
-their noise levels up, and call these functions.
+Nothing here knows a schedule or a timestep. A noise level is a pair (alpha, sigma), or a number,
+the alpha_bar of a variance-preserving one: ``levels.AnyLevel``. Plans and drop-ins look their noise
+levels up, and call these functions.
+
+Equation 12 is written for alpha^2 + sigma^2 = 1. Nothing in it needs that: a step predicts x0 and
+eps from x_t = alpha_t x0 + sigma_t eps, and puts them together at another level, with part of the
+noise replaced by fresh noise::
+
+    x_s = alpha_s x0 + sqrt(sigma_s^2 - variance) eps + sqrt(variance) z
+    variance = eta^2 sigma_s^2 (1 - (alpha_t sigma_s / (alpha_s sigma_t))^2)
+
+On the variance-preserving path that variance is equation 16. On any path it leaves the right
+marginals, whatever eta.
 """
 
 from __future__ import annotations
@@ -14,6 +25,7 @@ from numbers import Real
 from typing import NamedTuple
 
 from ..kernels.contract import StepCoefficients
+from .levels import AnyLevel, NoiseLevel, as_text, level_of
 
 
 class Prediction(NamedTuple):
@@ -26,43 +38,109 @@ class Prediction(NamedTuple):
     eps_m: float
 
 
-def _epsilon(alpha_bar_t: float) -> Prediction:
-    """Solve m = eps for x0 = (x_t - sqrt(1 - alpha_bar_t) m) / sqrt(alpha_bar_t): equation 9 of the
-    DDIM paper."""
-    if alpha_bar_t == 0:
+def _epsilon(level_t: AnyLevel) -> Prediction:
+    """Solve m = eps for x0 = (x_t - sigma_t m) / alpha_t: equation 9 of the DDIM paper."""
+    alpha, sigma = level_of(level_t)
+    if alpha == 0:
         raise ValueError(
-            "epsilon prediction needs alpha_bar_t > 0, got alpha_bar_t = 0 (zero terminal SNR): "
+            f"epsilon prediction needs {_positive_signal(level_t)} (zero terminal SNR): "
             "use a model with prediction_type 'v_prediction' or 'sample', or timesteps without the last one"
         )
-    return Prediction(1 / math.sqrt(alpha_bar_t), -math.sqrt(1 - alpha_bar_t) / math.sqrt(alpha_bar_t), 0.0, 1.0)
+    return Prediction(1 / alpha, -sigma / alpha, 0.0, 1.0)
 
 
-def _sample(alpha_bar_t: float) -> Prediction:
-    """Solve m = x0 for eps = (x_t - sqrt(alpha_bar_t) m) / sqrt(1 - alpha_bar_t). At alpha_bar_t =
-    1 there is no noise."""
-    return Prediction(0.0, 1.0, *_eps_of_x0(alpha_bar_t))
+def _sample(level_t: AnyLevel) -> Prediction:
+    """Solve m = x0 for eps = (x_t - alpha_t m) / sigma_t. At sigma_t = 0 there is no noise."""
+    return Prediction(0.0, 1.0, *_eps_of_x0(level_of(level_t)))
 
 
-def _v_prediction(alpha_bar_t: float) -> Prediction:
-    """Solve m = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0 (Salimans and Ho 2022, arXiv
-    2202.00512) for x0 and eps."""
-    signal, noise = math.sqrt(alpha_bar_t), math.sqrt(1 - alpha_bar_t)
-    return Prediction(signal, -noise, noise, signal)
+def _v_prediction(level_t: AnyLevel) -> Prediction:
+    """Solve m = alpha_t eps - sigma_t x0 (Salimans and Ho 2022, arXiv 2202.00512) for x0 and eps.
+
+    On a path that is not variance preserving, both are divided by alpha_t^2 + sigma_t^2.
+    """
+    level = level_of(level_t)
+    total = 1.0 if not isinstance(level_t, NoiseLevel) else level.alpha**2 + level.sigma**2
+    alpha, sigma = level.alpha / total, level.sigma / total
+    return Prediction(alpha, -sigma, sigma, alpha)
 
 
-def _eps_of_x0(alpha_bar_t: float) -> tuple[float, float]:
+def _flow(level_t: AnyLevel) -> Prediction:
+    """Solve m = eps - x0, the velocity of flow matching (Lipman et al. 2022, arXiv 2210.02747; Liu
+    et al. 2022, arXiv 2209.03003), for x0 = (x_t - sigma_t m) / (alpha_t + sigma_t) and eps = x0 +
+    m."""
+    alpha, sigma = level_of(level_t)
+    total = alpha + sigma
+    return Prediction(1 / total, -sigma / total, 1 / total, alpha / total)
+
+
+def _score(level_t: AnyLevel) -> Prediction:
+    """Solve m = -eps / sigma_t, the gradient of the log density (Song et al. 2021, arXiv
+    2011.13456, equation 3)."""
+    alpha, sigma = level_of(level_t)
+    if alpha == 0:
+        raise ValueError(
+            f"score prediction needs {_positive_signal(level_t)}: use timesteps without the noisiest, or a model that predicts x0"
+        )
+    return Prediction(1 / alpha, sigma**2 / alpha, 0.0, -sigma)
+
+
+def edm_prediction(level_t: AnyLevel, sigma_data: float) -> Prediction:
+    """Solve for the network F of EDM (Karras et al. 2022, arXiv 2206.00364, equation 7): x0 =
+    c_skip x + c_out F, of x = x_t / alpha_t with the noise level sigma = sigma_t / alpha_t::
+
+        c_skip = sigma_data^2 / (sigma^2 + sigma_data^2)
+        c_out  = sigma sigma_data / sqrt(sigma^2 + sigma_data^2)
+
+    Args:
+        sigma_data: the standard deviation of the clean data that the network was trained with.
+    """
+    alpha, sigma = level_of(level_t)
+    # Multiplied by alpha_t^2, so that alpha_t = 0 is a level like any other.
+    total = sigma**2 + (alpha * sigma_data) ** 2
+    x0_x, x0_m = alpha * sigma_data**2 / total, sigma * sigma_data / math.sqrt(total)
+    # eps = (x_t - alpha_t x0) / sigma_t, where sigma_t cancels: (1 - alpha_t x0_x) / sigma_t is
+    # sigma_t / total.
+    return Prediction(x0_x, x0_m, sigma / total, -alpha * sigma_data / math.sqrt(total))
+
+
+SIGMA_DATA = 0.5
+"""EDM's standard deviation of clean data (arXiv 2206.00364, table 1)."""
+
+
+def _edm(level_t: AnyLevel) -> Prediction:
+    """See ``edm_prediction``, with EDM's own sigma_data."""
+    return edm_prediction(level_t, SIGMA_DATA)
+
+
+def _positive_signal(level_t: AnyLevel) -> str:
+    """Say that alpha must be positive, and what it is, in the caller's terms."""
+    name = "alpha" if isinstance(level_t, NoiseLevel) else "alpha_bar_t"
+    return f"{name} > 0, got {name} = 0"
+
+
+def _eps_of_x0(level: NoiseLevel) -> tuple[float, float]:
     """Return (a, b) of eps = a x_t + b x0."""
-    if alpha_bar_t == 1:
+    if level.sigma == 0:
         return 0.0, 0.0
-    return 1 / math.sqrt(1 - alpha_bar_t), -math.sqrt(alpha_bar_t) / math.sqrt(1 - alpha_bar_t)
+    return 1 / level.sigma, -level.alpha / level.sigma
 
 
-PREDICTION_TYPES: dict[str, Callable[[float], Prediction]] = {
+PREDICTION_TYPES: dict[str, Callable[[AnyLevel], Prediction]] = {
     "epsilon": _epsilon,
     "sample": _sample,
     "v_prediction": _v_prediction,
+    "flow": _flow,
+    "score": _score,
+    "edm": _edm,
 }
-"""What the model's output m means at the noise level alpha_bar_t."""
+"""What the model's output m means at a noise level."""
+
+
+def prediction_at(prediction: str | Prediction, level_t: AnyLevel) -> Prediction:
+    """Return what a model's output means at a noise level, by a key of ``PREDICTION_TYPES`` or as
+    it is given."""
+    return PREDICTION_TYPES[prediction](level_t) if isinstance(prediction, str) else prediction
 
 
 def previous_x_prediction(alpha_bar_t: float, alpha_bar_before: float) -> Prediction:
@@ -77,7 +155,7 @@ def previous_x_prediction(alpha_bar_t: float, alpha_bar_before: float) -> Predic
     of_x0 = math.sqrt(alpha_bar_before) * (1 - alpha) / (1 - alpha_bar_t)
     of_x_t = math.sqrt(alpha) * (1 - alpha_bar_before) / (1 - alpha_bar_t)
     x0_x, x0_m = -of_x_t / of_x0, 1 / of_x0
-    eps_x, eps_0 = _eps_of_x0(alpha_bar_t)
+    eps_x, eps_0 = _eps_of_x0(level_of(alpha_bar_t))
     return Prediction(x0_x, x0_m, eps_x + eps_0 * x0_x, eps_0 * x0_m)
 
 
@@ -86,26 +164,37 @@ ETA_SCALES = ("std_dev", "variance")
 variance (eta_variance = eta_paper^2)."""
 
 
-def ddpm_variance(alpha_bar_t: float, alpha_bar_prev: float) -> float:
-    """Return the variance of a step at eta = 1: (1 - alpha_bar_prev) / (1 - alpha_bar_t) beta_t,
-    with beta_t = 1 - alpha_bar_t / alpha_bar_prev."""
-    if alpha_bar_prev == 1:
+def ddpm_variance(level_t: AnyLevel, level_prev: AnyLevel) -> float:
+    """Return the variance of a step at eta = 1: sigma_prev^2 (1 - (alpha_t sigma_prev / (alpha_prev
+    sigma_t))^2).
+
+    On the variance-preserving path that is (1 - alpha_bar_prev) / (1 - alpha_bar_t) beta_t, with
+    beta_t = 1 - alpha_bar_t / alpha_bar_prev, the variance of q(x_prev | x_t, x0). It is negative
+    in a step towards more noise.
+    """
+    if not isinstance(level_t, NoiseLevel) and not isinstance(level_prev, NoiseLevel):
+        # Exact at both ends, and nearer to it where alpha_bar has digits that sigma has lost.
+        if level_prev == 1:
+            return 0.0
+        return (1 - level_prev) / (1 - level_t) * (1 - level_t / level_prev)
+    (alpha_t, sigma_t), (alpha_prev, sigma_prev) = level_of(level_t), level_of(level_prev)
+    if sigma_prev == 0:
         return 0.0
-    return (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)
+    kept = alpha_t * sigma_prev / (alpha_prev * sigma_t)
+    return sigma_prev**2 * ((1 - kept) * (1 + kept))
 
 
-def ddim_variance(alpha_bar_t: float, alpha_bar_prev: float, eta: float, eta_scales: str = "std_dev") -> float:
+def ddim_variance(level_t: AnyLevel, level_prev: AnyLevel, eta: float, eta_scales: str = "std_dev") -> float:
     """Return the variance of a step, std_dev_t^2: equation 16 of the DDIM paper, or with eta
     scaling the variance."""
-    return ddpm_variance(alpha_bar_t, alpha_bar_prev) * (eta**2 if eta_scales == "std_dev" else eta)
+    return ddpm_variance(level_t, level_prev) * (eta**2 if eta_scales == "std_dev" else eta)
 
 
-def analytic_variance(alpha_bar_t: float, alpha_bar_prev: float, variance: float, eps_residual: float) -> float:
+def analytic_variance(level_t: AnyLevel, level_prev: AnyLevel, variance: float, eps_residual: float) -> float:
     """Return the variance of the added noise that is optimal in Kullback-Leibler divergence:
     Analytic-DPM (Bao et al. 2022, arXiv 2201.06503, theorem 1), in the notation of this file::
 
-        variance + (sqrt(alpha_bar_prev (1 - alpha_bar_t) / alpha_bar_t) - sqrt(1 - alpha_bar_prev -
-        variance))^2 eps_residual
+        variance + (alpha_prev sigma_t / alpha_t - sqrt(sigma_prev^2 - variance))^2 eps_residual
 
     The second term is the variance of x0 given x_t, as it appears in x_prev. None is added to clean
     data.
@@ -119,14 +208,14 @@ def analytic_variance(alpha_bar_t: float, alpha_bar_prev: float, variance: float
             it is not (Bao et al. 2022, arXiv 2206.07309, equation 14).
 
     Raises:
-        ValueError: alpha_bar_t = 0, where the model's eps says nothing about x0.
+        ValueError: alpha_t = 0, where the model's eps says nothing about x0.
     """
-    if alpha_bar_t == 0:
-        raise ValueError("an analytic variance needs alpha_bar_t > 0, got alpha_bar_t = 0: leave the last timestep out")
-    if alpha_bar_prev == 1:
+    (alpha_t, sigma_t), (alpha_prev, sigma_prev) = level_of(level_t), level_of(level_prev)
+    if alpha_t == 0:
+        raise ValueError(f"an analytic variance needs {_positive_signal(level_t)}: leave the last timestep out")
+    if sigma_prev == 0:
         return 0.0
-    of_x0 = math.sqrt(alpha_bar_prev * (1 - alpha_bar_t) / alpha_bar_t)
-    of_x0 -= math.sqrt(max(1 - alpha_bar_prev - variance, 0.0))
+    of_x0 = alpha_prev * sigma_t / alpha_t - math.sqrt(max(sigma_prev**2 - variance, 0.0))
     return variance + of_x0**2 * min(eps_residual, 1.0)
 
 
@@ -140,7 +229,7 @@ def check_eta(eta: object, name: str = "eta") -> None:
         raise ValueError(f"{name} must be a finite number, 0 (deterministic) or more, got {eta!r}")
 
 
-def variance_with_room(alpha_bar_t: float, alpha_bar_prev: float, eta: float, at: str = "") -> float:
+def variance_with_room(level_t: AnyLevel, level_prev: AnyLevel, eta: float, at: str = "") -> float:
     """Return ``ddim_variance``, if x_prev has room for it. (Most implementations return NaN
     otherwise.)
 
@@ -148,24 +237,29 @@ def variance_with_room(alpha_bar_t: float, alpha_bar_prev: float, eta: float, at
         at: what to call this step in the error.
 
     Raises:
-        ValueError: the noise would have more variance than x_prev, 1 - alpha_bar_prev.
+        ValueError: the noise would have more variance than x_prev, sigma_prev^2.
     """
     if eta == 0:
         return 0.0
-    variance, room = ddim_variance(alpha_bar_t, alpha_bar_prev, eta), 1 - alpha_bar_prev
+    variance, room = ddim_variance(level_t, level_prev, eta), noise_variance(level_prev)
     if variance > room * (1 + 1e-9):
         # Rounded down, so that the value named is accepted.
         most = math.floor(eta * math.sqrt(room / variance) * 1e6) / 1e6
         raise ValueError(
-            f"a step cannot add more noise than its target holds: {at or f'at alpha_bar_t = {alpha_bar_t:.6g}'}, eta may be at most "
+            f"a step cannot add more noise than its target holds: {at or f'at {as_text(level_t)}'}, eta may be at most "
             f"{most}, got {eta}"
         )
     return variance
 
 
+def noise_variance(level: AnyLevel) -> float:
+    """Return sigma^2, as exactly as the level says it."""
+    return level.sigma**2 if isinstance(level, NoiseLevel) else 1 - level
+
+
 def ddim_coefficients(
-    alpha_bar_t: float,
-    alpha_bar_prev: float,
+    level_t: AnyLevel,
+    level_prev: AnyLevel,
     prediction: str | Prediction = "epsilon",
     *,
     variance: float = 0.0,
@@ -174,7 +268,7 @@ def ddim_coefficients(
     use_clipped_model_output: bool = False,
 ) -> StepCoefficients:
     """Return the row of equation 12 of the DDIM paper, from one noise level to another.
-    ``alpha_bar_prev`` may be the noisier one: then this is a step of the encoding (equation 14).
+    ``level_prev`` may be the noisier one: then this is a step of the encoding (equation 14).
 
     Args:
         prediction: a key of ``PREDICTION_TYPES``, or what the model's output means.
@@ -189,23 +283,23 @@ def ddim_coefficients(
         ValueError: there is no such prediction at this noise level, or a coefficient exceeds
             float32.
     """
-    at_t = PREDICTION_TYPES[prediction](alpha_bar_t) if isinstance(prediction, str) else prediction
+    at_t, target = prediction_at(prediction, level_t), level_of(level_prev)
     eps_x, eps_m, eps_0 = at_t.eps_x, at_t.eps_m, 0.0
-    if use_clipped_model_output and alpha_bar_t < 1:
-        eps_m, (eps_x, eps_0) = 0.0, _eps_of_x0(alpha_bar_t)
+    if use_clipped_model_output and level_of(level_t).sigma > 0:
+        eps_m, (eps_x, eps_0) = 0.0, _eps_of_x0(level_of(level_t))
     return StepCoefficients(
         at_t.x0_x,
         at_t.x0_m,
         eps_x,
         eps_m,
         eps_0,
-        prev_x0=math.sqrt(alpha_bar_prev),
+        prev_x0=target.alpha,
         # The largest variance leaves nothing to eps; rounding must not make that negative.
-        prev_eps=math.sqrt(max(1 - alpha_bar_prev - variance, 0.0)),
+        prev_eps=math.sqrt(max(noise_variance(level_prev) - variance, 0.0)) if variance else target.sigma,
         prev_noise=math.sqrt(variance) if std_dev_added is None else std_dev_added,
         clip=math.inf if clip_sample_range is None else float(clip_sample_range),
-        known_x0=math.sqrt(alpha_bar_prev),
-        known_noise=math.sqrt(1 - alpha_bar_prev),
+        known_x0=target.alpha,
+        known_noise=target.sigma,
     )
 
 
@@ -214,68 +308,70 @@ MAX_EXTRAPOLATION = 1.0
 
 
 def multistep_coefficients(
-    alpha_bar_last: float,
-    alpha_bar_t: float,
-    alpha_bar_prev: float,
+    level_last: AnyLevel,
+    level_t: AnyLevel,
+    level_prev: AnyLevel,
     prediction: str | Prediction = "epsilon",
     *,
     clip_sample_range: float | None = None,
+    variance: float = 0.0,
     use_clipped_model_output: bool = False,
 ) -> StepCoefficients:
     """Return the row of a step of DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2),
     which is of second order where DDIM is of first::
 
-        lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar))
+        lambda = log(alpha / sigma)
         r      = (lambda_t - lambda_last) / (lambda_prev - lambda_t)
         D      = x0 + (x0 - x0_last) / (2 r)
-        x_prev = sqrt(alpha_bar_prev) D + sqrt(1 - alpha_bar_prev) (x_t - sqrt(alpha_bar_t) D) / sqrt(1 - alpha_bar_t)
+        x_prev = alpha_prev D + sqrt(sigma_prev^2 - variance) (x_t - alpha_t D) / sigma_t + sqrt(variance) z
 
-    This is the deterministic DDIM step with D for x0: x0 extrapolated in lambda to the middle of
-    the step, from here and from the step before, which predicted x0_last. Since x_t =
-    sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps with the row's own x0 (clipped, where it clips)
-    and eps, it is the row of the DDIM step plus a multiple of x0 - x0_last.
+    This is the DDIM step with D for x0, and with the variance of eta = 1 it is the paper's SDE form
+    (SDE-DPM-Solver++(2M)): x0 extrapolated in lambda to the middle of
+    the step, from here and from the step before, which predicted x0_last. Since x_t = alpha_t x0 +
+    sigma_t eps with the row's own x0 (clipped, where it clips) and eps, it is the row of the DDIM
+    step plus a multiple of x0 - x0_last.
 
     The paper's 1 / (2 r) is at most 1 here: where a step is more than twice as long in lambda as
     the one before, as the last ones of "leading" and "linspace" spacing are, extrapolating that far
     overshoots, and the result is worse than that of DDIM. With many steps no step is that long.
 
-    It is the DDIM step itself where lambda_prev is infinite (alpha_bar_prev = 1; the paper's last
-    step is of first order, too) and where lambda_last is (alpha_bar_last = 0), since 1 / (2 r) is 0
-    there.
+    It is the DDIM step itself where lambda_prev is infinite (clean data; the paper's last step is
+    of first order, too) and where lambda_last is (pure noise), since 1 / (2 r) is 0 there.
 
     Args:
-        alpha_bar_last: the noise level that the step before started from, where it predicted
-            x0_last.
+        level_last: the noise level that the step before started from, where it predicted x0_last.
+        variance: of the noise that the step adds: see ``ddim_variance``.
 
     The other arguments are those of ``ddim_coefficients``.
 
     Raises:
         ValueError: the noise levels do not decrease from step to step; or as ``ddim_coefficients``.
     """
-    if not 0 <= alpha_bar_last < alpha_bar_t <= alpha_bar_prev <= 1:
+    last, at_t, target = level_of(level_last), level_of(level_t), level_of(level_prev)
+    if not last.is_noisier_than(at_t) or target.is_noisier_than(at_t):
         raise ValueError(
-            "a multistep form needs falling noise levels, alpha_bar_last < alpha_bar_t <= alpha_bar_prev, got "
-            f"{alpha_bar_last}, {alpha_bar_t}, {alpha_bar_prev}: for other steps, use ddim_coefficients"
+            "a multistep form needs falling noise levels, level_last above level_t and level_t not below level_prev, got "
+            f"{as_text(level_last)}; {as_text(level_t)}; {as_text(level_prev)}: for other steps, use ddim_coefficients"
         )
     row = ddim_coefficients(
-        alpha_bar_t,
-        alpha_bar_prev,
+        level_t,
+        level_prev,
         prediction,
+        variance=variance,
         clip_sample_range=clip_sample_range,
         use_clipped_model_output=use_clipped_model_output,
     )
-    if alpha_bar_prev == 1 or alpha_bar_last == 0:
+    if target.sigma == 0 or last.alpha == 0:
         return row
-    lambda_last, lambda_t, lambda_prev = (_lambda(a) for a in (alpha_bar_last, alpha_bar_t, alpha_bar_prev))
-    of_d = math.sqrt(alpha_bar_prev) - math.sqrt(alpha_bar_t) * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t))
+    lambda_last, lambda_t, lambda_prev = (_half_log_snr(a) for a in (level_last, level_t, level_prev))
+    of_d = target.alpha - at_t.alpha * (row.prev_eps / at_t.sigma)
     extrapolation = of_d * min((lambda_prev - lambda_t) / (2 * (lambda_t - lambda_last)), MAX_EXTRAPOLATION)
     return replace(row, prev_x0=row.prev_x0 + extrapolation, prev_history=-extrapolation)
 
 
-def _lambda(alpha_bar: float) -> float:
-    """Return half the logarithm of the signal-to-noise ratio, for alpha_bar strictly between 0 and
-    1."""
-    return 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar))
+def _half_log_snr(level: AnyLevel) -> float:
+    """Return half the logarithm of the signal-to-noise ratio, as exactly as the level says it."""
+    return level.half_log_snr if isinstance(level, NoiseLevel) else 0.5 * (math.log(level) - math.log1p(-level))
 
 
 def mean_coefficients(
@@ -287,8 +383,8 @@ def mean_coefficients(
         x_s = alpha_s m + sigma_s sqrt(1 - tau) (x_t - alpha_t m) / sigma_t + sigma_s sqrt(tau) z
         tau = clip(eta (1 - (alpha_t sigma_s / (alpha_s sigma_t))^2), 0, 1)
 
-    Equation 12 of the DDIM paper without its alpha^2 + sigma^2 = 1, with ``prediction_type``
-    "sample" and eta scaling the variance.
+    ``ddim_coefficients`` with ``prediction_type`` "sample" and eta scaling the variance, which is
+    clipped.
 
     Raises:
         ValueError: ``sigma_t`` is not positive, another scale is negative, or a coefficient exceeds
@@ -303,109 +399,105 @@ def mean_coefficients(
     # added there.
     tau = 0.0 if alpha_s == 0 else eta * (1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2)
     tau = min(max(tau, 0.0), 1.0)
-    return StepCoefficients(
-        x0_x=0.0,
-        x0_m=1.0,
-        eps_x=1 / sigma_t,
-        eps_m=-alpha_t / sigma_t,
-        eps_0=0.0,
-        prev_x0=alpha_s,
-        prev_eps=sigma_s * math.sqrt(1 - tau),
-        prev_noise=sigma_s * math.sqrt(tau),
-    )
+    row = ddim_coefficients(NoiseLevel(alpha_t, sigma_t), NoiseLevel(alpha_s, sigma_s), "sample")
+    return replace(row, prev_eps=sigma_s * math.sqrt(1 - tau), prev_noise=sigma_s * math.sqrt(tau))
 
 
-def noising_coefficients(alpha_bar_t: float) -> StepCoefficients:
-    """Return the row of the forward process (equation 4 of the DDIM paper): x_t = sqrt(alpha_bar_t)
-    x0 + sqrt(1 - alpha_bar_t) z.
+def noising_coefficients(level_t: AnyLevel) -> StepCoefficients:
+    """Return the row of the forward process (equation 4 of the DDIM paper): x_t = alpha_t x0 +
+    sigma_t z.
 
     A step with this row takes x0 as ``x_t``, and also as ``model_output``, which it does not use.
     """
-    return StepCoefficients(1, 0, 0, 0, 0, math.sqrt(alpha_bar_t), 0, math.sqrt(1 - alpha_bar_t))
+    alpha, sigma = level_of(level_t)
+    return StepCoefficients(1, 0, 0, 0, 0, alpha, 0, sigma)
 
 
-def known_region_coefficients(alpha_bar_t: float) -> StepCoefficients:
+def known_region_coefficients(level_t: AnyLevel) -> StepCoefficients:
     """Return the row of a step that leaves x_t as it is, except for a known region, put in at the
     noise level of x_t."""
-    return StepCoefficients(
-        1, 0, 0, 0, 0, 1, 0, 0, known_x0=math.sqrt(alpha_bar_t), known_noise=math.sqrt(1 - alpha_bar_t)
-    )
+    alpha, sigma = level_of(level_t)
+    return StepCoefficients(1, 0, 0, 0, 0, 1, 0, 0, known_x0=alpha, known_noise=sigma)
 
 
-def classifier_guidance_weight(alpha_bar_t: float, prediction_type: str) -> float:
+def classifier_guidance_weight(level_t: AnyLevel, prediction_type: str) -> float:
     """Return the change of a model's output per unit of the classifier's gradient: the one that
-    moves eps by -sqrt(1 - alpha_bar_t) at a given x_t (algorithm 2 of Dhariwal and Nichol 2021,
-    arXiv 2105.05233).
+    moves eps by -sigma_t at a given x_t (algorithm 2 of Dhariwal and Nichol 2021, arXiv
+    2105.05233).
 
     Raises:
-        ValueError: alpha_bar_t = 0, where x_t is pure noise and no output moves eps.
+        ValueError: alpha_t = 0, where x_t is pure noise and no output moves eps.
     """
-    if alpha_bar_t == 0:
+    alpha, sigma = level_of(level_t)
+    if alpha == 0:
         raise ValueError(
-            "classifier guidance needs alpha_bar_t > 0, got alpha_bar_t = 0 (zero terminal SNR): use timesteps without the last one"
+            f"classifier guidance needs {_positive_signal(level_t)} (zero terminal SNR): use timesteps without the last one"
         )
-    if alpha_bar_t == 1:
-        return 0.0
-    return -math.sqrt(1 - alpha_bar_t) / PREDICTION_TYPES[prediction_type](alpha_bar_t).eps_m
+    return -sigma / PREDICTION_TYPES[prediction_type](level_t).eps_m if sigma else 0.0
 
 
 def inversion_coefficients(
-    alpha_bar_t: float, alpha_bar_prev: float, prediction: str | Prediction = "epsilon"
+    level_t: AnyLevel, level_prev: AnyLevel, prediction: str | Prediction = "epsilon"
 ) -> StepCoefficients:
     """Return the row of one iteration towards the x_t that a deterministic step takes to a given
     x_prev.
 
     Equation 12 with std_dev_t = 0, solved for x_t with the model's output held fixed::
 
-        x_t    = signal * x_prev + (sqrt(1 - alpha_bar_t) - signal * sqrt(1 - alpha_bar_prev)) * eps
-        signal = sqrt(alpha_bar_t / alpha_bar_prev)
+        x_t    = signal * x_prev + (sigma_t - signal * sigma_prev) * eps
+        signal = alpha_t / alpha_prev
 
     The output depends on x_t, so this is a fixed-point iteration: a step with this row takes the
     current guess as ``x_t``, the model's output for it, and x_prev as ``noise``.
     """
-    at_t = PREDICTION_TYPES[prediction](alpha_bar_t) if isinstance(prediction, str) else prediction
-    signal = math.sqrt(alpha_bar_t / alpha_bar_prev)
-    of_eps = math.sqrt(1 - alpha_bar_t) - signal * math.sqrt(1 - alpha_bar_prev)
+    at_t = prediction_at(prediction, level_t)
+    (alpha_t, sigma_t), (alpha_prev, sigma_prev) = level_of(level_t), level_of(level_prev)
+    signal = alpha_t / alpha_prev
+    of_eps = sigma_t - signal * sigma_prev
     return StepCoefficients(at_t.x0_x, at_t.x0_m, at_t.eps_x, at_t.eps_m, 0.0, 0.0, of_eps, signal)
 
 
-def newton_coefficients(alpha_bar_t: float, alpha_bar_prev: float, prediction_type: str) -> StepCoefficients:
+_HELD_CONSTANT = {"epsilon": "epsilon", "score": "epsilon", "flow": "flow"}
+"""The prediction that ``newton_coefficients`` takes as independent of x_t, where it is not v."""
+
+
+def newton_coefficients(level_t: AnyLevel, level_prev: AnyLevel, prediction_type: str) -> StepCoefficients:
     """Return the row of one simplified Newton iteration towards the x_t that a deterministic step
     takes to a given x_prev.
 
     It computes x_t + (x_prev - step(x_t)) / slope from what a row of ``inversion_coefficients``
     takes. Its fixed point is where the step leads to x_prev, whatever the slope. The slope is that
-    of a step for which one prediction does not depend on x_t: eps for epsilon prediction, and v for
-    the others, which is safe where a model is inconsistent near pure noise. (x0 does not work: its
-    slope is 0 in a step to clean data.)
+    of a step for which one prediction does not depend on x_t: eps for epsilon prediction, the
+    velocity for flow matching, and v for the others, which is safe where a model is inconsistent
+    near pure noise. (x0 does not work: its slope is 0 in a step to clean data.)
 
     Raises:
         ValueError: the slope is 0, in a step from pure noise to clean data.
     """
-    constant = "epsilon" if prediction_type == "epsilon" else "v_prediction"
-    slope, _ = ddim_coefficients(alpha_bar_t, alpha_bar_prev, constant).folded
+    constant = _HELD_CONSTANT.get(prediction_type, "v_prediction")
+    slope, _ = ddim_coefficients(level_t, level_prev, constant).folded
     if slope == 0:
         raise ValueError(
-            f"a step from pure noise to clean data has no inverse, got a step from alpha_bar_t = {alpha_bar_t} to {alpha_bar_prev}: "
+            f"a step from pure noise to clean data has no inverse, got a step from {as_text(level_t)} to {as_text(level_prev)}: "
             "use more timesteps"
         )
-    step = ddim_coefficients(alpha_bar_t, alpha_bar_prev, prediction_type)
+    step = ddim_coefficients(level_t, level_prev, prediction_type)
     of_x_t, of_m = step.folded
     return StepCoefficients(step.x0_x, step.x0_m, 1 - of_x_t / slope, -of_m / slope, 0.0, 0.0, 1.0, 1 / slope)
 
 
-def weight_at_constant_v(alpha_bar_t: float, prediction_type: str) -> float:
-    """Return how a model's output changes with x_t while v = sqrt(alpha_bar_t) eps - sqrt(1 -
-    alpha_bar_t) x0 stays the same."""
-    at_t = PREDICTION_TYPES[prediction_type](alpha_bar_t)
-    of_eps, of_x0 = math.sqrt(alpha_bar_t), -math.sqrt(1 - alpha_bar_t)
-    return -(of_eps * at_t.eps_x + of_x0 * at_t.x0_x) / (of_eps * at_t.eps_m + of_x0 * at_t.x0_m)
+def weight_at_constant_v(level_t: AnyLevel, prediction_type: str) -> float:
+    """Return how a model's output changes with x_t while v = alpha_t eps - sigma_t x0 stays the
+    same."""
+    at_t = PREDICTION_TYPES[prediction_type](level_t)
+    alpha, sigma = level_of(level_t)
+    return -(alpha * at_t.eps_x - sigma * at_t.x0_x) / (alpha * at_t.eps_m - sigma * at_t.x0_m)
 
 
-def velocity_coefficients(alpha_bar_t: float) -> StepCoefficients:
-    """Return the row of v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0 (Salimans and Ho 2022,
-    arXiv 2202.00512).
+def velocity_coefficients(level_t: AnyLevel) -> StepCoefficients:
+    """Return the row of v = alpha_t eps - sigma_t x0 (Salimans and Ho 2022, arXiv 2202.00512).
 
     A step with this row takes x0 as ``x_t`` and eps as ``model_output``.
     """
-    return StepCoefficients(0, 0, -math.sqrt(1 - alpha_bar_t), math.sqrt(alpha_bar_t), 0, 0, 1, 0)
+    alpha, sigma = level_of(level_t)
+    return StepCoefficients(0, 0, -sigma, alpha, 0, 0, 1, 0)

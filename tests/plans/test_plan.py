@@ -29,17 +29,30 @@ def textbook_std_dev(alpha_bar_t, alpha_bar_prev, eta, eta_scales="std_dev"):
     return eta * math.sqrt(tilde_beta) if eta_scales == "std_dev" else math.sqrt(eta * tilde_beta)
 
 
+def output_of(kind, x0, eps, alpha, sigma, sigma_data=0.5):
+    """What a perfect model returns at x_t = alpha x0 + sigma eps, from the definition of each kind of prediction."""
+    ratio = sigma / alpha if alpha else math.inf
+    return {
+        "epsilon": lambda: eps,
+        "sample": lambda: x0,
+        "v_prediction": lambda: alpha * eps - sigma * x0,
+        "flow": lambda: eps - x0,  # the derivative of (1 - t) x0 + t eps
+        "score": lambda: -eps / sigma,
+        "edm": lambda: (  # D = c_skip y + c_out F is x0, of y = x_t / alpha
+            (x0 - sigma_data**2 / (ratio**2 + sigma_data**2) * (x0 + ratio * eps))
+            * math.sqrt(ratio**2 + sigma_data**2) / (ratio * sigma_data)
+        ),
+    }[kind]()  # fmt: skip
+
+
 def textbook_step(
     kind, x_t, m, alpha_bar_t, alpha_bar_prev, std_dev, direction_std_dev, z, clip, use_clipped_model_output
 ):
     """Equation 12 from what the model's output means. ``direction_std_dev``: the noise that the direction term makes room for."""
     signal, spread = alpha_bar_t**0.5, (1 - alpha_bar_t) ** 0.5
-    if kind == "epsilon":  # m is the noise
-        eps, x0 = m, (x_t - spread * m) / signal
-    elif kind == "sample":  # m is the clean sample
-        eps, x0 = (x_t - signal * m) / spread, m
-    else:  # v_prediction: m = signal eps - spread x0, and x_t = signal x0 + spread eps
-        x0, eps = np.linalg.solve([[-spread, signal], [signal, spread]], np.stack([m, x_t]))
+    # Two linear equations: m = output_of(x0, eps), and x_t = signal x0 + spread eps.
+    of_m = [output_of(kind, *unit, signal, spread) for unit in ((1.0, 0.0), (0.0, 1.0))]
+    x0, eps = np.linalg.solve([of_m, [signal, spread]], np.stack([m, x_t]))
     if clip is not None:
         x0 = np.clip(x0, -clip, clip)
         if use_clipped_model_output:
@@ -64,7 +77,8 @@ def following(timesteps, alpha_bar, final):
 
 
 def test_no_prediction_type_or_eta_scale_is_without_a_textbook_formula_here():
-    assert set(PREDICTION_TYPES) == {"epsilon", "sample", "v_prediction"}
+    for kind in PREDICTION_TYPES:
+        output_of(kind, 1.0, 1.0, 0.6, 0.8)
     assert set(ETA_SCALES) == {"std_dev", "variance"}
 
 
@@ -73,7 +87,7 @@ def test_no_prediction_type_or_eta_scale_is_without_a_textbook_formula_here():
 @pytest.mark.parametrize(
     ("clip", "use_clipped_model_output"), [(None, False), (1.0, False), (0.4, False), (1.0, True), (0.4, True)]
 )
-@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("kind", list(PREDICTION_TYPES))
 def test_every_row_is_the_textbook_step(kind, clip, use_clipped_model_output, eta, set_alpha_to_one):
     plan = SamplingPlan(
         LINEAR, STRIDED, kind, eta, clip_sample_range=clip, use_clipped_model_output=use_clipped_model_output,
@@ -196,14 +210,14 @@ def test_eta_one_on_adjacent_steps_is_the_ddpm_posterior(kind):
         mean = variance * (math.sqrt(ALPHA_BAR[step.t_prev]) * X0 / prior_variance + math.sqrt(1 - beta) * X_T / beta)
         signal, spread = math.sqrt(ALPHA_BAR[step.t]), math.sqrt(1 - ALPHA_BAR[step.t])
         eps = (X_T - signal * X0) / spread
-        m = {"epsilon": eps, "sample": X0, "v_prediction": signal * eps - spread * X0}[kind]
+        m = output_of(kind, X0, eps, signal, spread)
         got, _ = apply_row(step.coefficients, X_T, m, 0.0)
         np.testing.assert_allclose(got, mean, rtol=1e-9, atol=1e-10)
         assert step.std_dev_t**2 == pytest.approx(variance, rel=1e-10)
     last = plan.steps[-1]
     signal, spread = math.sqrt(ALPHA_BAR[0]), math.sqrt(1 - ALPHA_BAR[0])
     eps = (X_T - signal * X0) / spread
-    m = {"epsilon": eps, "sample": X0, "v_prediction": signal * eps - spread * X0}[kind]
+    m = output_of(kind, X0, eps, signal, spread)
     np.testing.assert_allclose(apply_row(last.coefficients, X_T, m, Z)[0], X0, rtol=1e-12, atol=1e-12)
 
 
@@ -369,7 +383,8 @@ def test_a_schedule_that_begins_without_noise_has_a_row_there(kind, use_clipped_
     row = SamplingPlan(
         schedule, (1, 0), kind, 1.0, clip_sample_range=9, use_clipped_model_output=use_clipped_model_output
     ).steps[1]
-    m = {"epsilon": Z, "sample": X_T, "v_prediction": Z}[kind]
+    # Of a sample without noise, a model of the noise, v, the score or F may say anything.
+    m = {"sample": X_T, "flow": Z - X_T}.get(kind, Z)
     np.testing.assert_allclose(apply_row(row.coefficients, X_T, m, Z)[0], X_T, rtol=1e-15)
 
 

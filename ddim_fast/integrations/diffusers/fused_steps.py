@@ -9,13 +9,12 @@ from torch import Tensor
 
 from ...kernels.dispatch import ddim_step
 from ...kernels.thresholding import dynamic_thresholds
-from ...plans.coefficients import PREDICTION_TYPES
 from ...plans.timesteps import select_timesteps
 from ..original_results import kinds_of_results, per_sample_coefficient, readable, step_of_kind
 from ..rows_by_timestep import RowsByTimestep
 from .arguments import LeaveToOriginal, batch_of_timesteps, thresholding_options
 from .noise import NoiseArguments
-from .scheduler_rows import SchedulerRows
+from .scheduler_rows import DISCRETE_PREDICTIONS, SchedulerRows
 from .traced_step import step_between_levels
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -183,7 +182,7 @@ class FusedSteps(SchedulerRows):
         if (
             type(t) is not int
             or not 0 <= t < config.num_train_timesteps
-            or config.prediction_type not in PREDICTION_TYPES
+            or config.prediction_type not in DISCRETE_PREDICTIONS
         ):
             raise LeaveToOriginal("a traced step needs a timestep that exists, and a known prediction_type")
         if sample.dtype != model_output.dtype:

@@ -20,6 +20,9 @@ from ..rows_by_timestep import RowsByTimestep, cached_rows
 from .arguments import LeaveToOriginal
 from .row_cache import RowCache
 
+DISCRETE_PREDICTIONS = {name: PREDICTION_TYPES[name] for name in ("epsilon", "sample", "v_prediction")}
+"""What the originals know as ``prediction_type``."""
+
 
 class SchedulerRows:
     """The rows of a scheduler, recomputed when what they depend on has changed.
@@ -120,12 +123,12 @@ class SchedulerRows:
             return ddim_coefficients(
                 alpha_bar_t,
                 alpha_bar_prev,
-                PREDICTION_TYPES[self.config.prediction_type](alpha_bar_t),
+                DISCRETE_PREDICTIONS[self.config.prediction_type](alpha_bar_t),
                 clip_sample_range=self._clip_range(),
                 **options,
             )
         except KeyError:
-            known = ", ".join(PREDICTION_TYPES)
+            known = ", ".join(DISCRETE_PREDICTIONS)
             raise LeaveToOriginal(
                 f"prediction_type must be one of {known}, got {self.config.prediction_type!r}"
             ) from None
