@@ -13,6 +13,15 @@ from .kernels.contract import StepCoefficients, StepTable
 from .kernels.dispatch import ddim_step, ddim_step_from_table
 from .kernels.noise import NoiseStream, sample_seeds, standard_normals
 from .models.loading import LoadedModel, load_model, load_model_from
+from .plans.continuous import (
+    ContinuousSchedule,
+    CosineSchedule,
+    EDMSchedule,
+    FlowSchedule,
+    VESchedule,
+    VPSchedule,
+)
+from .plans.levels import NoiseLevel
 from .plans.plan import PlannedStep, SamplingPlan
 from .plans.schedules import NoiseSchedule, make_schedule
 from .plans.timesteps import explicit_timesteps, respaced_timesteps, select_timesteps
@@ -21,8 +30,13 @@ from .sampling.editing import slerp
 from .sampling.loop import Timing, Trajectory
 
 __all__ = [
+    "ContinuousSchedule",
+    "CosineSchedule",
     "DDIMSampler",
+    "EDMSchedule",
+    "FlowSchedule",
     "LoadedModel",
+    "NoiseLevel",
     "NoiseSchedule",
     "NoiseStream",
     "PlannedStep",
@@ -31,6 +45,8 @@ __all__ = [
     "StepTable",
     "Timing",
     "Trajectory",
+    "VESchedule",
+    "VPSchedule",
     "__version__",
     "ddim_step",
     "ddim_step_from_table",

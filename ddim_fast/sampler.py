@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .models.protocol import Model
 from .plans.choice import TimestepsArgument, choose_timesteps, read_if_file
 from .plans.clipping import Clipping
+from .plans.path import NoisePath
 from .plans.plan import SamplingPlan
-from .plans.schedules import NoiseSchedule
 from .sampling import editing, inversion, parallel, run
 from .sampling.capture import GRAPHS, GraphCache
 from .sampling.guidance import GuidanceScale
@@ -48,7 +48,8 @@ class DDIMSampler:
     same are equal. They can be copied and pickled; captured graphs stay behind.
 
     Args:
-        schedule: the noise schedule that the model was trained with.
+        schedule: the noise schedule that the model was trained with: a ``NoiseSchedule``, or one in
+            continuous time, such as ``FlowSchedule`` or ``EDMSchedule``.
         num_inference_steps: S, how many timesteps to visit; 50 if neither it nor ``timesteps`` is
             given.
         eta: 0 is deterministic DDIM; 1 adds the noise of DDPM.
@@ -58,12 +59,14 @@ class DDIMSampler:
         model_timesteps: the timestep given to the model at each of these, where it is a different
             one (arXiv 2310.09469, 2405.15506). None: what the file of timesteps says, or else the
             timesteps visited.
-        timestep_spacing: how S timesteps are chosen, a key of ``plans.timesteps.SPACINGS``. One
-            step of "leading", "linspace", "uniform" or "quad" is at the cleanest timestep, which
-            warns.
+        timestep_spacing: how S timesteps are chosen, a key of ``plans.timesteps.SPACINGS``, or of
+            ``plans.continuous.CONTINUOUS_SPACINGS`` for a schedule in continuous time. None: the
+            schedule's own, which is "leading" for a ``NoiseSchedule``. One step of "leading",
+            "linspace", "uniform" or "quad" is at the cleanest timestep, which warns.
         steps_offset: added to the timesteps of "leading" spacing.
-        prediction_type: "epsilon", "sample" or "v_prediction". None: what the model says of itself,
-            or else "epsilon".
+        prediction_type: "epsilon", "sample", "v_prediction", "flow", "score" or "edm", see
+            ``PREDICTION_TYPES``. None: what the model says of itself, or else the schedule's own:
+            "epsilon" for a ``NoiseSchedule``, "flow" for a ``FlowSchedule``.
         order: 2 for the multistep form of DDIM, of second order (DPM-Solver++(2M), arXiv
             2211.01095): nearer to the result of many steps with the same model calls. Needs eta =
             0. None: what the file of timesteps was searched for, or else 1.
@@ -86,11 +89,11 @@ class DDIMSampler:
             remedy.
     """
 
-    schedule: NoiseSchedule
+    schedule: NoisePath
     num_inference_steps: int
     eta: float
-    timesteps: tuple[int, ...]
-    model_timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
+    model_timesteps: tuple[float, ...]
     timestep_spacing: str
     steps_offset: int
     prediction_type: str | None
@@ -112,13 +115,13 @@ class DDIMSampler:
 
     def __init__(
         self,
-        schedule: NoiseSchedule,
+        schedule: NoisePath,
         num_inference_steps: int | None = None,
         eta: float = 0.0,
         *,
         timesteps: TimestepsArgument = None,
-        model_timesteps: Sequence[int] | None = None,
-        timestep_spacing: str = "leading",
+        model_timesteps: Sequence[float] | None = None,
+        timestep_spacing: str | None = None,
         steps_offset: int = 0,
         prediction_type: str | None = None,
         order: int | None = None,
@@ -135,9 +138,10 @@ class DDIMSampler:
         graphs: GraphCache | None = None,
     ):
         given = {name: value for name, value in locals().items() if name != "self"}
-        if not isinstance(schedule, NoiseSchedule):
+        if not isinstance(schedule, NoisePath):
             raise TypeError(
-                f"schedule must be a NoiseSchedule, got {type(schedule).__name__}: for instance NoiseSchedule.linear()"
+                f"schedule must be a NoiseSchedule, or one in continuous time, got {type(schedule).__name__}: for instance "
+                "NoiseSchedule.linear() or FlowSchedule()"
             )
         clipping = Clipping(**{name: given[name] for name in Clipping.__dataclass_fields__})
         name = os.fspath(timesteps) if isinstance(timesteps, (str, os.PathLike)) else "the list of timesteps"
@@ -183,6 +187,7 @@ class DDIMSampler:
             timesteps=plan.timesteps,
             model_timesteps=plan.model_timesteps,
             order=plan.order,
+            timestep_spacing=schedule.default_spacing if timestep_spacing is None else timestep_spacing,
             clip_sample=clipping.asked_for,
             graphs=GRAPHS if graphs is None else graphs,
             _given=given,
@@ -257,7 +262,7 @@ class DDIMSampler:
                 f"prediction_type must be the model's, {stated!r}, or left out, got prediction_type={self.prediction_type!r} in the "
                 "sampler: leave it out"
             )
-        prediction_type = self.prediction_type or stated or "epsilon"
+        prediction_type = self.prediction_type or stated or self.schedule.default_prediction_type
         clip_range = self._clipping.half_range(getattr(model, "clip_sample_range", None))
         if (prediction_type, clip_range) == (self._plan.prediction_type, self._plan.clip_sample_range):
             return self._plan

@@ -743,8 +743,8 @@ def test_the_models_prediction_type_is_used():
 def test_contradicting_prediction_types_are_refused():
     with pytest.raises(ValueError, match=r"'v_prediction'.*'epsilon'"):
         DDIMSampler(LINEAR, 4, prediction_type="epsilon").sample(Stating(prediction_type="v_prediction"), SHAPE)
-    with pytest.raises(ValueError, match="'flow'"):
-        DDIMSampler(LINEAR, 4).sample(Stating(prediction_type="flow"), SHAPE)
+    with pytest.raises(ValueError, match="'velocity'"):
+        DDIMSampler(LINEAR, 4).sample(Stating(prediction_type="velocity"), SHAPE)
 
 
 def test_zero_terminal_snr_is_refused_when_the_model_turns_out_to_predict_epsilon():

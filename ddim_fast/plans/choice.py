@@ -6,16 +6,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ..utils.checks import check_choice, check_number, refuse
 from ..utils.warn import warn_caller
+from .continuous import ContinuousSchedule
 from .files import SUFFIX, TimestepList, read_timesteps
+from .path import NoisePath
 from .schedules import NoiseSchedule
-from .timesteps import SPACINGS, explicit_model_timesteps, explicit_timesteps, respaced_timesteps, select_timesteps
+from .timestep_lists import explicit_timesteps, number_list
+from .timesteps import SPACINGS, respaced_timesteps, select_timesteps
 
 DEFAULT_STEPS = 50
 
-TimestepsArgument = Sequence[int] | str | os.PathLike[str] | TimestepList | None
+_Time = TypeVar("_Time", int, float)
+
+TimestepsArgument = Sequence[float] | str | os.PathLike[str] | TimestepList | None
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,8 @@ class ChosenTimesteps:
             analytic variance is asked for.
     """
 
-    timesteps: tuple[int, ...]
-    model_timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
+    model_timesteps: tuple[float, ...]
     order: int
     eps_residual: tuple[float, ...] | None
 
@@ -45,13 +51,13 @@ def read_if_file(timesteps: TimestepsArgument) -> TimestepsArgument:
 
 
 def choose_timesteps(
-    schedule: NoiseSchedule,
+    schedule: NoisePath,
     num_inference_steps: int | None = None,
     *,
     timesteps: TimestepsArgument = None,
     timesteps_name: str = "the list of timesteps",
-    model_timesteps: Sequence[int] | None = None,
-    timestep_spacing: str = "leading",
+    model_timesteps: Sequence[float] | None = None,
+    timestep_spacing: str | None = None,
     steps_offset: int = 0,
     order: int | None = None,
     analytic_variance: bool | Sequence[float] = False,
@@ -68,10 +74,17 @@ def choose_timesteps(
     """
     of_file = timesteps if isinstance(timesteps, TimestepList) else None
     residual = _residual(of_file, timesteps_name, analytic_variance)
-    if of_file is None:
-        visited = _visited(schedule, num_inference_steps, timesteps, timestep_spacing, steps_offset)
-    else:
+    visited: tuple[float, ...]
+    if of_file is not None:
+        if not isinstance(schedule, NoiseSchedule):
+            refuse(f"{timesteps_name} holds discrete timesteps, which need a NoiseSchedule", schedule, "search again")
         visited = _checked_count(of_file.for_schedule(schedule, timesteps_name), num_inference_steps)
+    elif isinstance(schedule, ContinuousSchedule):
+        visited = _visited_times(schedule, num_inference_steps, timesteps, timestep_spacing, steps_offset)
+    elif isinstance(schedule, NoiseSchedule):
+        visited = _visited_timesteps(schedule, num_inference_steps, timesteps, timestep_spacing, steps_offset)
+    else:
+        refuse("schedule must be a NoiseSchedule, or one in continuous time", schedule, kind=TypeError)
     if residual is not None and len(residual) != len(visited):
         refuse(
             f"analytic_variance must be one finite number, 0 or more, for each of the {len(visited)} timesteps",
@@ -79,8 +92,8 @@ def choose_timesteps(
         )
     if model_timesteps is None and of_file is not None:
         model_timesteps = of_file.model_timesteps
-    given = visited if model_timesteps is None else model_timesteps
-    seen = explicit_model_timesteps(given, len(visited), schedule.num_train_timesteps)
+    seen = visited if model_timesteps is None else number_list("model_timesteps", model_timesteps)
+    schedule.check_model_timesteps(seen, len(visited))
     if order is None:
         order = 1 if of_file is None else of_file.order
     return ChosenTimesteps(visited, seen, order, residual)
@@ -113,10 +126,36 @@ def _residual(
     return of_file.eps_residual
 
 
-def _visited(
-    schedule: NoiseSchedule, count: int | None, timesteps: TimestepsArgument, spacing: str, steps_offset: int
+def _visited_times(
+    schedule: ContinuousSchedule,
+    count: int | None,
+    timesteps: TimestepsArgument,
+    spacing: str | None,
+    steps_offset: int,
+) -> tuple[float, ...]:
+    if steps_offset:
+        refuse("steps_offset belongs to the discrete timesteps of a NoiseSchedule", steps_offset, "leave it out")
+    if timesteps is None:
+        return schedule.select(DEFAULT_STEPS if count is None else count, spacing)
+    if isinstance(timesteps, str):
+        refuse(
+            "timesteps must be a list of times, or a file of them, in continuous time",
+            timesteps,
+            "respacing strings are for discrete timesteps",
+        )
+    assert not isinstance(timesteps, (os.PathLike, TimestepList))  # files were read before
+    return _checked_count(schedule.explicit(timesteps), count)
+
+
+def _visited_timesteps(
+    schedule: NoiseSchedule,
+    count: int | None,
+    timesteps: TimestepsArgument,
+    spacing: str | None,
+    steps_offset: int,
 ) -> tuple[int, ...]:
     total = schedule.num_train_timesteps
+    spacing = schedule.default_spacing if spacing is None else spacing
     if timesteps is None:
         check_choice("timestep_spacing", spacing, SPACINGS, "for a list of your own pass timesteps=[...]")
         if count is None and total < DEFAULT_STEPS:
@@ -136,10 +175,10 @@ def _visited(
     if isinstance(timesteps, str):
         return _checked_count(respaced_timesteps(timesteps, total, name="timesteps"), count)
     assert not isinstance(timesteps, (os.PathLike, TimestepList))  # files were read before
-    return _checked_count(explicit_timesteps(timesteps, total), count)
+    return _checked_count(explicit_timesteps(timesteps, total), count)  # type: ignore[arg-type]  # it checks
 
 
-def _checked_count(visited: tuple[int, ...], count: int | None) -> tuple[int, ...]:
+def _checked_count(visited: tuple[_Time, ...], count: int | None) -> tuple[_Time, ...]:
     if count not in (None, len(visited)):
         raise ValueError(
             f"timesteps has {len(visited)} entries, so num_inference_steps must be that or left out, got {count}: "

@@ -184,6 +184,19 @@ def ddpm_variance(level_t: AnyLevel, level_prev: AnyLevel) -> float:
     return sigma_prev**2 * ((1 - kept) * (1 + kept))
 
 
+def forward_variance(level_t: AnyLevel, level_prev: AnyLevel) -> float:
+    """Return the variance of q(x_t | x_prev) as a step of DDPM adds it with its larger noise,
+    sigma-hat (appendix D.3 of the DDIM paper): sigma_t^2 - (alpha_t / alpha_prev)^2 sigma_prev^2.
+
+    On the variance-preserving path that is beta_t = 1 - alpha_bar_t / alpha_bar_prev.
+    """
+    if not isinstance(level_t, NoiseLevel) and not isinstance(level_prev, NoiseLevel):
+        return 1 - level_t / level_prev
+    (alpha_t, sigma_t), (alpha_prev, sigma_prev) = level_of(level_t), level_of(level_prev)
+    kept = alpha_t / alpha_prev * sigma_prev
+    return (sigma_t - kept) * (sigma_t + kept)
+
+
 def ddim_variance(level_t: AnyLevel, level_prev: AnyLevel, eta: float, eta_scales: str = "std_dev") -> float:
     """Return the variance of a step, std_dev_t^2: equation 16 of the DDIM paper, or with eta
     scaling the variance."""
@@ -420,7 +433,7 @@ def known_region_coefficients(level_t: AnyLevel) -> StepCoefficients:
     return StepCoefficients(1, 0, 0, 0, 0, 1, 0, 0, known_x0=alpha, known_noise=sigma)
 
 
-def classifier_guidance_weight(level_t: AnyLevel, prediction_type: str) -> float:
+def classifier_guidance_weight(level_t: AnyLevel, prediction: str | Prediction) -> float:
     """Return the change of a model's output per unit of the classifier's gradient: the one that
     moves eps by -sigma_t at a given x_t (algorithm 2 of Dhariwal and Nichol 2021, arXiv
     2105.05233).
@@ -433,7 +446,7 @@ def classifier_guidance_weight(level_t: AnyLevel, prediction_type: str) -> float
         raise ValueError(
             f"classifier guidance needs {_positive_signal(level_t)} (zero terminal SNR): use timesteps without the last one"
         )
-    return -sigma / PREDICTION_TYPES[prediction_type](level_t).eps_m if sigma else 0.0
+    return -sigma / prediction_at(prediction, level_t).eps_m if sigma else 0.0
 
 
 def inversion_coefficients(
@@ -461,7 +474,9 @@ _HELD_CONSTANT = {"epsilon": "epsilon", "score": "epsilon", "flow": "flow"}
 """The prediction that ``newton_coefficients`` takes as independent of x_t, where it is not v."""
 
 
-def newton_coefficients(level_t: AnyLevel, level_prev: AnyLevel, prediction_type: str) -> StepCoefficients:
+def newton_coefficients(
+    level_t: AnyLevel, level_prev: AnyLevel, prediction_type: str, prediction: Prediction | None = None
+) -> StepCoefficients:
     """Return the row of one simplified Newton iteration towards the x_t that a deterministic step
     takes to a given x_prev.
 
@@ -470,6 +485,9 @@ def newton_coefficients(level_t: AnyLevel, level_prev: AnyLevel, prediction_type
     of a step for which one prediction does not depend on x_t: eps for epsilon prediction, the
     velocity for flow matching, and v for the others, which is safe where a model is inconsistent
     near pure noise. (x0 does not work: its slope is 0 in a step to clean data.)
+
+    Args:
+        prediction: what the model's output means, where its type alone does not say.
 
     Raises:
         ValueError: the slope is 0, in a step from pure noise to clean data.
@@ -481,15 +499,15 @@ def newton_coefficients(level_t: AnyLevel, level_prev: AnyLevel, prediction_type
             f"a step from pure noise to clean data has no inverse, got a step from {as_text(level_t)} to {as_text(level_prev)}: "
             "use more timesteps"
         )
-    step = ddim_coefficients(level_t, level_prev, prediction_type)
+    step = ddim_coefficients(level_t, level_prev, prediction_type if prediction is None else prediction)
     of_x_t, of_m = step.folded
     return StepCoefficients(step.x0_x, step.x0_m, 1 - of_x_t / slope, -of_m / slope, 0.0, 0.0, 1.0, 1 / slope)
 
 
-def weight_at_constant_v(level_t: AnyLevel, prediction_type: str) -> float:
+def weight_at_constant_v(level_t: AnyLevel, prediction: str | Prediction) -> float:
     """Return how a model's output changes with x_t while v = alpha_t eps - sigma_t x0 stays the
     same."""
-    at_t = PREDICTION_TYPES[prediction_type](level_t)
+    at_t = prediction_at(prediction, level_t)
     alpha, sigma = level_of(level_t)
     return -(alpha * at_t.eps_x - sigma * at_t.x0_x) / (alpha * at_t.eps_m - sigma * at_t.x0_m)
 

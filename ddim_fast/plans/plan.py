@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from ..kernels.contract import StepCoefficients, StepTable
@@ -21,36 +22,54 @@ from .clipping import Thresholding
 from .coefficients import (
     ETA_SCALES,
     PREDICTION_TYPES,
+    Prediction,
     analytic_variance,
     check_eta,
     ddim_coefficients,
     ddim_variance,
     ddpm_variance,
+    forward_variance,
     multistep_coefficients,
+    noise_variance,
 )
+from .levels import CLEAN, AnyLevel, NoiseLevel
+from .path import NoisePath
 from .schedules import NoiseSchedule
-from .timesteps import explicit_model_timesteps
-
-BEFORE_FIRST = -1
-"""The timestep of clean data, after the last step."""
 
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One step, from timestep ``t`` to ``t_prev`` (-1: clean data): its noise levels, its noise,
-    and its row.
+    """One step, from timestep ``t`` to ``t_prev``: its noise levels, its noise, and its row.
 
-    ``model_timestep`` is what the model is called with.
+    ``t_prev`` after the last step is clean data: -1 on a discrete schedule, 0 in continuous time.
+    ``model_timestep`` is the timestep that the model is asked about, ``model_time`` what it is
+    called with there, beside ``input_scale`` times x_t.
     """
 
     index: int
-    t: int
-    t_prev: int
-    model_timestep: int
-    alpha_bar_t: float
-    alpha_bar_prev: float
+    t: float
+    t_prev: float
+    model_timestep: float
+    model_time: float
+    input_scale: float
+    level_t: AnyLevel
+    level_prev: AnyLevel
     std_dev_t: float
     coefficients: StepCoefficients
+
+    @property
+    def alpha_bar_t(self) -> float:
+        """alpha_t^2 / (alpha_t^2 + sigma_t^2): on a variance-preserving path, alpha_t^2."""
+        return _alpha_bar(self.level_t)
+
+    @property
+    def alpha_bar_prev(self) -> float:
+        """The same of the level that the step leads to."""
+        return _alpha_bar(self.level_prev)
+
+
+def _alpha_bar(level: AnyLevel) -> float:
+    return level.alpha_bar if isinstance(level, NoiseLevel) else level
 
 
 @dataclass(frozen=True)
@@ -60,14 +79,14 @@ class SamplingPlan:
     Args:
         schedule: the noise schedule the model was trained with.
         timesteps: which timesteps to visit, strictly decreasing, as the functions of
-            ``plans.timesteps`` return them.
+            ``plans.timesteps`` or the schedule's own ``select`` return them.
         prediction_type: what the model predicts, a key of ``PREDICTION_TYPES``.
         eta: 0 is deterministic DDIM, 1 adds as much noise as DDPM.
         eta_scales: what eta multiplies, "std_dev" (the paper) or "variance".
         sigma_hat: add the paper's larger DDPM noise, sqrt(1 - alpha_bar_t / alpha_bar_prev), with
             the direction term of eta = 1 (appendix D.3). Needs eta = 1.
         set_alpha_to_one: the last step goes to alpha_bar = 1 (clean data); otherwise to
-            alpha_bar_0, as some models were sampled.
+            alpha_bar_0, as some models were sampled. Of discrete schedules alone.
         clip_sample_range: clip the predicted x0 to [-range, range]; None for no clipping.
         use_clipped_model_output: derive eps again from the clipped x0, so that the two agree (GLIDE
             and guided-diffusion do).
@@ -90,8 +109,8 @@ class SamplingPlan:
             room for; epsilon prediction at zero terminal SNR.
     """
 
-    schedule: NoiseSchedule
-    timesteps: tuple[int, ...]
+    schedule: NoisePath
+    timesteps: tuple[float, ...]
     prediction_type: str = "epsilon"
     eta: float = 0.0
     eta_scales: str = "std_dev"
@@ -101,7 +120,7 @@ class SamplingPlan:
     use_clipped_model_output: bool = False
     order: int = 1
     eps_residual: tuple[float, ...] | None = None
-    model_timesteps: tuple[int, ...] = ()
+    model_timesteps: tuple[float, ...] = ()
     thresholding: Thresholding | None = None
 
     def __post_init__(self) -> None:
@@ -113,7 +132,7 @@ class SamplingPlan:
         if not self.model_timesteps:
             object.__setattr__(self, "model_timesteps", self.timesteps)
         elif self.model_timesteps != self.timesteps:
-            explicit_model_timesteps(self.model_timesteps, len(self.timesteps), self.schedule.num_train_timesteps)
+            self.schedule.check_model_timesteps(self.model_timesteps, len(self.timesteps))
         if self.sigma_hat and self.eta != 1:
             raise ValueError(f"sigma_hat is DDPM's larger noise and needs eta = 1, got eta = {self.eta}")
         if self.clip_sample_range is not None and not 0 < self.clip_sample_range < math.inf:
@@ -123,6 +142,11 @@ class SamplingPlan:
         if self.use_clipped_model_output and self.clip_sample_range is None:
             raise ValueError(
                 "use_clipped_model_output derives eps from the clipped x0: it needs a clip_sample_range, got None"
+            )
+        if not self.set_alpha_to_one and not isinstance(self.schedule, NoiseSchedule):
+            raise ValueError(
+                "set_alpha_to_one=False ends at alpha_bar_0, which a path in continuous time does not have, got schedule="
+                f"{self.schedule!r}: leave it out"
             )
         if self.order not in (1, 2) or isinstance(self.order, bool):
             raise ValueError(f"order must be 1 (DDIM) or 2 (its multistep form), got {self.order!r}")
@@ -168,27 +192,51 @@ class SamplingPlan:
         """Whether some step adds noise to a known region."""
         return any(step.coefficients.adds_known_noise for step in self.steps)
 
+    @cached_property
+    def scales_input(self) -> bool:
+        """Whether the model is given x_t times a scale other than 1 in some step."""
+        return any(step.input_scale != 1 for step in self.steps)
+
+    def meaning_at(self, level: AnyLevel) -> Prediction:
+        """Return what the model's output means at a noise level."""
+        return self.schedule.prediction(self.prediction_type, level)
+
+    @cached_property
+    def model_times(self) -> tuple[float, ...]:
+        """What the model is called with in each step."""
+        return tuple(step.model_time for step in self.steps)
+
     @property
-    def pairs(self) -> tuple[tuple[int, int], ...]:
+    def initial_std_dev(self) -> float:
+        """The standard deviation of the noise x_T that a run starts from."""
+        return self.schedule.initial_std_dev(self.timesteps[0])
+
+    @property
+    def pairs(self) -> tuple[tuple[float, float], ...]:
         """(t, t_prev) of every step."""
-        return tuple(zip(self.timesteps, (*self.timesteps[1:], BEFORE_FIRST), strict=True))
+        return tuple(pairwise((*self.timesteps, self.schedule.after_last)))
 
     @property
     def largest_eta(self) -> float:
         """The eta at which the noise of some step takes up all the variance of its target, 1 -
         alpha_bar_prev."""
         rooms = []
-        for alpha_bar_t, alpha_bar_prev in self._levels:
-            if variance := ddpm_variance(alpha_bar_t, alpha_bar_prev):
-                rooms.append((1 - alpha_bar_prev) / variance)
+        for level_t, level_prev in self._levels:
+            if variance := ddpm_variance(level_t, level_prev):
+                rooms.append(noise_variance(level_prev) / variance)
         most = min(rooms, default=math.inf)
         return math.sqrt(most) if self.eta_scales == "std_dev" else most
 
     @cached_property
-    def _levels(self) -> tuple[tuple[float, float], ...]:
-        """(alpha_bar_t, alpha_bar_prev) of every step."""
-        final = 1.0 if self.set_alpha_to_one else float(self.schedule.alphas_cumprod[0])
-        return tuple(pairwise([*(self.schedule.alpha_bar(t) for t in self.timesteps), final]))
+    def _levels(self) -> tuple[tuple[AnyLevel, AnyLevel], ...]:
+        """(level_t, level_prev) of every step."""
+        return tuple(pairwise([*(self.schedule.level(t) for t in self.timesteps), self._final_level]))
+
+    @property
+    def _final_level(self) -> AnyLevel:
+        if not isinstance(self.schedule, NoiseSchedule):
+            return CLEAN
+        return 1.0 if self.set_alpha_to_one else float(self.schedule.alphas_cumprod[0])
 
     @cached_property
     def steps(self) -> tuple[PlannedStep, ...]:
@@ -205,33 +253,37 @@ class SamplingPlan:
         """Return all steps as one table in device memory, for ``ddim_step_from_table``."""
         return StepTable.of([step.coefficients for step in self.steps], device, guidance_scale)
 
-    def _step(self, index: int, t: int, t_prev: int, alpha_bar_t: float, alpha_bar_prev: float) -> PlannedStep:
-        variance = ddim_variance(alpha_bar_t, alpha_bar_prev, self.eta, self.eta_scales)
+    def _step(self, index: int, t: float, t_prev: float, level_t: AnyLevel, level_prev: AnyLevel) -> PlannedStep:
+        variance = ddim_variance(level_t, level_prev, self.eta, self.eta_scales)
         std_dev_t = math.sqrt(variance)
-        if self.sigma_hat and alpha_bar_prev < 1:  # clean data stays clean
-            std_dev_t = math.sqrt(1 - alpha_bar_t / alpha_bar_prev)
+        if self.sigma_hat and noise_variance(level_prev) > 0:  # clean data stays clean
+            std_dev_t = math.sqrt(forward_variance(level_t, level_prev))
         if self.eps_residual is not None:
-            std_dev_t = math.sqrt(analytic_variance(alpha_bar_t, alpha_bar_prev, variance, self.eps_residual[index]))
+            std_dev_t = math.sqrt(analytic_variance(level_t, level_prev, variance, self.eps_residual[index]))
+        prediction = self.meaning_at(level_t)
+        clipping = {
+            "clip_sample_range": self.clip_sample_range,
+            "use_clipped_model_output": self.use_clipped_model_output,
+        }
         if self.order == 2 and index > 0:
-            row = multistep_coefficients(
-                self._levels[index - 1][0],
-                alpha_bar_t,
-                alpha_bar_prev,
-                self.prediction_type,
-                clip_sample_range=self.clip_sample_range,
-                use_clipped_model_output=self.use_clipped_model_output,
-            )
+            row = multistep_coefficients(self._levels[index - 1][0], level_t, level_prev, prediction, **clipping)
         else:
             row = ddim_coefficients(
-                alpha_bar_t,
-                alpha_bar_prev,
-                self.prediction_type,
-                variance=variance,
-                std_dev_added=std_dev_t,
-                clip_sample_range=self.clip_sample_range,
-                use_clipped_model_output=self.use_clipped_model_output,
+                level_t, level_prev, prediction, variance=variance, std_dev_added=std_dev_t, **clipping
             )
-        return PlannedStep(index, t, t_prev, self.model_timesteps[index], alpha_bar_t, alpha_bar_prev, std_dev_t, row)
+        told = self.model_timesteps[index]
+        return PlannedStep(
+            index=index,
+            t=t,
+            t_prev=t_prev,
+            model_timestep=told,
+            model_time=self.schedule.model_time(told),
+            input_scale=float(np.float32(self.schedule.input_scale(t))),  # as kernels and tables hold it
+            level_t=level_t,
+            level_prev=level_prev,
+            std_dev_t=std_dev_t,
+            coefficients=row,
+        )
 
 
 @lru_cache(maxsize=64)

@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 
 from ..utils.checks import check_choice, check_integer, check_number
+from .path import NoisePath
+from .timestep_lists import explicit_model_timesteps
 
 __all__ = ["SCHEDULES", "NoiseSchedule", "make_schedule"]
 
 
 @dataclass(frozen=True, eq=False)
-class NoiseSchedule:
+class NoiseSchedule(NoisePath):
     """A discrete diffusion's alpha_bar_t for t = 0 ... T-1, and what follows from it without a
     model.
 
@@ -48,6 +50,10 @@ class NoiseSchedule:
 
     alphas_cumprod: np.ndarray
     name: str = "custom"
+
+    default_spacing = "leading"
+    time_dtype = torch.int64
+    after_last = -1
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -293,6 +299,17 @@ class NoiseSchedule:
                 f"timesteps (-1 is before the first step), got {t}: count timesteps from 0"
             )
         return float(final_alpha_bar) if t == -1 else float(self.alphas_cumprod[t])
+
+    def level(self, t: float) -> float:
+        """Return alpha_bar_t, for a whole number ``t``: a level of the variance-preserving path.
+
+        Errors as for ``alpha_bar``.
+        """
+        return self.alpha_bar(t)  # type: ignore[arg-type]  # it says what is wrong with a fraction
+
+    def check_model_timesteps(self, model_timesteps: tuple[float, ...], num_inference_steps: int) -> None:
+        """Raise TypeError or ValueError unless these are training timesteps, one for each step."""
+        explicit_model_timesteps(model_timesteps, num_inference_steps, self.num_train_timesteps)  # type: ignore[arg-type]
 
     # --- The forward process ----------------------------------------------------------------------------------------
 

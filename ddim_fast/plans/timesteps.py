@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..utils.checks import check_choice, check_integer, check_number
 from .schedules import NoiseSchedule
+from .timestep_lists import explicit_model_timesteps, explicit_timesteps, integer_list
 
 __all__ = [
     "SPACINGS",
@@ -202,11 +203,11 @@ def beta(request: SpacingRequest) -> np.ndarray:
     last = request.num_train_timesteps - 1
     if request.num_inference_steps == 1:
         return np.array([last], dtype=np.float64)
-    return last * _beta_quantiles(np.linspace(0, 1, request.num_inference_steps), 0.6)
+    return last * beta_quantiles(np.linspace(0, 1, request.num_inference_steps), 0.6)
 
 
-def _beta_quantiles(p: np.ndarray, concentration: float) -> np.ndarray:
-    """Quantiles of Beta(a, a) to about 1e-7: with x = sin(angle)^2 its density is (sin cos)^(2a -
+def beta_quantiles(p: np.ndarray, concentration: float) -> np.ndarray:
+    """Return quantiles of Beta(a, a) to about 1e-7: with x = sin(angle)^2 its density is (sin cos)^(2a -
     1), which is bounded for a >= 1/2."""
     # Squeezed towards the ends, where the density turns vertical.
     angles = np.pi / 4 * (1 - np.cos(np.linspace(0, np.pi, 20_001)))
@@ -342,7 +343,7 @@ def respaced_timesteps(
     """
     num_train_timesteps = check_integer("num_train_timesteps", num_train_timesteps, at_least=1)
     if not isinstance(respacing, str):
-        return _sectioned_timesteps(_integer_list(name, respacing), num_train_timesteps, name)
+        return _sectioned_timesteps(integer_list(name, respacing), num_train_timesteps, name)
     if match := re.fullmatch(r"ddim([0-9]{1,18})", respacing):
         return _ddim_timesteps(int(match[1]), num_train_timesteps)
     if re.fullmatch(r"\s*[0-9]{1,18}\s*(,\s*[0-9]{1,18}\s*)*", respacing):
@@ -351,58 +352,6 @@ def respaced_timesteps(
         f"{name} must be 'ddim' and a count, or counts separated by commas, got {respacing!r}: "
         "write for example 'ddim50' or '10,15,20'"
     )
-
-
-def explicit_timesteps(timesteps: Sequence[int] | np.ndarray | Tensor, num_train_timesteps: int) -> tuple[int, ...]:
-    """Check a list of the caller's own and return it as a tuple of ints.
-
-    Args:
-        timesteps: 1 to T integers in [0, T-1], strictly decreasing: the order in which sampling
-            visits them.
-        num_train_timesteps: T >= 1.
-
-    Raises:
-        TypeError: ``timesteps`` is no list of ints.
-        ValueError: the list is empty, leaves [0, T-1], or is not strictly decreasing.
-    """
-    num_train_timesteps = check_integer("num_train_timesteps", num_train_timesteps, at_least=1)
-    values = _integer_list("timesteps", timesteps)
-    if not values:
-        raise ValueError(f"timesteps must hold at least one timestep, got {timesteps!r}: pass for example [999, 499]")
-    for index, value in enumerate(values):
-        if not 0 <= value < num_train_timesteps:
-            raise ValueError(
-                f"timesteps must lie in [0, {num_train_timesteps - 1}], got timesteps[{index}] = {value}: "
-                "count training timesteps from 0"
-            )
-        if index and value >= values[index - 1]:
-            raise ValueError(
-                f"timesteps must be strictly decreasing, got {values[index - 1]} followed by {value} at index "
-                f"{index}: pass sorted(set(timesteps), reverse=True)"
-            )
-    return tuple(values)
-
-
-def explicit_model_timesteps(
-    model_timesteps: Sequence[int] | np.ndarray | Tensor, num_inference_steps: int, num_train_timesteps: int
-) -> tuple[int, ...]:
-    """Check what a model is to be told in S = ``num_inference_steps`` steps, and return it as a
-    tuple of ints.
-
-    Args:
-        model_timesteps: S integers in [0, T-1], in any order.
-
-    Raises:
-        TypeError: ``model_timesteps`` is no list of ints.
-        ValueError: there are not S of them, or they leave [0, T-1].
-    """
-    values = _integer_list("model_timesteps", model_timesteps)
-    if len(values) != num_inference_steps or not all(0 <= value < num_train_timesteps for value in values):
-        raise ValueError(
-            f"model_timesteps must be {num_inference_steps} integers, one for each timestep visited, in [0, {num_train_timesteps - 1}], "
-            f"got {values}"
-        )
-    return tuple(values)
 
 
 def _ddim_timesteps(count: int, num_train_timesteps: int) -> tuple[int, ...]:
@@ -445,14 +394,6 @@ def _section(start: int, end: int, count: int) -> list[int]:
 
 
 # --- Checks ---------------------------------------------------------------------------------------------------------
-
-
-def _integer_list(name: str, values: Any) -> list[int]:
-    """A list of Python ints from a list, an array or an integer tensor."""
-    plain = values.tolist() if hasattr(values, "tolist") else values
-    if isinstance(plain, (str, bytes)) or not isinstance(plain, (Sequence, range)):
-        raise TypeError(f"{name} must be a list of ints, got {values!r}: pass for example [999, 499, 0]")
-    return [check_integer(f"{name}[{index}]", value) for index, value in enumerate(plain)]
 
 
 def _check_schedule(schedule: Any, spacing: str, num_train_timesteps: int) -> NoiseSchedule | None:

@@ -30,7 +30,7 @@ from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_choice
 from ..utils.warn import warn_caller
 from .cuda_graphs import CapturedGraph, CudaGraphs, GraphBackend
-from .loop import Loop, Position, Timing, model_calls
+from .loop import Loop, Position, Timing, input_scales, model_calls, model_times
 
 MODES = ("auto", "loop", "step", "off")
 """One graph for the whole loop, one for a step that is replayed for each, or none; "auto": "step"
@@ -96,9 +96,10 @@ class CapturedLoop:
         self._position = Position(
             replace(job.table, rows=rows),
             torch.zeros(1, dtype=torch.int64, device=device),
-            torch.zeros((capacity, batch_size), dtype=torch.int64, device=device),
-            torch.zeros((1, batch_size), dtype=torch.int64, device=device),
+            torch.zeros((capacity, batch_size), dtype=job.plan.schedule.time_dtype, device=device),
+            torch.zeros((1, batch_size), dtype=job.plan.schedule.time_dtype, device=device),
             torch.ones(batch_size, dtype=torch.float32, device=device),
+            torch.ones(capacity, dtype=torch.float32, device=device) if loop.scales_input else None,
         )
 
     @torch.no_grad()
@@ -110,8 +111,9 @@ class CapturedLoop:
                 static.copy_(getattr(job.loop, name))
         self.loop.generator = job.loop.generator
         self._position.table.rows[:count].copy_(job.table.rows)
-        timesteps = torch.tensor(job.plan.model_timesteps, dtype=torch.int64, device="cpu")[:, None]
-        self._position.timesteps[:count].copy_(timesteps.to(device).expand(-1, job.loop.shape[0]))
+        self._position.timesteps[:count].copy_(model_times(job.plan, device, job.loop.shape[0]))
+        if self._position.input_scales is not None and (scales := input_scales(job.plan, device)) is not None:
+            self._position.input_scales[:count].copy_(scales)
         self._position.index.zero_()
         leaves, _ = tree_flatten(list(job.conditionings))
         for static, new in zip(self._leaves, leaves, strict=True):

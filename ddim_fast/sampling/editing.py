@@ -29,7 +29,7 @@ def img2img(
     shorter = plan.last_steps(steps_of_strength(strength, plan.num_inference_steps))
     noise = options.noise
     seeds = seeds_of_samples(noise.seed, noise.seeds, noise.generator, len(x0))
-    x_T = noised(x0, plan.schedule.alpha_bar(shorter.timesteps[0]), seeds, noise.generator)
+    x_T = noised(x0, plan.schedule.level(shorter.timesteps[0]), seeds, noise.generator)
     return sample(shorter, model, None, options.replace(x_T=x_T, seed=None, seeds=seeds), graphs)
 
 

@@ -30,14 +30,16 @@ class ClassifierGuidance:
         conditioning: that of the model's call; with classifier-free guidance, of the conditional
             one.
         weights: for each step, the change of the model's output per unit of the gradient.
-        timesteps: for each step, that of ``x_t``: the classifier gets it whatever the model is
-            called with.
+        times: for each step, what a model is told at the timestep of ``x_t``: the classifier gets
+            it whatever the model is called with.
+        time_dtype: of the tensor that it gets.
     """
 
     cond_fn: Callable[..., Tensor]
     conditioning: Mapping[str, Any]
     weights: Sequence[float]
-    timesteps: Sequence[int]
+    times: Sequence[float]
+    time_dtype: torch.dtype
 
     def shifted(self, model_output: Tensor, x_t: Tensor, step: int) -> Tensor:
         """Return the model's output shifted by the classifier's gradient, in the dtype of ``x_t``.
@@ -47,7 +49,7 @@ class ClassifierGuidance:
         """
         # A copy, for which gradients can be taken, and which cond_fn may change.
         with torch.inference_mode(False), torch.enable_grad():
-            t = torch.full((len(x_t),), self.timesteps[step], dtype=torch.int64, device=x_t.device)
+            t = torch.full((len(x_t),), self.times[step], dtype=self.time_dtype, device=x_t.device)
             gradient = self.cond_fn(x_t.clone(), t, **self.conditioning)
         if not isinstance(gradient, Tensor) or not gradient.dtype.is_floating_point:
             raise TypeError(f"cond_fn must return a floating-point tensor, the gradient for x_t, got {gradient!r:.80}")
@@ -60,7 +62,7 @@ class ClassifierGuidance:
         return torch.add(model_output.to(dtype), gradient.detach().to(dtype), alpha=self.weights[step]).to(x_t.dtype)
 
 
-def guidance_scales(guidance_scale: GuidanceScale | None, timesteps: Sequence[int]) -> tuple[float, ...] | None:
+def guidance_scales(guidance_scale: GuidanceScale | None, timesteps: Sequence[float]) -> tuple[float, ...] | None:
     """Return one scale for each step; None if all are 1, which is no guidance.
 
     Raises:
@@ -115,8 +117,9 @@ def classifier_guidance(
         return None
     if not callable(cond_fn):
         raise TypeError(f"cond_fn must be callable as cond_fn(x_t, t, **conditioning), got {type(cond_fn).__name__}")
-    weights = [classifier_guidance_weight(step.alpha_bar_t, plan.prediction_type) for step in plan.steps]
-    return ClassifierGuidance(cond_fn, conditioning, weights, plan.timesteps)
+    weights = [classifier_guidance_weight(step.level_t, plan.meaning_at(step.level_t)) for step in plan.steps]
+    times = [plan.schedule.model_time(t) for t in plan.timesteps]
+    return ClassifierGuidance(cond_fn, conditioning, weights, times, plan.schedule.time_dtype)
 
 
 def guided_output(

@@ -15,6 +15,7 @@ from ..kernels.noise import NoiseStream, check_seed, sample_seeds
 from ..kernels.torch_internals import tree_map_only
 from ..models.protocol import Model
 from ..plans.coefficients import known_region_coefficients, noising_coefficients
+from ..plans.levels import AnyLevel
 from ..utils.checks import as_index, check_alike, check_samples, refuse, usable_device
 
 BEFORE_THE_FIRST_STEP = (1 << 32) - 1
@@ -155,16 +156,18 @@ def _integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an integer, got the {type(value).__name__} {value!r}") from None
 
 
-def initial_state(shape, x_T, per_sample, generator, device, dtype) -> Tensor:
-    """Return x_T in new memory."""
+def initial_state(shape, x_T, per_sample, generator, device, dtype, std_dev: float = 1.0) -> Tensor:
+    """Return x_T in new memory: as given, or drawn with this standard deviation."""
     if x_T is not None:
         return x_T.detach().clone(memory_format=torch.contiguous_format)
     if generator is not None:
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-    return normals(per_sample, shape[1:], 0, NoiseStream.INITIAL, dtype)
+        drawn = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    else:
+        drawn = normals(per_sample, shape[1:], 0, NoiseStream.INITIAL, dtype)
+    return drawn if std_dev == 1 else drawn.mul_(std_dev)
 
 
-def noised(x0: Tensor, alpha_bar_t: float, seeds: Tensor | None, generator: torch.Generator | None) -> Tensor:
+def noised(x0: Tensor, level: AnyLevel, seeds: Tensor | None, generator: torch.Generator | None) -> Tensor:
     """Return x0 at a noise level (equation 4 of the DDIM paper), in one kernel pass.
 
     The noise is the one that ``sample`` would start from: of the stream INITIAL, or the generator's
@@ -176,7 +179,7 @@ def noised(x0: Tensor, alpha_bar_t: float, seeds: Tensor | None, generator: torc
     if generator is not None:
         noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
     seeds = None if seeds is None else seeds.to(x0.device)
-    row = noising_coefficients(alpha_bar_t)
+    row = noising_coefficients(level)
     return ddim_step(x0, x0, row, noise=noise, seeds=seeds, noise_stream=NoiseStream.INITIAL)
 
 
@@ -215,14 +218,14 @@ def blend_known_region(
     x_t: Tensor,
     mask: Tensor,
     known_x0: Tensor,
-    alpha_bar_t: float,
+    level: AnyLevel,
     seeds: Tensor | None,
     generator: torch.Generator | None,
     backend: str | None,
 ) -> None:
     """Put the known picture into x_T, in place and at its noise level, as every step does with its
     x_prev."""
-    row = known_region_coefficients(alpha_bar_t)
+    row = known_region_coefficients(level)
     known_noise = None
     if generator is not None:
         known_noise = torch.randn(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)

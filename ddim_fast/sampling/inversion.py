@@ -23,9 +23,9 @@ from ..utils.checks import check_alike, check_integer, check_number, check_sampl
 from .capture import GraphCache
 from .guidance import guidance_scales
 from .initial_state import conditionings_of
-from .loop import Loop, Trajectory, model_calls
+from .loop import Loop, Trajectory, model_calls, model_times
 from .options import Options
-from .run import model_timesteps, sample
+from .run import sample
 
 
 def invert(
@@ -60,15 +60,17 @@ def invert(
         calls=model_calls(model, conditionings),
         guidance_scales=scales,
         x0=like_x0(observation.return_trajectory),
+        model_input=like_x0(plan.scales_input),
+        scales_input=plan.scales_input,
     )
     search = _Search(loop, x_prev, iterations, tolerance, like_x0(tolerance is not None), options.execution.backend)
     rows = [_Rows.of(step, plan) for step in plan.steps]  # all of them before the first model call
-    timesteps = model_timesteps(plan, x0.device, len(x0))
+    timesteps = model_times(plan, x0.device, len(x0))
     trajectory = Trajectory()
     bar = tqdm(plan.steps[::-1], desc="inverting", unit="step", disable=not observation.progress)
     with torch.no_grad(), bar:
         for step in bar:
-            search.back(step.index, rows[step.index], timesteps[step.index])
+            search.back(step, rows[step.index], timesteps[step.index])
             if observation.return_trajectory:  # x_t and x_prev have changed places
                 assert loop.x0 is not None
                 trajectory.add(step.t, search.came_from, loop.x0)
@@ -131,10 +133,11 @@ class _Rows:
 
     @classmethod
     def of(cls, step: PlannedStep, plan: SamplingPlan) -> _Rows:
+        at_t, at_prev = (plan.meaning_at(level) for level in (step.level_t, step.level_prev))
         return cls(
-            inversion_coefficients(step.alpha_bar_t, step.alpha_bar_prev, plan.prediction_type),
-            ddim_coefficients(step.alpha_bar_prev, step.alpha_bar_t, plan.prediction_type),
-            newton_coefficients(step.alpha_bar_t, step.alpha_bar_prev, plan.prediction_type),
+            inversion_coefficients(step.level_t, step.level_prev, at_t),
+            ddim_coefficients(step.level_prev, step.level_t, at_prev),
+            newton_coefficients(step.level_t, step.level_prev, plan.prediction_type, at_t),
         )
 
 
@@ -163,8 +166,8 @@ class _Search:
         """The x_prev of the last step back."""
         return self.loop.x_t
 
-    def back(self, index: int, rows: _Rows, t: Tensor) -> None:
-        """Go back over one step; ``t`` ``(B,)`` is its timestep."""
+    def back(self, step: PlannedStep, rows: _Rows, t: Tensor) -> None:
+        """Go back over one step; ``t`` ``(B,)`` is what the model is told there."""
         loop = self.loop
         if self.iterations == 1 or not self.outputs:
             loop.x_t.copy_(self.x_prev)
@@ -172,17 +175,17 @@ class _Search:
             self._step(self.x_prev, rows.encoding, loop.x_t)
         row = rows.plain if self.iterations == 1 else rows.newton
         for _ in range(self.iterations):
-            self.predict(index, t)
+            self.predict(step, t)
             if self.tolerance is None:
                 self._step(loop.x_t, row, loop.x_t, noise=self.x_prev)
             elif self._change(row) <= self.tolerance:
                 break
         loop.x_t, self.x_prev = self.x_prev, loop.x_t
 
-    def predict(self, index: int, t: Tensor) -> None:
-        model_output, uncond = self.loop.predict(t)
+    def predict(self, step: PlannedStep, t: Tensor) -> None:
+        model_output, uncond = self.loop.predict(t, step.input_scale)
         scales = self.loop.guidance_scales
-        scale = None if uncond is None or scales is None else scales[index]
+        scale = None if uncond is None or scales is None else scales[step.index]
         self.outputs = {"model_output": model_output, "model_output_uncond": uncond, "guidance_scale": scale}
 
     def _step(self, x: Tensor, row: StepCoefficients, out: Tensor, noise: Tensor | None = None) -> None:

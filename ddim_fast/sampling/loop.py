@@ -24,7 +24,7 @@ from ..kernels.thresholding import dynamic_thresholds
 from ..kernels.torch_internals import shares_storage
 from ..models.protocol import Model, output_tensor
 from ..plans.clipping import Thresholding
-from ..plans.plan import PlannedStep
+from ..plans.plan import PlannedStep, SamplingPlan
 from .guidance import ClassifierGuidance, guided_output
 
 ModelCall = Callable[[Tensor, Tensor], Any]
@@ -78,8 +78,9 @@ class Position:
     Attributes:
         table: the coefficients of the steps.
         index: ``(1,)`` int64: the number of the next step.
-        timesteps: ``(S, B)`` int64: the timesteps that the model is called with.
-        t: ``(1, B)`` int64: those of the current step.
+        timesteps: ``(S, B)``: the timesteps that the model is called with, int64 or float32.
+        t: ``(1, B)``: those of the current step.
+        input_scales: ``(S,)`` float32, if the model is given x_t times a scale.
         thresholds: ``(B,)`` float32: its dynamic thresholds.
     """
 
@@ -88,6 +89,7 @@ class Position:
     timesteps: Tensor
     t: Tensor
     thresholds: Tensor
+    input_scales: Tensor | None = None
 
 
 @dataclass
@@ -102,7 +104,9 @@ class Loop:
         seeds: ``(B,)`` int64, for in-register noise.
         noise: like ``x_t``: filled by ``generator`` before each step that adds noise.
         normals: the form of in-register noise, one of ``kernels.contract.NORMALS``.
-        model_input: like ``x_t``, in the model's dtype, if that differs.
+        model_input: like ``x_t``, in the model's dtype, if that differs or the model is given x_t
+            times a scale.
+        scales_input: whether it is.
         x_seen, x0: like ``x_t``: what the model saw, and what it predicted from it, if the caller
             watches.
         guidance_rescale: phi of ``guided_output``; 0 leaves guidance to the step's kernel.
@@ -130,6 +134,7 @@ class Loop:
     known_x0: Tensor | None = None
     known_noise: Tensor | None = None
     history: Tensor | None = None
+    scales_input: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -148,7 +153,7 @@ class Loop:
         with."""
         started = time.perf_counter()
         x_t = self.x_t
-        model_output, uncond = self.predict(t)
+        model_output, uncond = self.predict(t, step.input_scale)
         scale = None if uncond is None or self.guidance_scales is None else self.guidance_scales[step.index]
         if uncond is not None and scale is not None and (self.guidance_rescale or self.classifier is not None):
             model_output = guided_output(model_output, uncond, scale, self.guidance_rescale, x_t.dtype)
@@ -199,7 +204,8 @@ class Loop:
         """
         p = position
         torch.index_select(p.timesteps, 0, p.index, out=p.t)
-        model_output, uncond = self.predict(p.t[0])
+        input_scale = 1.0 if p.input_scales is None else p.input_scales.index_select(0, p.index)
+        model_output, uncond = self.predict(p.t[0], input_scale)
         if uncond is not None and self.guidance_rescale:
             scale = p.table.prediction(p.index)[3]
             model_output = guided_output(model_output, uncond, scale, self.guidance_rescale, self.x_t.dtype)
@@ -246,10 +252,19 @@ class Loop:
         if self.known_noise is not None and step.coefficients.adds_known_noise:
             self.known_noise.normal_(generator=self.generator)
 
-    def predict(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the model's output, and with guidance its unconditional output."""
+    def predict(self, t: Tensor, input_scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor | None]:
+        """Return the model's output, and with guidance its unconditional output.
+
+        Args:
+            t: ``(B,)``, what the model is told.
+            input_scale: what x_t is multiplied by before: a number, or a tensor that broadcasts.
+        """
         x_t = self.x_t
-        model_input = x_t if self.model_input is None else self.model_input.copy_(x_t)
+        model_input = x_t
+        if self.model_input is not None:
+            # Scaled in float32 at least, and rounded once to the model's dtype.
+            wide = torch.promote_types(x_t.dtype, torch.float32)
+            model_input = self.model_input.copy_(x_t.to(wide) * input_scale if self.scales_input else x_t)
         if self.guidance_scales is not None and len(self.calls) == 1:
             conditional, unconditional = self.calls[0](model_input, t).chunk(2)
             return conditional, unconditional
@@ -262,6 +277,19 @@ class Loop:
                 "tensor from both calls: return a new tensor from each, for instance with .clone()"
             )
         return outputs[0], outputs[1]
+
+
+def model_times(plan: SamplingPlan, device: torch.device, batch_size: int) -> Tensor:
+    """Return ``(S, B)``: what the model is told in each step, for each sample."""
+    return torch.tensor(plan.model_times, dtype=plan.schedule.time_dtype, device=device)[:, None].expand(-1, batch_size)
+
+
+def input_scales(plan: SamplingPlan, device: torch.device) -> Tensor | None:
+    """Return ``(S,)`` float32, what x_t is multiplied by before each model call; None if it is
+    given as it is."""
+    if not plan.scales_input:
+        return None
+    return torch.tensor([step.input_scale for step in plan.steps], dtype=torch.float32, device=device)
 
 
 def model_calls(model: Model, conditionings: Sequence[Mapping[str, Any]]) -> list[ModelCall]:

@@ -15,20 +15,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..models.protocol import Model
-from ..plans.coefficients import weight_at_constant_v
+from ..plans.coefficients import noise_variance, weight_at_constant_v
 from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_dtype, check_integer, check_number
 from .guidance import guidance_scales
 from .initial_state import conditionings_of, initial_state, place, repeat_conditioning, seeds_of_samples
-from .loop import Loop, ModelCall, Timing, model_calls
+from .loop import Loop, ModelCall, Timing, input_scales, model_calls, model_times
 from .options import Options
-from .run import model_timesteps
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,20 @@ def sample_parallel(
     conditionings = conditionings_of(model, guidance.conditioning, scales, guidance.unconditional_conditioning)
     seeds = seeds_of_samples(noise.seed, noise.seeds, None, shape[0])
     seeds = None if seeds is None else seeds.to(device)
-    x = initial_state(shape, noise.x_T, seeds, None, device, dtype)
+    x = initial_state(shape, noise.x_T, seeds, None, device, dtype, plan.initial_std_dev)
     last = len(plan.steps)
     width = last if window is None else min(window, last)
     guesses = x.expand(width + 1, *shape).contiguous()
     loop = Loop(x_t=x, calls=[], guidance_scales=scales, thresholding=plan.thresholding, seeds=seeds)
-    timesteps = model_timesteps(plan, device, shape[0])
-    weights = [weight_at_constant_v(step.alpha_bar_t, plan.prediction_type) for step in plan.steps]
-    variances = 1 - torch.tensor([step.alpha_bar_prev for step in plan.steps], dtype=torch.float64, device="cpu")
+
+    timesteps = model_times(plan, device, shape[0])
+    weights = [weight_at_constant_v(step.level_t, plan.meaning_at(step.level_t)) for step in plan.steps]
+    variances = torch.tensor(
+        [noise_variance(step.level_prev) for step in plan.steps], dtype=torch.float64, device="cpu"
+    )
     limits = tolerance**2 * math.prod(shape[1:]) * variances.to(device)[:, None]
-    run = _Window(plan.steps, weights, loop, timesteps, limits, guesses, torch.empty_like(guesses), execution.backend)
+    corrected, scales_of_input = torch.empty_like(guesses), input_scales(plan, device)
+    run = _Window(plan.steps, weights, loop, timesteps, limits, guesses, corrected, execution.backend, scales_of_input)
     bar = tqdm(total=last, desc="sampling in parallel", unit="step", disable=not options.observation.progress)
     iterations = evaluations = 0
     calls: dict[int, list[ModelCall]] = {}
@@ -117,11 +121,13 @@ class _Window:
     Attributes:
         weights: for each step, see ``weight_at_constant_v``.
         loop: takes one step; its model calls are answered from the batched calls of the window.
-        timesteps: ``(S, B)`` int64.
+        timesteps: ``(S, B)``, what the model is told.
         limits: ``(S, 1)`` float64: the largest squared change, summed over a sample, of a state
             that is done, after each step.
         guesses: ``(W + 1, B, C, ...)``: states; the first is exact within the tolerance.
         corrected: like ``guesses``: the next ones.
+        input_scales: ``(S,)`` float32: what x_t is multiplied by before each model call; None for
+            nothing.
         first: the step that starts from ``guesses[0]``.
     """
 
@@ -133,12 +139,16 @@ class _Window:
     guesses: Tensor
     corrected: Tensor
     backend: str | None
+    input_scales: Tensor | None = None
     first: int = 0
 
     def iterate(self, count: int, calls: Sequence[ModelCall]) -> int:
         """Correct the first ``count`` guesses after ``guesses[0]``, and move on by the returned
         number of steps, at least 1."""
         inside, batch_size = slice(self.first, self.first + count), self.guesses.shape[1]
+        if self.input_scales is not None:
+            scales = self.input_scales[inside].repeat_interleave(batch_size)
+            calls = [_scaled(call, scales) for call in calls]
         self.loop.x_t, self.loop.calls = self.guesses[:count].flatten(0, 1), calls
         outputs = [
             None if m is None else m.unflatten(0, (count, batch_size))
@@ -176,6 +186,16 @@ class _Window:
         if j == 0 or weight == 0:
             return model_output
         return torch.add(model_output.to(x.dtype), x - self.guesses[j], alpha=weight)
+
+
+def _scaled(call: ModelCall, scales: Tensor) -> ModelCall:
+    """Return a call that is given each sample times its scale, rounded once to its dtype."""
+
+    def scaled(x: Tensor, t: Tensor) -> Any:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return call((x.to(wide) * scales.view(-1, *[1] * (x.ndim - 1))).to(x.dtype), t)
+
+    return scaled
 
 
 def _answer(model_output: Tensor) -> ModelCall:

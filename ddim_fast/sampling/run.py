@@ -26,7 +26,7 @@ from .initial_state import (
     place,
     seeds_of_samples,
 )
-from .loop import Loop, Timing, Trajectory, model_calls
+from .loop import Loop, Timing, Trajectory, model_calls, model_times
 from .options import Observation, Options
 
 
@@ -152,9 +152,9 @@ def _start(request: _Request, options: Options) -> Job:
     needs_seeds = noise.x_T is None or r.adds_noise or r.mask is not None
     seeds = seeds_of_samples(noise.seed, noise.seeds, noise.generator, r.shape[0], needed=needs_seeds)
     seeds = None if seeds is None else seeds.to(r.device)
-    x_t = initial_state(r.shape, noise.x_T, seeds, noise.generator, r.device, r.dtype)
+    x_t = initial_state(r.shape, noise.x_T, seeds, noise.generator, r.device, r.dtype, r.plan.initial_std_dev)
     if r.mask is not None and r.known_x0 is not None:
-        level, backend = r.plan.steps[0].alpha_bar_t, options.execution.backend
+        level, backend = r.plan.steps[0].level_t, options.execution.backend
         blend_known_region(x_t, r.mask, r.known_x0, level, seeds, noise.generator, backend)
     watched = options.observation.wants_states
 
@@ -169,7 +169,8 @@ def _start(request: _Request, options: Options) -> Job:
         seeds=seeds if r.adds_noise or r.adds_known_noise else None,
         generator=noise.generator,
         noise=like_x_t(noise.generator is not None and r.adds_noise),
-        model_input=like_x_t(r.model_dtype != r.dtype, r.model_dtype),
+        model_input=like_x_t(r.model_dtype != r.dtype or r.plan.scales_input, r.model_dtype),
+        scales_input=r.plan.scales_input,
         x_seen=like_x_t(watched),
         x0=like_x_t(watched),
         normals=noise.normals,
@@ -196,7 +197,7 @@ def _take_steps(
     trajectory = Trajectory()
     with using as captured:
         loop = job.loop if captured is None else captured.loop
-        timesteps = model_timesteps(job.plan, loop.x_t.device, loop.shape[0])
+        timesteps = model_times(job.plan, loop.x_t.device, loop.shape[0])
         with torch.no_grad(), bar as steps:
             if captured is not None and mode == "loop":
                 captured.replay_all(timing)
@@ -222,8 +223,3 @@ def _is_stopped(observation: Observation, step: PlannedStep, loop: Loop, traject
     if observation.return_trajectory:
         trajectory.add(step.t, *loop.watched)
     return observation.callback is not None and observation.callback(step.index, step.t, *loop.watched) is True
-
-
-def model_timesteps(plan: SamplingPlan, device: torch.device, batch_size: int) -> Tensor:
-    """Return ``(S, B)`` int64: the timestep given to the model in each step, for each sample."""
-    return torch.tensor(plan.model_timesteps, dtype=torch.int64, device=device)[:, None].expand(-1, batch_size)
