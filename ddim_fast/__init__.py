@@ -12,6 +12,7 @@ from ._version import __version__
 from .kernels.contract import StepCoefficients, StepTable
 from .kernels.dispatch import ddim_step, ddim_step_from_table
 from .kernels.noise import NoiseStream, sample_seeds, standard_normals
+from .models.flow_view import as_flow, flow_times
 from .models.loading import LoadedModel, load_model, load_model_from
 from .plans.continuous import (
     ContinuousSchedule,
@@ -22,8 +23,9 @@ from .plans.continuous import (
     VPSchedule,
 )
 from .plans.levels import NoiseLevel
+from .plans.named import make_schedule
 from .plans.plan import PlannedStep, SamplingPlan
-from .plans.schedules import NoiseSchedule, make_schedule
+from .plans.schedules import NoiseSchedule
 from .plans.timesteps import explicit_timesteps, respaced_timesteps, select_timesteps
 from .sampler import DDIMSampler
 from .sampling.editing import slerp
@@ -48,9 +50,11 @@ __all__ = [
     "VESchedule",
     "VPSchedule",
     "__version__",
+    "as_flow",
     "ddim_step",
     "ddim_step_from_table",
     "explicit_timesteps",
+    "flow_times",
     "load_model",
     "load_model_from",
     "make_schedule",

@@ -136,7 +136,7 @@ def generate(
         return
     if joined is not None:
         raise ValueError(f"--join needs --check DIR, got --join {joined} alone: add --check DIR")
-    run.model = _model(run)
+    run.use(_model(run))
     conditioning, count = _conditioning(run, table, count)
     # When a process dies, torchrun sends SIGTERM to the others: they stop as on Ctrl-C.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,14 @@ from torch import Tensor, nn
 from ..generation.conditioning import Conditioning, EveryClass, OneClass
 from ..kernels import dispatch
 from ..kernels.noise import sample_seeds
+from ..models.flow_view import as_flow
 from ..models.loading import load_model
 from ..models.shipped import SHIPPED
 from ..plans.coefficients import ETA_SCALES
-from ..plans.schedules import SCHEDULES, NoiseSchedule, make_schedule
+from ..plans.continuous import CONTINUOUS_SPACINGS, FlowSchedule
+from ..plans.named import ALL_SCHEDULES, schedule_from_text
+from ..plans.path import NoisePath
+from ..plans.schedules import NoiseSchedule
 from ..plans.timesteps import SPACINGS
 from ..sampler import DDIMSampler
 from ..sampling.capture import MODES
@@ -57,6 +61,7 @@ class Run:
     analytic_variance: bool = False
     spacing: str | None = None
     schedule: str | None = None
+    shift: float | None = None
     seed: int = 0
     batch_size: int = 64
     threads: int | None = None
@@ -69,6 +74,7 @@ class Run:
     variant: str | None = None
     quiet: bool = False
     model: nn.Module = field(init=False)
+    path: NoisePath | None = field(init=False, default=None)
 
     def prepare(self) -> None:
         """Check that the output files can be written, then load the model."""
@@ -83,14 +89,37 @@ class Run:
         device = usable_device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         named = ":" in self.model_name and not os.path.exists(self.model_name)
         if named:
-            self.model = _own_model(self.model_name).to(device)
+            self.use(_own_model(self.model_name).to(device))
         else:
-            self.model = load_model(self.model_name, device, trust_pickle=self.trust_pickle, variant=self.variant)
+            self.use(load_model(self.model_name, device, trust_pickle=self.trust_pickle, variant=self.variant))
         if getattr(self.model, "sample_shape", None) is None:
             raise ValueError(
                 f"the command line needs a model that has the shape of its samples, got {self.model_name}: give it an attribute "
                 "sample_shape = (C, H, W), or use the Python API"
             )
+
+    def use(self, model: nn.Module) -> None:
+        """Sample this model, along the path of --schedule and --shift if they are given.
+
+        A diffusion model that is to be sampled along flow matching's path becomes a flow model,
+        exactly.
+        """
+        trained = getattr(model, "schedule", None)
+        path = trained if self.schedule is None else schedule_from_text(self.schedule)
+        if self.shift is not None:
+            path = _shifted(path, self.shift)
+        if isinstance(path, FlowSchedule) and isinstance(trained, NoiseSchedule):
+            model = as_flow(model)
+            trained = path
+        if isinstance(path, FlowSchedule) and isinstance(trained, FlowSchedule):
+            path = replace(path, time_scale=trained.time_scale)
+            trained = path  # which times are visited is for the sampler to choose
+        if path is not None and trained not in (None, path) and not self.quiet:
+            click.echo(
+                f"note: the {self.model_name} model was trained with another schedule; with {self.schedule} its samples will be wrong",
+                err=True,
+            )
+        self.model, self.path = model, path
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -105,20 +134,13 @@ class Run:
     def where(self) -> torch.device:
         return next(iter(self.model.parameters()), torch.empty(0, dtype=torch.float32, device="cpu")).device
 
-    def noise_schedule(self) -> NoiseSchedule:
+    def noise_schedule(self) -> NoisePath:
         """Return the noise schedule of --schedule, or else the model's."""
-        trained = getattr(self.model, "schedule", None)
-        schedule = trained if self.schedule is None else make_schedule(self.schedule)
-        if schedule is None:
+        if self.path is None:
             raise ValueError(
                 f"a model must have a noise schedule, got none in {self.model_name}: pass one with --schedule"
             )
-        if trained is not None and schedule != trained and not self.quiet:
-            click.echo(
-                f"note: the {self.model_name} model was trained with another schedule; with {self.schedule} its samples will be wrong",
-                err=True,
-            )
-        return schedule
+        return self.path
 
     def sampler_options(self) -> dict[str, Any]:
         """Return the model's own sampling settings, as arguments of ``DDIMSampler``."""
@@ -284,15 +306,22 @@ _OPTIONS = {
     ),
     "spacing": click.option(
         "--spacing",
-        type=click.Choice(sorted(SPACINGS)),
+        type=click.Choice(sorted({*SPACINGS, *CONTINUOUS_SPACINGS})),
         default=None,
-        help="Timestep spacing.  [default: the model's, or leading]",
+        help="Timestep spacing.  [default: the model's, or the schedule's: leading, for flow matching uniform]",
     ),
     "schedule": click.option(
         "--schedule",
-        type=click.Choice(sorted(SCHEDULES)),
         default=None,
-        help="Noise schedule, for a model whose files do not give one.  [default: the model's]",
+        metavar="NAME",
+        help=f"Noise schedule, for a model whose files do not give one: {', '.join(sorted(ALL_SCHEDULES))}; with arguments as in "
+        "'edm?sigma_max=50&rho=5'. A diffusion model is sampled along flow matching's path with 'flow'.  [default: the model's]",
+    ),
+    "shift": click.option(
+        "--shift",
+        type=float,
+        default=None,
+        help="Shift of flow matching's times towards the noise; 3 is Stable Diffusion 3's.  [default: the schedule's]",
     ),
     "batch_size": click.option(
         "--batch-size",
@@ -340,6 +369,7 @@ _OF_A_MODEL = (
     "class_name",
     "guidance",
     "schedule",
+    "shift",
     "batch_size",
     "threads",
     "device",
@@ -424,6 +454,19 @@ def _own_model(name: str) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def _shifted(schedule: NoisePath | None, shift: float) -> NoisePath:
+    """Return a schedule with this shift.
+
+    Raises:
+        ValueError: it has none, or the shift is out of range.
+    """
+    if schedule is None or "shift" not in getattr(schedule, "__dataclass_fields__", ()):
+        raise ValueError(
+            f"--shift is for a schedule that has one, flow or trigonometric, got {schedule!r}: add --schedule flow, or leave it out"
+        )
+    return replace(schedule, shift=shift)  # type: ignore[type-var]  # it is a dataclass
+
+
 def conditioning_rule(run: Run) -> Conditioning | None:
     """Return the conditioning: the class of --class, or each class in turn.
 
@@ -435,12 +478,12 @@ def conditioning_rule(run: Run) -> Conditioning | None:
     return OneClass(labels[0]) if run.class_name is not None else EveryClass(len(run.class_names or ()))
 
 
-def parse_timesteps(text: str | None) -> list[int] | str | None:
-    """Return a list "[900,600]" as integers, and any other text unchanged."""
+def parse_timesteps(text: str | None) -> list[float] | str | None:
+    """Return a list "[900,600]" as numbers, and any other text unchanged."""
     if text is None or not text.startswith("["):
         return text
     try:
-        return [int(t) for t in text.strip("[] ").split(",")]
+        return [float(t) if "." in t or "e" in t.lower() else int(t) for t in text.strip("[] ").split(",")]
     except ValueError:
         raise ValueError(f'a list of timesteps must look like "[900,600,300,0]", got {text!r}') from None
 

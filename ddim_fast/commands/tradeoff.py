@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..models.shipped import SHIPPED
+from ..plans.continuous import CONTINUOUS_SPACINGS, ContinuousSchedule
 from ..plans.files import read_timesteps
 from ..plans.timesteps import SPACINGS
 from ..tradeoff import (
@@ -77,9 +78,10 @@ class _List(click.ParamType):
 @click.option("--steps", type=_List(int), default=None, help="Numbers of steps.  [default: 5,10,20,50]")
 @click.option(
     "--spacings",
-    type=_List(str, sorted(SPACINGS)),
+    type=_List(str, sorted({*SPACINGS, *CONTINUOUS_SPACINGS})),
     default=None,
-    help=f"Timestep spacings, of {', '.join(SPACINGS)}.  [default: leading,trailing,log_snr]",
+    help=f"Timestep spacings, of {', '.join(SPACINGS)}; in continuous time of {', '.join(CONTINUOUS_SPACINGS)}.  "
+    "[default: leading,trailing,log_snr; uniform,beta,log_snr]",
 )
 @click.option("--etas", type=_List(float), default=None, help="Values of eta.  [default: 0,1]")
 @click.option(
@@ -171,7 +173,7 @@ def tradeoff(
         raise ValueError("--paper-table must not be combined with --analytic-variance, got both: leave one of them out")
     truth = ClosedForm() if run.model_name == CLOSED_FORM else None
     if truth is not None:
-        run.model = truth
+        run.use(truth)
     else:
         run.load()
     count = count or (200 if quick else 1000)
@@ -228,23 +230,26 @@ def _cells(
         raise ValueError(
             "--analytic-variance needs a list from ddim-fast search and noise: give --timesteps FILE.json, and an eta above 0"
         )
+    usual = ("leading", "trailing", "log_snr")
+    if isinstance(run.noise_schedule(), ContinuousSchedule):
+        usual = ("uniform", "beta", "log_snr")
     searched = {}
     for path in files:
         searched[path.stem] = read_timesteps(path)
         searched[path.stem].for_schedule(run.noise_schedule(), str(path))  # check that it fits the model
     if quick and not any((steps, spacings, etas, orders)):
-        cells = grid((5, 10, 20, 50), ("leading",), searched=searched)
+        cells = grid((5, 10, 20, 50), usual[:1], searched=searched)
         if analytic_variance:
             cells += grid((), (), (1.0,), searched=searched, analytic_variance=True)
         cells += (
-            grid((5, 10, 20), ("trailing",))
+            grid((5, 10, 20), usual[1:2])
             + grid((5, 10, 20), ("log_snr",), orders=(2,))
-            + grid((10, 20), etas=(1.0,))
+            + grid((10, 20), usual[:1], (1.0,))
         )
         return sorted(dict.fromkeys(cells), key=lambda cell: cell.num_inference_steps)
     return grid(
         steps or (5, 10, 20, 50),
-        spacings or ("leading", "trailing", "log_snr"),
+        spacings or usual,
         etas or (0.0, 1.0),
         eta_scales=eta_scales,
         sigma_hat=sigma_hat,

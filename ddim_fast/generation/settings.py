@@ -19,6 +19,7 @@ from .._version import __version__
 from ..kernels import dispatch
 from ..kernels.contract import StepCoefficients, StepInputs
 from ..kernels.noise import NOISE_STANDARD_VERSION
+from ..plans.path import NoisePath
 from ..plans.schedules import NoiseSchedule
 from ..sampler import DDIMSampler
 
@@ -62,7 +63,7 @@ def plan_settings(sampler: DDIMSampler, model: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {
         name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
     }
-    schedule: NoiseSchedule = settings.pop("schedule")
+    schedule: NoisePath = settings.pop("schedule")
     # Said where they are asked for only, so that sets from before there were such options can be
     # resumed.
     if plan.order == 1:
@@ -73,7 +74,8 @@ def plan_settings(sampler: DDIMSampler, model: Any) -> dict[str, Any]:
         del settings["model_timesteps"]
     settings["schedule"] = {
         "name": schedule.name,
-        "num_train_timesteps": schedule.num_train_timesteps,
+        **({"num_train_timesteps": schedule.num_train_timesteps} if isinstance(schedule, NoiseSchedule) else {}),
+        **schedule.parameters,
         "sha256": schedule.digest,
     }
     settings["thresholding"] = None if plan.thresholding is None else asdict(plan.thresholding)

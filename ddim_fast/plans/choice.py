@@ -76,9 +76,9 @@ def choose_timesteps(
     residual = _residual(of_file, timesteps_name, analytic_variance)
     visited: tuple[float, ...]
     if of_file is not None:
-        if not isinstance(schedule, NoiseSchedule):
-            refuse(f"{timesteps_name} holds discrete timesteps, which need a NoiseSchedule", schedule, "search again")
         visited = _checked_count(of_file.for_schedule(schedule, timesteps_name), num_inference_steps)
+        if isinstance(schedule, ContinuousSchedule):
+            visited = schedule.explicit(visited)
     elif isinstance(schedule, ContinuousSchedule):
         visited = _visited_times(schedule, num_inference_steps, timesteps, timestep_spacing, steps_offset)
     elif isinstance(schedule, NoiseSchedule):

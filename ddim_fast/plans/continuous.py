@@ -17,7 +17,7 @@ import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from ..utils.checks import check_choice, check_integer, check_number
 from .coefficients import Prediction, edm_prediction
 from .levels import AnyLevel, NoiseLevel
 from .path import NoisePath
+from .timestep_lists import explicit_times
 from .timesteps import beta_quantiles
 
 __all__ = [
@@ -58,6 +59,14 @@ class ContinuousSchedule(NoisePath):
         return 7.0
 
     @property
+    def parameters(self) -> dict[str, Any]:
+        return asdict(self)  # type: ignore[call-overload]  # subclasses are dataclasses
+
+    @property
+    def spacings(self) -> tuple[str, ...]:
+        return tuple(CONTINUOUS_SPACINGS)
+
+    @property
     @abstractmethod
     def first(self) -> float:
         """The noisiest time, from which sampling starts."""
@@ -67,9 +76,13 @@ class ContinuousSchedule(NoisePath):
     def last(self) -> float:
         """The cleanest time that spacings with an end of their own visit."""
 
+    _levels_depend_on: tuple[str, ...] = ()
+    """The fields that the level at a time depends on: other fields choose times, or say what the
+    model is told."""
+
     @property
     def digest(self) -> str:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]  # subclasses are dataclasses
+        values = {name: float(getattr(self, name)) for name in self._levels_depend_on}
         return hashlib.sha256(repr((self.name, values)).encode()).hexdigest()
 
     def level(self, t: float) -> NoiseLevel:
@@ -128,24 +141,14 @@ class ContinuousSchedule(NoisePath):
             TypeError: it is no list of numbers.
             ValueError: it is empty, leaves (0, first], or is not strictly decreasing.
         """
-        values = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
-        if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
-            raise TypeError(f"timesteps must be a list of numbers, got {timesteps!r}: pass for example [1.0, 0.5]")
-        times = [check_number(f"timesteps[{index}]", value) for index, value in enumerate(values)]
-        if not times:
-            raise ValueError(f"timesteps must hold at least one time, got {timesteps!r}: pass for example [1.0, 0.5]")
+        times = explicit_times(timesteps)
         for index, t in enumerate(times):
-            if not 0 < t <= self.first:
+            if t > self.first:
                 raise ValueError(
                     f"timesteps must lie in (0, {self.first:g}] on the path {self.name!r}, got timesteps[{index}] = {t}: "
-                    "leave out the 0 at the end, where every run leads, and convert other units first"
+                    "convert other units first"
                 )
-            if index and t >= times[index - 1]:
-                raise ValueError(
-                    f"timesteps must be strictly decreasing, got {times[index - 1]} followed by {t} at index {index}: "
-                    "list them from the noisiest to the cleanest"
-                )
-        return tuple(times)
+        return times
 
     def _warped(self, times: np.ndarray) -> np.ndarray:
         """Return evenly spaced times as this path distributes them."""
@@ -445,6 +448,7 @@ class VPSchedule(ContinuousSchedule):
     last: float = 1e-3
 
     name = "vp"
+    _levels_depend_on = ("beta_min", "beta_max")
     first = 1.0
 
     def __post_init__(self) -> None:
@@ -495,6 +499,7 @@ class CosineSchedule(ContinuousSchedule):
     last: float = 1e-3
 
     name = "trigonometric"
+    _levels_depend_on = ("shift",)
     default_prediction_type = "v_prediction"
     first = 1.0
 

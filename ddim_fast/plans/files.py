@@ -13,13 +13,16 @@ from typing import Any
 
 from ..utils.checks import check_number, refuse
 from ..utils.files import read_json
+from .path import NoisePath
 from .schedules import NoiseSchedule
-from .timesteps import explicit_model_timesteps, explicit_timesteps
+from .timestep_lists import explicit_model_timesteps, explicit_times, explicit_timesteps, number_list
 
 FORMAT = "ddim_fast timesteps"
 VERSION = 2
-READABLE = (1, 2)
-"""Version 1 has no ``model_timesteps``."""
+VERSION_IN_CONTINUOUS_TIME = 3
+READABLE = (1, 2, 3)
+"""Version 1 has no ``model_timesteps``. Version 3 holds times of a path in continuous time: its
+``num_train_timesteps`` is null."""
 SUFFIX = ".json"
 
 
@@ -28,9 +31,10 @@ class TimestepList:
     """Timesteps to visit, and what they were chosen for.
 
     Args:
-        timesteps: strictly decreasing, each in [0, num_train_timesteps).
-        num_train_timesteps: T of the schedule that they count in.
-        schedule_digest: of that schedule (``NoiseSchedule.digest``); None where it does not matter.
+        timesteps: strictly decreasing, each in [0, num_train_timesteps); or times, greater than 0.
+        num_train_timesteps: T of the schedule that they count in; None for times of a path in
+            continuous time.
+        schedule_digest: of that schedule (``NoisePath.digest``); None where it does not matter.
         order: the order of the steps that they were chosen for.
         eps_residual: the mean squared error of the model's eps at each of them, for an analytic
             variance; None if it was not measured.
@@ -40,36 +44,44 @@ class TimestepList:
             then.
     """
 
-    timesteps: tuple[int, ...]
-    num_train_timesteps: int
+    timesteps: tuple[float, ...]
+    num_train_timesteps: int | None
     schedule_digest: str | None = None
     order: int = 1
     eps_residual: tuple[float, ...] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    model_timesteps: tuple[int, ...] | None = None
+    model_timesteps: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "timesteps", explicit_timesteps(self.timesteps, self.num_train_timesteps))
+        total, given = self.num_train_timesteps, self.timesteps
+        visited = explicit_times(given) if total is None else explicit_timesteps(given, total)
+        object.__setattr__(self, "timesteps", visited)
         if self.eps_residual is not None and len(self.eps_residual) != len(self.timesteps):
             raise ValueError(
                 f"eps_residual must be one for each of the {len(self.timesteps)} timesteps, got {len(self.eps_residual)}"
             )
         if self.model_timesteps is not None:
-            checked = explicit_model_timesteps(self.model_timesteps, len(self.timesteps), self.num_train_timesteps)
+            if total is None:
+                checked = number_list("model_timesteps", self.model_timesteps)
+            else:
+                checked = explicit_model_timesteps(self.model_timesteps, len(self.timesteps), total)  # type: ignore[arg-type]
             object.__setattr__(self, "model_timesteps", checked)
 
-    def for_schedule(self, schedule: NoiseSchedule, path: str = "the list") -> tuple[int, ...]:
+    def for_schedule(self, schedule: NoisePath, path: str = "the list") -> tuple[float, ...]:
         """Return the timesteps for a sampler with this schedule. Warn if the schedule is another
         one of the same length: the list works there, but was not chosen for it.
 
         Raises:
-            ValueError: they were made for another number of training timesteps.
+            ValueError: they were made for another number of training timesteps, or for another kind
+                of path.
         """
-        if schedule.num_train_timesteps != self.num_train_timesteps:
-            raise ValueError(
-                f"{path} is for {self.num_train_timesteps} training timesteps, got a schedule with {schedule.num_train_timesteps}: "
-                "search again with this schedule"
+        total = schedule.num_train_timesteps if isinstance(schedule, NoiseSchedule) else None
+        if total != self.num_train_timesteps or (total is None and self.schedule_digest not in (None, schedule.digest)):
+            ours, theirs = (
+                "times of another path in continuous time" if n is None else f"{n} training timesteps"
+                for n in (self.num_train_timesteps, total)
             )
+            raise ValueError(f"{path} is for {ours}, got a schedule with {theirs}: search again with this schedule")
         if self.schedule_digest not in (None, schedule.digest):
             warnings.warn(
                 f"{path} was made for another noise schedule of the same length: its timesteps are used as they are",
@@ -81,7 +93,7 @@ class TimestepList:
         """Write the file."""
         content = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if self.num_train_timesteps is not None else VERSION_IN_CONTINUOUS_TIME,
             "timesteps": list(self.timesteps),
             "model_timesteps": None if self.model_timesteps is None else list(self.model_timesteps),
             "num_train_timesteps": self.num_train_timesteps,

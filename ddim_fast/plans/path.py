@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 
@@ -47,6 +48,17 @@ class NoisePath(ABC):
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of all that the levels depend on: what tells one path from
         another in files."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What tells a path from others with the same digest, as JSON: which times it visits, what
+        a model is told."""
+        return {}
+
+    @property
+    @abstractmethod
+    def spacings(self) -> tuple[str, ...]:
+        """The names by which its timesteps can be chosen."""
 
     @abstractmethod
     def level(self, t: float) -> AnyLevel:

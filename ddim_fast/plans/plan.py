@@ -43,7 +43,7 @@ class PlannedStep:
 
     ``t_prev`` after the last step is clean data: -1 on a discrete schedule, 0 in continuous time.
     ``model_timestep`` is the timestep that the model is asked about, ``model_time`` what it is
-    called with there, beside ``input_scale`` times x_t.
+    called with there, in ``time_dtype``, beside ``input_scale`` times x_t.
     """
 
     index: int
@@ -51,6 +51,7 @@ class PlannedStep:
     t_prev: float
     model_timestep: float
     model_time: float
+    time_dtype: torch.dtype
     input_scale: float
     level_t: AnyLevel
     level_prev: AnyLevel
@@ -278,6 +279,7 @@ class SamplingPlan:
             t_prev=t_prev,
             model_timestep=told,
             model_time=self.schedule.model_time(told),
+            time_dtype=self.schedule.time_dtype,
             input_scale=float(np.float32(self.schedule.input_scale(t))),  # as kernels and tables hold it
             level_t=level_t,
             level_prev=level_prev,

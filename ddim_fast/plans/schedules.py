@@ -52,6 +52,7 @@ class NoiseSchedule(NoisePath):
     name: str = "custom"
 
     default_spacing = "leading"
+    spacings = ("leading", "trailing", "linspace", "uniform", "quad", "log_snr", "karras", "cosine", "beta")
     time_dtype = torch.int64
     after_last = -1
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..utils.checks import check_integer, check_number
 
 
-def explicit_timesteps(timesteps: Sequence[int] | np.ndarray | Tensor, num_train_timesteps: int) -> tuple[int, ...]:
+def explicit_timesteps(timesteps: Sequence[float] | np.ndarray | Tensor, num_train_timesteps: int) -> tuple[int, ...]:
     """Check a list of the caller's own and return it as a tuple of ints.
 
     Args:
@@ -41,8 +41,35 @@ def explicit_timesteps(timesteps: Sequence[int] | np.ndarray | Tensor, num_train
     return tuple(values)
 
 
+def explicit_times(times: Sequence[float] | np.ndarray | Tensor) -> tuple[float, ...]:
+    """Check a list of the caller's own in continuous time, and return it as floats.
+
+    Raises:
+        TypeError: it is no list of numbers.
+        ValueError: it is empty, holds a time that is not greater than 0, or is not strictly
+            decreasing.
+    """
+    values = times.tolist() if hasattr(times, "tolist") else times
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise TypeError(f"timesteps must be a list of numbers, got {times!r}: pass for example [1.0, 0.5]")
+    found = [check_number(f"timesteps[{index}]", value) for index, value in enumerate(values)]
+    if not found:
+        raise ValueError(f"timesteps must hold at least one time, got {times!r}: pass for example [1.0, 0.5]")
+    for index, t in enumerate(found):
+        if t <= 0:
+            raise ValueError(
+                f"timesteps must be greater than 0 in continuous time, got timesteps[{index}] = {t}: leave it out, every run leads to 0"
+            )
+        if index and t >= found[index - 1]:
+            raise ValueError(
+                f"timesteps must be strictly decreasing, got {found[index - 1]} followed by {t} at index {index}: "
+                "list them from the noisiest to the cleanest"
+            )
+    return tuple(found)
+
+
 def explicit_model_timesteps(
-    model_timesteps: Sequence[int] | np.ndarray | Tensor, num_inference_steps: int, num_train_timesteps: int
+    model_timesteps: Sequence[float] | np.ndarray | Tensor, num_inference_steps: int, num_train_timesteps: int
 ) -> tuple[int, ...]:
     """Check what a model is to be told in S = ``num_inference_steps`` steps, and return it as a
     tuple of ints.

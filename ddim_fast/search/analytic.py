@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..plans.coefficients import PREDICTION_TYPES
+from ..plans.levels import level_of
 from ..plans.plan import SamplingPlan
 from .runs import Runs
 
@@ -23,8 +23,8 @@ def measure_eps_residual(runs: Runs, plan: SamplingPlan, x0: Tensor) -> tuple[fl
     """
     values = []
     for step in plan.steps:
-        x_t = plan.schedule.add_noise(x0, runs.start, step.t)
-        at_t = PREDICTION_TYPES[plan.prediction_type](step.alpha_bar_t)
-        eps = at_t.eps_x * x_t + at_t.eps_m * runs.predict(x_t, step.model_timestep)
+        level, at_t = level_of(step.level_t), plan.meaning_at(step.level_t)
+        x_t = level.alpha * x0 + level.sigma * runs.start
+        eps = at_t.eps_x * x_t + at_t.eps_m * runs.predict(x_t, step)
         values.append((eps - runs.start).double().square().mean().item())
     return tuple(values)

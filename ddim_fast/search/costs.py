@@ -6,7 +6,6 @@ which are kept at each candidate.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..models.metrics import sample_distances
+from ..plans.levels import level_of
 from ..plans.plan import SamplingPlan
 from .runs import Runs, State, after
 
@@ -31,7 +31,7 @@ class Reference:
             follows from it.
     """
 
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     x_t: list[Tensor]
     model_outputs: list[Tensor]
     x0: list[Tensor]
@@ -41,13 +41,13 @@ class Reference:
         return self.x_t[-1]
 
 
-def reference(runs: Runs, plan: SamplingPlan, candidates: Sequence[int]) -> Reference:
+def reference(runs: Runs, plan: SamplingPlan, candidates: Sequence[float]) -> Reference:
     """Run a plan of order 2 with many steps, and return its states at the candidates, all of which
     it visits."""
-    wanted, state = set(candidates), State(runs.start)
+    wanted, state = set(candidates), runs.first_state(plan)
     found = Reference(tuple(candidates), [], [], [])
     for step in plan.steps:
-        m = runs.predict(state.x_t, step.model_timestep)
+        m = runs.predict(state.x_t, step)
         state, before = after(state, step, m, plan.order), state
         if step.t in wanted and state.x0_last is not None:
             found.x_t.append(before.x_t)
@@ -63,8 +63,8 @@ def cost_table(found: Reference, plan: SamplingPlan, progress: Callable[[int], A
     takes.
 
     The cost of a step from candidate i, at the converged x_t, to j is the root mean square
-    difference of its result to the converged x_s, mean over samples, divided by sqrt(alpha_bar_s):
-    an error in x_s is an error of that size in x0 if eps does not change.
+    difference of its result to the converged x_s, mean over samples, divided by alpha_s: an error
+    in x_s is an error of that size in x0 if eps does not change.
 
     Args:
         plan: a plan over the candidates, which gives the order of the steps, their clipping and so
@@ -99,4 +99,4 @@ def _cost(found: Reference, plan: SamplingPlan, candidates: tuple[int, ...]) -> 
     state = State(found.x_t[i], found.x0[before[-1]] if before else None)
     landed = after(state, step, found.model_outputs[i], plan.order).x_t
     error = sample_distances(landed, found.x_t[j]).mean().item()
-    return error / math.sqrt(step.alpha_bar_prev)
+    return error / level_of(step.level_prev).alpha

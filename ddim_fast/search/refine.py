@@ -15,7 +15,8 @@ from .runs import Runs, State
 
 @dataclass(frozen=True)
 class Candidate:
-    """Timesteps to visit, strictly decreasing, and the model timestep of each step.
+    """Timesteps to visit, strictly decreasing, and the model timestep of each step: whole numbers,
+    which a ``Search`` turns into times where time is continuous.
 
     Args:
         model_timesteps: where none are given, the timesteps visited, so that candidates are equal

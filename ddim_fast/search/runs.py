@@ -35,7 +35,8 @@ class Runs:
 
     Args:
         model: see ``models.Model``.
-        start: x_T ``(B, C, ...)`` float32, on the model's device, of every run.
+        start: standard normal ``(B, C, ...)`` float32, on the model's device: x_T of every run, but
+            for its standard deviation.
         conditioning: for the whole batch.
         batch_size: of the model's calls.
         progress: called with the number of samples of each model call.
@@ -57,19 +58,20 @@ class Runs:
         return cls(model, normals(seeds, tuple(shape), 0, NoiseStream.INITIAL), **others)
 
     @torch.no_grad()
-    def predict(self, x_t: Tensor, t: int) -> Tensor:
-        """Return the model's output at x_t ``(B, C, ...)``, with guidance where there is a scale."""
-        scales = guidance_scales(self.guidance_scale, (t,))
+    def predict(self, x_t: Tensor, step: PlannedStep) -> Tensor:
+        """Return the model's output for a step from x_t ``(B, C, ...)``, with guidance where there
+        is a scale."""
+        scales = guidance_scales(self.guidance_scale, (step.model_timestep,))
         scale = None if scales is None else scales[0]
         parts = []
         for first in range(0, len(x_t), self.batch_size):
             part = slice(first, first + self.batch_size)
-            x = x_t[part]
+            x = x_t[part] if step.input_scale == 1 else x_t[part] * step.input_scale
             own = {
                 name: value[part] if torch.is_tensor(value) else value
                 for name, value in (self.conditioning or {}).items()
             }
-            times = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+            times = torch.full((len(x),), step.model_time, dtype=step.time_dtype, device=x.device)
             calls = model_calls(self.model, conditionings_of(self.model, own, scales, None))
             m, uncond = Loop(
                 x_t=x,
@@ -87,6 +89,10 @@ class Runs:
             parts.append(m if uncond is None or scale is None else guided_output(m, uncond, scale, 0.0, x.dtype))
         return torch.cat(parts).to(x_t.dtype)
 
+    def first_state(self, plan: SamplingPlan) -> State:
+        """Return the state that runs of a plan start from."""
+        return State(self.start if plan.initial_std_dev == 1 else self.start * plan.initial_std_dev)
+
     def run(self, plan: SamplingPlan, first: int = 0, states: list[State] | None = None) -> list[State]:
         """Return all S + 1 states of a run.
 
@@ -94,9 +100,9 @@ class Runs:
             first: the number of the first step that differs from an earlier run.
             states: the states of that earlier run.
         """
-        states = [State(self.start)] if states is None else states[: first + 1]
+        states = [self.first_state(plan)] if states is None else states[: first + 1]
         for step in plan.steps[first:]:
-            states.append(after(states[-1], step, self.predict(states[-1].x_t, step.model_timestep), plan.order))
+            states.append(after(states[-1], step, self.predict(states[-1].x_t, step), plan.order))
         return states
 
 

@@ -6,8 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,10 +17,12 @@ from .._version import __version__
 from ..generation.conditioning import Conditioning
 from ..models.metrics import sample_distances
 from ..models.protocol import Model
+from ..plans.continuous import ContinuousSchedule
 from ..plans.files import TimestepList
+from ..plans.path import NoisePath
 from ..plans.plan import SamplingPlan
 from ..plans.schedules import NoiseSchedule
-from ..plans.timesteps import SPACINGS, distinct_timesteps, select_timesteps
+from ..plans.timesteps import distinct_timesteps, select_timesteps
 from ..sampler import DDIMSampler
 from .analytic import measure_eps_residual
 from .costs import cost_table, reference
@@ -30,6 +34,8 @@ CANDIDATES = {1: 100, 2: 60}
 """The number of candidate timesteps in a table of costs, by order: a table of order 2 has one more
 dimension."""
 REFERENCE_STEPS = 200
+GRID = 1000
+"""The number of times among which a search chooses where time is continuous."""
 ONE_LIST = "searched, one list"
 """The name of the best list whose model timesteps are the timesteps visited, beside the best of
 all."""
@@ -60,7 +66,7 @@ class Found:
     scores: tuple[Score, ...]
 
     @property
-    def timesteps(self) -> tuple[int, ...]:
+    def timesteps(self) -> tuple[float, ...]:
         return self.best.timesteps
 
     def score(self, name: str) -> Score:
@@ -85,7 +91,7 @@ class Search:
     """
 
     model: Model
-    schedule: NoiseSchedule
+    schedule: NoisePath
     shape: tuple[int, ...]
     num_inference_steps: int
     order: int = 1
@@ -106,22 +112,50 @@ class Search:
         options.pop("timestep_spacing", None)
         options.pop("steps_offset", None)
         given = None if candidate.is_one_list else candidate.model_timesteps
-        sampler = DDIMSampler(self.schedule, timesteps=candidate.timesteps, model_timesteps=given, **options)
+        sampler = DDIMSampler(
+            self.schedule,
+            timesteps=self.times(candidate.timesteps),
+            model_timesteps=None if given is None else self.times(given),
+            **options,
+        )
         return sampler.plan(self.model)
+
+    @cached_property
+    def _grid(self) -> tuple[float, ...]:
+        """All timesteps that may be visited, increasing."""
+        if isinstance(self.schedule, ContinuousSchedule):
+            return self.schedule.select(GRID)[::-1]
+        assert isinstance(self.schedule, NoiseSchedule)
+        return tuple(range(self.schedule.num_train_timesteps))
+
+    def times(self, candidates: Sequence[int]) -> tuple[float, ...]:
+        """Return the schedule's timesteps of numbers from 0 to ``num_timesteps`` - 1."""
+        return tuple(self._grid[i] for i in candidates)
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of timesteps to choose from."""
+        return len(self._grid)
+
+    def select(self, count: int, spacing: str) -> tuple[int, ...]:
+        """Return the numbers of ``count`` timesteps by a closed-form spacing, decreasing."""
+        if isinstance(self.schedule, ContinuousSchedule):
+            positions = np.interp(self.schedule.select(count, spacing), self._grid, np.arange(GRID))
+            return distinct_timesteps(positions, GRID)
+        assert isinstance(self.schedule, NoiseSchedule)
+        return select_timesteps(count, self.num_timesteps, spacing, schedule=self.schedule)
 
     @property
     def candidate_timesteps(self) -> tuple[int, ...]:
         """The candidates: half of them spaced evenly in t, half evenly in log-SNR."""
-        total = self.schedule.num_train_timesteps
+        total = self.num_timesteps
         wanted = min(self.candidates or CANDIDATES[self.order], total)
-        even = select_timesteps(wanted // 2, total, "trailing") if wanted > 1 else ()
-        log_snr = select_timesteps(wanted - len(even), total, "log_snr", schedule=self.schedule)
-        return distinct_timesteps([*even, *log_snr], total)
+        even = self.select(wanted // 2, "trailing") if wanted > 1 else ()
+        return distinct_timesteps([*even, *self.select(wanted - len(even), "log_snr")], total)
 
     @property
     def reference_timesteps(self) -> tuple[int, ...]:
-        total = self.schedule.num_train_timesteps
-        many = select_timesteps(min(REFERENCE_STEPS, total), total, "log_snr", schedule=self.schedule)
+        many = self.select(min(REFERENCE_STEPS, self.num_timesteps), "log_snr")
         return tuple(sorted({*many, *self.candidate_timesteps}, reverse=True))
 
     def runs(self, count: int, seed: int, progress: Progress) -> Runs:
@@ -140,8 +174,7 @@ class Search:
 
     def closed_forms(self) -> dict[str, Candidate]:
         """Return the timesteps of every closed-form spacing with as many steps."""
-        total, S = self.schedule.num_train_timesteps, self.num_inference_steps
-        return {name: Candidate(select_timesteps(S, total, name, schedule=self.schedule)) for name in SPACINGS}
+        return {name: Candidate(self.select(self.num_inference_steps, name)) for name in self.schedule.spacings}
 
     def calls(self) -> int:
         """Return the largest number of model calls, counted by sample, that the search can make."""
@@ -163,7 +196,7 @@ def search_timesteps(
     found = _by_dynamic_programming(search, progress, say)
     runs = search.runs(search.refine_count, search.seed, progress)
     converged = _converged(search, runs)
-    refinement = Refinement(runs, search.plan_of, converged, search.schedule.num_train_timesteps, budget=10**9)
+    refinement = Refinement(runs, search.plan_of, converged, search.num_timesteps, budget=10**9)
     lists = {"dynamic programming": found, **search.closed_forms()}
     for candidate in lists.values():
         refinement.offer(candidate)
@@ -176,13 +209,13 @@ def search_timesteps(
         lists[name], seen[name] = refinement.best, refinement.distance
     scores = _held_out(search, lists, seen, progress)
     best = TimestepList(
-        refinement.best.timesteps,
-        search.schedule.num_train_timesteps,
+        search.times(refinement.best.timesteps),
+        search.schedule.num_train_timesteps if isinstance(search.schedule, NoiseSchedule) else None,
         search.schedule.digest,
         search.order,
         _residual(search, runs, refinement.best, converged),
         _provenance(search, scores, began),
-        None if refinement.best.is_one_list else refinement.best.model_timesteps,
+        None if refinement.best.is_one_list else search.times(refinement.best.model_timesteps),
     )
     return Found(best, tuple(scores))
 
@@ -200,10 +233,10 @@ def _stages(search: Search, refinement: Refinement) -> list[tuple[str, Callable[
 def _by_dynamic_programming(search: Search, progress: Progress, say: Callable[[str], Any]) -> Candidate:
     runs = search.runs(search.count, search.seed, progress)
     converging = search.plan_of(Candidate(search.reference_timesteps), order=2)
-    along = reference(runs, converging, search.candidate_timesteps)
+    along = reference(runs, converging, search.times(search.candidate_timesteps))
     say(f"costs of steps between {len(along.timesteps)} candidates")
     costs = cost_table(along, search.plan_of(Candidate(search.candidate_timesteps)))
-    return Candidate(tuple(along.timesteps[i] for i in best_timesteps(costs, search.num_inference_steps)))
+    return Candidate(tuple(search.candidate_timesteps[i] for i in best_timesteps(costs, search.num_inference_steps)))
 
 
 def _converged(search: Search, runs: Runs) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..plans.files import TimestepList
-from ..plans.schedules import NoiseSchedule
+from ..plans.path import NoisePath
 from ..sampler import DDIMSampler
 
 PAPER_STEPS = (10, 20, 50, 100, 1000)
@@ -21,7 +21,7 @@ class Cell:
 
     Args:
         num_inference_steps: the number of steps, S.
-        timestep_spacing: a key of ``timesteps.SPACINGS``; with ``timesteps``, a name for the list.
+        timestep_spacing: one of the schedule's ``spacings``; with ``timesteps``, a name for the list.
         timesteps, model_timesteps: an explicit list, such as a searched one, and the timesteps
             given to the model if they differ.
         eta, eta_scales, sigma_hat, order: see ``DDIMSampler``.
@@ -36,9 +36,9 @@ class Cell:
     eta_scales: str = "std_dev"
     sigma_hat: bool = False
     order: int = 1
-    timesteps: tuple[int, ...] | None = None
+    timesteps: tuple[float, ...] | None = None
     count: int | None = None
-    model_timesteps: tuple[int, ...] | None = None
+    model_timesteps: tuple[float, ...] | None = None
     analytic_variance: tuple[float, ...] | None = None
 
     @property
@@ -54,7 +54,7 @@ class Cell:
     def deterministic(self) -> bool:
         return self.eta == 0
 
-    def sampler(self, schedule: NoiseSchedule, options: Mapping[str, Any]) -> DDIMSampler:
+    def sampler(self, schedule: NoisePath, options: Mapping[str, Any]) -> DDIMSampler:
         """Return the sampler of this cell.
 
         Raises:

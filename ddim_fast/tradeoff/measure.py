@@ -17,7 +17,7 @@ from ..generation.conditioning import Conditioning
 from ..kernels.noise import sample_seeds
 from ..models.metrics import sample_distances
 from ..models.protocol import Model
-from ..plans.schedules import NoiseSchedule
+from ..plans.path import NoisePath
 from ..sampler import DDIMSampler
 from ..sampling.inversion import reconstruction_error
 from ..sampling.loop import Timing
@@ -48,7 +48,7 @@ class Subject:
     """
 
     model: Model
-    schedule: NoiseSchedule
+    schedule: NoisePath
     shape: tuple[int, ...]
     conditioning: Conditioning | None = None
     guidance_scale: float | None = None

@@ -61,7 +61,9 @@ def test_another_schedule(tmp_path):
     path = written(tmp_path / "list.json")
     with pytest.warns(UserWarning, match="was made for another noise schedule"):
         assert DDIMSampler(NoiseSchedule.cosine(), timesteps=path).timesteps == (999, 500, 10)
-    with pytest.raises(ValueError, match="is for 1000 training timesteps, got a schedule with 50: search again"):
+    with pytest.raises(
+        ValueError, match="is for 1000 training timesteps, got a schedule with 50 training timesteps: search again"
+    ):
         DDIMSampler(NoiseSchedule.linear(50), timesteps=path)
 
 
@@ -71,7 +73,7 @@ def test_another_schedule(tmp_path):
         ("[1, 2", "must be JSON"),
         ("[1, 2]", '"format": "ddim_fast timesteps"'),
         ('{"format": "other"}', '"format": "ddim_fast timesteps"'),
-        ('{"format": "ddim_fast timesteps", "version": 3}', "must have version 1 or 2, got 3"),
+        ('{"format": "ddim_fast timesteps", "version": 4}', "must have version 1 or 2 or 3, got 4"),
         ('{"format": "ddim_fast timesteps", "version": 1}', "is no list of timesteps: 'timesteps'"),
         (
             '{"format": "ddim_fast timesteps", "version": 1, "timesteps": [1, 2], "num_train_timesteps": 10}',
