@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddim_fast import DDIMSampler, NoiseSchedule, __version__
+from ddim_fast import DDIMSampler, FlowSchedule, NoiseSchedule, __version__, as_flow
 from ddim_fast.cli import main
 from ddim_fast.kernels import cpu_step
 from ddim_fast.models.loading import load_model
@@ -114,6 +114,78 @@ def test_quiet_says_nothing(tmp_path):
 
 def test_other_schedule_is_noted(tmp_path):
     assert "trained with another schedule" in sample(tmp_path, "--schedule", "cosine")
+
+
+def test_a_diffusion_model_is_sampled_along_flow_matchings_path(tmp_path):
+    output = sample(tmp_path, "--schedule", "flow", "--shift", 3, "--steps", 4, "--save", tmp_path / "s.npz")
+    assert "another schedule" not in output
+    sampler = DDIMSampler(FlowSchedule(shift=3.0), 4)
+    labels = {"class_labels": torch.arange(3)}
+    expected = sampler.sample(as_flow(load_model("fashion")), (3, 1, 28, 28), seed=0, conditioning=labels)
+    assert np.array_equal(load(tmp_path / "s.npz")["samples"], expected.numpy())
+    # The arguments of a schedule, its own spacings, and times as a list.
+    sample(
+        tmp_path,
+        "--schedule",
+        "flow?shift=3",
+        "--timesteps",
+        str(list(sampler.timesteps)),
+        "--steps",
+        4,
+        "--save",
+        tmp_path / "t.npz",
+    )
+    assert np.array_equal(load(tmp_path / "t.npz")["samples"], expected.numpy())
+    sample(tmp_path, "--schedule", "flow", "--spacing", "exponential", "--steps", 2)
+
+
+FLOW_MODULE = """
+import torch
+from torch import nn
+from ddim_fast import FlowSchedule
+
+class Model(nn.Module):
+    sample_shape, schedule, prediction_type = (1, 4, 4), FlowSchedule(time_scale=1000.0), "flow"
+
+    def forward(self, x, t):
+        assert t.dtype == torch.float32 and 0 < t.max() <= 1000
+        return x - 0.5 * torch.ones_like(x)
+"""
+
+
+def test_a_flow_model_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "own_flow.py").write_text(FLOW_MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    output = run("sample", "--model", "own_flow:Model", "--steps", 3, "-n", 2, "--shift", 2, "--save", "s.npz")
+    assert "3 steps" in output
+    assert "another schedule" not in output
+    sampler = DDIMSampler(FlowSchedule(shift=2.0), 3, prediction_type="flow")
+    expected = sampler.sample(lambda x, t: x - 0.5, (2, 1, 4, 4), seed=0)
+    assert np.array_equal(load(tmp_path / "s.npz")["samples"], expected.numpy())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shift", 3], ["--shift is for a schedule that has one", "add --schedule flow"]),
+        (["--schedule", "flow", "--shift", 0], ["shift must be a finite number, above 0, got 0"]),
+        (["--schedule", "flow?shft=3"], ["schedule 'flow' takes shift", "got 'shft'"]),
+        (["--schedule", "flow?shift"], ["must be name=value", "got 'shift'"]),
+        (["--schedule", "flow?shift=three"], ["must be a number, true or false, got 'shift=three'"]),
+        (["--schedule", "flw"], ["name must be one of", "flow", "got 'flw'"]),
+        (["--schedule", "flow", "--spacing", "leading"], ["timestep_spacing must be one of uniform", "got 'leading'"]),
+        (["--schedule", "flow", "--timesteps", "ddim5"], ["a list of times, or a file of them", "got 'ddim5'"]),
+    ],
+)
+def test_a_path_that_does_not_fit_is_refused(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    given = [] if "--timesteps" in arguments else ["--steps", 2]
+    output = run("sample", *given, "-n", 1, *arguments, code=1)
+    for word in words:
+        assert word in output
+    assert "Traceback" not in output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_info_names_versions_backends_and_instruction_set():

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from ddim_fast import DDIMSampler, NoiseSchedule, select_timesteps
+from ddim_fast import DDIMSampler, FlowSchedule, NoiseSchedule, VPSchedule, select_timesteps
 from ddim_fast.generation.conditioning import EveryClass
 from ddim_fast.models.metrics import sample_distances
+from ddim_fast.plans.continuous import CONTINUOUS_SPACINGS
 from ddim_fast.plans.files import read_timesteps
 from ddim_fast.search import Search, search_timesteps
+from ddim_fast.search.analytic import measure_eps_residual
 from ddim_fast.search.costs import cost_table, reference
 from ddim_fast.search.refine import Candidate, Refinement
 from ddim_fast.search.runs import Runs, State, after
@@ -272,3 +274,67 @@ def test_candidates_are_distinct_and_reach_both_ends(count):
 def test_closed_forms_have_as_many_steps():
     assert {len(form.timesteps) for form in search().closed_forms().values()} == {5}
     assert search().closed_forms()["log_snr"] == Candidate(select_timesteps(5, 1000, "log_snr", schedule=LINEAR))
+
+
+class GaussianMixtureFlow(nn.Module):
+    """The velocity of a mixture of two normals on flow matching's path, exactly; the model is told 1000 t."""
+
+    prediction_type = "flow"
+
+    def forward(self, x, t):
+        t = t.double().view(-1, 1) / 1000
+        alpha, sigma, y = 1 - t, t, x.double()
+        means, spread = torch.tensor([-1.0, 0.7], dtype=torch.float64), 0.1
+        variance = (alpha * spread) ** 2 + sigma**2
+        share = torch.softmax(-((y - alpha * means) ** 2) / (2 * variance), dim=1)
+        x0 = (share * (means + alpha * spread**2 / variance * (y - alpha * means))).sum(1, keepdim=True)
+        # (y - alpha x0) / sigma - x0, without the division.
+        eps = (share * sigma / variance * (y - alpha * means)).sum(1, keepdim=True)
+        return (eps - x0).to(x.dtype)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_in_continuous_time(order, tmp_path):
+    schedule = FlowSchedule(shift=2.0, time_scale=1000.0)
+    options = dict(order=order, count=48, refine_count=48, held_out=48, refine_runs=30, candidates=20, seed=5)
+    found = search_timesteps(Search(GaussianMixtureFlow(), schedule, (1,), num_inference_steps=5, **options))
+    closed = [score for score in found.scores if score.name in CONTINUOUS_SPACINGS]
+    assert len(closed) == len(CONTINUOUS_SPACINGS)
+    best = found.score("searched")
+    assert best.held_out < 0.9 * min(score.held_out for score in closed)
+    found.best.write(tmp_path / "found.json")
+    again = read_timesteps(tmp_path / "found.json")
+    assert again.num_train_timesteps is None
+    assert json.loads((tmp_path / "found.json").read_text())["version"] == 3
+    # What the list says of itself is so, with any shift: the times are the list's own.
+    sampler = DDIMSampler(FlowSchedule(time_scale=1000.0), timesteps=tmp_path / "found.json")
+    assert sampler.timesteps == found.timesteps
+    assert sampler.order == order
+    assert 0 < sampler.timesteps[-1] < sampler.timesteps[0] <= 1
+    held_out = again.provenance["seeds"]["held_out"]
+    got = sampler.sample(GaussianMixtureFlow(), (48, 1), seed=held_out)
+    many = DDIMSampler(schedule, 1000, order=2, timestep_spacing="log_snr")
+    converged = many.sample(GaussianMixtureFlow(), (48, 1), seed=held_out)
+    assert sample_distances(got, converged).mean().item() == pytest.approx(best.held_out, rel=0.05, abs=5e-4)
+    with pytest.raises(ValueError, match="times of another path in continuous time, got a schedule with 1000 training"):
+        DDIMSampler(LINEAR, timesteps=again)
+    with pytest.raises(ValueError, match="got a schedule with times of another path in continuous time: search again"):
+        DDIMSampler(VPSchedule(), timesteps=again)
+
+
+def test_the_residual_of_eps_on_any_path():
+    """Of normal data N(0, s^2), the exact model leaves alpha^2 s^2 / (alpha^2 s^2 + sigma^2) of the variance of eps."""
+
+    class Normal(nn.Module):
+        prediction_type = "flow"
+
+        def forward(self, x, t):
+            alpha, sigma = 1 - t.view(-1, 1), t.view(-1, 1)
+            total = (0.5 * alpha) ** 2 + sigma**2
+            return x * (sigma - 0.25 * alpha) / total
+
+    plan = DDIMSampler(FlowSchedule(), timesteps=[1.0, 0.6, 0.2]).plan(Normal())
+    runs = Runs.from_seed(Normal(), (1,), 4000, 0, CPU)
+    x0 = 0.5 * torch.randn(4000, 1, generator=torch.Generator().manual_seed(1))
+    expected = [(0.5 * (1 - t)) ** 2 / ((0.5 * (1 - t)) ** 2 + t**2) for t in (1.0, 0.6, 0.2)]
+    assert measure_eps_residual(runs, plan, x0) == pytest.approx(expected, abs=0.03)
