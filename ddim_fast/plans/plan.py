@@ -262,15 +262,24 @@ class SamplingPlan:
         if self.eps_residual is not None:
             std_dev_t = math.sqrt(analytic_variance(level_t, level_prev, variance, self.eps_residual[index]))
         prediction = self.meaning_at(level_t)
-        clipping = {
-            "clip_sample_range": self.clip_sample_range,
-            "use_clipped_model_output": self.use_clipped_model_output,
-        }
         if self.order == 2 and index > 0:
-            row = multistep_coefficients(self._levels[index - 1][0], level_t, level_prev, prediction, **clipping)
+            row = multistep_coefficients(
+                self._levels[index - 1][0],
+                level_t,
+                level_prev,
+                prediction,
+                clip_sample_range=self.clip_sample_range,
+                use_clipped_model_output=self.use_clipped_model_output,
+            )
         else:
             row = ddim_coefficients(
-                level_t, level_prev, prediction, variance=variance, std_dev_added=std_dev_t, **clipping
+                level_t,
+                level_prev,
+                prediction,
+                variance=variance,
+                std_dev_added=std_dev_t,
+                clip_sample_range=self.clip_sample_range,
+                use_clipped_model_output=self.use_clipped_model_output,
             )
         told = self.model_timesteps[index]
         return PlannedStep(

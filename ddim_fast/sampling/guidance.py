@@ -15,7 +15,7 @@ from torch import Tensor
 from ..plans.coefficients import classifier_guidance_weight
 from ..plans.plan import SamplingPlan
 
-GuidanceScale = float | Sequence[float] | Callable[[int], float]
+GuidanceScale = float | Sequence[float] | Callable[[Any], float]
 """One number for all steps, one for each in order, or a function of the timestep."""
 
 

@@ -55,7 +55,7 @@ class Trajectory:
         x0: S tensors ``(B, ...)``: the prediction of the clean samples at each step.
     """
 
-    timesteps: list[int] = field(default_factory=list)
+    timesteps: list[float] = field(default_factory=list)
     x_t: list[Tensor] = field(default_factory=list)
     x0: list[Tensor] = field(default_factory=list)
 
@@ -63,7 +63,7 @@ class Trajectory:
     def samples(self) -> Tensor:
         return self.x_t[-1]
 
-    def add(self, t: int, x_t: Tensor, x0: Tensor) -> None:
+    def add(self, t: float, x_t: Tensor, x0: Tensor) -> None:
         """Keep copies, as ordinary tensors even in inference mode."""
         with torch.inference_mode(False):
             self.timesteps.append(t)

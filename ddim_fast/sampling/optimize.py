@@ -86,7 +86,7 @@ class OptimizedModel(nn.Module):
         model: nn.Module,
         fast: Callable[..., Any],
         shape: Sequence[int],
-        reduced_from: int | None,
+        reduced_from: float | None,
         batches_guidance: bool,
     ):
         super().__init__()
@@ -248,7 +248,7 @@ class _Trial:
         that is faster."""
         if self.device.type != "cpu" or not any(isinstance(m, _CONVOLUTIONS) for m in self.model.modules()):
             return change, []
-        timesteps = self.plan.model_timesteps
+        told = self.plan.model_times
         result.reduced_from = 0
         exact = copy.copy(result)
         exact.reduced_from = None
@@ -256,12 +256,11 @@ class _Trial:
         fast, slow = _in_turn(lambda: self._samples(result, short), lambda: self._samples(exact, short), rounds=ROUNDS)
         if fast < WORTHWHILE * slow:
             for share in SHARES:
-                steps = max(1, round(share * len(timesteps)))
-                result.reduced_from = min(timesteps[:steps])
+                least = result.reduced_from = min(told[: max(1, round(share * len(told)))])
                 reduced = _largest(self._samples(result), expected)
                 if reduced <= self.tolerance / MARGIN:
-                    count = sum(t >= result.reduced_from for t in timesteps)
-                    return reduced, [f"convolutions in bfloat16 in the {count} noisiest of {len(timesteps)} steps"]
+                    count = sum(t >= least for t in told)
+                    return reduced, [f"convolutions in bfloat16 in the {count} noisiest of {len(told)} steps"]
         result.reduced_from = None
         return change, []
 

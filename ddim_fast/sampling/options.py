@@ -22,7 +22,7 @@ from .loop import Timing
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Callback = Callable[[int, int, Tensor, Tensor], Any]
+Callback = Callable[[int, Any, Tensor, Tensor], Any]
 """``callback(step, t, x_t, x0)``: the number of the step, its timestep, the noisy samples that the
 model saw, and the x0 predicted from them. The run stops early if it returns True."""
 
