@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from model_inputs import assert_is_scaled
 
 from ddim_fast.kernels import cpu_step, noise
 from ddim_fast.kernels.contract import StepCoefficients, StepInputs
@@ -66,9 +67,10 @@ def row_of(**columns):
     zero = dict.fromkeys(
         (
             "x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps", "prev_noise", "known_x0", "known_noise", "prev_history",
+            "prev_history_2",
         ), 0.0
     )  # fmt: skip
-    return zero | {"clip": math.inf} | columns
+    return zero | {"clip": math.inf, "input_scale": 1.0} | columns
 
 
 def normal(rng, shape, dtype=torch.float32, scale=1.0):
@@ -226,6 +228,7 @@ class Case:
     keywords: dict
     buffers: dict = field(default_factory=dict)
     expected: oracle.Result | None = None
+    last_x0: torch.Tensor | None = None
 
     def __repr__(self):
         return self.text
@@ -246,22 +249,25 @@ COLUMN = st.one_of(st.just(0.0), st.floats(-3, 3, width=32), st.floats(1e-6, 1e4
     lambda v: 0.0 if abs(v) < 1e-20 else v
 )
 RANDOM = st.builds(
-    lambda columns, clip: row_of(**columns | ({"prev_history": 0.0} if columns["prev_noise"] else {}), clip=clip),
+    lambda columns, clip: row_of(**columns, clip=clip),
     st.fixed_dictionaries({name: COLUMN for name in row_of() if name != "clip"}),
     st.sampled_from([math.inf, 0.7, 3.0]),
 )
 
 
 MULTISTEP = st.builds(
-    lambda kind, pair, clip, use_clipped_model_output, prev_history: (
-        oracle.textbook_row(kind, *pair, clip=clip, use_clipped_model_output=use_clipped_model_output)
-        | {"prev_history": prev_history}
+    lambda kind, pair, eta, clip, use_clipped_model_output, histories, input_scale: (
+        oracle.textbook_row(kind, *pair, eta=eta, clip=clip, use_clipped_model_output=use_clipped_model_output)
+        | dict(zip(("prev_history", "prev_history_2"), histories, strict=True))
+        | {"input_scale": input_scale}
     ),
     st.sampled_from(["epsilon", "sample", "v_prediction"]),
     st.sampled_from(SIX_STEPS),
+    st.sampled_from([0.0, 1.0]),
     st.sampled_from([math.inf, 1.0]),
     st.booleans(),
-    st.floats(-2, -1e-3),
+    st.tuples(st.floats(-2, -1e-3), st.one_of(st.just(0.0), st.floats(1e-3, 1))),
+    st.floats(1e-3, 2),
 )
 
 
@@ -292,8 +298,9 @@ def cases(draw, pairs):
         keywords["model_output_uncond"] = make("model_output_uncond", output)
         keywords["guidance_scale"] = for_oracle["guidance"] = draw(st.sampled_from([0.0, 1.0, 7.5, -2.0]))
         for_oracle["uncond"] = to_numpy(tensors["model_output_uncond"])
-    reads_history = row.get("prev_history", 0.0) != 0
-    with_history = reads_history or (not row["prev_noise"] and draw(st.booleans()))
+    reads = {"history": row.get("prev_history", 0.0) != 0, "history_2": row.get("prev_history_2", 0.0) != 0}
+    given = {"history_2": reads["history_2"] or draw(st.integers(0, 3)) == 0}
+    given["history"] = reads["history"] or given["history_2"] or draw(st.booleans())
     kind = draw(st.sampled_from(["given", "seeds"] if row["prev_noise"] else ["none", "given", "seeds"]))
     if kind == "given":
         keywords["noise"] = make("noise", state)
@@ -308,7 +315,7 @@ def cases(draw, pairs):
     if row["clip"] != math.inf and draw(st.booleans()):
         keywords["thresholds"] = torch.from_numpy(rng.uniform(0.5, 5, shape[0])).float()
         for_oracle["thresholds"] = to_numpy(keywords["thresholds"])
-    if not with_history and draw(st.integers(0, 3)) == 0:
+    if draw(st.integers(0, 3)) == 0:
         keywords["known_x0"] = make("known_x0", state)
         keywords["mask"] = make("mask", state, lambda rng, shape, dtype: blend_weights(rng, shape, dtype))
         for_oracle |= {"known_x0": to_numpy(keywords["known_x0"]), "mask": to_numpy(keywords["mask"])}
@@ -318,33 +325,41 @@ def cases(draw, pairs):
             else:
                 keywords["known_noise"] = make("known_noise", state)
                 for_oracle["known_noise"] = to_numpy(keywords["known_noise"])
-    if with_history:  # NaN where it must not be read
-        values = normal(rng, shape, state) * scale if reads_history else torch.full(shape, math.nan, dtype=state)
-        keywords["history"], buffers["history"] = place(values, same_layout or draw(st.sampled_from(LAYOUTS)))
-        for_oracle["history"] = to_numpy(values)
-    targets = [name for name in buffers if name != "history" and tensors[name].dtype == state]
-    places = [
-        draw(st.sampled_from(["new", "separate", "separate", *targets])),
-        draw(st.sampled_from(["none", "none", "separate", *targets])),
-    ]
-    if places[0] == places[1] and places[0] in targets:
-        places[1] = "separate"
-    for name, where in zip(("out", "x0_out"), places, strict=True):
+    for name in ("history", "history_2"):
+        if given[name]:  # NaN where it must not be read
+            values = normal(rng, shape, state) * scale if reads[name] else torch.full(shape, math.nan, dtype=state)
+            keywords[name], buffers[name] = place(values, same_layout or draw(st.sampled_from(LAYOUTS)))
+            for_oracle[name] = to_numpy(values)
+    last_x0 = keywords["history"].clone() if "history" in keywords else None
+    of_model = draw(st.sampled_from([state, output, *FLOATS]))
+    could_be_read = [name for name in buffers if name in tensors]
+    taken = set()
+    for name, dtype, default in (
+        ("out", state, "new"),
+        ("x0_out", state, "none"),
+        ("model_input_out", of_model, "none"),
+    ):
+        targets = [other for other in could_be_read if tensors[other].dtype == dtype and other not in taken]
+        where = draw(st.sampled_from([default, default, "separate", "separate", *targets]))
+        taken.add(where)
         if where == "separate":
-            keywords[name] = make(name, state, lambda rng, shape, dtype: torch.full(shape, math.nan, dtype=dtype))
+            keywords[name] = make(name, dtype, lambda rng, shape, dtype: torch.full(shape, math.nan, dtype=dtype))
             if name not in buffers:  # an expanded tensor cannot be written to
-                keywords[name], buffers[name] = place(torch.full(shape, math.nan, dtype=state), "contiguous")
+                keywords[name], buffers[name] = place(torch.full(shape, math.nan, dtype=dtype), "contiguous")
                 tensors[name] = keywords[name]
         elif where not in ("new", "none"):
             keywords[name] = tensors[where]
         text.append(f"{name}={where}")
     text.append(f"noise={kind} thresholds={'thresholds' in keywords} guidance={keywords.get('guidance_scale')}")
     expected = oracle.row_step(row, to_numpy(x_t), to_numpy(m), **for_oracle)
-    return Case("; ".join(text), row, x_t, m, keywords, buffers, expected)
+    return Case("; ".join(text), row, x_t, m, keywords, buffers, expected, last_x0)
+
+
+OUTPUTS = ("out", "x0_out", "history", "history_2", "model_input_out")
 
 
 def check_case(target, case):
-    written = [case.keywords[name] for name in ("out", "x0_out", "history") if name in case.keywords]
+    written = [case.keywords[name] for name in OUTPUTS if name in case.keywords]
     before = {name: buffer.clone() for name, buffer in case.buffers.items()}
     result = target(case.x_t, case.model_output, StepCoefficients(**case.row), **case.keywords)
     if "out" in case.keywords:
@@ -356,6 +371,10 @@ def check_case(target, case):
     for name in ("x0_out", "history"):
         if name in case.keywords:
             assert_near(case.keywords[name], case.expected.x0, case.expected.x0_terms, name)
+    if "history_2" in case.keywords:
+        assert same_bits(case.keywords["history_2"], case.last_x0)
+    if "model_input_out" in case.keywords:
+        assert_is_scaled(case.keywords["model_input_out"], result, case.row.get("input_scale", 1.0))
     for name, buffer in case.buffers.items():  # nothing but the outputs' elements has changed
         for tensor in written:
             if tensor.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr():
@@ -774,13 +793,13 @@ def test_instruction_sets_agree_to_the_bit():
         results = []
         for isa in INSTRUCTION_SETS:
             keywords = dict(case.keywords)
-            for name in ("out", "x0_out"):
-                if name in keywords:
-                    keywords[name] = torch.full_like(case.x_t, math.nan)
-            if "history" in keywords:
-                keywords["history"] = keywords["history"].clone()
+            for name in keywords.keys() & set(OUTPUTS):
+                old = keywords[name]
+                keywords[name] = (
+                    old.clone() if name.startswith("history") else torch.full(old.shape, math.nan, dtype=old.dtype)
+                )
             result = Target("cpu", isa)(case.x_t, case.model_output, StepCoefficients(**case.row), **keywords)
-            results.append((result, keywords.get("x0_out"), keywords.get("history")))
+            results.append((result, *(keywords.get(name) for name in OUTPUTS[1:])))
         for written in results[1:]:
             for tensor, first in zip(written, results[0], strict=True):
                 assert tensor is None or same_bits(tensor, first)

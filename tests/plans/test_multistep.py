@@ -331,25 +331,12 @@ X = torch.arange(24.0).view(2, 3, 4) / 10
 
 def test_what_a_history_must_be():
     m = X.flip(0) + 0.5
-    seeds, noisy = torch.tensor([1, 2]), ddim_coefficients(0.3, 0.6, variance=0.1)
     table = StepTable.of([WRITES, READS])
     assert table.reads_history
     assert not StepTable.of([WRITES]).reads_history
     memory = torch.full((2, 6, 4), -77.0)
     for words, error, row, options in [
         (["got no history", "order=1"], ValueError, READS, {}),
-        (
-            ["fresh noise", "together with a row that adds noise"],
-            ValueError,
-            noisy,
-            {"history": X.clone(), "seeds": seeds},
-        ),
-        (
-            ["together with mask and known_x0"],
-            ValueError,
-            READS,
-            {"history": X.clone(), "mask": X, "known_x0": X, "seeds": seeds},
-        ),
         (["history must have the shape of x_t"], ValueError, READS, {"history": X[:1].clone()}),
         (["history must have the dtype of x_t"], TypeError, READS, {"history": X.double()}),
         (["history must be a torch.Tensor"], TypeError, READS, {"history": X.numpy()}),
