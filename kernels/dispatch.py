@@ -123,9 +123,12 @@ def ddim_step(
             model_input_out,
         )
         if result is not None:
-            if not _is_inference_mode():
-                written = (out, x0_out, history, history_2, model_input_out)
-                increment_version([tensor for tensor in written if tensor is not None])
+            written = []
+            for tensor in (out, x0_out, history, history_2, model_input_out):  # faster than a comprehension
+                if tensor is not None:
+                    written.append(tensor)
+            if written and not _is_inference_mode():
+                increment_version(written)
             return result
     inputs = StepInputs(
         x_t=x_t,
