@@ -396,7 +396,13 @@ def test_any_case(target):
 @per_target
 @pytest.mark.parametrize(("state", "output"), PAIRS, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("x0_out", [False, True], ids=["", "x0"])
-@pytest.mark.parametrize("kind", ["none", "given", "seeds", "history", "history not read"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "none", "given", "seeds", "history", "history not read", "history, given", "history, seeds", "2 histories",
+        "2 histories not read", "2 histories, seeds",
+    ],
+)  # fmt: skip
 def test_every_loop(target, state, output, x0_out, kind):
     """Each combination that the C++ kernels have a loop of their own for, at lengths with every kind of tail."""
     rng = np.random.default_rng(3)
@@ -405,9 +411,11 @@ def test_every_loop(target, state, output, x0_out, kind):
         "x0_x": 1.25,
         "x0_m": -0.75,
         "prev_x0": 0.875,
-        "prev_noise": 0.375 if kind in ("given", "seeds") else 0.0,
+        "prev_noise": 0.375 if "given" in kind or "seeds" in kind else 0.0,
     }
-    coefficients["prev_history"] = -0.625 if kind == "history" else 0.0
+    histories = ("history", "history_2")[: 2 if "2" in kind else "history" in kind]
+    if "not read" not in kind:
+        coefficients |= zip(("prev_history", "prev_history_2")[: len(histories)], (-0.625, 0.4375), strict=False)
     rests = [(0.25, 0.5, -0.125), (0.25, 0.0, 0.0), (0.0, 0.5, 0.0), (0.0, 0.0, 0.5)]
     for guided in (False, True):
         for clip, rest in [(math.inf, rests[0])] + [(1.0, rest) for rest in rests]:
@@ -416,16 +424,17 @@ def test_every_loop(target, state, output, x0_out, kind):
             keywords, z = {"out": torch.full_like(x, math.nan)}, None
             if guided:
                 keywords |= {"model_output_uncond": uncond, "guidance_scale": 3.0}
-            if kind == "given":
+            if "given" in kind:
                 keywords["noise"] = normal(rng, shape, state)
                 z = to_numpy(keywords["noise"])
-            elif kind == "seeds":
+            elif "seeds" in kind:
                 keywords |= {"seeds": torch.tensor([5, -6]), "noise_step": 12}
                 z = z_of(keywords["seeds"], shape, 12)
-            past = None
-            if kind.startswith("history"):
-                past = normal(rng, shape, state) if kind == "history" else torch.full_like(x, math.nan)
-                keywords["history"] = past.clone()
+            past = {
+                name: torch.full_like(x, math.nan) if "not read" in kind else normal(rng, shape, state)
+                for name in histories
+            }
+            keywords |= {name: last_x0.clone() for name, last_x0 in past.items()}
             if x0_out:
                 keywords["x0_out"] = torch.full_like(x, math.nan)
             result = target(x, m, StepCoefficients(**row), **keywords)
@@ -436,11 +445,48 @@ def test_every_loop(target, state, output, x0_out, kind):
                 noise=z,
                 uncond=to_numpy(uncond) if guided else None,
                 guidance=3.0 if guided else None,
-                history=None if past is None else to_numpy(past),
+                **{name: to_numpy(last_x0) for name, last_x0 in past.items()},
             )
             assert_near(result, expected.x_prev, expected.terms, f"x_prev, guided={guided} clip={clip} rest={rest}")
             for name in {"x0_out", "history"} & keywords.keys():
                 assert_near(keywords[name], expected.x0, expected.x0_terms, name)
+            assert "history_2" not in keywords or same_bits(keywords["history_2"], past["history"])
+
+
+@per_target
+@pytest.mark.parametrize("state", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("of_model", [*FLOATS, torch.float64], ids=lambda d: str(d).removeprefix("torch."))
+def test_the_model_input_is_that_of_a_pass_of_its_own(target, state, of_model):
+    """At lengths with every kind of tail, with all that changes x_prev, every NaN among the samples, and subnormal products."""
+    if of_model == torch.float64 and target.backend == "cpu":
+        with pytest.raises(
+            ValueError, match=r"model_input_out is torch.float64, it takes float32, float16 and bfloat16"
+        ):
+            target(*torch.ones(2, 1, 3), StepCoefficients(**row_of()), model_input_out=torch.ones(1, 3).double())
+        return
+    rng = np.random.default_rng(16)
+    row = oracle.textbook_row("epsilon", 0.5, 0.6, eta=1.0) | {"prev_history": -0.5, "prev_history_2": 0.25}
+    for n in (0, 1, 7, 8, 15, 16, 17, 127, 128, 129, 2047, 2048, 2049, 4097 + 61):
+        for scale in (1 / 3, -1e-38, 0.0):
+            x, m, last, last_2, mask = (normal(rng, (2, n), state) for _ in range(5))
+            x.view(-1)[: 2 * n // 3 : 5] = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32).to(state)
+            x.view(-1)[1 : 2 * n // 3 : 7] = math.inf
+            options = {
+                "plain": {},
+                "all": {"history": last, "history_2": last_2, "mask": mask, "known_x0": last_2.clone()},
+            }
+            for name, more in options.items():
+                step = row if more else oracle.textbook_row("epsilon", 0.5, 0.6, eta=1.0)
+                step = step | {"input_scale": scale, "known_x0": 0.75, "known_noise": 0.5}
+                buffer = torch.full((2 * n + 40,), -77.0, dtype=of_model)
+                model_input = buffer[17 : 17 + 2 * n].view(2, n)
+                seeds = torch.tensor([5, -6])
+                got = target(x, m, StepCoefficients(**step), seeds=seeds, model_input_out=model_input, **more)
+                assert_is_scaled(model_input, got, scale)
+                separate = (scale * got.float()).to(of_model)
+                assert torch.equal(separate.nan_to_num(7.0), model_input.nan_to_num(7.0)), (n, scale, name)
+                assert (buffer[:17] == -77).all()
+                assert (buffer[17 + 2 * n :] == -77).all()
 
 
 @per_target
@@ -519,17 +565,30 @@ def test_backends_take_the_dtypes_they_promise():
 @per_target
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
-def test_a_history_in_every_layout(target, layout, dtype):
+def test_what_a_step_keeps_in_every_layout(target, layout, dtype):
+    """One history, two, and the model's next input."""
     rng, shape = np.random.default_rng(8), (3, 4, 5, 5)
-    row = oracle.textbook_row("epsilon", 0.5, 0.6) | {"prev_history": -0.25}
-    x, m, last_x0 = (normal(rng, shape, dtype) for _ in range(3))
-    history, buffer = place(last_x0, layout)
-    around = (buffer == -77).sum()
-    got = target(x, m, StepCoefficients(**row), history=history)
-    expected = oracle.row_step(row, to_numpy(x), to_numpy(m), history=to_numpy(last_x0))
-    assert_near(got, expected.x_prev, expected.terms, "x_prev")
-    assert_near(history, expected.x0, expected.x0_terms, "history")
-    assert (buffer == -77).sum() == around
+    row = oracle.textbook_row("epsilon", 0.5, 0.6) | {"prev_history": -0.25, "input_scale": 0.7}
+    x, m, last_x0, last_x0_2 = (normal(rng, shape, dtype) for _ in range(4))
+    for of_last_2 in (0.0, 0.125):
+        row["prev_history_2"] = of_last_2
+        placed = {
+            "history": place(last_x0, layout),
+            "history_2": place(last_x0_2, layout),
+            "model_input_out": place(torch.zeros(shape, dtype=torch.float16), layout),
+        }
+        around = {name: (buffer == -77).sum() for name, (_, buffer) in placed.items()}
+        given = {name: tensor for name, (tensor, _) in placed.items() if of_last_2 or name != "history_2"}
+        got = target(x, m, StepCoefficients(**row), **given)
+        expected = oracle.row_step(
+            row, to_numpy(x), to_numpy(m), history=to_numpy(last_x0), history_2=to_numpy(last_x0_2)
+        )
+        assert_near(got, expected.x_prev, expected.terms, "x_prev")
+        assert_near(given["history"], expected.x0, expected.x0_terms, "history")
+        assert same_bits(placed["history_2"][0], last_x0 if of_last_2 else last_x0_2)
+        assert_is_scaled(given["model_input_out"], got, 0.7)
+        for name, (_, buffer) in placed.items():
+            assert (buffer == -77).sum() == around[name], name
 
 
 @per_target
