@@ -905,6 +905,27 @@ def test_threads_do_not_change_bits(target, kind, threads):
         assert results[0].isfinite().all()
 
 
+@per_simd
+def test_threads_do_not_change_what_a_step_keeps(target, threads):
+    rng = np.random.default_rng(17)
+    row = StepCoefficients(
+        **oracle.textbook_row("epsilon", 0.3, 0.4, eta=0.7, clip=1.0)
+        | {"prev_history": -0.5, "prev_history_2": 0.25, "input_scale": 0.7}
+    )
+    for shape in [(1, 100_003), (3, 40_001), (70_001, 3)]:
+        x, m, last, last_2 = (normal(rng, shape) for _ in range(4))
+        seeds = torch.from_numpy(rng.integers(-(2**63), 2**63, shape[0]))
+        results = []
+        for count in (1, 2, 3, 5):
+            threads(count)
+            kept = [last.clone(), last_2.clone(), torch.full(shape, math.nan, dtype=torch.bfloat16)]
+            keywords = dict(zip(("history", "history_2", "model_input_out"), kept, strict=True))
+            results.append([target(x, m, row, seeds=seeds, **keywords), *kept])
+            for tensor, first in zip(results[-1], results[0], strict=True):
+                assert same_bits(tensor, first), f"{shape} with {count} threads"
+        assert results[0][0].isfinite().all()
+
+
 @per_target
 def test_batch_split_does_not_change_bits(target):
     rng = np.random.default_rng(13)
