@@ -18,8 +18,9 @@ from torch import Tensor
 class Column(IntEnum):
     """The float32 numbers of a row, in the order in which both kernels read them.
 
-    All but the last are ``Coefficients`` of csrc/step.h, which says what each does. Without
-    clipping the kernels read ``FOLD_X`` and ``FOLD_M``, with it ``CLIP_X`` to ``REST_M``.
+    All but ``GUIDANCE_SCALE`` are ``Coefficients`` of csrc/step.h, which says what each does.
+    Without clipping the kernels read ``FOLD_X`` and ``FOLD_M``, with it ``CLIP_X`` to ``REST_M``.
+    A new one comes last: then the others stay where they are, and so do compiled kernels.
     """
 
     FOLD_X = 0
@@ -38,16 +39,20 @@ class Column(IntEnum):
     KNOWN_NOISE = 13
     HISTORY = 14
     GUIDANCE_SCALE = 15  # only in a table: the C++ kernel gets it beside the row
+    HISTORY_2 = 16
+    INPUT_SCALE = 17
 
 
-ROW_WIDTH = len(Column)
-"""Number of columns of a row in a table."""
+ROW_WIDTH = 32
+"""Number of columns of a row in a table, zeros after those of ``Column``: a power of two, so that
+the address of a row is a shift and not a product of 64 bits."""
 
 LARGEST_SCALE = 2.0**64
 """The most that a threshold scales x0 by: half of float32's exponents, so that neither the scaled
 coefficients nor their products overflow on the way to a result within bounds."""
 
-_PACKED = struct.Struct(f"={Column.GUIDANCE_SCALE}fI")  # ``Coefficients``, then whether x0 is clipped
+_PACKED = struct.Struct(f"={len(Column) - 1}fI")  # ``Coefficients``, then whether x0 is clipped
+_PADDING = (0.0,) * (ROW_WIDTH - len(Column))
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -60,11 +65,12 @@ class StepCoefficients:
 
         x0     = clip(x0_x * x_t + x0_m * m)
         eps    = eps_x * x_t + eps_m * m + eps_0 * x0
-        x_prev = prev_x0 * x0 + prev_eps * eps + prev_history * x0_last + prev_noise * z
+        x_prev = prev_x0 * x0 + prev_eps * eps + prev_history * x0_last + prev_history_2 * x0_last_2
+                 + prev_noise * z
 
     (Equation 12 of the DDIM paper, arXiv 2010.02502: the predicted x0, the direction pointing to
-    x_t, and the noise. x0_last is the x0 of the previous step, for a multistep solver:
-    arXiv 2211.01095.)
+    x_t, and the noise. x0_last is the x0 of the previous step, and x0_last_2 that of the step
+    before it, for a multistep solver: arXiv 2211.01095.)
 
     Args:
         eps_0: nonzero only where eps is re-derived from the clipped x0.
@@ -72,7 +78,10 @@ class StepCoefficients:
         clip: x0 is clipped to [-clip, clip]; infinity for no clipping.
         known_x0, known_noise: sqrt(alpha_bar_prev) and sqrt(1 - alpha_bar_prev): they bring a known
             x0 to the noise level of x_prev (equation 4 of the paper), for inpainting.
-        prev_history: nonzero only in a multistep solver.
+        prev_history, prev_history_2: nonzero only in a multistep solver; the second from the third
+            order on.
+        input_scale: what the model's next input is multiplied by: ``model_input_out`` of
+            ``ddim_step`` is input_scale * x_prev.
 
     Raises:
         ValueError: a coefficient is not a finite float32 number, or ``clip`` is not positive.
@@ -90,6 +99,8 @@ class StepCoefficients:
     known_x0: float = 0.0
     known_noise: float = 0.0
     prev_history: float = 0.0
+    prev_history_2: float = 0.0
+    input_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.clip <= _FLOAT32_MAX and self.clip != math.inf:
@@ -125,6 +136,10 @@ class StepCoefficients:
         return self.prev_history != 0
 
     @property
+    def reads_history_2(self) -> bool:
+        return self.prev_history_2 != 0
+
+    @property
     def x0_total(self) -> float:
         """The coefficient of x0 in x_prev, its part in eps included."""
         return self.prev_x0 + self.prev_eps * self.eps_0
@@ -133,7 +148,8 @@ class StepCoefficients:
     def folded(self) -> tuple[float, float]:
         """(a, b) of the whole step where nothing is clipped.
 
-        ``x_prev = a * x_t + b * m + prev_history * x0_last + prev_noise * z``.
+        ``x_prev = a * x_t + b * m + prev_history * x0_last + prev_history_2 * x0_last_2 +
+        prev_noise * z``.
         """
         return (
             self.x0_total * self.x0_x + self.prev_eps * self.eps_x,
@@ -164,18 +180,22 @@ class StepCoefficients:
             self.known_x0,
             self.known_noise,
             self.prev_history,
+            self.prev_history_2,
+            self.input_scale,
             self.clipped,
         )
 
     def row(self, guidance_scale: float | None = None) -> tuple[float, ...]:
         """Return the row of a table, as the Triton kernel reads it: ``ROW_WIDTH`` float32 numbers."""
         *row, _ = _PACKED.unpack(self.packed)
-        return (*row, guidance_scale or 0.0)
+        row.insert(Column.GUIDANCE_SCALE, guidance_scale or 0.0)
+        return (*row, *_PADDING)
 
     @classmethod
     def from_row(cls, row: Sequence[float], clipped: bool) -> StepCoefficients:
         """Return coefficients with the same ``packed`` bits as those that made the row."""
         fold_x, fold_m, total = row[Column.FOLD_X], row[Column.FOLD_M], row[Column.CLIP_SCALE]
+        packed = [row[column] for column in Column if column != Column.GUIDANCE_SCALE]
         x0_x, x0_m = row[Column.X0_X], row[Column.X0_M]
         # x_prev = total * x0 + rest: it does not matter which part of total came from eps.
         if clipped:
@@ -195,7 +215,9 @@ class StepCoefficients:
             known_x0=row[Column.KNOWN_X0],
             known_noise=row[Column.KNOWN_NOISE],
             prev_history=row[Column.HISTORY],
-            packed_row=_PACKED.pack(*row[: Column.GUIDANCE_SCALE], clipped),
+            prev_history_2=row[Column.HISTORY_2],
+            input_scale=row[Column.INPUT_SCALE],
+            packed_row=_PACKED.pack(*packed, clipped),
         )
 
 
@@ -229,6 +251,7 @@ class StepTable:
             and does not take it otherwise.
         reads_history: whether some row reads the x0 of the previous step: then every step needs
             ``history``.
+        reads_history_2: the same of the step before it, and ``history_2``.
     """
 
     rows: Tensor
@@ -237,6 +260,7 @@ class StepTable:
     adds_known_noise: bool
     guided: bool = False
     reads_history: bool = False
+    reads_history_2: bool = False
 
     def __post_init__(self) -> None:
         rows = self.rows
@@ -290,6 +314,7 @@ class StepTable:
             adds_known_noise=any(step.adds_known_noise for step in steps),
             guided=guidance_scale is not None,
             reads_history=any(step.reads_history for step in steps),
+            reads_history_2=any(step.reads_history_2 for step in steps),
         )
 
     def set_guidance_scale(self, guidance_scale: float) -> None:

@@ -69,12 +69,17 @@ def _check_sample(x_t: Tensor) -> None:
     _check_tensor("x_t", x_t)
     if not x_t.dtype.is_floating_point:
         raise TypeError(f"x_t must be floating point, got {x_t.dtype}: convert it, for instance with .float()")
-    if x_t.element_size() < 2:
-        raise TypeError(
-            f"x_t must have at least 16 bits an element, got {x_t.dtype}: convert it, for instance with .bfloat16()"
-        )
+    _check_width("x_t", x_t)
     if x_t.ndim < 1:
         raise ValueError("x_t must have a batch dimension, got a tensor with none: use x_t.unsqueeze(0)")
+
+
+def _check_width(name: str, tensor: Tensor) -> None:
+    """Raise TypeError for numbers of 8 bits, which a step's results do not fit into."""
+    if tensor.element_size() < 2:
+        raise TypeError(
+            f"{name} must have at least 16 bits an element, got {tensor.dtype}: convert it, for instance with .bfloat16()"
+        )
 
 
 def _check_field(name: str, value: Tensor, inputs: StepInputs) -> None:
@@ -96,6 +101,8 @@ def _check_field(name: str, value: Tensor, inputs: StepInputs) -> None:
     if rule.dtype is None:
         if not value.dtype.is_floating_point:
             raise TypeError(f"{name} must be floating point, got {value.dtype}")
+        if rule.written:
+            _check_width(name, value)
     elif isinstance(rule.dtype, str):
         if value.dtype != (wanted := getattr(inputs, rule.dtype).dtype):
             raise TypeError(f"{name} must have the dtype of {rule.dtype}, {wanted}, got {value.dtype}")
@@ -208,18 +215,19 @@ def _check_mask(inputs: StepInputs) -> None:
 
 
 def _check_history(inputs: StepInputs) -> None:
-    if inputs.history is None:
-        if inputs.reads_history:
-            raise ValueError(
-                "this step reads the x0 of the previous step (prev_history), got no history: pass the tensor that the "
-                "previous steps wrote to, or use a plan with order=1"
-            )
-        return
-    other = {"a row that adds noise": inputs.adds_noise, "mask and known_x0": inputs.mask is not None}
-    if found := next((what for what in other if other[what]), None):
+    if inputs.history is None and inputs.reads_history:
         raise ValueError(
-            "a history needs a smooth trajectory, without fresh noise or a known picture, got history together with "
-            f"{found}: leave history out"
+            "this step reads the x0 of the previous step (prev_history), got no history: pass the tensor that the "
+            "previous steps wrote to, or use a plan with order=1"
+        )
+    if inputs.history_2 is None and inputs.reads_history_2:
+        raise ValueError(
+            "this step reads the x0 of the step before the previous one (prev_history_2), got no history_2: pass the "
+            "tensor that the previous steps wrote to"
+        )
+    if inputs.history_2 is not None and inputs.history is None:
+        raise ValueError(
+            "history_2 receives what history holds, got history_2 without history: pass history, too, or neither"
         )
 
 

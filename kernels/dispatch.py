@@ -49,6 +49,8 @@ def ddim_step(
     out: Tensor | None = None,
     x0_out: Tensor | None = None,
     history: Tensor | None = None,
+    history_2: Tensor | None = None,
+    model_input_out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Compute one DDIM update, x_t to x_prev, in a single pass over memory.
@@ -83,6 +85,12 @@ def ddim_step(
             ``x_t``. The x0 that the previous step wrote here is read, if the row has a
             ``prev_history``, and replaced by this step's. It shares no memory with another
             argument.
+        history_2: beside ``history``, in the same shape and dtype, for a solver of third order. The
+            x0 of the step before the previous one is read, if the row has a ``prev_history_2``,
+            and replaced by what ``history`` held. It shares no memory with another argument.
+        model_input_out: receives the model's next input, ``input_scale * x_prev`` of the row, in
+            the shape of ``x_t`` and any floating-point dtype of at least 16 bits (float64 by the
+            reference only). The bits are those of ``(input_scale * x_prev.float()).to(dtype)``.
         backend: a name in ``BACKENDS``. If None, the first that can run the step.
 
     Returns:
@@ -111,10 +119,16 @@ def ddim_step(
             target,
             x0_out,
             history,
+            history_2,
+            model_input_out,
         )
         if result is not None:
-            if not _is_inference_mode():
-                increment_version([tensor for tensor in (out, x0_out, history) if tensor is not None])
+            written = []
+            for tensor in (out, x0_out, history, history_2, model_input_out):  # faster than a comprehension
+                if tensor is not None:
+                    written.append(tensor)
+            if written and not _is_inference_mode():
+                increment_version(written)
             return result
     inputs = StepInputs(
         x_t=x_t,
@@ -134,6 +148,8 @@ def ddim_step(
         x0=x0_out,
         normals=normals,
         history=history,
+        history_2=history_2,
+        model_input_out=model_input_out,
     )
     if backend is None and (traced or modes_active()):
         return _through_operator(inputs, target)
@@ -159,6 +175,8 @@ def ddim_step_from_table(
     out: Tensor | None = None,
     x0_out: Tensor | None = None,
     history: Tensor | None = None,
+    history_2: Tensor | None = None,
+    model_input_out: Tensor | None = None,
 ) -> Tensor:
     """Compute ``ddim_step`` by the row of a table whose index is in device memory.
 
@@ -194,6 +212,8 @@ def ddim_step_from_table(
         x0=x0_out,
         normals=normals,
         history=history,
+        history_2=history_2,
+        model_input_out=model_input_out,
     )
     return _through_operator(inputs, out) if _is_dynamo_compiling() or modes_active() else run_from_table(inputs)
 

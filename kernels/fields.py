@@ -85,6 +85,10 @@ class StepInputs:
     x0: Tensor | None = field(default=None, metadata=_tensor(read=False, written=True, in_place=True))
     normals: str = field(default="exact", metadata=_number("str"))
     history: Tensor | None = field(default=None, metadata=_tensor(written=True))
+    history_2: Tensor | None = field(default=None, metadata=_tensor(written=True))
+    model_input_out: Tensor | None = field(
+        default=None, metadata=_tensor(dtype=None, read=False, written=True, in_place=True)
+    )
     reads: list[tuple[str, Tensor]] = field(init=False)
     """The tensors that are given and only read, by name."""
 
@@ -115,6 +119,10 @@ class StepInputs:
     @property
     def reads_history(self) -> bool:
         return self.coefficients.reads_history
+
+    @property
+    def reads_history_2(self) -> bool:
+        return self.coefficients.reads_history_2
 
     @property
     def row_per_sample(self) -> bool:

@@ -83,6 +83,8 @@ def plain_memory_reasons(inputs: StepInputs) -> list[str]:
         reasons.append(
             f"model_output is {m.dtype} beside an x_t of {x_t.dtype}, it takes the same dtype, or a half beside float32"
         )
+    if inputs.model_input_out is not None and inputs.model_input_out.dtype not in DTYPES_OF_KERNELS:
+        reasons.append(f"model_input_out is {inputs.model_input_out.dtype}, it takes float32, float16 and bfloat16")
     tensors = [tensor for _, tensor in inputs.tensors]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         reasons.append("a tensor requires gradients, which only the reference computes: use torch.no_grad()")

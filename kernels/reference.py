@@ -48,6 +48,8 @@ def run(inputs: StepInputs) -> Tensor:
         x_prev = fold_x * x_t + fold_m * m
     if inputs.history is not None and c.reads_history:
         x_prev = x_prev + c.prev_history * inputs.history.to(dtype)
+    if inputs.history_2 is not None and c.reads_history_2:
+        x_prev = x_prev + c.prev_history_2 * inputs.history_2.to(dtype)
     if inputs.adds_noise:
         x_prev = x_prev + c.prev_noise * _noise(inputs, inputs.noise, inputs.noise_stream).to(dtype)
     if inputs.mask is not None and inputs.known_x0 is not None:
@@ -57,6 +59,10 @@ def run(inputs: StepInputs) -> Tensor:
         mask = inputs.mask.to(dtype)
         x_prev = mask * known + (1 - mask) * x_prev
     result = x_prev.to(inputs.x_t.dtype) if inputs.x_prev is None else inputs.x_prev.copy_(x_prev)
+    if inputs.model_input_out is not None:  # of x_prev as it is stored: what a pass of its own would give
+        inputs.model_input_out.copy_(c.input_scale * result.to(dtype))
+    if inputs.history is not None and inputs.history_2 is not None:
+        inputs.history_2.copy_(inputs.history)
     for target in targets:
         target.copy_(x0)
     return result

@@ -148,6 +148,8 @@ KNOWN_X0 = tl.constexpr(int(Column.KNOWN_X0))
 KNOWN_NOISE = tl.constexpr(int(Column.KNOWN_NOISE))
 HISTORY = tl.constexpr(int(Column.HISTORY))
 GUIDANCE_SCALE = tl.constexpr(int(Column.GUIDANCE_SCALE))
+HISTORY_2 = tl.constexpr(int(Column.HISTORY_2))
+INPUT_SCALE = tl.constexpr(int(Column.INPUT_SCALE))
 _LARGEST_SCALE = tl.constexpr(LARGEST_SCALE)
 
 # ---- the step on loaded values ---------------------------------------------------------------------------------------------------
@@ -210,6 +212,8 @@ def ddim_step_kernel(
     x_prev_ptr,  # (B, n) like x_t: the result; may be x_t_ptr
     x0_ptr,  # (B, n) like x_t, or None: receives the predicted x0
     history_ptr,  # (B, n) like x_t, or None: holds the x0 of the previous step, and receives this one's
+    history_2_ptr,  # (B, n) like x_t, or None: holds the x0 before that, and receives what history held
+    model_input_out_ptr,  # (B, n) of any of these types, or None: receives input_scale * x_prev
     rows_ptr,  # (S, ROW_WIDTH) float32: the table, one row per step
     index_ptr,  # int64: the row of this step, one number or (B,); or None for row 0
     n_elements,  # n, elements of a sample
@@ -224,7 +228,9 @@ def ddim_step_kernel(
     x0_stride,
     noise_step_offset,  # int32 bits: the noise's step is this plus the row's index
     noise_stream,  # int32 bits
-    history_stride,  # last, so that the two numbers before it stay adjacent: one load for both
+    history_stride,  # after the two numbers, so that they stay adjacent: one load for both
+    history_2_stride,
+    model_input_out_stride,
     BLOCK_SIZE: tl.constexpr,  # elements that one program computes
     VECTOR: tl.constexpr,  # elements that a thread loads at once: 16 bytes of x_t
     CLIPPED: tl.constexpr,  # whether the rows clip x0
@@ -264,7 +270,15 @@ def ddim_step_kernel(
         x_prev = linear(tl.load(row_ptr + FOLD_X), x, tl.load(row_ptr + FOLD_M), m)
     if history_ptr is not None:
         of_history = tl.load(row_ptr + HISTORY)
-        if of_history != 0:
+        if history_2_ptr is not None:
+            last_x0 = load(history_ptr, sample, history_stride, offsets, n_elements)
+            x_prev = _plus(of_history, last_x0, x_prev)
+            of_history_2 = tl.load(row_ptr + HISTORY_2)
+            if of_history_2 != 0:
+                last_x0_2 = load(history_2_ptr, sample, history_2_stride, offsets, n_elements)
+                x_prev = tl.fma(tl.zeros_like(x) + of_history_2, last_x0_2, x_prev)
+            store(history_2_ptr, sample, history_2_stride, offsets, n_elements, last_x0)
+        elif of_history != 0:
             last_x0 = load(history_ptr, sample, history_stride, offsets, n_elements)
             x_prev = tl.fma(tl.zeros_like(x) + of_history, last_x0, x_prev)
     if x0_ptr is not None or history_ptr is not None:
@@ -306,6 +320,11 @@ def ddim_step_kernel(
         weight = load(mask_ptr, sample, mask_stride, offsets, n_elements)
         x_prev = tl.fma(weight, known, (1.0 - weight) * x_prev)
     store(x_prev_ptr, sample, x_prev_stride, offsets, n_elements, x_prev)
+    if model_input_out_ptr is not None:
+        # Of x_prev as it is stored: the bits of a pass of its own.
+        stored = x_prev.to(x_prev_ptr.dtype.element_ty).to(tl.float32)
+        model_input = stored * tl.load(row_ptr + INPUT_SCALE)
+        store(model_input_out_ptr, sample, model_input_out_stride, offsets, n_elements, model_input)
 
 
 # ---- the launcher ----------------------------------------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from model_inputs import assert_is_scaled
 
 from ddim_fast.kernels import noise
 from ddim_fast.kernels.contract import StepCoefficients, StepInputs, check_inputs
 from ddim_fast.verify.truth import oracle
-from ddim_fast.verify.truth.tolerances import to_numpy
+from ddim_fast.verify.truth.tolerances import assert_near, to_numpy
 
 F, H, B = torch.float32, torch.float16, torch.bfloat16
 
@@ -19,7 +20,9 @@ OPTIONS = {
     "types": [(F, F), (H, H), (B, B), (F, H), (F, B)],
     "prediction_type": ["epsilon", "sample", "v_prediction"],
     "clip": [None, "clip", "rederived", "thresholds"],
-    "noise": [None, "given", "seeds", "history", "history not read"],
+    "noise": [None, "given", "seeds"],
+    "history": [None, "read", "not read", "two read", "two not read"],
+    "model_input": [None, F, H, B],
     "guidance": [False, True],
     "x0": [False, True],
     "mask": [None, "given", "seeds"],
@@ -68,6 +71,19 @@ class Case:
     inputs: StepInputs
     expected: oracle.Result
     row: dict
+    last_x0: torch.Tensor | None  # what the history holds before the step
+
+    def check(self, result: torch.Tensor) -> None:
+        """Assert that the outputs are near float64, and those exact that are."""
+        inputs = self.inputs
+        assert_near(result, self.expected.x_prev, self.expected.terms, "x_prev")
+        for name, tensor in (("x0", inputs.x0), ("history", inputs.history)):
+            if tensor is not None:
+                assert_near(tensor, self.expected.x0, self.expected.x0_terms, name)
+        if inputs.history_2 is not None:
+            torch.testing.assert_close(inputs.history_2, self.last_x0, rtol=0, atol=0, equal_nan=True)
+        if inputs.model_input_out is not None:
+            assert_is_scaled(inputs.model_input_out, result, self.row["input_scale"])
 
 
 def make(choice: dict, seed: int = 0) -> Case:
@@ -79,8 +95,7 @@ def make(choice: dict, seed: int = 0) -> Case:
     state, output = choice["types"]
     shape = choice["shape"]
     clip = math.inf if choice["clip"] is None else 1.0
-    with_history = choice["noise"] in ("history", "history not read")
-    noise_kind, mask_kind = (None, None) if with_history else (choice["noise"], choice["mask"])
+    noise_kind, mask_kind, history = choice["noise"], choice["mask"], choice["history"] or ""
     eta = 1.0 if noise_kind else 0.0
     alpha_bars = _STEPS[rng.integers(len(_STEPS) - bool(noise_kind or mask_kind))]
     row = oracle.textbook_row(
@@ -90,7 +105,10 @@ def make(choice: dict, seed: int = 0) -> Case:
         clip=clip,
         use_clipped_model_output=choice["clip"] == "rederived",
     )
-    row["prev_history"] = -0.375 if choice["noise"] == "history" else 0.0
+    reads = bool(history) and "not" not in history
+    row["prev_history"] = -0.375 if reads else 0.0
+    row["prev_history_2"] = 0.1875 if reads and "two" in history else 0.0
+    row["input_scale"] = 0.7 if choice["model_input"] else 1.0
 
     def tensor(dtype, values=None, channels_twice=False):
         values = rng.standard_normal(shape) if values is None else values
@@ -116,10 +134,12 @@ def make(choice: dict, seed: int = 0) -> Case:
 
     if noise_kind:
         exact["noise"] = noise_from(noise_kind, 0, "noise")
-    if with_history:  # NaN where it must not be read
-        values = None if choice["noise"] == "history" else np.full(shape, math.nan)
-        keywords["history"] = tensor(state, values, channels_twice=True)  # a stride of its own
-        exact["history"] = to_numpy(keywords["history"])
+    for name in ("history", "history_2")[: 2 if "two" in history else bool(history)]:
+        values = None if reads else np.full(shape, math.nan)  # NaN where it must not be read
+        keywords[name] = tensor(state, values, channels_twice=True)  # a stride of its own
+        exact[name] = to_numpy(keywords[name])
+    if choice["model_input"]:
+        keywords["model_input_out"] = tensor(choice["model_input"], np.full(shape, math.nan))
     if choice["guidance"]:
         keywords |= {"model_output_uncond": tensor(output), "guidance_scale": 2.5}
         exact |= {"uncond": to_numpy(keywords["model_output_uncond"]), "guidance": 2.5}
@@ -134,6 +154,7 @@ def make(choice: dict, seed: int = 0) -> Case:
     expected = oracle.row_step(row, to_numpy(x_t), to_numpy(m), **exact)
     x_prev = x_t if choice["in_place"] else tensor(state, np.full(shape, math.nan))
     x0 = tensor(state, np.full(shape, math.nan)) if choice["x0"] else None
+    last_x0 = keywords["history"].clone() if history else None
     inputs = StepInputs(x_t, m, StepCoefficients(**row), x_prev=x_prev, x0=x0, **keywords)
     check_inputs(inputs)
-    return Case(inputs, expected, row)
+    return Case(inputs, expected, row, last_x0)

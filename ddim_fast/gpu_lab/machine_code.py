@@ -83,12 +83,14 @@ class Variant:
     guidance: bool = False
     x0: bool = False
     mask: bool = False
-    history: bool = False
+    histories: int = 0
+    model_input: torch.dtype | None = None
 
     @property
     def bytes(self) -> int:
-        state = 2 + (self.noise == "given") + self.x0 + 2 * self.mask + 2 * self.history
-        return state * self.dtype.itemsize + (1 + self.guidance) * self.model_dtype.itemsize
+        state = 2 + (self.noise == "given") + self.x0 + 2 * self.mask + 2 * self.histories
+        of_model_input = 0 if self.model_input is None else self.model_input.itemsize
+        return state * self.dtype.itemsize + (1 + self.guidance) * self.model_dtype.itemsize + of_model_input
 
 
 _F, _B, _H = torch.float32, torch.bfloat16, torch.float16
@@ -107,7 +109,11 @@ VARIANTS = {
     "fast noise, bfloat16": Variant(_B, _B, noise="fast"),
     "exact noise, guidance, bfloat16": Variant(_B, _B, noise="exact", guidance=True),
     "inpainting, bfloat16": Variant(_B, _B, mask=True),
-    "history, bfloat16": Variant(_B, _B, history=True),
+    "history, bfloat16": Variant(_B, _B, histories=1),
+    "history, exact noise, bfloat16": Variant(_B, _B, histories=1, noise="exact"),
+    "two histories, bfloat16": Variant(_B, _B, histories=2),
+    "model input, bfloat16": Variant(_B, _B, model_input=_B),
+    "model input, float32 beside float16": Variant(_F, _H, model_input=_H),
 }
 
 
@@ -182,7 +188,8 @@ def inputs_of(variant: Variant, device: str = "meta", n_elements: int = 1 << 20)
         prev_noise=0.25 if variant.noise else 0.0,
         clip=1.0 if variant.clip else float("inf"),
         known_noise=0.25 if variant.mask else 0.0,
-        prev_history=0.25 if variant.history else 0.0,
+        prev_history=0.25 if variant.histories else 0.0,
+        prev_history_2=0.25 if variant.histories > 1 else 0.0,
     )
     in_registers = variant.noise in ("exact", "fast") or variant.mask
     x_t = tensor(variant.dtype)
@@ -200,7 +207,9 @@ def inputs_of(variant: Variant, device: str = "meta", n_elements: int = 1 << 20)
         x_prev=x_t,
         x0=optional(variant.x0, variant.dtype),
         normals="fast" if variant.noise == "fast" else "exact",
-        history=optional(variant.history, variant.dtype),
+        history=optional(variant.histories > 0, variant.dtype),
+        history_2=optional(variant.histories > 1, variant.dtype),
+        model_input_out=None if variant.model_input is None else tensor(variant.model_input),
     )
 
 

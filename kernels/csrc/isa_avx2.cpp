@@ -54,6 +54,15 @@ struct Isa {
   static DDIM_INLINE void store(Float16* p, F a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
   }
+  // Any number, with the elements in order. Rounds to nearest even on the lower 16 bits; a NaN
+  // becomes a quiet NaN.
+  static DDIM_INLINE void store(BFloat16* p, F a) {
+    const I x = bits(a), upper = _mm256_srli_epi32(x, 16);
+    const I rounded = _mm256_srli_epi32(_mm256_add_epi32(x, _mm256_add_epi32(_mm256_and_si256(upper, set32(1)), set32(0x7fff))), 16);
+    const I quiet = _mm256_or_si256(upper, set32(0x40));
+    const I chosen = _mm256_blendv_epi8(rounded, quiet, bits(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(_mm256_castsi256_si128(chosen), _mm256_extracti128_si256(chosen, 1)));
+  }
 
   // bfloat16 is deinterleaved into two vectors. An even and an odd element fill 32 bits of memory
   // together, the odd one in the upper half, where it already has its float32 value. Nothing has to

@@ -224,7 +224,7 @@ bool apart(const void* a, size_t a_bytes, const void* b, size_t b_bytes) {
 // Tensors of one shape, contiguous: writing is safe where memory is the same element for element,
 // or not shared at all.
 bool safe_to_write(const Tensor& written, const Tensor& read, int64_t n) {
-  if (written.data == read.data) return kItemSize[written.dtype] == kItemSize[read.dtype];
+  if (written.data == read.data) return written.dtype == read.dtype;
   return apart(written.data, n * kItemSize[written.dtype], read.data, n * kItemSize[read.dtype]);
 }
 
@@ -260,6 +260,8 @@ enum StepArgument {
   kXPrev,
   kX0,
   kHistory,
+  kHistory2,
+  kModelInputOut,
   kNumStepArguments
 };
 
@@ -319,25 +321,37 @@ bool read_step(PyObject* const* a, Step* s, int64_t* total) {
   if (a[kXPrev] != a[kXT] && !without_gradient(a[kXPrev], recording)) return false;
   if (a[kX0] != Py_None) {
     if (!read_tensor(a[kX0], &like, stride, &s->x0) || s->x0.dtype != s->x_t.dtype || !without_gradient(a[kX0], recording)) return false;
-    if (!writable(a[kX0]) || s->x0.data == s->x_prev.data || !safe_to_write(s->x0, s->x_prev, *total)) return false;
+    if (!writable(a[kX0])) return false;
   }
   if (a[kHistory] != Py_None) {
-    if (wanted || !read_tensor(a[kHistory], &like, stride, &s->history) || s->history.dtype != s->x_t.dtype) return false;
+    if (!read_tensor(a[kHistory], &like, stride, &s->history) || s->history.dtype != s->x_t.dtype) return false;
     if (!writable(a[kHistory]) || !without_gradient(a[kHistory], recording)) return false;
   } else if (s->c.history != 0) {
     return false;
   }
-  for (const Tensor* written : {&s->x_prev, &s->x0, &s->history}) {
-    const size_t bytes = *total * kItemSize[written->dtype];
-    if (!apart(written->data, bytes, seeds, s->n_samples * sizeof(int64_t))) return false;
-    if (!apart(written->data, bytes, thresholds, s->n_samples * sizeof(float))) return false;
+  if (a[kHistory2] != Py_None) {
+    if (a[kHistory] == Py_None || !read_tensor(a[kHistory2], &like, stride, &s->history_2) || s->history_2.dtype != s->x_t.dtype) return false;
+    if (!writable(a[kHistory2]) || !without_gradient(a[kHistory2], recording)) return false;
+  } else if (s->c.history_2 != 0) {
+    return false;
   }
-  for (const Tensor* read : {&s->x_t, &s->model_output, &s->model_output_uncond, &s->noise}) {
-    if (!safe_to_write(s->x_prev, *read, *total)) return false;
-    if (s->x0.data && !safe_to_write(s->x0, *read, *total)) return false;
+  if (a[kModelInputOut] != Py_None) {
+    if (!read_tensor(a[kModelInputOut], &like, stride, &s->model_input_out)) return false;
+    if (!writable(a[kModelInputOut]) || !without_gradient(a[kModelInputOut], recording)) return false;
   }
-  for (const Tensor* other : {&s->x_t, &s->model_output, &s->model_output_uncond, &s->noise, &s->x_prev, &s->x0})
-    if (!apart(s->history.data, *total * kItemSize[s->history.dtype], other->data, *total * kItemSize[other->dtype])) return false;
+  // The first three may be what is read, element for element. All others share nothing.
+  const Tensor* const written[] = {&s->x_prev, &s->x0, &s->model_input_out, &s->history, &s->history_2};
+  for (size_t i = 0; i < std::size(written); ++i) {
+    const Tensor& w = *written[i];
+    if (!w.data) continue;
+    const size_t bytes = *total * kItemSize[w.dtype];
+    if (!apart(w.data, bytes, seeds, s->n_samples * sizeof(int64_t))) return false;
+    if (!apart(w.data, bytes, thresholds, s->n_samples * sizeof(float))) return false;
+    for (const Tensor* read : {&s->x_t, &s->model_output, &s->model_output_uncond, &s->noise})
+      if (!(i < 3 ? safe_to_write(w, *read, *total) : apart(w.data, bytes, read->data, *total * kItemSize[read->dtype]))) return false;
+    for (size_t j = 0; j < i; ++j)
+      if (!apart(w.data, bytes, written[j]->data, *total * kItemSize[written[j]->dtype])) return false;
+  }
   return true;
 }
 
@@ -434,7 +448,7 @@ PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) 
   dlpack::Tensor like;
   PyObject* row = is_watched() || !unchanged(a[4], a[5]) ? nullptr : find_row(a[2], a[3]);
   NewTensor *x_prev = nullptr, *x0 = nullptr;
-  if (row && read_plain(a[0], a[1], row, is_recording(), &s, &like) && s.c.noise == 0 && s.c.history == 0) {
+  if (row && read_plain(a[0], a[1], row, is_recording(), &s, &like) && s.c.noise == 0 && s.c.history == 0 && s.c.history_2 == 0) {
     const size_t bytes = s.n_samples * s.n_elements * kItemSize[s.x_t.dtype];
     x_prev = NewTensor::like(like, bytes);
     x0 = x_prev ? NewTensor::like(like, bytes) : nullptr;

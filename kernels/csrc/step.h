@@ -13,8 +13,9 @@ enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kNumDTypes = 3
 
 // One step's row, rounded once from float64. Which columns are read depends on whether x0 is
 // clipped:
-//   not clipped   x_prev = fold_x * x_t + fold_m * m + history * x0_last + noise * z
-//   clipped       x_prev = clamp(clip_x * x_t + clip_m * m, -clip_bound, clip_bound) + rest_x * x_t + rest_m * m + history * x0_last + noise * z
+//   not clipped   x_prev = fold_x * x_t + fold_m * m + history * x0_last + history_2 * x0_last_2 + noise * z
+//   clipped       x_prev = clamp(clip_x * x_t + clip_m * m, -clip_bound, clip_bound) + rest_x * x_t + rest_m * m
+//                          + history * x0_last + history_2 * x0_last_2 + noise * z
 // where clip_x, clip_m and clip_bound include the coefficient of x0, so that the clamp's result is
 // added as it is.
 struct Coefficients {
@@ -25,10 +26,12 @@ struct Coefficients {
   float clip_scale;            // coefficient of x0 in x_prev: per-sample bounds are multiplied by its magnitude
   float known_x0, known_noise; // a known image at the noise level of x_prev: known_x0 * image + known_noise * z (inpainting)
   float history;               // coefficient of x0_last, the x0 of the previous step (a multistep solver); 0: it is not read
+  float history_2;             // coefficient of x0_last_2, the x0 of the step before that; 0: it is not read
+  float input_scale;           // of x_prev in the model's next input
 };
 // The columns of kernels/coefficients.py, in its order (a test compares the names), without the
 // guidance scale.
-static_assert(sizeof(Coefficients) == 15 * sizeof(float) && offsetof(Coefficients, history) == 14 * sizeof(float));
+static_assert(sizeof(Coefficients) == 17 * sizeof(float) && offsetof(Coefficients, input_scale) == 16 * sizeof(float));
 
 // A batch of samples: sample i starts at data + i * stride elements, and its elements are
 // contiguous. data is null if the tensor is not given.
@@ -43,7 +46,9 @@ struct Step {
   Tensor x_t, model_output, model_output_uncond, noise;
   Tensor mask, known_x0, known_noise;  // inpainting, or null
   Tensor x_prev, x0;
-  Tensor history;  // holds x0_last and then x0, or null: of a step without noise or mask
+  Tensor history;    // holds x0_last and then x0, or null
+  Tensor history_2;  // holds x0_last_2 and then x0_last, or null
+  Tensor model_input_out;  // receives input_scale * x_prev, in a type of its own, or null
   float guidance_scale;
   bool clipped;             // x0 is clipped
   const float* thresholds;  // per-sample bound of x0 (dynamic thresholding), or null
@@ -55,8 +60,9 @@ struct Step {
 
 // The tensors of a step that have the shape of x_t: PER_ELEMENT of kernels/fields.py, in its order
 // (a test compares the names).
-constexpr Tensor Step::*kPerElement[] = {&Step::x_t,      &Step::model_output, &Step::model_output_uncond, &Step::noise, &Step::mask,
-                                         &Step::known_x0, &Step::known_noise,  &Step::x_prev,              &Step::x0,    &Step::history};
+constexpr Tensor Step::*kPerElement[] = {&Step::x_t,         &Step::model_output, &Step::model_output_uncond, &Step::noise,  &Step::mask,
+                                         &Step::known_x0,    &Step::known_noise,  &Step::x_prev,              &Step::x0,     &Step::history,
+                                         &Step::history_2,   &Step::model_input_out};
 
 // The elements [begin, end) of one sample.
 struct Range {

@@ -255,12 +255,14 @@ void choose_guidance(const Step& step, Range range) {
   step.model_output_uncond.data ? choose_rest<State, Output, true>(step, range) : choose_rest<State, Output, false>(step, range);
 }
 
-#include "inpaint.inl"
+#include "tiles.inl"
 
 // The state and the model's output have the same type, or the state is float32 and the model's
 // output is half precision.
 void step(const Step& step, Range range) {
-  if (step.mask.data) return inpaint(step, range);
+  if (step.model_input_out.data) return step_and_model_input(step, range);
+  const bool noisy = step.noise.data || step.seeds;
+  if (step.mask.data || step.history_2.data || (step.history.data && noisy)) return step_by_tiles(step, range);
   switch (step.x_t.dtype) {
     case kFloat16: return choose_guidance<Float16, Float16>(step, range);
     case kBFloat16: return choose_guidance<BFloat16, BFloat16>(step, range);

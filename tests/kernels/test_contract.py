@@ -1,6 +1,7 @@
 """Every error of a step: the rule and the value received are in its message, and nothing has been written."""
 
 import dataclasses
+import itertools
 import math
 import pickle
 import re
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from ddim_fast.kernels import cpu_step, dispatch, reference
-from ddim_fast.kernels.contract import StepCoefficients, StepInputs, StepTable, check_inputs
+from ddim_fast.kernels.contract import ROW_WIDTH, Column, StepCoefficients, StepInputs, StepTable, check_inputs
 from ddim_fast.kernels.dispatch import BACKENDS, choose, ddim_step, ddim_step_from_table
 from ddim_fast.verify.truth import oracle
 
@@ -71,7 +72,7 @@ def test_coefficients_are_frozen_hashable_and_travel():
     with pytest.raises(dataclasses.FrozenInstanceError):
         row().clip = 1.0
     used = row(clip=2.0)
-    assert len(used.packed) == 64
+    assert len(used.packed) == 4 * len(Column)  # a flag takes the place of the guidance scale
     assert StepCoefficients.from_row(used.row(), clipped=True).packed == used.packed
     assert pickle.loads(pickle.dumps(used)) == used
     assert not row().clipped
@@ -291,6 +292,46 @@ ERRORS = {
         ValueError,
         ["x0 is written to and must not require gradients"],
     ),
+    "model_input_out shape": (
+        {"model_input_out": torch.zeros(2, 3)},
+        ValueError,
+        ["model_input_out must have the shape of x_t", "(2, 3)"],
+    ),
+    "model_input_out of integers": (
+        {"model_input_out": torch.zeros(2, 3, 4, dtype=torch.int32)},
+        TypeError,
+        ["model_input_out must be floating point", "int32"],
+    ),
+    "model_input_out of 8 bits": (
+        {"model_input_out": torch.zeros(2, 3, 4).to(torch.float8_e5m2)},
+        TypeError,
+        ["model_input_out must have at least 16 bits", "float8_e5m2", ".bfloat16()"],
+    ),
+    "model_input_out is a leaf": (
+        {"model_input_out": torch.zeros(2, 3, 4, requires_grad=True)},
+        ValueError,
+        ["model_input_out is written to and must not require gradients"],
+    ),
+    "model_input_out is expanded": (
+        {"model_input_out": torch.zeros(1, 3, 4).half().expand(2, 3, 4)},
+        ValueError,
+        ["model_input_out is written to", "expanded"],
+    ),
+    "history_2 alone": (
+        {"history_2": torch.zeros(2, 3, 4)},
+        ValueError,
+        ["got history_2 without history", "pass history, too"],
+    ),
+    "no history_2": (
+        {"coefficients": row(prev_history_2=0.25), "history": torch.zeros(2, 3, 4)},
+        ValueError,
+        ["(prev_history_2), got no history_2", "pass the tensor"],
+    ),
+    "history_2 dtype": (
+        {"history": torch.zeros(2, 3, 4), "history_2": torch.zeros(2, 3, 4).half()},
+        TypeError,
+        ["history_2 must have the dtype of x_t", "float16"],
+    ),
     "backend": ({"backend": "cuda"}, ValueError, ["backend must be one of cpu, triton, reference", "'cuda'"]),
 }
 
@@ -335,7 +376,7 @@ def test_error_of_the_plain_call_is_that_of_the_checks():
 
 
 @per_backend
-@pytest.mark.parametrize("written", ["out", "x0_out"])
+@pytest.mark.parametrize("written", ["out", "x0_out", "model_input_out"])
 @pytest.mark.parametrize("read", ["x_t", "model_output", "model_output_uncond", "noise"])
 @pytest.mark.parametrize("shift", [1, 4, 12, 23])
 def test_partial_overlap_is_refused(backend, written, read, shift):
@@ -369,6 +410,40 @@ def test_outputs_must_be_apart(backend):
         with pytest.raises(ValueError, match="x0 and x_prev must not share memory"):
             ddim_step(X, X, PLAIN, out=both[:2], x0_out=x0, backend=backend)
     assert (both == 0).all()
+    apart = {name: torch.zeros(2, 3, 4) for name in WRITTEN}
+    for name, other in itertools.permutations(WRITTEN, 2):
+        for shared in (both[:2], both[1:]):
+            with pytest.raises(ValueError, match="must not share memory"):
+                ddim_step(X, X, PLAIN, backend=backend, **apart | {name: both[:2], other: shared})
+    assert (both == 0).all()
+    assert all((tensor == 0).all() for tensor in apart.values())
+
+
+@per_backend
+@pytest.mark.parametrize("written", ["history", "history_2"])
+@pytest.mark.parametrize("read", ["x_t", "model_output", "model_output_uncond", "noise"])
+def test_a_history_is_no_other_tensor(backend, written, read):
+    tensors = {name: sample(i) for i, name in enumerate(("x_t", "model_output", "model_output_uncond", "noise"))}
+    options = {"guidance_scale": 2.0, "history": sample(5), "history_2": sample(6)} | {written: tensors[read]}
+    before = tensors[read].clone()
+    with pytest.raises(ValueError, match=f"{written} and {read} must not share memory"):
+        ddim_step(coefficients=NOISY, backend=backend, **tensors | options)
+    assert torch.equal(tensors[read], before)
+
+
+@per_backend
+@pytest.mark.parametrize("read", ["x_t", "model_output", "model_output_uncond", "noise"])
+def test_the_model_input_may_be_what_is_read(backend, read):
+    tensors = {name: sample(i) for i, name in enumerate(("x_t", "model_output", "model_output_uncond", "noise"))}
+    step = row(prev_noise=0.5, input_scale=0.75)
+    expected = torch.empty_like(X)
+    ddim_step(coefficients=step, guidance_scale=2.0, model_input_out=expected, backend=backend, **tensors)
+    x_prev = ddim_step(coefficients=step, guidance_scale=2.0, model_input_out=tensors[read], backend=backend, **tensors)
+    assert torch.equal(tensors[read], expected)
+    assert torch.equal(tensors[read], 0.75 * x_prev)
+    half = sample(7).half()
+    with pytest.raises(ValueError, match="overlap"):  # of the same size, and another type
+        ddim_step(X, half, step, noise=X, model_input_out=half.view(torch.bfloat16), backend=backend)
 
 
 @per_backend
@@ -549,7 +624,7 @@ def test_lazy_negation_of_a_conjugate_is_honoured():
 
 # --- What torch's own in-place operations refuse ------------------------------------------------------------------------
 
-WRITTEN = ("out", "x0_out", "history")
+WRITTEN = ("out", "x0_out", "history", "history_2", "model_input_out")
 
 
 @per_backend
@@ -559,12 +634,13 @@ def test_what_was_made_under_inference_mode_is_written_there_alone(written, back
     with torch.inference_mode():
         target = torch.full((2, 3, 4), 7.0)
     x_t, m = sample(1), sample(2)
+    others = {"history": sample(3)} if written == "history_2" else {}
     with outside():
         with pytest.raises(ValueError, match=r"written to outside of torch.inference_mode\(\).*clone"):
-            ddim_step(x_t, m, row(), backend=backend, **{written: target})
+            ddim_step(x_t, m, row(), backend=backend, **others, **{written: target})
         assert bool((target == 7).all())
     with torch.inference_mode():
-        ddim_step(x_t, m, row(), backend=backend, **{written: target})
+        ddim_step(x_t, m, row(), backend=backend, **others, **{written: target})
     assert not bool((target == 7).any())
 
 
@@ -809,7 +885,12 @@ def test_a_scale_of_a_table_is_a_finite_number(scale, error):
 
 @pytest.mark.parametrize(
     "rows",
-    [torch.zeros(2, 16).double(), torch.zeros(2, 32)[:, ::2], torch.zeros(16), torch.zeros(2, 15)],
+    [
+        torch.zeros(2, ROW_WIDTH).double(),
+        torch.zeros(2, 2 * ROW_WIDTH)[:, ::2],
+        torch.zeros(ROW_WIDTH),
+        torch.zeros(2, ROW_WIDTH - 1),
+    ],
     ids=["float64", "strided", "1-d", "narrow"],
 )
 def test_rows_of_a_table_are_checked(rows):

@@ -198,15 +198,15 @@ def test_triad(select, name):
 
 
 def test_step_refuses_a_wrong_number_of_arguments():
-    with pytest.raises(TypeError, match="step takes 13 arguments, got 2"):
+    with pytest.raises(TypeError, match="step takes 15 arguments, got 2"):
         cpu_step.extension.step(1, 2)
 
 
 def test_run_refuses_bad_coefficients():
     tensor = (0, 0, 0)
     with pytest.raises(TypeError, match="packed coefficients"):
-        cpu_step.extension.run(1, 1, (tensor,) * 10, 0.0, b"short", 0, 0, 0, 0, 0, 1)
-    with pytest.raises(TypeError, match="run takes 10 tensors"):
+        cpu_step.extension.run(1, 1, (tensor,) * 12, 0.0, b"short", 0, 0, 0, 0, 0, 1)
+    with pytest.raises(TypeError, match="run takes 12 tensors"):
         cpu_step.extension.run(1, 1, (tensor,) * 6, 0.0, bytes(64), 0, 0, 0, 0, 0, 1)
 
 
@@ -218,7 +218,7 @@ def test_every_none_that_is_returned_is_counted():
         "triad": lambda: cpu_step.extension.triad(address, address, address, 1.0, 16),
         "normals": lambda: cpu_step.normals(torch.zeros(1, dtype=torch.int64), (16,), 0, 0),
         "run": lambda: ddim_step(x, x, row, noise=x, backend="cpu"),
-        "step": lambda: cpu_step.extension.step(None, x, row, *[None] * 4, 0, 0, None, x, None, None),
+        "step": lambda: cpu_step.extension.step(None, x, row, *[None] * 4, 0, 0, None, x, *[None] * 4),
         "step_to_new": lambda: cpu_step.plain_step(None, x, {}, 0, (), ()),
         "select": lambda: cpu_step.extension.select(cpu_step.extension.selected()),
     }
@@ -241,9 +241,9 @@ def test_every_none_that_is_returned_is_counted():
 def test_plain_call_declines_what_it_does_not_know():
     """Returns None, raises nothing and leaves no error behind: Python's checks then find the words."""
     x = torch.zeros(2, 3)
-    good = [x, x, StepCoefficients(**NOISY | {"prev_noise": 0.0}), None, None, None, None, 0, 0, None, x, None, None]
+    good = [x, x, StepCoefficients(**NOISY | {"prev_noise": 0.0}), None, None, None, None, 0, 0, None, x, *[None] * 4]
     assert cpu_step.extension.step(*good) is x
-    for i in range(13):
+    for i in range(len(good)):
         for bad in (
             "text",
             3.5,
@@ -267,11 +267,11 @@ def test_plain_call_declines_what_it_does_not_know():
 def test_plain_call_takes_a_history_that_is_apart():
     x, m, x0 = torch.ones(2, 3), torch.ones(2, 3), torch.zeros(2, 3)
     writes, reads = (StepCoefficients(1, 0, 0, 0, 0, 0.5, 0, 0, prev_history=value) for value in (0.0, 0.25))
-    noisy = StepCoefficients(1, 0, 0, 0, 0, 0.5, 0, prev_noise=1.0)
+    noisy = StepCoefficients(1, 0, 0, 0, 0, 0.5, 0, prev_noise=1.0, prev_history=0.25)
     history = torch.full((2, 3), math.nan)
 
     def step(row, history, noise=None):
-        return cpu_step.extension.step(x, m, row, None, None, noise, None, 0, 0, None, x, x0, history)
+        return cpu_step.extension.step(x, m, row, None, None, noise, None, 0, 0, None, x, x0, history, None, None)
 
     assert step(writes, history) is x
     assert torch.equal(history, torch.ones(2, 3))
@@ -282,7 +282,40 @@ def test_plain_call_takes_a_history_that_is_apart():
     for row, other in [(reads, None), (reads, x), (reads, m), (reads, x0), (writes, x), (reads, history.half())]:
         assert step(row, other) is None
     assert step(reads, history.clone().requires_grad_()) is None
-    assert step(noisy, history, torch.zeros(2, 3)) is None
+    assert step(noisy, history, torch.ones(2, 3)) is x
+    assert torch.equal(x, torch.full((2, 3), 1.375))  # 0.5 * 0.5 + 0.25 * 0.5 + 1
+    assert step(noisy, history) is None
+    assert cpu_step.extension.step_to_new(x, m, {7: reads}, 7, (), ()) is None
+
+
+def test_plain_call_takes_a_second_history_and_a_model_input_that_are_apart():
+    x, m = torch.ones(2, 3), torch.ones(2, 3)
+    reads = StepCoefficients(1, 0, 0, 0, 0, 0.5, 0, 0, prev_history_2=0.25, input_scale=3.0)
+
+    def step(history, history_2, model_input=None, row=reads, seeds=None):
+        return cpu_step.extension.step(
+            x, m, row, None, None, None, seeds, 0, 0, None, x, None, history, history_2, model_input
+        )
+
+    history, history_2, model_input = torch.full((2, 3), 7.0), torch.full((2, 3), 2.0), torch.zeros(2, 3).half()
+    assert step(history, history_2, model_input) is x
+    assert torch.equal(x, torch.ones(2, 3))  # 0.5 * 1 + 0.25 * 2
+    assert torch.equal(history, torch.ones(2, 3))
+    assert torch.equal(history_2, torch.full((2, 3), 7.0))
+    assert torch.equal(model_input, torch.full((2, 3), 3.0).half())
+    for one, two in [
+        (history, None), (None, history_2), (history, history), (history, x), (history, m), (history, history_2.half()),
+        (history, history_2.clone().requires_grad_()),
+    ]:  # fmt: skip
+        assert step(one, two) is None
+    inside = m.view(torch.float16).view(-1)[:6].view(2, 3)
+    for wrong in (
+        history, history_2, x, x[:1], inside, model_input.double(), model_input.int(), model_input.clone().requires_grad_(),
+    ):  # fmt: skip
+        assert step(history, history_2, wrong) is None
+    assert step(history, history_2, m) is x  # element for element
+    seeds = torch.tensor([1, 2])
+    assert step(history, history_2, seeds.view(torch.float16)[:6].view(2, 3), seeds=seeds) is None
     assert cpu_step.extension.step_to_new(x, m, {7: reads}, 7, (), ()) is None
 
 

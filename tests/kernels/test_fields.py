@@ -38,12 +38,13 @@ def camel_case(name):
 def test_columns_are_those_of_the_c_struct():
     declared = re.findall(r"\b\w+(?=[,;])", body("struct Coefficients", source("step.h")))
     assert [name.upper() for name in declared] == [column.name for column in Column if column != Column.GUIDANCE_SCALE]
-    assert [int(column) for column in Column] == list(range(ROW_WIDTH))
-    assert Column.GUIDANCE_SCALE == ROW_WIDTH - 1
+    assert [int(column) for column in Column] == list(range(len(Column)))
+    assert 1 << (len(Column) - 1).bit_length() == ROW_WIDTH  # kernels multiply an index by it
 
 
 def test_each_column_holds_its_number():
-    row = StepCoefficients(2, 3, 5, 7, 11, 13, 17, 19, clip=0.5, known_x0=23, known_noise=29, prev_history=31)
+    more = {"known_x0": 23, "known_noise": 29, "prev_history": 31, "prev_history_2": 41, "input_scale": 43}
+    row = StepCoefficients(2, 3, 5, 7, 11, 13, 17, 19, clip=0.5, **more)
     total = 13 + 17 * 11
     expected = {
         "FOLD_X": total * 2 + 17 * 5,
@@ -62,18 +63,25 @@ def test_each_column_holds_its_number():
         "KNOWN_NOISE": 29,
         "HISTORY": 31,
         "GUIDANCE_SCALE": 37,
+        "HISTORY_2": 41,
+        "INPUT_SCALE": 43,
     }
-    assert {column.name: value for column, value in zip(Column, row.row(37), strict=True)} == expected
-    assert struct.unpack("=15fI", row.packed) == (*list(expected.values())[:-1], True)
+    numbers = row.row(37)
+    assert {column.name: numbers[column] for column in Column} == expected
+    assert numbers[len(Column) :] == (0,) * (ROW_WIDTH - len(Column))
+    assert struct.unpack("=17fI", row.packed) == (*(expected[n] for n in expected if n != "GUIDANCE_SCALE"), True)
     table = StepTable.of([row], guidance_scale=37)
     assert [float(value) for value in table.prediction(torch.tensor([0]))] == [2, 3, 0.5, 37]
 
 
 @pytest.mark.parametrize("clip", [math.inf, 0.3])
 def test_coefficients_of_a_row_keep_its_bits_and_forget_them_when_replaced(clip):
-    row = StepCoefficients(1.1, -0.7, 0.3, 0.9, 0.2, 0.8, 0.6, 0.1, clip=clip)
-    again = StepTable.of([row]).coefficients(0)[0]
+    more = {"prev_history": -0.3, "prev_history_2": 0.7, "input_scale": 1.3}
+    row = StepCoefficients(1.1, -0.7, 0.3, 0.9, 0.2, 0.8, 0.6, 0.1, clip=clip, **more)
+    again, guidance_scale = StepTable.of([row], guidance_scale=5).coefficients(0)
     assert again.packed == row.packed
+    assert guidance_scale == 5
+    assert {name: getattr(again, name) for name in more} == pytest.approx(more)
     with pytest.raises((TypeError, ValueError)):
         dataclasses.replace(again, prev_noise=0.5)  # nothing says what its bits would be
 

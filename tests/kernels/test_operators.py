@@ -188,6 +188,36 @@ def test_a_history_travels_through_both_operators(x, m):
     check_operator("step_", StepInputs(x, m, row, history=last_x0.clone()), torch.empty_like(x))
 
 
+def test_what_a_step_keeps_travels_through_both_operators(x, m):
+    row = df.StepCoefficients(1.1, -0.3, 0, 1, 0, 0.5, 0.5, 0.1, prev_history=-0.3, prev_history_2=0.2, input_scale=0.7)
+    table, index = df.StepTable.of([row]), torch.tensor([0])
+
+    def outputs():
+        return [x.flip(0).contiguous(), x.roll(1, 0).contiguous(), torch.zeros_like(x, dtype=torch.bfloat16)]
+
+    def step_by_row(*kept):
+        return ddim_step(x, m, row, seeds=SEEDS, **dict(zip(NAMES, kept, strict=True)))
+
+    def step_by_table(*kept):
+        return ddim_step_from_table(x, m, table, index, seeds=SEEDS, **dict(zip(NAMES, kept, strict=True)))
+
+    NAMES = ("history", "history_2", "model_input_out")
+    expected_outputs = outputs()
+    expected = step_by_row(*expected_outputs)
+    for step in (step_by_row, step_by_table):
+        kept = outputs()
+        compiled = torch.compile(
+            lambda *kept, step=step: (step(*kept), [tensor + 1 for tensor in kept]), backend="eager", fullgraph=True
+        )
+        got, after = compiled(*kept)
+        assert torch.equal(got, expected)
+        for tensor, plus_one, wanted in zip(kept, after, expected_outputs, strict=True):
+            assert torch.equal(tensor, wanted)
+            assert torch.equal(plus_one, wanted + 1)
+    inputs = StepInputs(x, m, row, seeds=SEEDS, **dict(zip(NAMES, outputs(), strict=True)))
+    check_operator("step_", inputs, torch.empty_like(x))
+
+
 def test_a_traced_table_says_that_it_has_no_derivatives(x, m):
     with pytest.raises(ValueError, match="has no derivatives where it is traced"):
         make_fx(lambda x: ddim_step_from_table(x, m, PLAN.table(), torch.tensor([2])))(x.requires_grad_())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from model_inputs import assert_is_scaled
 
 from ddim_fast.kernels import cpu_step, noise
 from ddim_fast.kernels.contract import StepCoefficients, StepInputs
@@ -66,9 +67,10 @@ def row_of(**columns):
     zero = dict.fromkeys(
         (
             "x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps", "prev_noise", "known_x0", "known_noise", "prev_history",
+            "prev_history_2",
         ), 0.0
     )  # fmt: skip
-    return zero | {"clip": math.inf} | columns
+    return zero | {"clip": math.inf, "input_scale": 1.0} | columns
 
 
 def normal(rng, shape, dtype=torch.float32, scale=1.0):
@@ -226,6 +228,7 @@ class Case:
     keywords: dict
     buffers: dict = field(default_factory=dict)
     expected: oracle.Result | None = None
+    last_x0: torch.Tensor | None = None
 
     def __repr__(self):
         return self.text
@@ -246,22 +249,25 @@ COLUMN = st.one_of(st.just(0.0), st.floats(-3, 3, width=32), st.floats(1e-6, 1e4
     lambda v: 0.0 if abs(v) < 1e-20 else v
 )
 RANDOM = st.builds(
-    lambda columns, clip: row_of(**columns | ({"prev_history": 0.0} if columns["prev_noise"] else {}), clip=clip),
+    lambda columns, clip: row_of(**columns, clip=clip),
     st.fixed_dictionaries({name: COLUMN for name in row_of() if name != "clip"}),
     st.sampled_from([math.inf, 0.7, 3.0]),
 )
 
 
 MULTISTEP = st.builds(
-    lambda kind, pair, clip, use_clipped_model_output, prev_history: (
-        oracle.textbook_row(kind, *pair, clip=clip, use_clipped_model_output=use_clipped_model_output)
-        | {"prev_history": prev_history}
+    lambda kind, pair, eta, clip, use_clipped_model_output, histories, input_scale: (
+        oracle.textbook_row(kind, *pair, eta=eta, clip=clip, use_clipped_model_output=use_clipped_model_output)
+        | dict(zip(("prev_history", "prev_history_2"), histories, strict=True))
+        | {"input_scale": input_scale}
     ),
     st.sampled_from(["epsilon", "sample", "v_prediction"]),
     st.sampled_from(SIX_STEPS),
+    st.sampled_from([0.0, 1.0]),
     st.sampled_from([math.inf, 1.0]),
     st.booleans(),
-    st.floats(-2, -1e-3),
+    st.tuples(st.floats(-2, -1e-3), st.one_of(st.just(0.0), st.floats(1e-3, 1))),
+    st.floats(1e-3, 2),
 )
 
 
@@ -292,8 +298,9 @@ def cases(draw, pairs):
         keywords["model_output_uncond"] = make("model_output_uncond", output)
         keywords["guidance_scale"] = for_oracle["guidance"] = draw(st.sampled_from([0.0, 1.0, 7.5, -2.0]))
         for_oracle["uncond"] = to_numpy(tensors["model_output_uncond"])
-    reads_history = row.get("prev_history", 0.0) != 0
-    with_history = reads_history or (not row["prev_noise"] and draw(st.booleans()))
+    reads = {"history": row.get("prev_history", 0.0) != 0, "history_2": row.get("prev_history_2", 0.0) != 0}
+    given = {"history_2": reads["history_2"] or draw(st.integers(0, 3)) == 0}
+    given["history"] = reads["history"] or given["history_2"] or draw(st.booleans())
     kind = draw(st.sampled_from(["given", "seeds"] if row["prev_noise"] else ["none", "given", "seeds"]))
     if kind == "given":
         keywords["noise"] = make("noise", state)
@@ -308,7 +315,7 @@ def cases(draw, pairs):
     if row["clip"] != math.inf and draw(st.booleans()):
         keywords["thresholds"] = torch.from_numpy(rng.uniform(0.5, 5, shape[0])).float()
         for_oracle["thresholds"] = to_numpy(keywords["thresholds"])
-    if not with_history and draw(st.integers(0, 3)) == 0:
+    if draw(st.integers(0, 3)) == 0:
         keywords["known_x0"] = make("known_x0", state)
         keywords["mask"] = make("mask", state, lambda rng, shape, dtype: blend_weights(rng, shape, dtype))
         for_oracle |= {"known_x0": to_numpy(keywords["known_x0"]), "mask": to_numpy(keywords["mask"])}
@@ -318,33 +325,41 @@ def cases(draw, pairs):
             else:
                 keywords["known_noise"] = make("known_noise", state)
                 for_oracle["known_noise"] = to_numpy(keywords["known_noise"])
-    if with_history:  # NaN where it must not be read
-        values = normal(rng, shape, state) * scale if reads_history else torch.full(shape, math.nan, dtype=state)
-        keywords["history"], buffers["history"] = place(values, same_layout or draw(st.sampled_from(LAYOUTS)))
-        for_oracle["history"] = to_numpy(values)
-    targets = [name for name in buffers if name != "history" and tensors[name].dtype == state]
-    places = [
-        draw(st.sampled_from(["new", "separate", "separate", *targets])),
-        draw(st.sampled_from(["none", "none", "separate", *targets])),
-    ]
-    if places[0] == places[1] and places[0] in targets:
-        places[1] = "separate"
-    for name, where in zip(("out", "x0_out"), places, strict=True):
+    for name in ("history", "history_2"):
+        if given[name]:  # NaN where it must not be read
+            values = normal(rng, shape, state) * scale if reads[name] else torch.full(shape, math.nan, dtype=state)
+            keywords[name], buffers[name] = place(values, same_layout or draw(st.sampled_from(LAYOUTS)))
+            for_oracle[name] = to_numpy(values)
+    last_x0 = keywords["history"].clone() if "history" in keywords else None
+    of_model = draw(st.sampled_from([state, output, *FLOATS]))
+    could_be_read = [name for name in buffers if name in tensors]
+    taken = set()
+    for name, dtype, default in (
+        ("out", state, "new"),
+        ("x0_out", state, "none"),
+        ("model_input_out", of_model, "none"),
+    ):
+        targets = [other for other in could_be_read if tensors[other].dtype == dtype and other not in taken]
+        where = draw(st.sampled_from([default, default, "separate", "separate", *targets]))
+        taken.add(where)
         if where == "separate":
-            keywords[name] = make(name, state, lambda rng, shape, dtype: torch.full(shape, math.nan, dtype=dtype))
+            keywords[name] = make(name, dtype, lambda rng, shape, dtype: torch.full(shape, math.nan, dtype=dtype))
             if name not in buffers:  # an expanded tensor cannot be written to
-                keywords[name], buffers[name] = place(torch.full(shape, math.nan, dtype=state), "contiguous")
+                keywords[name], buffers[name] = place(torch.full(shape, math.nan, dtype=dtype), "contiguous")
                 tensors[name] = keywords[name]
         elif where not in ("new", "none"):
             keywords[name] = tensors[where]
         text.append(f"{name}={where}")
     text.append(f"noise={kind} thresholds={'thresholds' in keywords} guidance={keywords.get('guidance_scale')}")
     expected = oracle.row_step(row, to_numpy(x_t), to_numpy(m), **for_oracle)
-    return Case("; ".join(text), row, x_t, m, keywords, buffers, expected)
+    return Case("; ".join(text), row, x_t, m, keywords, buffers, expected, last_x0)
+
+
+OUTPUTS = ("out", "x0_out", "history", "history_2", "model_input_out")
 
 
 def check_case(target, case):
-    written = [case.keywords[name] for name in ("out", "x0_out", "history") if name in case.keywords]
+    written = [case.keywords[name] for name in OUTPUTS if name in case.keywords]
     before = {name: buffer.clone() for name, buffer in case.buffers.items()}
     result = target(case.x_t, case.model_output, StepCoefficients(**case.row), **case.keywords)
     if "out" in case.keywords:
@@ -356,6 +371,10 @@ def check_case(target, case):
     for name in ("x0_out", "history"):
         if name in case.keywords:
             assert_near(case.keywords[name], case.expected.x0, case.expected.x0_terms, name)
+    if "history_2" in case.keywords:
+        assert same_bits(case.keywords["history_2"], case.last_x0)
+    if "model_input_out" in case.keywords:
+        assert_is_scaled(case.keywords["model_input_out"], result, case.row.get("input_scale", 1.0))
     for name, buffer in case.buffers.items():  # nothing but the outputs' elements has changed
         for tensor in written:
             if tensor.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr():
@@ -377,7 +396,13 @@ def test_any_case(target):
 @per_target
 @pytest.mark.parametrize(("state", "output"), PAIRS, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("x0_out", [False, True], ids=["", "x0"])
-@pytest.mark.parametrize("kind", ["none", "given", "seeds", "history", "history not read"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "none", "given", "seeds", "history", "history not read", "history, given", "history, seeds", "2 histories",
+        "2 histories not read", "2 histories, seeds",
+    ],
+)  # fmt: skip
 def test_every_loop(target, state, output, x0_out, kind):
     """Each combination that the C++ kernels have a loop of their own for, at lengths with every kind of tail."""
     rng = np.random.default_rng(3)
@@ -386,9 +411,11 @@ def test_every_loop(target, state, output, x0_out, kind):
         "x0_x": 1.25,
         "x0_m": -0.75,
         "prev_x0": 0.875,
-        "prev_noise": 0.375 if kind in ("given", "seeds") else 0.0,
+        "prev_noise": 0.375 if "given" in kind or "seeds" in kind else 0.0,
     }
-    coefficients["prev_history"] = -0.625 if kind == "history" else 0.0
+    histories = ("history", "history_2")[: 2 if "2" in kind else "history" in kind]
+    if "not read" not in kind:
+        coefficients |= zip(("prev_history", "prev_history_2")[: len(histories)], (-0.625, 0.4375), strict=False)
     rests = [(0.25, 0.5, -0.125), (0.25, 0.0, 0.0), (0.0, 0.5, 0.0), (0.0, 0.0, 0.5)]
     for guided in (False, True):
         for clip, rest in [(math.inf, rests[0])] + [(1.0, rest) for rest in rests]:
@@ -397,16 +424,17 @@ def test_every_loop(target, state, output, x0_out, kind):
             keywords, z = {"out": torch.full_like(x, math.nan)}, None
             if guided:
                 keywords |= {"model_output_uncond": uncond, "guidance_scale": 3.0}
-            if kind == "given":
+            if "given" in kind:
                 keywords["noise"] = normal(rng, shape, state)
                 z = to_numpy(keywords["noise"])
-            elif kind == "seeds":
+            elif "seeds" in kind:
                 keywords |= {"seeds": torch.tensor([5, -6]), "noise_step": 12}
                 z = z_of(keywords["seeds"], shape, 12)
-            past = None
-            if kind.startswith("history"):
-                past = normal(rng, shape, state) if kind == "history" else torch.full_like(x, math.nan)
-                keywords["history"] = past.clone()
+            past = {
+                name: torch.full_like(x, math.nan) if "not read" in kind else normal(rng, shape, state)
+                for name in histories
+            }
+            keywords |= {name: last_x0.clone() for name, last_x0 in past.items()}
             if x0_out:
                 keywords["x0_out"] = torch.full_like(x, math.nan)
             result = target(x, m, StepCoefficients(**row), **keywords)
@@ -417,11 +445,48 @@ def test_every_loop(target, state, output, x0_out, kind):
                 noise=z,
                 uncond=to_numpy(uncond) if guided else None,
                 guidance=3.0 if guided else None,
-                history=None if past is None else to_numpy(past),
+                **{name: to_numpy(last_x0) for name, last_x0 in past.items()},
             )
             assert_near(result, expected.x_prev, expected.terms, f"x_prev, guided={guided} clip={clip} rest={rest}")
             for name in {"x0_out", "history"} & keywords.keys():
                 assert_near(keywords[name], expected.x0, expected.x0_terms, name)
+            assert "history_2" not in keywords or same_bits(keywords["history_2"], past["history"])
+
+
+@per_target
+@pytest.mark.parametrize("state", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("of_model", [*FLOATS, torch.float64], ids=lambda d: str(d).removeprefix("torch."))
+def test_the_model_input_is_that_of_a_pass_of_its_own(target, state, of_model):
+    """At lengths with every kind of tail, with all that changes x_prev, every NaN among the samples, and subnormal products."""
+    if of_model == torch.float64 and target.backend == "cpu":
+        with pytest.raises(
+            ValueError, match=r"model_input_out is torch.float64, it takes float32, float16 and bfloat16"
+        ):
+            target(*torch.ones(2, 1, 3), StepCoefficients(**row_of()), model_input_out=torch.ones(1, 3).double())
+        return
+    rng = np.random.default_rng(16)
+    row = oracle.textbook_row("epsilon", 0.5, 0.6, eta=1.0) | {"prev_history": -0.5, "prev_history_2": 0.25}
+    for n in (0, 1, 7, 8, 15, 16, 17, 127, 128, 129, 2047, 2048, 2049, 4097 + 61):
+        for scale in (1 / 3, -1e-38, 0.0):
+            x, m, last, last_2, mask = (normal(rng, (2, n), state) for _ in range(5))
+            x.view(-1)[: 2 * n // 3 : 5] = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32).to(state)
+            x.view(-1)[1 : 2 * n // 3 : 7] = math.inf
+            options = {
+                "plain": {},
+                "all": {"history": last, "history_2": last_2, "mask": mask, "known_x0": last_2.clone()},
+            }
+            for name, more in options.items():
+                step = row if more else oracle.textbook_row("epsilon", 0.5, 0.6, eta=1.0)
+                step = step | {"input_scale": scale, "known_x0": 0.75, "known_noise": 0.5}
+                buffer = torch.full((2 * n + 40,), -77.0, dtype=of_model)
+                model_input = buffer[17 : 17 + 2 * n].view(2, n)
+                seeds = torch.tensor([5, -6])
+                got = target(x, m, StepCoefficients(**step), seeds=seeds, model_input_out=model_input, **more)
+                assert_is_scaled(model_input, got, scale)
+                separate = (scale * got.float()).to(of_model)
+                assert torch.equal(separate.nan_to_num(7.0), model_input.nan_to_num(7.0)), (n, scale, name)
+                assert (buffer[:17] == -77).all()
+                assert (buffer[17 + 2 * n :] == -77).all()
 
 
 @per_target
@@ -500,17 +565,30 @@ def test_backends_take_the_dtypes_they_promise():
 @per_target
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
-def test_a_history_in_every_layout(target, layout, dtype):
+def test_what_a_step_keeps_in_every_layout(target, layout, dtype):
+    """One history, two, and the model's next input."""
     rng, shape = np.random.default_rng(8), (3, 4, 5, 5)
-    row = oracle.textbook_row("epsilon", 0.5, 0.6) | {"prev_history": -0.25}
-    x, m, last_x0 = (normal(rng, shape, dtype) for _ in range(3))
-    history, buffer = place(last_x0, layout)
-    around = (buffer == -77).sum()
-    got = target(x, m, StepCoefficients(**row), history=history)
-    expected = oracle.row_step(row, to_numpy(x), to_numpy(m), history=to_numpy(last_x0))
-    assert_near(got, expected.x_prev, expected.terms, "x_prev")
-    assert_near(history, expected.x0, expected.x0_terms, "history")
-    assert (buffer == -77).sum() == around
+    row = oracle.textbook_row("epsilon", 0.5, 0.6) | {"prev_history": -0.25, "input_scale": 0.7}
+    x, m, last_x0, last_x0_2 = (normal(rng, shape, dtype) for _ in range(4))
+    for of_last_2 in (0.0, 0.125):
+        row["prev_history_2"] = of_last_2
+        placed = {
+            "history": place(last_x0, layout),
+            "history_2": place(last_x0_2, layout),
+            "model_input_out": place(torch.zeros(shape, dtype=torch.float16), layout),
+        }
+        around = {name: (buffer == -77).sum() for name, (_, buffer) in placed.items()}
+        given = {name: tensor for name, (tensor, _) in placed.items() if of_last_2 or name != "history_2"}
+        got = target(x, m, StepCoefficients(**row), **given)
+        expected = oracle.row_step(
+            row, to_numpy(x), to_numpy(m), history=to_numpy(last_x0), history_2=to_numpy(last_x0_2)
+        )
+        assert_near(got, expected.x_prev, expected.terms, "x_prev")
+        assert_near(given["history"], expected.x0, expected.x0_terms, "history")
+        assert same_bits(placed["history_2"][0], last_x0 if of_last_2 else last_x0_2)
+        assert_is_scaled(given["model_input_out"], got, 0.7)
+        for name, (_, buffer) in placed.items():
+            assert (buffer == -77).sum() == around[name], name
 
 
 @per_target
@@ -774,13 +852,13 @@ def test_instruction_sets_agree_to_the_bit():
         results = []
         for isa in INSTRUCTION_SETS:
             keywords = dict(case.keywords)
-            for name in ("out", "x0_out"):
-                if name in keywords:
-                    keywords[name] = torch.full_like(case.x_t, math.nan)
-            if "history" in keywords:
-                keywords["history"] = keywords["history"].clone()
+            for name in keywords.keys() & set(OUTPUTS):
+                old = keywords[name]
+                keywords[name] = (
+                    old.clone() if name.startswith("history") else torch.full(old.shape, math.nan, dtype=old.dtype)
+                )
             result = Target("cpu", isa)(case.x_t, case.model_output, StepCoefficients(**case.row), **keywords)
-            results.append((result, keywords.get("x0_out"), keywords.get("history")))
+            results.append((result, *(keywords.get(name) for name in OUTPUTS[1:])))
         for written in results[1:]:
             for tensor, first in zip(written, results[0], strict=True):
                 assert tensor is None or same_bits(tensor, first)
@@ -825,6 +903,27 @@ def test_threads_do_not_change_bits(target, kind, threads):
             target(in_place, m, row, out=in_place, **keywords)
             assert same_bits(in_place, results[0]), f"{shape} with {count} threads, in place"
         assert results[0].isfinite().all()
+
+
+@per_simd
+def test_threads_do_not_change_what_a_step_keeps(target, threads):
+    rng = np.random.default_rng(17)
+    row = StepCoefficients(
+        **oracle.textbook_row("epsilon", 0.3, 0.4, eta=0.7, clip=1.0)
+        | {"prev_history": -0.5, "prev_history_2": 0.25, "input_scale": 0.7}
+    )
+    for shape in [(1, 100_003), (3, 40_001), (70_001, 3)]:
+        x, m, last, last_2 = (normal(rng, shape) for _ in range(4))
+        seeds = torch.from_numpy(rng.integers(-(2**63), 2**63, shape[0]))
+        results = []
+        for count in (1, 2, 3, 5):
+            threads(count)
+            kept = [last.clone(), last_2.clone(), torch.full(shape, math.nan, dtype=torch.bfloat16)]
+            keywords = dict(zip(("history", "history_2", "model_input_out"), kept, strict=True))
+            results.append([target(x, m, row, seeds=seeds, **keywords), *kept])
+            for tensor, first in zip(results[-1], results[0], strict=True):
+                assert same_bits(tensor, first), f"{shape} with {count} threads"
+        assert results[0][0].isfinite().all()
 
 
 @per_target

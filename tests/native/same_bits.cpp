@@ -52,11 +52,12 @@ int steps(const Kernels& k) {
   std::normal_distribution<float> normal;
   int cases = 0;
   for (const auto& [state, output] : pairs)
-    for (int option = 0; option < 192; ++option)
+    for (int option = 0; option < 288; ++option)
       for (int64_t n : {0, 1, 3, 15, 16, 17, 63, 64, 65, 127, 129, 2047, 2049, 4100}) {
         const size_t bytes = static_cast<size_t>(n) * 4 + 64;
-        std::vector<unsigned char> x(bytes), m(bytes), u(bytes), z(bytes), mask(bytes), known(bytes), last(bytes), out[2], x0[2], history[2];
-        fill(x, state), fill(m, output), fill(u, output), fill(z, state), fill(mask, state), fill(known, state), fill(last, state);
+        std::vector<unsigned char> x(bytes), m(bytes), u(bytes), z(bytes), mask(bytes), known(bytes), last(bytes), last_2(bytes);
+        std::vector<unsigned char> out[2], x0[2], history[2], history_2[2], model_input[2];
+        fill(x, state), fill(m, output), fill(u, output), fill(z, state), fill(mask, state), fill(known, state), fill(last, state), fill(last_2, state);
         const int64_t seed = static_cast<int64_t>(random_bits());
         const float threshold = 1.7f;
         Step s{};
@@ -64,14 +65,17 @@ int steps(const Kernels& k) {
         s.x_t = {x.data(), n, state}, s.model_output = {m.data(), n, output};
         if (option & 1) s.model_output_uncond = {u.data(), n, output};
         s.guidance_scale = 2.5f;
-        const int noise = option / 48 == 3 ? 0 : option / 2 % 3, rest = option / 6 % 4;
+        // Kinds: plain, thresholds, inpainting, a history alone, histories beside noise, and all of it.
+        const int kind = option / 48, noise = kind == 3 ? 0 : option / 2 % 3, rest = option / 6 % 4;
+        const bool two_histories = kind > 3 && random_bits() % 2, reads = option / 2 % 3;
+        const auto input = static_cast<DType>(random_bits() % (kNumDTypes + 1));  // of the model; kNumDTypes: none
         if (noise == 1) s.noise = {z.data(), n, state};
         if (noise == 2) s.seeds = &seed, s.noise_step = static_cast<uint32_t>(option), s.noise_stream = 1;
         s.clipped = rest > 0;
         const float r[] = {normal(random_bits), normal(random_bits), normal(random_bits), normal(random_bits), normal(random_bits)};
-        s.c = {r[0], r[1], 0.3f, r[2], r[3], 0.9f, rest == 2 ? 0 : r[4], rest == 1 ? 0 : r[0], r[2], r[3], 1, 0.9f, 0.6f, 0.8f, option / 48 == 3 && option / 2 % 3 ? -0.7f : 0};
-        if (rest > 0 && option / 48 == 1) s.thresholds = &threshold;
-        if (option / 48 == 2) {  // inpainting, with the noise of the known picture given or made
+        s.c = {r[0], r[1], 0.3f, r[2], r[3], 0.9f, rest == 2 ? 0 : r[4], rest == 1 ? 0 : r[0], r[2], r[3], 1, 0.9f, 0.6f, 0.8f, kind > 2 && reads ? -0.7f : 0, reads ? 0.4f : 0, 1.3f};
+        if (rest > 0 && (kind == 1 || kind == 5)) s.thresholds = &threshold;
+        if (kind == 2 || kind == 5) {  // inpainting, with the noise of the known picture given or made
           s.mask = {mask.data(), n, state}, s.known_x0 = {known.data(), n, state};
           if (option % 2) s.known_noise = {z.data(), n, state};
           else s.known_seeds = &seed;
@@ -79,15 +83,20 @@ int steps(const Kernels& k) {
         for (int i = 0; i < 2; ++i) {
           out[i].assign(bytes, 0xa5), x0[i].assign(bytes, 0xa5);
           s.x_prev = {out[i].data(), n, state};
-          history[i] = last;
-          if (option / 48 == 3) s.history = {history[i].data(), n, state};
+          history[i] = last, history_2[i] = last_2, model_input[i].assign(bytes, 0xa5);
+          if (kind > 2) s.history = {history[i].data(), n, state};
+          if (two_histories) s.history_2 = {history_2[i].data(), n, state};
+          if (input < kNumDTypes) s.model_input_out = {model_input[i].data(), n, input};
           if (option / 24 % 2) s.x0 = {x0[i].data(), n, state};
           (i ? k : kPortable).step(s, {0, 0, n});
         }
-        const size_t used = n * item_size(state);
-        if (!same(out[0].data(), out[1].data(), n, state) || !same(history[0].data(), history[1].data(), n, state) ||
-            std::memcmp(&history[0][used], &history[1][used], bytes - used) != 0 || !same(x0[0].data(), x0[1].data(), n, state) ||
-            std::memcmp(&out[0][used], &out[1][used], bytes - used) != 0) {
+        // The same results, and the same bytes after them.
+        const auto alike = [&](const std::vector<unsigned char>* both, DType dtype) {
+          const size_t used = n * item_size(dtype);
+          return same(both[0].data(), both[1].data(), n, dtype) && std::memcmp(&both[0][used], &both[1][used], bytes - used) == 0;
+        };
+        if (!alike(out, state) || !alike(x0, state) || !alike(history, state) || !alike(history_2, state) ||
+            !alike(model_input, input < kNumDTypes ? input : kFloat32)) {
           std::printf("%s differs: state %d, output %d, option %d, n %lld\n", k.name, state, output, option, static_cast<long long>(n));
           return -1;
         }

@@ -1,6 +1,7 @@
 """``order=2`` against DPM-Solver++(2M) as its paper writes it (arXiv 2211.01095), in float64, and what comes with it."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -337,25 +338,12 @@ X = torch.arange(24.0).view(2, 3, 4) / 10
 
 def test_what_a_history_must_be():
     m = X.flip(0) + 0.5
-    seeds, noisy = torch.tensor([1, 2]), ddim_coefficients(0.3, 0.6, variance=0.1)
     table = StepTable.of([WRITES, READS])
     assert table.reads_history
     assert not StepTable.of([WRITES]).reads_history
     memory = torch.full((2, 6, 4), -77.0)
     for words, error, row, options in [
         (["got no history", "order=1"], ValueError, READS, {}),
-        (
-            ["fresh noise", "together with a row that adds noise"],
-            ValueError,
-            noisy,
-            {"history": X.clone(), "seeds": seeds},
-        ),
-        (
-            ["together with mask and known_x0"],
-            ValueError,
-            READS,
-            {"history": X.clone(), "mask": X, "known_x0": X, "seeds": seeds},
-        ),
         (["history must have the shape of x_t"], ValueError, READS, {"history": X[:1].clone()}),
         (["history must have the dtype of x_t"], TypeError, READS, {"history": X.double()}),
         (["history must be a torch.Tensor"], TypeError, READS, {"history": X.numpy()}),
@@ -386,22 +374,57 @@ def test_a_history_may_be_interleaved_with_x_prev():
     assert torch.equal(got, expected)
 
 
+def outputs(value=math.nan, like=X):
+    """What a solver of third order keeps, and the model's next input."""
+    return {
+        "history": torch.full_like(like, value),
+        "history_2": torch.full_like(like, value),
+        "model_input_out": torch.full_like(like, math.nan, dtype=torch.float16),
+    }
+
+
+def all_equal(some, others):
+    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
+
+
 def test_by_table_and_by_row_are_the_same_bits():
-    rows = [WRITES, READS, multistep_coefficients(0.3, 0.6, 0.9)]
+    rows = [WRITES, READS, replace(multistep_coefficients(0.3, 0.6, 0.9), prev_history_2=0.25, input_scale=0.7)]
     table = StepTable.of(rows)
+    assert table.reads_history_2
+    assert not StepTable.of(rows[:2]).reads_history_2
     x, y = X.clone(), X.clone()
-    history, by_table = torch.full_like(X, math.nan), torch.full_like(X, math.nan)
+    kept, by_table = outputs(), outputs()
     for i, row in enumerate(rows):
-        ddim_step(x, x.cos(), row, history=history, out=x)
-        ddim_step_from_table(y, y.cos(), table, torch.tensor([i]), history=by_table, out=y)
+        ddim_step(x, x.cos(), row, **kept, out=x)
+        ddim_step_from_table(y, y.cos(), table, torch.tensor([i]), **by_table, out=y)
         assert torch.equal(x, y)
-        assert torch.equal(history, by_table)
-    per_sample = torch.full_like(X, 0.25)
-    got = ddim_step_from_table(X, X.cos(), table, torch.tensor([2, 1]), history=per_sample)
+        assert i == 0 or all_equal(kept, by_table)  # after the first step, history_2 has what nothing wrote
+    assert not x.isnan().any()
+    per_sample = outputs(0.25)
+    got = ddim_step_from_table(X, X.cos(), table, torch.tensor([2, 1]), **per_sample)
     for i, row in enumerate((rows[2], rows[1])):
-        history = torch.full_like(X[:1], 0.25)
-        assert torch.equal(got[i : i + 1], ddim_step(X[i : i + 1], X[i : i + 1].cos(), row, history=history))
-        assert torch.equal(per_sample[i : i + 1], history)
+        alone = outputs(0.25, X[:1])
+        assert torch.equal(got[i : i + 1], ddim_step(X[i : i + 1], X[i : i + 1].cos(), row, **alone))
+        assert all_equal({name: tensor[i : i + 1] for name, tensor in per_sample.items()}, alone)
+
+
+def test_two_histories_hold_the_last_two_x0():
+    """A solver whose rows are any numbers, and what each step reads worked out in float64."""
+    rng = np.random.default_rng(5)
+    x = torch.from_numpy(rng.standard_normal((2, 7)))
+    kept, past = {"history": torch.full_like(x, math.nan), "history_2": torch.full_like(x, math.nan)}, []
+    for i in range(5):
+        a, b, h, h_2, s = rng.uniform(-1, 1, 5) * [1, 1, i > 0, i > 1, 1]
+        m, z = (torch.from_numpy(rng.standard_normal((2, 7))) for _ in range(2))
+        row = StepCoefficients(a, b, 0, 0, 0, 0.5, 0, s, prev_history=h, prev_history_2=h_2)
+        x0 = a * x + b * m
+        expected = 0.5 * x0 + s * z
+        expected += sum(weight * of for weight, of in zip((h, h_2), reversed(past), strict=False))
+        x = ddim_step(x, m, row, noise=z, **kept)
+        torch.testing.assert_close(x, expected, rtol=1e-14, atol=1e-14)
+        past.append(x0)
+        for name, of in zip(kept, reversed(past), strict=False):
+            torch.testing.assert_close(kept[name], of, rtol=1e-14, atol=1e-14)
 
 
 def test_a_row_survives_its_table():
@@ -414,10 +437,16 @@ def test_a_row_survives_its_table():
 
 
 def test_autograd_knows_of_the_write():
-    history = torch.ones_like(X)
-    version = history._version
-    ddim_step(X, X, READS, history=history)
-    assert history._version > version
+    for backend in (None, "cpu", "reference"):
+        kept = outputs(1.0)
+        versions = {name: tensor._version for name, tensor in kept.items()}
+        ddim_step(X, X, READS, **kept, backend=backend)
+        assert all(kept[name]._version > version for name, version in versions.items()), backend
+    model_input = torch.empty_like(X)
+    y = X.clone().requires_grad_()
+    ddim_step(y, y * 0, replace(READS, prev_history=0.0, input_scale=3.0), model_input_out=model_input)
+    model_input.sum().backward()
+    torch.testing.assert_close(y.grad, torch.full_like(X, 3 * READS.folded[0]))
     x = X.clone().requires_grad_()
     weight = torch.ones_like(X)
     with torch.enable_grad():

@@ -331,13 +331,14 @@ def row_step(
     known_x0: np.ndarray | None = None,
     known_noise: np.ndarray | None = None,
     history: np.ndarray | None = None,
+    history_2: np.ndarray | None = None,
 ) -> Result:
     """Evaluate a row of coefficients in float64.
 
     Args:
-        row: by column; "clip" and "prev_history" may be missing, "known_x0" and "known_noise" only
-            without a mask.
-        x_t, model_output, noise, history: ``(B, C, ...)``.
+        row: by column; "clip", "prev_history" and "prev_history_2" may be missing, "known_x0" and
+            "known_noise" only without a mask.
+        x_t, model_output, noise, history, history_2: ``(B, C, ...)``.
         uncond, guidance: the unconditional output, and the guidance scale w: m = uncond + w
             (model_output - uncond).
         thresholds: ``(B,)``, see ``textbook_step``.
@@ -352,10 +353,12 @@ def row_step(
         uncond = np.asarray(uncond, np.float64)
         m, m_size = uncond + guidance * (m - uncond), np.abs(uncond) + abs(guidance) * (np.abs(m) + np.abs(uncond))
     z = np.zeros_like(x) if noise is None or c["prev_noise"] == 0 else np.asarray(noise, np.float64)
-    past = np.zeros_like(x)
-    if c.get("prev_history", 0.0) != 0:
-        past = c["prev_history"] * np.asarray(history, np.float64)
-    x_size, added_size = np.abs(x), np.abs(c["prev_noise"] * z) + np.abs(past)
+    past, past_size = np.zeros_like(x), np.zeros_like(x)
+    for column, last_x0 in (("prev_history", history), ("prev_history_2", history_2)):
+        if c.get(column, 0.0) != 0:
+            term = c[column] * np.asarray(last_x0, np.float64)
+            past, past_size = past + term, past_size + np.abs(term)
+    x_size, added_size = np.abs(x), np.abs(c["prev_noise"] * z) + past_size
 
     x0 = c["x0_x"] * x + c["x0_m"] * m
     x0_terms = abs(c["x0_x"]) * x_size + abs(c["x0_m"]) * m_size
