@@ -68,8 +68,9 @@ class DDIMSampler:
             ``PREDICTION_TYPES``. None: what the model says of itself, or else the schedule's own:
             "epsilon" for a ``NoiseSchedule``, "flow" for a ``FlowSchedule``.
         order: 2 for the multistep form of DDIM, of second order (DPM-Solver++(2M), arXiv
-            2211.01095): nearer to the result of many steps with the same model calls. Needs eta =
-            0. None: what the file of timesteps was searched for, or else 1.
+            2211.01095): nearer to the result of many steps with the same model calls; with eta it
+            is that solver's SDE form. 3 for the third order, which needs eta = 0. None: what the
+            file of timesteps was searched for, or else 1.
         analytic_variance: add the noise of Analytic-DPM (arXiv 2201.06503), whose variance follows
             from the mean squared error of the model's eps: one number for each timestep, or True
             for those in the file of timesteps.

@@ -389,9 +389,9 @@ noise_options = (
     ),
     click.option(
         "--order",
-        type=click.IntRange(1, 2),
+        type=click.IntRange(1, 3),
         default=None,
-        help="2: multistep DDIM, closer to converged samples with the same number of model calls; needs --eta 0.  "
+        help="2: multistep DDIM, closer to converged samples with the same number of model calls. 3 needs --eta 0.  "
         "[default: the order of --timesteps FILE.json, or 1]",
     ),
     click.option(

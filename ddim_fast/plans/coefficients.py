@@ -328,6 +328,7 @@ def multistep_coefficients(
     *,
     clip_sample_range: float | None = None,
     variance: float = 0.0,
+    level_before_last: AnyLevel | None = None,
     use_clipped_model_output: bool = False,
 ) -> StepCoefficients:
     """Return the row of a step of DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2),
@@ -354,6 +355,9 @@ def multistep_coefficients(
     Args:
         level_last: the noise level that the step before started from, where it predicted x0_last.
         variance: of the noise that the step adds: see ``ddim_variance``.
+        level_before_last: the level of the step before that one, for a row of third order,
+            which reads the x0 of both. The row is of second order where lengths
+            of neighbouring steps differ by more than a factor of 2, in noise, or from pure noise.
 
     The other arguments are those of ``ddim_coefficients``.
 
@@ -378,8 +382,43 @@ def multistep_coefficients(
         return row
     lambda_last, lambda_t, lambda_prev = (_half_log_snr(a) for a in (level_last, level_t, level_prev))
     of_d = target.alpha - at_t.alpha * (row.prev_eps / at_t.sigma)
-    extrapolation = of_d * min((lambda_prev - lambda_t) / (2 * (lambda_t - lambda_last)), MAX_EXTRAPOLATION)
-    return replace(row, prev_x0=row.prev_x0 + extrapolation, prev_history=-extrapolation)
+    h, h_last = lambda_prev - lambda_t, lambda_t - lambda_last
+    extrapolation = of_d * min(h / (2 * h_last), MAX_EXTRAPOLATION)
+    second = replace(row, prev_x0=row.prev_x0 + extrapolation, prev_history=-extrapolation)
+    if level_before_last is None or variance:
+        return second
+    h_before = lambda_last - _half_log_snr(level_before_last)
+    if h_before <= 0:
+        raise ValueError(
+            "a multistep form needs falling noise levels, level_before_last above level_last, got "
+            f"{as_text(level_before_last)}; {as_text(level_last)}: leave it out for a step of order 2"
+        )
+    if not math.isfinite(h_before) or h > 2 * h_last or h_last > 2 * h_before:
+        return second
+    return _third_order(row, target.alpha, h, h_last, h_before)
+
+
+def _third_order(
+    row: StepCoefficients, alpha_prev: float, h: float, h_last: float, h_before: float
+) -> StepCoefficients:
+    """Return a deterministic DDIM row with x0 along the parabola through the last three predictions,
+    integrated over the step (arXiv 2211.01095; lengths of steps in lambda)::
+
+        alpha_prev integral_0^h e^(s - h) (x0 + a s / h + b (s / h)^2) ds
+            = alpha_prev ((1 - e^-h) x0 + phi_2 a - 2 phi_3 b)
+
+    Public code of DPM-Solver++(3M) has phi_3 b where this has 2 phi_3 b: it takes the divided
+    difference b for the second derivative, and so converges with order 2.
+    """
+    r0, r1 = h_last / h, h_before / h
+    # phi_1 = e^-h - 1, phi_2 = phi_1 / h + 1, phi_3 = phi_2 / h - 1/2; by their series where h is small.
+    phi_2 = math.expm1(-h) / h + 1 if h > 1e-2 else h / 2 * (1 - h / 3 * (1 - h / 4 * (1 - h / 5 * (1 - h / 6))))
+    phi_3 = phi_2 / h - 0.5 if h > 1e-2 else -h / 6 * (1 - h / 4 * (1 - h / 5 * (1 - h / 6 * (1 - h / 7))))
+    # By divided differences: b = ((x0 - x0_last) / r0 - (x0_last - x0_before) / r1) / (r0 + r1), a = (x0 - x0_last) / r0 + r0 b.
+    first, second = alpha_prev * phi_2, -2 * alpha_prev * phi_3
+    newer = (first * (1 + r0 / (r0 + r1)) + second / (r0 + r1)) / r0  # of x0 - x0_last
+    older = -(first * (r0 / (r0 + r1)) + second / (r0 + r1)) / r1  # of x0_last - x0_before
+    return replace(row, prev_x0=row.prev_x0 + newer, prev_history=older - newer, prev_history_2=-older)
 
 
 def _half_log_snr(level: AnyLevel) -> float:

@@ -93,8 +93,8 @@ class SamplingPlan:
             and guided-diffusion do).
         order: 1 is DDIM. 2 is its multistep form (DPM-Solver++(2M), see
             ``multistep_coefficients``), which reads the x0 that the step before predicted: as many
-            model calls, and an error that falls with the square of the number of steps. Needs eta =
-            0.
+            model calls, and an error that falls with the square of the number of steps. With eta it
+            is the SDE form of that solver. 3 reads the x0 of two steps before, and needs eta = 0.
         eps_residual: the mean squared error of the model's eps at each timestep visited, as
             ``search.measure_eps_residual`` measures it: the added noise then has the analytic
             variance (``coefficients.analytic_variance``) instead of eta's own. Not with
@@ -149,12 +149,16 @@ class SamplingPlan:
                 "set_alpha_to_one=False ends at alpha_bar_0, which a path in continuous time does not have, got schedule="
                 f"{self.schedule!r}: leave it out"
             )
-        if self.order not in (1, 2) or isinstance(self.order, bool):
-            raise ValueError(f"order must be 1 (DDIM) or 2 (its multistep form), got {self.order!r}")
-        if self.order == 2 and (self.eta != 0 or self.sigma_hat):
+        if self.order not in (1, 2, 3) or isinstance(self.order, bool):
+            raise ValueError(f"order must be 1 (DDIM), or 2 or 3 (its multistep forms), got {self.order!r}")
+        if self.order != 1 and self.sigma_hat:
             raise ValueError(
-                "order=2 extrapolates from the step before, along a trajectory that fresh noise leaves: it needs eta = 0, got "
-                f"eta = {self.eta}: use order=1, or eta=0"
+                f"sigma_hat is DDPM's noise, in steps of order 1, got order={self.order} beside it: leave one of them out"
+            )
+        if self.order == 3 and self.eta != 0:
+            raise ValueError(
+                "order=3 extrapolates from two steps before, along a trajectory that fresh noise leaves: it needs eta = 0, got "
+                f"eta = {self.eta}: use order=2, or eta=0"
             )
         self._check_eps_residual()
         if self.eta > self.largest_eta * (1 + 1e-9):
@@ -254,6 +258,11 @@ class SamplingPlan:
         """Return all steps as one table in device memory, for ``ddim_step_from_table``."""
         return StepTable.of([step.coefficients for step in self.steps], device, guidance_scale)
 
+    def _input_scale(self, t: float) -> float:
+        """Return what x_t is multiplied by for the model, in the float32 that kernels and tables
+        hold."""
+        return float(np.float32(self.schedule.input_scale(t)))
+
     def _step(self, index: int, t: float, t_prev: float, level_t: AnyLevel, level_prev: AnyLevel) -> PlannedStep:
         variance = ddim_variance(level_t, level_prev, self.eta, self.eta_scales)
         std_dev_t = math.sqrt(variance)
@@ -262,12 +271,14 @@ class SamplingPlan:
         if self.eps_residual is not None:
             std_dev_t = math.sqrt(analytic_variance(level_t, level_prev, variance, self.eps_residual[index]))
         prediction = self.meaning_at(level_t)
-        if self.order == 2 and index > 0:
+        if self.order > 1 and index > 0:
             row = multistep_coefficients(
                 self._levels[index - 1][0],
                 level_t,
                 level_prev,
                 prediction,
+                variance=variance,
+                level_before_last=self._levels[index - 2][0] if self.order == 3 and index > 1 else None,
                 clip_sample_range=self.clip_sample_range,
                 use_clipped_model_output=self.use_clipped_model_output,
             )
@@ -281,6 +292,8 @@ class SamplingPlan:
                 clip_sample_range=self.clip_sample_range,
                 use_clipped_model_output=self.use_clipped_model_output,
             )
+        if index + 1 < len(self.timesteps) and (scale := self._input_scale(t_prev)) != 1:
+            row = replace(row, input_scale=scale)
         told = self.model_timesteps[index]
         return PlannedStep(
             index=index,
@@ -289,7 +302,7 @@ class SamplingPlan:
             model_timestep=told,
             model_time=self.schedule.model_time(told),
             time_dtype=self.schedule.time_dtype,
-            input_scale=float(np.float32(self.schedule.input_scale(t))),  # as kernels and tables hold it
+            input_scale=self._input_scale(t),
             level_t=level_t,
             level_prev=level_prev,
             std_dev_t=std_dev_t,

@@ -30,14 +30,21 @@ from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_choice
 from ..utils.warn import warn_caller
 from .cuda_graphs import CapturedGraph, CudaGraphs, GraphBackend
-from .loop import Loop, Position, Timing, input_scales, model_calls, model_times
+from .loop import Loop, Position, Timing, model_calls, model_times
 
 MODES = ("auto", "loop", "step", "off")
 """One graph for the whole loop, one for a step that is replayed for each, or none; "auto": "step"
 where it can be."""
 
-_LOADED = ("x_t", "seeds", "mask", "known_x0")  # tensors of a Loop that are copied in for each call
-_SCRATCH = ("noise", "known_noise", "model_input", "x_seen", "x0", "history")  # tensors that the steps fill
+_LOADED = ("x_t", "seeds", "mask", "known_x0", "model_input")  # tensors of a Loop that are copied in for each call
+_SCRATCH = (
+    "noise",
+    "known_noise",
+    "x_seen",
+    "x0",
+    "history",
+    "history_2",
+)  # tensors that the steps fill
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,6 @@ class CapturedLoop:
             torch.zeros((capacity, batch_size), dtype=job.plan.schedule.time_dtype, device=device),
             torch.zeros((1, batch_size), dtype=job.plan.schedule.time_dtype, device=device),
             torch.ones(batch_size, dtype=torch.float32, device=device),
-            torch.ones(capacity, dtype=torch.float32, device=device) if loop.scales_input else None,
         )
 
     @torch.no_grad()
@@ -112,8 +118,6 @@ class CapturedLoop:
         self.loop.generator = job.loop.generator
         self._position.table.rows[:count].copy_(job.table.rows)
         self._position.timesteps[:count].copy_(model_times(job.plan, device, job.loop.shape[0]))
-        if self._position.input_scales is not None and (scales := input_scales(job.plan, device)) is not None:
-            self._position.input_scales[:count].copy_(scales)
         self._position.index.zero_()
         leaves, _ = tree_flatten(list(job.conditionings))
         for static, new in zip(self._leaves, leaves, strict=True):

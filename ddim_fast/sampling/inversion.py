@@ -61,7 +61,6 @@ def invert(
         guidance_scales=scales,
         x0=like_x0(observation.return_trajectory),
         model_input=like_x0(plan.scales_input),
-        scales_input=plan.scales_input,
     )
     search = _Search(loop, x_prev, iterations, tolerance, like_x0(tolerance is not None), options.execution.backend)
     rows = [_Rows.of(step, plan) for step in plan.steps]  # all of them before the first model call
@@ -183,7 +182,8 @@ class _Search:
         loop.x_t, self.x_prev = self.x_prev, loop.x_t
 
     def predict(self, step: PlannedStep, t: Tensor) -> None:
-        model_output, uncond = self.loop.predict(t, step.input_scale)
+        self.loop.prepare_input(step.input_scale)
+        model_output, uncond = self.loop.predict(t)
         scales = self.loop.guidance_scales
         scale = None if uncond is None or scales is None else scales[step.index]
         self.outputs = {"model_output": model_output, "model_output_uncond": uncond, "guidance_scale": scale}

@@ -80,7 +80,6 @@ class Position:
         index: ``(1,)`` int64: the number of the next step.
         timesteps: ``(S, B)``: the timesteps that the model is called with, int64 or float32.
         t: ``(1, B)``: those of the current step.
-        input_scales: ``(S,)`` float32, if the model is given x_t times a scale.
         thresholds: ``(B,)`` float32: its dynamic thresholds.
     """
 
@@ -89,7 +88,6 @@ class Position:
     timesteps: Tensor
     t: Tensor
     thresholds: Tensor
-    input_scales: Tensor | None = None
 
 
 @dataclass
@@ -104,17 +102,16 @@ class Loop:
         seeds: ``(B,)`` int64, for in-register noise.
         noise: like ``x_t``: filled by ``generator`` before each step that adds noise.
         normals: the form of in-register noise, one of ``kernels.contract.NORMALS``.
-        model_input: like ``x_t``, in the model's dtype, if that differs or the model is given x_t
-            times a scale.
-        scales_input: whether it is.
+        model_input: like ``x_t``: x_t as the model takes it, if that is in another dtype or times a
+            scale. Each step writes the next one; ``prepare_input`` makes the first.
         x_seen, x0: like ``x_t``: what the model saw, and what it predicted from it, if the caller
             watches.
         guidance_rescale: phi of ``guided_output``; 0 leaves guidance to the step's kernel.
         mask, known_x0: like ``x_t``: the known region (1) and the picture there.
         known_noise: like ``x_t``: filled by ``generator`` before each step whose known region has
             noise.
-        history: like ``x_t``: the x0 of the step before, for a multistep form. The first step does
-            not read it.
+        history, history_2: like ``x_t``: the x0 of the step before, and of the one before that, for
+            a multistep form. The first steps do not read them.
     """
 
     x_t: Tensor
@@ -134,7 +131,7 @@ class Loop:
     known_x0: Tensor | None = None
     known_noise: Tensor | None = None
     history: Tensor | None = None
-    scales_input: bool = False
+    history_2: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -153,7 +150,7 @@ class Loop:
         with."""
         started = time.perf_counter()
         x_t = self.x_t
-        model_output, uncond = self.predict(t, step.input_scale)
+        model_output, uncond = self.predict(t)
         scale = None if uncond is None or self.guidance_scales is None else self.guidance_scales[step.index]
         if uncond is not None and scale is not None and (self.guidance_rescale or self.classifier is not None):
             model_output = guided_output(model_output, uncond, scale, self.guidance_rescale, x_t.dtype)
@@ -188,6 +185,8 @@ class Loop:
             out=x_t if self.x_seen is None else self.x_seen,
             x0_out=self.x0,
             history=self.history,
+            history_2=self.history_2,
+            model_input_out=self.model_input,
             backend=backend,
         )
         if self.x_seen is not None:
@@ -204,8 +203,7 @@ class Loop:
         """
         p = position
         torch.index_select(p.timesteps, 0, p.index, out=p.t)
-        input_scale = 1.0 if p.input_scales is None else p.input_scales.index_select(0, p.index)
-        model_output, uncond = self.predict(p.t[0], input_scale)
+        model_output, uncond = self.predict(p.t[0])
         if uncond is not None and self.guidance_rescale:
             scale = p.table.prediction(p.index)[3]
             model_output = guided_output(model_output, uncond, scale, self.guidance_rescale, self.x_t.dtype)
@@ -241,6 +239,8 @@ class Loop:
             out=self.x_t,
             x0_out=self.x0,
             history=self.history,
+            history_2=self.history_2,
+            model_input_out=self.model_input,
         )
         p.index.add_(1)
 
@@ -252,23 +252,23 @@ class Loop:
         if self.known_noise is not None and step.coefficients.adds_known_noise:
             self.known_noise.normal_(generator=self.generator)
 
-    def predict(self, t: Tensor, input_scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor | None]:
-        """Return the model's output, and with guidance its unconditional output.
-
-        Args:
-            t: ``(B,)``, what the model is told.
-            input_scale: what x_t is multiplied by before: a number, or a tensor that broadcasts.
-        """
-        x_t = self.x_t
-        model_input = x_t
+    def prepare_input(self, input_scale: float) -> None:
+        """Fill ``model_input``, if there is one, from ``x_t``: as a step does for the next."""
         if self.model_input is not None:
-            # Scaled in float32 at least, and rounded once to the model's dtype.
-            wide = torch.promote_types(x_t.dtype, torch.float32)
-            model_input = self.model_input.copy_(x_t.to(wide) * input_scale if self.scales_input else x_t)
+            wide = torch.promote_types(self.x_t.dtype, torch.float32)
+            self.model_input.copy_(self.x_t.to(wide) * input_scale)
+
+    def predict(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the model's output for x_t, and with guidance its unconditional output; ``t``
+        ``(B,)`` is what the model is told."""
+        model_input = self.x_t if self.model_input is None else self.model_input
         if self.guidance_scales is not None and len(self.calls) == 1:
             conditional, unconditional = self.calls[0](model_input, t).chunk(2)
             return conditional, unconditional
-        outputs = [_plain(_apart_from(x_t, output_tensor(call(model_input, t), x_t))) for call in self.calls]
+        outputs = [
+            _plain(_apart_from(model_input, _apart_from(self.x_t, output_tensor(call(model_input, t), self.x_t))))
+            for call in self.calls
+        ]
         if len(outputs) == 1:
             return outputs[0], None
         if outputs[0].numel() and _same_place(*outputs):

@@ -46,10 +46,10 @@ def sample(
         TypeError, ValueError: an argument breaks a rule, or the model returns the wrong thing.
     """
     execution, observation = options.execution, options.observation
-    if plan.order == 2 and options.known_region.mask is not None:
+    if plan.order > 1 and options.known_region.mask is not None:
         raise ValueError(
-            "inpainting replaces the known region after each step, and so leaves the trajectory that order=2 extrapolates, got a "
-            "mask and a sampler with order=2: make one with order=1"
+            "inpainting replaces the known region after each step, and so leaves the trajectory that a higher order extrapolates, got a "
+            f"mask and a sampler with order={plan.order}: make one with order=1"
         )
     request = _check(plan, model, shape, options)
     mode = _mode(request, options, graphs)
@@ -170,7 +170,6 @@ def _start(request: _Request, options: Options) -> Job:
         generator=noise.generator,
         noise=like_x_t(noise.generator is not None and r.adds_noise),
         model_input=like_x_t(r.model_dtype != r.dtype or r.plan.scales_input, r.model_dtype),
-        scales_input=r.plan.scales_input,
         x_seen=like_x_t(watched),
         x0=like_x_t(watched),
         normals=noise.normals,
@@ -179,8 +178,10 @@ def _start(request: _Request, options: Options) -> Job:
         mask=r.mask,
         known_x0=r.known_x0,
         known_noise=like_x_t(noise.generator is not None and r.adds_known_noise),
-        history=like_x_t(r.plan.order == 2),
+        history=like_x_t(r.plan.order > 1),
+        history_2=like_x_t(r.plan.order > 2),
     )
+    loop.prepare_input(r.plan.steps[0].input_scale)
     return Job(r.model, r.plan, loop, r.conditionings)
 
 

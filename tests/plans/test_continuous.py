@@ -147,27 +147,88 @@ def test_edms_network_is_preconditioned_as_in_the_paper(sigma_data):
         assert schedule.model_time(sigma) == pytest.approx(math.log(sigma) / 4, rel=4 * EPS)
 
 
-def gaussian_run(schedule, count, order, eta=0.0, mean=0.7, spread=0.4):
-    """Where a run on Gaussian data with the exact model ends: the affine map (a, b), x_end = a x_start + b, in float64."""
-    plan = SamplingPlan(schedule, schedule.select(count, "log_snr"), "sample", eta, order=order)
-    a, b, last = 1.0, 0.0, (0.0, 0.0)
-    for step, (alpha, sigma) in zip(plan.steps, exact_levels(schedule, plan.timesteps)[:-1], strict=True):
-        gain = alpha * spread**2 / (alpha**2 * spread**2 + sigma**2)
-        x0 = gain * a, mean + gain * (b - alpha * mean)
-        of_x, of_m = step.coefficients.folded
-        history = step.coefficients.prev_history
-        a, b = (of_x * x + of_m * m + history * h for x, m, h in zip((a, b), x0, last, strict=True))
-        last = x0
-    return np.array([a, b])
+@PATHS
+@pytest.mark.parametrize(("order", "least"), [(1, 0.85), (2, 1.75), (3, 2.6)])
+def test_order_of_convergence(schedule, order, least):
+    """Twice the steps leave half the error in order 1, a quarter in order 2, an eighth in order 3, on normal data with the exact model."""
+    start = schedule.time_of_half_log_snr(-3.0)
+    end = schedule.time_of_half_log_snr(4.0)
+
+    def run(count, order):
+        """The affine map (a, b) of a run between two levels, x_end = a x_start + b, in float64."""
+        levels = np.linspace(-3.0, 4.0, count + 1)
+        times = [start, *(schedule.time_of_half_log_snr(v) for v in levels[1:-1].tolist()), end]
+        plan = SamplingPlan(schedule, tuple(times), "sample", order=order)
+        x, last, before = (1.0, 0.0), (0.0, 0.0), (0.0, 0.0)
+        for step, t in zip(plan.steps[:-1], times, strict=False):
+            alpha, sigma = LEVELS[schedule](t)
+            gain = alpha * 0.16 / (alpha**2 * 0.16 + sigma**2)
+            x0 = gain * x[0], 0.7 + gain * (x[1] - alpha * 0.7)
+            row = step.coefficients
+            weights = (*row.folded, row.prev_history, row.prev_history_2)
+            x = tuple(
+                sum(w * v for w, v in zip(weights, vs, strict=True)) for vs in zip(x, x0, last, before, strict=True)
+            )
+            last, before = x0, last
+        return np.array(x)
+
+    # The exact flow of normal data keeps the standard score: x_end / std_end - mean terms.
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = LEVELS[schedule](start), LEVELS[schedule](end)
+    scale = math.sqrt((alpha_s**2 * 0.16 + sigma_s**2) / (alpha_t**2 * 0.16 + sigma_t**2))
+    true = np.array([scale, alpha_s * 0.7 - scale * alpha_t * 0.7])
+    errors = [np.abs(run(count, order) - true).max() for count in (64, 128, 256)]
+    assert math.log2(errors[0] / errors[2]) / 2 > least, errors
 
 
 @PATHS
-@pytest.mark.parametrize(("order", "least"), [(1, 0.85), (2, 1.75)])
-def test_order_of_convergence(schedule, order, least):
-    """Twice the steps leave half the error in order 1, and a quarter in order 2: against 8,000 steps of order 2."""
-    true = gaussian_run(schedule, 8000, 2)
-    errors = [np.abs(gaussian_run(schedule, count, order) - true).max() for count in (80, 160, 320)]
-    assert math.log2(errors[0] / errors[2]) / 2 > least, errors
+def test_third_order_integrates_a_parabola(schedule):
+    """x_s = sigma_s / sigma_t x_t + alpha_s int_0^h e^(s - h) x0(s) ds (arXiv 2211.01095, proposition 4.1), by quadrature."""
+    levels = [-1.0, -0.6, -0.1, 0.5]
+    times = tuple(schedule.time_of_half_log_snr(v) for v in levels)
+    row = SamplingPlan(schedule, times, "sample", order=3).steps[2].coefficients
+    (_, _, (_, sigma_t), (alpha_s, sigma_s)) = (LEVELS[schedule](t) for t in times)
+    m0, m1, m2, x = RNG.standard_normal((4, 50))
+    parabola = np.polynomial.polynomial.polyfit(
+        [0.0, -0.5, -0.9], np.stack([m0, m1, m2]), 2
+    )  # in lambda, from lambda_t
+    nodes, weights = np.polynomial.legendre.leggauss(20)
+    s = 0.3 * (nodes + 1)
+    integral = (
+        0.3 * (weights * np.exp(s - 0.6)) @ np.stack([parabola[0] + parabola[1] * v + parabola[2] * v**2 for v in s])
+    )
+    expected = sigma_s / sigma_t * x + alpha_s * integral
+    of_x, of_m = row.folded
+    got = of_x * x + of_m * m0 + row.prev_history * m1 + row.prev_history_2 * m2
+    np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-9)
+    # Steps so short that the functions of h are taken from their series.
+    short = tuple(schedule.time_of_half_log_snr(0.2 + 0.004 * i) for i in range(4))
+    row = SamplingPlan(schedule, short, "sample", order=3).steps[2].coefficients
+    (alpha_s, _), total = LEVELS[schedule](short[3]), row.folded[1] + row.prev_history + row.prev_history_2
+    assert total == pytest.approx(-alpha_s * math.expm1(-0.004), rel=1e-9)
+    assert row.prev_history == pytest.approx(
+        -4 / 3 * alpha_s * 0.004, rel=0.01
+    )  # Adams and Bashforth: 23, -16 and 5 twelfths
+    assert row.prev_history_2 == pytest.approx(5 / 12 * alpha_s * 0.004, rel=0.01)
+
+
+@PATHS
+def test_second_order_with_noise_is_sde_dpm_solver_2m(schedule):
+    """The update of SDE-DPM-Solver++(2M) (arXiv 2211.01095, appendix), at eta = 1."""
+    levels = [-1.0, -0.6, 0.1]
+    times = tuple(schedule.time_of_half_log_snr(v) for v in levels)
+    row = SamplingPlan(schedule, times, "sample", 1.0, order=2).steps[1].coefficients
+    (_, (_, sigma_t), (alpha_s, sigma_s)) = (LEVELS[schedule](t) for t in times)
+    m0, m1, x, z = RNG.standard_normal((4, 50))
+    h, r = 0.7, 0.4 / 0.7
+    expected = (
+        sigma_s / sigma_t * math.exp(-h) * x
+        + alpha_s * (1 - math.exp(-2 * h)) * m0
+        + alpha_s * (1 - math.exp(-2 * h)) / (2 * r) * (m0 - m1)
+        + sigma_s * math.sqrt(1 - math.exp(-2 * h)) * z
+    )
+    of_x, of_m = row.folded
+    got = of_x * x + of_m * m0 + row.prev_history * m1 + row.prev_noise * z
+    np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-9)
 
 
 # --- Times -------------------------------------------------------------------------------------------------------------

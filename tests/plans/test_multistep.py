@@ -234,16 +234,18 @@ def test_noise_levels_must_fall():
 # --- The plan and the sampler ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", [0, 3, 1.5, "2", True])
+@pytest.mark.parametrize("order", [0, 4, 1.5, "2", True])
 def test_other_orders_are_refused(order):
-    with pytest.raises(ValueError, match=r"order must be 1 .* or 2"):
+    with pytest.raises(ValueError, match=r"order must be 1 .* or 2 or 3"):
         DDIMSampler(NoiseSchedule.linear(), 10, order=order)
 
 
-def test_noise_is_refused():
-    for options in ({"eta": 0.5}, {"eta": 1.0, "sigma_hat": True}):
-        with pytest.raises(ValueError, match=r"needs eta = 0, got eta = .*use order=1"):
-            DDIMSampler(NoiseSchedule.linear(), 10, order=2, **options)
+def test_noise_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"needs eta = 0, got eta = 0.5: use order=2, or eta=0"):
+        DDIMSampler(NoiseSchedule.linear(), 10, order=3, eta=0.5)
+    for order in (2, 3):
+        with pytest.raises(ValueError, match=rf"sigma_hat .* in steps of order 1, got order={order}"):
+            DDIMSampler(NoiseSchedule.linear(), 10, order=order, eta=1.0, sigma_hat=True)
 
 
 def constant(x, t):

@@ -114,7 +114,7 @@ def test_a_row_worked_out_by_hand():
     first, last = SamplingPlan(schedule, (1, 0)).steps
     row = first.coefficients
     assert dataclasses.astuple(row) == pytest.approx(
-        (2, -math.sqrt(3), 0, 1, 0, 0.8, 0.6, 0, math.inf, 0.8, 0.6, 0), rel=1e-15
+        (2, -math.sqrt(3), 0, 1, 0, 0.8, 0.6, 0, math.inf, 0.8, 0.6, 0, 0, 1), rel=1e-15
     )
     assert (first.index, first.t, first.t_prev, last.index, last.t, last.t_prev) == (0, 1, 0, 1, 0, -1)
     assert (first.alpha_bar_t, first.alpha_bar_prev, last.alpha_bar_t, last.alpha_bar_prev) == (0.25, 0.64, 0.64, 1)
