@@ -316,6 +316,42 @@ def ddim_coefficients(
     )
 
 
+def ddpm_posterior_coefficients(
+    level_t: AnyLevel,
+    level_prev: AnyLevel,
+    prediction: str | Prediction = "epsilon",
+    *,
+    std_dev_added: float,
+    clip_sample_range: float | None = None,
+) -> StepCoefficients:
+    """Return the row of the mean of q(x_prev | x_t, x0) (equation 7 of DDPM, arXiv 2006.11239), with
+    noise added to it::
+
+        x_prev = alpha_prev (1 - r^2) x0 + r (sigma_prev / sigma_t) x_t + std_dev_added z
+        r      = alpha_t sigma_prev / (alpha_prev sigma_t)
+
+    The row of ``ddim_coefficients`` at eta = 1, but for a clipped x0: the mean then follows from
+    the clipped one alone.
+
+    Raises:
+        ValueError, ZeroDivisionError: there is no such step, or no such prediction.
+    """
+    at_t = prediction_at(prediction, level_t)
+    (alpha_t, sigma_t), (alpha_prev, sigma_prev) = level_of(level_t), level_of(level_prev)
+    kept = alpha_t * sigma_prev / (alpha_prev * sigma_t)
+    return StepCoefficients(
+        at_t.x0_x,
+        at_t.x0_m,
+        eps_x=1.0,  # x_t takes the place of eps
+        eps_m=0.0,
+        eps_0=0.0,
+        prev_x0=alpha_prev * ((1 - kept) * (1 + kept)),
+        prev_eps=kept * (sigma_prev / sigma_t),
+        prev_noise=std_dev_added,
+        clip=math.inf if clip_sample_range is None else float(clip_sample_range),
+    )
+
+
 MAX_EXTRAPOLATION = 1.0
 """How far x0 is extrapolated at most, in multiples of the difference of the last two."""
 

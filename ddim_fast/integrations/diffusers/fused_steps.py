@@ -52,6 +52,7 @@ class FusedSteps(SchedulerRows):
 
     _noisiest_first = True
     """The order of ``timesteps``."""
+    _originals_results = staticmethod(_originals_results)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Set the timesteps as the original does.
@@ -137,7 +138,7 @@ class FusedSteps(SchedulerRows):
             out, x0_out = None, None if is_x0 else torch.empty_like(sample)
         else:
             x0_kind, kind = kinds_of_results(
-                _originals_results,
+                self._originals_results,
                 sample,
                 model_output,
                 arguments.get("noise"),
