@@ -15,6 +15,13 @@ from .sigma_rows import flow_row
 from .sigma_steps import SigmaSteps, coefficient, set_timesteps_on_host
 
 
+def originals_flow(x: Tensor, m: Tensor, noise: Tensor | None, *, prediction_type: str) -> tuple[Tensor]:
+    """Run the operations of the ``step`` of diffusers' schedulers of flow matching."""
+    k, x = coefficient(x), x.to(torch.float32)
+    x_prev = x + k * m if noise is None else k * (x - k * m) + k * noise
+    return (x_prev.to(m.dtype),)
+
+
 class FastFlowMatchEulerDiscreteScheduler(SigmaSteps, FlowMatchEulerDiscreteScheduler):
     """``diffusers.FlowMatchEulerDiscreteScheduler`` with its update in one kernel.
 
@@ -24,6 +31,7 @@ class FastFlowMatchEulerDiscreteScheduler(SigmaSteps, FlowMatchEulerDiscreteSche
     _output_kind = FlowMatchEulerDiscreteSchedulerOutput
     _row_fields = ("stochastic_sampling",)
 
+    _originals_results = staticmethod(originals_flow)
     set_timesteps = set_timesteps_on_host(FlowMatchEulerDiscreteScheduler, "sigmas", "timesteps")
 
     @property
@@ -35,12 +43,6 @@ class FastFlowMatchEulerDiscreteScheduler(SigmaSteps, FlowMatchEulerDiscreteSche
 
     def _noise_dtype(self, model_output: Tensor) -> torch.dtype | None:
         return torch.float32 if self._renoises else None
-
-    @staticmethod
-    def _originals_results(x: Tensor, m: Tensor, noise: Tensor | None, *, prediction_type: str) -> tuple[Tensor, ...]:
-        k, x = coefficient(x), x.to(torch.float32)
-        x_prev = x + k * m if noise is None else k * (x - k * m) + k * noise
-        return (x_prev.to(m.dtype),)
 
     def step(
         self,

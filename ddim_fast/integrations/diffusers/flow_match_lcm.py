@@ -10,7 +10,8 @@ from diffusers.schedulers.scheduling_flow_match_lcm import FlowMatchLCMScheduler
 from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
-from .flow_match_euler import FastFlowMatchEulerDiscreteScheduler
+from . import internals
+from .flow_match_euler import originals_flow
 from .sigma_rows import flow_row
 from .sigma_steps import SigmaSteps, set_timesteps_on_host
 
@@ -24,7 +25,7 @@ class FastFlowMatchLCMScheduler(SigmaSteps, FlowMatchLCMScheduler):
     _output_kind = FlowMatchLCMSchedulerOutput
 
     set_timesteps = set_timesteps_on_host(FlowMatchLCMScheduler, "sigmas", "timesteps")
-    _originals_results = FastFlowMatchEulerDiscreteScheduler._originals_results
+    _originals_results = staticmethod(originals_flow)
 
     def _row_between(self, sigma: float, sigma_next: float) -> StepCoefficients:
         return flow_row(sigma, sigma_next, True)
@@ -41,7 +42,7 @@ class FastFlowMatchLCMScheduler(SigmaSteps, FlowMatchLCMScheduler):
         return_dict: bool = True,
     ) -> Any:
         """Take the original's ``step``, to x0 and back to noise, in one pass."""
-        if not (self._scale_factors and self._upscale_mode):
+        if not internals.scales_up(self):
             starts = self._init_size is None or self._step_index is None
             output = self._step(model_output, timestep, sample, generator, return_dict)
             if output is not None:

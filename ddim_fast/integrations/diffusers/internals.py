@@ -35,6 +35,11 @@ def share_storage(one: Tensor, other: Tensor) -> bool:
     return first == second
 
 
+def scales_up(scheduler: Any) -> bool:
+    """Return whether the steps of a ``FlowMatchLCMScheduler`` scale the sample up."""
+    return bool(scheduler._scale_factors and scheduler._upscale_mode)
+
+
 def write_count(tensor: Tensor) -> int:
     """Return how often a tensor has been written in place.
 

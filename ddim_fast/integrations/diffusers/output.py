@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NAMES = ("prev_sample", "pred_original_sample")
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _set_item = OrderedDict.__setitem__
 
@@ -21,8 +20,11 @@ def step_output(kind: type, found: tuple[Tensor, ...]) -> Any:
     if _is_dynamo_compiling():
         return kind(*found)
     output: Any = OrderedDict.__new__(kind)
-    attributes = output.__dict__
-    for name, value in zip(_NAMES, found):  # noqa: B905 (strict would take longer)
-        _set_item(output, name, value)
-        attributes[name] = value
+    attributes, prev_sample = output.__dict__, found[0]
+    _set_item(output, "prev_sample", prev_sample)
+    attributes["prev_sample"] = prev_sample
+    if len(found) == 2:
+        pred_original_sample = found[1]
+        _set_item(output, "pred_original_sample", pred_original_sample)
+        attributes["pred_original_sample"] = pred_original_sample
     return output

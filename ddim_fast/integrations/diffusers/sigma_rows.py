@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ...kernels.contract import StepCoefficients
+from ...kernels.contract import StepCoefficients, StepTable
 from ...plans.coefficients import PREDICTION_TYPES, Prediction, ddim_coefficients, ddim_variance, edm_prediction
 from ...plans.levels import NoiseLevel
 from ..original_results import HALF_PRECISION
@@ -37,6 +38,7 @@ class SigmaRows(Watched):
         self.writes_x0: bool = scheduler._returns_x0 and not self.output_is_x0
         self.plain: dict[int, StepCoefficients] = {}
         """By index: rows of steps that need nothing but their row."""
+        self._tables: dict[torch.device, tuple[StepTable, Tensor]] = {}
 
     def row(self, index: Any) -> StepCoefficients:
         """Return the row of the step at this index.
@@ -51,6 +53,14 @@ class SigmaRows(Watched):
         except (TypeError, ValueError, ArithmeticError) as error:
             # A step without a row: the original handles it in its own way.
             raise LeaveToOriginal(str(error)) from None
+
+    def table(self, device: torch.device) -> tuple[StepTable, Tensor]:
+        """Return all rows, and their indices, in device memory: copied there once for a run."""
+        found = self._tables.get(device)
+        if found is None:
+            rows = [self.row(index) for index in range(len(self.sigmas) - 1)]
+            found = self._tables[device] = StepTable.of(rows, device), torch.arange(len(rows), device=device)
+        return found
 
 
 @lru_cache(_MAX_KNOWN)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
 from ...kernels.cpu_step import plain_step
-from ...kernels.dispatch import ddim_step
+from ...kernels.dispatch import ddim_step, ddim_step_from_table
 from ..original_results import HALF_PRECISION, kinds_of_results, readable
 from . import internals
 from .arguments import LeaveToOriginal, check_tensors
@@ -22,6 +22,7 @@ from .sigma_rows import SigmaRows
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _DTYPES = (torch.float32, *HALF_PRECISION)
+_TIMESTEPS = (torch.float32, torch.float64, *HALF_PRECISION)
 
 
 class _HostCopy(NamedTuple):
@@ -153,23 +154,19 @@ class SigmaSteps:
         if _is_dynamo_compiling() or not self.is_scale_input_called:
             return None
         # With an integer as the timestep the original raises an error.
-        if type(timestep) is not float and not (isinstance(timestep, Tensor) and timestep.is_floating_point()):
+        if type(timestep) is not float and not (isinstance(timestep, Tensor) and timestep.dtype in _TIMESTEPS):
             return None
-        found = self._short_step(model_output, sample)
+        found = None if self._row_cache is None else self._short_step(self._row_cache, model_output, sample)
         if found is None:
             try:
                 found = self._checked_step(model_output, timestep, sample, generator)
             except LeaveToOriginal:
                 return None
-        assert self._step_index is not None
-        self._step_index += 1
+        self._step_index += 1  # type: ignore[operator] # a number since the first step
         return step_output(self._output_kind, found) if return_dict else found
 
-    def _short_step(self, model_output: Any, sample: Any) -> tuple[Tensor, ...] | None:
+    def _short_step(self, rows: SigmaRows, model_output: Any, sample: Any) -> tuple[Tensor, ...] | None:
         """Take a step that needs nothing but its row, if that row is known."""
-        rows = self._row_cache
-        if rows is None or self._step_index not in rows.plain:
-            return None
         writes_x0 = rows.writes_x0
         # x0 is float32, and has the dtype of x_t in a step.
         if writes_x0 and isinstance(sample, Tensor) and sample.dtype in HALF_PRECISION:
@@ -196,7 +193,7 @@ class SigmaSteps:
         row, noise_dtype = rows.row(self._step_index), self._noise_dtype(model_output)
         if noise_dtype is None and rows.allows_short_path:
             rows.plain[self._step_index] = row  # type: ignore[index] # there is such a row
-            found = self._short_step(model_output, sample)
+            found = self._short_step(rows, model_output, sample)
             if found is not None:
                 return found
         m = model_output
@@ -224,7 +221,12 @@ class SigmaSteps:
             )
             out = kinds[0].empty(x, dtype)
             x0 = kinds[1].empty(x, dtype) if rows.writes_x0 else None
-        x_prev = ddim_step(x, m, row, noise=None if noise is None else noise.to(dtype), out=out, x0_out=x0)
+        tensors = {"noise": None if noise is None else noise.to(dtype), "out": out, "x0_out": x0}
+        if x.device.type == "cuda":  # a row of its own would be copied there in each step
+            table, indices = rows.table(x.device)
+            x_prev = ddim_step_from_table(x, m, table, indices[self._step_index], **tensors)
+        else:
+            x_prev = ddim_step(x, m, row, **tensors)
         x_prev = x_prev.to(model_output.dtype)
         if not self._returns_x0:
             return (x_prev,)
