@@ -59,7 +59,10 @@ class SigmaRows(Watched):
         found = self._tables.get(device)
         if found is None:
             rows = [self.row(index) for index in range(len(self.sigmas) - 1)]
-            found = self._tables[device] = StepTable.of(rows, device), torch.arange(len(rows), device=device)
+            found = self._tables[device] = (
+                StepTable.of(rows, device),
+                torch.arange(len(rows), dtype=torch.int64, device=device),
+            )
         return found
 
 
