@@ -413,9 +413,11 @@ def test_a_change_after_a_step_counts(original, change):
         results.append(found)
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    assert not torch.equal(results[1][1], results[1][2]) or (
-        change in (reconfigured, rewritten) and "LCM" in original.__name__
+    # Not every class has a field to change, in old versions.
+    counts = change not in (reconfigured, rewritten) or {"prediction_type", "stochastic_sampling"} & set(
+        ready(original, {}).config
     )
+    assert not counts or not torch.equal(results[1][1], results[1][2])
 
 
 @pytest.mark.parametrize("original", ORIGINALS)
@@ -460,7 +462,8 @@ def test_it_is_saved_copied_and_configured_as_the_original(original, tmp_path):
     for method in ("step", "set_timesteps", "__init__", "scale_noise", "add_noise", "scale_model_input"):
         if hasattr(original, method):
             ours, theirs = (inspect.signature(getattr(k, method)).parameters for k in (kind, original))
-            assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in theirs.values()]
+            named = [[(p.name, p.default) for p in parameters.values()] for parameters in (ours, theirs)]
+            assert named[0][: len(named[1])] == named[1]  # old versions have fewer
 
 
 @pytest.mark.parametrize("original", ORIGINALS)
@@ -644,9 +647,9 @@ def test_what_an_old_version_lacks_is_named(monkeypatch):
     assert not hasattr(drop_ins, "FastNoScheduler")
 
 
-def test_a_config_without_the_newest_fields(monkeypatch):
+def test_a_config_without_the_newest_fields():
     fast = PAIRS[FLOW[0]]()
-    del vars(fast.config)["stochastic_sampling"]
+    vars(fast.config).pop("stochastic_sampling", None)
     fast.set_timesteps(3)
     expected = FLOW[0]()
     expected.set_timesteps(3)
