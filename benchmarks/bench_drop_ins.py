@@ -11,8 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 
+import ddim_fast.integrations.diffusers as drop_ins
 from ddim_fast.integrations.diffusers import FastDDIMScheduler
 
 SHAPES = {"1x4x64x64": (1, 4, 64, 64), "64x3x32x32": (64, 3, 32, 32)}
@@ -21,6 +30,10 @@ CONFIGS = {
     "eta 0, clip": ({"clip_sample": True}, 0.0),
     "eta 1": ({"clip_sample": False}, 1.0),
 }
+SIGMA_SHAPES = {"1x4x64x64": (1, 4, 64, 64), "1x16x128x128": (1, 16, 128, 128)}
+WITH_SIGMAS = [
+    FlowMatchEulerDiscreteScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, EDMEulerScheduler,
+]  # fmt: skip
 SCHEDULERS = {"diffusers": DDIMScheduler, "ours": FastDDIMScheduler}
 
 
@@ -68,6 +81,45 @@ def test_step_of_the_drop_in(measure, benchmark, show, shape, config, return_dic
         shape=shape,
         step=config,
         returns=returns,
+        diffusers_us=f"{result.seconds('diffusers') * 1e6:.1f}",
+        ours_us=f"{result.seconds('ours') * 1e6:.1f}",
+        ratio=f"{result.ratio('diffusers'):.1f}",
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SIGMA_SHAPES)
+@pytest.mark.parametrize("kind", WITH_SIGMAS, ids=lambda kind: kind.__name__)
+def test_step_of_a_drop_in_with_sigmas(measure, benchmark, show, kind, shape, dtype):
+    torch.manual_seed(0)
+    x, m = (torch.randn(SIGMA_SHAPES[shape]).to(dtype) for _ in range(2))
+    contenders = {}
+    for name, scheduler in {"diffusers": kind(), "ours": getattr(drop_ins, f"Fast{kind.__name__}")()}.items():
+        scheduler.set_timesteps(50)
+        scheduler.is_scale_input_called = True
+
+        def step(scheduler=scheduler, t=scheduler.timesteps[25]):
+            scheduler._step_index = 25
+            return scheduler.step(m, t, x, return_dict=False)
+
+        contenders[name] = step
+
+    def check(name, _):
+        results = []
+        for contender in ("diffusers", name):
+            torch.manual_seed(0)
+            results.append(contenders[contender]())
+        tolerance = 1e-4 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+    result = measure("drop-ins", contenders, check, baseline="ours")
+    of_dtype = f"{kind.__name__}, {str(dtype).removeprefix('torch.')}"
+    benchmark.extra_info.update(shape=shape, step=of_dtype, returns="tuple")
+    show(
+        "a step of diffusers, and of the drop-in",
+        shape=shape,
+        step=of_dtype,
+        returns="tuple",
         diffusers_us=f"{result.seconds('diffusers') * 1e6:.1f}",
         ours_us=f"{result.seconds('ours') * 1e6:.1f}",
         ratio=f"{result.ratio('diffusers'):.1f}",

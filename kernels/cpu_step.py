@@ -40,7 +40,8 @@ def _no_step(
     t: Any,
     values: tuple[tuple[dict[str, Any], str, Any], ...],
     writes: tuple[tuple[Tensor, int], ...],
-) -> tuple[Tensor, Tensor] | None:
+    wants_x0: bool = True,
+) -> tuple[Tensor, Tensor | None] | None:
     """Run ``ddim_step`` without noise, guidance or thresholds, outside of ``torch.compile``, or
     decline.
 
@@ -53,6 +54,7 @@ def _no_step(
         t: the key, or an int64 tensor with it.
         values, writes: what the rows were computed from. Each dictionary must still have that very
             value for its key, and each tensor that count of writes.
+        wants_x0: if False, x0 is None, and no memory is written for it.
 
     Returns:
         ``(x_prev, x0)`` in new tensors. Or None, having done nothing and without an error, if the

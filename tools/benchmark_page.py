@@ -45,7 +45,8 @@ ABOUT = {
     "Noise": """`torch.randn` into a buffer, against our normals, which are the same on every machine, and against a whole step
         that makes them.""",
     "A call": "A step of 16 elements, all checks included.",
-    "The drop-in for diffusers": "`FastDDIMScheduler.step`, and how many times longer `DDIMScheduler.step` takes.",
+    "The drop-in for diffusers": """`step` of `FastDDIMScheduler`, or of the class named, and how many times longer that of the
+        original takes.""",
     "Convolutions": """A 3 x 3 convolution of a model, channels last, in float32: ours has a quarter of the products (Winograd's minimal
         filtering) and takes the place of PyTorch's in a model that `optimize` has made faster.""",
     "Threads": "A step in place: times faster on more threads than on one, and eager PyTorch's time over ours.",

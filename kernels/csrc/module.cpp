@@ -437,13 +437,14 @@ bool unchanged(PyObject* values, PyObject* writes) {
   return true;
 }
 
-// step_to_new(x_t, model_output, rows, t, values, writes): (x_prev, x0) in new tensors, or None.
-// The rows add no noise.
+// step_to_new(x_t, model_output, rows, t, values, writes, wants_x0=True): (x_prev, x0) in new
+// tensors, with None for an x0 that is not wanted; or None. The rows add no noise.
 PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
-  if (n_arguments != 6 || !PyDict_Check(a[2])) {
-    PyErr_SetString(PyExc_TypeError, "step_to_new takes x_t, model_output, a dictionary of rows, a timestep, values and writes");
+  if ((n_arguments != 6 && n_arguments != 7) || !PyDict_Check(a[2])) {
+    PyErr_SetString(PyExc_TypeError, "step_to_new takes x_t, model_output, a dictionary of rows, a timestep, values, writes, and whether x0 is wanted");
     return nullptr;
   }
+  const bool wants_x0 = n_arguments == 6 || a[6] == Py_True;
   Step s{};
   dlpack::Tensor like;
   PyObject* row = is_watched() || !unchanged(a[4], a[5]) ? nullptr : find_row(a[2], a[3]);
@@ -451,17 +452,17 @@ PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) 
   if (row && read_plain(a[0], a[1], row, is_recording(), &s, &like) && s.c.noise == 0 && s.c.history == 0 && s.c.history_2 == 0) {
     const size_t bytes = s.n_samples * s.n_elements * kItemSize[s.x_t.dtype];
     x_prev = NewTensor::like(like, bytes);
-    x0 = x_prev ? NewTensor::like(like, bytes) : nullptr;
+    x0 = x_prev && wants_x0 ? NewTensor::like(like, bytes) : nullptr;
   }
-  if (!x0) {
+  if (!x_prev || (wants_x0 && !x0)) {
     if (x_prev) NewTensor::destroy(&x_prev->managed);
     PyErr_Clear();
     return new_none();
   }
   s.x_prev = {x_prev + 1, s.x_t.stride, s.x_t.dtype};
-  s.x0 = {x0 + 1, s.x_t.stride, s.x_t.dtype};
+  if (x0) s.x0 = {x0 + 1, s.x_t.stride, s.x_t.dtype};
   run_unlocked(s, thread_count(s.n_samples * s.n_elements, false));
-  Reference first(x_prev->to_python()), second(x0->to_python());
+  Reference first(x_prev->to_python()), second(x0 ? x0->to_python() : new_none());
   return first.object && second.object ? PyTuple_Pack(2, first.object, second.object) : nullptr;
 }
 

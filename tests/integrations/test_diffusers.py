@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from layouts import assert_laid_out_alike, draw, shapes, sweep
 from layouts import kinds as kinds_of_tensors
+from outcomes import half_unit, outcome, same_error
 from twins import twins
 
 from ddim_fast.integrations.diffusers import (
@@ -43,7 +44,6 @@ PAIRS = {
 }
 SAMPLING = [DDIMScheduler, DDIMParallelScheduler]
 SHAPE = (3, 2, 4, 4)
-HALF = (torch.float16, torch.bfloat16)
 DTYPES = [
     (torch.float32, torch.float32),
     (torch.float64, torch.float64),
@@ -99,19 +99,6 @@ configs = st.builds(
 
 def tensors(rng, dtypes, shape=SHAPE, scale=1.0):
     return [torch.from_numpy(rng.standard_normal(shape) * scale).to(dtype) for dtype in dtypes]
-
-
-def outcome(function):
-    """(result, None), or (None, error)."""
-    try:
-        return function(), None
-    except Exception as error:
-        return None, error
-
-
-def same_error(original, fast):
-    assert type(fast) is type(original), (original, fast)
-    assert str(fast) == str(original)
 
 
 def truth(scheduler, t, x, m, eta, use_clipped_model_output, z, samples_in=torch.float32):
@@ -350,14 +337,6 @@ def test_copies_before_and_after_each_method(original):
         method()
         for twin in twins(scheduler):
             assert torch.equal(twin.step(x, 100, x)[0], scheduler.step(x, 100, x)[0])
-
-
-def half_unit(values, exact):
-    """Return what one rounding of the exact result to half precision may cost.
-
-    That is half a unit in the last place of the largest element.
-    """
-    return float(np.abs(exact).max()) * torch.finfo(values.dtype).eps / 2 if values.dtype in HALF else 0.0
 
 
 def drawn(noise, m, seed):

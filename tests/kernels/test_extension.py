@@ -346,6 +346,14 @@ def test_a_step_into_new_tensors_is_the_step(shape, state):
             assert result.data_ptr() % 64 == 0
 
 
+def test_a_step_into_new_tensors_without_x0():
+    x, m = torch.ones(2, 3), torch.full((2, 3), 0.5)
+    prev, x0 = cpu_step.extension.step_to_new(x, m, {7: ROW}, 7, (), (), False)
+    assert x0 is None
+    assert torch.equal(prev, ddim_step(x, m, ROW))
+    assert cpu_step.extension.step_to_new(x, m, {7: ROW}, 8, (), (), False) is None
+
+
 def test_new_tensors_are_like_any():
     x, m = torch.ones(2, 3), torch.full((2, 3), 0.5)
     expected = ddim_step(x, m, ROW)

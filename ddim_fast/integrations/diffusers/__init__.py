@@ -1,4 +1,4 @@
-"""Diffusers' DDIM schedulers with the update in one kernel.
+"""Diffusers' schedulers with the update in one kernel.
 
 ``pipe.scheduler = FastDDIMScheduler.from_config(pipe.scheduler.config)`` is the whole change. Each
 class extends its original and overrides ``step`` and the other methods that compute on samples. A
@@ -14,11 +14,39 @@ except ImportError as error:
         f"the drop-ins for diffusers need diffusers 0.30 or newer, got {error}: pip install 'diffusers>=0.30'"
     ) from error
 
+from typing import Any
+
 from .ddim import FastDDIMScheduler
+from .euler import FastEDMEulerScheduler, FastEulerAncestralDiscreteScheduler, FastEulerDiscreteScheduler
+from .flow_match_euler import FastFlowMatchEulerDiscreteScheduler
 from .inverse import FastDDIMInverseScheduler
 from .parallel import FastDDIMParallelScheduler
 
-__all__ = ["FastDDIMInverseScheduler", "FastDDIMParallelScheduler", "FastDDIMScheduler", "SchedulerMixin"]
+try:
+    from .flow_match_lcm import FastFlowMatchLCMScheduler  # noqa: F401 (listed where it exists)
+except ImportError:
+    _missing = {"FastFlowMatchLCMScheduler": "FlowMatchLCMScheduler"}
+    """By name: drop-ins whose original is not in this version of diffusers."""
+else:
+    _missing = {}
 
-for _scheduler in (FastDDIMScheduler, FastDDIMParallelScheduler, FastDDIMInverseScheduler):
-    _scheduler.__module__ = __name__  # what a saved pipeline's model_index.json names
+__all__ = [
+    "FastDDIMInverseScheduler", "FastDDIMParallelScheduler", "FastDDIMScheduler", "FastEDMEulerScheduler",
+    "FastEulerAncestralDiscreteScheduler", "FastEulerDiscreteScheduler", "FastFlowMatchEulerDiscreteScheduler",
+    *(["FastFlowMatchLCMScheduler"] if not _missing else []), "SchedulerMixin",
+]  # fmt: skip
+
+for _name in __all__:
+    if _name != "SchedulerMixin":
+        globals()[_name].__module__ = __name__  # what a saved pipeline's model_index.json names
+
+
+def __getattr__(name: str) -> Any:
+    """Say which drop-ins need a newer version of diffusers."""
+    if name in _missing:
+        import diffusers
+
+        raise ImportError(
+            f"{name} needs a diffusers that has {_missing[name]}, got {diffusers.__version__}: pip install -U diffusers"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,6 +25,21 @@ def config_entry(scheduler: Any) -> tuple[dict[str, Any], str, Any] | None:
     return (attributes, "_internal_dict", config) if attributes.get("_internal_dict") is config else None
 
 
+def share_storage(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are views of one piece of memory.
+
+    Waits for no device, and works for tensors without values, whose addresses torch does not tell.
+    """
+    storages = one.untyped_storage(), other.untyped_storage()
+    first, second = (getattr(storage, "_cdata", None) or storage.data_ptr() for storage in storages)
+    return first == second
+
+
+def scales_up(scheduler: Any) -> bool:
+    """Return whether the steps of a ``FlowMatchLCMScheduler`` scale the sample up."""
+    return bool(scheduler._scale_factors and scheduler._upscale_mode)
+
+
 def write_count(tensor: Tensor) -> int:
     """Return how often a tensor has been written in place.
 

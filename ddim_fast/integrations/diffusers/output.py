@@ -12,17 +12,19 @@ _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _set_item = OrderedDict.__setitem__
 
 
-def step_output(kind: type, found: tuple[Tensor, Tensor]) -> Any:
-    """Return ``kind(prev_sample=..., pred_original_sample=...)``.
+def step_output(kind: type, found: tuple[Tensor, ...]) -> Any:
+    """Return ``kind(prev_sample=..., pred_original_sample=...)``, or without the second.
 
     Its constructor takes longer than a small step.
     """
     if _is_dynamo_compiling():
         return kind(*found)
-    prev_sample, pred_original_sample = found
     output: Any = OrderedDict.__new__(kind)
+    attributes, prev_sample = output.__dict__, found[0]
     _set_item(output, "prev_sample", prev_sample)
-    _set_item(output, "pred_original_sample", pred_original_sample)
-    attributes = output.__dict__
-    attributes["prev_sample"], attributes["pred_original_sample"] = prev_sample, pred_original_sample
+    attributes["prev_sample"] = prev_sample
+    if len(found) == 2:
+        pred_original_sample = found[1]
+        _set_item(output, "pred_original_sample", pred_original_sample)
+        attributes["pred_original_sample"] = pred_original_sample
     return output

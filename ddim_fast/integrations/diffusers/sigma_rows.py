@@ -1,0 +1,127 @@
+"""The rows of schedulers that hold a list of ``sigmas``: one from each of them to the next."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.contract import StepCoefficients, StepTable
+from ...plans.coefficients import PREDICTION_TYPES, Prediction, ddim_coefficients, ddim_variance, edm_prediction
+from ...plans.levels import NoiseLevel
+from ..original_results import HALF_PRECISION
+from .arguments import LeaveToOriginal
+from .watched import Watched
+
+_MAX_KNOWN = 8192  # rows: runs of the same sigmas share them
+
+
+class SigmaRows(Watched):
+    """Rows of a scheduler by the index of the step. They are valid as long as ``is_valid()``.
+
+    Args:
+        scheduler: one of ``SigmaSteps``.
+    """
+
+    def __init__(self, scheduler: Any):
+        sigmas = getattr(scheduler, "sigmas", None)
+        if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or sigmas.dtype in HALF_PRECISION:
+            raise LeaveToOriginal(
+                f"sigmas must be a list of numbers, at least float32, in a tensor, got {sigmas!r:.80}"
+            )
+        super().__init__(scheduler, ["sigmas"], [sigmas], scheduler._row_fields)
+        self.sigmas: list[float] = scheduler._values_on_host("sigmas")
+        self.output_is_x0: bool = getattr(scheduler.config, "prediction_type", None) in _PREDICTIONS_OF_X0
+        """Whether the model predicts x0, and the original returns its output as it is."""
+        self.writes_x0: bool = scheduler._returns_x0 and not self.output_is_x0
+        self.plain: dict[int, StepCoefficients] = {}
+        """By index: rows of steps that need nothing but their row."""
+        self._tables: dict[torch.device, tuple[StepTable, Tensor]] = {}
+
+    def row(self, index: Any) -> StepCoefficients:
+        """Return the row of the step at this index.
+
+        Raises:
+            LeaveToOriginal: there is no such step, or it has no row.
+        """
+        if type(index) is not int or not 0 <= index < len(self.sigmas) - 1:
+            raise LeaveToOriginal(f"step_index must be 0 to {len(self.sigmas) - 2}, got {index!r:.80}")
+        try:
+            return self._scheduler._row_between(self.sigmas[index], self.sigmas[index + 1])
+        except (TypeError, ValueError, ArithmeticError) as error:
+            # A step without a row: the original handles it in its own way.
+            raise LeaveToOriginal(str(error)) from None
+
+    def table(self, device: torch.device) -> tuple[StepTable, Tensor]:
+        """Return all rows, and their indices, in device memory: copied there once for a run."""
+        found = self._tables.get(device)
+        if found is None:
+            rows = [self.row(index) for index in range(len(self.sigmas) - 1)]
+            found = self._tables[device] = (
+                StepTable.of(rows, device),
+                torch.arange(len(rows), dtype=torch.int64, device=device),
+            )
+        return found
+
+
+@lru_cache(_MAX_KNOWN)
+def flow_row(sigma: float, sigma_next: float, renoised: bool) -> StepCoefficients:
+    """Return the row of a step of flow matching (Liu et al. 2022, arXiv 2209.03003).
+
+    Args:
+        sigma, sigma_next: a sample there is (1 - sigma) x0 + sigma eps.
+        renoised: all of eps is replaced by fresh noise.
+    """
+    return ddim_coefficients(
+        NoiseLevel(1 - sigma, sigma),
+        NoiseLevel(1 - sigma_next, sigma_next),
+        "flow",
+        variance=sigma_next**2 if renoised else 0.0,
+        std_dev_added=sigma_next if renoised else 0.0,
+    )
+
+
+@lru_cache(_MAX_KNOWN)
+def exploding_row(
+    sigma: float, sigma_next: float, prediction_type: str, sigma_data: float | None = None, ancestral: bool = False
+) -> StepCoefficients:
+    """Return the row of Euler's step on a variance-exploding path (Karras et al. 2022, arXiv
+    2206.00364, algorithm 2).
+
+    Args:
+        sigma, sigma_next: a sample there is x0 + sigma eps.
+        prediction_type: diffusers'.
+        sigma_data: of EDM's preconditioning, which "epsilon" then means, too.
+        ancestral: as much noise is replaced as in a step of DDPM.
+
+    Raises:
+        LeaveToOriginal: the step has no values, or there is no such prediction.
+    """
+    if sigma == 0:
+        raise LeaveToOriginal("a step must start at noise, got sigma = 0")
+    level, target = NoiseLevel(1.0, sigma), NoiseLevel(1.0, sigma_next)
+    variance = ddim_variance(level, target, 1.0) if ancestral else 0.0
+    if variance < 0:
+        raise LeaveToOriginal(f"an ancestral step must lead to less noise, got sigma = {sigma} before {sigma_next}")
+    return ddim_coefficients(level, target, _prediction(level, prediction_type, sigma_data), variance=variance)
+
+
+_PREDICTIONS_OF_X0 = ("sample", "original_sample")
+
+
+def _prediction(level: NoiseLevel, prediction_type: str, sigma_data: float | None) -> Prediction:
+    """Return what a model's output means, in diffusers' words.
+
+    Its v is that of the sample scaled to variance 1: the network of EDM for data of standard
+    deviation 1, with the other sign.
+    """
+    if prediction_type == "v_prediction":
+        network = edm_prediction(level, 1.0 if sigma_data is None else sigma_data)
+        return network._replace(x0_m=-network.x0_m, eps_m=-network.eps_m)
+    if prediction_type == "epsilon":
+        return PREDICTION_TYPES["epsilon"](level) if sigma_data is None else edm_prediction(level, sigma_data)
+    if prediction_type in _PREDICTIONS_OF_X0 and sigma_data is None:
+        return PREDICTION_TYPES["sample"](level)
+    raise LeaveToOriginal(f"prediction_type must be one that the original knows, got {prediction_type!r:.80}")

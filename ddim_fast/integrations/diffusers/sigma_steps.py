@@ -1,0 +1,238 @@
+"""What the schedulers share that look a step up by its index, in a list of ``sigmas``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ...kernels.contract import StepCoefficients
+from ...kernels.cpu_step import plain_step
+from ...kernels.dispatch import ddim_step, ddim_step_from_table
+from ..original_results import HALF_PRECISION, kinds_of_results, readable
+from . import internals
+from .arguments import LeaveToOriginal, check_tensors
+from .output import step_output
+from .sigma_rows import SigmaRows
+
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_DTYPES = (torch.float32, *HALF_PRECISION)
+_TIMESTEPS = (torch.float32, torch.float64, *HALF_PRECISION)
+
+
+class _HostCopy(NamedTuple):
+    """The values of a tensor on a device, and how often it had been written then."""
+
+    tensor: Tensor
+    write_count: int | None
+    values: list[float]
+
+    def is_of(self, tensor: Any) -> bool:
+        return tensor is self.tensor and _write_count(tensor) == self.write_count
+
+
+def _write_count(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() or not internals.COUNTS_WRITES else internals.write_count(tensor)
+
+
+def set_timesteps_on_host(original: type, *moved: str) -> Callable[..., None]:
+    """Return the ``set_timesteps`` of a class, which keeps the values of what it moves to a device.
+
+    No step then waits for the device to know them. They are computed on the CPU, with the same
+    results.
+
+    Args:
+        moved: the attributes that the original moves to ``device``.
+    """
+    of_original = original.set_timesteps  # type: ignore[attr-defined] # each of diffusers' has one
+    signature = inspect.signature(of_original)
+
+    @functools.wraps(of_original)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            bound = signature.bind(self, *args, **kwargs)
+        except TypeError:  # the original raises its own
+            return of_original(self, *args, **kwargs)
+        device = bound.arguments.get("device")
+        if device is None or torch.device(device).type == "cpu":
+            return of_original(self, *args, **kwargs)
+        bound.arguments["device"] = "cpu"
+        of_original(*bound.args, **bound.kwargs)
+        copies = {}
+        for name in moved:
+            on_host = getattr(self, name)
+            on_device = on_host.to(device)
+            setattr(self, name, on_device)
+            copies[name] = _HostCopy(on_device, _write_count(on_device), on_host.tolist())
+        self._host_copies = copies
+        return None
+
+    return set_timesteps
+
+
+class SigmaSteps:
+    """A scheduler with a list of ``sigmas``; mixed in before the original class."""
+
+    config: Any
+    sigmas: Tensor
+    timesteps: Tensor
+    begin_index: int | None
+    _step_index: int | None
+    is_scale_input_called: bool = True
+    """The originals that scale the model's input have their own, and warn if it is False."""
+
+    _output_kind: type
+    _returns_x0 = False
+    _row_fields: tuple[str, ...] = ()
+    """The fields of the config that rows depend on."""
+    _row_cache: SigmaRows | None = None
+    _host_copies: dict[str, _HostCopy] = {}  # noqa: RUF012 (replaced, never written to)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is computed from this scheduler: a copy computes its own."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_row_cache", "_host_copies")}
+
+    # --- What a class of its own says ---------------------------------------------------------------------------------
+
+    def _row_between(self, sigma: float, sigma_next: float) -> StepCoefficients:
+        """Return the row of the step from one of ``sigmas`` to the next."""
+        raise NotImplementedError
+
+    def _noise_dtype(self, model_output: Tensor) -> torch.dtype | None:
+        """Return the dtype in which the original draws noise in each step, or None for no noise."""
+        return None
+
+    @staticmethod
+    def _originals_results(x: Tensor, m: Tensor, noise: Tensor | None, *, prediction_type: str) -> tuple[Tensor, ...]:
+        """Run the operations of the original's ``step``; return x_prev, and x0 if it does."""
+        raise NotImplementedError
+
+    # --- Where a run is -----------------------------------------------------------------------------------------------
+
+    def _values_on_host(self, name: str) -> list[float]:
+        """Return the values of ``sigmas`` or ``timesteps``: waits only for what others have set."""
+        tensor, copy = getattr(self, name), self._host_copies.get(name)
+        return copy.values if copy is not None and copy.is_of(tensor) else tensor.tolist()
+
+    def _init_step_index(self, timestep: Any) -> None:
+        """Find the index of the first step as the original does.
+
+        A timestep that is a view into ``timesteps``, as in a loop over them, is found without
+        waiting for its device.
+        """
+        index = None if self.begin_index is not None or _is_dynamo_compiling() else self._index_of_view(timestep)
+        if index is None:
+            super()._init_step_index(timestep)  # type: ignore[misc]  # the original
+        else:
+            self._step_index = index
+
+    def _index_of_view(self, timestep: Any) -> int | None:
+        timesteps = self.timesteps
+        if not isinstance(timestep, Tensor) or timestep.ndim != 0 or timesteps.ndim != 1:
+            return None
+        if timestep.dtype != timesteps.dtype or timestep.device != timesteps.device:
+            return None
+        copy = self._host_copies.get("timesteps")
+        if copy is None or not copy.is_of(timesteps) or not internals.share_storage(timestep, timesteps):
+            return None
+        place, left = divmod(timestep.storage_offset() - timesteps.storage_offset(), max(timesteps.stride(0), 1))
+        if left or not 0 <= place < len(copy.values):
+            return None
+        # The original takes the second of equal timesteps.
+        equal = [i for i, value in enumerate(copy.values) if value == copy.values[place]]
+        return equal[min(len(equal), 2) - 1] if equal else None
+
+    # --- The step -----------------------------------------------------------------------------------------------------
+
+    def _step(self, model_output: Any, timestep: Any, sample: Any, generator: Any, return_dict: Any) -> Any:
+        """Take the original's step in one pass; or return None, if it must take it itself."""
+        if _is_dynamo_compiling() or not self.is_scale_input_called:
+            return None
+        # With an integer as the timestep the original raises an error.
+        if type(timestep) is not float and not (isinstance(timestep, Tensor) and timestep.dtype in _TIMESTEPS):
+            return None
+        found = None if self._row_cache is None else self._short_step(self._row_cache, model_output, sample)
+        if found is None:
+            try:
+                found = self._checked_step(model_output, timestep, sample, generator)
+            except LeaveToOriginal:
+                return None
+        self._step_index += 1  # type: ignore[operator] # a number since the first step
+        return step_output(self._output_kind, found) if return_dict else found
+
+    def _short_step(self, rows: SigmaRows, model_output: Any, sample: Any) -> tuple[Tensor, ...] | None:
+        """Take a step that needs nothing but its row, if that row is known."""
+        writes_x0 = rows.writes_x0
+        # x0 is float32, and has the dtype of x_t in a step.
+        if writes_x0 and isinstance(sample, Tensor) and sample.dtype in HALF_PRECISION:
+            sample = sample.to(torch.float32)
+        found = plain_step(sample, model_output, rows.plain, self._step_index, rows.values, rows.writes, writes_x0)
+        if found is None:
+            return None
+        x_prev, x0 = found
+        if x_prev.dtype is not model_output.dtype:
+            x_prev = x_prev.to(model_output.dtype)
+        if not self._returns_x0:
+            return (x_prev,)
+        return x_prev, model_output if x0 is None else x0
+
+    def _checked_step(self, model_output: Any, timestep: Any, sample: Any, generator: Any) -> tuple[Tensor, ...]:
+        check_tensors(sample, model_output)
+        if sample.dtype not in _DTYPES or model_output.dtype not in _DTYPES or sample.device.type == "meta":
+            raise LeaveToOriginal(f"sample and model_output must be of {_DTYPES}, with values")
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        rows = self._row_cache
+        if rows is None or not rows.is_valid():
+            rows = self._row_cache = SigmaRows(self)
+        row, noise_dtype = rows.row(self._step_index), self._noise_dtype(model_output)
+        if noise_dtype is None and rows.allows_short_path:
+            rows.plain[self._step_index] = row  # type: ignore[index] # there is such a row
+            found = self._short_step(rows, model_output, sample)
+            if found is not None:
+                return found
+        m = model_output
+        noise = (
+            None
+            if noise_dtype is None
+            else randn_tensor(m.shape, generator=generator, device=m.device, dtype=noise_dtype)
+        )
+        return self._whole_step(rows, row, model_output, sample, noise)
+
+    def _whole_step(
+        self, rows: SigmaRows, row: StepCoefficients, model_output: Tensor, sample: Tensor, noise: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Take a step of checked tensors by ``ddim_step``, with the original's dtypes and layouts."""
+        # A step keeps the dtype of x_t: that is float32 where any other tensor is to keep its digits.
+        read = [sample, model_output] if noise is None else [sample, model_output, noise]
+        one_dtype = not rows.writes_x0 and len({tensor.dtype for tensor in read}) == 1
+        dtype = sample.dtype if one_dtype else torch.float32
+        x, m = sample.to(dtype), readable(model_output, dtype)
+        out, x0 = None, torch.empty_like(x) if rows.writes_x0 else None
+        if not (sample.is_contiguous() and model_output.is_contiguous()):
+            prediction_type = getattr(self.config, "prediction_type", "")
+            kinds = kinds_of_results(
+                self._originals_results, sample, model_output, noise, prediction_type=prediction_type
+            )
+            out = kinds[0].empty(x, dtype)
+            x0 = kinds[1].empty(x, dtype) if rows.writes_x0 else None
+        tensors = {"noise": None if noise is None else noise.to(dtype), "out": out, "x0_out": x0}
+        if x.device.type == "cuda":  # a row of its own would be copied there in each step
+            table, indices = rows.table(x.device)
+            x_prev = ddim_step_from_table(x, m, table, indices[self._step_index], **tensors)
+        else:
+            x_prev = ddim_step(x, m, row, **tensors)
+        x_prev = x_prev.to(model_output.dtype)
+        if not self._returns_x0:
+            return (x_prev,)
+        return x_prev, model_output if x0 is None else x0
+
+
+def coefficient(x: Tensor) -> Tensor:
+    """Return a coefficient as the originals have it: a number of ``sigmas``, in float32."""
+    return torch.empty((), dtype=torch.float32, device=x.device)
