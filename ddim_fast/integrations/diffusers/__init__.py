@@ -16,7 +16,9 @@ except ImportError as error:
 
 from typing import Any
 
+from .choose import fast_scheduler
 from .ddim import FastDDIMScheduler
+from .ddpm import FastDDPMScheduler
 from .euler import FastEDMEulerScheduler, FastEulerAncestralDiscreteScheduler, FastEulerDiscreteScheduler
 from .flow_match_euler import FastFlowMatchEulerDiscreteScheduler
 from .inverse import FastDDIMInverseScheduler
@@ -31,13 +33,14 @@ else:
     _missing = {}
 
 __all__ = [
-    "FastDDIMInverseScheduler", "FastDDIMParallelScheduler", "FastDDIMScheduler", "FastEDMEulerScheduler",
+    "FastDDIMInverseScheduler", "FastDDIMParallelScheduler", "FastDDIMScheduler", "FastDDPMScheduler", "FastEDMEulerScheduler",
     "FastEulerAncestralDiscreteScheduler", "FastEulerDiscreteScheduler", "FastFlowMatchEulerDiscreteScheduler",
     *(["FastFlowMatchLCMScheduler"] if not _missing else []), "SchedulerMixin",
+    "fast_scheduler",
 ]  # fmt: skip
 
 for _name in __all__:
-    if _name != "SchedulerMixin":
+    if _name.startswith("Fast"):
         globals()[_name].__module__ = __name__  # what a saved pipeline's model_index.json names
 
 
