@@ -146,7 +146,7 @@ class Search:
             self.num_inference_steps,
             at_least=1,
             at_most=there,
-            remedy="candidates=... takes more",
+            remedy="" if there == self.num_timesteps else "or pass more candidates",
         )
 
     def plan_of(self, candidate: Candidate, order: int | None = None) -> SamplingPlan:
