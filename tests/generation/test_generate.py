@@ -978,6 +978,24 @@ def test_a_table_of_any_bytes_is_finite_or_named(tmp_path_factory, suffix, data)
     reads_or_names_the_file(read, tmp_path_factory.getbasetemp() / f"table{suffix}", content)
 
 
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_parquet_table_of_any_bytes_is_finite_or_named(tmp_path_factory, data):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    path = tmp_path_factory.getbasetemp() / "table.parquet"
+    parquet.write_table(
+        pyarrow.table({"key": ["a", "b/c"], "class_labels": [1, 2], "list": [[0.5, 1.0], [3, 4]]}), path
+    )
+
+    def read(path):
+        for column in Table(path).columns.values():
+            assert column.dtype in (np.int64, np.float32)
+            assert np.isfinite(column).all()
+
+    read(path)
+    reads_or_names_the_file(read, path, data.draw(damaged(path.read_bytes())))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
