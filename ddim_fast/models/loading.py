@@ -261,14 +261,16 @@ def _load_unet(
     use_safetensors = _has_safetensors(path, trust_pickle, variant)
     diffusers = _diffusers()
     try:
-        network, found = getattr(diffusers, name).from_pretrained(
-            path,
-            local_files_only=True,
-            use_safetensors=use_safetensors,
-            variant=variant,
-            output_loading_info=True,
-            low_cpu_mem_usage=diffusers.utils.is_accelerate_available(),
-        )
+        with torch.device("cpu"):  # diffusers makes a network on the caller's default device, in its default dtype
+            network, found = getattr(diffusers, name).from_pretrained(
+                path,
+                local_files_only=True,
+                use_safetensors=use_safetensors,
+                variant=variant,
+                output_loading_info=True,
+                torch_dtype=torch.float32,
+                low_cpu_mem_usage=diffusers.utils.is_accelerate_available(),
+            )
     except Exception as error:
         raise ValueError(
             f"diffusers cannot load the {name} in {path}, which may be damaged or incomplete: {first_line(error)}"
