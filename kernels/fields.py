@@ -60,7 +60,7 @@ def _number(schema: str, in_table: bool = False) -> Mapping[str, Any]:
     return {"rule": NumberRule(schema, in_table)}
 
 
-@dataclass
+@dataclass(eq=False)
 class StepInputs:
     """The arguments of one step; ``dispatch.ddim_step`` says what each means.
 

@@ -141,7 +141,7 @@ class _Rows:
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class _Search:
     """The inversion, step by step.
 
