@@ -14,6 +14,7 @@ from torch import nn
 
 from ddim_fast import DDIMSampler, NoiseSchedule, load_model, sample_seeds, slerp, standard_normals
 from ddim_fast.kernels import dispatch
+from ddim_fast.models.metrics import load_statistics
 from ddim_fast.plans.files import TimestepList
 from ddim_fast.sampling.capture import GraphCache
 from ddim_fast.sampling.inversion import reconstruction_error
@@ -90,6 +91,7 @@ def calls(make=Net):
         "optimize": lambda: plain.sample(plain.optimize(make(), SHAPE, compile=False, tolerance=0), SHAPE, seed=0),
         "table": lambda: plain.plan().table().rows,
         "add_noise": lambda: LINEAR.add_noise(x0, start, 50),
+        "the statistics that ship": lambda: load_statistics().mean,
         "the model that ships": lambda: load_model()(
             start[:, :1, :1, :1].expand(2, 1, 28, 28), mask[:, 0, 0, 0].long()
         ),
