@@ -236,12 +236,13 @@ class _CoefficientsOfRow(StepCoefficients):
         object.__setattr__(self, "packed", packed_row)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepTable:
     """Rows of coefficients in device memory.
 
     A step reads one of them by an index that is in device memory, too. So one captured or compiled
-    step runs as any step of a plan: nothing about the step is baked in.
+    step runs as any step of a plan: nothing about the step is baked in. A table is equal to itself
+    alone, as a tensor in a set is.
 
     Attributes:
         rows: ``(S, ROW_WIDTH)`` float32 on the device of the samples; columns as in ``Column``.

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..utils.checks import check_choice, check_integer
 from .coefficients import ROW_WIDTH, Column, StepCoefficients, StepTable, check_guidance_scale
-from .fields import PER_ELEMENT, TENSORS, StepInputs
+from .fields import ARGUMENTS, PER_ELEMENT, TENSORS, StepInputs, TensorRule
 from .noise import MAX_ELEMENTS
-from .torch_internals import is_wrapped
+from .torch_internals import has_no_memory, is_recorded_apart, is_view_of_leaf, is_wrapped, transform_level
 
 __all__ = [
     "NORMALS", "ROW_WIDTH", "Column", "StepCoefficients", "StepInputs", "StepTable", "check_inputs", "check_predictions",
@@ -35,12 +35,12 @@ def check_inputs(inputs: StepInputs) -> None:
     _check_history(inputs)
     written = inputs.writes
     for name, tensor in written.items():
-        _check_writable(name, tensor)
+        check_writable(ARGUMENTS[name], tensor, inputs)
         for read_name, read in inputs.reads:
             same_allowed = TENSORS[name].in_place and read_name in PER_ELEMENT
-            _check_overlap(name, tensor, read_name, read, same_allowed)
+            check_overlap(ARGUMENTS[name], tensor, ARGUMENTS[read_name], read, same_allowed)
     for (name, tensor), (other_name, other) in combinations(written.items(), 2):
-        _check_overlap(other_name, other, name, tensor, same_allowed=False)
+        check_overlap(ARGUMENTS[other_name], other, ARGUMENTS[name], tensor, same_allowed=False)
 
 
 def check_predictions(inputs: StepInputs) -> None:
@@ -52,7 +52,7 @@ def check_predictions(inputs: StepInputs) -> None:
     _check_coefficients(inputs)
     _check_tensor("model_output", inputs.model_output)
     for name, tensor in inputs.tensors:
-        _check_field(name, tensor, inputs)
+        check_field(ARGUMENTS[name], tensor, inputs, TENSORS[name])
     _check_guidance(inputs)
 
 
@@ -82,10 +82,10 @@ def _check_width(name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_field(name: str, value: Tensor, inputs: StepInputs) -> None:
-    """Check one tensor of a step by its rule in ``fields``."""
+def check_field(name: str, value: Tensor, inputs: StepInputs, rule: TensorRule) -> None:
+    """Check one tensor of a step, which callers name ``name``, by its rule in ``fields``."""
     _check_tensor(name, value)
-    rule, x_t = TENSORS[name], inputs.x_t
+    x_t = inputs.x_t
     if rule.per_sample and value.shape != x_t.shape[:1]:
         raise ValueError(
             f"{name} must have one entry per sample, shape {tuple(x_t.shape[:1])}, got {tuple(value.shape)}"
@@ -231,7 +231,9 @@ def _check_history(inputs: StepInputs) -> None:
         )
 
 
-def _check_writable(name: str, written: Tensor) -> None:
+def check_writable(name: str, written: Tensor, inputs: StepInputs) -> None:
+    """Raise ValueError where torch would refuse to write what is computed from ``inputs`` to the
+    argument ``name``."""
     if written.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(
             f"{name} is written to outside of torch.inference_mode(), got a tensor that was made inside: use .clone(), "
@@ -242,9 +244,37 @@ def _check_writable(name: str, written: Tensor) -> None:
             f"{name} is written to, so its elements must not share memory, got an expanded or self-overlapping tensor "
             f"of shape {tuple(written.shape)} and strides {written.stride()}: use .contiguous()"
         )
-    if written.requires_grad and written.is_leaf and torch.is_grad_enabled():
+    if torch.compiler.is_dynamo_compiling():  # which cannot ask for what follows, and writes nothing yet
+        return
+    if has_no_memory(written):
         raise ValueError(
-            f"{name} is written to and must not require gradients: detach it, or work under torch.no_grad()"
+            f"{name} is written to, so it must have memory, got zeros that torch knows without any: use torch.zeros"
+        )
+    _check_recorded(name, written, inputs)
+    if transform_level(written) < max(transform_level(tensor) for _, tensor in inputs.tensors):
+        raise ValueError(
+            f"{name} is written to inside a torch.func transform, so it must be one of the transform's own tensors, got "
+            "one from outside, which cannot be changed in place there: pass it through the transform, or leave it out"
+        )
+
+
+def _check_recorded(name: str, written: Tensor, inputs: StepInputs) -> None:
+    """Raise ValueError where autograd would record the write, and cannot."""
+    if not torch.is_grad_enabled():
+        return
+    if written.requires_grad and (written.is_leaf or is_view_of_leaf(written)):
+        raise ValueError(
+            f"{name} is written to and must not require gradients, got a leaf that does, or a view of one: detach it, or "
+            "work under torch.no_grad()"
+        )
+    recorded = written.requires_grad or any(
+        tensor.requires_grad for other, tensor in inputs.tensors if TENSORS[other].read
+    )
+    if recorded and is_recorded_apart(written):
+        raise ValueError(
+            f"{name} is written to while gradients are recorded, got a view that autograd does not follow (one of several "
+            "that unbind, split or chunk returned, or one made under torch.no_grad()): index its base instead, as in "
+            "base[0], or work under torch.no_grad()"
         )
 
 
@@ -290,7 +320,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return begin, begin + (last + 1) * tensor.element_size()
 
 
-def _check_overlap(name: str, written: Tensor, other_name: str, other: Tensor, same_allowed: bool) -> None:
+def check_overlap(name: str, written: Tensor, other_name: str, other: Tensor, same_allowed: bool) -> None:
     """Raise ValueError where memory is shared other than element for element."""
     if written.numel() == 0 or other.numel() == 0 or written.device != other.device or written.device.type == "meta":
         return

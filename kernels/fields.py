@@ -28,6 +28,7 @@ class TensorRule:
         read, written: whether a step reads it, and whether it writes it.
         in_place: if written: it may be one of the tensors with the shape of ``x_t`` that are only
             read, element for element. Otherwise it shares memory with no other tensor.
+        argument: what callers name it, where that is not the field's name.
     """
 
     dtype: torch.dtype | str | None = "x_t"
@@ -35,6 +36,7 @@ class TensorRule:
     read: bool = True
     written: bool = False
     in_place: bool = False
+    argument: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def _number(schema: str, in_table: bool = False) -> Mapping[str, Any]:
     return {"rule": NumberRule(schema, in_table)}
 
 
-@dataclass
+@dataclass(eq=False)
 class StepInputs:
     """The arguments of one step; ``dispatch.ddim_step`` says what each means.
 
@@ -81,8 +83,12 @@ class StepInputs:
     mask: Tensor | None = field(default=None, metadata=_tensor())
     known_x0: Tensor | None = field(default=None, metadata=_tensor())
     known_noise: Tensor | None = field(default=None, metadata=_tensor())
-    x_prev: Tensor | None = field(default=None, metadata=_tensor(read=False, written=True, in_place=True))
-    x0: Tensor | None = field(default=None, metadata=_tensor(read=False, written=True, in_place=True))
+    x_prev: Tensor | None = field(
+        default=None, metadata=_tensor(read=False, written=True, in_place=True, argument="out")
+    )
+    x0: Tensor | None = field(
+        default=None, metadata=_tensor(read=False, written=True, in_place=True, argument="x0_out")
+    )
     normals: str = field(default="exact", metadata=_number("str"))
     history: Tensor | None = field(default=None, metadata=_tensor(written=True))
     history_2: Tensor | None = field(default=None, metadata=_tensor(written=True))
@@ -153,6 +159,8 @@ class StepInputs:
 _RULES = {declared.name: declared.metadata["rule"] for declared in fields(StepInputs) if "rule" in declared.metadata}
 TENSORS: dict[str, TensorRule] = {name: rule for name, rule in _RULES.items() if isinstance(rule, TensorRule)}
 NUMBERS: dict[str, NumberRule] = {name: rule for name, rule in _RULES.items() if isinstance(rule, NumberRule)}
+ARGUMENTS: dict[str, str] = {name: rule.argument or name for name, rule in TENSORS.items()}
+"""What callers name each tensor: the words of every error."""
 PER_ELEMENT = tuple(name for name, rule in TENSORS.items() if not rule.per_sample)
 """Names of the tensors with the shape of ``x_t``: the order of ``kPerElement`` in csrc/step.h."""
 PER_SAMPLE = tuple(name for name, rule in TENSORS.items() if rule.per_sample)

@@ -15,7 +15,7 @@ DTYPES_OF_KERNELS = (torch.float32, torch.float16, torch.bfloat16)
 """What kernels read and write; all compute in float32."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Rows:
     """A step's tensors as rows: sample i of ``tensors[name]`` starts ``strides[name] * i`` elements
     in.

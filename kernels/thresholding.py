@@ -8,8 +8,8 @@ from torch import Tensor
 from ..utils.checks import check_number
 from . import triton_backend
 from .coefficients import StepCoefficients, StepTable
-from .contract import check_predictions
-from .fields import StepInputs
+from .contract import check_field, check_overlap, check_predictions, check_writable
+from .fields import ARGUMENTS, TENSORS, StepInputs
 
 
 def quantile_of_magnitude(x: Tensor, ratio: float) -> Tensor:
@@ -28,7 +28,7 @@ def quantile_of_magnitude(x: Tensor, ratio: float) -> Tensor:
     return torch.lerp(low, high, position - below)
 
 
-def _check(inputs: StepInputs, ratio: float, maximum: float) -> None:
+def _check(inputs: StepInputs, ratio: float, maximum: float, out: Tensor | None) -> None:
     check_predictions(inputs)
     if not inputs.coefficients.clipped:
         raise ValueError(
@@ -40,6 +40,11 @@ def _check(inputs: StepInputs, ratio: float, maximum: float) -> None:
         )
     check_number("ratio", ratio, at_least=0, at_most=1)
     check_number("maximum", maximum, above=0)
+    if out is not None:
+        check_field("out", out, inputs, TENSORS["thresholds"])
+        check_writable("out", out, inputs)
+        for name, read in inputs.reads:
+            check_overlap("out", out, ARGUMENTS[name], read, same_allowed=False)
 
 
 def dynamic_thresholds(
@@ -59,6 +64,9 @@ def dynamic_thresholds(
     With a ``StepTable`` and ``index``, they are for ``ddim_step_from_table``. On a GPU this is one
     launch, which does not wait for the device, and allocates nothing if ``out``, ``(B,)`` float32,
     is given for the result.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule. Nothing has been written.
     """
     inputs = StepInputs(
         x_t=x_t,
@@ -68,7 +76,7 @@ def dynamic_thresholds(
         model_output_uncond=model_output_uncond,
         guidance_scale=guidance_scale,
     )
-    _check(inputs, ratio, maximum)
+    _check(inputs, ratio, maximum, out)
     if not triton_backend.unsupported_reasons(inputs):
         return triton_backend.dynamic_thresholds(inputs, ratio, maximum, out)
     x0_x: float | Tensor

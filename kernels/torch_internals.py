@@ -67,6 +67,18 @@ def is_wrapped(tensor: Tensor) -> bool:
         return True
 
 
+_level = getattr(getattr(torch._C, "_functorch", None), "maybe_get_level", None)
+
+
+def transform_level(tensor: Tensor) -> int:
+    """Return which of the torch.func transforms, one in the other, a tensor belongs to: -1 for none.
+
+    Saves writing to one tensor before torch refuses the next: a transform changes only its own in
+    place. There is no public way to ask: without the name, those of any transform are alike.
+    """
+    return _level(tensor) if _level is not None else int(is_wrapped(tensor)) - 1
+
+
 # ---- writes and memory ---------------------------------------------------------------------------
 
 
@@ -86,6 +98,39 @@ WRITE_COUNT: str | None = "_version" if hasattr(Tensor, "_version") else None
 Saves comparing contents in order to find out whether a tensor changed. Without the name, the
 extension takes every tensor for changed.
 """
+
+_is_zero_tensor = getattr(torch, "_is_zerotensor", None)
+
+
+def has_no_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor is zeros that torch knows without any memory, and cannot write.
+
+    There is no public way to ask: without the name, writing raises torch's own error.
+    """
+    return _is_zero_tensor is not None and _is_zero_tensor(tensor)
+
+
+def is_view_of_leaf(tensor: Tensor) -> bool:
+    """Return whether autograd knows a tensor as a view of a leaf.
+
+    There is no public way to ask: without the name, writing raises torch's own error.
+    """
+    base = getattr(tensor, "_base", None)
+    return base is not None and base.is_leaf
+
+
+_creation = getattr(getattr(torch._C, "_autograd", None), "_get_creation_meta", None)
+
+
+def is_recorded_apart(tensor: Tensor) -> bool:
+    """Return whether a tensor is a view whose writes autograd cannot carry over to its base.
+
+    There is no public way to ask: without the name, writing raises torch's own error.
+    """
+    if _creation is None or getattr(tensor, "_base", None) is None:
+        return False
+    return _creation(tensor) != torch._C._autograd.CreationMeta.DEFAULT
+
 
 _is_alias_of = getattr(torch._C, "_is_alias_of", None)
 

@@ -193,3 +193,27 @@ def makers_without(module: str) -> list[str]:
 def test_every_new_tensor_names_its_device_and_dtype():
     found = [where for module in SOURCES for where in makers_without(module)]
     assert not found, "\n".join(["these follow the caller's default device or dtype:", *sorted(found)])
+
+
+def holds_arrays(annotation: ast.expr) -> bool:
+    """Whether a field's type is a tensor or an array, or a container of them (but not a function that takes or returns some)."""
+    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Callable":
+        return False
+    if isinstance(annotation, (ast.Name, ast.Attribute)):
+        return ast.unparse(annotation) in ("Tensor", "torch.Tensor", "np.ndarray")
+    return any(holds_arrays(child) for child in ast.iter_child_nodes(annotation) if isinstance(child, ast.expr))
+
+
+def test_records_that_hold_tensors_are_compared_by_identity_or_by_a_rule_of_their_own():
+    """Python would compare their tensors, whose truth torch calls ambiguous, and hash them by their addresses."""
+    found = []
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            decorators = [ast.unparse(d) for d in node.decorator_list] if isinstance(node, ast.ClassDef) else []
+            if not any(d.startswith("dataclass") for d in decorators) or any("eq=False" in d for d in decorators):
+                continue
+            assert isinstance(node, ast.ClassDef)
+            own = any(isinstance(member, ast.FunctionDef) and member.name == "__eq__" for member in node.body)
+            if not own and any(isinstance(m, ast.AnnAssign) and holds_arrays(m.annotation) for m in node.body):
+                found.append(f"{relative(SOURCES[module])}:{node.lineno}: {node.name}")
+    assert not found, "\n".join(["these need eq=False, or an __eq__:", *sorted(found)])

@@ -2,6 +2,7 @@
 of models that are sampled between two steps of their training."""
 
 import copy
+import multiprocessing
 import pickle
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from torch import nn
 
 from ddim_fast import DDIMSampler, NoiseSchedule, load_model, sample_seeds, slerp, standard_normals
 from ddim_fast.kernels import dispatch
+from ddim_fast.models.metrics import load_statistics
 from ddim_fast.plans.files import TimestepList
 from ddim_fast.sampling.capture import GraphCache
 from ddim_fast.sampling.inversion import reconstruction_error
@@ -89,6 +91,7 @@ def calls(make=Net):
         "optimize": lambda: plain.sample(plain.optimize(make(), SHAPE, compile=False, tolerance=0), SHAPE, seed=0),
         "table": lambda: plain.plan().table().rows,
         "add_noise": lambda: LINEAR.add_noise(x0, start, 50),
+        "the statistics that ship": lambda: load_statistics().mean,
         "the model that ships": lambda: load_model()(
             start[:, :1, :1, :1].expand(2, 1, 28, 28), mask[:, 0, 0, 0].long()
         ),
@@ -237,3 +240,68 @@ def test_importing_the_package_does_not_load_the_compiler():
     code = "import sys, ddim_fast; ddim_fast.sample_seeds(0, 1); print('torch._dynamo' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "False\n"
+
+
+# --- Workers ----------------------------------------------------------------------------------------------------------
+
+
+def sent():
+    """What people send to a worker, each with what the worker computes with it."""
+    from ddim_fast.integrations import diffusers as ours
+
+    x_t = torch.linspace(-1, 1, 64, dtype=torch.float32, device="cpu").view(SHAPE)
+    seeds = torch.tensor([1, -2], dtype=torch.int64, device="cpu")
+    noisy = DDIMSampler(LINEAR, 3, eta=1.0)
+    scheduler = ours.FastDDIMScheduler(num_train_timesteps=100)
+    scheduler.set_timesteps(3)
+    index = torch.tensor([1], dtype=torch.int64, device="cpu")
+    return {
+        "sampler": noisy,
+        "plan": noisy.plan(),
+        "table": noisy.plan().table(),
+        "drop-in": scheduler,
+    }, {
+        "sampler": lambda sampler: sampler.sample(Net(), SHAPE, seed=5),
+        "plan": lambda plan: dispatch.ddim_step(x_t, -x_t, plan.steps[0].coefficients, seeds=seeds),
+        "table": lambda table: dispatch.ddim_step_from_table(x_t, -x_t, table, index, seeds=seeds),
+        "drop-in": lambda scheduler: scheduler.step(-x_t, int(scheduler.timesteps[0]), x_t).prev_sample,
+    }
+
+
+def work(things, results):
+    """Run in the worker: compute with what arrived, by this module's functions."""
+    _, uses = sent()
+    results.put({name: uses[name](thing).numpy() for name, thing in things.items()})
+
+
+def test_a_worker_that_is_spawned_gets_the_same_results():
+    things, uses = sent()
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    worker = context.Process(target=work, args=(things, results))
+    worker.start()
+    try:
+        got = results.get(timeout=240)
+    finally:
+        worker.join(10)
+        worker.kill()
+    assert worker.exitcode == 0
+    assert got.keys() == uses.keys()
+    for name, use in uses.items():
+        assert torch.equal(torch.from_numpy(got[name]), use(things[name])), name
+
+
+HOLDING_TENSORS = {
+    "table": lambda: DDIMSampler(LINEAR, 3).plan().table(),
+    "trajectory": lambda: DDIMSampler(LINEAR, 2).sample(Net(), SHAPE, seed=0, return_trajectory=True),
+}
+
+
+@pytest.mark.parametrize("name", HOLDING_TENSORS)
+def test_what_holds_tensors_is_equal_to_itself_alone(name):
+    """As tensors in sets and dicts are; whether the numbers are equal is ``torch.equal``'s to say."""
+    one, other = HOLDING_TENSORS[name](), HOLDING_TENSORS[name]()
+    assert one == one
+    assert one != other
+    assert other not in [one]
+    assert len({one, one, other}) == 2

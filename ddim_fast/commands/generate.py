@@ -18,7 +18,6 @@ from ..generation.directory import MANIFEST, GenerationError, parts_of, read_man
 from ..generation.formats import FORMATS
 from ..generation.run import COMPUTE_BATCH_SIZE, SHARD_SIZE
 from ..generation.settings import file_digest
-from ..models.loading import load_model
 from ..models.shipped import SHIPPED
 from ..utils.checks import usable_device
 from .options import Run, conditioning_rule, noise_options, takes_run
@@ -188,12 +187,7 @@ def _model(run: Run):
     usable = usable_device(device)
     if usable.type == "cuda":
         torch.cuda.set_device(usable)
-    model = load_model(run.model_name, usable, trust_pickle=run.trust_pickle, variant=run.variant)
-    if model.sample_shape is None:
-        raise ValueError(
-            f"the command line needs a model whose files give the shape of its samples, got {run.model_name}: use the Python API"
-        )
-    return model
+    return run.model_on(usable)
 
 
 def _model_id(run: Run) -> str | None:

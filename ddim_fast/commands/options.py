@@ -86,17 +86,24 @@ class Run:
         """Load the model onto the requested device."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        device = usable_device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        named = ":" in self.model_name and not os.path.exists(self.model_name)
-        if named:
-            self.use(_own_model(self.model_name).to(device))
+        self.use(self.model_on(usable_device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))))
+
+    def model_on(self, device: torch.device) -> nn.Module:
+        """Return the model of --model on this device.
+
+        Raises:
+            ValueError: it does not tell the shape of its samples.
+        """
+        if ":" in self.model_name and not os.path.exists(self.model_name):
+            model = _own_model(self.model_name).to(device)
         else:
-            self.use(load_model(self.model_name, device, trust_pickle=self.trust_pickle, variant=self.variant))
-        if getattr(self.model, "sample_shape", None) is None:
+            model = load_model(self.model_name, device, trust_pickle=self.trust_pickle, variant=self.variant)
+        if getattr(model, "sample_shape", None) is None:
             raise ValueError(
                 f"the command line needs a model that has the shape of its samples, got {self.model_name}: give it an attribute "
                 "sample_shape = (C, H, W), or use the Python API"
             )
+        return model
 
     def use(self, model: nn.Module) -> None:
         """Sample this model, along the path of --schedule and --shift if they are given.

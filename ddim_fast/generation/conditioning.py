@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.checks import check_integer
+from ..utils.checks import check_integer, check_path, check_text, refuse
 from ..utils.files import csv_rows, json_lines, parquet_rows
 from .settings import file_digest
 
@@ -39,11 +39,24 @@ class Conditioning(Protocol):
         ...
 
 
+def check_rule(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` has the methods of a ``Conditioning``."""
+    methods = ("settings", "rows")
+    if isinstance(value, type) or not all(callable(getattr(value, method, None)) for method in methods):
+        refuse(
+            f"{name} must be a rule with the methods settings() and rows(first, count)",
+            value,
+            "for instance EveryClass(10), OneClass(3) or Table('rows.csv')",
+            TypeError,
+        )
+
+
 class EveryClass:
     """Sample i is of class ``i mod num_classes``."""
 
     def __init__(self, num_classes: int, name: str = LABELS):
-        self.num_classes, self.name = check_integer("num_classes", num_classes, at_least=1), name
+        self.num_classes = check_integer("num_classes", num_classes, at_least=1)
+        self.name = check_text("name", name)
 
     def settings(self) -> dict[str, Any]:
         return {"rule": "every class in turn", "num_classes": self.num_classes, "name": self.name}
@@ -56,7 +69,8 @@ class OneClass:
     """Every sample is of class ``label``."""
 
     def __init__(self, label: int, name: str = LABELS):
-        self.label, self.name = int(label), name
+        self.label = check_integer("label", label, at_least=int(_INT64.min), at_most=int(_INT64.max))
+        self.name = check_text("name", name)
 
     def settings(self) -> dict[str, Any]:
         return {"rule": "one class", "label": self.label, "name": self.name}
@@ -81,7 +95,7 @@ class Table:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = check_path("path", path)
         if self.path.suffix.lower() not in _READERS:
             raise ValueError(f"a file of conditioning must end in {', '.join(_READERS)}, got {self.path}")
         if not self.path.is_file():

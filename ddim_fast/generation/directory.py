@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.atomic_files import atomic_file, fsync_directory, own_directory
-from ..utils.checks import check_choice, check_integer, refuse
+from ..utils.checks import check_choice, check_integer, check_path, refuse
 from ..utils.files import read_json
 from .formats import FORMATS
 from .settings import LAYOUT_VERSION, as_json, differences, file_digest
@@ -387,7 +387,7 @@ def check_set(path: str | os.PathLike[str], progress: Callable[[int], Any] = lam
     Raises:
         FileNotFoundError, ValueError: there is no set, or its manifest is damaged.
     """
-    path = Path(path)
+    path = check_path("path", path)
     found = read_manifest(path)
     if found["state"] != FINISHED:
         return [f"the set is not finished. {AGAIN}"]

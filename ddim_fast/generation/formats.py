@@ -23,7 +23,7 @@ _TAR_BLOCK = 512
 _PNG_OVERHEAD = 256  # signature, chunks, and what deflate adds to what it cannot compress
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shard:
     """Consecutive samples of a run.
 

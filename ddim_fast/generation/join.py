@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..utils.atomic_files import atomic_file, fsync_directory, name_beside
+from ..utils.checks import check_path
 from ..utils.files import reading
 from .directory import FINISHED, parts_of, read_manifest
 from .formats import ZIP_EPOCH
@@ -29,7 +30,7 @@ def join_npz(out: str | os.PathLike[str], file: str | os.PathLike[str]) -> Path:
         ValueError: the set is not finished, or not of format "npz"; or ``file`` does not end in
             ``.npz``.
     """
-    out, file = Path(out), Path(file)
+    out, file = check_path("out", out), check_path("file", file)
     found = read_manifest(out)
     if file.suffix != ".npz":
         raise ValueError(f"the file of a joined set must end in .npz, got {file}")

@@ -23,9 +23,19 @@ from ..sampler import DDIMSampler
 from ..sampling.capture import choose_mode
 from ..sampling.guidance import check_rescale, guidance_scales
 from ..sampling.initial_state import conditionings_of
-from ..utils.checks import check_choice, check_dtype, check_integer, check_memory, check_number, usable_device
+from ..utils.checks import (
+    check_choice,
+    check_dtype,
+    check_integer,
+    check_memory,
+    check_number,
+    check_path,
+    check_sample_shape,
+    check_text,
+    usable_device,
+)
 from .batches import Samples
-from .conditioning import LABELS, Conditioning, Table
+from .conditioning import LABELS, Conditioning, Table, check_rule
 from .directory import AGAIN, SetDirectory, Slice, Slices
 from .formats import FORMATS, PER_SHARD, Shard
 from .processes import WorkQueue, agree, processes, store_errors
@@ -131,6 +141,9 @@ def generate(
     started = time.perf_counter()
     device = usable_device(device)
     _check_arguments(model, sampler, count, seed, format, shard_size, batch_size, compute_batch_size, threads, patience)
+    path = check_path("out", out)
+    if model_id is not None:
+        check_text("model_id", model_id, "leave it out for the SHA-256 of the model's structure and weights")
     shape = _shape(model, shape, format)
     slices = Slices(int(count), int(shard_size))
     check_dtype("dtype", dtype)
@@ -173,7 +186,7 @@ def generate(
         "capture": capture,
     }
     samples = Samples(sampler, model, shape, seed, compute_batch_size, batch_size, conditioning, device, dtype, options)
-    directory = SetDirectory(Path(out), FORMATS[format].suffix)
+    directory = SetDirectory(path, FORMATS[format].suffix)
 
     def begin() -> None:
         needed = partial(_space_needed, directory, slices, shape, dtype, format)
@@ -314,6 +327,8 @@ def _space_needed(
 def _check_arguments(
     model, sampler, count, seed, format, shard_size, batch_size, compute_batch_size, threads, patience
 ) -> None:
+    if not callable(model):
+        raise TypeError(f"model must be callable as model(x, t, **conditioning), got {type(model).__name__}")
     if not isinstance(sampler, DDIMSampler):
         raise TypeError(f"sampler must be a DDIMSampler, got {type(sampler).__name__}")
     numbers = {
@@ -348,9 +363,7 @@ def _shape(model: Model, shape: Sequence[int] | None, format: str) -> tuple[int,
         raise ValueError(
             "shape must be given for a model without sample_shape, got None: for instance shape=(3, 32, 32)"
         )
-    found = tuple(int(size) for size in wanted)
-    if not found or min(found) < 1:
-        raise ValueError(f"shape must be that of one sample, (C, ...), with no size below 1, got {found}")
+    found = check_sample_shape("shape", wanted)
     if FORMATS[format].pictures and (len(found) != 3 or found[0] not in (1, 3)):
         raise ValueError(
             f"format {format!r} is for pictures, (1 or 3, H, W), got samples {found}: take format='safetensors'"
@@ -363,6 +376,7 @@ def _check_conditioning(
 ) -> None:
     if conditioning is None:
         return
+    check_rule("conditioning", conditioning)
     if isinstance(conditioning, Table):
         if len(conditioning) < count:
             raise ValueError(

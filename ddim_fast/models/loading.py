@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..plans.coefficients import PREDICTION_TYPES
+from ..plans.coefficients import DISCRETE_PREDICTIONS
 from ..plans.schedules import NoiseSchedule, make_schedule
 from ..plans.timesteps import SPACINGS
 from ..utils.checks import check_choice, check_dtype, check_integer, check_number, refuse, usable_device
@@ -261,14 +261,16 @@ def _load_unet(
     use_safetensors = _has_safetensors(path, trust_pickle, variant)
     diffusers = _diffusers()
     try:
-        network, found = getattr(diffusers, name).from_pretrained(
-            path,
-            local_files_only=True,
-            use_safetensors=use_safetensors,
-            variant=variant,
-            output_loading_info=True,
-            low_cpu_mem_usage=diffusers.utils.is_accelerate_available(),
-        )
+        with torch.device("cpu"):  # diffusers makes a network on the caller's default device, in its default dtype
+            network, found = getattr(diffusers, name).from_pretrained(
+                path,
+                local_files_only=True,
+                use_safetensors=use_safetensors,
+                variant=variant,
+                output_loading_info=True,
+                torch_dtype=torch.float32,
+                low_cpu_mem_usage=diffusers.utils.is_accelerate_available(),
+            )
     except Exception as error:
         raise ValueError(
             f"diffusers cannot load the {name} in {path}, which may be damaged or incomplete: {first_line(error)}"
@@ -401,7 +403,7 @@ _CHECKS: dict[str, Any] = {
     "beta_start": check_number,
     "beta_end": check_number,
     "trained_betas": _check_betas,
-    "prediction_type": lambda name, value: check_choice(name, value, PREDICTION_TYPES),
+    "prediction_type": lambda name, value: check_choice(name, value, DISCRETE_PREDICTIONS),
     "timestep_spacing": lambda name, value: check_choice(name, value, SPACINGS),
     "steps_offset": lambda name, value: check_integer(name, value, at_least=0),
     "set_alpha_to_one": _check_flag,

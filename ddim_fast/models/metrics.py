@@ -201,8 +201,7 @@ def _shipped_file(name: str, kind: str) -> Path:
 
 
 def _load(name: str, what: str) -> dict[str, Tensor]:
-    with torch.device("cpu"):  # older versions of safetensors load to the default device
-        return load_file(_shipped_file(name, what))
+    return load_file(_shipped_file(name, what))
 
 
 def load_classifier(name: str = "fashion") -> FashionClassifier:

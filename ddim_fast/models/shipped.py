@@ -95,8 +95,7 @@ def load_shipped_model(
         ValueError: there is no such model.
     """
     check_choice("a shipped model", name, SHIPPED)
-    # Older versions of safetensors load to the default device.
-    with torch.device("cpu"), safe_open(WEIGHTS / f"{name}.safetensors", framework="pt") as file:
+    with safe_open(WEIGHTS / f"{name}.safetensors", framework="pt") as file:
         config = json.loads(file.metadata()["config"])
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
     with torch.device("meta"):

@@ -136,6 +136,9 @@ PREDICTION_TYPES: dict[str, Callable[[AnyLevel], Prediction]] = {
 }
 """What the model's output m means at a noise level."""
 
+DISCRETE_PREDICTIONS = ("epsilon", "sample", "v_prediction")
+"""The prediction types that other libraries' schedulers of discrete timesteps know."""
+
 
 def prediction_at(prediction: str | Prediction, level_t: AnyLevel) -> Prediction:
     """Return what a model's output means at a noise level, by a key of ``PREDICTION_TYPES`` or as

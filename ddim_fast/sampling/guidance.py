@@ -75,7 +75,7 @@ def guidance_scales(guidance_scale: GuidanceScale | None, timesteps: Sequence[fl
         return None
     if callable(guidance_scale):
         scales = [guidance_scale(t) for t in timesteps]
-    elif isinstance(guidance_scale, Sequence) and not isinstance(guidance_scale, str):
+    elif isinstance(guidance_scale, Sequence) and not isinstance(guidance_scale, (str, bytes)):
         scales = list(guidance_scale)
     else:
         scales = [guidance_scale] * len(timesteps)

@@ -140,7 +140,7 @@ class _Rows:
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class _Search:
     """The inversion, step by step.
 

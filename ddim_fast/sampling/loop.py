@@ -45,9 +45,9 @@ class Timing:
     steps: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Trajectory:
-    """Every state of a run.
+    """Every state of a run. It is equal to itself alone.
 
     Attributes:
         timesteps: S timesteps visited.
@@ -71,7 +71,7 @@ class Trajectory:
             self.x0.append(x0.clone())
 
 
-@dataclass
+@dataclass(eq=False)
 class Position:
     """The position of ``step_by_index``: everything that must not be a Python number.
 
@@ -90,7 +90,7 @@ class Position:
     thresholds: Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class Loop:
     """The tensors of a run, and what its steps need beside them. None means: not needed.
 

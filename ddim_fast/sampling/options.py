@@ -27,7 +27,7 @@ Callback = Callable[[int, Any, Tensor, Tensor], Any]
 model saw, and the x0 predicted from them. The run stops early if it returns True."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Noise:
     """Where the randomness of a run comes from."""
 
@@ -49,7 +49,7 @@ class Guidance:
     cond_fn: Callable[..., Tensor] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KnownRegion:
     """The part of a picture that inpainting keeps."""
 

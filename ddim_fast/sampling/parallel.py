@@ -114,7 +114,7 @@ def sample_parallel(
     return samples, statistics
 
 
-@dataclass
+@dataclass(eq=False)
 class _Window:
     """A window of states, starting with the first that is not done.
 

@@ -60,7 +60,7 @@ def sample(
     return _take_steps(job, mode, using, bar, options)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Request:
     """A run whose options have been checked; nothing has been drawn or computed yet."""
 

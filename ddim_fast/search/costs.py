@@ -20,7 +20,7 @@ from ..plans.plan import SamplingPlan
 from .runs import Runs, State, after
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reference:
     """Converged trajectories at K candidate timesteps.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..utils.checks import check_integer
+from ..utils.checks import check_integer, refuse
 
 
 def best_timesteps(costs: np.ndarray, num_inference_steps: int) -> list[int]:
@@ -25,10 +25,13 @@ def best_timesteps(costs: np.ndarray, num_inference_steps: int) -> list[int]:
         S numbers of candidates, increasing, 0 first.
 
     Raises:
+        TypeError: the table is no NumPy array, or S no integer.
         ValueError: the table has another shape, or S is out of range, or every run has infinite
             costs.
     """
-    K = costs.shape[-2]
+    if not isinstance(costs, np.ndarray):
+        refuse("costs must be a NumPy array (K, K + 1) or (K + 1, K, K + 1)", costs, kind=TypeError)
+    K = costs.shape[-2] if costs.ndim > 1 else 0
     if costs.shape not in ((K, K + 1), (K + 1, K, K + 1)):
         raise ValueError(f"costs must be (K, K + 1) or (K + 1, K, K + 1), got {costs.shape}")
     check_integer("num_inference_steps", num_inference_steps, at_least=1, at_most=K, remedy=f"there are {K} candidates")

@@ -43,7 +43,7 @@ class Candidate:
         return next((k for k, equal in enumerate(same) if not equal), len(same))
 
 
-@dataclass
+@dataclass(eq=False)
 class Refinement:
     """The state of a search: the best candidate so far, and the states of its run, which runs that
     differ later reuse.

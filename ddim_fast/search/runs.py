@@ -20,7 +20,7 @@ from ..sampling.loop import Loop, model_calls
 Progress = Callable[[int], Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class State:
     """The state between two steps: the samples ``(B, C, ...)``, and in a run of order 2 the x0 of
     the step before."""
@@ -29,7 +29,7 @@ class State:
     x0_last: Tensor | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Runs:
     """Deterministic runs of one model from one set of noise.
 

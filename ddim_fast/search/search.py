@@ -3,6 +3,7 @@ has used."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
-from ..generation.conditioning import Conditioning
+from ..generation.conditioning import Conditioning, check_rule
 from ..models.metrics import sample_distances
 from ..models.protocol import Model
 from ..plans.continuous import ContinuousSchedule
@@ -24,6 +25,8 @@ from ..plans.plan import SamplingPlan
 from ..plans.schedules import NoiseSchedule
 from ..plans.timesteps import distinct_timesteps, select_timesteps
 from ..sampler import DDIMSampler
+from ..sampling.guidance import guidance_scales
+from ..utils.checks import check_integer, check_sample_shape, refuse, usable_device
 from .analytic import measure_eps_residual
 from .costs import cost_table, reference
 from .dynamic import best_timesteps
@@ -36,6 +39,7 @@ dimension."""
 REFERENCE_STEPS = 200
 GRID = 1000
 """The number of times among which a search chooses where time is continuous."""
+_OWN_OPTIONS = {"schedule", "num_inference_steps", "timesteps", "model_timesteps", "order"}  # what a search sets itself
 ONE_LIST = "searched, one list"
 """The name of the best list whose model timesteps are the timesteps visited, beside the best of
 all."""
@@ -106,6 +110,44 @@ class Search:
     candidates: int | None = None
     seed: int = 1000
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        if not callable(self.model):
+            refuse("model must be callable as model(x, t, **conditioning)", self.model, kind=TypeError)
+        if not isinstance(self.schedule, NoisePath) or isinstance(self.schedule, type):
+            refuse("schedule must be a noise schedule", self.schedule, "for instance NoiseSchedule.linear()", TypeError)
+        self.shape = check_sample_shape("shape", self.shape)
+        if check_integer("order", self.order) not in CANDIDATES:
+            refuse("order must be 1 (DDIM) or 2 (its multistep form)", self.order)
+        self._check_counts()
+        if self.conditioning is not None:
+            check_rule("conditioning", self.conditioning)
+        guidance_scales(self.guidance_scale, (0,))
+        self._check_sampler_options()
+        self.device = usable_device(self.device)
+
+    def _check_sampler_options(self) -> None:
+        options, known = self.sampler_options, {*inspect.signature(DDIMSampler).parameters} - _OWN_OPTIONS
+        if not isinstance(options, Mapping):
+            refuse("sampler_options must be a dict of the sampler's arguments", options, kind=TypeError)
+        if unknown := [name for name in options if name not in known]:
+            refuse(f"sampler_options must be among {', '.join(sorted(known))}", unknown[0], "leave it out")
+
+    def _check_counts(self) -> None:
+        for name in ("count", "refine_count", "held_out"):
+            check_integer(name, getattr(self, name), at_least=1)
+        check_integer("refine_runs", self.refine_runs, at_least=0)
+        check_integer("seed", self.seed, at_least=0, at_most=2**64 - 2, remedy="held-out samples use seed + 1")
+        if self.candidates is not None:
+            check_integer("candidates", self.candidates, at_least=1)
+        there = min(self.candidates or CANDIDATES[self.order], self.num_timesteps)
+        check_integer(
+            "num_inference_steps",
+            self.num_inference_steps,
+            at_least=1,
+            at_most=there,
+            remedy="" if there == self.num_timesteps else "or pass more candidates",
+        )
 
     def plan_of(self, candidate: Candidate, order: int | None = None) -> SamplingPlan:
         options: dict[str, Any] = {**self.sampler_options, "order": self.order if order is None else order}

@@ -77,7 +77,7 @@ class Subject:
         return (cell.count or self.count) * cell.num_inference_steps * self.calls_per_step
 
 
-@dataclass
+@dataclass(eq=False)
 class Drawn:
     """Samples of a cell ``(N, C, ...)`` on the CPU, and each batch's time in seconds per sample."""
 

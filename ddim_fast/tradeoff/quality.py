@@ -29,7 +29,7 @@ NEIGHBOURS = 3
 _BATCH_SIZE = 500
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Judge:
     """A feature extractor and the features of real data.
 

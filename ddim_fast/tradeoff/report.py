@@ -312,18 +312,26 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
 
+_LARGEST_PICTURE = 1 << 28
+"""Bytes of a file that the page takes in: twice those of 30 pictures of 1024 x 1024 pixels."""
+
+
 def _picture(directory: Path, name: str | None) -> bytes | None:
     """Read a PNG file of the study's directory; return None for any other file or place."""
     if name is None:
         return None
-    path = (directory / name).resolve()
-    if not path.is_relative_to(directory.resolve()) or not path.is_file():
-        return None
-    content = path.read_bytes()
     try:
+        path = (directory / name).resolve()
+        if not path.is_relative_to(directory.resolve()) or not path.is_file() or path.stat().st_size > _LARGEST_PICTURE:
+            return None
+        content = path.read_bytes()
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            image.verify()
-    except (OSError, SyntaxError):  # Pillow's errors for a file that is not a PNG, or is broken
+            image.verify()  # its checksums
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            image.load()  # its pixels
+    except (OSError, ValueError, RuntimeError):  # no path, or one of links that go in a circle
+        return None
+    except (SyntaxError, Image.DecompressionBombError):  # Pillow's, of a file that is no PNG, is broken, or huge
         return None
     return content
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn
@@ -108,6 +108,51 @@ def _range(at_least: float | None, at_most: float | None, above: float | None = 
     return "" if at_most is None else f", at most {at_most}"
 
 
+def check_sample_shape(name: str, value: Any) -> tuple[int, ...]:
+    """Return the shape of one sample, ``(C, ...)``, as a tuple.
+
+    Raises:
+        TypeError: it is no sequence of integers.
+        ValueError: it is empty, or a size is below 1.
+    """
+    rule, remedy = f"{name} must be that of one sample, (C, ...)", f"for instance {name}=(3, 32, 32)"
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        refuse(rule, value, remedy, TypeError)
+    if not value:
+        refuse(rule, tuple(value), remedy)
+    return tuple(check_integer(f"{name}[{i}]", size, at_least=1, remedy=remedy) for i, size in enumerate(value))
+
+
+def check_path(name: str, value: Any) -> Path:
+    """Return ``value`` as a path.
+
+    Raises:
+        TypeError: it is neither text nor a path.
+        ValueError: it contains a NUL character, which no path can.
+    """
+    rule = f"{name} must be a path, as text or a pathlib.Path"
+    if not isinstance(value, (str, os.PathLike)):
+        refuse(rule, value, kind=TypeError)
+    path = os.fspath(value)
+    if not isinstance(path, str):
+        refuse(rule, value, kind=TypeError)
+    if "\0" in path:
+        refuse(f"{name} must be a path, without NUL characters", value)
+    return Path(path)
+
+
+def check_text(name: str, value: Any, remedy: str = "") -> str:
+    """Return ``value``.
+
+    Raises:
+        TypeError: it is no text.
+        ValueError: it is empty.
+    """
+    if not isinstance(value, str) or not value:
+        refuse(f"{name} must be text, not empty", value, remedy, ValueError if value == "" else TypeError)
+    return value
+
+
 def check_memory(name: str, value: object, needed: int, remedy: str) -> None:
     """Raise ValueError where more bytes are needed than this machine, or this container, has."""
     there = _memory()
@@ -160,7 +205,10 @@ def usable_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, TypeError, ValueError):
         raise ValueError(f"device must be a torch device such as cpu, cuda or cuda:1, got {device!r}") from None
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {found} needs a CUDA device and a torch built for it, and torch finds none: use cpu")
+        raise ValueError(
+            f"device must be one that torch finds, and it finds no CUDA device, got {str(found)!r}: use cpu, or a torch "
+            "built for CUDA on a machine with a GPU"
+        )
     if found.type == "meta":
         raise ValueError("device must be one that holds numbers, got meta: use cpu or cuda")
     return found

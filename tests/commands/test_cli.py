@@ -1,13 +1,17 @@
 """The command line: what it writes, what it says, and what it refuses before computing anything."""
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
-from ddim_fast import DDIMSampler, FlowSchedule, NoiseSchedule, __version__, as_flow
+from ddim_fast import DDIMSampler, FlowSchedule, NoiseSchedule, __version__, as_flow, sample_seeds
 from ddim_fast.cli import main
 from ddim_fast.kernels import cpu_step
 from ddim_fast.models.loading import load_model
@@ -237,7 +241,8 @@ def test_colour_pictures_keep_their_channels():
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("cuda", "torch finds none: use cpu"), ("foo", "device must be a torch device such as cpu")]
+    ("name", "message"),
+    [("cuda", "it finds no CUDA device, got 'cuda': use cpu"), ("foo", "device must be a torch device such as cpu")],
 )
 def test_a_device_that_is_not_there_is_refused(name, message, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -246,6 +251,40 @@ def test_a_device_that_is_not_there_is_refused(name, message, tmp_path, monkeypa
     result = CliRunner().invoke(main, ["sample", "--device", name, "--out", str(tmp_path / "grid.png")])
     assert result.exit_code != 0
     assert message in result.output
+
+
+class _Tiny(nn.Module):
+    """A model of one's own, as ``--model module:attribute`` names it."""
+
+    sample_shape, schedule = (1, 4, 4), NoiseSchedule.linear(20)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x, t):
+        return self.weight * x
+
+
+@pytest.mark.parametrize("count", ["1000000000000", "9" * 30, "1e12"])
+def test_a_set_of_more_samples_than_a_disk_holds_is_refused_at_once_for_any_model(tmp_path, monkeypatch, count):
+    monkeypatch.setitem(sys.modules, "own_model", types.SimpleNamespace(tiny=_Tiny))
+    model = ("--model", "own_model:tiny", "--steps", 2, "--out", tmp_path / "set")
+    output = run("generate", "-n", count, *model, code=2 if "e" in count else 1)
+    assert (
+        f"'{count}' is not a valid integer" in output or f"1,000,000 files of 512 samples each, got {count}" in output
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_set_of_a_model_of_ones_own(tmp_path, monkeypatch):
+    tiny = _Tiny().eval()
+    monkeypatch.setitem(sys.modules, "own_model", types.SimpleNamespace(tiny=_Tiny))
+    run("generate", "-n", 3, "--model", "own_model:tiny", "--steps", 2, "--seed", 4, "--out", tmp_path / "set")
+    got = load_file(tmp_path / "set" / "samples-000000.safetensors")["samples"]
+    seeds = torch.from_numpy(sample_seeds(4, 16))  # the set's seeds, in its batches of 16
+    expected = DDIMSampler(tiny.schedule, 2).sample(tiny, (16, 1, 4, 4), seeds=seeds)[:3]
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +297,8 @@ def test_a_device_that_is_not_there_is_refused(name, message, tmp_path, monkeypa
         (["interpolate", "--rows", 10**9], "--rows times --frames"),
         (["interpolate", "--frames", 10**12], "--rows times --frames"),
         (["tradeoff", "-n", 10**11, "--out", "study"], "-n"),
+        (["sample", "-n", 10**12, "--steps", 2, "--model", "own_model:tiny"], "-n"),
+        (["interpolate", "-n", 10**12, "--steps", 2, "--model", "own_model:tiny"], "--rows times --frames"),
     ],
     ids=str,
 )
@@ -266,6 +307,7 @@ def test_more_samples_than_fit_into_memory_are_refused_at_once(tmp_path, monkeyp
     monkeypatch.setattr("ddim_fast.utils.checks._memory", lambda: 2 * 10**9)
     for module in ("ddim_fast.kernels.noise", "ddim_fast.commands.options"):
         monkeypatch.setattr(f"{module}.sample_seeds", None)
+    monkeypatch.setitem(sys.modules, "own_model", types.SimpleNamespace(tiny=_Tiny))
     output = run(*words, code=1)
     assert f"Error: {name} must fit into memory, of 2 GB, and would take at least" in output
     assert list(tmp_path.iterdir()) == []

@@ -138,3 +138,49 @@ def test_nan_reaches_the_thresholds_or_leaves_them_finite_but_never_below_the_cl
     assert not (got < 1).any()
     clean = dynamic_thresholds(x_t[1:], torch.zeros(1, 50), row(1.0, 0.0, 1.0), 0.9, 10.0)
     assert torch.equal(got[1:], clean)
+
+
+def outs_that_are_refused(x_t):
+    """Each with its error and what it says after the argument's name."""
+    return {
+        "a list": ([0.0, 0.0], TypeError, "must be a torch.Tensor, got list"),
+        "another shape": (
+            torch.full((3,), 7.0),
+            ValueError,
+            r"must have one entry per sample, shape \(2,\), got \(3,\)",
+        ),
+        "one that broadcasts": (torch.full((5, 2), 7.0), ValueError, r"must have one entry per sample, .*got \(5, 2\)"),
+        "another dtype": (torch.full((2,), 7.0).double(), TypeError, "must be torch.float32, got torch.float64"),
+        "another device": (torch.zeros(2, device="meta"), ValueError, "must be on the device of x_t, cpu, got meta"),
+        "expanded": (
+            torch.full((1,), 7.0).expand(2),
+            ValueError,
+            "is written to, so its elements must not share memory",
+        ),
+        "memory of x_t": (x_t[0, :2], ValueError, "and x_t must not share memory"),
+        "a leaf": (
+            torch.full((2,), 7.0, requires_grad=True),
+            ValueError,
+            "is written to and must not require gradients",
+        ),
+        "no memory": (torch._efficientzerotensor((2,)), ValueError, "is written to, so it must have memory"),
+    }
+
+
+@pytest.mark.parametrize("kind", outs_that_are_refused(torch.zeros(2, 5)))
+def test_what_the_thresholds_are_written_to_is_checked_first(kind):
+    x_t = random(2, 5)
+    out, error, said = outs_that_are_refused(x_t)[kind]
+    before = x_t.clone()
+    with pytest.raises(error, match=f"^out {said}"):
+        dynamic_thresholds(x_t, random(2, 5, seed=1), row(1.0, 0.0, 1.0), 0.9, 10.0, out=out)
+    assert torch.equal(x_t, before)
+    if isinstance(out, torch.Tensor) and out.device.type == "cpu":
+        assert not bool((out == 1).any())
+
+
+def test_thresholds_are_written_to_out():
+    x_t, out = random(2, 5, scale=3), torch.zeros(2)
+    got = dynamic_thresholds(x_t, torch.zeros(2, 5), row(1.0, 0.0, 1.0), 0.9, 10.0, out=out)
+    assert got is out
+    assert torch.equal(out, dynamic_thresholds(x_t, torch.zeros(2, 5), row(1.0, 0.0, 1.0), 0.9, 10.0))

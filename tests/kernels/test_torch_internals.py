@@ -10,7 +10,7 @@ from ddim_fast.kernels import torch_internals
 @pytest.fixture(params=["private names", "fallbacks"], autouse=True)
 def _names(request, monkeypatch):
     if request.param == "fallbacks":
-        for name in ("_is_functorch_wrapped", "_is_alias_of", "FORWARD_AD_LEVEL"):
+        for name in ("_is_functorch_wrapped", "_is_alias_of", "FORWARD_AD_LEVEL", "_level"):
             assert getattr(torch_internals, name) is not None
             monkeypatch.setattr(torch_internals, name, None)
 
@@ -27,6 +27,17 @@ def test_wrapped_tensors_are_found(transform):
     assert seen == [True]
     for plain in (torch.ones(2), torch.empty(0), torch.ones(2, device="meta")):
         assert not torch_internals.is_wrapped(plain)
+
+
+def test_what_belongs_to_no_transform_is_below_what_belongs_to_one():
+    outside, seen = torch.ones(3), []
+
+    def function(x):
+        seen.append((torch_internals.transform_level(x), torch_internals.transform_level(outside)))
+        return x.sum()
+
+    torch.func.vmap(function)(torch.ones(2, 3))
+    assert seen[0][0] > seen[0][1] == torch_internals.transform_level(outside)
 
 
 def test_views_share_storage_and_copies_do_not():
@@ -48,3 +59,17 @@ def test_writes_are_counted():
     before = getattr(x, torch_internals.WRITE_COUNT)
     torch_internals.increment_version([x])
     assert getattr(x, torch_internals.WRITE_COUNT) == before + 1
+
+
+def test_what_torch_would_not_write_is_told_apart():
+    """By names that have no public fallback: without them, torch's own error is raised."""
+    leaf = torch.ones(2, 3, requires_grad=True)
+    assert torch_internals.has_no_memory(torch._efficientzerotensor((2,)))
+    assert not torch_internals.has_no_memory(torch.zeros(2))
+    assert torch_internals.is_view_of_leaf(leaf[0])
+    assert not torch_internals.is_view_of_leaf(leaf)
+    assert not torch_internals.is_view_of_leaf((leaf * 1)[0])
+    buffer = torch.ones(2, 3)
+    assert torch_internals.is_recorded_apart(buffer.unbind(0)[0])
+    assert not torch_internals.is_recorded_apart(buffer[0])
+    assert not torch_internals.is_recorded_apart(buffer)

@@ -510,6 +510,35 @@ def test_damaged_directories(pipeline):
         load_model_from(pipeline)
 
 
+@pytest.mark.parametrize("world", ["meta", torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("named", ["pipeline", "model"])
+def test_a_directory_gives_the_same_model_whatever_the_callers_defaults(pipeline, named, world):
+    path = pipeline if named == "pipeline" else pipeline / "unet"
+    expected = ddim_fast.load_model(path)
+    before = torch.get_default_dtype()
+    try:
+        if isinstance(world, torch.dtype):
+            torch.set_default_dtype(world)
+        with torch.device(world) if world == "meta" else contextlib.nullcontext():
+            got = ddim_fast.load_model(path)
+            assert torch.get_default_dtype() == (before if world == "meta" else world)
+    finally:
+        torch.set_default_dtype(before)
+    tensors, wanted = got.state_dict(), expected.state_dict()
+    assert tensors.keys() == wanted.keys()
+    for name, tensor in tensors.items():
+        assert (tensor.device, tensor.dtype) == (torch.device("cpu"), wanted[name].dtype), name
+        assert torch.equal(tensor, wanted[name]), name
+    buffers = dict(expected.named_buffers())  # those that are not saved, too
+    for name, tensor in got.named_buffers():
+        assert (tensor.device, tensor.dtype) == (buffers[name].device, buffers[name].dtype), name
+        assert torch.equal(tensor, buffers[name]), name
+    assert got.schedule == expected.schedule
+    assert got.sampler_options == expected.sampler_options
+    x, t = noise(2, *expected.sample_shape), torch.tensor([3, 700])
+    assert torch.equal(got(x, t), expected(x, t))
+
+
 def test_diffusers_is_missing(pipeline, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match="pip install diffusers"):

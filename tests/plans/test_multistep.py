@@ -352,9 +352,14 @@ def test_what_a_history_must_be():
         (["history must be on the device of x_t"], ValueError, READS, {"history": X.to("meta")}),
         (["history and x_t must not share"], ValueError, READS, {"history": X}),
         (["history and model_output must not share"], ValueError, READS, {"history": m}),
-        (["history and x_prev must not share"], ValueError, READS, {"history": memory[:, :3], "out": memory[:, :3]}),
-        (["history and x0 must not share"], ValueError, READS, {"history": memory[:, :3], "x0_out": memory[:, :3]}),
-        (["history and x0 must not share"], ValueError, READS, {"history": memory[:, :3], "x0_out": memory[:, 1:4]}),
+        (["history and out must not share"], ValueError, READS, {"history": memory[:, :3], "out": memory[:, :3]}),
+        (["history and x0_out must not share"], ValueError, READS, {"history": memory[:, :3], "x0_out": memory[:, :3]}),
+        (
+            ["history and x0_out must not share"],
+            ValueError,
+            READS,
+            {"history": memory[:, :3], "x0_out": memory[:, 1:4]},
+        ),
         (["history is written to", "must not share memory"], ValueError, READS, {"history": X[:1].expand(2, 3, 4)}),
         (["history", "must not require gradients"], ValueError, READS, {"history": X.clone().requires_grad_()}),
     ]:

@@ -4,7 +4,10 @@ import builtins
 import csv
 import io
 import math
+import os
 import re
+import struct
+import zlib
 from dataclasses import replace
 
 import pytest
@@ -138,6 +141,86 @@ def test_only_png_files_of_the_study_are_read(tmp_path):
     ):
         assert "data:image" not in html_text(study(replace(result(Cell(10), 1.0), pictures=name)), directory), name
     assert html_text(study(replace(result(Cell(10), 1.0), pictures="good.png")), directory).count("data:image") == 1
+
+
+def _png_without_rows():
+    """A PNG whose checksums are right, and whose rows are none."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0)
+    rows = chunk(b"IHDR", header) + chunk(b"IDAT", b"no rows, nor any other compressed bytes") + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + rows
+
+
+def hostile_pictures(directory):
+    """Names that a results file from elsewhere may give, with what is there under some of them."""
+    Image.new("L", (8, 8)).save(directory.parent / "outside.png")
+    (directory / "folder.png").mkdir()
+    (directory / "loop.png").symlink_to(directory / "loop.png")
+    (directory / "way_out").symlink_to(directory.parent)
+    os.mkfifo(directory / "pipe.png")
+    with open(directory / "endless.png", "wb") as file:
+        file.truncate(1 << 40)  # no blocks on the disk
+    bomb = io.BytesIO()
+    Image.new("1", (300, 300)).save(bomb, "PNG")
+    (directory / "bomb.png").write_bytes(bomb.getvalue())
+    (directory / "short.png").write_bytes(_png_without_rows())
+    return {
+        "absolute": str(directory.parent / "outside.png"),
+        "the system's": "/etc/passwd",
+        "above": "../outside.png",
+        "above, later": "a/../../outside.png",
+        "through a link": "way_out/outside.png",
+        "a link to itself": "loop.png",
+        "a folder": "folder.png",
+        "the study": ".",
+        "a pipe": "pipe.png",
+        "a device": "/dev/zero",
+        "more than memory": "endless.png",
+        "more than memory once it is read": "bomb.png",
+        "rows missing": "short.png",
+        "no path": "a\0b.png",
+        "no text": "\ud800.png",
+        "too long": "a" * 5000,
+        "HTML": "<script>alert(1)</script>.png",
+        "a quote": '" onerror="alert(1)',
+    }
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "absolute",
+        "the system's",
+        "above",
+        "above, later",
+        "through a link",
+        "a link to itself",
+        "a folder",
+        "the study",
+        "a pipe",
+        "a device",
+        "more than memory",
+        "more than memory once it is read",
+        "rows missing",
+        "no path",
+        "no text",
+        "too long",
+        "HTML",
+        "a quote",
+    ],
+)
+def test_no_name_of_pictures_is_followed_out_of_the_study(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 100)
+    directory = tmp_path / "study"
+    directory.mkdir()
+    name = hostile_pictures(directory)[kind]
+    page = html_text(study(replace(result(Cell(10), 1.0), pictures=name)), directory)
+    assert "data:image" not in page
+    assert "alert" not in page
+    assert "root:" not in page
 
 
 def test_counts_that_differ_are_told(tmp_path):

@@ -135,11 +135,25 @@ def test_json_lines_with_a_name_twice(tmp_path):
     )
     (tmp_path / "x").write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n')
     assert list(json_lines(tmp_path / "x")) == [{"a": 1}]
+    (tmp_path / "x").write_bytes(b'\xef\xbb\xbf\n{"a": 1}\n')
+    assert list(json_lines(tmp_path / "x")) == [{"a": 1}], "a mark on a line of its own is no row"
+
+
+@pytest.mark.parametrize(("line", "kind"), [(b"[1]", "list"), (b"1", "int"), (b'"a"', "str"), (b"null", "NoneType")])
+def test_json_lines_that_are_no_objects(tmp_path, line, kind):
+    refused(
+        lambda path: list(json_lines(path)),
+        tmp_path / "x",
+        b'{"a": 1}\n' + line,
+        f"line 2 of .* must be a JSON object, got {kind}",
+    )
 
 
 def test_arrays_that_are_no_numbers(tmp_path):
     read, path = READERS["npz"][0], tmp_path / "x.npz"
     refused(read, path, npz(other=SAMPLES), "must hold an array called samples, got other")
+    others = safetensors.torch.save({"other": torch.from_numpy(SAMPLES)})
+    refused(READERS["safetensors"][0], path, others, "must hold an array called samples, got other")
     for array in (np.array(["a"]), np.array([1j]), np.array([b"a"]), np.array([(1,)], dtype=[("a", int)])):
         refused(read, path, npz(samples=array), "must be numbers, got dtype")
     buffer = io.BytesIO()

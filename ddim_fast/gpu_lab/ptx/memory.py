@@ -71,7 +71,7 @@ class Region:
         return cls(name, address, nbytes, writable, array)
 
 
-@dataclass
+@dataclass(eq=False)
 class Threads:
     """Who makes an access.
 

@@ -80,7 +80,7 @@ def _coordinates(number: int, shape: Triple) -> Triple:
     return number % shape[0], number // shape[0] % shape[1], number // (shape[0] * shape[1])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """A kernel placed for one launch.
 

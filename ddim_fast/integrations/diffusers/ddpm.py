@@ -17,7 +17,6 @@ from .arguments import LeaveToOriginal, check_tensors, single_timestep
 from .fused_steps import FusedSteps, originals_x0
 from .noise import noise_like_the_originals
 from .output import step_output
-from .scheduler_rows import DISCRETE_PREDICTIONS
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -74,7 +73,7 @@ class FastDDPMScheduler(FusedSteps, DDPMScheduler):
             return ddpm_posterior_coefficients(
                 alpha_bar_t,
                 alpha_bar_prev,
-                DISCRETE_PREDICTIONS[self.config.prediction_type](alpha_bar_t),
+                self._prediction(alpha_bar_t),
                 std_dev_added=math.sqrt(variance) if t > 0 else 0.0,
                 clip_sample_range=self._clip_range(),
             )

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from ...kernels.dispatch import ddim_step
 from ...kernels.thresholding import dynamic_thresholds
+from ...plans.coefficients import DISCRETE_PREDICTIONS
 from ...plans.timesteps import select_timesteps
 from ..original_results import kinds_of_results, per_sample_coefficient, readable, step_of_kind
 from ..rows_by_timestep import RowsByTimestep
 from .arguments import LeaveToOriginal, batch_of_timesteps, thresholding_options
 from .noise import NoiseArguments
-from .scheduler_rows import DISCRETE_PREDICTIONS, SchedulerRows
+from .scheduler_rows import SchedulerRows
 from .traced_step import step_between_levels
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
 from ...plans.coefficients import (
+    DISCRETE_PREDICTIONS,
     PREDICTION_TYPES,
+    Prediction,
     ddim_coefficients,
     noising_coefficients,
     variance_with_room,
@@ -19,9 +21,6 @@ from ...plans.coefficients import (
 from ..rows_by_timestep import RowsByTimestep, cached_rows
 from .arguments import LeaveToOriginal
 from .row_cache import RowCache
-
-DISCRETE_PREDICTIONS = {name: PREDICTION_TYPES[name] for name in ("epsilon", "sample", "v_prediction")}
-"""What the originals know as ``prediction_type``."""
 
 
 class SchedulerRows:
@@ -118,12 +117,17 @@ class SchedulerRows:
             alpha_bar_t, alpha_bar_prev, variance=variance, use_clipped_model_output=use_clipped_model_output
         )
 
+    def _prediction(self, alpha_bar_t: float) -> Prediction:
+        """Return what the model's output means; KeyError for what the originals do not know."""
+        kind = self.config.prediction_type
+        return PREDICTION_TYPES[kind if kind in DISCRETE_PREDICTIONS else ""](alpha_bar_t)
+
     def _row_between(self, alpha_bar_t: float, alpha_bar_prev: float, **options: Any) -> StepCoefficients:
         try:
             return ddim_coefficients(
                 alpha_bar_t,
                 alpha_bar_prev,
-                DISCRETE_PREDICTIONS[self.config.prediction_type](alpha_bar_t),
+                self._prediction(alpha_bar_t),
                 clip_sample_range=self._clip_range(),
                 **options,
             )

@@ -76,7 +76,7 @@ def _needed(run: GoldenRun) -> set[str]:
     return needed
 
 
-@dataclass
+@dataclass(eq=False)
 class Seen:
     """A subject's run: the steps as the subject gives them, and x_prev of each."""
 

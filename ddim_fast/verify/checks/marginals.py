@@ -29,7 +29,7 @@ ETAS = (0.0, 0.5, 1.0)
 # --- Data with an exact model -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mixture:
     """A mixture of normal distributions of diagonal covariance: weights ``(k,)``, means and
     std_devs ``(k, d)``."""
@@ -89,7 +89,7 @@ def as_model(data: Mixture, setting: Setting) -> Model:
 # --- Runs of the subject and of the truth -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """The clean points ``(n, d)`` of a run in float64, and its steps with the exact alpha_bar."""
 

@@ -34,7 +34,7 @@ RATE = 1e-8
 # --- Noise from runs --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NoisyStep:
     """The noise of one step, ``(B, C, H, W)`` in float64, and the samples before it."""
 

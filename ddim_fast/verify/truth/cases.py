@@ -103,7 +103,7 @@ class Setting:
         return len(self.alpha_bars or self.timesteps or range(self.num_inference_steps))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepCase:
     """Step number ``index`` of a setting, from given samples and model output, both ``(B, C,
     ...)``.
@@ -146,7 +146,7 @@ class StepResult(NamedTuple):
     x0: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Observed:
     """One step of a run, seen through the calls of its model."""
 

@@ -23,7 +23,7 @@ GOLDEN_VERSION = 1
 PATH = Path(__file__).with_name("golden_trajectories.json")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GoldenRun:
     """A complete run.
 

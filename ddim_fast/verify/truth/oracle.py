@@ -289,7 +289,7 @@ def ddpm_posterior(alpha_bar_t: float, alpha_bar_s: float) -> tuple[float, float
 # --- Any row ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Result:
     """The results of a step in float64, each with the sum of the magnitudes of its terms.
 
