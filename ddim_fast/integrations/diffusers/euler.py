@@ -21,7 +21,7 @@ class _EulerSteps(SigmaSteps):
     """A scheduler on the variance-exploding path, x = x0 + sigma eps."""
 
     _returns_x0 = True
-    _row_fields = ("prediction_type",)
+    _row_fields: tuple[str, ...] = ("prediction_type",)
 
     def _row_between(self, sigma: float, sigma_next: float) -> StepCoefficients:
         return exploding_row(sigma, sigma_next, self.config.prediction_type)
@@ -66,7 +66,7 @@ class FastEulerDiscreteScheduler(_EulerSteps, EulerDiscreteScheduler):
             output = self._step(model_output, timestep, sample, generator, return_dict)
             if output is not None:
                 return output
-        return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict)
+        return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict)  # type: ignore[misc]  # the original
 
 
 class FastEulerAncestralDiscreteScheduler(_EulerSteps, EulerAncestralDiscreteScheduler):
@@ -98,7 +98,7 @@ class FastEulerAncestralDiscreteScheduler(_EulerSteps, EulerAncestralDiscreteSch
             output = self._step(model_output, timestep, sample, generator, return_dict)
             if output is not None:
                 return output
-        return super().step(model_output, timestep, sample, generator, return_dict)
+        return super().step(model_output, timestep, sample, generator, return_dict)  # type: ignore[misc]  # the original
 
 
 class FastEDMEulerScheduler(_EulerSteps, EDMEulerScheduler):
@@ -143,6 +143,6 @@ class FastEDMEulerScheduler(_EulerSteps, EDMEulerScheduler):
             if output is not None:
                 return output
         options = {} if pred_original_sample is None else {"pred_original_sample": pred_original_sample}
-        return super().step(
+        return super().step(  # type: ignore[misc]  # the original
             model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict, **options
         )

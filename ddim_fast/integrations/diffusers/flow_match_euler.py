@@ -62,7 +62,7 @@ class FastFlowMatchEulerDiscreteScheduler(SigmaSteps, FlowMatchEulerDiscreteSche
             output = self._step(model_output, timestep, sample, generator, return_dict)
             if output is not None:
                 return output
-        return super().step(
+        return super().step(  # type: ignore[misc]  # the original
             model_output,
             timestep,
             sample,

@@ -23,6 +23,7 @@ class FastFlowMatchLCMScheduler(SigmaSteps, FlowMatchLCMScheduler):
     """
 
     _output_kind = FlowMatchLCMSchedulerOutput
+    _init_size: torch.Size | None
 
     set_timesteps = set_timesteps_on_host(FlowMatchLCMScheduler, "sigmas", "timesteps")
     _originals_results = staticmethod(originals_flow)
@@ -49,4 +50,4 @@ class FastFlowMatchLCMScheduler(SigmaSteps, FlowMatchLCMScheduler):
                 if starts:
                     self._init_size = model_output.size()[2:]
                 return output
-        return super().step(model_output, timestep, sample, generator, return_dict)
+        return super().step(model_output, timestep, sample, generator, return_dict)  # type: ignore[misc]  # the original

@@ -12,7 +12,7 @@ _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _set_item = OrderedDict.__setitem__
 
 
-def step_output(kind: type, found: tuple[Tensor, ...]) -> Any:
+def step_output(kind: type, found: tuple[Tensor | None, ...]) -> Any:
     """Return ``kind(prev_sample=..., pred_original_sample=...)``, or without the second.
 
     Its constructor takes longer than a small step.

@@ -140,7 +140,7 @@ class SigmaSteps:
         copy = self._host_copies.get("timesteps")
         if copy is None or not copy.is_of(timesteps) or not internals.share_storage(timestep, timesteps):
             return None
-        place, left = divmod(timestep.storage_offset() - timesteps.storage_offset(), max(timesteps.stride(0), 1))
+        place, left = divmod(int(timestep.storage_offset() - timesteps.storage_offset()), max(timesteps.stride(0), 1))
         if left or not 0 <= place < len(copy.values):
             return None
         # The original takes the second of equal timesteps.
@@ -221,7 +221,7 @@ class SigmaSteps:
             )
             out = kinds[0].empty(x, dtype)
             x0 = kinds[1].empty(x, dtype) if rows.writes_x0 else None
-        tensors = {"noise": None if noise is None else noise.to(dtype), "out": out, "x0_out": x0}
+        tensors: dict[str, Any] = {"noise": None if noise is None else noise.to(dtype), "out": out, "x0_out": x0}
         if x.device.type == "cuda":  # a row of its own would be copied there in each step
             table, indices = rows.table(x.device)
             x_prev = ddim_step_from_table(x, m, table, indices[self._step_index], **tensors)
