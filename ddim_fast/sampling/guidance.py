@@ -73,6 +73,7 @@ def guidance_scales(guidance_scale: GuidanceScale | None, timesteps: Sequence[fl
         guidance_scale = guidance_scale.tolist()
     if guidance_scale is None:
         return None
+    scales: list[Any]
     if callable(guidance_scale):
         scales = [guidance_scale(t) for t in timesteps]
     elif isinstance(guidance_scale, Sequence) and not isinstance(guidance_scale, (str, bytes)):

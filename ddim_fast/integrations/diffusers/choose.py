@@ -33,10 +33,11 @@ def fast_scheduler(scheduler: Any) -> Any:
             f"scheduler must be of a class that has a drop-in ({names}), got {type(scheduler).__name__}: keep it, or change to "
             "one of these with from_config"
         )
-    return fast[type(scheduler)].from_config(scheduler.config)
+    original: Any = scheduler
+    return fast[type(scheduler)].from_config(original.config)
 
 
-def _drop_ins() -> dict[type, type]:
+def _drop_ins() -> dict[type, Any]:
     """Return the drop-in of each class of diffusers that has one: every class listed in this
     package that starts with Fast, and the class of diffusers that it extends."""
     from .. import diffusers as package
