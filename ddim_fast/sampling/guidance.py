@@ -89,7 +89,7 @@ def guidance_scales(guidance_scale: GuidanceScale | None, timesteps: Sequence[fl
             raise TypeError(
                 f"guidance_scale must be a number, a list of numbers, or a function of the timestep, got {scale!r}"
             )
-        if not abs(scale) <= torch.finfo(torch.float32).max:
+        if not abs(float(scale)) <= torch.finfo(torch.float32).max:
             raise ValueError(f"guidance_scale must be finite in float32, got {scale}")
     return None if all(scale == 1 for scale in scales) else tuple(float(scale) for scale in scales)
 
