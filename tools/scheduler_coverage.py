@@ -16,7 +16,7 @@ from pathlib import Path
 import diffusers
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
-from ddim_fast.integrations.diffusers.choose import _drop_ins
+from ddim_fast.integrations.diffusers.choose import DROP_INS
 
 
 def schedulers_of_pipelines() -> dict[str, frozenset[str]]:
@@ -46,7 +46,7 @@ def _named(pipeline: ast.ClassDef) -> Iterator[str]:
 
 
 def main() -> None:
-    ours = {original.__name__ for original in _drop_ins()}
+    ours = {original.__name__ for original in DROP_INS}
     pipelines = schedulers_of_pipelines()
     covered = [name for name, schedulers in pipelines.items() if schedulers & ours]
     left: Counter[str] = Counter()

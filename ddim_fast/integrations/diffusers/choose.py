@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from diffusers import SchedulerMixin
 
 from ...utils.checks import refuse
+from .ddim import FastDDIMScheduler
+from .ddpm import FastDDPMScheduler
+from .euler import FastEDMEulerScheduler, FastEulerAncestralDiscreteScheduler, FastEulerDiscreteScheduler
+from .flow_match_euler import FastFlowMatchEulerDiscreteScheduler
+from .inverse import FastDDIMInverseScheduler
+from .parallel import FastDDIMParallelScheduler
+
+_FAST: list[Any] = [
+    FastDDIMScheduler,
+    FastDDIMInverseScheduler,
+    FastDDIMParallelScheduler,
+    FastDDPMScheduler,
+    FastEDMEulerScheduler,
+    FastEulerAncestralDiscreteScheduler,
+    FastEulerDiscreteScheduler,
+    FastFlowMatchEulerDiscreteScheduler,
+]
+with suppress(ImportError):  # not in old versions of diffusers
+    from .flow_match_lcm import FastFlowMatchLCMScheduler
+
+    _FAST.append(FastFlowMatchLCMScheduler)
+
+DROP_INS: dict[type, Any] = {
+    next(base for base in fast.__mro__ if base.__module__.startswith("diffusers.")): fast for fast in _FAST
+}
+"""The drop-in of each class of diffusers that has one."""
 
 
 def fast_scheduler(scheduler: Any) -> Any:
@@ -22,25 +49,15 @@ def fast_scheduler(scheduler: Any) -> Any:
         ValueError: its class has no drop-in. (A subclass of a class that has one may compute
             something else, and has none.)
     """
-    fast = _drop_ins()
-    if type(scheduler) in fast.values():
+    if type(scheduler) in DROP_INS.values():
         return scheduler
     if not isinstance(scheduler, SchedulerMixin):
         refuse("scheduler must be one of diffusers", scheduler, "pass pipe.scheduler", TypeError)
-    if type(scheduler) not in fast:
-        names = ", ".join(sorted(original.__name__ for original in fast))
+    if type(scheduler) not in DROP_INS:
+        names = ", ".join(sorted(original.__name__ for original in DROP_INS))
         raise ValueError(
             f"scheduler must be of a class that has a drop-in ({names}), got {type(scheduler).__name__}: keep it, or change to "
             "one of these with from_config"
         )
     original: Any = scheduler
-    return fast[type(scheduler)].from_config(original.config)
-
-
-def _drop_ins() -> dict[type, Any]:
-    """Return the drop-in of each class of diffusers that has one: every class listed in this
-    package that starts with Fast, and the class of diffusers that it extends."""
-    from .. import diffusers as package
-
-    classes = [getattr(package, name) for name in package.__all__ if name.startswith("Fast")]
-    return {next(base for base in cls.__mro__ if base.__module__.startswith("diffusers.")): cls for cls in classes}
+    return DROP_INS[type(scheduler)].from_config(original.config)
