@@ -85,7 +85,7 @@ def test_timesteps_instead_of_steps(tmp_path, timesteps, steps):
         (["--eta", "-1"], ["eta", "-1"]),
         (["--eta", "9"], ["eta may be at most", "9"]),
         (["--eta", "0.5", "--sigma-hat"], ["sigma_hat", "0.5"]),
-        (["--eta", "0.5", "--order", "2"], ["order=2", "eta = 0.5", "use order=1"]),
+        (["--eta", "0.5", "--order", "3"], ["order=3", "eta = 0.5", "use order=2"]),
         (["--guidance", "nan"], ["guidance_scale", "nan"]),
     ],
 )
