@@ -153,6 +153,6 @@ def _sample(
         noise = draw_noise(x_t)
         x0_kind, kind = kinds_of_results(operations, x_t, model_output, noise, levels=levels)
         x_t, x0 = step_with_x0(x0_kind, kind, x_t, model_output, row, noise=noise)
-        xs.append(x_t.to("cpu"))
-        x0_preds.append(x0.to("cpu"))
+        xs.append(x_t if x_t.is_cpu else x_t.to("cpu"))
+        x0_preds.append(x0 if x0.is_cpu else x0.to("cpu"))
     return xs, x0_preds
