@@ -73,7 +73,10 @@ class FastDDIMSampler:
     @property
     def timesteps(self) -> Tensor:
         """The times ``(S + 1,)``, from ``start`` to ``stop``."""
-        return torch.linspace(self.start, self.stop, self.steps + 1, dtype=self.dtype, device=self.device)
+        return self._times(self.device)
+
+    def _times(self, device: torch.device | str | None) -> Tensor:
+        return torch.linspace(self.start, self.stop, self.steps + 1, dtype=self.dtype, device=device)
 
     @torch.no_grad()
     def init(
@@ -114,7 +117,10 @@ class FastDDIMSampler:
         Raises:
             TypeError, ValueError: a step is impossible; nothing has been computed.
         """
-        times = self.timesteps.to(device=x.device).unbind()
+        made = self.timesteps
+        if made.is_meta and not x.is_meta:  # where torch's default device is "meta", they have no values
+            made = self._times("cpu")
+        times = made.to(device=x.device).unbind()
         rows = _rows(self.denoiser.schedule, times, self.eta)
         own_step = type(self).step is not FastDDIMSampler.step
         for (t, s), row in self.progress_bar(list(zip(pairwise(times), rows, strict=True))):

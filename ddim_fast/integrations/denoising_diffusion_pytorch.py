@@ -239,9 +239,14 @@ def _steps(diffusion: Any, clip: bool, use_clipped_model_output: bool) -> list[t
 def _time_pairs(num_timesteps: int, sampling_timesteps: int) -> list[tuple[int, int]]:
     """Choose the original's pairs of timesteps.
 
-    They are evenly spaced from T - 1 to -1, in torch's default dtype, and truncated to integers.
+    They are evenly spaced from T - 1 to -1, in torch's default dtype, and truncated to integers. A
+    default in half precision may round T - 1 up to T, where the original fails: then in float32.
     """
-    times = torch.linspace(-1, num_timesteps - 1, steps=sampling_timesteps + 1, device="cpu").int().tolist()
+    for dtype in (torch.get_default_dtype(), torch.float32):
+        spaced = torch.linspace(-1, num_timesteps - 1, steps=sampling_timesteps + 1, dtype=dtype, device="cpu")
+        times = spaced.int().tolist()
+        if times[-1] < num_timesteps:
+            break
     return list(pairwise(reversed(times)))
 
 

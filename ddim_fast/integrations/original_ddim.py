@@ -31,8 +31,8 @@ def compute_alpha(beta: Tensor, t: Tensor) -> Tensor:
         t: ``(B,)`` int64, -1 to T - 1.
 
     Returns:
-        ``(B, 1, 1, 1)`` on the device of ``beta``, in its dtype, float32 at least; the product is
-        computed in float64.
+        ``(B, 1, 1, 1)`` on the device of ``beta``, in its dtype or torch's default, whichever is
+        wider, float32 at least; the product is computed in float64.
     """
     alpha_bars = torch.tensor(_alpha_bars(beta), dtype=_levels_dtype(beta), device=beta.device)
     return alpha_bars.index_select(0, t + 1).view(-1, 1, 1, 1)
@@ -46,7 +46,7 @@ def generalized_steps(
 
     Args:
         x: x_T ``(B, C, ...)``. Steps run on its device, in the widest dtype of x,
-            ``b`` and float32.
+            ``b``, float32 and torch's default.
         seq: timesteps to visit, increasing, for instance ``range(0, 1000, 20)``.
         model: see ``Model``.
         b: ``(T,)`` betas, on any device.
@@ -109,8 +109,11 @@ def _ddpm_results(x: Tensor, m: Tensor, noise: Tensor, *, levels: torch.dtype) -
 
 
 def _levels_dtype(b: Tensor) -> torch.dtype:
-    """Return the dtype of the original's noise levels: that of betas beside a float32 zero."""
-    return torch.promote_types(b.dtype, torch.float32)
+    """Return the dtype of the original's noise levels: that of betas beside a zero in torch's default.
+
+    A default in half precision, where 1 - alpha_bar loses its digits, counts as float32.
+    """
+    return torch.promote_types(torch.promote_types(b.dtype, torch.get_default_dtype()), torch.float32)
 
 
 def _alpha_bars(b: Tensor) -> list[float]:

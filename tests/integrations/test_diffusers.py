@@ -11,6 +11,7 @@ import functools
 import inspect
 import json
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from diffusers import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler
 from diffusers_rounding import radicand
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from layouts import assert_laid_out_alike, draw, shapes, sweep
+from layouts import Defaults, assert_laid_out_alike, draw, shapes, sweep
 from layouts import kinds as kinds_of_tensors
 from twins import twins
 
@@ -265,6 +266,7 @@ def test_step_is_the_originals_and_never_further_from_float64(original, examples
     recomputed=st.booleans(),
 )
 @example(
+    defaults=Defaults(),
     original=DDIMScheduler,
     prediction_type="epsilon",
     limits={},
@@ -276,7 +278,7 @@ def test_step_is_the_originals_and_never_further_from_float64(original, examples
     recomputed=False,
 )
 def test_layouts_and_dtypes_are_the_originals(
-    original, prediction_type, limits, of_sample, of_output, of_noise, shape, eta, recomputed
+    defaults, original, prediction_type, limits, of_sample, of_output, of_noise, shape, eta, recomputed
 ):
     """Each step twice, since the second may take the short path."""
     inverse = original is DDIMInverseScheduler
@@ -290,15 +292,16 @@ def test_layouts_and_dtypes_are_the_originals(
     noise = None if of_noise is None else draw(2, shape, of_noise)
     options = {} if inverse else {"eta": eta, "use_clipped_model_output": recomputed, "variance_noise": noise}
     results = []
+    t = torch.tensor(500)
     for scheduler in schedulers:
-        scheduler.set_timesteps(10)
         torch.manual_seed(5)
-        found = [one for _ in range(2) for one in scheduler.step(output, 500, sample, return_dict=False, **options)]
-        t = torch.tensor(500)
-        if noise is not None and not inverse:
-            found += [scheduler.add_noise(sample, noise, t[None]), scheduler.get_velocity(sample, noise, t[None])]
-        if original is DDIMParallelScheduler and "thresholding" not in limits:
-            found.append(scheduler.batch_step_no_noise(output, t.expand(shape[0]), sample, 0.0, recomputed))
+        with nullcontext() if type(scheduler) is original else defaults.device_mode():
+            scheduler.set_timesteps(10)
+            found = [one for _ in range(2) for one in scheduler.step(output, 500, sample, return_dict=False, **options)]
+            if noise is not None and not inverse:
+                found += [scheduler.add_noise(sample, noise, t[None]), scheduler.get_velocity(sample, noise, t[None])]
+            if original is DDIMParallelScheduler and "thresholding" not in limits:
+                found.append(scheduler.batch_step_no_noise(output, t.expand(shape[0]), sample, 0.0, recomputed))
         results.append([*found, torch.get_rng_state().double()])
     assert_laid_out_alike(*reversed(results), of_sample, of_output, of_noise, of_size_1=False)
 

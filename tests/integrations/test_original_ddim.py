@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import strategies as st
-from layouts import assert_laid_out_alike, draw, kinds, modelled, shapes, sweep
+from layouts import assert_laid_out_alike, default_dtype, draw, kinds, modelled, shapes, sweep
 
 from ddim_fast.integrations import original_results
 from ddim_fast.integrations.original_ddim import compute_alpha, ddpm_steps, generalized_steps
@@ -204,15 +204,18 @@ def original_steps(kind, x, seq, model, b, eta):
     shape=shapes,
     eta=st.sampled_from([0.0, 0.6]),
 )
-def test_layouts_and_dtypes_are_the_originals(kind, of_noise, of_model, betas, shape, eta):
+def test_layouts_and_dtypes_are_the_originals(defaults, kind, of_noise, of_model, betas, shape, eta):
     """The original draws noise in the order of the samples' memory, and float64 betas make float64 samples."""
     x, seq, b = draw(0, shape, of_noise), [0, 10, 30, 50], (BETAS + 1e-3).to(betas)
     sampler, options = (generalized_steps, {"eta": eta}) if kind == "ddim" else (ddpm_steps, {})
     torch.manual_seed(3)
-    xs, x0s = sampler(x, seq, lambda x, t: modelled(x, of_model), b, **options)
+    with defaults.device_mode():
+        xs, x0s = sampler(x, seq, lambda x, t: modelled(x, of_model), b, **options)
     stream = torch.get_rng_state()
     torch.manual_seed(3)
-    want_xs, want_x0s = original_steps(kind, x, seq, lambda x, t: modelled(x, of_model), b, eta)
+    half = defaults.dtype in (torch.float16, torch.bfloat16)  # the original then loses 1 - alpha_bar
+    with default_dtype(torch.float32 if half else defaults.dtype):
+        want_xs, want_x0s = original_steps(kind, x, seq, lambda x, t: modelled(x, of_model), b, eta)
     assert torch.equal(stream, torch.get_rng_state())
     assert_laid_out_alike([*xs, *x0s], [*want_xs, *want_x0s], of_noise, of_model)
 
