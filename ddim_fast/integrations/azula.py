@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import check_eta, mean_coefficients
 from ..utils.checks import check_integer, refuse
-from .original_results import kinds_of_results, step_of_kind
+from .original_results import HALF_PRECISION, kinds_of_results, step_of_kind
 
 
 class FastDDIMSampler:
@@ -36,8 +36,8 @@ class FastDDIMSampler:
         start, stop: the first and the last time.
         steps: S, the number of steps; times are evenly spaced.
         silent: show no progress bar.
-        dtype, device: of the times. The schedule is computed in this dtype; by default in torch's
-            default dtype, as azula does.
+        dtype, device: of the times. The schedule is computed in this dtype, float32 at least; by
+            default in torch's default dtype, as azula does.
 
     Raises:
         TypeError, ValueError: the denoiser has no such interface, or an argument is out of range.
@@ -178,13 +178,24 @@ def _originals_result(x_t: Tensor, mean: Tensor, noise: Tensor) -> tuple[Tensor]
     return (k * mean + k * (x_t - k * mean) + k * noise,)
 
 
+def _float32_at_least(time: Tensor) -> Tensor:
+    return time.float() if time.dtype in HALF_PRECISION else time
+
+
 def _rows(
     schedule: Callable[[Tensor], tuple[Tensor, Tensor]], times: Sequence[Tensor], eta: float
 ) -> list[StepCoefficients]:
     """Return the row of each step, from each of ``times`` to the next."""
     check_eta(eta)
-    # One time per call, as in azula: a call for several may differ in the last digit.
-    scales = [scale.detach().reshape(()) for time in times for scale in schedule(time)]
+    # One time per call, as in azula: a call for several may differ in the last digit. At times in
+    # half precision the schedule would lose 1 - alpha^2.
+    scales = [scale.detach().reshape(()) for time in times for scale in schedule(_float32_at_least(time))]
+    for scale in scales:
+        if scale.dtype in HALF_PRECISION:
+            raise TypeError(
+                f"denoiser.schedule must compute alpha_t and sigma_t in float32 or float64, got {scale.dtype}: "
+                "convert the backbone alone (denoiser.backbone.half()), not the schedule"
+            )
     numbers = torch.stack(scales).tolist()  # the only wait for the device
     levels = zip(numbers[::2], numbers[1::2], strict=True)
     return [mean_coefficients(*at_t, *at_s, eta) for at_t, at_s in pairwise(levels)]
