@@ -8,7 +8,7 @@ tensors without values, and what they return is remembered.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -70,13 +70,27 @@ def _run(
     as_allocated = all(tensor.stride() == _strides_when_new(tensor.shape) for tensor in given)
     device = "cpu" if given[0].device.type == "cpu" and not as_allocated else "meta"
     with torch.no_grad():
-        stand_ins = [
-            None
-            if tensor is None
-            else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-            for tensor in tensors
-        ]
-        return tuple(ResultKind(result.stride(), result.dtype) for result in operations(*stand_ins, **options))
+        results = operations(*_without_values(tensors, device), **options)
+        return tuple(ResultKind(result.stride(), result.dtype) for result in results)
+
+
+def strides_when_traced(
+    operations: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None, **options: Any
+) -> tuple[tuple[int, ...], ...]:
+    """Return the strides of ``kinds_of_results`` inside ``torch.compile``, where shapes may be symbols.
+
+    Of tensors of one dtype, they are those of ``kinds_of_results``.
+    """
+    return tuple(result.stride() for result in operations(*_without_values(tensors, "meta"), **options))
+
+
+def _without_values(tensors: Iterable[Tensor | None], device: str) -> list[Tensor | None]:
+    return [
+        None
+        if tensor is None
+        else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        for tensor in tensors
+    ]
 
 
 def _strides_when_new(shape: torch.Size) -> tuple[int, ...]:

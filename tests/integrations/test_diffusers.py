@@ -303,7 +303,7 @@ def test_layouts_and_dtypes_are_the_originals(
             if original is DDIMParallelScheduler and "thresholding" not in limits:
                 found.append(scheduler.batch_step_no_noise(output, t.expand(shape[0]), sample, 0.0, recomputed))
         results.append([*found, torch.get_rng_state().double()])
-    assert_laid_out_alike(*reversed(results), of_sample, of_output, of_noise, of_size_1=False)
+    assert_laid_out_alike(*reversed(results), of_sample, of_output, of_noise)
 
 
 @pytest.mark.parametrize("original", PAIRS)
@@ -723,6 +723,32 @@ def test_a_step_is_traced_in_one_graph_for_all_timesteps(
     assert not torch.equal(*first)
 
 
+@pytest.mark.parametrize(
+    ("prediction_type", "clip_sample", "eta", "shape", "dynamic"),
+    [
+        ("epsilon", False, 0.0, (3, 1, 4, 5), False),
+        ("v_prediction", True, 0.0, (3, 2, 4, 5), True),
+        ("sample", True, 0.7, (1, 2, 4, 5), False),
+    ],
+)
+def test_a_traced_steps_layouts_are_the_originals(prediction_type, clip_sample, eta, shape, dynamic):
+    """Of tensors of one dtype, with the strides of dimensions of size 1."""
+    steps = []
+    for kind in (FastDDIMScheduler, DDIMScheduler):
+        scheduler = kind(prediction_type=prediction_type, clip_sample=clip_sample)
+        scheduler.set_timesteps(10)
+        steps.append(functools.partial(scheduler.step, timestep=300, eta=eta, return_dict=False))
+    for of_sample, of_output in [("channels last", "contiguous"), ("slice", "reversed"), ("batch inside", "reversed")]:
+        torch.compiler.reset()
+        x, m = draw(0, shape, (of_sample, torch.float32)), draw(1, shape, (of_output, torch.float32))
+        compiled = torch.compile(lambda m, x: steps[0](m, sample=x), fullgraph=True, backend="eager", dynamic=dynamic)
+        results = []
+        for step in (compiled, lambda m, x: steps[1](m, sample=x)):
+            torch.manual_seed(5)
+            results.append(step(m, x))
+        assert_laid_out_alike(*results)
+
+
 def test_what_is_traced_and_differentiated_is_left_to_the_original():
     torch.compiler.reset()
     gradients = []
@@ -740,7 +766,7 @@ def test_the_operator_of_a_traced_step_keeps_what_it_declares():
     x, m = tensors(np.random.default_rng(0), [torch.float32] * 2)
     scheduler = DDIMScheduler()
     levels = scheduler.alphas_cumprod, scheduler.final_alpha_cumprod
-    arguments = (x, m, m.flip(0), *levels, 300, 200, "epsilon", 1.0, 1.0, False)
+    arguments = (x, m, m.flip(0), *levels, 300, 200, "epsilon", 1.0, 1.0, False, (1, 48, 12, 3), x.stride())
     torch.library.opcheck(torch.ops.ddim_fast.step_between_levels.default, arguments)
 
 
