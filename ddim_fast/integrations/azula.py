@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import check_eta, mean_coefficients
-from ..utils.checks import check_integer, refuse
+from ..utils.checks import check_integer, check_number, check_samples, refuse
 from .original_results import HALF_PRECISION, kinds_of_results, step_of_kind
 
 
@@ -63,8 +63,8 @@ class FastDDIMSampler:
         check_eta(eta)
         self.denoiser = denoiser
         self.eta = eta
-        self.start = start
-        self.stop = stop
+        self.start = _time("start", start)
+        self.stop = _time("stop", stop)
         self.steps = check_integer("steps", steps, at_least=1)
         self.silent = silent
         self.dtype = dtype
@@ -117,6 +117,9 @@ class FastDDIMSampler:
         Raises:
             TypeError, ValueError: a step is impossible; nothing has been computed.
         """
+        check_samples("x", x)
+        if x.is_meta:
+            refuse("x must have values", x.device, "move it to the device of the denoiser")
         made = self.timesteps
         if made.is_meta and not x.is_meta:  # where torch's default device is "meta", they have no values
             made = self._times("cpu")
@@ -144,6 +147,7 @@ class FastDDIMSampler:
             TypeError, ValueError: as ``ddim_step``; a time is not one number; there is no such
                 step; the mean has another shape.
         """
+        check_samples("x_t", x_t)
         for name, time in {"t": t, "s": s}.items():
             if not isinstance(time, Tensor) or time.ndim:
                 refuse(
@@ -176,6 +180,11 @@ def _originals_result(x_t: Tensor, mean: Tensor, noise: Tensor) -> tuple[Tensor]
     """Run the operations of azula's step. Its coefficients have no dimensions."""
     k = torch.empty((), dtype=torch.get_default_dtype(), device=x_t.device)
     return (k * mean + k * (x_t - k * mean) + k * noise,)
+
+
+def _time(name: str, value: Any) -> Any:
+    """Return ``value``, a number or a tensor without dimensions, as ``torch.linspace`` takes it."""
+    return value if isinstance(value, Tensor) and value.ndim == 0 else check_number(name, value)
 
 
 def _float32_at_least(time: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from layouts import assert_laid_out_alike, draw, kinds, modelled, shapes, sweep
+from mistakes import mistakes
 from twins import twins
 
 from ddim_fast.integrations import azula as drop_in
@@ -358,6 +359,21 @@ def test_the_page_runs(monkeypatch):
         exec(block, names)
     assert names["x"].shape == (4, 3, 16, 16)
     assert names["x"].isfinite().all()
+
+
+CALLS = {
+    "__init__": dict(denoiser=Denoiser(rectified), eta=0.0, start=1.0, stop=0.0, steps=3),
+    "__call__": dict(x=random()),
+    "step": dict(x_t=random(), t=torch.tensor(0.7), s=torch.tensor(0.4)),
+}
+
+
+@mistakes(CALLS)
+def test_a_mistake_is_refused_by_its_name(name, arguments):
+    """(What azula's own operations refuse, in ``init`` and in ``device``, are their errors.)"""
+    if name == "__init__":
+        return lambda **given: FastDDIMSampler(**given, silent=True)(random()), arguments
+    return getattr(FastDDIMSampler(SimpleDenoiser(rectified), steps=2, silent=True), name), arguments
 
 
 # --- Errors and edges -------------------------------------------------------------------------------------------------

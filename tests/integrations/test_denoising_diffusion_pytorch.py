@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from layouts import assert_laid_out_alike, default_dtype, kinds, laid_out, sweep
+from mistakes import mistakes
 from torch import nn
 from twins import twins
 
@@ -460,6 +461,26 @@ def test_the_page_runs(monkeypatch):
     exec(block, names)
     assert len(names["pictures"]) == 4
     assert names["diffusion"].ddim_sample.func is ddim_sample
+
+
+CALLS = {
+    "ddim_sample": dict(diffusion=GaussianDiffusion(Net()), shape=(3, 2, 4, 5), return_all_timesteps=False, progress=False),
+    "ddim_sample_1d": dict(
+        diffusion=GaussianDiffusion1D(Net()), shape=(3, 2, 5), clip_denoised=True, model_forward_kwargs={},
+        return_noise=False, progress=False,
+    ),
+    "use_fast_ddim": dict(diffusion=GaussianDiffusion(Net())),
+}  # fmt: skip
+
+
+@mistakes(CALLS)
+def test_a_mistake_ends_as_in_the_original_or_by_its_name(name, arguments):
+    if name == "use_fast_ddim":
+        return use_fast_ddim, arguments
+    sampler = {"ddim_sample": ddim_sample, "ddim_sample_1d": ddim_sample_1d}[name]
+    if not isinstance(arguments["diffusion"], nn.Module):
+        return sampler, arguments
+    return sampler, arguments, lambda diffusion, progress, **rest: diffusion.ddim_sample(**rest)
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import torch
 from hypothesis import strategies as st
 from layouts import Defaults, assert_laid_out_alike, kinds, modelled, shapes, sweep
 from layouts import draw as draw_laid_out
+from mistakes import mistakes
 from twins import twins
 
 from ddim_fast.integrations import guided_diffusion, rows_by_timestep
@@ -849,6 +850,32 @@ OPTIONS = dict(betas=BETAS, model_mean_type=ModelMeanType.EPSILON, model_var_typ
 def test_a_diffusion_that_would_be_misunderstood_is_refused(make, error, message):
     with pytest.raises(error, match=message):
         FastDiffusion(make())
+
+
+ARGUMENTS = dict(clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0)
+REVERSE = {name: value for name, value in ARGUMENTS.items() if name != "cond_fn"}
+LOOP = dict(shape=SHAPE, noise=None, device="cpu", progress=False)
+CALLS = {
+    "__init__": dict(diffusion=original()),
+    "ddim_sample": dict(model=model_of(original()), x=draw(0), t=torch.tensor([1, 2, 3]), **ARGUMENTS),
+    "ddim_reverse_sample": dict(model=model_of(original()), x=draw(0), t=torch.tensor([1, 2, 3]), **REVERSE),
+    "ddim_sample_loop": dict(model=model_of(original()), **LOOP, **ARGUMENTS),
+    "ddim_sample_loop_progressive": dict(model=model_of(original()), **LOOP, **ARGUMENTS),
+    "ddim_reverse_sample_loop": dict(model=model_of(original()), x=draw(0), progress=False, **REVERSE),
+}
+
+
+@mistakes(CALLS)
+def test_a_mistake_ends_as_in_the_original_or_by_its_name(name, arguments):
+    if name == "__init__":
+        return FastDiffusion, arguments
+    diffusion, run = original(levels=torch.float32), list if "progressive" in name else lambda result: result
+    its_own = getattr(diffusion, name, None)
+    return (
+        lambda **given: run(getattr(FastDiffusion(diffusion), name)(**given)),
+        arguments,
+        its_own and (lambda **given: run(its_own(**given))),
+    )
 
 
 # --- The page ----------------------------------------------------------------------------------------------------------

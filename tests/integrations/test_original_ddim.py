@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from layouts import assert_laid_out_alike, default_dtype, draw, kinds, modelled, shapes, sweep
+from mistakes import mistakes
 
 from ddim_fast.integrations import original_results
 from ddim_fast.integrations.original_ddim import compute_alpha, ddpm_steps, generalized_steps
@@ -267,6 +268,24 @@ def test_the_largest_eta_named_is_accepted():
 def test_no_eta_for_ddpm():
     with pytest.raises(TypeError, match="eta"):
         ddpm_steps(random(0), [0, 3], refuses_to_be_called, BETAS, eta=0.0)
+
+
+CALLS = {
+    "generalized_steps": dict(x=random(0), seq=[0, 20, 50], model=lambda x, t: 0.5 * x, b=BETAS, eta=0.0),
+    "ddpm_steps": dict(x=random(0), seq=[0, 20, 50], model=lambda x, t: 0.5 * x, b=BETAS),
+    "compute_alpha": dict(beta=BETAS, t=torch.tensor([0, 3])),
+}
+
+
+@mistakes(CALLS)
+def test_a_mistake_ends_as_in_the_original_or_by_its_name(name, arguments):
+    if name == "compute_alpha":
+        return compute_alpha, arguments, original_alpha
+    kind, sampler = ("ddim", generalized_steps) if "eta" in arguments else ("ddpm", ddpm_steps)
+    x = arguments["x"]
+    if isinstance(x, torch.Tensor) and x.ndim != 4:  # the original returns samples of another shape
+        return sampler, arguments
+    return sampler, arguments, lambda eta=0.0, **rest: original_steps(kind, **rest, eta=eta)
 
 
 def test_the_example_in_the_docs_runs():
