@@ -169,6 +169,12 @@ def _memory() -> int:
         return machine
 
 
+def check_callable(name: str, value: object, remedy: str = "") -> None:
+    """Raise TypeError unless ``value`` can be called."""
+    if not callable(value):
+        refuse(f"{name} must be callable", value, remedy, TypeError)
+
+
 def check_samples(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a floating-point tensor ``(B, C, ...)``."""
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point or value.is_nested or value.ndim < 2:

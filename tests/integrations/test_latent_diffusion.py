@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import example
 from hypothesis import strategies as st
-from layouts import assert_laid_out_alike, draw, kinds, laid_out, modelled, shapes, sweep
+from layouts import Defaults, assert_alike, assert_laid_out_alike, draw, kinds, laid_out, modelled, shapes, sweep
 from twins import twins
 
 from ddim_fast.gpu_lab.fake_cuda import fake_cuda
@@ -381,10 +381,10 @@ def test_a_subclass_may_replace_the_step():
 # --- The original's operations ----------------------------------------------------------------------------------------
 
 
-def original_step(sampler, x, c, t, index, scale, uncond, quantize):
-    """Run ``p_sample_ddim``, operation by operation, in the original's dtypes."""
+def original_step(sampler, x, c, t, index, scale, uncond, quantize, levels=None):
+    """Run ``p_sample_ddim``, operation by operation, in the original's dtypes; its levels are in torch's default one."""
     m = guided_output(sampler.model, x, t, c, scale, uncond)
-    k = {name: torch.full((len(x), 1, 1, 1), float(getattr(sampler, name)[index])) for name in (
+    k = {name: torch.full((len(x), 1, 1, 1), float(getattr(sampler, name)[index]), dtype=levels) for name in (
         "ddim_alphas", "ddim_alphas_prev", "ddim_sigmas", "ddim_sqrt_one_minus_alphas"
     )}  # fmt: skip
     a, a_prev, sigma, root = k.values()
@@ -407,6 +407,7 @@ def original_step(sampler, x, c, t, index, scale, uncond, quantize):
     eta=st.sampled_from([0.0, 0.7]),
 )
 @example(
+    defaults=Defaults(),
     parameterization="eps",
     of_noise=("contiguous", torch.float64),
     of_model=("contiguous", torch.float32),
@@ -415,7 +416,9 @@ def original_step(sampler, x, c, t, index, scale, uncond, quantize):
     shape=(3, 2, 4, 5),
     eta=0.0,
 )
-def test_layouts_and_dtypes_are_the_originals(parameterization, of_noise, of_model, of_quantized, guided, shape, eta):
+def test_layouts_and_dtypes_are_the_originals(
+    defaults, parameterization, of_noise, of_model, of_quantized, guided, shape, eta
+):
     model = Model(parameterization)
     model.apply_model = lambda x, t, c: modelled(x, of_model)
     model.first_stage_model.quantize = lambda x: (
@@ -424,30 +427,37 @@ def test_layouts_and_dtypes_are_the_originals(parameterization, of_noise, of_mod
         None,
     )
     sampler = DDIMSampler(model)
-    sampler.make_schedule(5, ddim_eta=eta, verbose=False)
+    with defaults.device_mode():
+        sampler.make_schedule(5, ddim_eta=eta, verbose=False)
     scale, uncond = (1.5, torch.zeros(shape[0], 1)) if guided else (1.0, None)
     c = torch.ones(shape[0], 1)
     x, quantize, both = draw(3, shape, of_noise), of_quantized is not None, (of_noise, of_model, of_quantized)
     torch.manual_seed(4)
-    _, intermediates = sampler.ddim_sampling(
-        c,
-        shape,
-        x_T=x,
-        timesteps=4,
-        quantize_denoised=quantize,
-        log_every_t=1,
-        unconditional_guidance_scale=scale,
-        unconditional_conditioning=uncond,
-    )
+    with defaults.device_mode():
+        _, intermediates = sampler.ddim_sampling(
+            c,
+            shape,
+            x_T=x,
+            timesteps=4,
+            quantize_denoised=quantize,
+            log_every_t=1,
+            unconditional_guidance_scale=scale,
+            unconditional_conditioning=uncond,
+        )
     stream, want = torch.get_rng_state(), x
     torch.manual_seed(4)
     for index, one, one_x0 in zip((2, 1, 0), intermediates["x_inter"][1:], intermediates["pred_x0"][1:], strict=True):
         t = torch.full((shape[0],), int(sampler.ddim_timesteps[index]))
-        want, x0 = original_step(sampler, want, c, t, index, scale, uncond, quantize)
-        assert_laid_out_alike([one, one_x0], [want, x0], *both)
+        before, arguments = torch.get_rng_state(), (sampler, want, c, t, index, scale, uncond, quantize)
+        half = defaults.dtype in (torch.float16, torch.bfloat16)  # in which the original's 1 - alpha_bar may be nan
+        assert_laid_out_alike([one, one_x0], original_step(*arguments), *both, values=not half)
+        torch.set_rng_state(before)
+        assert_alike([one, one_x0], original_step(*arguments, levels=torch.float32 if half else None), *both)
+        want = one
     assert torch.equal(torch.get_rng_state(), stream)
 
-    got, _ = sampler.encode(x, c, 2, unconditional_guidance_scale=scale, unconditional_conditioning=uncond)
+    with defaults.device_mode():
+        got, _ = sampler.encode(x, c, 2, unconditional_guidance_scale=scale, unconditional_conditioning=uncond)
     want, a, a_prev = x, sampler.ddim_alphas, torch.from_numpy(sampler.ddim_alphas_prev).float()
     for i, step in enumerate(sampler.ddim_timesteps[:2]):
         m = guided_output(model, want, torch.full((shape[0],), int(step)), c, scale, uncond)
@@ -456,7 +466,9 @@ def test_layouts_and_dtypes_are_the_originals(parameterization, of_noise, of_mod
     if parameterization == "eps":
         assert_laid_out_alike([got], [want], *both)
     noise, a = draw(5, shape, of_model), a[torch.arange(shape[0])].view(-1, 1, 1, 1)
-    got = sampler.stochastic_encode(x, torch.arange(shape[0]), noise=noise)
+    indices = torch.arange(shape[0])
+    with defaults.device_mode():
+        got = sampler.stochastic_encode(x, indices, noise=noise)
     assert_laid_out_alike([got], [a.sqrt() * x + (1 - a).sqrt() * noise], *both)
 
 
