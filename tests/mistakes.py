@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from outcomes import outcome
 
 OURS = tuple(str(Path(__file__).parents[1] / folder) for folder in ("ddim_fast", "kernels"))
 TESTS = str(Path(__file__).parent)
@@ -21,14 +22,6 @@ VALUES = [
     torch.ones(1, 2, 4, 5), torch.ones(3, 4, 4, 5), torch.ones(3, 2, 4), torch.ones(3, 2, 4, 5).to_sparse(),
     torch.ones(3, 2, 4, 5, device="meta"), range(3), range(0), [0, 7], [7, 0], [0.0, 1.0], [0, 10**6], lambda *a, **k: None,
 ]  # fmt: skip
-
-
-def outcome(function):
-    """(result, None), or (None, error)."""
-    try:
-        return function(), None
-    except Exception as error:
-        return None, error
 
 
 def is_the_callers(error):

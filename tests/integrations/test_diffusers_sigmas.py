@@ -313,7 +313,7 @@ def test_layouts_and_dtypes_are_the_originals(defaults, original, prediction_typ
         if error is not None:
             same_error(error, fast_error)
         else:
-            assert_laid_out_alike(got, expected, of_sample, of_output, of_size_1=False)
+            assert_laid_out_alike(got, expected, of_sample, of_output)
     assert torch.equal(found[0][1], found[1][1])
 
 
