@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import Prediction, check_eta, ddim_coefficients, previous_x_prediction, variance_with_room
-from ..utils.checks import check_callable
+from ..utils.checks import check_callable, check_device
 from .original_results import kinds_of_results, per_sample_coefficient, readable, step_of_kind, step_with_x0
 from .rows_by_timestep import RowsByTimestep, cached_rows
 
@@ -521,10 +521,7 @@ def _check_start(model: Any, shape: Any, noise: Any, device: str | torch.device 
         if parameter is None:
             raise ValueError("device must be given for a model without parameters, got None: pass device")
         device = parameter.device
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"device must be one of this machine, got {device!r:.80}: for instance 'cpu'") from error
+    device = check_device("device", device)
     if noise is not None:
         _check_samples(noise, "noise")
         if noise.shape != tuple(shape):

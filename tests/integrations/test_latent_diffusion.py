@@ -12,6 +12,7 @@ import torch
 from hypothesis import example
 from hypothesis import strategies as st
 from layouts import Defaults, assert_alike, assert_laid_out_alike, draw, kinds, laid_out, modelled, shapes, sweep
+from mistakes import mistakes
 from twins import twins
 
 from ddim_fast.gpu_lab.fake_cuda import fake_cuda
@@ -833,9 +834,9 @@ def test_verbose_prints_the_schedule(capsys):
 # --- Errors -----------------------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "S = 0": ({"S": 0}, r"ddim_num_steps must be an integer in \[1, 60\]"),
-    "S > T": ({"S": 61}, r"ddim_num_steps must be an integer in \[1, 60\]"),
-    "S = T": ({"S": 60}, "last one, 59, or before, got 60 for ddim_num_steps=60: take 30 .*or all 60 by .*use_original_steps=True"),
+    "S = 0": ({"S": 0}, r"S must be an integer in \[1, 60\]"),
+    "S > T": ({"S": 61}, r"S must be an integer in \[1, 60\]"),
+    "S = T": ({"S": 60}, "last one, 59, or before, got 60 for S=60: take 30 .*or all 60 by .*use_original_steps=True"),
     "eta < 0": ({"eta": -0.1}, "eta must be a finite number"),
     "eta a tensor": ({"eta": torch.tensor(0.5)}, r"eta must be a finite number.*got tensor\(0.5"),
     "eta too large": ({"eta": 9.0}, "eta may be at most"),
@@ -919,6 +920,57 @@ def test_refused(case):
     call, message = OTHERS_REFUSED[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+X = random(0, (3, 2, 4, 5), torch.float32)
+GUIDANCE = dict(unconditional_guidance_scale=1.5, unconditional_conditioning=torch.zeros(3, 1))
+STEP = dict(
+    temperature=1.0, noise_dropout=0.0, score_corrector=None, corrector_kwargs=None, dynamic_threshold=None, **GUIDANCE
+)
+LOOP = dict(mask=None, x0=None, x_T=X, callback=None, img_callback=None, log_every_t=100, ucg_schedule=None, **STEP)
+CALLS = {
+    "DDIMSampler": dict(schedule="linear", device=None),
+    "make_ddim_timesteps": dict(ddim_discr_method="uniform", num_ddim_timesteps=5, num_ddpm_timesteps=T, verbose=False),
+    "make_schedule": dict(ddim_num_steps=5, ddim_discretize="uniform", ddim_eta=0.0, verbose=False),
+    "sample": dict(S=5, batch_size=3, shape=(2, 4, 5), conditioning=torch.ones(3, 1), quantize_x0=False, eta=0.0, verbose=False) | LOOP,
+    "ddim_sampling": dict(
+        cond=torch.ones(3, 1), shape=X.shape, ddim_use_original_steps=False, timesteps=None, quantize_denoised=False
+    ) | LOOP,
+    "p_sample_ddim": dict(
+        x=X, c=torch.ones(3, 1), t=torch.tensor([13] * 3), index=1, repeat_noise=False, use_original_steps=False, quantize_denoised=False
+    ) | STEP,
+    "encode": dict(
+        x0=X, c=torch.ones(3, 1), t_enc=2, use_original_steps=False, return_intermediates=None, callback=None, model_timesteps="timestep"
+    ) | GUIDANCE,
+    "stochastic_encode": dict(x0=X, t=torch.tensor([1, 2, 3]), use_original_steps=False, noise=X),
+    "decode": dict(x_latent=X, cond=torch.ones(3, 1), t_start=2, use_original_steps=False, callback=None) | GUIDANCE,
+}  # fmt: skip
+CALLS = {name: right if name == "make_ddim_timesteps" else {"model": Model()} | right for name, right in CALLS.items()}
+
+
+@mistakes(CALLS)
+def test_a_mistake_is_refused_by_its_name(name, arguments):
+    def call(model, device=None, schedule="linear", **given):
+        sampler = DDIMSampler(model, schedule, device)
+        sampler.make_schedule(**(given if name == "make_schedule" else {"ddim_num_steps": 5, "verbose": False}))
+        if name not in ("DDIMSampler", "make_schedule"):
+            getattr(sampler, name)(**given)
+
+    return make_ddim_timesteps if name == "make_ddim_timesteps" else call, arguments
+
+
+@pytest.mark.parametrize("shape", [(), (1, 2, 4, 5), (2, 1, 1)])
+def test_noise_is_broadcast_as_in_the_original(shape):
+    sampler, noise = made(), random(3, shape)
+    a = sampler.alphas_cumprod[sampler.ddim_timesteps[[1, 2, 3]]].double().view(-1, 1, 1, 1)
+    got = sampler.stochastic_encode(X, torch.tensor([1, 2, 3]), noise=noise.float())
+    torch.testing.assert_close(got.double(), a.sqrt() * X.double() + (1 - a).sqrt() * noise.float().double())
+
+
+def test_a_mask_may_be_a_number():
+    x, x0 = random(1), random(13)
+    whole = [made().ddim_sampling(None, SHAPE, x_T=x, mask=mask, x0=x0)[0] for mask in (0.0, torch.zeros(1))]
+    assert torch.equal(*whole)
 
 
 def test_a_schedule_of_another_length():
