@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,7 +77,8 @@ class FusedSteps(SchedulerRows):
 
     _noisiest_first = True
     """The order of ``timesteps``."""
-    _originals_results = staticmethod(_originals_results)
+    _originals_results: Callable[..., tuple[Tensor, ...]] = staticmethod(_originals_results)
+    """The operations of the original's ``step``, for the layouts and dtypes of x0 and x_prev."""
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Set the timesteps as the original does.
