@@ -1,4 +1,8 @@
-"""Tensors in any memory layout and dtype, for tests that a drop-in's results are laid out as the original's."""
+"""Tensors in any memory layout and dtype, and any defaults of torch, for tests that a drop-in's results are the original's."""
+
+import functools
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -18,12 +22,41 @@ LAYOUTS = {
 }
 SHAPES = [(3, 2, 4, 5), (2, 3, 2, 2), (1, 2, 4, 5), (3, 1, 4, 5), (2, 3, 1, 1)]
 
+_DTYPES = [torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16]
 kinds = st.tuples(
     st.sampled_from(list(LAYOUTS)),
-    st.sampled_from([torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+    st.sampled_from(_DTYPES),
 )
 """A layout and a dtype."""
 shapes = st.sampled_from(SHAPES)
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """torch's default device and dtype where the caller stands."""
+
+    device: str | None = None
+    dtype: torch.dtype = torch.float32
+
+    def device_mode(self):
+        """Return the context of a call of ours.
+
+        The originals run outside of it: the default "meta" would take the values from tensors that they make.
+        """
+        return nullcontext() if self.device is None else torch.device(self.device)
+
+
+defaults_of_torch = st.builds(Defaults, st.sampled_from([None, "cpu", "meta"]), st.sampled_from(_DTYPES))
 
 
 def laid_out(x, kind):
@@ -42,12 +75,20 @@ def modelled(x, kind, pull=0.9):
 
 
 def sweep(examples=25, **strategies):
-    """Decorate a test: with a few examples in every run, with 3,000 in ``make test-slow``."""
+    """Decorate a ``check(defaults, ...)``: with a few examples in every run, with 3,000 in ``make test-slow``.
+
+    It runs under the default dtype of its ``defaults``.
+    """
 
     def decorate(check):
+        @functools.wraps(check)
+        def under_the_default_dtype(defaults, **drawn):
+            with default_dtype(defaults.dtype):
+                check(defaults, **drawn)
+
         @pytest.mark.parametrize("examples", [examples, pytest.param(3000, marks=pytest.mark.slow)])
         def test(examples):
-            run = given(**strategies)(check)
+            run = given(defaults=defaults_of_torch, **strategies)(under_the_default_dtype)
             settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))(run)()
 
         test.__doc__ = check.__doc__
@@ -56,18 +97,30 @@ def sweep(examples=25, **strategies):
     return decorate
 
 
-def assert_laid_out_alike(got, expected, *kinds, of_size_1=True):
-    """Compare dtypes, strides, and roughly the values: noise in another order is off by 1 or more.
+def assert_laid_out_alike(got, expected, *kinds, values=True):
+    """Compare dtypes, strides, and the values as ``assert_alike`` does.
 
     Args:
-        kinds: all that were mixed; rounding to the narrowest dtype among them may go either way.
-        of_size_1: also compare the strides of dimensions of size 1, which do not change the order in memory.
+        values: also compare these.
     """
-    eps = max(torch.finfo(dtype).eps for dtype in [torch.float32, *(kind[1] for kind in kinds if kind)])
-    allowed = 30 * eps if eps > 1e-5 else 3000 * eps
     for a, b in zip(got, expected, strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        strides = [[(d, s) for d, s in enumerate(x.stride()) if of_size_1 or x.shape[d] > 1] for x in (a, b)]
-        assert strides[0] == strides[1], f"{a.stride()} for the original's {b.stride()} of {tuple(b.shape)}"
+        assert a.stride() == b.stride(), f"{a.stride()} for the original's {b.stride()} of {tuple(b.shape)}"
+    if values:
+        assert_alike(got, expected, *kinds)
+
+
+def assert_alike(got, expected, *kinds):
+    """Compare values roughly: noise in another order is off by 1 or more.
+
+    Args:
+        kinds: all that were mixed; rounding to the narrowest dtype among them, or to torch's default, may go either way.
+    """
+    eps = max(
+        torch.finfo(dtype).eps
+        for dtype in [torch.float32, torch.get_default_dtype(), *(kind[1] for kind in kinds if kind)]
+    )
+    allowed = 30 * eps if eps > 1e-5 else 3000 * eps
+    for a, b in zip(got, expected, strict=True):
         error = (a.double() - b.double()).abs().max()
         assert error <= allowed * b.double().abs().max().clamp(min=1), float(error)

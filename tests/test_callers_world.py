@@ -6,10 +6,10 @@ import multiprocessing
 import pickle
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
+from layouts import default_dtype
 from torch import nn
 
 from ddim_fast import DDIMSampler, NoiseSchedule, load_model, sample_seeds, slerp, standard_normals
@@ -97,16 +97,6 @@ def calls(make=Net):
         ),
         "search": lambda: numbers(search_timesteps(Search(make(), LINEAR, SHAPE[1:], **effort)).timesteps),
     }
-
-
-@contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 WORLDS = {

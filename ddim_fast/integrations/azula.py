@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import check_eta, mean_coefficients
-from ..utils.checks import check_integer, refuse
-from .original_results import kinds_of_results, step_of_kind
+from ..utils.checks import check_integer, check_number, check_samples, refuse
+from .original_results import HALF_PRECISION, kinds_of_results, step_of_kind
 
 
 class FastDDIMSampler:
@@ -36,8 +36,8 @@ class FastDDIMSampler:
         start, stop: the first and the last time.
         steps: S, the number of steps; times are evenly spaced.
         silent: show no progress bar.
-        dtype, device: of the times. The schedule is computed in this dtype; by default in torch's
-            default dtype, as azula does.
+        dtype, device: of the times. The schedule is computed in this dtype, float32 at least; by
+            default in torch's default dtype, as azula does.
 
     Raises:
         TypeError, ValueError: the denoiser has no such interface, or an argument is out of range.
@@ -63,8 +63,8 @@ class FastDDIMSampler:
         check_eta(eta)
         self.denoiser = denoiser
         self.eta = eta
-        self.start = start
-        self.stop = stop
+        self.start = _time("start", start)
+        self.stop = _time("stop", stop)
         self.steps = check_integer("steps", steps, at_least=1)
         self.silent = silent
         self.dtype = dtype
@@ -73,7 +73,10 @@ class FastDDIMSampler:
     @property
     def timesteps(self) -> Tensor:
         """The times ``(S + 1,)``, from ``start`` to ``stop``."""
-        return torch.linspace(self.start, self.stop, self.steps + 1, dtype=self.dtype, device=self.device)
+        return self._times(self.device)
+
+    def _times(self, device: torch.device | str | None) -> Tensor:
+        return torch.linspace(self.start, self.stop, self.steps + 1, dtype=self.dtype, device=device)
 
     @torch.no_grad()
     def init(
@@ -114,7 +117,13 @@ class FastDDIMSampler:
         Raises:
             TypeError, ValueError: a step is impossible; nothing has been computed.
         """
-        times = self.timesteps.to(device=x.device).unbind()
+        check_samples("x", x)
+        if x.is_meta:
+            refuse("x must have values", x.device, "move it to the device of the denoiser")
+        made = self.timesteps
+        if made.is_meta and not x.is_meta:  # where torch's default device is "meta", they have no values
+            made = self._times("cpu")
+        times = made.to(device=x.device).unbind()
         rows = _rows(self.denoiser.schedule, times, self.eta)
         own_step = type(self).step is not FastDDIMSampler.step
         for (t, s), row in self.progress_bar(list(zip(pairwise(times), rows, strict=True))):
@@ -138,6 +147,7 @@ class FastDDIMSampler:
             TypeError, ValueError: as ``ddim_step``; a time is not one number; there is no such
                 step; the mean has another shape.
         """
+        check_samples("x_t", x_t)
         for name, time in {"t": t, "s": s}.items():
             if not isinstance(time, Tensor) or time.ndim:
                 refuse(
@@ -172,13 +182,29 @@ def _originals_result(x_t: Tensor, mean: Tensor, noise: Tensor) -> tuple[Tensor]
     return (k * mean + k * (x_t - k * mean) + k * noise,)
 
 
+def _time(name: str, value: Any) -> Any:
+    """Return ``value``, a number or a tensor without dimensions, as ``torch.linspace`` takes it."""
+    return value if isinstance(value, Tensor) and value.ndim == 0 else check_number(name, value)
+
+
+def _float32_at_least(time: Tensor) -> Tensor:
+    return time.float() if time.dtype in HALF_PRECISION else time
+
+
 def _rows(
     schedule: Callable[[Tensor], tuple[Tensor, Tensor]], times: Sequence[Tensor], eta: float
 ) -> list[StepCoefficients]:
     """Return the row of each step, from each of ``times`` to the next."""
     check_eta(eta)
-    # One time per call, as in azula: a call for several may differ in the last digit.
-    scales = [scale.detach().reshape(()) for time in times for scale in schedule(time)]
+    # One time per call, as in azula: a call for several may differ in the last digit. At times in
+    # half precision the schedule would lose 1 - alpha^2.
+    scales = [scale.detach().reshape(()) for time in times for scale in schedule(_float32_at_least(time))]
+    for scale in scales:
+        if scale.dtype in HALF_PRECISION:
+            raise TypeError(
+                f"denoiser.schedule must compute alpha_t and sigma_t in float32 or float64, got {scale.dtype}: "
+                "convert the backbone alone (denoiser.backbone.half()), not the schedule"
+            )
     numbers = torch.stack(scales).tolist()  # the only wait for the device
     levels = zip(numbers[::2], numbers[1::2], strict=True)
     return [mean_coefficients(*at_t, *at_s, eta) for at_t, at_s in pairwise(levels)]

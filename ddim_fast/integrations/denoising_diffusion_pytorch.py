@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import check_eta, ddim_coefficients, variance_with_room
-from ..utils.checks import check_choice, check_integer
+from ..utils.checks import check_choice, check_integer, refuse
 from .original_results import kinds_of_results, per_sample_coefficient, step_of_kind, step_with_x0
 
 PREDICTION_TYPES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
@@ -91,6 +91,8 @@ def ddim_sample_1d(
         TypeError, ValueError: as ``ddim_sample``.
     """
     _check_variant(diffusion, ddim_sample_1d)
+    if not isinstance(model_forward_kwargs, Mapping):
+        refuse("model_forward_kwargs must be a dict", model_forward_kwargs, kind=TypeError)
 
     def call(x: Tensor, t: Tensor, x_self_cond: Tensor | None) -> Tensor:
         conditioning = {} if x_self_cond is None else {"x_self_cond": x_self_cond}
@@ -159,8 +161,9 @@ def _states(
 ) -> Iterator[Tensor]:
     """Yield the noise, then the result of each step. Noise is drawn where the original draws it."""
     steps = _steps(diffusion, clip, use_clipped_model_output)
-    batch, device = shape[0], diffusion.betas.device
+    device = diffusion.betas.device
     x_t = torch.randn(shape, device=device)
+    batch = x_t.shape[0]
     yield x_t
     x0 = None
     for t, t_next, row in tqdm(steps, desc="sampling loop time step", disable=not progress):
@@ -175,7 +178,7 @@ def _states(
             noise,
             levels=diffusion.alphas_cumprod.dtype,
             objective=diffusion.objective,
-            clip=clip,
+            clip=bool(clip),
             recomputes_eps=use_clipped_model_output,
         )
         if diffusion.objective == "pred_x0" and not clip:  # the original's x0 is that tensor itself
@@ -239,9 +242,14 @@ def _steps(diffusion: Any, clip: bool, use_clipped_model_output: bool) -> list[t
 def _time_pairs(num_timesteps: int, sampling_timesteps: int) -> list[tuple[int, int]]:
     """Choose the original's pairs of timesteps.
 
-    They are evenly spaced from T - 1 to -1, in torch's default dtype, and truncated to integers.
+    They are evenly spaced from T - 1 to -1, in torch's default dtype, and truncated to integers. A
+    default in half precision may round T - 1 up to T, where the original fails: then in float32.
     """
-    times = torch.linspace(-1, num_timesteps - 1, steps=sampling_timesteps + 1, device="cpu").int().tolist()
+    for dtype in (torch.get_default_dtype(), torch.float32):
+        spaced = torch.linspace(-1, num_timesteps - 1, steps=sampling_timesteps + 1, dtype=dtype, device="cpu")
+        times = spaced.int().tolist()
+        if times[-1] < num_timesteps:
+            break
     return list(pairwise(reversed(times)))
 
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import Prediction, check_eta, ddim_coefficients, previous_x_prediction, variance_with_room
+from ..utils.checks import check_callable, check_device
 from .original_results import kinds_of_results, per_sample_coefficient, readable, step_of_kind, step_with_x0
 from .rows_by_timestep import RowsByTimestep, cached_rows
 
@@ -255,6 +256,7 @@ class FastDiffusion:
     ) -> Iterator[dict[str, Tensor]]:
         """Run ``ddim_reverse_sample_loop``, yielding the dict of each timestep."""
         _check_samples(x)
+        check_callable("model", model)
         _check_deterministic(eta)
         steps = self._last_pass("next", clip_denoised, denoised_fn, None, model_kwargs)
         timesteps = range(len(self._alpha_bars) - 1)
@@ -463,13 +465,13 @@ def _check_unchanged(diffusion: Any) -> None:
                 )
 
 
-def _check_samples(x: Any) -> None:
+def _check_samples(x: Any, name: str = "x") -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(
-            f"x must be a floating-point torch.Tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
+            f"{name} must be a floating-point torch.Tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
         )
     if x.ndim < 2:
-        raise ValueError(f"x must have a batch and a channel dimension, (B, C, ...), got shape {tuple(x.shape)}")
+        raise ValueError(f"{name} must have a batch and a channel dimension, (B, C, ...), got shape {tuple(x.shape)}")
 
 
 def _timesteps(t: Any, x: Any) -> Tensor:
@@ -495,6 +497,7 @@ def _compute_rows(steps: RowsByTimestep, at: Tensor) -> None:
 
 
 def _check_deterministic(eta: float) -> None:
+    check_eta(eta)
     if eta != 0:
         raise ValueError(f"eta must be 0 in the reverse process, which is deterministic, got {eta}")
 
@@ -518,9 +521,9 @@ def _check_start(model: Any, shape: Any, noise: Any, device: str | torch.device 
         if parameter is None:
             raise ValueError("device must be given for a model without parameters, got None: pass device")
         device = parameter.device
-    device = torch.device(device)
+    device = check_device("device", device)
     if noise is not None:
-        _check_samples(noise)
+        _check_samples(noise, "noise")
         if noise.shape != tuple(shape):
             raise ValueError(f"noise must have the given shape, {tuple(shape)}, got {tuple(noise.shape)}")
         if noise.device.type != device.type:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,16 @@ from ..plans.coefficients import (
     noising_coefficients,
     variance_with_room,
 )
-from ..utils.checks import as_index, check_choice, check_integer, check_number
+from ..utils.checks import (
+    as_index,
+    check_callable,
+    check_choice,
+    check_device,
+    check_integer,
+    check_number,
+    check_samples,
+    refuse,
+)
 from .original_results import HALF_PRECISION, kinds_of_results, per_sample_coefficient, step_of_kind, step_with_x0
 from .rows_by_timestep import RowsByTimestep
 
@@ -48,7 +58,8 @@ class DDIMSampler:
         device: of the buffers that ``make_schedule`` registers; that of the model if None.
 
     Raises:
-        ValueError: the model's parameterization is unknown.
+        TypeError, ValueError: the model has no such interface, or an unknown parameterization; there
+            is no such device.
     """
 
     ddim_timesteps: np.ndarray
@@ -56,7 +67,12 @@ class DDIMSampler:
 
     def __init__(self, model: Any, schedule: str = "linear", device: torch.device | str | None = None, **kwargs: Any):
         _warn_of_unused(kwargs, stacklevel=3)
+        missing = [name for name in ("num_timesteps", "apply_model") if not hasattr(model, name)]
+        if missing:
+            refuse(f"model must have {' and '.join(missing)}", type(model).__name__, "a LatentDiffusion", TypeError)
         _prediction_type(model)
+        if device is not None:
+            check_device("device", device)
         self.model = model
         self.ddpm_num_timesteps = model.num_timesteps
         self.schedule = schedule
@@ -95,9 +111,15 @@ class DDIMSampler:
                 ``make_ddim_timesteps``; eta adds more noise than a step has room for; the model's
                 noise levels are in half precision, and are not those of its betas.
         """
+        self._make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose, "ddim_num_steps", "ddim_eta")
+
+    def _make_schedule(
+        self, count: int, method: str, eta: float, verbose: bool, count_name: str, eta_name: str
+    ) -> None:
+        """Run ``make_schedule``; errors call the number of steps and eta by these names."""
         total = self.ddpm_num_timesteps
-        timesteps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, total, verbose=verbose)
-        check_eta(ddim_eta)
+        timesteps = _choose_timesteps(method, count, total, verbose, "ddim_discretize", count_name)
+        check_eta(eta, eta_name)
         if tuple(self.model.alphas_cumprod.shape) != (total,):
             raise ValueError(
                 f"model.alphas_cumprod must have shape ({total},), one entry for each timestep, "
@@ -112,12 +134,14 @@ class DDIMSampler:
             True: list(zip(alphas_cumprod.tolist(), alphas_cumprod_prev.tolist(), strict=True)),
         }
         # Computed now, so that errors come before anything has changed.
-        rows = {(False, i, 1.0): _step_row(self.model, *pair, ddim_eta, 1.0) for i, pair in enumerate(levels[False])}
-        self._levels, self._rows, self._noising, self._eta = levels, rows, {}, float(ddim_eta)
+        rows = {
+            (False, i, 1.0): _step_row(self.model, *pair, eta, 1.0, eta_name) for i, pair in enumerate(levels[False])
+        }
+        self._levels, self._rows, self._noising, self._eta = levels, rows, {}, float(eta)
         self.ddim_timesteps = timesteps
         self._register_buffers(alphas_cumprod, alphas_cumprod_prev)
         if verbose:
-            print(f"DDIM with eta = {ddim_eta}: alphas {alphas}, alphas_prev {alphas_prev}, sigmas {self.ddim_sigmas}")
+            print(f"DDIM with eta = {eta}: alphas {alphas}, alphas_prev {alphas_prev}, sigmas {self.ddim_sigmas}")
 
     def _register_buffers(self, alphas_cumprod: Tensor, alphas_cumprod_prev: Tensor) -> None:
         sigmas = {
@@ -185,6 +209,7 @@ class DDIMSampler:
 
         The other arguments, the result and the errors are those of ``ddim_sampling``.
         """
+        check_integer("batch_size", batch_size, at_least=0)
         unused = {
             **kwargs,
             **({"normals_sequence": normals_sequence} if normals_sequence is not None else {}),
@@ -194,8 +219,11 @@ class DDIMSampler:
             unused["unconditional_guidance_scale or ucg_schedule (without unconditional_conditioning)"] = None
         _warn_of_unused(unused, stacklevel=4)
         _warn_of_batch_size(conditioning, batch_size, stacklevel=4)
-        self.make_schedule(S, ddim_eta=eta, verbose=verbose)
-        size = (batch_size, *shape)
+        size = (batch_size, *_check_shape(shape))
+        if type(self).make_schedule is DDIMSampler.make_schedule:
+            self._make_schedule(S, "uniform", eta, verbose, "S", "eta")
+        else:
+            self.make_schedule(S, ddim_eta=eta, verbose=verbose)
         if verbose:
             print(f"DDIM: samples of shape {size}, {len(self.ddim_timesteps)} steps")
         return self.ddim_sampling(
@@ -271,11 +299,16 @@ class DDIMSampler:
         Raises:
             TypeError, ValueError: an argument is wrong; the model has not been called.
         """
-        self._check_step(noise_dropout, temperature, score_corrector, dynamic_threshold)
+        self._check_step(noise_dropout, temperature, score_corrector, corrector_kwargs, dynamic_threshold)
+        shape = _check_shape(shape)
+        if x_T is not None:
+            check_samples("x_T", x_T)
         visited = self._visited(ddim_use_original_steps, timesteps)
-        _check_loop(mask, x0, log_every_t, ucg_schedule, len(visited))
+        _check_callback("callback", callback)
+        _check_callback("img_callback", img_callback)
+        _check_loop(mask, x0, shape if x_T is None else x_T.shape, log_every_t, ucg_schedule, len(visited))
         device = self.model.betas.device
-        img = torch.randn(tuple(shape), device=device) if x_T is None else x_T
+        img = torch.randn(shape, device=device) if x_T is None else x_T
         intermediates = {"x_inter": [img], "pred_x0": [img]}
         for i, step in enumerate(tqdm(np.flip(visited), desc="DDIM Sampler")):
             index = len(visited) - i - 1
@@ -336,12 +369,14 @@ class DDIMSampler:
         Returns:
             x_prev and the predicted x0.
         """
-        self._check_step(noise_dropout, temperature, score_corrector, dynamic_threshold)
+        self._check_step(noise_dropout, temperature, score_corrector, corrector_kwargs, dynamic_threshold)
+        check_samples("x", x)
         row = self._row(index, use_original_steps, temperature)
         e_t, guidance = self._predict(x, t, c, unconditional_guidance_scale, unconditional_conditioning)
         if score_corrector is not None:
             e_t, guidance = _guided(e_t, **guidance), {}
             e_t = score_corrector.modify_score(self.model, e_t, x, t, c, **(corrector_kwargs or {}))
+            e_t = _checked_output(e_t, x.shape, "score_corrector.modify_score")
         operands = (x, *_tensors(e_t, **guidance))
         x0_kind, kind = kinds_of_results(_originals_results, *operands, None, kind=_prediction_type(self.model))
         if not quantize_denoised:
@@ -390,12 +425,17 @@ class DDIMSampler:
             ValueError: an argument is wrong; the model has not been called.
         """
         check_choice("model_timesteps", model_timesteps, ("timestep", "index"))
+        check_samples("x0", x0)
+        _check_callback("callback", callback)
         levels = self._levels_of(use_original_steps)
-        if not 0 <= t_enc <= len(levels):
+        if not 0 <= check_integer("t_enc", t_enc) <= len(levels):
             raise ValueError(f"t_enc must be 0 to the {len(levels)} steps of the schedule, got {t_enc}")
+        if return_intermediates is not None:
+            check_integer("return_intermediates", return_intermediates)
         if return_intermediates and t_enc and not 0 < return_intermediates <= t_enc:
             raise ValueError(f"return_intermediates must be at most t_enc, {t_enc}, got {return_intermediates}")
-        if unconditional_guidance_scale != 1 and unconditional_conditioning is None:
+        scale = _guidance_scale(unconditional_guidance_scale)
+        if scale != 1 and unconditional_conditioning is None:
             raise ValueError(
                 f"unconditional_guidance_scale={unconditional_guidance_scale} needs unconditional_conditioning, "
                 "got None: pass it"
@@ -433,6 +473,9 @@ class DDIMSampler:
         Raises:
             ValueError: there is no such step.
         """
+        check_samples("x0", x0)
+        if noise is not None:
+            _check_broadcasts("noise", noise, x0.shape)
         if not isinstance(t, Tensor) or t.dtype != torch.int64 or (t.numel() != 1 and t.shape != x0.shape[:1]):
             raise ValueError(f"t must be int64, one number or one for each of the {len(x0)} samples, got {t!r}")
         key = bool(use_original_steps)
@@ -447,7 +490,7 @@ class DDIMSampler:
         noise = torch.randn_like(x0) if noise is None else noise
         (kind,) = kinds_of_results(_originals_noising, x0, noise)
         x0, out = x0.to(kind.dtype), kind.empty(x0)
-        return self._noising[key].step(x0, x0, t, noise=noise.to(kind.dtype), out=out)
+        return self._noising[key].step(x0, x0, t, noise=noise.to(kind.dtype).expand(x0.shape), out=out)
 
     @torch.no_grad()
     def decode(
@@ -464,6 +507,10 @@ class DDIMSampler:
 
         eta is that of ``make_schedule``.
         """
+        check_samples("x_latent", x_latent)
+        _check_callback("callback", callback)
+        if t_start is not None:
+            check_integer("t_start", t_start)
         visited = self._visited(use_original_steps)[:t_start]
         x_dec = x_latent
         for i, step in enumerate(tqdm(np.flip(visited), desc="Decoding image")):
@@ -493,6 +540,8 @@ class DDIMSampler:
     def _visited(self, use_original_steps: bool, timesteps: int | None = None) -> np.ndarray:
         """Return the timesteps, increasing: all, or as many as the original means."""
         count = len(self._levels_of(use_original_steps))
+        if timesteps is not None:
+            (check_integer if use_original_steps else check_number)("timesteps", timesteps)
         if timesteps is not None and not 1 <= timesteps <= (count if use_original_steps else math.inf):
             raise ValueError(f"timesteps must be 1 to the {count} steps of the schedule, got {timesteps}")
         if use_original_steps:
@@ -501,7 +550,10 @@ class DDIMSampler:
         return self.ddim_timesteps[: None if timesteps is None else int(min(timesteps / count, 1) * count) - 1]
 
     def _row(self, index: int, use_original_steps: bool, temperature: float = 1.0) -> StepCoefficients:
-        key = bool(use_original_steps), as_index(index), float(temperature)
+        try:
+            key = bool(use_original_steps), as_index(index), float(temperature)
+        except TypeError:
+            refuse("index must be an integer, that of a step of the schedule", index, kind=TypeError)
         if key not in self._rows:
             levels = self._levels_of(use_original_steps)
             if not 0 <= index < len(levels):
@@ -513,13 +565,19 @@ class DDIMSampler:
         self, x: Tensor, t: Tensor, c: Any, guidance_scale: float, unconditional_conditioning: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         """Return the model's output, and the arguments of ``ddim_step`` for guidance."""
-        if unconditional_conditioning is None or guidance_scale == 1:
-            return self.model.apply_model(x, t, c), {}
+        scale = 1.0 if unconditional_conditioning is None else _guidance_scale(guidance_scale)
+        if scale == 1:
+            return _checked_output(self.model.apply_model(x, t, c), x.shape), {}
+        if not isinstance(t, Tensor) or t.ndim < 1:
+            refuse("t must be a tensor (B,)", t, kind=TypeError)
         both = _one_batch(unconditional_conditioning, c)
-        uncond, cond = self.model.apply_model(torch.cat([x] * 2), torch.cat([t] * 2), both).chunk(2)
-        return cond, {"model_output_uncond": uncond, "guidance_scale": float(guidance_scale)}
+        output = self.model.apply_model(torch.cat([x] * 2), torch.cat([t] * 2), both)
+        uncond, cond = _checked_output(output, (2 * len(x), *x.shape[1:])).chunk(2)
+        return cond, {"model_output_uncond": uncond, "guidance_scale": scale}
 
-    def _check_step(self, noise_dropout: float, temperature: float, score_corrector, dynamic_threshold) -> None:
+    def _check_step(
+        self, noise_dropout: float, temperature: float, score_corrector, corrector_kwargs, dynamic_threshold
+    ) -> None:
         check_number("noise_dropout", noise_dropout, at_least=0, at_most=1)
         check_number("temperature", temperature)
         if score_corrector is not None and _prediction_type(self.model) != "epsilon":
@@ -527,6 +585,10 @@ class DDIMSampler:
                 "a score_corrector corrects predicted noise and needs a model with parameterization 'eps', "
                 f"got {self.model.parameterization!r}: leave it out"
             )
+        if score_corrector is not None:
+            check_callable("score_corrector.modify_score", getattr(score_corrector, "modify_score", None))
+        if corrector_kwargs is not None and not isinstance(corrector_kwargs, Mapping):
+            refuse("corrector_kwargs must be a dict or None", corrector_kwargs, kind=TypeError)
         if dynamic_threshold is not None:
             raise ValueError(f"dynamic_threshold must be None, as in the original, got {dynamic_threshold!r}")
 
@@ -543,21 +605,30 @@ def make_ddim_timesteps(
         ValueError: there is no such method; a timestep is T, which does not exist (with "uniform",
             where T // S divides T - 1).
     """
-    total = num_ddpm_timesteps
-    check_choice("ddim_discretize", ddim_discr_method, ("uniform", "quad"))
-    if ddim_discr_method == "uniform":
-        count = check_integer("ddim_num_steps", num_ddim_timesteps, at_least=1, at_most=total)
+    total = check_integer("num_ddpm_timesteps", num_ddpm_timesteps, at_least=1)
+    return _choose_timesteps(
+        ddim_discr_method, num_ddim_timesteps, total, verbose, "ddim_discr_method", "num_ddim_timesteps"
+    )
+
+
+def _choose_timesteps(
+    method: str, count: int, total: int, verbose: bool, method_name: str, count_name: str
+) -> np.ndarray:
+    """Run ``make_ddim_timesteps``; errors call the method and the number of steps by these names."""
+    check_choice(method_name, method, ("uniform", "quad"))
+    if method == "uniform":
+        count = check_integer(count_name, count, at_least=1, at_most=total)
         steps = np.arange(0, total, total // count)
     else:
-        count = check_integer("ddim_num_steps", num_ddim_timesteps, at_least=1)
+        count = check_integer(count_name, count, at_least=1)
         steps = (np.linspace(0, math.sqrt(total * 0.8), count) ** 2).astype(int)
     steps = steps + 1
     if steps[-1] >= total:
         fewer = next(s for s in range(min(count, total), 0, -1) if s == 1 or (total - 1) % (total // s))
         every = f", or all {total} by ddim_sampling(..., ddim_use_original_steps=True)" if count > total // 2 else ""
         raise ValueError(
-            f"{ddim_discr_method} timesteps must end at the model's last one, {total - 1}, or before, "
-            f"got {steps[-1]} for ddim_num_steps={count}: "
+            f"{method} timesteps must end at the model's last one, {total - 1}, or before, "
+            f"got {steps[-1]} for {count_name}={count}: "
             f"take {fewer} steps{every}"
         )
     if verbose:
@@ -604,9 +675,9 @@ def _originals_noising(x0: Tensor, noise: Tensor) -> tuple[Tensor]:
 
 
 def _step_row(
-    model: Any, alpha_bar_t: float, alpha_bar_prev: float, eta: float, temperature: float
+    model: Any, alpha_bar_t: float, alpha_bar_prev: float, eta: float, temperature: float, eta_name: str = "eta"
 ) -> StepCoefficients:
-    variance = variance_with_room(alpha_bar_t, alpha_bar_prev, eta)
+    variance = variance_with_room(alpha_bar_t, alpha_bar_prev, eta, name=eta_name)
     return ddim_coefficients(
         alpha_bar_t,
         alpha_bar_prev,
@@ -649,12 +720,65 @@ def _prediction_type(model: Any) -> str:
     return PARAMETERIZATIONS[parameterization]
 
 
-def _check_loop(mask, x0, log_every_t: int, ucg_schedule, num_steps: int) -> None:
+def _check_shape(shape: Any) -> tuple[int, ...]:
+    try:
+        sizes = tuple(as_index(size) for size in shape)
+    except TypeError:
+        refuse("shape must be a sequence of integers", shape, kind=TypeError)
+    if not sizes or min(sizes) < 0:
+        refuse("shape must have sizes of at least 0", sizes)
+    return sizes
+
+
+def _check_callback(name: str, function: object) -> None:
+    if function:
+        check_callable(name, function, "a function, or None")
+
+
+def _check_broadcasts(name: str, value: Any, shape: Sequence[int]) -> None:
+    """Raise an error unless ``value`` is a tensor of real numbers that broadcasts to ``shape``."""
+    rule = f"{name} must be a tensor that broadcasts to the samples, {tuple(shape)}"
+    if not isinstance(value, Tensor) or value.is_complex() or value.layout != torch.strided:
+        refuse(rule, value, kind=TypeError)
+    sizes = value.shape
+    if len(sizes) > len(shape) or any(a not in (1, b) for a, b in zip(reversed(sizes), reversed(shape), strict=False)):
+        refuse(rule, tuple(sizes))
+
+
+def _guidance_scale(value: Any) -> float:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    return check_number("unconditional_guidance_scale", value)
+
+
+def _checked_output(output: Any, shape: Sequence[int], name: str = "model.apply_model") -> Tensor:
+    """Return what a model returned, if it can be read as a prediction for samples of this shape."""
+    rule = f"{name} must return a floating-point tensor of shape {tuple(shape)}"
+    remedy = "does the conditioning fit the samples?"
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        refuse(rule, output.dtype if isinstance(output, Tensor) else output, remedy, TypeError)
+    if output.shape != shape:
+        refuse(rule, tuple(output.shape), remedy)
+    return output
+
+
+def _check_loop(mask: Any, x0: Any, shape: Sequence[int], log_every_t: int, ucg_schedule: Any, num_steps: int) -> None:
+    """Check what only a loop takes; ``shape`` is that of its samples."""
     if mask is not None and x0 is None:
         raise ValueError("mask needs x0, whose masked region is kept, got None: pass x0")
+    if mask is not None:
+        if not isinstance(mask, Real):
+            _check_broadcasts("mask", mask, shape)
+        if isinstance(x0, Tensor):  # what else it may be is for the model's q_sample to say
+            _check_broadcasts("x0", x0, shape)
     check_integer("log_every_t", log_every_t, at_least=1)
-    if ucg_schedule is not None and len(ucg_schedule) != num_steps:
-        raise ValueError(f"ucg_schedule must have one scale for each of the {num_steps} steps, got {len(ucg_schedule)}")
+    if ucg_schedule is not None:
+        try:
+            num_scales = len(ucg_schedule)
+        except TypeError:
+            refuse("ucg_schedule must be a sequence of guidance scales", ucg_schedule, kind=TypeError)
+        if num_scales != num_steps:
+            raise ValueError(f"ucg_schedule must have one scale for each of the {num_steps} steps, got {num_scales}")
 
 
 def _draw_noise(x: Tensor, repeat_noise: bool, noise_dropout: float) -> Tensor:
@@ -681,6 +805,11 @@ def _one_batch(uncond: Any, cond: Any) -> Any:
     if isinstance(cond, list) and isinstance(uncond, list) and len(cond) == len(uncond):
         return [_one_batch(u, c) for u, c in zip(uncond, cond, strict=True)]
     if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
+        if cond.ndim < 1 or uncond.shape[1:] != cond.shape[1:] or uncond.ndim < 1 or uncond.device != cond.device:
+            refuse(
+                f"unconditional_conditioning must have the shape of conditioning, {tuple(cond.shape)}, and its device",
+                f"{tuple(uncond.shape)} on {uncond.device}",
+            )
         return torch.cat([uncond, cond])
     raise ValueError(
         "unconditional_conditioning must have the structure of conditioning: tensors, lists of the same length, "
@@ -698,7 +827,7 @@ def _batch_sizes(conditioning: Any) -> Iterable[int]:
     if isinstance(conditioning, (dict, list)):
         for part in conditioning.values() if isinstance(conditioning, dict) else conditioning:
             yield from _batch_sizes(part)
-    elif isinstance(conditioning, Tensor):
+    elif isinstance(conditioning, Tensor) and conditioning.ndim:
         yield conditioning.shape[0]
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import check_eta, ddim_coefficients, ddpm_variance, variance_with_room
-from ..utils.checks import as_index, refuse
+from ..utils.checks import as_index, check_callable, check_samples, refuse
 from .original_results import kinds_of_results, per_sample_coefficient, step_with_x0
 
 Model = Callable[[Tensor, Tensor], Tensor]
@@ -31,9 +32,12 @@ def compute_alpha(beta: Tensor, t: Tensor) -> Tensor:
         t: ``(B,)`` int64, -1 to T - 1.
 
     Returns:
-        ``(B, 1, 1, 1)`` on the device of ``beta``, in its dtype, float32 at least; the product is
-        computed in float64.
+        ``(B, 1, 1, 1)`` on the device of ``beta``, in its dtype or torch's default, whichever is
+        wider, float32 at least; the product is computed in float64.
     """
+    _check_betas("beta", beta)
+    if not isinstance(t, Tensor) or t.dtype not in (torch.int64, torch.int32) or t.ndim != 1 or t.device != beta.device:
+        refuse(f"t must be an int64 tensor (B,) on the device of beta, {beta.device}", t, kind=TypeError)
     alpha_bars = torch.tensor(_alpha_bars(beta), dtype=_levels_dtype(beta), device=beta.device)
     return alpha_bars.index_select(0, t + 1).view(-1, 1, 1, 1)
 
@@ -46,7 +50,7 @@ def generalized_steps(
 
     Args:
         x: x_T ``(B, C, ...)``. Steps run on its device, in the widest dtype of x,
-            ``b`` and float32.
+            ``b``, float32 and torch's default.
         seq: timesteps to visit, increasing, for instance ``range(0, 1000, 20)``.
         model: see ``Model``.
         b: ``(T,)`` betas, on any device.
@@ -65,6 +69,7 @@ def generalized_steps(
             alpha_bar_t, alpha_bar_next, variance=variance_with_room(alpha_bar_t, alpha_bar_next, eta)
         )
 
+    _check_start(x, model, b)
     check_eta(eta)
     # The original draws noise like x_T in every step, even where x_t has another dtype.
     return _sample(x, _steps(seq, b, row), model, _levels_dtype(b), _ddim_results, lambda x_t: torch.randn_like(x))
@@ -91,6 +96,7 @@ def ddpm_steps(x: Tensor, seq: Sequence[int], model: Model, b: Tensor) -> tuple[
             use_clipped_model_output=True,
         )
 
+    _check_start(x, model, b)
     return _sample(x, _steps(seq, b, row), model, _levels_dtype(b), _ddpm_results, torch.randn_like)
 
 
@@ -109,8 +115,25 @@ def _ddpm_results(x: Tensor, m: Tensor, noise: Tensor, *, levels: torch.dtype) -
 
 
 def _levels_dtype(b: Tensor) -> torch.dtype:
-    """Return the dtype of the original's noise levels: that of betas beside a float32 zero."""
-    return torch.promote_types(b.dtype, torch.float32)
+    """Return the dtype of the original's noise levels: that of betas beside a zero in torch's default.
+
+    A default in half precision, where 1 - alpha_bar loses its digits, counts as float32.
+    """
+    return torch.promote_types(torch.promote_types(b.dtype, torch.get_default_dtype()), torch.float32)
+
+
+def _check_betas(name: str, b: object) -> None:
+    if not isinstance(b, Tensor) or b.ndim != 1 or b.is_complex() or b.is_meta:
+        refuse(f"{name} must be a tensor of betas (T,) with values", b, "torch.as_tensor(betas)", TypeError)
+
+
+def _check_start(x: Any, model: object, b: object) -> None:
+    """Check what both samplers take."""
+    check_samples("x", x)
+    if x.is_meta:
+        refuse("x must have values", x.device, "move it to the device of the model")
+    check_callable("model", model)
+    _check_betas("b", b)
 
 
 def _alpha_bars(b: Tensor) -> list[float]:
@@ -135,6 +158,10 @@ def _steps(
         # A timestep may occur twice: the original's quadratic sequences repeat some.
         if not max(t_prev, 0) <= t < len(b):
             raise ValueError(f"seq must be increasing, from 0 to {len(b) - 1} at most, got {t} after {t_prev}: sort it")
+        if not 0 < alpha_bars[t + 1] <= 1:
+            refuse(
+                f"b must leave alpha_bar above 0, and at most 1, at timestep {t}", alpha_bars[t + 1], "0 <= beta < 1"
+            )
     return [(t, row(t, alpha_bars[t + 1], alpha_bars[t_prev + 1])) for t_prev, t in reversed(pairs)]
 
 
@@ -153,6 +180,6 @@ def _sample(
         noise = draw_noise(x_t)
         x0_kind, kind = kinds_of_results(operations, x_t, model_output, noise, levels=levels)
         x_t, x0 = step_with_x0(x0_kind, kind, x_t, model_output, row, noise=noise)
-        xs.append(x_t.to("cpu"))
-        x0_preds.append(x0.to("cpu"))
+        xs.append(x_t if x_t.is_cpu else x_t.to("cpu"))
+        x0_preds.append(x0 if x0.is_cpu else x0.to("cpu"))
     return xs, x0_preds

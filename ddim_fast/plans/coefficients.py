@@ -245,12 +245,12 @@ def check_eta(eta: object, name: str = "eta") -> None:
         raise ValueError(f"{name} must be a finite number, 0 (deterministic) or more, got {eta!r}")
 
 
-def variance_with_room(level_t: AnyLevel, level_prev: AnyLevel, eta: float, at: str = "") -> float:
+def variance_with_room(level_t: AnyLevel, level_prev: AnyLevel, eta: float, at: str = "", name: str = "eta") -> float:
     """Return ``ddim_variance``, if x_prev has room for it. (Most implementations return NaN
     otherwise.)
 
     Args:
-        at: what to call this step in the error.
+        at, name: what to call this step and ``eta`` in the error.
 
     Raises:
         ValueError: the noise would have more variance than x_prev, sigma_prev^2.
@@ -262,8 +262,8 @@ def variance_with_room(level_t: AnyLevel, level_prev: AnyLevel, eta: float, at: 
         # Rounded down, so that the value named is accepted.
         most = math.floor(eta * math.sqrt(room / variance) * 1e6) / 1e6
         raise ValueError(
-            f"a step cannot add more noise than its target holds: {at or f'at {as_text(level_t)}'}, eta may be at most "
-            f"{most}, got {eta}"
+            f"a step cannot add more noise than its target holds: {at or f'at {as_text(level_t)}'}, {name} may be "
+            f"at most {most}, got {eta}"
         )
     return variance
 

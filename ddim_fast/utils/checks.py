@@ -169,6 +169,24 @@ def _memory() -> int:
         return machine
 
 
+def check_callable(name: str, value: object, remedy: str = "") -> None:
+    """Raise TypeError unless ``value`` can be called."""
+    if not callable(value):
+        refuse(f"{name} must be callable", value, remedy, TypeError)
+
+
+def check_device(name: str, value: Any) -> torch.device:
+    """Return ``value`` as a device.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must be one of this machine, got {value!r:.80}: for instance 'cpu'") from error
+
+
 def check_samples(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a floating-point tensor ``(B, C, ...)``."""
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point or value.is_nested or value.ndim < 2:

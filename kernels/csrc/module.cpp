@@ -150,11 +150,13 @@ bool read_any(PyObject* object, dlpack::Tensor* t) {
 
 void* address_of(const dlpack::Tensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
 
-bool contiguous(const dlpack::Tensor& t) {
+// `as_new`: dimensions of size 1, too, have the strides of a new tensor. (They change no place in
+// memory, but the layout that torch gives to results.)
+bool contiguous(const dlpack::Tensor& t, bool as_new = false) {
   if (!t.strides) return true;
   int64_t expected = 1;
   for (int32_t d = t.ndim - 1; d >= 0; --d) {
-    if (t.shape[d] != 1 && t.strides[d] != expected) return false;
+    if ((as_new || t.shape[d] != 1) && t.strides[d] != expected) return false;
     expected *= t.shape[d];
   }
   return true;
@@ -265,14 +267,14 @@ enum StepArgument {
   kNumStepArguments
 };
 
-// Reads what every step has. `like`: the layout of x_t, which the others share.
-bool read_plain(PyObject* x_t, PyObject* model_output, PyObject* coefficients, bool recording, Step* s, dlpack::Tensor* like) {
+// Reads what every step has. `like`: x_t, whose shape the others share; `other`: model_output.
+bool read_plain(PyObject* x_t, PyObject* model_output, PyObject* coefficients, bool recording, Step* s, dlpack::Tensor* like, dlpack::Tensor* other) {
   if (!exchange || !read_tensor(x_t, nullptr, 0, &s->x_t, like) || like->ndim < 1) return false;
   s->n_samples = like->shape[0];
   s->n_elements = 1;
   for (int32_t d = 1; d < like->ndim; ++d) s->n_elements *= like->shape[d];
   s->x_t.stride = s->n_elements;
-  if (!read_tensor(model_output, like, s->n_elements, &s->model_output)) return false;
+  if (!read_tensor(model_output, like, s->n_elements, &s->model_output, other)) return false;
   if (s->model_output.dtype != s->x_t.dtype && s->x_t.dtype != kFloat32) return false;
   if (!without_gradient(x_t, recording) || !without_gradient(model_output, recording)) return false;
   Reference packed(PyObject_GetAttr(coefficients, s_packed));
@@ -280,10 +282,10 @@ bool read_plain(PyObject* x_t, PyObject* model_output, PyObject* coefficients, b
 }
 
 bool read_step(PyObject* const* a, Step* s, int64_t* total) {
-  dlpack::Tensor like;
+  dlpack::Tensor like, other;
   const void *seeds = nullptr, *thresholds = nullptr;
   const bool recording = is_recording();
-  if (!read_plain(a[kXT], a[kModelOutput], a[kCoefficients], recording, s, &like)) return false;
+  if (!read_plain(a[kXT], a[kModelOutput], a[kCoefficients], recording, s, &like, &other)) return false;
   const int64_t stride = s->n_elements;
   *total = s->n_samples * s->n_elements;
   if (a[kModelOutputUncond] != Py_None) {
@@ -446,10 +448,12 @@ PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) 
   }
   const bool wants_x0 = n_arguments == 6 || a[6] == Py_True;
   Step s{};
-  dlpack::Tensor like;
+  dlpack::Tensor like, other;
   PyObject* row = is_watched() || !unchanged(a[4], a[5]) ? nullptr : find_row(a[2], a[3]);
   NewTensor *x_prev = nullptr, *x0 = nullptr;
-  if (row && read_plain(a[0], a[1], row, is_recording(), &s, &like) && s.c.noise == 0 && s.c.history == 0 && s.c.history_2 == 0) {
+  const bool readable = row && read_plain(a[0], a[1], row, is_recording(), &s, &like, &other);
+  const bool as_new = readable && contiguous(like, true) && contiguous(other, true);
+  if (as_new && s.c.noise == 0 && s.c.history == 0 && s.c.history_2 == 0) {
     const size_t bytes = s.n_samples * s.n_elements * kItemSize[s.x_t.dtype];
     x_prev = NewTensor::like(like, bytes);
     x0 = x_prev && wants_x0 ? NewTensor::like(like, bytes) : nullptr;

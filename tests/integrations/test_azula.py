@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from layouts import assert_laid_out_alike, draw, kinds, modelled, shapes, sweep
+from mistakes import mistakes
 from twins import twins
 
 from ddim_fast.integrations import azula as drop_in
@@ -147,8 +148,14 @@ def test_close_times_keep_their_digits(schedule):
     compare(schedule, eta=1.0, start=0.5, stop=0.4999, steps=3, dtype=torch.float64)
 
 
-@sweep(of_samples=kinds, of_mean=kinds, shape=shapes, eta=st.sampled_from([0.0, 0.7]), times=st.sampled_from(DTYPES))
-def test_layouts_and_dtypes_are_the_originals(of_samples, of_mean, shape, eta, times):
+@sweep(
+    of_samples=kinds,
+    of_mean=kinds,
+    shape=shapes,
+    eta=st.sampled_from([0.0, 0.7]),
+    times=st.sampled_from([None, *DTYPES]),
+)
+def test_layouts_and_dtypes_are_the_originals(defaults, of_samples, of_mean, shape, eta, times):
     """azula draws each step's noise in the order of the samples' memory."""
     seen = []
 
@@ -161,7 +168,9 @@ def test_layouts_and_dtypes_are_the_originals(of_samples, of_mean, shape, eta, t
     x = draw(5, shape, of_samples)
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        got, after, ours = sampler(x), torch.get_rng_state(), list(seen)
+        with defaults.device_mode():
+            got = sampler(x)
+        after, ours = torch.get_rng_state(), list(seen)
         seen.clear()
         torch.manual_seed(3)
         for t, s in itertools.pairwise(sampler.timesteps.unbind()):  # azula's operations
@@ -176,6 +185,37 @@ def test_layouts_and_dtypes_are_the_originals(of_samples, of_mean, shape, eta, t
             )
         assert torch.equal(torch.get_rng_state(), after)
     assert_laid_out_alike([*ours, got], [*seen, x], of_samples, of_mean)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_the_schedule_is_computed_in_float32_where_times_are_in_half_precision(half):
+    """The denoiser is still told azula's times. In half precision most of 1 - alpha^2 would be lost."""
+    told, x = [], random(dtype=torch.float32)
+
+    def denoiser(x_t, t):
+        told.append(t.dtype)
+        return SimpleNamespace(mean=torch.tanh(x_t))
+
+    denoiser.schedule = variance_preserving
+    sampler = FastDDIMSampler(denoiser, 0.5, steps=5, silent=True, dtype=half)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        got = sampler(x)
+        assert told == [half] * 5
+        torch.manual_seed(3)
+        expected = restated(denoiser, x, sampler.timesteps.float(), 0.5)
+    assert_near(got, expected, torch.float32)
+
+
+def test_a_schedule_in_half_precision_is_refused():
+    levels = variance_preserving(torch.linspace(0, 1, 101))
+
+    def from_a_table(t):
+        return tuple(level.half()[round(float(t) * 100)] for level in levels)
+
+    sampler = FastDDIMSampler(SimpleDenoiser(from_a_table), steps=2, silent=True)
+    with pytest.raises(TypeError, match=r"^denoiser\.schedule must .*float32 or float64, got torch.float16: convert"):
+        sampler(random())
 
 
 def test_the_wider_dtype_wins_as_in_torch():
@@ -319,6 +359,21 @@ def test_the_page_runs(monkeypatch):
         exec(block, names)
     assert names["x"].shape == (4, 3, 16, 16)
     assert names["x"].isfinite().all()
+
+
+CALLS = {
+    "__init__": dict(denoiser=Denoiser(rectified), eta=0.0, start=1.0, stop=0.0, steps=3),
+    "__call__": dict(x=random()),
+    "step": dict(x_t=random(), t=torch.tensor(0.7), s=torch.tensor(0.4)),
+}
+
+
+@mistakes(CALLS)
+def test_a_mistake_is_refused_by_its_name(name, arguments):
+    """(What azula's own operations refuse, in ``init`` and in ``device``, are their errors.)"""
+    if name == "__init__":
+        return lambda **given: FastDDIMSampler(**given, silent=True)(random()), arguments
+    return getattr(FastDDIMSampler(SimpleDenoiser(rectified), steps=2, silent=True), name), arguments
 
 
 # --- Errors and edges -------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hypothesis import strategies as st
-from layouts import assert_laid_out_alike, kinds, laid_out, sweep
+from layouts import assert_laid_out_alike, default_dtype, kinds, laid_out, sweep
+from mistakes import mistakes
 from torch import nn
 from twins import twins
 
@@ -280,7 +281,9 @@ def original_states(diffusion, shape, kwargs, recomputes_eps):
     shape=st.sampled_from([(3, 2, 4, 5), (1, 2, 2, 2), (2, 2, 1, 1)]),
     eta=st.sampled_from([0.0, 0.7]),
 )
-def test_layouts_and_dtypes_are_the_originals(one_dimension, objective, self_condition, clip, of_model, shape, eta):
+def test_layouts_and_dtypes_are_the_originals(
+    defaults, one_dimension, objective, self_condition, clip, of_model, shape, eta
+):
     """The originals draw each step's noise in the order of the samples' memory."""
     seen = []
 
@@ -291,7 +294,12 @@ def test_layouts_and_dtypes_are_the_originals(one_dimension, objective, self_con
 
     kind, sampler = (GaussianDiffusion1D, ddim_sample_1d) if one_dimension else (GaussianDiffusion, ddim_sample)
     diffusion = kind(
-        LaidOut(self_condition), objective=objective, ddim_sampling_eta=eta, sampling_timesteps=3, auto_normalize=False
+        LaidOut(self_condition),
+        objective=objective,
+        ddim_sampling_eta=eta,
+        sampling_timesteps=3,
+        auto_normalize=False,
+        timesteps=250,
     )
     kwargs = {"clip_denoised": clip} if one_dimension else {}
     torch.manual_seed(11)
@@ -299,9 +307,19 @@ def test_layouts_and_dtypes_are_the_originals(one_dimension, objective, self_con
     after, originals = torch.get_rng_state(), list(seen)
     seen.clear()
     torch.manual_seed(11)
-    got = sampler(diffusion, shape, progress=False, **kwargs)
+    with defaults.device_mode():
+        got = sampler(diffusion, shape, progress=False, **kwargs)
     assert torch.equal(torch.get_rng_state(), after)
     assert_laid_out_alike([*seen, got], [*originals, states[-1]], of_model)
+
+
+def test_timesteps_that_a_default_dtype_rounds_to_one_that_does_not_exist():
+    """The original fails there: 999 is 1000 in bfloat16. The timesteps are then those of float32."""
+    expected = drop_in._time_pairs(1000, 7)
+    with default_dtype(torch.bfloat16):
+        assert drop_in._time_pairs(1000, 7) == expected
+        with pytest.raises(IndexError):
+            original_states(GaussianDiffusion(Net()), (1, 2, 2, 2), {}, recomputes_eps=True)
 
 
 def test_the_noise_returned_is_where_sampling_started():
@@ -443,6 +461,26 @@ def test_the_page_runs(monkeypatch):
     exec(block, names)
     assert len(names["pictures"]) == 4
     assert names["diffusion"].ddim_sample.func is ddim_sample
+
+
+CALLS = {
+    "ddim_sample": dict(diffusion=GaussianDiffusion(Net()), shape=(3, 2, 4, 5), return_all_timesteps=False, progress=False),
+    "ddim_sample_1d": dict(
+        diffusion=GaussianDiffusion1D(Net()), shape=(3, 2, 5), clip_denoised=True, model_forward_kwargs={},
+        return_noise=False, progress=False,
+    ),
+    "use_fast_ddim": dict(diffusion=GaussianDiffusion(Net())),
+}  # fmt: skip
+
+
+@mistakes(CALLS)
+def test_a_mistake_ends_as_in_the_original_or_by_its_name(name, arguments):
+    if name == "use_fast_ddim":
+        return use_fast_ddim, arguments
+    sampler = {"ddim_sample": ddim_sample, "ddim_sample_1d": ddim_sample_1d}[name]
+    if not isinstance(arguments["diffusion"], nn.Module):
+        return sampler, arguments
+    return sampler, arguments, lambda diffusion, progress, **rest: diffusion.ddim_sample(**rest)
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import functools
 import inspect
 import json
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from diffusers import DDIMInverseScheduler, DDIMParallelScheduler, DDIMScheduler
 from diffusers_rounding import radicand
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from layouts import assert_laid_out_alike, draw, shapes, sweep
+from layouts import Defaults, assert_laid_out_alike, draw, shapes, sweep
 from layouts import kinds as kinds_of_tensors
 from outcomes import half_unit, outcome, same_error
 from twins import twins
@@ -252,6 +253,7 @@ def test_step_is_the_originals_and_never_further_from_float64(original, examples
     recomputed=st.booleans(),
 )
 @example(
+    defaults=Defaults(),
     original=DDIMScheduler,
     prediction_type="epsilon",
     limits={},
@@ -263,7 +265,7 @@ def test_step_is_the_originals_and_never_further_from_float64(original, examples
     recomputed=False,
 )
 def test_layouts_and_dtypes_are_the_originals(
-    original, prediction_type, limits, of_sample, of_output, of_noise, shape, eta, recomputed
+    defaults, original, prediction_type, limits, of_sample, of_output, of_noise, shape, eta, recomputed
 ):
     """Each step twice, since the second may take the short path."""
     inverse = original is DDIMInverseScheduler
@@ -277,17 +279,18 @@ def test_layouts_and_dtypes_are_the_originals(
     noise = None if of_noise is None else draw(2, shape, of_noise)
     options = {} if inverse else {"eta": eta, "use_clipped_model_output": recomputed, "variance_noise": noise}
     results = []
+    t = torch.tensor(500)
     for scheduler in schedulers:
-        scheduler.set_timesteps(10)
         torch.manual_seed(5)
-        found = [one for _ in range(2) for one in scheduler.step(output, 500, sample, return_dict=False, **options)]
-        t = torch.tensor(500)
-        if noise is not None and not inverse:
-            found += [scheduler.add_noise(sample, noise, t[None]), scheduler.get_velocity(sample, noise, t[None])]
-        if original is DDIMParallelScheduler and "thresholding" not in limits:
-            found.append(scheduler.batch_step_no_noise(output, t.expand(shape[0]), sample, 0.0, recomputed))
+        with nullcontext() if type(scheduler) is original else defaults.device_mode():
+            scheduler.set_timesteps(10)
+            found = [one for _ in range(2) for one in scheduler.step(output, 500, sample, return_dict=False, **options)]
+            if noise is not None and not inverse:
+                found += [scheduler.add_noise(sample, noise, t[None]), scheduler.get_velocity(sample, noise, t[None])]
+            if original is DDIMParallelScheduler and "thresholding" not in limits:
+                found.append(scheduler.batch_step_no_noise(output, t.expand(shape[0]), sample, 0.0, recomputed))
         results.append([*found, torch.get_rng_state().double()])
-    assert_laid_out_alike(*reversed(results), of_sample, of_output, of_noise, of_size_1=False)
+    assert_laid_out_alike(*reversed(results), of_sample, of_output, of_noise)
 
 
 @pytest.mark.parametrize("original", PAIRS)
@@ -699,6 +702,32 @@ def test_a_step_is_traced_in_one_graph_for_all_timesteps(
     assert not torch.equal(*first)
 
 
+@pytest.mark.parametrize(
+    ("prediction_type", "clip_sample", "eta", "shape", "dynamic"),
+    [
+        ("epsilon", False, 0.0, (3, 1, 4, 5), False),
+        ("v_prediction", True, 0.0, (3, 2, 4, 5), True),
+        ("sample", True, 0.7, (1, 2, 4, 5), False),
+    ],
+)
+def test_a_traced_steps_layouts_are_the_originals(prediction_type, clip_sample, eta, shape, dynamic):
+    """Of tensors of one dtype, with the strides of dimensions of size 1."""
+    steps = []
+    for kind in (FastDDIMScheduler, DDIMScheduler):
+        scheduler = kind(prediction_type=prediction_type, clip_sample=clip_sample)
+        scheduler.set_timesteps(10)
+        steps.append(functools.partial(scheduler.step, timestep=300, eta=eta, return_dict=False))
+    for of_sample, of_output in [("channels last", "contiguous"), ("slice", "reversed"), ("batch inside", "reversed")]:
+        torch.compiler.reset()
+        x, m = draw(0, shape, (of_sample, torch.float32)), draw(1, shape, (of_output, torch.float32))
+        compiled = torch.compile(lambda m, x: steps[0](m, sample=x), fullgraph=True, backend="eager", dynamic=dynamic)
+        results = []
+        for step in (compiled, lambda m, x: steps[1](m, sample=x)):
+            torch.manual_seed(5)
+            results.append(step(m, x))
+        assert_laid_out_alike(*results)
+
+
 def test_what_is_traced_and_differentiated_is_left_to_the_original():
     torch.compiler.reset()
     gradients = []
@@ -716,7 +745,7 @@ def test_the_operator_of_a_traced_step_keeps_what_it_declares():
     x, m = tensors(np.random.default_rng(0), [torch.float32] * 2)
     scheduler = DDIMScheduler()
     levels = scheduler.alphas_cumprod, scheduler.final_alpha_cumprod
-    arguments = (x, m, m.flip(0), *levels, 300, 200, "epsilon", 1.0, 1.0, False)
+    arguments = (x, m, m.flip(0), *levels, 300, 200, "epsilon", 1.0, 1.0, False, (1, 48, 12, 3), x.stride())
     torch.library.opcheck(torch.ops.ddim_fast.step_between_levels.default, arguments)
 
 

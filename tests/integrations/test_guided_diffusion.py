@@ -9,14 +9,16 @@ import inspect
 import itertools
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from layouts import assert_laid_out_alike, kinds, modelled, shapes, sweep
+from layouts import Defaults, assert_laid_out_alike, kinds, modelled, shapes, sweep
 from layouts import draw as draw_laid_out
+from mistakes import mistakes
 from twins import twins
 
 from ddim_fast.integrations import guided_diffusion, rows_by_timestep
@@ -26,6 +28,7 @@ from ddim_fast.kernels.dispatch import ddim_step_from_table
 EPS = torch.finfo(torch.float64).eps
 EPS32 = torch.finfo(torch.float32).eps
 SHAPE = (3, 2, 4, 5)
+NORMAL = Defaults()
 BETAS = np.linspace(0.02, 0.4, 9)
 FINE_BETAS = np.linspace(0.004, 0.1, 40)
 KEPT = (0, 3, 4, 9, 17, 25, 26, 39)  # no two strides alike
@@ -231,7 +234,7 @@ def assert_same(got, expected, factor=1e4, eps=EPS):
             assert error <= factor * eps, f"step {step}, {name}: off by {error / eps:.0f} eps"
 
 
-def run_both(diffusion, method, *args, fast=None, **kwargs):
+def run_both(diffusion, method, *args, fast=None, defaults=NORMAL, **kwargs):
     """Return (ours, the original's), lists of dicts from the same random state.
 
     The random state must be the same afterwards, too.
@@ -239,8 +242,9 @@ def run_both(diffusion, method, *args, fast=None, **kwargs):
     results, states = [], []
     for one in (FastDiffusion(diffusion) if fast is None else fast, diffusion):
         torch.manual_seed(11)
-        out = getattr(one, method)(*args, **kwargs)
-        results.append([out] if isinstance(out, dict) else list(out))
+        with nullcontext() if one is diffusion else defaults.device_mode():
+            out = getattr(one, method)(*args, **kwargs)
+            results.append([out] if isinstance(out, dict) else list(out))
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
     return results
@@ -525,7 +529,7 @@ def test_random_draws_of_the_model_come_before_the_steps():
     eta=st.sampled_from([0.0, 0.6, 1.0]),
 )
 def test_layouts_and_dtypes_are_the_originals(
-    mean, learned, clip, of_noise, of_model, of_denoised, of_gradient, shape, eta
+    defaults, mean, learned, clip, of_noise, of_model, of_denoised, of_gradient, shape, eta
 ):
     """The originals draw each step's noise in the order of the samples' memory."""
     diffusion = original(mean, "LEARNED" if learned else "FIXED_SMALL", betas=[0.1, 0.2, 0.3], levels=torch.float32)
@@ -545,13 +549,13 @@ def test_layouts_and_dtypes_are_the_originals(
     options = dict(clip_denoised=clip, denoised_fn=of_denoised and denoised, model_kwargs={})
     noise, loop = draw_laid_out(0, shape, of_noise), "ddim_sample_loop_progressive"
     start = dict(noise=noise, cond_fn=of_gradient and gradient, device="cpu", eta=eta)
-    results = run_both(diffusion, loop, model, shape, **options, **start)
+    results = run_both(diffusion, loop, model, shape, defaults=defaults, **options, **start)
     for_both = of_noise, of_model, of_denoised, of_gradient
     for got, expected in zip(*results, strict=True):
         assert_laid_out_alike(got.values(), [expected[name] for name in got], *for_both)
     assert_laid_out_alike(seen[: len(seen) // 2], seen[len(seen) // 2 :], *for_both)
     t = torch.ones(shape[0], dtype=torch.int64)
-    (got,), (expected,) = run_both(diffusion, "ddim_reverse_sample", model, noise, t, **options)
+    (got,), (expected,) = run_both(diffusion, "ddim_reverse_sample", model, noise, t, defaults=defaults, **options)
     assert_laid_out_alike(got.values(), [expected[name] for name in got], *for_both)
 
 
@@ -846,6 +850,32 @@ OPTIONS = dict(betas=BETAS, model_mean_type=ModelMeanType.EPSILON, model_var_typ
 def test_a_diffusion_that_would_be_misunderstood_is_refused(make, error, message):
     with pytest.raises(error, match=message):
         FastDiffusion(make())
+
+
+ARGUMENTS = dict(clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0)
+REVERSE = {name: value for name, value in ARGUMENTS.items() if name != "cond_fn"}
+LOOP = dict(shape=SHAPE, noise=None, device="cpu", progress=False)
+CALLS = {
+    "__init__": dict(diffusion=original()),
+    "ddim_sample": dict(model=model_of(original()), x=draw(0), t=torch.tensor([1, 2, 3]), **ARGUMENTS),
+    "ddim_reverse_sample": dict(model=model_of(original()), x=draw(0), t=torch.tensor([1, 2, 3]), **REVERSE),
+    "ddim_sample_loop": dict(model=model_of(original()), **LOOP, **ARGUMENTS),
+    "ddim_sample_loop_progressive": dict(model=model_of(original()), **LOOP, **ARGUMENTS),
+    "ddim_reverse_sample_loop": dict(model=model_of(original()), x=draw(0), progress=False, **REVERSE),
+}
+
+
+@mistakes(CALLS)
+def test_a_mistake_ends_as_in_the_original_or_by_its_name(name, arguments):
+    if name == "__init__":
+        return FastDiffusion, arguments
+    diffusion, run = original(levels=torch.float32), list if "progressive" in name else lambda result: result
+    its_own = getattr(diffusion, name, None)
+    return (
+        lambda **given: run(getattr(FastDiffusion(diffusion), name)(**given)),
+        arguments,
+        its_own and (lambda **given: run(its_own(**given))),
+    )
 
 
 # --- The page ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import example
 from hypothesis import strategies as st
-from layouts import assert_laid_out_alike, draw, kinds, laid_out, modelled, shapes, sweep
+from layouts import Defaults, assert_alike, assert_laid_out_alike, draw, kinds, laid_out, modelled, shapes, sweep
+from mistakes import mistakes
 from twins import twins
 
 from ddim_fast.gpu_lab.fake_cuda import fake_cuda
@@ -381,10 +382,10 @@ def test_a_subclass_may_replace_the_step():
 # --- The original's operations ----------------------------------------------------------------------------------------
 
 
-def original_step(sampler, x, c, t, index, scale, uncond, quantize):
-    """Run ``p_sample_ddim``, operation by operation, in the original's dtypes."""
+def original_step(sampler, x, c, t, index, scale, uncond, quantize, levels=None):
+    """Run ``p_sample_ddim``, operation by operation, in the original's dtypes; its levels are in torch's default one."""
     m = guided_output(sampler.model, x, t, c, scale, uncond)
-    k = {name: torch.full((len(x), 1, 1, 1), float(getattr(sampler, name)[index])) for name in (
+    k = {name: torch.full((len(x), 1, 1, 1), float(getattr(sampler, name)[index]), dtype=levels) for name in (
         "ddim_alphas", "ddim_alphas_prev", "ddim_sigmas", "ddim_sqrt_one_minus_alphas"
     )}  # fmt: skip
     a, a_prev, sigma, root = k.values()
@@ -407,6 +408,7 @@ def original_step(sampler, x, c, t, index, scale, uncond, quantize):
     eta=st.sampled_from([0.0, 0.7]),
 )
 @example(
+    defaults=Defaults(),
     parameterization="eps",
     of_noise=("contiguous", torch.float64),
     of_model=("contiguous", torch.float32),
@@ -415,7 +417,9 @@ def original_step(sampler, x, c, t, index, scale, uncond, quantize):
     shape=(3, 2, 4, 5),
     eta=0.0,
 )
-def test_layouts_and_dtypes_are_the_originals(parameterization, of_noise, of_model, of_quantized, guided, shape, eta):
+def test_layouts_and_dtypes_are_the_originals(
+    defaults, parameterization, of_noise, of_model, of_quantized, guided, shape, eta
+):
     model = Model(parameterization)
     model.apply_model = lambda x, t, c: modelled(x, of_model)
     model.first_stage_model.quantize = lambda x: (
@@ -424,30 +428,37 @@ def test_layouts_and_dtypes_are_the_originals(parameterization, of_noise, of_mod
         None,
     )
     sampler = DDIMSampler(model)
-    sampler.make_schedule(5, ddim_eta=eta, verbose=False)
+    with defaults.device_mode():
+        sampler.make_schedule(5, ddim_eta=eta, verbose=False)
     scale, uncond = (1.5, torch.zeros(shape[0], 1)) if guided else (1.0, None)
     c = torch.ones(shape[0], 1)
     x, quantize, both = draw(3, shape, of_noise), of_quantized is not None, (of_noise, of_model, of_quantized)
     torch.manual_seed(4)
-    _, intermediates = sampler.ddim_sampling(
-        c,
-        shape,
-        x_T=x,
-        timesteps=4,
-        quantize_denoised=quantize,
-        log_every_t=1,
-        unconditional_guidance_scale=scale,
-        unconditional_conditioning=uncond,
-    )
+    with defaults.device_mode():
+        _, intermediates = sampler.ddim_sampling(
+            c,
+            shape,
+            x_T=x,
+            timesteps=4,
+            quantize_denoised=quantize,
+            log_every_t=1,
+            unconditional_guidance_scale=scale,
+            unconditional_conditioning=uncond,
+        )
     stream, want = torch.get_rng_state(), x
     torch.manual_seed(4)
     for index, one, one_x0 in zip((2, 1, 0), intermediates["x_inter"][1:], intermediates["pred_x0"][1:], strict=True):
         t = torch.full((shape[0],), int(sampler.ddim_timesteps[index]))
-        want, x0 = original_step(sampler, want, c, t, index, scale, uncond, quantize)
-        assert_laid_out_alike([one, one_x0], [want, x0], *both)
+        before, arguments = torch.get_rng_state(), (sampler, want, c, t, index, scale, uncond, quantize)
+        half = defaults.dtype in (torch.float16, torch.bfloat16)  # in which the original's 1 - alpha_bar may be nan
+        assert_laid_out_alike([one, one_x0], original_step(*arguments), *both, values=not half)
+        torch.set_rng_state(before)
+        assert_alike([one, one_x0], original_step(*arguments, levels=torch.float32 if half else None), *both)
+        want = one
     assert torch.equal(torch.get_rng_state(), stream)
 
-    got, _ = sampler.encode(x, c, 2, unconditional_guidance_scale=scale, unconditional_conditioning=uncond)
+    with defaults.device_mode():
+        got, _ = sampler.encode(x, c, 2, unconditional_guidance_scale=scale, unconditional_conditioning=uncond)
     want, a, a_prev = x, sampler.ddim_alphas, torch.from_numpy(sampler.ddim_alphas_prev).float()
     for i, step in enumerate(sampler.ddim_timesteps[:2]):
         m = guided_output(model, want, torch.full((shape[0],), int(step)), c, scale, uncond)
@@ -456,7 +467,9 @@ def test_layouts_and_dtypes_are_the_originals(parameterization, of_noise, of_mod
     if parameterization == "eps":
         assert_laid_out_alike([got], [want], *both)
     noise, a = draw(5, shape, of_model), a[torch.arange(shape[0])].view(-1, 1, 1, 1)
-    got = sampler.stochastic_encode(x, torch.arange(shape[0]), noise=noise)
+    indices = torch.arange(shape[0])
+    with defaults.device_mode():
+        got = sampler.stochastic_encode(x, indices, noise=noise)
     assert_laid_out_alike([got], [a.sqrt() * x + (1 - a).sqrt() * noise], *both)
 
 
@@ -821,9 +834,9 @@ def test_verbose_prints_the_schedule(capsys):
 # --- Errors -----------------------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "S = 0": ({"S": 0}, r"ddim_num_steps must be an integer in \[1, 60\]"),
-    "S > T": ({"S": 61}, r"ddim_num_steps must be an integer in \[1, 60\]"),
-    "S = T": ({"S": 60}, "last one, 59, or before, got 60 for ddim_num_steps=60: take 30 .*or all 60 by .*use_original_steps=True"),
+    "S = 0": ({"S": 0}, r"S must be an integer in \[1, 60\]"),
+    "S > T": ({"S": 61}, r"S must be an integer in \[1, 60\]"),
+    "S = T": ({"S": 60}, "last one, 59, or before, got 60 for S=60: take 30 .*or all 60 by .*use_original_steps=True"),
     "eta < 0": ({"eta": -0.1}, "eta must be a finite number"),
     "eta a tensor": ({"eta": torch.tensor(0.5)}, r"eta must be a finite number.*got tensor\(0.5"),
     "eta too large": ({"eta": 9.0}, "eta may be at most"),
@@ -907,6 +920,57 @@ def test_refused(case):
     call, message = OTHERS_REFUSED[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+X = random(0, (3, 2, 4, 5), torch.float32)
+GUIDANCE = dict(unconditional_guidance_scale=1.5, unconditional_conditioning=torch.zeros(3, 1))
+STEP = dict(
+    temperature=1.0, noise_dropout=0.0, score_corrector=None, corrector_kwargs=None, dynamic_threshold=None, **GUIDANCE
+)
+LOOP = dict(mask=None, x0=None, x_T=X, callback=None, img_callback=None, log_every_t=100, ucg_schedule=None, **STEP)
+CALLS = {
+    "DDIMSampler": dict(schedule="linear", device=None),
+    "make_ddim_timesteps": dict(ddim_discr_method="uniform", num_ddim_timesteps=5, num_ddpm_timesteps=T, verbose=False),
+    "make_schedule": dict(ddim_num_steps=5, ddim_discretize="uniform", ddim_eta=0.0, verbose=False),
+    "sample": dict(S=5, batch_size=3, shape=(2, 4, 5), conditioning=torch.ones(3, 1), quantize_x0=False, eta=0.0, verbose=False) | LOOP,
+    "ddim_sampling": dict(
+        cond=torch.ones(3, 1), shape=X.shape, ddim_use_original_steps=False, timesteps=None, quantize_denoised=False
+    ) | LOOP,
+    "p_sample_ddim": dict(
+        x=X, c=torch.ones(3, 1), t=torch.tensor([13] * 3), index=1, repeat_noise=False, use_original_steps=False, quantize_denoised=False
+    ) | STEP,
+    "encode": dict(
+        x0=X, c=torch.ones(3, 1), t_enc=2, use_original_steps=False, return_intermediates=None, callback=None, model_timesteps="timestep"
+    ) | GUIDANCE,
+    "stochastic_encode": dict(x0=X, t=torch.tensor([1, 2, 3]), use_original_steps=False, noise=X),
+    "decode": dict(x_latent=X, cond=torch.ones(3, 1), t_start=2, use_original_steps=False, callback=None) | GUIDANCE,
+}  # fmt: skip
+CALLS = {name: right if name == "make_ddim_timesteps" else {"model": Model()} | right for name, right in CALLS.items()}
+
+
+@mistakes(CALLS)
+def test_a_mistake_is_refused_by_its_name(name, arguments):
+    def call(model, device=None, schedule="linear", **given):
+        sampler = DDIMSampler(model, schedule, device)
+        sampler.make_schedule(**(given if name == "make_schedule" else {"ddim_num_steps": 5, "verbose": False}))
+        if name not in ("DDIMSampler", "make_schedule"):
+            getattr(sampler, name)(**given)
+
+    return make_ddim_timesteps if name == "make_ddim_timesteps" else call, arguments
+
+
+@pytest.mark.parametrize("shape", [(), (1, 2, 4, 5), (2, 1, 1)])
+def test_noise_is_broadcast_as_in_the_original(shape):
+    sampler, noise = made(), random(3, shape)
+    a = sampler.alphas_cumprod[sampler.ddim_timesteps[[1, 2, 3]]].double().view(-1, 1, 1, 1)
+    got = sampler.stochastic_encode(X, torch.tensor([1, 2, 3]), noise=noise.float())
+    torch.testing.assert_close(got.double(), a.sqrt() * X.double() + (1 - a).sqrt() * noise.float().double())
+
+
+def test_a_mask_may_be_a_number():
+    x, x0 = random(1), random(13)
+    whole = [made().ddim_sampling(None, SHAPE, x_T=x, mask=mask, x0=x0)[0] for mask in (0.0, torch.zeros(1))]
+    assert torch.equal(*whole)
 
 
 def test_a_schedule_of_another_length():

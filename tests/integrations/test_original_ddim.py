@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import strategies as st
-from layouts import assert_laid_out_alike, draw, kinds, modelled, shapes, sweep
+from layouts import assert_laid_out_alike, default_dtype, draw, kinds, modelled, shapes, sweep
+from mistakes import mistakes
 
 from ddim_fast.integrations import original_results
 from ddim_fast.integrations.original_ddim import compute_alpha, ddpm_steps, generalized_steps
@@ -204,15 +205,18 @@ def original_steps(kind, x, seq, model, b, eta):
     shape=shapes,
     eta=st.sampled_from([0.0, 0.6]),
 )
-def test_layouts_and_dtypes_are_the_originals(kind, of_noise, of_model, betas, shape, eta):
+def test_layouts_and_dtypes_are_the_originals(defaults, kind, of_noise, of_model, betas, shape, eta):
     """The original draws noise in the order of the samples' memory, and float64 betas make float64 samples."""
     x, seq, b = draw(0, shape, of_noise), [0, 10, 30, 50], (BETAS + 1e-3).to(betas)
     sampler, options = (generalized_steps, {"eta": eta}) if kind == "ddim" else (ddpm_steps, {})
     torch.manual_seed(3)
-    xs, x0s = sampler(x, seq, lambda x, t: modelled(x, of_model), b, **options)
+    with defaults.device_mode():
+        xs, x0s = sampler(x, seq, lambda x, t: modelled(x, of_model), b, **options)
     stream = torch.get_rng_state()
     torch.manual_seed(3)
-    want_xs, want_x0s = original_steps(kind, x, seq, lambda x, t: modelled(x, of_model), b, eta)
+    half = defaults.dtype in (torch.float16, torch.bfloat16)  # the original then loses 1 - alpha_bar
+    with default_dtype(torch.float32 if half else defaults.dtype):
+        want_xs, want_x0s = original_steps(kind, x, seq, lambda x, t: modelled(x, of_model), b, eta)
     assert torch.equal(stream, torch.get_rng_state())
     assert_laid_out_alike([*xs, *x0s], [*want_xs, *want_x0s], of_noise, of_model)
 
@@ -264,6 +268,24 @@ def test_the_largest_eta_named_is_accepted():
 def test_no_eta_for_ddpm():
     with pytest.raises(TypeError, match="eta"):
         ddpm_steps(random(0), [0, 3], refuses_to_be_called, BETAS, eta=0.0)
+
+
+CALLS = {
+    "generalized_steps": dict(x=random(0), seq=[0, 20, 50], model=lambda x, t: 0.5 * x, b=BETAS, eta=0.0),
+    "ddpm_steps": dict(x=random(0), seq=[0, 20, 50], model=lambda x, t: 0.5 * x, b=BETAS),
+    "compute_alpha": dict(beta=BETAS, t=torch.tensor([0, 3])),
+}
+
+
+@mistakes(CALLS)
+def test_a_mistake_ends_as_in_the_original_or_by_its_name(name, arguments):
+    if name == "compute_alpha":
+        return compute_alpha, arguments, original_alpha
+    kind, sampler = ("ddim", generalized_steps) if "eta" in arguments else ("ddpm", ddpm_steps)
+    x = arguments["x"]
+    if isinstance(x, torch.Tensor) and x.ndim != 4:  # the original returns samples of another shape
+        return sampler, arguments
+    return sampler, arguments, lambda eta=0.0, **rest: original_steps(kind, **rest, eta=eta)
 
 
 def test_the_example_in_the_docs_runs():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,14 @@ from ...kernels.dispatch import ddim_step
 from ...kernels.thresholding import dynamic_thresholds
 from ...plans.coefficients import DISCRETE_PREDICTIONS
 from ...plans.timesteps import select_timesteps
-from ..original_results import kinds_of_results, per_sample_coefficient, readable, step_of_kind
+from ...utils.untraced import untraced
+from ..original_results import (
+    kinds_of_results,
+    per_sample_coefficient,
+    readable,
+    step_of_kind,
+    strides_when_traced,
+)
 from ..rows_by_timestep import RowsByTimestep
 from .arguments import LeaveToOriginal, batch_of_timesteps, thresholding_options
 from .noise import NoiseArguments
@@ -19,6 +27,7 @@ from .scheduler_rows import SchedulerRows
 from .traced_step import step_between_levels
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_kinds_of_results = untraced(kinds_of_results)
 
 
 def originals_x0(k: Tensor, x: Tensor, m: Tensor, prediction_type: str) -> Tensor:
@@ -28,17 +37,32 @@ def originals_x0(k: Tensor, x: Tensor, m: Tensor, prediction_type: str) -> Tenso
     return k * x - k * m if prediction_type == "v_prediction" else (x - k * m) / k
 
 
+def originals_eps(k: Tensor, x: Tensor, m: Tensor, x0: Tensor, prediction_type: str, recomputed: bool) -> Tensor:
+    """Run the operations of the originals' predictions of eps: from x0 where ``recomputed``."""
+    if recomputed or prediction_type == "sample":
+        return (x - k * x0) / k
+    return k * m + k * x if prediction_type == "v_prediction" else m
+
+
 def _originals_results(
-    x: Tensor, m: Tensor, noise: Tensor | None, *, prediction_type: str, clip: bool, thresholding: bool
+    x: Tensor,
+    m: Tensor,
+    noise: Tensor | None,
+    *,
+    prediction_type: str,
+    clip: bool,
+    thresholding: bool,
+    recomputed: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run the operations of the originals' ``step``; return x0 and x_prev."""
     k = torch.empty((), dtype=torch.float32, device=x.device)
-    x0 = originals_x0(k, x, m, prediction_type)
+    predicted = originals_x0(k, x, m, prediction_type)
+    x0 = predicted
     if thresholding:
         x0 = (x0.reshape(len(x0), -1) / 1).reshape(x0.shape)
     elif clip:
         x0 = x0.clamp(-1, 1)
-    x_prev = k * x0 + k * ((x - k * x0) / k)
+    x_prev = k * x0 + k * originals_eps(k, x, m, x0 if recomputed else predicted, prediction_type, recomputed)
     return x0, x_prev if noise is None else x_prev + k * noise
 
 
@@ -53,7 +77,8 @@ class FusedSteps(SchedulerRows):
 
     _noisiest_first = True
     """The order of ``timesteps``."""
-    _originals_results = staticmethod(_originals_results)
+    _originals_results: Callable[..., tuple[Tensor, ...]] = staticmethod(_originals_results)
+    """The operations of the original's ``step``, for the layouts and dtypes of x0 and x_prev."""
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Set the timesteps as the original does.
@@ -107,7 +132,7 @@ class FusedSteps(SchedulerRows):
             or any(getattr(self.config, field, False) for field in only_fused)
         ):
             rows = self._rows(self._sampling_row, eta, use_clipped_model_output)
-            return self._fused(rows, model_output, t, sample, noise)
+            return self._fused(rows, model_output, t, sample, noise, recomputed=use_clipped_model_output)
         return self._traced(model_output, t, sample, eta, use_clipped_model_output, noise)
 
     def _fused(
@@ -117,8 +142,13 @@ class FusedSteps(SchedulerRows):
         t: int | Tensor,
         sample: Tensor,
         noise: NoiseArguments | None,
+        **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Take the step in one launch, or with dynamic thresholding in two."""
+        """Take the step in one launch, or with dynamic thresholding in two.
+
+        Args:
+            options: those that ``_originals_results`` takes beside the configuration's.
+        """
         if isinstance(t, int):
             self._check_visited(t)
             if not 0 <= t < rows.num_timesteps:
@@ -135,19 +165,17 @@ class FusedSteps(SchedulerRows):
         predicts_x0 = self.config.prediction_type == "sample"
         is_x0 = predicts_x0 and not row.clipped
         arguments = {} if noise is None else noise()  # last, after every check: it may draw from a generator
-        if _is_dynamo_compiling() or (sample.is_contiguous() and model_output.is_contiguous()):
-            out, x0_out = None, None if is_x0 else torch.empty_like(sample)
-        else:
-            x0_kind, kind = kinds_of_results(
-                self._originals_results,
-                sample,
-                model_output,
-                arguments.get("noise"),
-                prediction_type=self.config.prediction_type,
-                clip=row.clipped,
-                thresholding=thresholds is not None,
-            )
-            out, x0_out = kind.empty(sample), None if is_x0 else x0_kind.empty(sample, sample.dtype)
+        x0_kind, kind = _kinds_of_results(
+            self._originals_results,
+            sample,
+            model_output,
+            arguments.get("noise"),
+            prediction_type=self.config.prediction_type,
+            clip=row.clipped,
+            thresholding=thresholds is not None,
+            **options,
+        )
+        out, x0_out = kind.empty(sample), None if is_x0 else x0_kind.empty(sample, sample.dtype)
         model_output_read = readable(model_output, sample.dtype)
         if isinstance(t, int):
             prev_sample = ddim_step(
@@ -187,12 +215,23 @@ class FusedSteps(SchedulerRows):
             or config.prediction_type not in DISCRETE_PREDICTIONS
         ):
             raise LeaveToOriginal("a traced step needs a timestep that exists, and a known prediction_type")
+        drawn = None if noise is None else noise()["noise"]
+        x0_strides, prev_strides = strides_when_traced(
+            self._originals_results,
+            sample,
+            model_output,
+            drawn,
+            prediction_type=config.prediction_type,
+            clip=bool(config.clip_sample),
+            thresholding=False,
+            recomputed=use_clipped_model_output,
+        )
         if sample.dtype != model_output.dtype:
             sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         prev_sample, x0 = step_between_levels(
             sample,
             model_output,
-            None if noise is None else noise()["noise"],
+            drawn,
             self.alphas_cumprod,
             getattr(self, self._clean_level),
             *self._pair(t),
@@ -200,6 +239,8 @@ class FusedSteps(SchedulerRows):
             self._clip_range(),
             eta,
             use_clipped_model_output,
+            prev_strides,
+            x0_strides,
         )
         if config.prediction_type != "sample":
             return prev_sample, x0

@@ -14,21 +14,21 @@ from ...kernels.contract import StepCoefficients
 from ..original_results import kinds_of_results, per_sample_coefficient, step_of_kind
 from .arguments import LeaveToOriginal, batch_of_timesteps
 from .config_fields import add_config_fields, check_flags
-from .fused_steps import originals_x0
+from .fused_steps import originals_eps, originals_x0
 from .sampling_step import SamplingSteps
 
 
 def _originals_batch_step(
-    x: Tensor, m: Tensor, *, levels: torch.dtype, prediction_type: str, clip: bool
+    x: Tensor, m: Tensor, *, levels: torch.dtype, prediction_type: str, clip: bool, recomputed: bool
 ) -> tuple[Tensor]:
     """Run the operations of the original's ``batch_step_no_noise``.
 
     Its coefficients have dimensions, so half precision is promoted.
     """
     k = per_sample_coefficient(x, levels)
-    x0 = originals_x0(k, x, m, prediction_type)
-    x0 = x0.clamp(-1, 1) if clip else x0
-    return (k * x0 + k * ((x - k * x0) / k),)
+    predicted = originals_x0(k, x, m, prediction_type)
+    x0 = predicted.clamp(-1, 1) if clip else predicted
+    return (k * x0 + k * originals_eps(k, x, m, x0 if recomputed else predicted, prediction_type, recomputed),)
 
 
 class FastDDIMParallelScheduler(SamplingSteps, DDIMParallelScheduler):
@@ -69,6 +69,7 @@ class FastDDIMParallelScheduler(SamplingSteps, DDIMParallelScheduler):
                 levels=self.alphas_cumprod.dtype,
                 prediction_type=self.config.prediction_type,
                 clip=bool(self.config.clip_sample),
+                recomputed=bool(use_clipped_model_output),
             )
             return step_of_kind(kind, sample, model_output, t, take=rows.step)
         except LeaveToOriginal as reason:

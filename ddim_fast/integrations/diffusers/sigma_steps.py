@@ -213,14 +213,10 @@ class SigmaSteps:
         one_dtype = not rows.writes_x0 and len({tensor.dtype for tensor in read}) == 1
         dtype = sample.dtype if one_dtype else torch.float32
         x, m = sample.to(dtype), readable(model_output, dtype)
-        out, x0 = None, torch.empty_like(x) if rows.writes_x0 else None
-        if not (sample.is_contiguous() and model_output.is_contiguous()):
-            prediction_type = getattr(self.config, "prediction_type", "")
-            kinds = kinds_of_results(
-                self._originals_results, sample, model_output, noise, prediction_type=prediction_type
-            )
-            out = kinds[0].empty(x, dtype)
-            x0 = kinds[1].empty(x, dtype) if rows.writes_x0 else None
+        prediction_type = getattr(self.config, "prediction_type", "")
+        kinds = kinds_of_results(self._originals_results, sample, model_output, noise, prediction_type=prediction_type)
+        out = kinds[0].empty(x, dtype)
+        x0 = kinds[1].empty(x, dtype) if rows.writes_x0 else None
         tensors: dict[str, Any] = {"noise": None if noise is None else noise.to(dtype), "out": out, "x0_out": x0}
         if x.device.type == "cuda":  # a row of its own would be copied there in each step
             table, indices = rows.table(x.device)
