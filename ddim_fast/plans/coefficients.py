@@ -494,6 +494,68 @@ def mean_coefficients(
     return replace(row, prev_eps=sigma_s * math.sqrt(1 - tau), prev_noise=sigma_s * math.sqrt(tau))
 
 
+def consistency_coefficients(
+    level_t: AnyLevel,
+    prediction: str | Prediction = "epsilon",
+    *,
+    c_skip: float,
+    c_out: float,
+    clip_sample_range: float | None = None,
+) -> StepCoefficients:
+    """Return the row of a consistency function (Song et al. 2023, arXiv 2303.01469, equation 5),
+    from a noise level to clean data::
+
+        x_prev = c_skip x_t + c_out x0
+
+    Raises:
+        ValueError: there is no such prediction at this noise level, or a coefficient exceeds
+            float32.
+    """
+    at_t = prediction_at(prediction, level_t)
+    return StepCoefficients(
+        at_t.x0_x,
+        at_t.x0_m,
+        eps_x=1.0,  # x_t takes the place of eps
+        eps_m=0.0,
+        eps_0=0.0,
+        prev_x0=c_out,
+        prev_eps=c_skip,
+        prev_noise=0.0,
+        clip=math.inf if clip_sample_range is None else float(clip_sample_range),
+    )
+
+
+def renoised_coefficients(row: StepCoefficients, level: AnyLevel, level_prev: AnyLevel) -> StepCoefficients:
+    """Return the row of a step to ``level`` by ``row``, and from there by the forward process to
+    the noisier ``level_prev``. What it reports as x0 is the sample at ``level``::
+
+        x_prev = alpha_prev / alpha x + sqrt(sigma_prev^2 - (alpha_prev / alpha)^2 sigma^2) z
+
+    Multistep consistency sampling (arXiv 2303.01469, algorithm 1) with the row of a consistency
+    function, and strategic stochastic sampling (Zheng et al. 2024, arXiv 2402.19159, algorithm 4)
+    with that of a DDIM step.
+
+    Args:
+        row: of a step that clips nothing, and adds no noise.
+
+    Raises:
+        ValueError: ``row`` clips x0, ``level_prev`` is the cleaner level, or a coefficient exceeds
+            float32.
+    """
+    if row.clipped:
+        raise ValueError(f"row must not clip x0, got clip = {row.clip}: add the noise in a step of its own")
+    variance = forward_variance(level_prev, level)
+    if variance < 0:
+        raise ValueError(
+            f"level_prev must not be cleaner than level, {as_text(level)}, got {as_text(level_prev)}: exchange them"
+        )
+    x0_x, x0_m = row.folded
+    kept = level_of(level_prev).alpha / level_of(level).alpha
+    return StepCoefficients(
+        x0_x, x0_m, eps_x=0.0, eps_m=0.0, eps_0=0.0, prev_x0=kept, prev_eps=0.0, prev_noise=math.sqrt(variance)
+    )
+
+
 def noising_coefficients(level_t: AnyLevel) -> StepCoefficients:
     """Return the row of the forward process (equation 4 of the DDIM paper): x_t = alpha_t x0 +
     sigma_t z.

@@ -246,11 +246,12 @@ def test_a_pipeline_that_was_saved_with_version_0_1_loads(parts, tmp_path, kind)
     assert saved["scheduler"] == ["ddim_fast.integrations.diffusers", kind.__name__]
 
 
-def test_the_example_of_the_documentation_runs():
+def test_the_examples_of_the_documentation_run_top_to_bottom():
     page = Path(__file__).parents[2] / "docs" / "drop_ins" / "diffusers.md"
-    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     names = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exec(code, names)
+        for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+            exec(code, names)
     assert names["images"].shape == (1, 16, 16, 3)
+    assert type(names["pipe"].scheduler) is names["FastDDIMScheduler"]

@@ -17,12 +17,15 @@ except ImportError as error:
 from typing import Any
 
 from .choose import fast_scheduler
+from .cogvideox import FastCogVideoXDDIMScheduler
 from .ddim import FastDDIMScheduler
 from .ddpm import FastDDPMScheduler
 from .euler import FastEDMEulerScheduler, FastEulerAncestralDiscreteScheduler, FastEulerDiscreteScheduler
 from .flow_match_euler import FastFlowMatchEulerDiscreteScheduler
 from .inverse import FastDDIMInverseScheduler
+from .lcm import FastLCMScheduler
 from .parallel import FastDDIMParallelScheduler
+from .tcd import FastTCDScheduler
 
 try:
     from .flow_match_lcm import FastFlowMatchLCMScheduler  # noqa: F401 (listed where it exists)
@@ -33,10 +36,11 @@ else:
     _missing = {}
 
 __all__ = [
+    "FastCogVideoXDDIMScheduler",
     "FastDDIMInverseScheduler", "FastDDIMParallelScheduler", "FastDDIMScheduler", "FastDDPMScheduler", "FastEDMEulerScheduler",
     "FastEulerAncestralDiscreteScheduler", "FastEulerDiscreteScheduler", "FastFlowMatchEulerDiscreteScheduler",
     *(["FastFlowMatchLCMScheduler"] if not _missing else []), "SchedulerMixin",
-    "fast_scheduler",
+    "FastLCMScheduler", "FastTCDScheduler", "fast_scheduler",
 ]  # fmt: skip
 
 for _name in __all__:

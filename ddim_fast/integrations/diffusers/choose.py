@@ -8,14 +8,18 @@ from typing import Any
 from diffusers import SchedulerMixin
 
 from ...utils.checks import refuse
+from .cogvideox import FastCogVideoXDDIMScheduler
 from .ddim import FastDDIMScheduler
 from .ddpm import FastDDPMScheduler
 from .euler import FastEDMEulerScheduler, FastEulerAncestralDiscreteScheduler, FastEulerDiscreteScheduler
 from .flow_match_euler import FastFlowMatchEulerDiscreteScheduler
 from .inverse import FastDDIMInverseScheduler
+from .lcm import FastLCMScheduler
 from .parallel import FastDDIMParallelScheduler
+from .tcd import FastTCDScheduler
 
 _FAST: list[Any] = [
+    FastCogVideoXDDIMScheduler,
     FastDDIMScheduler,
     FastDDIMInverseScheduler,
     FastDDIMParallelScheduler,
@@ -24,6 +28,8 @@ _FAST: list[Any] = [
     FastEulerAncestralDiscreteScheduler,
     FastEulerDiscreteScheduler,
     FastFlowMatchEulerDiscreteScheduler,
+    FastLCMScheduler,
+    FastTCDScheduler,
 ]
 with suppress(ImportError):  # not in old versions of diffusers
     from .flow_match_lcm import FastFlowMatchLCMScheduler

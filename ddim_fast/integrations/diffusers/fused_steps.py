@@ -79,6 +79,8 @@ class FusedSteps(SchedulerRows):
     """The order of ``timesteps``."""
     _originals_results: Callable[..., tuple[Tensor, ...]] = staticmethod(_originals_results)
     """The operations of the original's ``step``, for the layouts and dtypes of x0 and x_prev."""
+    _returns_x0 = True
+    """Whether the step returns x0, and with "sample" prediction the model's output as it is."""
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Set the timesteps as the original does.
@@ -142,11 +144,13 @@ class FusedSteps(SchedulerRows):
         t: int | Tensor,
         sample: Tensor,
         noise: NoiseArguments | None,
+        writes_x0: bool = True,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
         """Take the step in one launch, or with dynamic thresholding in two.
 
         Args:
+            writes_x0: return x0; the model's output in its place otherwise.
             options: those that ``_originals_results`` takes beside the configuration's.
         """
         if isinstance(t, int):
@@ -157,13 +161,13 @@ class FusedSteps(SchedulerRows):
         if sample.dtype != model_output.dtype:
             sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         thresholds = None
-        if getattr(self.config, "thresholding", False):
+        if self._thresholding():
             ratio, maximum = thresholding_options(self.config, sample)
             index = None if isinstance(t, int) else t.reshape(-1)
             thresholds = dynamic_thresholds(sample, model_output, row, ratio, maximum, index=index)
         # Where the model predicts x0 and nothing clips it, its output is x0.
-        predicts_x0 = self.config.prediction_type == "sample"
-        is_x0 = predicts_x0 and not row.clipped
+        predicts_x0 = self._returns_x0 and self.config.prediction_type == "sample"
+        is_x0 = not writes_x0 or (predicts_x0 and not row.clipped)
         arguments = {} if noise is None else noise()  # last, after every check: it may draw from a generator
         x0_kind, kind = _kinds_of_results(
             self._originals_results,
@@ -244,7 +248,7 @@ class FusedSteps(SchedulerRows):
         )
         if config.prediction_type != "sample":
             return prev_sample, x0
-        return prev_sample, x0.to(model_output.dtype) if config.clip_sample else model_output
+        return prev_sample, model_output if self._clip_range() is None else x0.to(model_output.dtype)
 
     # --- The forward process ------------------------------------------------------------------------------------------
 

@@ -12,10 +12,13 @@ _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _set_item = OrderedDict.__setitem__
 
 
-def step_output(kind: type, found: tuple[Tensor | None, ...]) -> Any:
+def step_output(kind: type, found: tuple[Tensor | None, ...], second: str = "pred_original_sample") -> Any:
     """Return ``kind(prev_sample=..., pred_original_sample=...)``, or without the second.
 
     Its constructor takes longer than a small step.
+
+    Args:
+        second: the name of the second field.
     """
     if _is_dynamo_compiling():
         return kind(*found)
@@ -24,7 +27,6 @@ def step_output(kind: type, found: tuple[Tensor | None, ...]) -> Any:
     _set_item(output, "prev_sample", prev_sample)
     attributes["prev_sample"] = prev_sample
     if len(found) == 2:
-        pred_original_sample = found[1]
-        _set_item(output, "pred_original_sample", pred_original_sample)
-        attributes["pred_original_sample"] = pred_original_sample
+        _set_item(output, second, found[1])
+        attributes[second] = found[1]
     return output

@@ -37,7 +37,10 @@ class RowCache(Watched):
         super().__init__(scheduler, [*read, "num_inference_steps"], list(read.values()), config_fields)
         self.alpha_bars: list[float] = levels.tolist()
         self.alpha_bar_outside = float(outside)
-        self.visited = tuple(sorted(scheduler.timesteps.tolist(), reverse=True)) if explicit_pairs else ()
+        self.timesteps: list[int] = scheduler.timesteps.tolist() if explicit_pairs else []
+        self.visited = tuple(sorted(self.timesteps, reverse=True))
         self.rows: dict[Any, RowsByTimestep] = {}
         self.plain: dict[int, StepCoefficients] = {}
         """By timestep: rows of steps that add no noise and need nothing but their row."""
+        self.plain_at: dict[Any, dict[int, StepCoefficients]] = {}
+        """The same, by what else a row depends on."""

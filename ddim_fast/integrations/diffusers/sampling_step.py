@@ -115,7 +115,7 @@ class SamplingSteps(FusedSteps):
         """
         if _is_dynamo_compiling() or not self._cache().allows_short_path:
             return False
-        return not self.config.thresholding and self.config.prediction_type != "sample"
+        return not self._thresholding() and self.config.prediction_type != "sample"
 
     def _noise(
         self, model_output: Tensor, sample: Tensor, generator: Any, variance_noise: Tensor | None

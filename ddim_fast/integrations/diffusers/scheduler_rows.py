@@ -47,6 +47,8 @@ class SchedulerRows:
     """The fields of the config that rows depend on."""
     _clean_level: str
     """The attribute that holds alpha_bar of clean data: of a timestep below 0."""
+    _clips = True
+    """Whether the original's step clips or thresholds x0 where its config says so."""
     _row_cache: RowCache | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,12 +95,14 @@ class SchedulerRows:
         assert self.num_inference_steps is not None
         return self.config.num_train_timesteps // self.num_inference_steps
 
+    def _thresholding(self) -> bool:
+        return self._clips and bool(getattr(self.config, "thresholding", False))
+
     def _clip_range(self) -> float | None:
         """Return what x0 is clipped to. (Dynamic thresholding always scales to [-1, 1].)"""
-        config = self.config
-        if getattr(config, "thresholding", False):
+        if self._thresholding():
             return 1.0
-        return float(config.clip_sample_range) if config.clip_sample else None
+        return float(self.config.clip_sample_range) if self._clips and self.config.clip_sample else None
 
     # --- Rows ---------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,72 @@
+"""``CogVideoXDDIMScheduler``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import CogVideoXDDIMScheduler
+from diffusers.schedulers.scheduling_ddim_cogvideox import DDIMSchedulerOutput
+from torch import Tensor
+
+from .config_fields import add_config_fields, check_flags
+from .fused_steps import originals_x0
+from .sampling_step import SamplingSteps
+
+
+class FastCogVideoXDDIMScheduler(SamplingSteps, CogVideoXDDIMScheduler):
+    """``diffusers.CogVideoXDDIMScheduler`` with its update in one kernel.
+
+    docs/drop_ins/diffusers.md lists every difference.
+
+    Args:
+        explicit_pairs: as of ``FastDDIMScheduler``.
+
+    All other arguments are the original's.
+    """
+
+    _output_kind = DDIMSchedulerOutput
+    _row_fields = ("num_train_timesteps", "prediction_type", "explicit_pairs")
+    _clips = False
+
+    @add_config_fields(CogVideoXDDIMScheduler)
+    def __init__(self, *args: Any, explicit_pairs: bool = False, **kwargs: Any):
+        check_flags(explicit_pairs=explicit_pairs)
+        super().__init__(*args, **kwargs)
+
+    @staticmethod
+    def _originals_results(
+        x: Tensor,
+        m: Tensor,
+        noise: Tensor | None,
+        *,
+        prediction_type: str,
+        clip: bool,
+        thresholding: bool,
+        recomputed: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the operations of the original's ``step``; return x0 and x_prev."""
+        k = torch.empty((), dtype=torch.float32, device=x.device)
+        x0 = originals_x0(k, x, m, prediction_type)
+        return x0, k * x + k * x0
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """Take the original's ``step`` in one pass: that of DDIM without noise (equation 12 of the
+        DDIM paper). Like it, read no ``eta``, ``use_clipped_model_output``, ``generator`` and
+        ``variance_noise``.
+
+        Raises:
+            ValueError: with ``explicit_pairs``, the timestep is not one of ``timesteps``. And the
+                original's errors.
+        """
+        return super().step(model_output, timestep, sample, return_dict=return_dict)
