@@ -22,6 +22,7 @@ from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import check_eta, mean_coefficients
 from ..utils.checks import check_integer, check_number, check_samples, refuse
 from .original_results import HALF_PRECISION, kinds_of_results, step_of_kind
+from .outputs import check_output
 
 
 class FastDDIMSampler:
@@ -159,12 +160,7 @@ class FastDDIMSampler:
         return self._step(x_t, t, row, kwargs)
 
     def _step(self, x_t: Tensor, t: Tensor, row: StepCoefficients, kwargs: dict[str, Any]) -> Tensor:
-        mean = self.denoiser(x_t, t, **kwargs).mean
-        if not isinstance(mean, Tensor) or mean.shape != x_t.shape:
-            raise ValueError(
-                f"the denoiser's mean must be a tensor of the shape of x_t, {tuple(x_t.shape)}, got "
-                f"{tuple(mean.shape) if isinstance(mean, Tensor) else type(mean).__name__}: expand it"
-            )
+        mean = check_output("denoiser(x_t, t).mean", self.denoiser(x_t, t, **kwargs).mean, x_t, remedy="expand it")
         # Drawn even where the row adds none, so that the generator advances as in azula.
         noise = torch.randn_like(x_t)
         (kind,) = kinds_of_results(_originals_result, x_t, mean, noise)

@@ -26,6 +26,7 @@ from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import check_eta, ddim_coefficients, variance_with_room
 from ..utils.checks import check_choice, check_integer, refuse
 from .original_results import kinds_of_results, per_sample_coefficient, step_of_kind, step_with_x0
+from .outputs import check_output
 
 PREDICTION_TYPES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 """The prediction type of each of the original's objectives."""
@@ -168,7 +169,8 @@ def _states(
     x0 = None
     for t, t_next, row in tqdm(steps, desc="sampling loop time step", disable=not progress):
         time = torch.full((batch,), t, device=device, dtype=torch.long)
-        model_output = call(x_t, time, x0 if diffusion.self_condition else None)
+        output = call(x_t, time, x0 if diffusion.self_condition else None)
+        model_output = check_output("the output of diffusion.model", output, x_t)
         # Drawn even where the row adds none, so that the generator advances as in the original.
         noise = torch.randn_like(x_t) if t_next >= 0 else None
         x0_kind, kind = kinds_of_results(

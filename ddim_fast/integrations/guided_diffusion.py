@@ -21,6 +21,7 @@ from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import Prediction, check_eta, ddim_coefficients, previous_x_prediction, variance_with_room
 from ..utils.checks import check_callable, check_device
 from .original_results import kinds_of_results, per_sample_coefficient, readable, step_of_kind, step_with_x0
+from .outputs import check_output
 from .rows_by_timestep import RowsByTimestep, cached_rows
 
 _PREVIOUS_X = "previous_x"
@@ -333,9 +334,9 @@ class FastDiffusion:
             if prediction != "sample":
                 (x0_kind,) = kinds_of_results(_originals_x0, x, m, prediction=prediction)
                 m = step_of_kind(x0_kind, x, m, at, take=self._steps(prediction, "x0").step)
-            m, prediction = _returned("denoised_fn", denoised_fn(m), x), "sample"
+            m, prediction = check_output("the output of denoised_fn", denoised_fn(m), x), "sample"
         if cond_fn is not None:
-            gradient = _returned("cond_fn", self._call(cond_fn, x, t, model_kwargs), x)
+            gradient = check_output("the output of cond_fn", self._call(cond_fn, x, t, model_kwargs), x)
         adds_noise, clip = target == "prev", bool(clip_denoised)
         options = {"prediction": prediction, "clip": clip, "adds_noise": adds_noise}
         x0_kind, kind = kinds_of_results(_originals_results, x, m, gradient, **options)
@@ -355,8 +356,8 @@ class FastDiffusion:
         """Return the model's prediction. Learned-variance channels are ignored, without a copy."""
         channels = x.shape[1]
         shape = (len(x), 2 * channels, *x.shape[2:]) if self._learns_variance else x.shape
-        remedy = f" (model_var_type {self.diffusion.model_var_type})"
-        output = _returned("model", self._call(model, x, t, model_kwargs), x, shape, remedy)
+        remedy = f"it follows from model_var_type {self.diffusion.model_var_type}"
+        output = check_output("the output of model", self._call(model, x, t, model_kwargs), x, shape, remedy)
         return output[:, :channels] if self._learns_variance else output
 
     def _call(
@@ -529,15 +530,6 @@ def _check_start(model: Any, shape: Any, noise: Any, device: str | torch.device 
         if noise.device.type != device.type:
             raise ValueError(f"noise must be on the device of the samples, {device}, got {noise.device}: move it")
     return device
-
-
-def _returned(name: str, value: object, x: Tensor, shape: Sequence[int] | None = None, remedy: str = "") -> Tensor:
-    shape = x.shape if shape is None else shape
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must return a torch.Tensor, got {type(value).__name__}")
-    if value.shape != shape:
-        raise ValueError(f"{name} must return shape {tuple(shape)}{remedy}, got {tuple(value.shape)}")
-    return value
 
 
 def _last_sample(steps: Iterable[dict[str, Tensor]]) -> Tensor:

@@ -40,6 +40,7 @@ from ..utils.checks import (
     refuse,
 )
 from .original_results import HALF_PRECISION, kinds_of_results, per_sample_coefficient, step_of_kind, step_with_x0
+from .outputs import check_output
 from .rows_by_timestep import RowsByTimestep
 
 PARAMETERIZATIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -376,7 +377,7 @@ class DDIMSampler:
         if score_corrector is not None:
             e_t, guidance = _guided(e_t, **guidance), {}
             e_t = score_corrector.modify_score(self.model, e_t, x, t, c, **(corrector_kwargs or {}))
-            e_t = _checked_output(e_t, x.shape, "score_corrector.modify_score")
+            e_t = check_output("the output of score_corrector.modify_score", e_t, x)
         operands = (x, *_tensors(e_t, **guidance))
         x0_kind, kind = kinds_of_results(_originals_results, *operands, None, kind=_prediction_type(self.model))
         if not quantize_denoised:
@@ -567,12 +568,12 @@ class DDIMSampler:
         """Return the model's output, and the arguments of ``ddim_step`` for guidance."""
         scale = 1.0 if unconditional_conditioning is None else _guidance_scale(guidance_scale)
         if scale == 1:
-            return _checked_output(self.model.apply_model(x, t, c), x.shape), {}
+            return _checked_output(self.model.apply_model(x, t, c), x), {}
         if not isinstance(t, Tensor) or t.ndim < 1:
             refuse("t must be a tensor (B,)", t, kind=TypeError)
         both = _one_batch(unconditional_conditioning, c)
         output = self.model.apply_model(torch.cat([x] * 2), torch.cat([t] * 2), both)
-        uncond, cond = _checked_output(output, (2 * len(x), *x.shape[1:])).chunk(2)
+        uncond, cond = _checked_output(output, x, (2 * len(x), *x.shape[1:])).chunk(2)
         return cond, {"model_output_uncond": uncond, "guidance_scale": scale}
 
     def _check_step(
@@ -751,15 +752,9 @@ def _guidance_scale(value: Any) -> float:
     return check_number("unconditional_guidance_scale", value)
 
 
-def _checked_output(output: Any, shape: Sequence[int], name: str = "model.apply_model") -> Tensor:
-    """Return what a model returned, if it can be read as a prediction for samples of this shape."""
-    rule = f"{name} must return a floating-point tensor of shape {tuple(shape)}"
+def _checked_output(output: object, x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     remedy = "does the conditioning fit the samples?"
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        refuse(rule, output.dtype if isinstance(output, Tensor) else output, remedy, TypeError)
-    if output.shape != shape:
-        refuse(rule, tuple(output.shape), remedy)
-    return output
+    return check_output("the output of model.apply_model", output, x, shape, remedy)
 
 
 def _check_loop(mask: Any, x0: Any, shape: Sequence[int], log_every_t: int, ucg_schedule: Any, num_steps: int) -> None:

@@ -19,6 +19,7 @@ from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import check_eta, ddim_coefficients, ddpm_variance, variance_with_room
 from ..utils.checks import as_index, check_callable, check_samples, refuse
 from .original_results import kinds_of_results, per_sample_coefficient, step_with_x0
+from .outputs import check_output
 
 Model = Callable[[Tensor, Tensor], Tensor]
 """``model(x, t)`` predicts the noise, like x ``(B, C, ...)``, at timesteps t ``(B,)`` float32."""
@@ -175,7 +176,8 @@ def _sample(
 ) -> tuple[list[Tensor], list[Tensor]]:
     x_t, xs, x0_preds = x, [x], []
     for t, row in steps:
-        model_output = model(x_t, torch.full((x.size(0),), t, dtype=torch.float32, device=x.device))
+        output = model(x_t, torch.full((x.size(0),), t, dtype=torch.float32, device=x.device))
+        model_output = check_output("the output of model", output, x_t)
         # Drawn even where a step adds none: the rest of the random stream must stay the same.
         noise = draw_noise(x_t)
         x0_kind, kind = kinds_of_results(operations, x_t, model_output, noise, levels=levels)

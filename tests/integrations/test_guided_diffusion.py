@@ -780,17 +780,15 @@ def test_arguments_of_a_loop_are_checked_when_it_is_made(wrong, error, message):
 def test_what_callables_return_is_checked():
     fast, learned = FastDiffusion(original()), FastDiffusion(original(variance="LEARNED"))
     model = model_of(original())
-    with pytest.raises(
-        ValueError, match=r"model must return shape \(3, 4, 4, 5\) \(model_var_type ModelVarType.LEARNED\)"
-    ):
+    with pytest.raises(ValueError, match=r"output of model must be .*\(3, 4, 4, 5\), got .*ModelVarType.LEARNED"):
         learned.ddim_sample(model, X, T)
-    with pytest.raises(ValueError, match=r"model must return shape \(3, 2, 4, 5\) .*FIXED_SMALL\), got \(3, 4, 4, 5\)"):
+    with pytest.raises(ValueError, match=r"output of model .*\(3, 2, 4, 5\), got \(3, 4, 4, 5\): .*FIXED_SMALL"):
         fast.ddim_sample(model_of(learned), X, T)
-    with pytest.raises(TypeError, match=r"model must return a torch\.Tensor, got tuple"):
+    with pytest.raises(TypeError, match=r"output of model must be a tensor .*tuple"):
         fast.ddim_sample(lambda x, t: (x, x), X, T)
-    with pytest.raises(ValueError, match="denoised_fn must return shape"):
+    with pytest.raises(ValueError, match="output of denoised_fn must be"):
         fast.ddim_sample(model, X, T, denoised_fn=lambda x0: x0[:1])
-    with pytest.raises(ValueError, match="cond_fn must return shape"):
+    with pytest.raises(ValueError, match="output of cond_fn must be"):
         fast.ddim_sample(model, X, T, cond_fn=lambda x, t: x[:1])
 
 

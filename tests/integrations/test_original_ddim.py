@@ -288,6 +288,23 @@ def test_a_mistake_ends_as_in_the_original_or_by_its_name(name, arguments):
     return sampler, arguments, lambda eta=0.0, **rest: original_steps(kind, **rest, eta=eta)
 
 
+WRONG_OUTPUTS = {
+    "nothing": (lambda x, t: None, TypeError, "a tensor of shape .* got <class 'NoneType'>"),
+    "complex": (lambda x, t: x.to(torch.complex64), TypeError, "dense and real, got .*complex64"),
+    "sparse": (lambda x, t: x.to_sparse(), TypeError, "dense and real, got .*sparse"),
+    "one sample": (lambda x, t: x[:1], ValueError, r"\(2, 3, 2, 4\), got \(1, 3, 2, 4\)"),
+    "elsewhere": (lambda x, t: x.to("meta"), ValueError, "device of the samples, cpu, got 'meta'"),
+}
+
+
+@pytest.mark.parametrize("sampler", [generalized_steps, ddpm_steps])
+@pytest.mark.parametrize("wrong", WRONG_OUTPUTS)
+def test_what_the_model_returns_is_checked(sampler, wrong):
+    model, error, message = WRONG_OUTPUTS[wrong]
+    with pytest.raises(error, match=f"the output of model must be.*{message}"):
+        sampler(torch.ones(SHAPE), [0, 7], model, BETAS)
+
+
 def test_the_example_in_the_docs_runs():
     page = Path(__file__).parents[2] / "docs" / "drop_ins" / "original_ddim.md"
     (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
