@@ -31,7 +31,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from torch import nn
 
-from ddim_fast import sample_seeds
+from ddim_fast import DDIMSampler, EDMSchedule, FlowSchedule, sample_seeds
 from ddim_fast.cli import main
 from ddim_fast.generation import EveryClass, GenerationError, OneClass, Table, check_set, generate, join_npz
 from ddim_fast.generation.directory import AGAIN, MOST_SHARDS, SetDirectory, Slice, Slices
@@ -398,6 +398,32 @@ def test_a_set_of_another_plan_or_other_weights_is_refused(whole, name, sampler)
     other.weight.data[0, 0, 0] += 1e-6
     with pytest.raises(ValueError, match=r"\n  model: "):
         generate(other, worker.sampler(), 200, whole, conditioning=EveryClass(3), shard_size=32, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "prediction_type"), [(FlowSchedule(shift=3.0), "flow"), (EDMSchedule(), "edm")], ids=["flow", "edm"]
+)
+def test_a_set_on_a_path_in_continuous_time(tmp_path, path, prediction_type):
+    sampler = DDIMSampler(path, 3, prediction_type=prediction_type, eta=0.5)
+    options = {"conditioning": EveryClass(3), "shard_size": 16}
+    generate(CROWD, sampler, 32, tmp_path / "set", **options)
+    batches = [
+        sampler.sample(
+            CROWD,
+            (16, *worker.SHAPE),
+            seeds=torch.from_numpy(sample_seeds(0, 16, first)),
+            conditioning={"class_labels": torch.arange(first, first + 16) % worker.CLASSES},
+        )
+        for first in (0, 16)
+    ]
+    assert torch.equal(torch.from_numpy(stored(tmp_path / "set")["samples"]), torch.cat(batches))
+    before = files(tmp_path / "set")
+    next((tmp_path / "set").glob("samples-*")).unlink()
+    generate(CROWD, sampler, 32, tmp_path / "set", resume=True, **options)
+    assert files(tmp_path / "set") == before
+    other = DDIMSampler(FlowSchedule(shift=2.0), 3, prediction_type=prediction_type, eta=0.5)
+    with pytest.raises(ValueError, match=r"\n  plan.schedule(.|\n)* there, .* here"):
+        generate(CROWD, other, 32, tmp_path / "set", resume=True, **options)
 
 
 def test_order_1_is_not_among_the_settings():
