@@ -153,7 +153,8 @@ def test_callback_progress_and_trajectory_between_replays(cache, capsys):
         assert a[:2] == b[:2]
         assert torch.equal(a[2], b[2])
         assert torch.equal(a[3], b[3])
-    assert capsys.readouterr().err.count("sampling: 100%") == 2
+    bars = capsys.readouterr().err.split("\n")
+    assert len([bar for bar in bars if "5/5" in bar]) == 2
 
 
 def test_a_callback_stops_a_captured_loop(cache):
@@ -669,7 +670,7 @@ def test_auto_leaves_functions_alone_since_what_they_hold_cannot_be_seen(cache):
 
 def _unet(kind, **options):
     return kind(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
         attention_head_dim=4, **options,
     )  # fmt: skip
 
@@ -685,16 +686,24 @@ def unet2d_condition():
     return model, {"encoder_hidden_states": torch.empty(2, 3, 6, device="cuda")}
 
 
+def small():
+    return Net(), {}
+
+
+def small_condition():
+    return Net(), {"scale": torch.empty(2, 1, 1, 1, device="cuda")}
+
+
 @pytest.mark.parametrize(
     ("make", "eta", "options", "guidance"),
     [
         (unet2d, 0.0, {}, None),
-        (unet2d, 1.0, {"clip_sample": True}, None),
-        (unet2d, 0.0, {"thresholding": True}, None),
         (unet2d_condition, 1.0, {}, 5.0),
-        (unet2d_condition, 0.0, {"thresholding": True}, 5.0),
-        (unet2d_condition, 0.0, {"order": 2}, 5.0),
-        (unet2d, 1.0, {"mask": True, "thresholding": True}, None),
+        (small, 1.0, {"clip_sample": True}, None),
+        (small, 0.0, {"thresholding": True}, None),
+        (small_condition, 0.0, {"thresholding": True}, 5.0),
+        (small_condition, 0.0, {"order": 2}, 5.0),
+        (small, 1.0, {"mask": True, "thresholding": True}, None),
     ],
 )
 def test_a_step_launches_one_kernel_of_ours_waits_for_nothing_and_allocates_nothing(make, eta, options, guidance):
@@ -712,9 +721,9 @@ def test_a_step_launches_one_kernel_of_ours_waits_for_nothing_and_allocates_noth
         own = {name: value for name, value in options.items() if name != "mask"}
         s = df.DDIMSampler(df.NoiseSchedule.linear(), 3, eta, graphs=cache, **own)
         model = device.tagged("model", network)
-        call = dict(shape=(2, 4, 8, 8), seed=0, device="cuda", conditioning=conditioning, guidance_scale=guidance)
+        call = dict(shape=SHAPE, seed=0, device="cuda", conditioning=conditioning, guidance_scale=guidance)
         if "mask" in options:
-            known = torch.empty(2, 4, 8, 8, device="cuda")
+            known = torch.empty(SHAPE, device="cuda")
             call |= dict(mask=known[0, 0], known_x0=known)
         if guidance:
             call["unconditional_conditioning"] = conditioning
