@@ -20,6 +20,7 @@ from pathlib import Path
 
 import generate_worker as worker
 import numpy as np
+import pyarrow
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from damaged_files import DEEP, damaged, other_json, reads_or_names_the_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import parquet
 from safetensors.numpy import load_file
 from torch import nn
 
@@ -1007,7 +1009,6 @@ def test_a_table_of_any_bytes_is_finite_or_named(tmp_path_factory, suffix, data)
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_a_parquet_table_of_any_bytes_is_finite_or_named(tmp_path_factory, data):
-    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     path = tmp_path_factory.getbasetemp() / "table.parquet"
     parquet.write_table(
         pyarrow.table({"key": ["a", "b/c"], "class_labels": [1, 2], "list": [[0.5, 1.0], [3, 4]]}), path
