@@ -21,7 +21,7 @@ endif
 NATIVE := $(wildcard kernels/csrc/*)
 SAMPLE := --steps 20 -n 60 --seed 0
 
-.PHONY: help sample verify test test-slow test-oldest test-newest gpu predict bench bench-compare lint types wheel-check sanitize \
+.PHONY: help sample verify test test-slow test-oldest test-newest gpu gpu-rehearsal predict bench bench-compare lint types wheel-check sanitize \
   same-bits build-check clean
 
 help: ## list the targets
@@ -73,10 +73,14 @@ test-newest: .venv-newest/.installed ## run the tests on the newest released ver
 	.venv-newest/bin/python tools/versions.py
 	.venv-newest/bin/pytest -n auto
 
-gpu: $(VENV)/.installed ## run and time everything that needs a CUDA device: out/gpu.json
-	mkdir -p $(OUT)
-	DDIM_FAST_REQUIRE_GPU=1 $(BIN)/pytest -m gpu
-	DDIM_FAST_REQUIRE_GPU=1 $(BIN)/python -m benchmarks.gpu --json $(OUT)/gpu.json
+gpu: $(VENV)/.installed ## run and time everything that needs a CUDA device: out/gpu/gpu.json
+	OUT=$(OUT)/gpu PYTHON=$(abspath $(BIN)/python) tools/gpu_run.sh --minutes 60
+
+gpu-rehearsal: $(VENV)/.installed ## run that on the CPU, from a bare copy, with stand-ins for the device: no number means anything
+	copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && \
+	  git ls-files --cached --others --exclude-standard | tar cf - -T - | tar xf - -C "$$copy" && \
+	  cp kernels/_cpu_step*.so "$$copy/kernels/" && \
+	  OUT=$(abspath $(OUT))/gpu-rehearsal PYTHON=$(abspath $(BIN)/python) "$$copy/tools/gpu_run.sh" --rehearse
 
 predict: $(VENV)/.installed ## count the GPU kernels' machine code, and predict their share of bandwidth: no GPU needed
 	$(BIN)/python -m ddim_fast.gpu_lab.machine_code
