@@ -7,6 +7,7 @@ with either.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from contextlib import nullcontext
 
@@ -377,6 +378,66 @@ def test_steps_beyond_the_last_are_the_originals(original):
         found.append([scheduler.step(X.sin(), t, X).prev_sample for t in (*scheduler.timesteps, 19, 19)])
     for expected, got in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def after(change, t=874, index=4, config=None, **more):
+    """Return what steps give after a change: of the originals, and of ours."""
+    found = []
+    for kind in more.pop("kinds"):
+        scheduler = ready(kind, config)
+        torch.manual_seed(0)
+        outcome(lambda s=scheduler: s.step(X.sin(), s.timesteps[0], X))
+        scheduler._step_index = index
+        change(scheduler)
+        torch.manual_seed(0)
+        results = [
+            outcome(lambda s=scheduler: s.step(**{"model_output": X.sin(), "timestep": t, "sample": X, **more}))
+            for _ in range(2)
+        ]
+        found.append((results, getattr(scheduler, "_step_index", None), torch.get_rng_state().tolist()))
+    return found
+
+
+def dark(scheduler):
+    scheduler.alphas_cumprod[100:] = 0
+
+
+def unordered(scheduler):
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.flip(0)
+
+
+NO_ROW = {
+    "a timestep beyond": ({"t": 1000}, {}, None),
+    "a timestep below": ({"t": -1}, {}, None),
+    "a range of no number": ({}, {"clip_sample": True, "clip_sample_range": None}, None),
+    "a scale that overflows": ({}, {"timestep_scaling": 1e200}, None),
+    "noise from no signal": ({"eta": 1e-9}, {"prediction_type": "v_prediction"}, dark),
+    "less noise at later timesteps": ({}, {}, unordered),
+    "an index of no integer": ({"index": 2.0}, {}, None),
+    "an index below 0": ({"index": -3}, {}, None),
+    "samples without values": ({"sample": X.to("meta"), "model_output": X.to("meta")}, {}, None),
+    "a timestep without a value": ({"t": torch.tensor(874, device="meta")}, {}, None),
+}
+
+
+@pytest.mark.parametrize("which", NO_ROW)
+@pytest.mark.parametrize("original", COUNTING)
+def test_a_step_without_a_row_is_left_to_the_original(original, which):
+    call, config, change = NO_ROW[which]
+    if original is LCMScheduler:
+        call = {name: value for name, value in call.items() if name != "eta"}
+    known = set(inspect.signature(original).parameters)
+    config = {name: value for name, value in config.items() if name in known}
+    expected, got = after(change or (lambda s: None), config=config, kinds=(original, PAIRS[original]), **call)
+    assert got[1:] == expected[1:]
+    for (e, error), (g, fast_error) in zip(expected[0], got[0], strict=True):
+        if error is not None:
+            same_error(error, fast_error)
+        else:
+            for name in e:
+                assert g[name].device == e[name].device
+                if g[name].device.type != "meta":
+                    torch.testing.assert_close(g[name], e[name], rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def written(scheduler):
