@@ -10,6 +10,7 @@ from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteSchedulerO
 from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
+from ...kernels.cpu_step import plain_step
 from ..original_results import kinds_of_results, step_of_kinds
 from .arguments import LeaveToOriginal, check_no_gradients, check_tensors
 from .output import step_output
@@ -85,6 +86,10 @@ class FastHeunDiscreteScheduler(SigmaSteps, HeunDiscreteScheduler):
         return HeunDiscreteScheduler.step(self, model_output, timestep, sample, return_dict)
 
     def _half_step(self, m: Any, timestep: Any, x: Any) -> tuple[Tensor, Tensor]:
+        if self._row_cache is not None and self.state_in_first_order:
+            found = self._short_first_half(self._row_cache, m, x)
+            if found is not None:
+                return found
         check_tensors(x, m)
         if x.dtype not in DTYPES or m.dtype not in DTYPES or x.device.type == "meta":
             raise LeaveToOriginal(f"sample and model_output must be of {DTYPES}, with values")
@@ -99,6 +104,27 @@ class FastHeunDiscreteScheduler(SigmaSteps, HeunDiscreteScheduler):
             # A step without a row: the original handles it in its own way.
             raise LeaveToOriginal(str(error)) from None
 
+    def _short_first_half(self, rows: SigmaRows, m: Any, x: Any) -> tuple[Tensor, Tensor] | None:
+        """Take a first half of plain tensors of one dtype, if its rows are known."""
+        index = self._step_index
+        if (
+            index not in rows.derivatives
+            or not isinstance(x, Tensor)
+            or not isinstance(m, Tensor)
+            or x.dtype != m.dtype
+        ):
+            return None
+        found = plain_step(x, m, rows.plain, index, rows.values, rows.writes, not rows.output_is_x0)
+        derivative = None if found is None else plain_step(x, m, rows.derivatives, index, (), (), False)
+        if found is None or derivative is None:
+            return None
+        self._begin_second_half(index, derivative[0], x)
+        return found[0], m if found[1] is None else found[1]
+
+    def _begin_second_half(self, index: int, derivative: Tensor, x: Tensor) -> None:
+        self.prev_derivative = derivative
+        self.dt, self.sample = self.sigmas[index + 1] - self.sigmas[index], x
+
     def _first_half(self, rows: SigmaRows, m: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         index = self._step_index
         row, (kind, clip) = rows.row(index), self._prediction()
@@ -107,8 +133,10 @@ class FastHeunDiscreteScheduler(SigmaSteps, HeunDiscreteScheduler):
         kinds = kinds_of_results(_originals_first, x, m, prediction_type=kind, clip=clip is not None)
         is_x0 = kind == "sample" and clip is None
         x_prev, x0 = step_of_kinds(kinds, x, m, row, writes_x0=not is_x0)
-        self.prev_derivative, _ = step_of_kinds(kinds[2:], x, m, derivative_of)
-        self.dt, self.sample = self.sigmas[index + 1] - self.sigmas[index], x
+        derivative, _ = step_of_kinds(kinds[2:], x, m, derivative_of)
+        self._begin_second_half(index, derivative, x)
+        if rows.allows_short_path and is_x0 == rows.output_is_x0:
+            rows.plain[index], rows.derivatives[index] = row, derivative_of
         return x_prev, m if x0 is None else x0
 
     def _second_half(self, rows: SigmaRows, m: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,8 @@ class SigmaRows(Watched):
         self.writes_x0: bool = scheduler._returns_x0 and not self.output_is_x0
         self.plain: dict[int, StepCoefficients] = {}
         """By index: rows of steps that need nothing but their row."""
+        self.derivatives: dict[int, StepCoefficients] = {}
+        """By index: rows that compute the derivative there, and need nothing but their row."""
         self.index_of_timestep: dict[float, int | None] = {}
         """By value, where a step is looked up by its timestep."""
         self._tables: dict[torch.device, tuple[StepTable, Tensor]] = {}
