@@ -24,7 +24,7 @@ from outcomes import half_unit, outcome, same_error
 from twins import twins
 
 import ddim_fast.integrations.diffusers as drop_ins
-from ddim_fast.integrations.diffusers import consistency_steps
+from ddim_fast.integrations.diffusers import consistency_steps, internals
 from ddim_fast.verify.truth.tolerances import allowed_error, assert_within, to_numpy
 
 ORIGINALS = [LCMScheduler, TCDScheduler, CogVideoXDDIMScheduler]
@@ -275,6 +275,7 @@ def test_step_is_the_originals_and_never_further_from_float64(original, examples
     original=st.sampled_from(ORIGINALS),
     prediction_type=st.sampled_from(PREDICTIONS),
     clips=st.booleans(),
+    thresholds=st.booleans(),
     last=st.booleans(),
     of_sample=kinds_of_tensors,
     of_output=kinds_of_tensors,
@@ -285,19 +286,21 @@ def test_step_is_the_originals_and_never_further_from_float64(original, examples
     original=LCMScheduler,
     prediction_type="epsilon",
     clips=True,
+    thresholds=False,
     last=False,
     of_sample=("expanded batch", torch.float32),
     of_output=("reversed", torch.float32),
     shape=(3, 2, 4, 5),
 )
 def test_layouts_and_dtypes_are_the_originals(
-    defaults, original, prediction_type, clips, last, of_sample, of_output, shape
+    defaults, original, prediction_type, clips, thresholds, last, of_sample, of_output, shape
 ):
     """Each step twice, since the second may take the short path."""
     sample, output = draw(0, shape, of_sample), draw(1, shape, of_output)
     index, found = (7 if last else 4), []
     for kind in (original, PAIRS[original]):
-        scheduler = ready(kind, {"prediction_type": prediction_type, "clip_sample": clips})
+        more = {"thresholding": thresholds} if original is not CogVideoXDDIMScheduler else {}
+        scheduler = ready(kind, {"prediction_type": prediction_type, "clip_sample": clips} | more)
         torch.manual_seed(5)
         results = []
         with nullcontext() if kind is original else defaults.device_mode():
@@ -406,7 +409,12 @@ def unordered(scheduler):
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.flip(0)
 
 
+def beyond(scheduler):
+    scheduler.timesteps[5] = 5000
+
+
 NO_ROW = {
+    "a step to a timestep beyond": ({}, {}, beyond),
     "a timestep beyond": ({"t": 1000}, {}, None),
     "a timestep below": ({"t": -1}, {}, None),
     "a range of no number": ({}, {"clip_sample": True, "clip_sample_range": None}, None),
@@ -485,6 +493,61 @@ def test_a_change_after_a_step_counts(original, change, eta):
     assert torch.equal(results[1][1], results[1][2]) == unread
 
 
+OTHER_VALUES = {
+    "prediction_type": "v_prediction",
+    "clip_sample": True,
+    "clip_sample_range": 0.1,
+    "thresholding": True,
+    "timestep_scaling": 0.001,
+    "num_train_timesteps": 500,
+    "explicit_pairs": True,
+}
+
+
+@pytest.mark.parametrize("original", ORIGINALS)
+def test_a_field_written_to_the_config_after_a_step_counts(original):
+    """All but those that the original does not have."""
+    more = {"eta": 0.0} if original is TCDScheduler else {}
+    for field in PAIRS[original]._row_fields:
+        results = []
+        for kind in (original, PAIRS[original]):
+            clips = {"clip_sample": field == "clip_sample_range", "timestep_spacing": "linspace"}
+            scheduler, found = ready(kind, clips), []
+            for _ in range(2):
+                for index in (7, 7, 4, 4):
+                    torch.manual_seed(0)
+                    scheduler._step_index = index
+                    t = scheduler.timesteps[index]
+                    found.append(scheduler.step(3 * X.sin(), t, 3 * X, **more).prev_sample)
+                if field != "explicit_pairs" or kind is not original:
+                    vars(scheduler.config)[field] = OTHER_VALUES[field]
+            results.append(found)
+        if field == "explicit_pairs":
+            assert not torch.equal(results[1][2], results[1][6])
+            continue
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+        reads = field != "num_train_timesteps" or original is CogVideoXDDIMScheduler
+        assert reads != torch.equal(results[1][2], results[1][6])
+
+
+@pytest.mark.parametrize("missing", ["COUNTS_WRITES", "config_entry"])
+@pytest.mark.parametrize("change", [written, reconfigured])
+@pytest.mark.parametrize("original", COUNTING)
+def test_a_change_counts_without_the_private_names(original, change, missing, monkeypatch):
+    monkeypatch.setattr(internals, missing, (lambda scheduler: None) if missing == "config_entry" else False)
+    more = {"eta": 0.0} if original is TCDScheduler else {}
+    results = []
+    for kind in (original, PAIRS[original]):
+        scheduler, found = ready(kind), []
+        for changes in (lambda s: None, change):
+            changes(scheduler)
+            for _ in range(2):
+                scheduler._step_index = 7
+                found.append(scheduler.step(X.sin(), scheduler.timesteps[7], X, **more).prev_sample)
+        results.append(found)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("original", COUNTING)
 def test_repeated_plain_steps_take_the_short_path(original, monkeypatch):
     more = {"eta": 0.0} if original is TCDScheduler else {}
@@ -503,6 +566,17 @@ def test_repeated_plain_steps_take_the_short_path(original, monkeypatch):
         without.setattr(consistency_steps, "plain_step", lambda *_: None)
         with pytest.raises(TypeError):
             last()
+
+
+def test_a_repeated_last_step_is_thresholded_again():
+    results = []
+    for kind in (LCMScheduler, PAIRS[LCMScheduler]):
+        scheduler = ready(kind, {"thresholding": True})
+        for _ in range(3):
+            scheduler._step_index = 7
+            results.append(scheduler.step(9 * X.sin(), scheduler.timesteps[7], 5 * X).prev_sample)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("original", ORIGINALS)
