@@ -18,7 +18,7 @@ from diffusers import CogVideoXDDIMScheduler, LCMScheduler, TCDScheduler
 from diffusers.utils import logging as diffusers_logging
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from layouts import Defaults, assert_laid_out_alike, draw, shapes, sweep
+from layouts import Defaults, assert_laid_out_alike, default_dtype, draw, shapes, sweep
 from layouts import kinds as kinds_of_tensors
 from outcomes import half_unit, outcome, same_error
 from twins import twins
@@ -370,6 +370,18 @@ def test_no_timesteps_and_unknown_predictions_raise_the_originals_errors(origina
         errors.append(outcome(lambda s=scheduler: s.step(X, s.timesteps[0], X))[1])
     assert errors[0] is not None
     same_error(*errors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tcd_rounds_to_a_timestep_in_the_default_dtype(dtype):
+    """In float64, 0.7 of each of these but the first would round to another one."""
+    results = []
+    with default_dtype(dtype):
+        for kind in (TCDScheduler, PAIRS[TCDScheduler]):
+            scheduler = ready(kind, timesteps=[999, 670, 340, 90, 87])
+            torch.manual_seed(0)
+            results.append([scheduler.step(X.sin(), t, X, eta=0.3).pred_noised_sample for t in scheduler.timesteps])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("original", COUNTING)

@@ -558,6 +558,18 @@ def test_unknown_configs_and_no_timesteps_raise_the_originals_errors(name, confi
         same_error(errors[0][1], errors[1][1])
 
 
+@pytest.mark.skipif("FlowMapEulerDiscreteScheduler" not in CASES, reason="not in this version of diffusers")
+@pytest.mark.parametrize("steps", [0, 8])
+def test_a_flow_map_without_timesteps_and_beyond_its_schedule(steps):
+    case = CASES["FlowMapEulerDiscreteScheduler"]
+    errors = []
+    for kind in PAIRS["FlowMapEulerDiscreteScheduler"]:
+        scheduler = case.ready(kind, steps=steps)
+        errors.append(outcome(lambda s=scheduler: s.step(X.bfloat16(), 333.0, X.bfloat16()))[1])
+    assert errors[0] is not None
+    same_error(*errors)
+
+
 @pytest.mark.parametrize("index", [-2, 2.0, 7, 8, 40])
 @each
 def test_any_index_of_a_step_is_the_originals(name, index):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -60,19 +61,20 @@ class FastFlowMapEulerDiscreteScheduler(SigmaSteps, FlowMapEulerDiscreteSchedule
         """Return the nearest timestep's index by the original's rule, without waiting for a device."""
         with np.errstate(all="ignore"):
             off = np.abs(np.array(self._values_on_host("timesteps"), np.float32) - np.float32(value))
+        if not len(off):
+            raise LeaveToOriginal("a step needs timesteps, got none")
         nearest = int(off.argmin())
         return nearest if float(off[nearest]) <= 1e-3 else None
 
     def _init_step_index(self, timestep: Any) -> None:
         """Find the index of the first step as the original does: 0 for a timestep of no step."""
-        try:
-            value = None if self.begin_index is not None else self._value_of(timestep)
-        except LeaveToOriginal:
-            value = None
-        if value is None:
+        index = None
+        with suppress(LeaveToOriginal):
+            index = None if self.begin_index is not None else self._index_of(self._value_of(timestep)) or 0
+        if index is None:
             super()._init_step_index(timestep)
         else:
-            self._step_index = self._index_of(value) or 0
+            self._step_index = index
 
     def step(
         self,
