@@ -9,18 +9,23 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
     DDIMPipeline,
     DDIMScheduler,
+    DDPMWuerstchenScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     LCMScheduler,
     TCDScheduler,
+    UnCLIPScheduler,
     UNet2DModel,
 )
 
@@ -37,7 +42,17 @@ LATENT_SHAPES = {"1x4x64x64": (1, 4, 64, 64), "1x16x128x128": (1, 16, 128, 128)}
 OTHERS = [
     FlowMatchEulerDiscreteScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, EDMEulerScheduler,
     LCMScheduler, TCDScheduler, CogVideoXDDIMScheduler,
+    DDPMWuerstchenScheduler, UnCLIPScheduler, CogVideoXDPMScheduler, HeunDiscreteScheduler,
+    *(getattr(diffusers, name) for name in ("LTXEulerAncestralRFScheduler", "FlowMapEulerDiscreteScheduler")
+      if hasattr(diffusers, name)),
 ]  # fmt: skip
+MORE_ARGUMENTS = {
+    DDPMWuerstchenScheduler: lambda scheduler, x: {"timestep": scheduler.timesteps[25].expand(len(x))},
+    UnCLIPScheduler: lambda scheduler, x: {"prev_timestep": scheduler.timesteps[26]},
+    CogVideoXDPMScheduler: lambda scheduler, x: {
+        "old_pred_original_sample": x, "timestep_back": scheduler.timesteps[24],
+    },
+}  # fmt: skip
 SCHEDULERS = {"diffusers": DDIMScheduler, "ours": FastDDIMScheduler}
 
 
@@ -102,9 +117,16 @@ def test_step_of_another_drop_in(measure, benchmark, show, kind, shape, dtype):
         scheduler.set_timesteps(50)
         scheduler.is_scale_input_called = True
 
-        def step(scheduler=scheduler, t=scheduler.timesteps[25]):
+        arguments = {"model_output": m, "timestep": scheduler.timesteps[25], "sample": x, "return_dict": False}
+        arguments |= MORE_ARGUMENTS.get(kind, lambda *_: {})(scheduler, x)
+        is_heun = kind is HeunDiscreteScheduler
+
+        def step(scheduler=scheduler, arguments=arguments, is_heun=is_heun):
+            if is_heun:  # both halves
+                scheduler._step_index, scheduler.dt = 24, None
+                scheduler.step(**arguments)
             scheduler._step_index = 25
-            return scheduler.step(m, t, x, return_dict=False)
+            return scheduler.step(**arguments)
 
         contenders[name] = step
 

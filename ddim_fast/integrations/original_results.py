@@ -146,6 +146,42 @@ def step_with_x0(
     return step_of_kind(x_prev_kind, x_t, *args, x0_out=x0, **options), converted(x0, x0_kind.dtype)
 
 
+def step_of_kinds(
+    kinds: tuple[ResultKind, ...],
+    x_t: Tensor,
+    model_output: Tensor,
+    step: Any,
+    *,
+    noise: Tensor | None = None,
+    history: Tensor | None = None,
+    writes_x0: bool = False,
+    take: Callable[..., Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Take a step that returns an x_prev of the first kind, in a dtype that keeps the digits of every tensor.
+
+    Args:
+        history: what ``ddim_step`` reads as such. It is left as it is.
+        writes_x0: return x0, too, of the second kind; None in its place otherwise, without history.
+
+    The other arguments are those of ``step_of_kind``.
+    """
+    dtype = torch.promote_types(x_t.dtype, model_output.dtype)
+    for more in (noise, history, kinds[1] if writes_x0 else None):
+        dtype = dtype if more is None else torch.promote_types(dtype, more.dtype)
+    tensors: dict[str, Tensor | None] = {"out": kinds[0].empty(x_t, dtype)}
+    x0 = kinds[1].empty(x_t, dtype) if writes_x0 or history is not None else None
+    if history is None:
+        tensors["x0_out"] = x0
+    else:
+        assert x0 is not None
+        tensors["history"] = x0.copy_(history)  # where the step then writes x0
+    if noise is not None:
+        tensors["noise"] = converted(noise, dtype)
+    take = ddim_step if take is None else take
+    x_prev = take(converted(x_t, dtype), readable(model_output, dtype), step, **tensors)
+    return converted(x_prev, kinds[0].dtype), x0 if x0 is None else converted(x0, kinds[1].dtype)
+
+
 def per_sample_coefficient(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return a coefficient ``(B, 1, ...)`` of an original's step, in torch's default dtype."""
     return torch.empty((len(x), *[1] * (x.ndim - 1)), dtype=dtype, device=x.device)

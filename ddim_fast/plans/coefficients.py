@@ -326,6 +326,7 @@ def ddpm_posterior_coefficients(
     *,
     std_dev_added: float,
     clip_sample_range: float | None = None,
+    beta: float | None = None,
 ) -> StepCoefficients:
     """Return the row of the mean of q(x_prev | x_t, x0) (equation 7 of DDPM, arXiv 2006.11239), with
     noise added to it::
@@ -336,20 +337,27 @@ def ddpm_posterior_coefficients(
     The row of ``ddim_coefficients`` at eta = 1, but for a clipped x0: the mean then follows from
     the clipped one alone.
 
+    Args:
+        beta: 1 - alpha_bar_t / alpha_bar_prev on the variance-preserving path, where it is known more
+            exactly than from the two levels.
+
     Raises:
         ValueError, ZeroDivisionError: there is no such step, or no such prediction.
     """
     at_t = prediction_at(prediction, level_t)
     (alpha_t, sigma_t), (alpha_prev, sigma_prev) = level_of(level_t), level_of(level_prev)
     kept = alpha_t * sigma_prev / (alpha_prev * sigma_t)
+    of_x0, of_x = alpha_prev * ((1 - kept) * (1 + kept)), kept * (sigma_prev / sigma_t)
+    if beta is not None:
+        of_x0, of_x = alpha_prev * (beta / sigma_t**2), math.sqrt(1 - beta) * (sigma_prev / sigma_t) ** 2
     return StepCoefficients(
         at_t.x0_x,
         at_t.x0_m,
         eps_x=1.0,  # x_t takes the place of eps
         eps_m=0.0,
         eps_0=0.0,
-        prev_x0=alpha_prev * ((1 - kept) * (1 + kept)),
-        prev_eps=kept * (sigma_prev / sigma_t),
+        prev_x0=of_x0,
+        prev_eps=of_x,
         prev_noise=std_dev_added,
         clip=math.inf if clip_sample_range is None else float(clip_sample_range),
     )
@@ -369,6 +377,7 @@ def multistep_coefficients(
     variance: float = 0.0,
     level_before_last: AnyLevel | None = None,
     use_clipped_model_output: bool = False,
+    max_extrapolation: float = MAX_EXTRAPOLATION,
 ) -> StepCoefficients:
     """Return the row of a step of DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2),
     which is of second order where DDIM is of first::
@@ -397,6 +406,7 @@ def multistep_coefficients(
         level_before_last: the level of the step before that one, for a row of third order,
             which reads the x0 of both. The row is of second order where lengths
             of neighbouring steps differ by more than a factor of 2, in noise, or from pure noise.
+        max_extrapolation: the most that 1 / (2 r) may be; infinity for the paper's step.
 
     The other arguments are those of ``ddim_coefficients``.
 
@@ -422,7 +432,7 @@ def multistep_coefficients(
     lambda_last, lambda_t, lambda_prev = (_half_log_snr(a) for a in (level_last, level_t, level_prev))
     of_d = target.alpha - at_t.alpha * (row.prev_eps / at_t.sigma)
     h, h_last = lambda_prev - lambda_t, lambda_t - lambda_last
-    extrapolation = of_d * min(h / (2 * h_last), MAX_EXTRAPOLATION)
+    extrapolation = of_d * min(h / (2 * h_last), max_extrapolation)
     second = replace(row, prev_x0=row.prev_x0 + extrapolation, prev_history=-extrapolation)
     if level_before_last is None or variance:
         return second

@@ -29,6 +29,17 @@ from .timestep_lists import explicit_model_timesteps
 __all__ = ["SCHEDULES", "NoiseSchedule", "make_schedule"]
 
 
+def squared_cosine(time: Any, s: float) -> Any:
+    """Return alpha_bar of improved DDPM (Nichol and Dhariwal 2021, arXiv 2102.09672, equation 17), but
+    for a factor.
+
+    Args:
+        time: from 0 (clean data) to 1: a number, or an array of them.
+        s: an offset, which keeps the first steps from being too small.
+    """
+    return np.cos((time + s) / (1 + s) * (math.pi / 2)) ** 2
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule(NoisePath):
     """A discrete diffusion's alpha_bar_t for t = 0 ... T-1, and what follows from it without a
@@ -138,7 +149,7 @@ class NoiseSchedule(NoisePath):
         check_number("s", s, at_least=0, remedy="the paper's value is 0.008")
         _check_unit_interval(max_beta=max_beta)
         time = np.arange(num_train_timesteps + 1) / num_train_timesteps
-        signal = np.cos((time + s) / (1 + s) * (math.pi / 2)) ** 2
+        signal = squared_cosine(time, s)
         return cls.from_betas(np.minimum(1 - signal[1:] / signal[:-1], max_beta), "cosine")
 
     @classmethod

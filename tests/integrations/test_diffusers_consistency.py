@@ -7,6 +7,7 @@ with either.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from contextlib import nullcontext
 
@@ -17,13 +18,13 @@ from diffusers import CogVideoXDDIMScheduler, LCMScheduler, TCDScheduler
 from diffusers.utils import logging as diffusers_logging
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from layouts import Defaults, assert_laid_out_alike, draw, shapes, sweep
+from layouts import Defaults, assert_laid_out_alike, default_dtype, draw, shapes, sweep
 from layouts import kinds as kinds_of_tensors
 from outcomes import half_unit, outcome, same_error
 from twins import twins
 
 import ddim_fast.integrations.diffusers as drop_ins
-from ddim_fast.integrations.diffusers import consistency_steps
+from ddim_fast.integrations.diffusers import consistency_steps, internals
 from ddim_fast.verify.truth.tolerances import allowed_error, assert_within, to_numpy
 
 ORIGINALS = [LCMScheduler, TCDScheduler, CogVideoXDDIMScheduler]
@@ -274,6 +275,7 @@ def test_step_is_the_originals_and_never_further_from_float64(original, examples
     original=st.sampled_from(ORIGINALS),
     prediction_type=st.sampled_from(PREDICTIONS),
     clips=st.booleans(),
+    thresholds=st.booleans(),
     last=st.booleans(),
     of_sample=kinds_of_tensors,
     of_output=kinds_of_tensors,
@@ -284,19 +286,21 @@ def test_step_is_the_originals_and_never_further_from_float64(original, examples
     original=LCMScheduler,
     prediction_type="epsilon",
     clips=True,
+    thresholds=False,
     last=False,
     of_sample=("expanded batch", torch.float32),
     of_output=("reversed", torch.float32),
     shape=(3, 2, 4, 5),
 )
 def test_layouts_and_dtypes_are_the_originals(
-    defaults, original, prediction_type, clips, last, of_sample, of_output, shape
+    defaults, original, prediction_type, clips, thresholds, last, of_sample, of_output, shape
 ):
     """Each step twice, since the second may take the short path."""
     sample, output = draw(0, shape, of_sample), draw(1, shape, of_output)
     index, found = (7 if last else 4), []
     for kind in (original, PAIRS[original]):
-        scheduler = ready(kind, {"prediction_type": prediction_type, "clip_sample": clips})
+        more = {"thresholding": thresholds} if original is not CogVideoXDDIMScheduler else {}
+        scheduler = ready(kind, {"prediction_type": prediction_type, "clip_sample": clips} | more)
         torch.manual_seed(5)
         results = []
         with nullcontext() if kind is original else defaults.device_mode():
@@ -368,6 +372,18 @@ def test_no_timesteps_and_unknown_predictions_raise_the_originals_errors(origina
     same_error(*errors)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tcd_rounds_to_a_timestep_in_the_default_dtype(dtype):
+    """In float64, 0.7 of each of these but the first would round to another one."""
+    results = []
+    with default_dtype(dtype):
+        for kind in (TCDScheduler, PAIRS[TCDScheduler]):
+            scheduler = ready(kind, timesteps=[999, 670, 340, 90, 87])
+            torch.manual_seed(0)
+            results.append([scheduler.step(X.sin(), t, X, eta=0.3).pred_noised_sample for t in scheduler.timesteps])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("original", COUNTING)
 def test_steps_beyond_the_last_are_the_originals(original):
     found = []
@@ -377,6 +393,71 @@ def test_steps_beyond_the_last_are_the_originals(original):
         found.append([scheduler.step(X.sin(), t, X).prev_sample for t in (*scheduler.timesteps, 19, 19)])
     for expected, got in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def after(change, t=874, index=4, config=None, **more):
+    """Return what steps give after a change: of the originals, and of ours."""
+    found = []
+    for kind in more.pop("kinds"):
+        scheduler = ready(kind, config)
+        torch.manual_seed(0)
+        outcome(lambda s=scheduler: s.step(X.sin(), s.timesteps[0], X))
+        scheduler._step_index = index
+        change(scheduler)
+        torch.manual_seed(0)
+        results = [
+            outcome(lambda s=scheduler: s.step(**{"model_output": X.sin(), "timestep": t, "sample": X, **more}))
+            for _ in range(2)
+        ]
+        found.append((results, getattr(scheduler, "_step_index", None), torch.get_rng_state().tolist()))
+    return found
+
+
+def dark(scheduler):
+    scheduler.alphas_cumprod[100:] = 0
+
+
+def unordered(scheduler):
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.flip(0)
+
+
+def beyond(scheduler):
+    scheduler.timesteps[5] = 5000
+
+
+NO_ROW = {
+    "a step to a timestep beyond": ({}, {}, beyond),
+    "a timestep beyond": ({"t": 1000}, {}, None),
+    "a timestep below": ({"t": -1}, {}, None),
+    "a range of no number": ({}, {"clip_sample": True, "clip_sample_range": None}, None),
+    "a scale that overflows": ({}, {"timestep_scaling": 1e200}, None),
+    "noise from no signal": ({"eta": 1e-9}, {"prediction_type": "v_prediction"}, dark),
+    "less noise at later timesteps": ({}, {}, unordered),
+    "an index of no integer": ({"index": 2.0}, {}, None),
+    "an index below 0": ({"index": -3}, {}, None),
+    "samples without values": ({"sample": X.to("meta"), "model_output": X.to("meta")}, {}, None),
+    "a timestep without a value": ({"t": torch.tensor(874, device="meta")}, {}, None),
+}
+
+
+@pytest.mark.parametrize("which", NO_ROW)
+@pytest.mark.parametrize("original", COUNTING)
+def test_a_step_without_a_row_is_left_to_the_original(original, which):
+    call, config, change = NO_ROW[which]
+    if original is LCMScheduler:
+        call = {name: value for name, value in call.items() if name != "eta"}
+    known = set(inspect.signature(original).parameters)
+    config = {name: value for name, value in config.items() if name in known}
+    expected, got = after(change or (lambda s: None), config=config, kinds=(original, PAIRS[original]), **call)
+    assert got[1:] == expected[1:]
+    for (e, error), (g, fast_error) in zip(expected[0], got[0], strict=True):
+        if error is not None:
+            same_error(error, fast_error)
+        else:
+            for name in e:
+                assert g[name].device == e[name].device
+                if g[name].device.type != "meta":
+                    torch.testing.assert_close(g[name], e[name], rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def written(scheduler):
@@ -424,6 +505,61 @@ def test_a_change_after_a_step_counts(original, change, eta):
     assert torch.equal(results[1][1], results[1][2]) == unread
 
 
+OTHER_VALUES = {
+    "prediction_type": "v_prediction",
+    "clip_sample": True,
+    "clip_sample_range": 0.1,
+    "thresholding": True,
+    "timestep_scaling": 0.001,
+    "num_train_timesteps": 500,
+    "explicit_pairs": True,
+}
+
+
+@pytest.mark.parametrize("original", ORIGINALS)
+def test_a_field_written_to_the_config_after_a_step_counts(original):
+    """All but those that the original does not have."""
+    more = {"eta": 0.0} if original is TCDScheduler else {}
+    for field in PAIRS[original]._row_fields:
+        results = []
+        for kind in (original, PAIRS[original]):
+            clips = {"clip_sample": field == "clip_sample_range", "timestep_spacing": "linspace"}
+            scheduler, found = ready(kind, clips), []
+            for _ in range(2):
+                for index in (7, 7, 4, 4):
+                    torch.manual_seed(0)
+                    scheduler._step_index = index
+                    t = scheduler.timesteps[index]
+                    found.append(scheduler.step(3 * X.sin(), t, 3 * X, **more).prev_sample)
+                if field != "explicit_pairs" or kind is not original:
+                    vars(scheduler.config)[field] = OTHER_VALUES[field]
+            results.append(found)
+        if field == "explicit_pairs":
+            assert not torch.equal(results[1][2], results[1][6])
+            continue
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+        reads = field != "num_train_timesteps" or original is CogVideoXDDIMScheduler
+        assert reads != torch.equal(results[1][2], results[1][6])
+
+
+@pytest.mark.parametrize("missing", ["COUNTS_WRITES", "config_entry"])
+@pytest.mark.parametrize("change", [written, reconfigured])
+@pytest.mark.parametrize("original", COUNTING)
+def test_a_change_counts_without_the_private_names(original, change, missing, monkeypatch):
+    monkeypatch.setattr(internals, missing, (lambda scheduler: None) if missing == "config_entry" else False)
+    more = {"eta": 0.0} if original is TCDScheduler else {}
+    results = []
+    for kind in (original, PAIRS[original]):
+        scheduler, found = ready(kind), []
+        for changes in (lambda s: None, change):
+            changes(scheduler)
+            for _ in range(2):
+                scheduler._step_index = 7
+                found.append(scheduler.step(X.sin(), scheduler.timesteps[7], X, **more).prev_sample)
+        results.append(found)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("original", COUNTING)
 def test_repeated_plain_steps_take_the_short_path(original, monkeypatch):
     more = {"eta": 0.0} if original is TCDScheduler else {}
@@ -442,6 +578,17 @@ def test_repeated_plain_steps_take_the_short_path(original, monkeypatch):
         without.setattr(consistency_steps, "plain_step", lambda *_: None)
         with pytest.raises(TypeError):
             last()
+
+
+def test_a_repeated_last_step_is_thresholded_again():
+    results = []
+    for kind in (LCMScheduler, PAIRS[LCMScheduler]):
+        scheduler = ready(kind, {"thresholding": True})
+        for _ in range(3):
+            scheduler._step_index = 7
+            results.append(scheduler.step(9 * X.sin(), scheduler.timesteps[7], 5 * X).prev_sample)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("original", ORIGINALS)

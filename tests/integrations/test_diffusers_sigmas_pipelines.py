@@ -16,6 +16,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    HeunDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
@@ -117,7 +118,11 @@ def edm():
     return stable_diffusion_xl(EDMEulerScheduler)
 
 
-PIPELINES = [stable_diffusion_3, image_to_image, flux, stable_diffusion_xl, euler_leading_karras, ancestral, edm]
+def heun():
+    return stable_diffusion_xl(HeunDiscreteScheduler, beta_schedule="scaled_linear")
+
+
+PIPELINES = [stable_diffusion_3, image_to_image, flux, stable_diffusion_xl, euler_leading_karras, ancestral, edm, heun]
 
 
 @pytest.mark.parametrize("build", PIPELINES)

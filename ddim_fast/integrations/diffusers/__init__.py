@@ -16,30 +16,32 @@ except ImportError as error:
 
 from typing import Any
 
-from .choose import fast_scheduler
+from .choose import DROP_INS, NEWER, fast_scheduler
 from .cogvideox import FastCogVideoXDDIMScheduler
+from .cogvideox_dpm import FastCogVideoXDPMScheduler
 from .ddim import FastDDIMScheduler
 from .ddpm import FastDDPMScheduler
 from .euler import FastEDMEulerScheduler, FastEulerAncestralDiscreteScheduler, FastEulerDiscreteScheduler
 from .flow_match_euler import FastFlowMatchEulerDiscreteScheduler
+from .heun import FastHeunDiscreteScheduler
 from .inverse import FastDDIMInverseScheduler
 from .lcm import FastLCMScheduler
 from .parallel import FastDDIMParallelScheduler
 from .tcd import FastTCDScheduler
+from .unclip import FastUnCLIPScheduler
+from .wuerstchen import FastDDPMWuerstchenScheduler
 
-try:
-    from .flow_match_lcm import FastFlowMatchLCMScheduler  # noqa: F401 (listed where it exists)
-except ImportError:
-    _missing = {"FastFlowMatchLCMScheduler": "FlowMatchLCMScheduler"}
-    """By name: drop-ins whose original is not in this version of diffusers."""
-else:
-    _missing = {}
+_newer = {fast.__name__: fast for fast in DROP_INS.values() if fast.__name__ in NEWER}
+globals().update(_newer)
+_missing = {name: name.removeprefix("Fast") for name in NEWER if name not in _newer}
+"""By name: drop-ins whose original is not in this version of diffusers."""
 
 __all__ = [
     "FastCogVideoXDDIMScheduler",
     "FastDDIMInverseScheduler", "FastDDIMParallelScheduler", "FastDDIMScheduler", "FastDDPMScheduler", "FastEDMEulerScheduler",
     "FastEulerAncestralDiscreteScheduler", "FastEulerDiscreteScheduler", "FastFlowMatchEulerDiscreteScheduler",
-    *(["FastFlowMatchLCMScheduler"] if not _missing else []), "SchedulerMixin",
+    "SchedulerMixin", *_newer,
+    "FastCogVideoXDPMScheduler", "FastDDPMWuerstchenScheduler", "FastHeunDiscreteScheduler", "FastUnCLIPScheduler",
     "FastLCMScheduler", "FastTCDScheduler", "fast_scheduler",
 ]  # fmt: skip
 

@@ -36,6 +36,12 @@ def check_tensors(sample: Any, model_output: Any) -> None:
         raise LeaveToOriginal("sample and model_output must not be wrapped by a transform of torch.func")
 
 
+def check_no_gradients(*tensors: Tensor) -> None:
+    """Leave a call to the original where gradients are recorded through one of these."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise LeaveToOriginal("a step that reads an earlier result has no gradients")
+
+
 def single_timestep(timestep: Any) -> int | Tensor:
     """Return one timestep: an int, or an int64 tensor on its device, which nothing waits for."""
     if type(timestep) is int:

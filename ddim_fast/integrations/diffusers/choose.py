@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from contextlib import suppress
 from typing import Any
 
@@ -9,32 +10,45 @@ from diffusers import SchedulerMixin
 
 from ...utils.checks import refuse
 from .cogvideox import FastCogVideoXDDIMScheduler
+from .cogvideox_dpm import FastCogVideoXDPMScheduler
 from .ddim import FastDDIMScheduler
 from .ddpm import FastDDPMScheduler
 from .euler import FastEDMEulerScheduler, FastEulerAncestralDiscreteScheduler, FastEulerDiscreteScheduler
 from .flow_match_euler import FastFlowMatchEulerDiscreteScheduler
+from .heun import FastHeunDiscreteScheduler
 from .inverse import FastDDIMInverseScheduler
 from .lcm import FastLCMScheduler
 from .parallel import FastDDIMParallelScheduler
 from .tcd import FastTCDScheduler
+from .unclip import FastUnCLIPScheduler
+from .wuerstchen import FastDDPMWuerstchenScheduler
 
 _FAST: list[Any] = [
     FastCogVideoXDDIMScheduler,
+    FastCogVideoXDPMScheduler,
     FastDDIMScheduler,
     FastDDIMInverseScheduler,
     FastDDIMParallelScheduler,
     FastDDPMScheduler,
+    FastDDPMWuerstchenScheduler,
     FastEDMEulerScheduler,
     FastEulerAncestralDiscreteScheduler,
     FastEulerDiscreteScheduler,
     FastFlowMatchEulerDiscreteScheduler,
+    FastHeunDiscreteScheduler,
     FastLCMScheduler,
     FastTCDScheduler,
+    FastUnCLIPScheduler,
 ]
-with suppress(ImportError):  # not in old versions of diffusers
-    from .flow_match_lcm import FastFlowMatchLCMScheduler
-
-    _FAST.append(FastFlowMatchLCMScheduler)
+NEWER = {
+    "FastFlowMapEulerDiscreteScheduler": "flow_map_euler",
+    "FastFlowMatchLCMScheduler": "flow_match_lcm",
+    "FastLTXEulerAncestralRFScheduler": "ltx_euler_ancestral",
+}
+"""The modules of drop-ins whose originals are not in old versions of diffusers."""
+for _name, _module in NEWER.items():
+    with suppress(ImportError):
+        _FAST.append(getattr(importlib.import_module(f".{_module}", __package__), _name))
 
 DROP_INS: dict[type, Any] = {
     next(base for base in fast.__mro__ if base.__module__.startswith("diffusers.")): fast for fast in _FAST

@@ -25,6 +25,20 @@ _LARGE = {"fixed_small": False, "fixed_small_log": False, "fixed_large": True}
 NaN in the original.)"""
 
 
+def originals_posterior(
+    x: Tensor, m: Tensor, noise: Tensor | None, *, prediction_type: str, clip: bool, thresholding: bool
+) -> tuple[Tensor, Tensor]:
+    """Run the operations of the ``step`` of DDPM; return x0 and x_prev."""
+    k = torch.empty((), dtype=torch.float32, device=x.device)
+    x0 = originals_x0(k, x, m, prediction_type)
+    if thresholding:
+        x0 = (x0.reshape(len(x0), -1) / 1).reshape(x0.shape)
+    elif clip:
+        x0 = x0.clamp(-1, 1)
+    x_prev = k * x0 + k * x
+    return x0, x_prev + 0 if noise is None else x_prev + k * noise
+
+
 class FastDDPMScheduler(FusedSteps, DDPMScheduler):
     """``diffusers.DDPMScheduler`` with its update in one kernel.
 
@@ -80,19 +94,7 @@ class FastDDPMScheduler(FusedSteps, DDPMScheduler):
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise LeaveToOriginal(str(error)) from None
 
-    @staticmethod
-    def _originals_results(
-        x: Tensor, m: Tensor, noise: Tensor | None, *, prediction_type: str, clip: bool, thresholding: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Run the operations of the original's ``step``; return x0 and x_prev."""
-        k = torch.empty((), dtype=torch.float32, device=x.device)
-        x0 = originals_x0(k, x, m, prediction_type)
-        if thresholding:
-            x0 = (x0.reshape(len(x0), -1) / 1).reshape(x0.shape)
-        elif clip:
-            x0 = x0.clamp(-1, 1)
-        x_prev = k * x0 + k * x
-        return x0, x_prev + 0 if noise is None else x_prev + k * noise
+    _originals_results = staticmethod(originals_posterior)
 
     def step(
         self,

@@ -32,6 +32,7 @@ class RowCache(Watched):
         if levels.dtype in HALF_PRECISION:
             raise LeaveToOriginal(f"alphas_cumprod must not be in half precision, got {levels.dtype}")
         read = {"alphas_cumprod": levels, clean_level: outside}
+        read |= {name: getattr(scheduler, name) for name in scheduler._row_attributes}
         if explicit_pairs:
             read["timesteps"] = scheduler.timesteps
         super().__init__(scheduler, [*read, "num_inference_steps"], list(read.values()), config_fields)

@@ -45,6 +45,8 @@ class SchedulerRows:
         "explicit_pairs",
     )
     """The fields of the config that rows depend on."""
+    _row_attributes: tuple[str, ...] = ()
+    """The attributes that rows depend on, beside the noise levels."""
     _clean_level: str
     """The attribute that holds alpha_bar of clean data: of a timestep below 0."""
     _clips = True

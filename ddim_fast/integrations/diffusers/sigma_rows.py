@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -31,13 +33,18 @@ class SigmaRows(Watched):
             raise LeaveToOriginal(
                 f"sigmas must be a list of numbers, at least float32, in a tensor, got {sigmas!r:.80}"
             )
-        super().__init__(scheduler, ["sigmas"], [sigmas], scheduler._row_fields)
+        names = scheduler._row_attributes
+        super().__init__(scheduler, names, [getattr(scheduler, name) for name in names], scheduler._row_fields)
         self.sigmas: list[float] = scheduler._values_on_host("sigmas")
         self.output_is_x0: bool = getattr(scheduler.config, "prediction_type", None) in _PREDICTIONS_OF_X0
         """Whether the model predicts x0, and the original returns its output as it is."""
         self.writes_x0: bool = scheduler._returns_x0 and not self.output_is_x0
         self.plain: dict[int, StepCoefficients] = {}
         """By index: rows of steps that need nothing but their row."""
+        self.derivatives: dict[int, StepCoefficients] = {}
+        """By index: rows that compute the derivative there, and need nothing but their row."""
+        self.index_of_timestep: dict[float, int | None] = {}
+        """By value, where a step is looked up by its timestep."""
         self._tables: dict[torch.device, tuple[StepTable, Tensor]] = {}
 
     def row(self, index: Any) -> StepCoefficients:
@@ -84,8 +91,40 @@ def flow_row(sigma: float, sigma_next: float, renoised: bool) -> StepCoefficient
 
 
 @lru_cache(_MAX_KNOWN)
+def ancestral_flow_row(sigma: float, sigma_next: float, eta: float, s_noise: float) -> StepCoefficients:
+    """Return the row of an ancestral step of flow matching: along the velocity to a level with less
+    noise than ``sigma_next``, and back by adding noise.
+
+    Args:
+        eta: 0 for no noise; 1 for the least noise before some is added.
+        s_noise: what the added noise is multiplied by.
+    """
+    below = sigma_next * (1 + (sigma_next / sigma - 1) * eta)
+    row = ddim_coefficients(NoiseLevel(1 - sigma, sigma), NoiseLevel(1 - below, below), "flow")
+    if not (eta > 0 and s_noise > 0):
+        return row
+    kept = (1 - sigma_next) / (1 - below + _DIVISOR)
+    added = sigma_next**2 - below**2 * (1 - sigma_next) ** 2 / ((1 - below) ** 2 + _DIVISOR)
+    return replace(
+        row,
+        prev_x0=kept * row.prev_x0,
+        prev_eps=kept * row.prev_eps,
+        prev_noise=math.sqrt(max(added, 0.0)) * s_noise,
+    )
+
+
+_DIVISOR = 1e-12
+"""What diffusers adds to its divisors in an ancestral step of flow matching."""
+
+
+@lru_cache(_MAX_KNOWN)
 def exploding_row(
-    sigma: float, sigma_next: float, prediction_type: str, sigma_data: float | None = None, ancestral: bool = False
+    sigma: float,
+    sigma_next: float,
+    prediction_type: str,
+    sigma_data: float | None = None,
+    ancestral: bool = False,
+    clip: float | None = None,
 ) -> StepCoefficients:
     """Return the row of Euler's step on a variance-exploding path (Karras et al. 2022, arXiv
     2206.00364, algorithm 2).
@@ -95,6 +134,7 @@ def exploding_row(
         prediction_type: diffusers'.
         sigma_data: of EDM's preconditioning, which "epsilon" then means, too.
         ancestral: as much noise is replaced as in a step of DDPM.
+        clip: x0 is clipped to [-clip, clip], and eps follows from it; None for no clipping.
 
     Raises:
         LeaveToOriginal: the step has no values, or there is no such prediction.
@@ -105,7 +145,41 @@ def exploding_row(
     variance = ddim_variance(level, target, 1.0) if ancestral else 0.0
     if variance < 0:
         raise LeaveToOriginal(f"an ancestral step must lead to less noise, got sigma = {sigma} before {sigma_next}")
-    return ddim_coefficients(level, target, _prediction(level, prediction_type, sigma_data), variance=variance)
+    return ddim_coefficients(
+        level,
+        target,
+        _prediction(level, prediction_type, sigma_data),
+        variance=variance,
+        clip_sample_range=clip,
+        use_clipped_model_output=clip is not None,
+    )
+
+
+@lru_cache(_MAX_KNOWN)
+def derivative_row(sigma: float, prediction_type: str, clip: float | None) -> StepCoefficients:
+    """Return the row that computes the derivative (x - x0) / sigma, which is eps, in place of x_prev.
+
+    Its arguments and errors are those of ``exploding_row``.
+    """
+    return replace(exploding_row(sigma, sigma, prediction_type, clip=clip), prev_x0=0.0, prev_eps=1.0)
+
+
+@lru_cache(_MAX_KNOWN)
+def heun_row(sigma: float, dt: float, prediction_type: str, clip: float | None) -> StepCoefficients:
+    """Return the row of Heun's correction of a step of Euler's (Karras et al. 2022, arXiv 2206.00364,
+    algorithm 1): x + dt (d + d') / 2, with the derivative d' at the end of that step.
+
+    A step with this row takes the sample there, and the model's output for it; x, where the step of
+    Euler's began, as ``noise``; and d, the derivative there, as ``history``.
+
+    Args:
+        sigma: of the end.
+        dt: sigma of the end less that of the beginning.
+
+    The other arguments and the errors are those of ``exploding_row``.
+    """
+    row = derivative_row(sigma, prediction_type, clip)
+    return replace(row, prev_eps=dt / 2, prev_noise=1.0, prev_history=dt / 2)
 
 
 _PREDICTIONS_OF_X0 = ("sample", "original_sample")

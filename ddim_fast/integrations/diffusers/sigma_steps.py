@@ -14,14 +14,14 @@ from torch import Tensor
 from ...kernels.contract import StepCoefficients
 from ...kernels.cpu_step import plain_step
 from ...kernels.dispatch import ddim_step, ddim_step_from_table
-from ..original_results import HALF_PRECISION, kinds_of_results, readable
+from ..original_results import HALF_PRECISION, kinds_of_results, step_of_kinds
 from . import internals
 from .arguments import LeaveToOriginal, check_tensors
 from .output import step_output
 from .sigma_rows import SigmaRows
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_DTYPES = (torch.float32, *HALF_PRECISION)
+DTYPES = (torch.float32, *HALF_PRECISION)
 _TIMESTEPS = (torch.float32, torch.float64, *HALF_PRECISION)
 
 
@@ -88,8 +88,14 @@ class SigmaSteps:
 
     _output_kind: type
     _returns_x0 = False
+    _keeps_sample_dtype = False
+    """Whether x_prev has the dtype of the sample, rather than of the model's output."""
+    _timesteps_are_floats = True
+    """Whether the original raises an error with an integer as the timestep."""
     _row_fields: tuple[str, ...] = ()
     """The fields of the config that rows depend on."""
+    _row_attributes: tuple[str, ...] = ("sigmas",)
+    """The attributes that rows depend on."""
     _row_cache: SigmaRows | None = None
     _host_copies: dict[str, _HostCopy] = {}  # noqa: RUF012 (replaced, never written to)
 
@@ -104,13 +110,19 @@ class SigmaSteps:
         raise NotImplementedError
 
     def _noise_dtype(self, model_output: Tensor) -> torch.dtype | None:
-        """Return the dtype in which the original draws noise in each step, or None for no noise."""
+        """Return the dtype in which the original draws noise in this step, or None for no noise."""
         return None
 
-    @staticmethod
-    def _originals_results(x: Tensor, m: Tensor, noise: Tensor | None, *, prediction_type: str) -> tuple[Tensor, ...]:
-        """Run the operations of the original's ``step``; return x_prev, and x0 if it does."""
-        raise NotImplementedError
+    _originals_results: Callable[..., tuple[Tensor, ...]]
+    """Runs the operations of the original's ``step``; returns x_prev, and x0 if it does."""
+
+    def _options_of_results(self) -> dict[str, Any]:
+        """Return what else ``_originals_results`` takes."""
+        return {"prediction_type": getattr(self.config, "prediction_type", "")}
+
+    def _key(self, rows: SigmaRows, timestep: Any) -> int | None:
+        """Return the index of the step in ``sigmas``: any, or None, where the step has none."""
+        return self._step_index
 
     # --- Where a run is -----------------------------------------------------------------------------------------------
 
@@ -132,6 +144,15 @@ class SigmaSteps:
             self._step_index = index
 
     def _index_of_view(self, timestep: Any) -> int | None:
+        value = self._value_of_view(timestep)
+        if value is None:
+            return None
+        # The original takes the second of equal timesteps.
+        equal = [i for i, other in enumerate(self._host_copies["timesteps"].values) if other == value]
+        return equal[min(len(equal), 2) - 1] if equal else None
+
+    def _value_of_view(self, timestep: Any) -> float | None:
+        """Return the value of a view into ``timesteps`` without waiting for its device."""
         timesteps = self.timesteps
         if not isinstance(timestep, Tensor) or timestep.ndim != 0 or timesteps.ndim != 1:
             return None
@@ -141,11 +162,7 @@ class SigmaSteps:
         if copy is None or not copy.is_of(timesteps) or not internals.share_storage(timestep, timesteps):
             return None
         place, left = divmod(int(timestep.storage_offset() - timesteps.storage_offset()), max(timesteps.stride(0), 1))
-        if left or not 0 <= place < len(copy.values):
-            return None
-        # The original takes the second of equal timesteps.
-        equal = [i for i, value in enumerate(copy.values) if value == copy.values[place]]
-        return equal[min(len(equal), 2) - 1] if equal else None
+        return None if left or not 0 <= place < len(copy.values) else copy.values[place]
 
     # --- The step -----------------------------------------------------------------------------------------------------
 
@@ -153,29 +170,33 @@ class SigmaSteps:
         """Take the original's step in one pass; or return None, if it must take it itself."""
         if _is_dynamo_compiling() or not self.is_scale_input_called:
             return None
-        # With an integer as the timestep the original raises an error.
-        if type(timestep) is not float and not (isinstance(timestep, Tensor) and timestep.dtype in _TIMESTEPS):
+        is_float = type(timestep) is float or (isinstance(timestep, Tensor) and timestep.dtype in _TIMESTEPS)
+        if self._timesteps_are_floats and not is_float:
             return None
-        found = None if self._row_cache is None else self._short_step(self._row_cache, model_output, sample)
-        if found is None:
-            try:
+        found, rows = None, self._row_cache
+        try:
+            if rows is not None and self._step_index is not None:
+                found = self._short_step(rows, self._key(rows, timestep), model_output, sample)
+            if found is None:
                 found = self._checked_step(model_output, timestep, sample, generator)
-            except LeaveToOriginal:
-                return None
+        except LeaveToOriginal:
+            return None
         self._step_index += 1  # type: ignore[operator] # a number since the first step
         return step_output(self._output_kind, found) if return_dict else found
 
-    def _short_step(self, rows: SigmaRows, model_output: Any, sample: Any) -> tuple[Tensor, ...] | None:
+    def _short_step(
+        self, rows: SigmaRows, key: int | None, model_output: Any, sample: Any
+    ) -> tuple[Tensor, ...] | None:
         """Take a step that needs nothing but its row, if that row is known."""
         writes_x0 = rows.writes_x0
         # x0 is float32, and has the dtype of x_t in a step.
         if writes_x0 and isinstance(sample, Tensor) and sample.dtype in HALF_PRECISION:
             sample = sample.to(torch.float32)
-        found = plain_step(sample, model_output, rows.plain, self._step_index, rows.values, rows.writes, writes_x0)
+        found = plain_step(sample, model_output, rows.plain, key, rows.values, rows.writes, writes_x0)
         if found is None:
             return None
         x_prev, x0 = found
-        if x_prev.dtype is not model_output.dtype:
+        if not self._keeps_sample_dtype and x_prev.dtype is not model_output.dtype:
             x_prev = x_prev.to(model_output.dtype)
         if not self._returns_x0:
             return (x_prev,)
@@ -183,17 +204,18 @@ class SigmaSteps:
 
     def _checked_step(self, model_output: Any, timestep: Any, sample: Any, generator: Any) -> tuple[Tensor, ...]:
         check_tensors(sample, model_output)
-        if sample.dtype not in _DTYPES or model_output.dtype not in _DTYPES or sample.device.type == "meta":
-            raise LeaveToOriginal(f"sample and model_output must be of {_DTYPES}, with values")
+        if sample.dtype not in DTYPES or model_output.dtype not in DTYPES or sample.device.type == "meta":
+            raise LeaveToOriginal(f"sample and model_output must be of {DTYPES}, with values")
         if self._step_index is None:
             self._init_step_index(timestep)
         rows = self._row_cache
         if rows is None or not rows.is_valid():
             rows = self._row_cache = SigmaRows(self)
-        row, noise_dtype = rows.row(self._step_index), self._noise_dtype(model_output)
+        key = self._key(rows, timestep)
+        row, noise_dtype = rows.row(key), self._noise_dtype(model_output)
         if noise_dtype is None and rows.allows_short_path:
-            rows.plain[self._step_index] = row  # type: ignore[index] # there is such a row
-            found = self._short_step(rows, model_output, sample)
+            rows.plain[key] = row  # type: ignore[index] # there is such a row
+            found = self._short_step(rows, key, model_output, sample)
             if found is not None:
                 return found
         m = model_output
@@ -202,28 +224,25 @@ class SigmaSteps:
             if noise_dtype is None
             else randn_tensor(m.shape, generator=generator, device=m.device, dtype=noise_dtype)
         )
-        return self._whole_step(rows, row, model_output, sample, noise)
+        return self._whole_step(rows, key, row, model_output, sample, noise)
 
     def _whole_step(
-        self, rows: SigmaRows, row: StepCoefficients, model_output: Tensor, sample: Tensor, noise: Tensor | None
+        self,
+        rows: SigmaRows,
+        key: int | None,
+        row: StepCoefficients,
+        model_output: Tensor,
+        sample: Tensor,
+        noise: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """Take a step of checked tensors by ``ddim_step``, with the original's dtypes and layouts."""
-        # A step keeps the dtype of x_t: that is float32 where any other tensor is to keep its digits.
-        read = [sample, model_output] if noise is None else [sample, model_output, noise]
-        one_dtype = not rows.writes_x0 and len({tensor.dtype for tensor in read}) == 1
-        dtype = sample.dtype if one_dtype else torch.float32
-        x, m = sample.to(dtype), readable(model_output, dtype)
-        prediction_type = getattr(self.config, "prediction_type", "")
-        kinds = kinds_of_results(self._originals_results, sample, model_output, noise, prediction_type=prediction_type)
-        out = kinds[0].empty(x, dtype)
-        x0 = kinds[1].empty(x, dtype) if rows.writes_x0 else None
-        tensors: dict[str, Any] = {"noise": None if noise is None else noise.to(dtype), "out": out, "x0_out": x0}
-        if x.device.type == "cuda":  # a row of its own would be copied there in each step
-            table, indices = rows.table(x.device)
-            x_prev = ddim_step_from_table(x, m, table, indices[self._step_index], **tensors)
-        else:
-            x_prev = ddim_step(x, m, row, **tensors)
-        x_prev = x_prev.to(model_output.dtype)
+        options = self._options_of_results()
+        kinds = kinds_of_results(self._originals_results, sample, model_output, noise, **options)
+        take, step = ddim_step, row
+        if sample.device.type == "cuda":  # a row of its own would be copied there in each step
+            table, indices = rows.table(sample.device)
+            take, step = functools.partial(ddim_step_from_table, index=indices[key]), table
+        x_prev, x0 = step_of_kinds(kinds, sample, model_output, step, noise=noise, writes_x0=rows.writes_x0, take=take)
         if not self._returns_x0:
             return (x_prev,)
         return x_prev, model_output if x0 is None else x0
