@@ -14,9 +14,9 @@ from torch import Tensor
 from ...kernels.contract import StepCoefficients
 from ...kernels.cpu_step import plain_step
 from ...kernels.dispatch import ddim_step, ddim_step_from_table
+from ..arguments import LeaveToOriginal, check_tensors
 from ..original_results import HALF_PRECISION, kinds_of_results, readable
 from . import internals
-from .arguments import LeaveToOriginal, check_tensors
 from .output import step_output
 from .sigma_rows import SigmaRows
 
