@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
+from ...kernels.cpu_step import plain_step
 from ...plans.coefficients import DISCRETE_PREDICTIONS
 from ...utils.checks import refuse
 from ..arguments import LeaveToOriginal, check_tensors, single_timestep
@@ -95,8 +96,13 @@ def take(
     row: StepCoefficients, model_output: Tensor, sample: Tensor, noise: Tensor | None, operations: Any, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Take a step; return (x_prev, x0) of the kinds that the original's ``operations`` return."""
+    returns_output = options.get("prediction_type") == "sample" and not row.clipped
+    if noise is None and not returns_output:
+        found = plain_step(sample, model_output, {0: row}, 0, (), ())
+        if found is not None:
+            return cast(tuple[Tensor, Tensor], found)
     x0_kind, kind = kinds_of_results(operations, sample, model_output, noise, **options)
-    if options.get("prediction_type") == "sample" and not row.clipped:  # the original's x0 is that tensor itself
+    if returns_output:  # the original's x0 is that tensor itself
         return step_of_kind(kind, sample, model_output, row, noise=noise), model_output
     return step_with_x0(x0_kind, kind, sample, model_output, row, noise=noise)
 
