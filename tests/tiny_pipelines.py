@@ -1,7 +1,7 @@
 """Pipelines of diffusers, tiny, with random weights: each function returns one and the arguments of its call.
 
-Every family of models that docs/MODELS.md names has one here, with the scheduler that its repositories ship, or the one that
-the page advises. torch's global generator decides the weights and the prompts' embeddings.
+Every family of diffusers that docs/MODELS.md names has one here, with the scheduler that its repositories ship. torch's
+global generator decides the weights and the prompts' embeddings.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -197,7 +198,7 @@ def wan():
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
     pipeline = made(WanPipeline, transformer=transformer, vae=vae, scheduler=scheduler)
     return pipeline, {**embeddings("prompt_embeds", "negative_prompt_embeds"), **SIZE, "num_frames": 5}
 
