@@ -2,9 +2,7 @@
 
 import copy
 import itertools
-import re
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from monai.inferers import DiffusionInferer
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, PNDMScheduler, RFlowScheduler
 from outcomes import half_unit, outcome, same_error
+from page_examples import examples
 from twins import twins
 
 from ddim_fast.integrations.monai import FastDDIMScheduler, FastDDPMScheduler, FastRFlowScheduler, fast_scheduler
@@ -401,9 +400,8 @@ def test_inside_torch_compile():
 
 
 def test_the_examples_of_the_documentation_run_top_to_bottom():
-    page = Path(__file__).parents[2] / "docs" / "drop_ins" / "monai.md"
     names = {}
-    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        exec(code, names)
+    for example in examples("drop_ins/monai.md"):
+        example.run(names)
     assert names["images"].shape == (2, 1, 16, 16)
     assert names["images"].isfinite().all()
