@@ -13,7 +13,7 @@ from typing import Any
 try:
     from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
 except ImportError as error:
-    raise ImportError(f"the drop-ins for MONAI need MONAI 1.5 or newer, got {error}: pip install monai") from error
+    raise ImportError(f"the drop-ins for MONAI need MONAI 1.6 or newer, got {error}: pip install monai") from error
 
 from ...utils.checks import refuse
 from .fused_steps import checked_flag
