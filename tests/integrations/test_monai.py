@@ -142,6 +142,17 @@ def test_whole_loops_of_ddpm_are_the_originals_and_nearer_to_exact(prediction_ty
         assert torch.equal(drawn.get_state(), ours_drawn.get_state())
 
 
+def test_a_step_without_variance_adds_the_originals_smallest_noise():
+    """As the one to a clean level, where beta is 0: in float64 it is seen."""
+    original, fast = both(DDPMScheduler, beta_start=0.0)
+    x, m = inputs(torch.float64)
+    theirs, got = (s.step(m, 1, x, torch.Generator().manual_seed(0))[0] for s in (original, fast))
+    z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact, terms = exact_ddpm(original, x, m, z, 1, 0)
+    assert_nearer([got], [theirs], exact[:1], terms[:1])
+    assert float((exact[0] - exact_ddpm(original, x, m, 0 * z, 1, 0)[0][0]).abs().max()) > 1e-11
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("config", [{}, {"use_discrete_timesteps": False}, {"use_timestep_transform": True}], ids=str)
 def test_whole_loops_of_rectified_flow_are_the_originals_and_nearer_to_exact(config, dtype):
@@ -282,9 +293,12 @@ def test_too_much_noise_is_an_error_that_names_the_most():
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 30])
 def test_explicit_pairs_lead_to_the_next_timestep(steps):
-    for kind, exact in ((DDIMScheduler, exact_ddim), (DDPMScheduler, exact_ddpm)):
+    large = {"variance_type": "fixed_large"}
+    for kind, exact, config in (
+        (DDIMScheduler, exact_ddim, {}), (DDPMScheduler, exact_ddpm, {}), (DDPMScheduler, exact_ddpm, large),
+    ):  # fmt: skip
         original, _ = both(kind, steps)
-        fast = FAST[kind](explicit_pairs=True)
+        fast = FAST[kind](explicit_pairs=True, **config)
         fast.set_timesteps(steps)
         visited = [*fast.timesteps.tolist(), -1]
         assert visited[:-1] == original.timesteps.tolist()
