@@ -8,6 +8,9 @@ PYTHON_OLDEST ?= $(firstword $(shell python3.10 -c "import sys; print(sys.execut
   $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python3.10) python3.10)
 PYTHON_NEWEST ?= $(PYTHON)
 COMPILERS ?=
+ROBOTICS := lerobot==0.4.4 draccus==0.10.0 mergedeep==1.3.4 typing-inspect==0.9.0 einops==0.8.2
+ROBOTICS_WITHOUT := accelerate datasets deepdiff imageio serial torchvision transformers \
+  lerobot.datasets lerobot.policies.groot lerobot.policies.xvla
 
 # Without an NVIDIA GPU, torch's CPU build spares gigabytes of CUDA libraries. Where pip is
 # configured to find wheels in a folder (find-links), nothing is added, and pip's own settings decide.
@@ -21,7 +24,7 @@ endif
 NATIVE := $(wildcard kernels/csrc/*)
 SAMPLE := --steps 20 -n 60 --seed 0
 
-.PHONY: help sample verify test test-slow test-oldest test-newest gpu gpu-rehearsal predict bench bench-compare lint types wheel-check sanitize \
+.PHONY: help sample verify test test-slow test-oldest test-newest test-robotics gpu gpu-rehearsal predict bench bench-compare lint types wheel-check sanitize \
   same-bits build-check clean
 
 help: ## list the targets
@@ -49,6 +52,12 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE) | $(BIN)/p
 	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[test,bench]"
 	touch $@
 
+# Its requirements are not installed: they pin older versions of torch and diffusers, and load gigabytes of data tools.
+.venv-robotics/.installed: Makefile tools/borrowed_environment.py | $(VENV)/.installed
+	rm -rf .venv-robotics
+	$(BIN)/python tools/borrowed_environment.py .venv-robotics $(ROBOTICS) $(addprefix --stand-in ,$(ROBOTICS_WITHOUT))
+	touch $@
+
 sample: $(VENV)/.installed ## draw a labelled grid of pictures with the model that ships here: out/grid.png
 	mkdir -p $(OUT)
 	$(BIN)/ddim-fast sample $(SAMPLE) --out $(OUT)/grid.png --trajectory $(OUT)/trajectory.gif
@@ -72,6 +81,9 @@ test-oldest: .venv-oldest/.installed ## run the tests on the oldest versions tha
 test-newest: .venv-newest/.installed ## run the tests on the newest released versions (downloads gigabytes)
 	.venv-newest/bin/python tools/versions.py
 	.venv-newest/bin/pytest -n auto
+
+test-robotics: .venv-robotics/.installed ## run the tests against lerobot's policies
+	.venv-robotics/bin/python -m pytest -m robotics tests/integrations/test_lerobot.py
 
 gpu: $(VENV)/.installed ## run and time everything that needs a CUDA device: out/gpu/gpu.json
 	OUT=$(OUT)/gpu PYTHON=$(abspath $(BIN)/python) tools/gpu_run.sh --minutes 60
@@ -112,4 +124,4 @@ build-check: $(VENV)/.installed ## compile the C++ kernel with gcc, old and new 
 	tools/build_check.sh $(BIN)/python $(COMPILERS)
 
 clean: ## remove everything that was built
-	rm -rf $(VENV) .venv-oldest .venv-newest build dist out *.egg-info kernels/*.so
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-robotics build dist out *.egg-info kernels/*.so

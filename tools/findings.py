@@ -11,9 +11,6 @@ python tools/findings.py render
 import importlib.metadata
 import json
 import math
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import click
@@ -390,57 +387,19 @@ def render_command() -> None:
 
 PACKAGES = ("azula==0.11.1", "denoising-diffusion-pytorch==2.3.4", "k-diffusion==0.1.1.post1")
 NEEDED = ("einops", "ema-pytorch", "torchdiffeq", "torchsde", "trampoline", "boltons")
-STANDING_IN = "torchvision accelerate pytorch_fid skimage cleanfid clip dctorch jsonmerge kornia wandb"
+STANDING_IN = (
+    "torchvision", "accelerate", "pytorch_fid", "skimage", "cleanfid", "clip", "dctorch", "jsonmerge", "kornia", "wandb",
+)  # fmt: skip
 """Packages that the libraries import only for training, data and images. Their samplers do not use
 them, so empty modules suffice."""
-
-_STAND_INS = f'''
-import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-
-NAMES = "{STANDING_IN}".split()
-
-
-class StandIn(ModuleType):
-    __path__ = []
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {{}})
-
-
-class Finder:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        return ModuleSpec(name, Finder, is_package=True) if name.partition(".")[0] in NAMES else None
-
-    @staticmethod
-    def create_module(spec):
-        return StandIn(spec.name)
-
-    @staticmethod
-    def exec_module(module):
-        pass
-
-
-sys.meta_path.append(Finder)
-'''
 
 
 @main.command("prepare", help="Make an environment in FOLDER with the libraries and all packages of this environment.")
 @click.argument("folder", type=click.Path(path_type=Path, exists=False))
 def prepare_command(folder: Path) -> None:
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = folder / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *PACKAGES, *NEEDED], check=True)
-    where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    there = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip())
-    here = sysconfig.get_path("purelib")
-    (there / "stand_ins_for_training.py").write_text(_STAND_INS.lstrip())
-    (there / "zz_this_environment.pth").write_text(f"import site; site.addsitedir({here!r})\n")
-    (there / "zzz_stand_ins.pth").write_text("import stand_ins_for_training\n")
+    from borrowed_environment import make_environment  # beside this script
+
+    make_environment(folder, (*PACKAGES, *NEEDED), STANDING_IN)
 
 
 if __name__ == "__main__":

@@ -185,3 +185,17 @@ def step_of_kinds(
 def per_sample_coefficient(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return a coefficient ``(B, 1, ...)`` of an original's step, in torch's default dtype."""
     return torch.empty((len(x), *[1] * (x.ndim - 1)), dtype=dtype, device=x.device)
+
+
+def originals_x0(k: Tensor, x: Tensor, m: Tensor, prediction_type: str) -> Tensor:
+    """Run the operations of the originals' predictions of x0, with a coefficient ``k``."""
+    if prediction_type == "sample":
+        return m
+    return k * x - k * m if prediction_type == "v_prediction" else (x - k * m) / k
+
+
+def originals_eps(k: Tensor, x: Tensor, m: Tensor, x0: Tensor, prediction_type: str, recomputed: bool) -> Tensor:
+    """Run the operations of the originals' predictions of eps: from x0 where ``recomputed``."""
+    if recomputed or prediction_type == "sample":
+        return (x - k * x0) / k
+    return k * m + k * x if prediction_type == "v_prediction" else m

@@ -167,14 +167,20 @@ ETA_SCALES = ("std_dev", "variance")
 variance (eta_variance = eta_paper^2)."""
 
 
-def ddpm_variance(level_t: AnyLevel, level_prev: AnyLevel) -> float:
+def ddpm_variance(level_t: AnyLevel, level_prev: AnyLevel, beta: float | None = None) -> float:
     """Return the variance of a step at eta = 1: sigma_prev^2 (1 - (alpha_t sigma_prev / (alpha_prev
     sigma_t))^2).
 
     On the variance-preserving path that is (1 - alpha_bar_prev) / (1 - alpha_bar_t) beta_t, with
     beta_t = 1 - alpha_bar_t / alpha_bar_prev, the variance of q(x_prev | x_t, x0). It is negative
     in a step towards more noise.
+
+    Args:
+        beta: beta_t, where it is known more exactly than as the difference of two alpha_bar in
+            float32.
     """
+    if beta is not None:
+        return noise_variance(level_prev) / noise_variance(level_t) * beta
     if not isinstance(level_t, NoiseLevel) and not isinstance(level_prev, NoiseLevel):
         # Exact at both ends, and nearer to it where alpha_bar has digits that sigma has lost.
         if level_prev == 1:
@@ -338,8 +344,7 @@ def ddpm_posterior_coefficients(
     the clipped one alone.
 
     Args:
-        beta: 1 - alpha_bar_t / alpha_bar_prev on the variance-preserving path, where it is known more
-            exactly than from the two levels.
+        beta: 1 - (alpha_t / alpha_prev)^2, as of ``ddpm_variance``.
 
     Raises:
         ValueError, ZeroDivisionError: there is no such step, or no such prediction.
@@ -347,17 +352,17 @@ def ddpm_posterior_coefficients(
     at_t = prediction_at(prediction, level_t)
     (alpha_t, sigma_t), (alpha_prev, sigma_prev) = level_of(level_t), level_of(level_prev)
     kept = alpha_t * sigma_prev / (alpha_prev * sigma_t)
-    of_x0, of_x = alpha_prev * ((1 - kept) * (1 + kept)), kept * (sigma_prev / sigma_t)
+    replaced = (1 - kept) * (1 + kept)
     if beta is not None:
-        of_x0, of_x = alpha_prev * (beta / sigma_t**2), math.sqrt(1 - beta) * (sigma_prev / sigma_t) ** 2
+        kept, replaced = math.sqrt(1 - beta) * (sigma_prev / sigma_t), beta / noise_variance(level_t)
     return StepCoefficients(
         at_t.x0_x,
         at_t.x0_m,
         eps_x=1.0,  # x_t takes the place of eps
         eps_m=0.0,
         eps_0=0.0,
-        prev_x0=of_x0,
-        prev_eps=of_x,
+        prev_x0=alpha_prev * replaced,
+        prev_eps=kept * (sigma_prev / sigma_t),
         prev_noise=std_dev_added,
         clip=math.inf if clip_sample_range is None else float(clip_sample_range),
     )

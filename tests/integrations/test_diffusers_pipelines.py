@@ -13,139 +13,58 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
-    ControlNetModel,
-    DDIMPipeline,
     DDIMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
+from tiny_pipelines import SIZE, picture, stable_diffusion, stable_diffusion_parts, unconditional
 
 from ddim_fast.integrations.diffusers import FastDDIMInverseScheduler, FastDDIMParallelScheduler, FastDDIMScheduler
-
-SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 
 
 @pytest.fixture(scope="module")
 def parts():
-    """A Stable Diffusion of a hundred thousand weights."""
-    torch.manual_seed(0)
-    blocks = {"block_out_channels": (16, 32), "norm_num_groups": 8}
-    unet = {
-        **blocks,
-        "layers_per_block": 1,
-        "sample_size": 8,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "cross_attention_dim": 16,
-        "attention_head_dim": 4,
-    }
-    ups = {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
-    return {
-        "unet": UNet2DConditionModel(**unet, **ups),
-        "inpainting_unet": UNet2DConditionModel(**unet, **ups, in_channels=9),
-        "controlnet": ControlNetModel(
-            **{k: v for k, v in unet.items() if k != "sample_size"}, conditioning_embedding_out_channels=(8, 16)
-        ),
-        "vae": AutoencoderKL(
-            **blocks,
-            sample_size=16,
-            down_block_types=["DownEncoderBlock2D"] * 2,
-            up_block_types=["UpDecoderBlock2D"] * 2,
-        ),
-        "text_encoder": CLIPTextModel(
-            CLIPTextConfig(
-                hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1, vocab_size=50,
-                max_position_embeddings=8,
-            )
-        ),
-    }  # fmt: skip
+    return stable_diffusion_parts()
 
 
-def stable_diffusion(kind, parts, *names, **more):
-    pipeline = kind(
-        vae=parts["vae"],
-        text_encoder=parts["text_encoder"],
-        tokenizer=None,
-        scheduler=DDIMScheduler(**SCHEDULER),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-        **{name: parts[name] for name in names},
-        **more,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def prompt(parts):
-    with torch.no_grad():
-        encode = parts["text_encoder"]
-        return {
-            "prompt_embeds": encode(torch.tensor([[1, 2, 3, 4]]))[0],
-            "negative_prompt_embeds": encode(torch.tensor([[5, 5, 5, 5]]))[0],
-        }
-
-
-def picture(seed=0):
-    values = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(values).resize((16, 16))
-
-
-def unconditional(parts, scheduler=None):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=16, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 16), norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-    )  # fmt: skip
-    pipeline = DDIMPipeline(unet, DDIMScheduler())
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline, {"batch_size": 2}
+def of_nothing(parts):
+    return unconditional()
 
 
 def text_to_image(parts):
-    return stable_diffusion(StableDiffusionPipeline, parts, "unet"), {"height": 16, "width": 16, **prompt(parts)}
+    pipeline, prompt = stable_diffusion(StableDiffusionPipeline, parts)
+    return pipeline, {**SIZE, **prompt}
 
 
 def image_to_image(parts):
-    pipeline = stable_diffusion(StableDiffusionImg2ImgPipeline, parts, "unet")
-    return pipeline, {"image": picture(), "strength": 0.6, **prompt(parts)}
+    pipeline, prompt = stable_diffusion(StableDiffusionImg2ImgPipeline, parts)
+    return pipeline, {"image": picture(), "strength": 0.6, **prompt}
+
+
+MASK = {"image": picture(), "mask_image": Image.fromarray(np.tri(16, dtype=np.uint8) * 255), **SIZE}
 
 
 def inpainting(parts):
-    pipeline = stable_diffusion(StableDiffusionInpaintPipeline, parts, unet=parts["inpainting_unet"])
-    mask = Image.fromarray(np.tri(16, dtype=np.uint8) * 255)
-    return pipeline, {"image": picture(), "mask_image": mask, "height": 16, "width": 16, **prompt(parts)}
+    pipeline, prompt = stable_diffusion(StableDiffusionInpaintPipeline, parts, unet=parts["inpainting_unet"])
+    return pipeline, {**MASK, **prompt}
 
 
 def inpainting_by_blending(parts):
     """With a text-to-image U-Net the pipeline itself blends the known picture in."""
-    pipeline = stable_diffusion(StableDiffusionInpaintPipeline, parts, "unet")
-    mask = Image.fromarray(np.tri(16, dtype=np.uint8) * 255)
-    return pipeline, {"image": picture(), "mask_image": mask, "height": 16, "width": 16, **prompt(parts)}
+    pipeline, prompt = stable_diffusion(StableDiffusionInpaintPipeline, parts)
+    return pipeline, {**MASK, **prompt}
 
 
 def controlnet(parts):
-    pipeline = stable_diffusion(StableDiffusionControlNetPipeline, parts, "unet", "controlnet")
-    return pipeline, {"image": picture(), **prompt(parts)}
+    pipeline, prompt = stable_diffusion(StableDiffusionControlNetPipeline, parts, "unet", "controlnet")
+    return pipeline, {"image": picture(), **prompt}
 
 
 PIPELINES = {
-    f.__name__: f
-    for f in (unconditional, text_to_image, image_to_image, inpainting, inpainting_by_blending, controlnet)
+    f.__name__: f for f in (of_nothing, text_to_image, image_to_image, inpainting, inpainting_by_blending, controlnet)
 }
 
 

@@ -31,7 +31,7 @@ from twins import twins
 
 import ddim_fast.integrations.diffusers as drop_ins
 from ddim_fast.gpu_lab.fake_cuda import fake_cuda
-from ddim_fast.integrations.diffusers import sigma_steps
+from ddim_fast.integrations.host_copy import HostCopy
 from ddim_fast.verify.truth.tolerances import allowed_error, assert_near, to_numpy
 
 try:
@@ -554,9 +554,7 @@ def test_the_first_step_finds_a_view_of_its_timesteps_without_their_values(origi
     fast.timesteps = fast.timesteps.as_subclass(OnDevice)
     with pytest.raises(AssertionError, match="is read"):
         fast._init_step_index(fast.timesteps[first])
-    copied = type(fast)._host_copies | {
-        "timesteps": sigma_steps._HostCopy(fast.timesteps, fast.timesteps._version, values)
-    }
+    copied = type(fast)._host_copies | {"timesteps": HostCopy.of(fast.timesteps, values)}
     fast._host_copies = copied
     for i, t in enumerate(fast.timesteps.unbind()[first:]):
         fast._step_index = fast._step_index if i else None
@@ -568,7 +566,7 @@ def test_the_first_step_finds_a_view_of_its_timesteps_without_their_values(origi
 def test_a_timestep_that_comes_twice_is_the_second_one_as_in_the_original():
     fast = ready(PAIRS[FLOW[0]], {}, None, timesteps=[900.0, 400.0, 400.0, 400.0])
     values = fast.timesteps.tolist()
-    fast._host_copies = {"timesteps": sigma_steps._HostCopy(fast.timesteps, fast.timesteps._version, values)}
+    fast._host_copies = {"timesteps": HostCopy.of(fast.timesteps, values)}
     for place in range(4):
         assert fast._index_of_view(fast.timesteps[place]) == fast.index_for_timestep(fast.timesteps[place])
     assert fast._index_of_view(fast.timesteps[1].clone()) is None
@@ -604,7 +602,7 @@ def test_on_a_device_no_step_waits(original, dtype):
         for name in ("timesteps", *(["sigmas"] if original in FLOW else [])):
             moved = getattr(fast, name).to("cuda")
             setattr(fast, name, moved)
-            fast._host_copies = {**fast._host_copies, name: sigma_steps._HostCopy(moved, moved._version, values[name])}
+            fast._host_copies = {**fast._host_copies, name: HostCopy.of(moved, values[name])}
         x, m = (torch.empty(2, 4, 8, 8, dtype=dtype, device="cuda") for _ in range(2))
         for t in fast.timesteps:  # the rows are copied to the device once
             fast.step(m, t, x)

@@ -2,107 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
     HeunDiscreteScheduler,
-    SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
-    StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
-from PIL import Image
+from tiny_pipelines import flux, picture, stable_diffusion_3, stable_diffusion_xl
 
 import ddim_fast.integrations.diffusers as drop_ins
 
-VAE = {
-    "sample_size": 16,
-    "block_out_channels": (8, 16),
-    "norm_num_groups": 4,
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-}
 NOTHING_OF_XL = dict.fromkeys(["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"])
-NOTHING = dict.fromkeys(["text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"])
-
-
-def made(kind, **parts):
-    pipeline = kind(**{name: part for name, part in parts.items() if name in inspect.signature(kind).parameters})
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def stable_diffusion_3(kind=StableDiffusion3Pipeline):
-    transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
-        pos_embed_max_size=8,
-    )  # fmt: skip
-    vae = AutoencoderKL(**VAE, latent_channels=4, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
-    pipeline = made(
-        kind, **NOTHING, transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)
-    )
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return pipeline, {name: torch.randn(1, 16) if "pooled" in name else torch.randn(1, 5, 16) for name in names} | {
-        "height": 16,
-        "width": 16,
-    }
 
 
 def image_to_image():
     pipeline, arguments = stable_diffusion_3(StableDiffusion3Img2ImgPipeline)
-    values = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
-    return pipeline, {**arguments, "image": Image.fromarray(values), "strength": 0.6}
-
-
-def flux():
-    transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=[2, 2, 4],
-    )  # fmt: skip
-    vae = AutoencoderKL(**VAE, latent_channels=4, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    pipeline = made(FluxPipeline, **NOTHING, transformer=transformer, vae=vae, scheduler=scheduler)
-    return pipeline, {
-        "prompt_embeds": torch.randn(1, 5, 16),
-        "pooled_prompt_embeds": torch.randn(1, 16),
-        "height": 16,
-        "width": 16,
-    }
-
-
-def stable_diffusion_xl(scheduler=EulerDiscreteScheduler, **config):
-    unet = UNet2DConditionModel(
-        block_out_channels=(8, 16), layers_per_block=1, sample_size=8, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4), cross_attention_dim=16, addition_embed_type="text_time", addition_time_embed_dim=8,
-        transformer_layers_per_block=(1, 1), projection_class_embeddings_input_dim=64,
-    )  # fmt: skip
-    pipeline = made(
-        StableDiffusionXLPipeline,
-        **NOTHING,
-        unet=unet,
-        vae=AutoencoderKL(**VAE, latent_channels=4),
-        scheduler=scheduler(**config),
-        add_watermarker=False,
-    )
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return pipeline, {name: torch.randn(1, 16) if "pooled" in name else torch.randn(1, 5, 16) for name in names} | {
-        "height": 16,
-        "width": 16,
-    }
+    return pipeline, {**arguments, "image": picture(), "strength": 0.6}
 
 
 def euler_leading_karras():

@@ -9,8 +9,8 @@ from diffusers import CogVideoXDDIMScheduler
 from diffusers.schedulers.scheduling_ddim_cogvideox import DDIMSchedulerOutput
 from torch import Tensor
 
+from ..original_results import originals_x0
 from .config_fields import add_config_fields, check_flags
-from .fused_steps import originals_x0
 from .sampling_step import SamplingSteps
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
 from ...plans.coefficients import ddim_coefficients, ddpm_variance, multistep_coefficients
+from ..arguments import LeaveToOriginal, check_no_gradients, check_tensors, single_timestep
 from ..original_results import kinds_of_results, step_of_kinds
-from .arguments import LeaveToOriginal, check_no_gradients, check_tensors, single_timestep
 from .fused_steps import FusedSteps, originals_x0
 from .output import step_output
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from ...kernels.contract import StepCoefficients
 from ...kernels.cpu_step import plain_step
 from ...plans.coefficients import renoised_coefficients
+from ..arguments import LeaveToOriginal, check_tensors, single_timestep
 from ..original_results import kinds_of_results, step_of_kind
-from .arguments import LeaveToOriginal, check_tensors, single_timestep
 from .fused_steps import FusedSteps
 from .output import step_output
 

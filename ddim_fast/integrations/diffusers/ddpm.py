@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
 from ...plans.coefficients import ddpm_posterior_coefficients, ddpm_variance, forward_variance
-from .arguments import LeaveToOriginal, check_tensors, single_timestep
-from .fused_steps import FusedSteps, originals_x0
+from ..arguments import LeaveToOriginal, check_tensors, single_timestep
+from ..original_results import originals_x0
+from .fused_steps import FusedSteps
 from .noise import noise_like_the_originals
 from .output import step_output
 

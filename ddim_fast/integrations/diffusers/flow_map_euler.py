@@ -12,8 +12,8 @@ from diffusers.schedulers.scheduling_flow_map_euler_discrete import FlowMapEuler
 from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
+from ..arguments import LeaveToOriginal
 from ..original_results import HALF_PRECISION
-from .arguments import LeaveToOriginal
 from .sigma_rows import SigmaRows, flow_row
 from .sigma_steps import SigmaSteps, set_timesteps_on_host
 

@@ -13,35 +13,24 @@ from ...kernels.thresholding import dynamic_thresholds
 from ...plans.coefficients import DISCRETE_PREDICTIONS
 from ...plans.timesteps import select_timesteps
 from ...utils.untraced import untraced
+from ..arguments import LeaveToOriginal
 from ..original_results import (
     kinds_of_results,
+    originals_eps,
+    originals_x0,
     per_sample_coefficient,
     readable,
     step_of_kind,
     strides_when_traced,
 )
 from ..rows_by_timestep import RowsByTimestep
-from .arguments import LeaveToOriginal, batch_of_timesteps, thresholding_options
+from .arguments import batch_of_timesteps, thresholding_options
 from .noise import NoiseArguments
 from .scheduler_rows import SchedulerRows
 from .traced_step import step_between_levels
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _kinds_of_results = untraced(kinds_of_results)
-
-
-def originals_x0(k: Tensor, x: Tensor, m: Tensor, prediction_type: str) -> Tensor:
-    """Run the operations of the originals' predictions of x0, with a coefficient ``k``."""
-    if prediction_type == "sample":
-        return m
-    return k * x - k * m if prediction_type == "v_prediction" else (x - k * m) / k
-
-
-def originals_eps(k: Tensor, x: Tensor, m: Tensor, x0: Tensor, prediction_type: str, recomputed: bool) -> Tensor:
-    """Run the operations of the originals' predictions of eps: from x0 where ``recomputed``."""
-    if recomputed or prediction_type == "sample":
-        return (x - k * x0) / k
-    return k * m + k * x if prediction_type == "v_prediction" else m
 
 
 def _originals_results(

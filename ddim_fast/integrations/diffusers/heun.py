@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
 from ...kernels.cpu_step import plain_step
+from ..arguments import LeaveToOriginal, check_no_gradients, check_tensors
 from ..original_results import kinds_of_results, step_of_kinds
-from .arguments import LeaveToOriginal, check_no_gradients, check_tensors
 from .output import step_output
 from .sigma_rows import SigmaRows, derivative_row, exploding_row, heun_row
 from .sigma_steps import DTYPES, SigmaSteps, coefficient, set_timesteps_on_host

@@ -8,7 +8,7 @@ from diffusers import DDIMInverseScheduler
 from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput
 from torch import Tensor
 
-from .arguments import LeaveToOriginal, check_tensors, single_timestep
+from ..arguments import LeaveToOriginal, check_tensors, single_timestep
 from .config_fields import add_config_fields, check_flags
 from .fused_steps import FusedSteps
 from .output import step_output

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
 from ...plans.coefficients import consistency_coefficients
+from ..original_results import originals_x0
 from .consistency_steps import ConsistencySteps
-from .fused_steps import originals_x0
 
 
 class FastLCMScheduler(ConsistencySteps, LCMScheduler):

@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ...kernels.noise import NoiseStream, sample_seeds
-from .arguments import LeaveToOriginal
+from ..arguments import LeaveToOriginal
 
 NoiseArguments = Callable[[], dict[str, Any]]
 """Returns the arguments of ``ddim_step`` that say what noise is added.

@@ -11,10 +11,10 @@ from diffusers.schedulers.scheduling_ddim_parallel import DDIMParallelSchedulerO
 from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
-from ..original_results import kinds_of_results, per_sample_coefficient, step_of_kind
-from .arguments import LeaveToOriginal, batch_of_timesteps
+from ..arguments import LeaveToOriginal
+from ..original_results import kinds_of_results, originals_eps, originals_x0, per_sample_coefficient, step_of_kind
+from .arguments import batch_of_timesteps
 from .config_fields import add_config_fields, check_flags
-from .fused_steps import originals_eps, originals_x0
 from .sampling_step import SamplingSteps
 
 

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
+from ..arguments import LeaveToOriginal
 from ..original_results import HALF_PRECISION
 from ..rows_by_timestep import RowsByTimestep
-from .arguments import LeaveToOriginal
 from .watched import Watched
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...kernels.cpu_step import plain_step
 from ...plans.timesteps import explicit_timesteps
-from .arguments import LeaveToOriginal, check_tensors, single_timestep
+from ..arguments import LeaveToOriginal, check_tensors, single_timestep
 from .fused_steps import FusedSteps
 from .noise import GeneratorSeeds, NoiseArguments, noise_like_the_originals
 from .output import step_output

@@ -18,8 +18,8 @@ from ...plans.coefficients import (
     variance_with_room,
     velocity_coefficients,
 )
+from ..arguments import LeaveToOriginal
 from ..rows_by_timestep import RowsByTimestep, cached_rows
-from .arguments import LeaveToOriginal
 from .row_cache import RowCache
 
 

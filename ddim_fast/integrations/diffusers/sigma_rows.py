@@ -13,8 +13,8 @@ from torch import Tensor
 from ...kernels.contract import StepCoefficients, StepTable
 from ...plans.coefficients import PREDICTION_TYPES, Prediction, ddim_coefficients, ddim_variance, edm_prediction
 from ...plans.levels import NoiseLevel
+from ..arguments import LeaveToOriginal
 from ..original_results import HALF_PRECISION
-from .arguments import LeaveToOriginal
 from .watched import Watched
 
 _MAX_KNOWN = 8192  # rows: runs of the same sigmas share them

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -14,30 +14,16 @@ from torch import Tensor
 from ...kernels.contract import StepCoefficients
 from ...kernels.cpu_step import plain_step
 from ...kernels.dispatch import ddim_step, ddim_step_from_table
+from ..arguments import LeaveToOriginal, check_tensors
+from ..host_copy import HostCopy
 from ..original_results import HALF_PRECISION, kinds_of_results, step_of_kinds
 from . import internals
-from .arguments import LeaveToOriginal, check_tensors
 from .output import step_output
 from .sigma_rows import SigmaRows
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 DTYPES = (torch.float32, *HALF_PRECISION)
 _TIMESTEPS = (torch.float32, torch.float64, *HALF_PRECISION)
-
-
-class _HostCopy(NamedTuple):
-    """The values of a tensor on a device, and how often it had been written then."""
-
-    tensor: Tensor
-    write_count: int | None
-    values: list[float]
-
-    def is_of(self, tensor: Any) -> bool:
-        return tensor is self.tensor and _write_count(tensor) == self.write_count
-
-
-def _write_count(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() or not internals.COUNTS_WRITES else internals.write_count(tensor)
 
 
 def set_timesteps_on_host(original: type, *moved: str) -> Callable[..., None]:
@@ -68,7 +54,7 @@ def set_timesteps_on_host(original: type, *moved: str) -> Callable[..., None]:
             on_host = getattr(self, name)
             on_device = on_host.to(device)
             setattr(self, name, on_device)
-            copies[name] = _HostCopy(on_device, _write_count(on_device), on_host.tolist())
+            copies[name] = HostCopy.of(on_device, on_host.tolist())
         self._host_copies = copies
         return None
 
@@ -97,7 +83,7 @@ class SigmaSteps:
     _row_attributes: tuple[str, ...] = ("sigmas",)
     """The attributes that rows depend on."""
     _row_cache: SigmaRows | None = None
-    _host_copies: dict[str, _HostCopy] = {}  # noqa: RUF012 (replaced, never written to)
+    _host_copies: dict[str, HostCopy] = {}  # noqa: RUF012 (replaced, never written to)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is computed from this scheduler: a copy computes its own."""

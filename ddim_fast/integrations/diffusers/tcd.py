@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
 from ...plans.coefficients import ddim_coefficients
+from ..original_results import originals_x0
 from .consistency_steps import ConsistencySteps
-from .fused_steps import originals_x0
 
 
 class FastTCDScheduler(ConsistencySteps, TCDScheduler):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
 from ...plans.coefficients import ddpm_posterior_coefficients
-from .arguments import LeaveToOriginal, check_tensors, single_timestep
+from ..arguments import LeaveToOriginal, check_tensors, single_timestep
 from .ddpm import originals_posterior
 from .fused_steps import FusedSteps
 from .noise import NoiseArguments, noise_like_the_originals

@@ -15,8 +15,8 @@ from torch import Tensor
 from ...kernels.contract import StepCoefficients
 from ...plans.coefficients import ddpm_posterior_coefficients, ddpm_variance
 from ...plans.schedules import squared_cosine
+from ..arguments import LeaveToOriginal, check_tensors
 from ..original_results import HALF_PRECISION, kinds_of_results, step_of_kinds
-from .arguments import LeaveToOriginal, check_tensors
 from .output import step_output
 from .watched import Watched
 
