@@ -118,6 +118,8 @@ def run_check(one: Check, subject: Subject, full: bool, seed: int, device: torch
     """Run one check on a subject. Every exception becomes a result."""
     if lacking := sorted(one.needs - subject.features):
         return result_of(one, Outcome.NOT_APPLICABLE, f"the subject does not offer {', '.join(lacking)}")
+    if subject.order != 1 and not one.any_order:
+        return result_of(one, Outcome.NOT_APPLICABLE, f"the subject is a solver of order {subject.order}, not DDIM")
     rng = np.random.default_rng([seed, zlib.crc32(one.name.encode())])
     context = Context(subject, rng, full, device)
     began = time.perf_counter()

@@ -433,7 +433,7 @@ class HatInTheDirection(Textbook):
 
 
 @broken(
-    "the step works on x_t / sqrt(alpha_bar_t) but forgets to scale back", "update", "first-order", "data-marginals"
+    "the step works on x_t / sqrt(alpha_bar_t) but forgets to scale back", "update", "convergence", "data-marginals"
 )
 class EulerInTheWrongVariable(Textbook):
     def combined(self, x0, eps, p, std):

@@ -22,7 +22,6 @@ from .judge import paper_eta, row_of, truth
     proves="Complete runs give the recorded numbers at every step: a change made for speed has changed no result.",
     source="golden_trajectories.json, written by tools/golden_trajectories.py from equation 12 in float64",
     tolerance="the errors that each step may make, propagated through the later steps, and those of the subject's own alpha_bar",
-    needs="epsilon",
 )
 def golden(context: Context) -> None:
     posed_runs = [(run, posed(context.subject, run)) for run in golden_runs() if context.full or run.quick]
@@ -145,7 +144,7 @@ def _allowed(
     x = own_x = run.x_T
     error, found = np.zeros_like(x), []
     for i, (bars, own) in enumerate(zip(_pairs(run), levels, strict=True)):
-        level = own._replace(alpha_bar_t=bars[0], alpha_bar_prev=bars[1])
+        level = own._replace(level_t=bars[0], level_prev=bars[1])
         own = _rounded_only(own, *bars, subject, run)
         m, z = run.model_outputs[i], run.noise[i]
         row = row_of(subject, setting, own)
@@ -189,5 +188,5 @@ def _rounded_only(level: Level, alpha_bar_t: float, alpha_bar_prev: float, subje
         return own if off <= most else recorded
 
     return level._replace(
-        alpha_bar_t=near(level.alpha_bar_t, alpha_bar_t), alpha_bar_prev=near(level.alpha_bar_prev, alpha_bar_prev)
+        level_t=near(level.alpha_bar_t, alpha_bar_t), level_prev=near(level.alpha_bar_prev, alpha_bar_prev)
     )

@@ -36,7 +36,7 @@ def settings_of_timesteps(context: Context, quick: tuple[int, ...], full: tuple[
     for total, counts in totals.items():
         for spacing in context.subject.spacings or ("leading",):
             for count in counts:
-                yield Setting(count, spacing, num_train_timesteps=total)
+                yield context.setting(num_inference_steps=count, timestep_spacing=spacing, num_train_timesteps=total)
 
 
 def _settings_of_steps(context: Context) -> Iterator[Setting]:
@@ -129,7 +129,7 @@ def _shown(values: Sequence[float]) -> str:
     proves="Each step goes to the noise level of the next timestep visited, and the last to clean data.",
     source="section 4.2 of arXiv 2010.02502: steps along a sub-sequence tau of the timesteps, from tau_i to tau_(i-1)",
     tolerance=TOLERANCE,
-    needs="timesteps epsilon",
+    needs="timesteps",
 )
 def previous_timestep(context: Context) -> None:
     explain = partial(_where_it_went, context)
@@ -198,7 +198,7 @@ def _went(setting: Setting, level: Level, bars: dict[int, float], fits: Callable
     should = "clean data" if level.t_prev == CLEAN else f"t = {level.t_prev:g}, the next timestep visited"
     about = f"the step from t = {t} must go to {should}"
     for s in candidates:
-        if s != level.t_prev and fits(level._replace(t_prev=s, alpha_bar_prev=bars.get(s, 1.0))):
+        if s != level.t_prev and fits(level._replace(t_prev=s, level_prev=bars.get(s, 1.0))):
             rule = f" = t - T // N = {t} - {stride}" if s == by_stride else ""
             rule = rule or (f", as t - T // N = {by_stride} is negative" if s == CLEAN and by_stride < 0 else "")
             went = "clean data" if s == CLEAN else f"t = {s}"
@@ -214,7 +214,7 @@ def _went(setting: Setting, level: Level, bars: dict[int, float], fits: Callable
     proves="No step gives NaN or infinity from ordinary samples, at eta = 0 and eta = 1, for any count, spacing and schedule.",
     source="1 - alpha_bar_prev - std_dev_t**2 of equation 12 is never negative for eta at most 1",
     tolerance="none",
-    needs="timesteps epsilon",
+    needs="timesteps",
 )
 def finite(context: Context) -> None:
     for setting in _settings_of_finite(context):
@@ -232,7 +232,7 @@ def _settings_of_finite(context: Context) -> Iterator[Setting]:
         if schedule != "linear":  # the cosine schedule ends nearest to pure noise
             for spacing in context.subject.spacings or ("leading",):
                 for count in FEW_COUNTS[:6] if context.few else FEW_COUNTS[:10]:
-                    yield Setting(count, spacing, schedule=schedule, eta=etas[-1])
+                    yield context.setting(num_inference_steps=count, timestep_spacing=spacing, schedule=schedule, eta=etas[-1])
 
 
 def _finite_steps(context: Context, setting: Setting) -> None:
@@ -282,8 +282,8 @@ def _finite_run(context: Context, setting: Setting) -> None:
 
 def _not_finite(context: Context, setting: Setting, level: Level) -> str:
     to = "clean data" if level.t_prev == CLEAN else f"t = {level.t_prev:g}"
-    std_dev = oracle.std_dev(level.alpha_bar_t, level.alpha_bar_prev, setting.eta)
-    room = 1 - level.alpha_bar_prev - std_dev**2
+    std_dev = oracle.std_dev(level.level_t, level.level_prev, setting.eta)
+    room = oracle.alpha_sigma(level.level_prev).sigma ** 2 - std_dev**2
     hint = negative_variance(setting) if np.abs(room) < 1e-4 else ""
     return (
         f"x_prev must be finite, got NaN or infinity in the step from t = {level.t:g} to {to} at eta = {setting.eta} "

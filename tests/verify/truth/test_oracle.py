@@ -8,7 +8,8 @@ import pytest
 
 from ddim_fast.verify.truth import oracle
 
-KINDS = ("epsilon", "sample", "v_prediction")
+KINDS = ("epsilon", "sample", "v_prediction", "flow", "score", "edm")
+LEVELS = (0.3, oracle.NoiseLevel(0.4, 0.6), oracle.NoiseLevel(1.0, 7.0))
 
 
 def test_the_oracle_imports_nothing_of_this_package():
@@ -22,19 +23,21 @@ def test_the_oracle_imports_nothing_of_this_package():
     assert names == {"__future__", "collections", "dataclasses", "functools", "math", "numpy", "typing", "warnings"}
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_output_is_taken_apart_and_put_together_again(kind):
+def test_a_model_output_is_taken_apart_and_put_together_again(kind, level):
     rng = np.random.default_rng(0)
     x_t, output = rng.standard_normal((2, 3, 5))
-    x0, eps = oracle.split(kind, x_t, output, 0.3)
-    np.testing.assert_allclose(oracle.model_output(kind, x0, eps, 0.3), output, rtol=1e-14, atol=1e-14)
-    np.testing.assert_allclose(0.3**0.5 * x0 + 0.7**0.5 * eps, x_t, rtol=1e-14, atol=1e-14)
+    x0, eps = oracle.split(kind, x_t, output, level)
+    alpha, sigma = oracle.alpha_sigma(level)
+    np.testing.assert_allclose(oracle.model_output(kind, x0, eps, level), output, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(alpha * x0 + sigma * eps, x_t, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("call", [oracle.split, oracle.model_output, oracle.textbook_step])
 def test_an_unknown_prediction_type_is_refused(call):
-    with pytest.raises(ValueError, match="score"):
-        call("score", np.zeros((1, 1)), np.zeros((1, 1)), *([0.3] if call is not oracle.textbook_step else [0.3, 0.6]))
+    with pytest.raises(ValueError, match="velocity"):
+        call("velocity", np.zeros((1, 1)), np.zeros((1, 1)), *([0.3] if call is not oracle.textbook_step else [0.3, 0.6]))
 
 
 @pytest.mark.parametrize("again", [False, True])
