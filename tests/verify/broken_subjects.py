@@ -455,7 +455,7 @@ class GoesElsewhere(Textbook):
             return level
         to = int(self.goes_to(level, setting))
         bars = self.alphas_cumprod(setting)
-        return level._replace(t_prev=to, alpha_bar_prev=float(bars[to]) if to >= 0 else 1.0)
+        return level._replace(t_prev=to, level_prev=float(bars[to]) if to >= 0 else 1.0)
 
 
 @broken("each step goes to one timestep before the next that is visited", "previous-timestep", "update")

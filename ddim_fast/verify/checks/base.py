@@ -187,14 +187,24 @@ class Context:
         return self.subject.source(self.seed() if seed is None else seed, batch_size)
 
     def sample(self, setting: Setting, model: Model, x_T: Tensor, source: Any = _NEW) -> Tensor:
-        """Call ``Subject.sample`` with a model of (x_t, t), whatever the sampler tells it; with a new source of noise unless one is given."""
+        """Call ``Subject.sample`` with a model of (x_t, t), whatever the sampler tells it, and a new
+        source of noise unless one is given."""
         with _as_subject_raised(f"a run of {setting}"):
-            return self.subject.sample(setting, setting.as_called(model), x_T, self.source(len(x_T)) if source is _NEW else source)
+            return self.subject.sample(
+                setting, setting.as_called(model), x_T, self.source(len(x_T)) if source is _NEW else source
+            )
+
+    def sample_as_called(self, setting: Setting, model: Model, x_T: Tensor) -> Tensor:
+        """Call ``Subject.sample`` with a model that gets what the sampler gives it."""
+        with _as_subject_raised(f"a run of {setting}"):
+            return self.subject.sample(setting, model, x_T, self.source(len(x_T)))
 
     def observe(self, setting: Setting, model: Model, x_T: Tensor, source: Any = _NEW) -> list[Observed]:
         """Call ``Subject.observe`` with a model of (x_t, t), with a new source of noise unless one is given."""
         with _as_subject_raised(f"a run of {setting}"):
-            return self.subject.observe(setting, setting.as_called(model), x_T, self.source(len(x_T)) if source is _NEW else source)
+            return self.subject.observe(
+                setting, setting.as_called(model), x_T, self.source(len(x_T)) if source is _NEW else source
+            )
 
     def invert(self, setting: Setting, model: Model, x0: Tensor) -> Tensor:
         """Call ``Subject.invert``."""

@@ -260,7 +260,9 @@ def _steps_of_ddpm(context: Context) -> Iterator[Observed]:
         x0 = sigma / total * to_numpy(context.normal(*x_t.shape)) + alpha / total**2 * to_numpy(x_t)
         _, eps = oracle.split("sample", to_numpy(x_t), x0, level.level_t)
         base = context.paths[0]
-        return torch.from_numpy(oracle.model_output(base.prediction_type, x0, eps, level.level_t, base.sigma_data)).to(x_t)
+        return torch.from_numpy(oracle.model_output(base.prediction_type, x0, eps, level.level_t, base.sigma_data)).to(
+            x_t
+        )
 
     for count in (5, 20) if context.full else (5,):
         setting = context.setting(num_inference_steps=count, eta=1.0)

@@ -51,7 +51,13 @@ def whole_run(context: Context) -> None:
         x_T = context.start(setting, *SHAPE)
         end = context.sample(setting, model, x_T.clone())
         true = float64_run(context.subject, setting, levels, model, x_T)
-        _hold(context, f"the end of a run of {len(levels)} steps at eta = 0 (schedule {setting.schedule})", end, true.x_0, true.allowed)
+        _hold(
+            context,
+            f"the end of a run of {len(levels)} steps at eta = 0 (schedule {setting.schedule})",
+            end,
+            true.x_0,
+            true.allowed,
+        )
 
 
 @check(
@@ -111,7 +117,11 @@ def _stepped(context: Context, case: StepCase) -> tuple[torch.Tensor, np.ndarray
     needs="invert",
 )
 def inversion(context: Context) -> None:
-    chosen = [one for steps in (10, *([20, 50] if context.full else [])) for one in context.settings(num_inference_steps=steps)]
+    chosen = [
+        one
+        for steps in (10, *([20, 50] if context.full else []))
+        for one in context.settings(num_inference_steps=steps)
+    ]
     for setting in chosen:
         levels = context.levels(setting)
         model = GaussianModel(setting, levels)
@@ -155,7 +165,8 @@ chosen: evenly in it, as these solvers integrate."""
     "order says: in proportion for DDIM, with the square and the cube for its multistep forms.",
     source="section 4.3 of arXiv 2010.02502: equation 13 is Euler's method for an ordinary differential equation, equation 14; "
     "arXiv 2211.01095 for orders 2 and 3",
-    tolerance="a measured order " + ", ".join(f"from {low} to {high} for order {order}" for order, (low, high) in ORDERS.items()),
+    tolerance="a measured order "
+    + ", ".join(f"from {low} to {high} for order {order}" for order, (low, high) in ORDERS.items()),
     any_order=True,
 )
 def convergence(context: Context) -> None:
@@ -175,7 +186,9 @@ def _converges(context: Context, setting: Setting, normals: torch.Tensor) -> Non
     order, (lowest, highest) = -float(slope), ORDERS[setting.order]
     name = setting.schedule if setting.order == 1 else f"{setting.schedule}, order {setting.order}"
     context.details[name] = {"steps": list(counts), "errors": errors, "order": order}
-    context.measured(max((setting.order - order) / (setting.order - lowest), (order - setting.order) / (highest - setting.order)))
+    context.measured(
+        max((setting.order - order) / (setting.order - lowest), (order - setting.order) / (highest - setting.order))
+    )
     if not lowest <= order <= highest:  # NaN fails, too
         table = ", ".join(f"{error:.3g} after {count}" for count, error in zip(counts, errors, strict=True))
         raise CheckFailedError(

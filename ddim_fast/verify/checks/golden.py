@@ -27,7 +27,9 @@ def golden(context: Context) -> None:
     posed_runs = [(run, posed(context.subject, run)) for run in golden_runs() if context.full or run.quick]
     runs = [(run, setting) for run, setting in posed_runs if setting is not None]
     if not runs:
-        raise CheckSkippedError("this subject can make none of the recorded runs: it takes none of their timesteps")
+        raise CheckSkippedError(
+            "this subject can make none of the recorded runs: it takes none of their timesteps, which are integers"
+        )
     dtypes = (torch.float32, torch.float64) if context.offers("float64") else (torch.float32,)
     changed = []
     for run, setting in runs:
@@ -47,7 +49,7 @@ def golden(context: Context) -> None:
 
 def posed(subject: Subject, run: GoldenRun) -> Setting | None:
     """Return the run as a setting that the subject takes, or None where there is none."""
-    if not _needed(run) <= subject.features:
+    if not _needed(run) <= subject.features or subject.paths[0].path is not None:
         return None
     if 0 < run.setting.eta < 1 and run.eta_scales != subject.eta_scales:
         return None

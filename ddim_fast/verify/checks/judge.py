@@ -91,10 +91,13 @@ def truth(subject: Subject, before: StepCase, level: Level) -> Truth:
         return Truth(exact, allowed_error(dtype, exact.terms), allowed_error(dtype, exact.x0_terms))
     spread = _spread(subject, before, level)
     off = spread_of_result(row, spread, x, m, z, exact)
+    terms = exact.long_terms
+    if isinstance(level.level_t, oracle.NoiseLevel):  # Euler's form, x_t + (s - t) dx/dt, rounds at the scale of x_t
+        terms = terms + np.abs(x) + exact.x0_terms
     off_x0 = spread["x0_x"] * np.abs(x) + spread["x0_m"] * np.abs(m)
     return Truth(
         exact,
-        np.where(np.isfinite(off), off, np.inf) + allowed_error_in_type(dtype, exact.long_terms),
+        np.where(np.isfinite(off), off, np.inf) + allowed_error_in_type(dtype, terms),
         off_x0 + allowed_error_in_type(dtype, exact.x0_terms),
     )
 

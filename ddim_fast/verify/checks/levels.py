@@ -35,7 +35,7 @@ def _eps(context: Context) -> float:
 )
 def alphas_cumprod(context: Context) -> None:
     for total in (1000, 4000) if context.full and context.offers("num_train_timesteps") else (1000,):
-        for schedule in context.subject.schedules or ("linear",):
+        for schedule in context.subject.schedules or (context.paths[0].schedule,):
             setting = context.setting(num_inference_steps=total, schedule=schedule, num_train_timesteps=total)
             if setting.path is None and not setting.divided:
                 levels = [level for level in context.levels(setting) if math.isfinite(level.alpha_bar_t)]
@@ -52,7 +52,10 @@ def alphas_cumprod(context: Context) -> None:
 def _on_path(context: Context, setting: Setting, level: Level) -> None:
     """Check the pairs of a step against the path's."""
     for t, found in ((level.t, level.level_t), (level.t_prev, level.level_prev)):
-        found, true = oracle.alpha_sigma(found), oracle.alpha_sigma(setting.level_at(t) if t > 0 else CLEAN_DATA)
+        found, true = (
+            oracle.alpha_sigma(found),
+            oracle.alpha_sigma(CLEAN_DATA if t == setting.clean else setting.level_at(t)),
+        )
         # 8 roundings, each of a number up to 1, or up to sigma; as many as timesteps where sigma comes from products.
         allowed = 8 * _eps(context) * (setting.num_train_timesteps if setting.divided else 1)
         share = max(abs(found.alpha - true.alpha), abs(found.sigma - true.sigma) / max(1.0, true.sigma)) / allowed

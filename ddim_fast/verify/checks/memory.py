@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..truth.cases import Setting, StepCase
+from ..truth.cases import StepCase
 from .base import CheckFailedError, CheckSkippedError, Context, check
 from .compare import allowed_of, kept, same_bits, same_numbers, same_results
 from .judge import judge

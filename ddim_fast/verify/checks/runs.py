@@ -47,7 +47,9 @@ class GaussianModel:
 
     def __init__(self, setting: Setting, levels: Sequence[Level], mean: float = 0.3, std_dev: float = 0.5):
         self.setting, self.mean, self.std_dev = setting, mean, std_dev
-        self._levels = {level.t_prev: level.level_prev for level in levels} | {level.t: level.level_t for level in levels}
+        self._levels = {level.t_prev: level.level_prev for level in levels} | {
+            level.t: level.level_t for level in levels
+        }
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         slope, offset = self.line(self._levels[nearest(list(self._levels), float(t.reshape(-1)[0]))])

@@ -159,7 +159,11 @@ def no_stale_state(context: Context) -> None:
         for i in [*alternating, *context.rng.permutation(len(cases))]:
             rule = "a step must not depend on the steps made before it"
             same_results(context, rule, context.step(cases[i]), first[i])
-    x_T, setting, other = context.normal(*SHAPE), context.setting(num_inference_steps=4), context.setting(num_inference_steps=2)
+    x_T, setting, other = (
+        context.normal(*SHAPE),
+        context.setting(num_inference_steps=4),
+        context.setting(num_inference_steps=2),
+    )
     other_x_T = context.normal(2, 9)
     other_alone = context.sample(other, linear_model, other_x_T.clone()).clone()
     alone = context.sample(setting, linear_model, x_T.clone()).clone()

@@ -25,7 +25,6 @@ from ..truth import oracle
 from ..truth.cases import Level, Model, Setting, StepCase, StepResult
 from .subject import FEATURES, Subject
 
-
 PATHS = (
     Setting(),
     Setting(schedule="flow", prediction_type="flow"),
@@ -136,7 +135,11 @@ def _ours(level: oracle.AnyLevel) -> AnyLevel:
 
 
 def _prediction_as_code(setting: Setting) -> str:
-    return f"edm_prediction(level_t, {setting.sigma_data})" if setting.prediction_type == "edm" else repr(setting.prediction_type)
+    return (
+        f"edm_prediction(level_t, {setting.sigma_data})"
+        if setting.prediction_type == "edm"
+        else repr(setting.prediction_type)
+    )
 
 
 @lru_cache(maxsize=256)

@@ -107,6 +107,18 @@ class Subject:
         alpha_bar of each."""
         return setting.levels()
 
+    def on_path(self, path: Setting) -> Subject:
+        """Return the subject with checks that start from this setting alone.
+
+        Raises:
+            ValueError: it has a path of its own.
+        """
+        subject = copy.copy(self)
+        subject.paths, subject.features = (path,), self.features | {path.prediction_type}
+        if path.path is not None:
+            subject.schedules, subject.own_alphas_cumprod = (), False
+        return subject
+
     def step(self, case: StepCase) -> StepResult:
         """Make one step. Needed for the feature "step"."""
         raise NotImplementedError

@@ -115,6 +115,11 @@ class Setting:
         return path_of(self.schedule)
 
     @property
+    def name(self) -> str:
+        """The path and what models predict on it, in words."""
+        return f"{self.schedule}{' divided' if self.divided else ''} ({self.prediction_type})"
+
+    @property
     def clean(self) -> float:
         """The timestep of clean data."""
         return CLEAN if self.path is None else 0.0

@@ -37,7 +37,9 @@ def test_a_model_output_is_taken_apart_and_put_together_again(kind, level):
 @pytest.mark.parametrize("call", [oracle.split, oracle.model_output, oracle.textbook_step])
 def test_an_unknown_prediction_type_is_refused(call):
     with pytest.raises(ValueError, match="velocity"):
-        call("velocity", np.zeros((1, 1)), np.zeros((1, 1)), *([0.3] if call is not oracle.textbook_step else [0.3, 0.6]))
+        call(
+            "velocity", np.zeros((1, 1)), np.zeros((1, 1)), *([0.3] if call is not oracle.textbook_step else [0.3, 0.6])
+        )
 
 
 @pytest.mark.parametrize("again", [False, True])
