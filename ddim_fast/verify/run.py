@@ -16,7 +16,15 @@ import torch
 from ..plans.coefficients import ETA_SCALES
 from ..plans.named import schedule_from_text
 from ..utils.checks import check_choice, check_integer
-from .checks import CHECKS, Check, CheckFailedError, CheckSkippedError, Context, SubjectRaisedError
+from .checks import (
+    CHECKS,
+    Check,
+    CheckFailedError,
+    CheckSkippedError,
+    Context,
+    NotApplicableError,
+    SubjectRaisedError,
+)
 from .reports.report import CheckResult, Outcome, Report
 from .subjects.adapters import subject_of
 from .subjects.subject import ARITHMETIC, Subject
@@ -162,6 +170,8 @@ def run_check(one: Check, subject: Subject, full: bool, seed: int, device: torch
         outcome, message, code = Outcome.FAILED, str(error), error.code
     except SubjectRaisedError as error:
         outcome, message = Outcome.FAILED, str(error)
+    except NotApplicableError as error:
+        outcome, message = Outcome.NOT_APPLICABLE, str(error)
     except CheckSkippedError as error:
         outcome, message = Outcome.SKIPPED, str(error)
     except Exception:

@@ -29,22 +29,8 @@ class TextbookPath(Subject):
     paths = PATHS
     schedules = ()
     features = frozenset(
-        [
-            "step",
-            "levels",
-            "timesteps",
-            "explicit_timesteps",
-            "eta",
-            "given_noise",
-            "draws_noise",
-            "x0",
-            "flow",
-            "score",
-            "edm",
-            "epsilon",
-            "v_prediction",
-        ]
-    )
+        {"step", "levels", "timesteps", "explicit_timesteps", "x0", "eta", "given_noise", "draws_noise"}
+    ) | {path.prediction_type for path in PATHS}
 
     def times(self, setting):
         return setting.path.times(setting.num_inference_steps)
@@ -160,7 +146,6 @@ class SaysThatNoiseIsLeft(TextbookPath):
 @broken(
     "the level at a time is that of another path",
     "alphas-cumprod",
-    "convergence",
     "gaussian-marginals",
     paths=(COSINE,),
 )

@@ -20,6 +20,24 @@ from . import (  # noqa: F401 (they register themselves)
     timesteps,
     update,
 )
-from .base import CHECKS, Check, CheckFailedError, CheckSkippedError, Context, SubjectRaisedError, check
+from .base import (
+    CHECKS,
+    Check,
+    CheckFailedError,
+    CheckSkippedError,
+    Context,
+    NotApplicableError,
+    SubjectRaisedError,
+    check,
+)
 
-__all__ = ["CHECKS", "Check", "CheckFailedError", "CheckSkippedError", "Context", "SubjectRaisedError", "check"]
+__all__ = [
+    "CHECKS",
+    "Check",
+    "CheckFailedError",
+    "CheckSkippedError",
+    "Context",
+    "NotApplicableError",
+    "SubjectRaisedError",
+    "check",
+]

@@ -33,6 +33,10 @@ class CheckSkippedError(Exception):
     """This machine lacks something that the check needs; the message says what."""
 
 
+class NotApplicableError(Exception):
+    """The check does not apply to the subject; the message says why."""
+
+
 class SubjectRaisedError(Exception):
     """The subject raised ``__cause__`` instead of returning a result."""
 

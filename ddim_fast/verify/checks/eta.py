@@ -153,13 +153,14 @@ def _wrong_std_dev(context: Context, eta: float, level: Level, measured: float, 
         "It is all the noise of the target: what is predicted of it must be kept in part.": target,
         "It is eta sqrt(beta_t), the larger of DDPM's two choices.": eta * math.sqrt(beta),
     }
-    fitting = (text for text, value in known.items() if abs(abs(measured) - value) <= near * expected)
+    off = {text: abs(abs(measured) - value) for text, value in known.items() if eta not in (0, 1) or value != expected}
+    fitting = sorted((text for text in off if off[text] <= near * expected), key=lambda text: off[text])
     text = (
         f'the standard deviation of the noise must be that of equation 16 (eta_scales="{declared}") at eta = {eta}, {expected:.6g}, '
         f"got {measured:.6g} = {measured / full:.4g} times that of eta = 1, in the step from t = {level.t:g}, "
         f"from {level}."
     )
-    return " ".join([text, *list(fitting)[:1]])
+    return " ".join([text, *fitting[:1]])
 
 
 def drawn_steps(

@@ -13,7 +13,7 @@ from ..truth import oracle
 from ..truth.cases import Level, Setting, StepCase
 from ..truth.golden import GOLDEN_VERSION, GoldenRun, golden_runs
 from ..truth.tolerances import coefficient_spread, spread_of_result, to_numpy, worst_share
-from .base import CheckFailedError, CheckSkippedError, Context, check
+from .base import CheckFailedError, Context, NotApplicableError, check
 from .judge import paper_eta, row_of, truth
 
 
@@ -27,7 +27,7 @@ def golden(context: Context) -> None:
     posed_runs = [(run, posed(context.subject, run)) for run in golden_runs() if context.full or run.quick]
     runs = [(run, setting) for run, setting in posed_runs if setting is not None]
     if not runs:
-        raise CheckSkippedError(
+        raise NotApplicableError(
             "this subject can make none of the recorded runs: it takes none of their timesteps, which are integers"
         )
     dtypes = (torch.float32, torch.float64) if context.offers("float64") else (torch.float32,)

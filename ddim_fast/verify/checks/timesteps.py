@@ -48,6 +48,8 @@ def _settings_of_steps(context: Context) -> Iterator[Setting]:
 
 
 def _described(context: Context, setting: Setting) -> str:
+    if setting.path is not None:
+        return f"num_inference_steps = {setting.num_inference_steps} on the path {setting.schedule}"
     spacing = f'timestep_spacing = "{setting.timestep_spacing}", ' if context.subject.spacings else ""
     return f"{spacing}num_inference_steps = {setting.num_inference_steps} of {setting.num_train_timesteps}"
 

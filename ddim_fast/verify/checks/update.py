@@ -37,8 +37,9 @@ def settings_of(context: Context, eta: float = 0.0) -> Iterator[Setting]:
 
 
 def of_kinds(context: Context, setting: Setting) -> list[Setting]:
-    """Return the setting with every prediction type that the subject takes there."""
-    kinds = (kind for kind in PREDICTION_TYPES if context.offers(kind) and _is_defined(setting, kind))
+    """Return the setting with every prediction type that the subject takes there, its own first."""
+    every = sorted(PREDICTION_TYPES, key=lambda kind: kind != setting.prediction_type)
+    kinds = (kind for kind in every if context.offers(kind) and _is_defined(setting, kind))
     return [setting.but(prediction_type=kind) for kind in kinds]
 
 
@@ -202,8 +203,8 @@ def _last_of_run(context: Context, setting: Setting) -> None:
 def _noise_left(level: Level) -> str:
     return (
         f"the last step must go to clean data, alpha_bar_prev = 1, got {level} from t = {level.t:g}: "
-        f"noise of standard deviation {oracle.alpha_sigma(level.level_prev).sigma:.3g} is left where the paper defines alpha_0 = 1. A subject "
-        "that means to (set_alpha_to_one=False) declares it by ends_clean = False"
+        f"noise of standard deviation {oracle.alpha_sigma(level.level_prev).sigma:.3g} is left where the paper defines alpha_0 = 1. "
+        "A subject that means to (set_alpha_to_one=False) declares it by ends_clean = False"
     )
 
 

@@ -202,7 +202,7 @@ class SigmaScheduler(Scheduler):
         path = found.path
         if path.path is not None and "shift" in self.base:
             path = path.but(schedule=f"flow?shift={float(self.base['shift'])}&time_scale=1000")
-        self.paths, self.order = (path,), found.order
+        self.paths, self.order = (path.but(order=found.order),), found.order
         self.features = found.features | {path.prediction_type, "torch"} | ({"step"} if found.order == 1 else set())
         if found.at_eta_0:
             self.features |= {"eta", "draws_noise"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,6 +101,11 @@ class Setting:
     def but(self, **changes: Any) -> Setting:
         """Return a copy with these fields changed."""
         return replace(self, **changes)
+
+    def __str__(self) -> str:
+        shown = {one.name: getattr(self, one.name) for one in fields(self)}
+        always = ("num_inference_steps", "schedule")
+        return ", ".join(f"{k} = {v}" for k, v in shown.items() if k in always or v != getattr(Setting, k))
 
     def alphas_cumprod(self) -> np.ndarray:
         """Return the exact schedule, float64, ``(num_train_timesteps,)``."""
@@ -223,14 +228,14 @@ def unscaled(x: Tensor, scale: float) -> Tensor:
 
 
 def nearest(timesteps: Sequence[float], t: float) -> float:
-    """Return the timestep of a run that a model was called at: ``t``, rounded to float32 on its
-    way.
+    """Return the timestep of a run that a model was called at: ``t``, rounded on its way. (The check
+    "model-input" says how far.)
 
     Raises:
         ValueError: ``t`` is none of them.
     """
     found = min(timesteps, key=lambda one: abs(one - t), default=math.nan)
-    if not abs(found - t) <= 1e-5 * abs(found):
+    if not abs(found - t) <= max(1e-5 * abs(found), 1e-3):
         known = ", ".join(f"{one:g}" for one in sorted(timesteps, reverse=True))
         raise ValueError(f"the model must be called at the timesteps of the run ({known}), got {t:g}")
     return found
