@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import time
 import traceback
 import zlib
@@ -15,7 +16,7 @@ import torch
 
 from ..plans.coefficients import ETA_SCALES
 from ..plans.named import schedule_from_text
-from ..utils.checks import check_choice, check_integer
+from ..utils.checks import check_choice, check_integer, refuse
 from .checks import (
     CHECKS,
     Check,
@@ -29,7 +30,7 @@ from .reports.report import CheckResult, Outcome, Report
 from .subjects.adapters import subject_of
 from .subjects.subject import ARITHMETIC, Subject
 from .truth.cases import PREDICTION_TYPES, Setting
-from .truth.paths import path_of
+from .truth.paths import PATHS, path_of
 
 REQUIRED = ("observed-update",)
 """The checks that must have run by default: they apply to steps and to whole samplers."""
@@ -135,7 +136,14 @@ def _path(schedule: str, prediction_type: str | None) -> Setting:
     Raises:
         TypeError, ValueError: it is unknown, or the prediction type is.
     """
-    path = path_of(schedule) if schedule_from_text(schedule) is not None else None
+    schedule_from_text(schedule)  # refuses wrong names and values
+    try:
+        path = path_of(schedule)
+    except TypeError:
+        known = ", ".join(inspect.signature(PATHS[schedule.partition("?")[0]]).parameters)
+        refuse(
+            f"a schedule to verify on has the parameters {known}", schedule, "leave out those that only choose times"
+        )
     own = "epsilon" if path is None else path.prediction_type
     if prediction_type is not None:
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
@@ -210,6 +218,8 @@ def _again(one: Check, subject: Subject, full: bool, seed: int) -> str:
     """Return Python that repeats a check that has no smaller case."""
     name = getattr(subject, "backend", subject.name)
     held = [f"{c}={getattr(subject, c)!r}" for c in ("eta_scales", "arithmetic") if c in vars(subject)]
+    if subject.named_path is not None:
+        held += [f"{c}={getattr(subject.named_path, c)!r}" for c in ("schedule", "prediction_type")]
     options = ", ".join([f"checks=[{one.name!r}]", f"full={full}", f"seed={seed}", *held])
     return "\n".join(
         [

@@ -79,6 +79,7 @@ class Subject:
         paths: the settings that checks start from, one for each noise path: its schedule, and what
             models predict on it. Checks that hold on any path are made on each; others on the
             first.
+        named_path: the one path that it was asked to be verified on, see ``on_path``.
         order: of its solver: 1 for DDIM, whose steps are equation 12; checks of single steps do not
             apply to others.
         etas: the values of eta that it takes; empty where it takes any.
@@ -96,6 +97,7 @@ class Subject:
     spacings: tuple[str, ...] = ("leading", "trailing", "linspace")
     schedules: tuple[str, ...] = ("linear", "scaled_linear", "cosine")
     paths: tuple[Setting, ...] = (Setting(),)
+    named_path: Setting | None = None
     order = 1
     etas: tuple[float, ...] = ()
     steps_offset = 0
@@ -114,7 +116,8 @@ class Subject:
             ValueError: it has a path of its own.
         """
         subject = copy.copy(self)
-        subject.paths, subject.features = (path,), self.features | {path.prediction_type}
+        subject.paths, subject.named_path = (path,), path
+        subject.features = self.features | {path.prediction_type}
         if path.path is not None:
             subject.schedules, subject.own_alphas_cumprod = (), False
         return subject
