@@ -122,7 +122,7 @@ def verify(context: click.Context, quick: bool, **options: Any) -> None:
         a scheduler             a class or object with set_timesteps and step
         a step                  step(x_t, model_output, alpha_bar_t,
                                      alpha_bar_prev, ...)
-                                or with t and t_prev, sigma_t and sigma_prev
+                                or with t, t_prev or sigma_t, sigma_prev
         a sampler               sample(model, x_T, ...)
         a Subject               of ddim_fast.verify: a custom adapter
 
@@ -134,7 +134,7 @@ def verify(context: click.Context, quick: bool, **options: Any) -> None:
       ddim-fast verify                                  this package
       ddim-fast verify diffusers:DDIMScheduler --full   diffusers, the full set
       ddim-fast verify diffusers:FlowMatchEulerDiscreteScheduler
-      ddim-fast verify mine:loop --schedule "flow?shift=3"   on flow matching's path
+      ddim-fast verify mine:loop --schedule flow        on flow matching's path
       ddim-fast verify mine:step --check update         one check, of mine.py
       ddim-fast verify mine:step --against cpu          next to a correct one
       ddim-fast verify mine:step --junit report.xml     in a CI job
