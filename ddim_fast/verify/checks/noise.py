@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ def noise_of(context: Context, run: list[Observed]) -> list[NoisyStep]:
         if not std_dev_t >= LARGE * max(1.0, oracle.alpha_sigma(levels[0]).sigma):
             continue
         x_t, output = to_numpy(step.x_t), to_numpy(step.model_output)
-        more = {"eta": 1.0, "noise": np.zeros_like(x_t), "sigma_data": setting.sigma_data}
+        more: dict[str, Any] = {"eta": 1.0, "noise": np.zeros_like(x_t), "sigma_data": setting.sigma_data}
         mean, _ = oracle.textbook_step(setting.prediction_type, x_t, output, *levels, **more)
         z = (to_numpy(step.x_prev) - mean) / std_dev_t
         if not np.isfinite(z).all():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -196,8 +197,9 @@ class SigmaScheduler(Scheduler):
         form: SigmaForm | None = None,
     ):
         super().__init__(make, base, name)
-        found = self.form = form or sigma_form(make)
+        found = form or sigma_form(make)
         assert found is not None, "the adapter recognises these classes by their form"
+        self.form = found
         self.base = found.fixed | self.base
         path = found.path
         if path.path is not None and "shift" in self.base:
@@ -218,7 +220,9 @@ class SigmaScheduler(Scheduler):
         if setting.eta == 0 and self.form.at_eta_0:
             make = getattr(importlib.import_module("diffusers"), self.form.at_eta_0)
         scheduler = make(**self.config(setting))
-        scheduler.set_timesteps(setting.num_inference_steps)
+        with warnings.catch_warnings():  # of NumPy, which diffusers passes tensors
+            warnings.simplefilter("ignore", DeprecationWarning)
+            scheduler.set_timesteps(setting.num_inference_steps)
         return scheduler
 
     @lru_cache(maxsize=512)  # noqa: B019 (likewise)

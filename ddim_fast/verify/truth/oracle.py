@@ -230,9 +230,10 @@ def split(
 
 
 def model_output(
-    prediction_type: str, x0: np.ndarray, eps: np.ndarray, alpha_bar_t: AnyLevel, sigma_data: float = 0.5
-) -> np.ndarray:
-    """Return the model output that stands for (x0, eps), the inverse of ``split``.
+    prediction_type: str, x0: Any, eps: Any, alpha_bar_t: AnyLevel, sigma_data: float = 0.5
+) -> Any:
+    """Return the model output that stands for (x0, eps), the inverse of ``split``. Takes arrays, or
+    tensors.
 
     Raises:
         ValueError: the prediction type is unknown.

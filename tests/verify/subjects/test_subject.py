@@ -133,7 +133,6 @@ def test_a_scheduler_keeps_its_path():
         verify(diffusers.DDIMScheduler, schedule="flow")
 
 
-@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of diffusers, in set_timesteps
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler", "EDMEulerScheduler"])
 def test_diffusers_sigma_schedulers_are_right(name):
     diffusers = pytest.importorskip("diffusers")
