@@ -229,9 +229,7 @@ def split(
     raise ValueError(prediction_type)
 
 
-def model_output(
-    prediction_type: str, x0: Any, eps: Any, alpha_bar_t: AnyLevel, sigma_data: float = 0.5
-) -> Any:
+def model_output(prediction_type: str, x0: Any, eps: Any, alpha_bar_t: AnyLevel, sigma_data: float = 0.5) -> Any:
     """Return the model output that stands for (x0, eps), the inverse of ``split``. Takes arrays, or
     tensors.
 
