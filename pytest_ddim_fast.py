@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 COLLECTOR = "ddim-fast"
 """The beginning of the checks' node ids: ``ddim-fast::update``."""
 
-HOW = ("--ddim-check", "--ddim-require", "--ddim-full", "--ddim-eta-scales", "--ddim-arithmetic")
+CONVENTIONS = ("eta-scales", "arithmetic", "schedule", "prediction-type")
+HOW = ("--ddim-check", "--ddim-require", "--ddim-full", *(f"--ddim-{name}" for name in CONVENTIONS))
 """Options that need --ddim-subject."""
 
 MARKERS = {
@@ -44,6 +45,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--ddim-eta-scales", metavar="WHAT", help="what its eta multiplies: std_dev or variance")
     group.addoption("--ddim-arithmetic", metavar="CLAIM", help="how exact it must be: exact or float32")
+    group.addoption(
+        "--ddim-schedule", metavar="NAME", help='the noise path it is verified on: "flow?shift=3", edm, ...'
+    )
+    group.addoption("--ddim-prediction-type", metavar="TYPE", help="what models predict there")
     group.addoption("--ddim-full", action="store_true", help="run the full set of checks instead of the quick one")
     group.addoption(
         "--ddim-seed", type=int, default=0, metavar="N", help="the seed of all random numbers in the checks"
@@ -97,7 +102,7 @@ def _asked_for(config: pytest.Config) -> Verification:
         if left_out := sorted(set(required) - {one.name for one in chosen}):
             choose_checks(left_out, full)
             raise ValueError(f"--ddim-require {left_out[0]}: the other options leave that check out")
-        conventions = config.getoption("ddim_eta_scales"), config.getoption("ddim_arithmetic")
+        conventions = (config.getoption(f"ddim_{name.replace('-', '_')}") for name in CONVENTIONS)
         subject = prepared_subject(config.getoption("ddim_subject"), device, *conventions)
     except (ValueError, TypeError) as error:
         raise pytest.UsageError(f"ddim_fast: {error}") from error

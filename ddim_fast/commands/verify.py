@@ -44,6 +44,8 @@ class _Request:
     timeout: float | None
     eta_scales: str | None
     arithmetic: str | None
+    schedule: str | None
+    prediction_type: str | None
     junit: Path | None
     json: Path | None
     html: Path | None
@@ -95,6 +97,12 @@ class _Request:
     type=click.Choice(("exact", "float32")),
     help="Required precision of coefficients: exact (float64) or float32.  [default: what the subject states]",
 )
+@click.option(
+    "--schedule",
+    metavar="NAME",
+    help='Noise path of a step or a sampler: "flow?shift=3", "edm", "ve", "vp", ...  [default: what the subject states]',
+)
+@click.option("--prediction-type", metavar="TYPE", help="What models predict there.  [default: the path's own]")
 @click.option("--junit", type=_REPORT, metavar="FILE.xml", help="Write JUnit XML, which CI systems display.")
 @click.option("--json", type=_REPORT, metavar="FILE.json", help="Write the complete report as JSON.")
 @click.option("--html", type=_REPORT, metavar="FILE.html", help="Write the report as one HTML file.")
@@ -103,7 +111,7 @@ class _Request:
 @click.option("--quiet", is_flag=True, help="Print failures only.")
 @click.pass_context
 def verify(context: click.Context, quick: bool, **options: Any) -> None:
-    """Verify any DDIM sampler against the paper.
+    """Verify any DDIM sampler, or one of flow matching or EDM, against the paper.
 
     \b
     SUBJECT is one of
@@ -114,6 +122,7 @@ def verify(context: click.Context, quick: bool, **options: Any) -> None:
         a scheduler             a class or object with set_timesteps and step
         a step                  step(x_t, model_output, alpha_bar_t,
                                      alpha_bar_prev, ...)
+                                or with t, t_prev or sigma_t, sigma_prev
         a sampler               sample(model, x_T, ...)
         a Subject               of ddim_fast.verify: a custom adapter
 
@@ -124,6 +133,8 @@ def verify(context: click.Context, quick: bool, **options: Any) -> None:
     Examples:
       ddim-fast verify                                  this package
       ddim-fast verify diffusers:DDIMScheduler --full   diffusers, the full set
+      ddim-fast verify diffusers:FlowMatchEulerDiscreteScheduler
+      ddim-fast verify mine:loop --schedule flow        on flow matching's path
       ddim-fast verify mine:step --check update         one check, of mine.py
       ddim-fast verify mine:step --against cpu          next to a correct one
       ddim-fast verify mine:step --junit report.xml     in a CI job
@@ -218,6 +229,8 @@ def _isolated(isolated: Any, request: _Request, name: str) -> Any:
         device=request.device,
         eta_scales=request.eta_scales,
         arithmetic=request.arithmetic,
+        schedule=request.schedule,
+        prediction_type=request.prediction_type,
         timeout=request.timeout,
     )
 

@@ -65,6 +65,8 @@ class _Job:
     seed: int
     eta_scales: str | None
     arithmetic: str | None
+    schedule: str | None
+    prediction_type: str | None
 
 
 # --- The caller's side ------------------------------------------------------------------------------------------------
@@ -77,7 +79,7 @@ class IsolatedSubject:
         name: a backend, or ``"module:attribute"``, which only that process imports.
         timeout: seconds for each check, ``TIMEOUTS`` by default. Importing the subject may take as
             long, and at least ``STARTING``.
-        full, seed, device, eta_scales, arithmetic: as for ``verify``.
+        full, seed, device, eta_scales, arithmetic, schedule, prediction_type: as for ``verify``.
 
     Raises, when entered:
         SubjectRefusedError: the subject does not exist, or its import failed, crashed or took too
@@ -93,12 +95,14 @@ class IsolatedSubject:
         device: str = "cpu",
         eta_scales: str | None = None,
         arithmetic: str | None = None,
+        schedule: str | None = None,
+        prediction_type: str | None = None,
         timeout: float | None = None,
     ):
         seed = check_integer("seed", seed, at_least=0)
         self.name = name
         self.timeout = TIMEOUTS[full] if timeout is None else check_number("timeout", timeout, above=0)
-        self._job = _Job(name, device, full, seed, eta_scales, arithmetic)
+        self._job = _Job(name, device, full, seed, eta_scales, arithmetic, schedule, prediction_type)
         self._process: subprocess.Popen | None = None
         self._empty: Report | None = None
 
@@ -137,7 +141,7 @@ class IsolatedSubject:
     def _command(self, one: Check) -> str:
         job = self._job
         options = {"checks": [one.name], "full": job.full, "seed": job.seed, "device": job.device}
-        options |= {"eta_scales": job.eta_scales, "arithmetic": job.arithmetic}
+        options |= {name: getattr(job, name) for name in ("eta_scales", "arithmetic", "schedule", "prediction_type")}
         given = ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
         return f"from ddim_fast.verify import verify\n\nverify({self.name!r}, {given})  # ends this process, or hangs"
 
@@ -238,7 +242,9 @@ def serve(descriptor: int) -> None:
     pipe = Connection(descriptor)
     job: _Job = pipe.recv()
     try:
-        subject = prepared_subject(job.subject, job.device, job.eta_scales, job.arithmetic)
+        subject = prepared_subject(
+            job.subject, job.device, job.eta_scales, job.arithmetic, job.schedule, job.prediction_type
+        )
         if reasons := _reasons_against(subject, job.device):
             raise ValueError(f"the backend {job.subject} does not run here: {'; '.join(reasons)}")
     except BaseException as error:  # the subject's module may raise anything, even SystemExit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import time
 import traceback
 import zlib
@@ -14,11 +15,22 @@ import numpy as np
 import torch
 
 from ..plans.coefficients import ETA_SCALES
-from ..utils.checks import check_choice, check_integer
-from .checks import CHECKS, Check, CheckFailedError, CheckSkippedError, Context, SubjectRaisedError
+from ..plans.named import schedule_from_text
+from ..utils.checks import check_choice, check_integer, refuse
+from .checks import (
+    CHECKS,
+    Check,
+    CheckFailedError,
+    CheckSkippedError,
+    Context,
+    NotApplicableError,
+    SubjectRaisedError,
+)
 from .reports.report import CheckResult, Outcome, Report
 from .subjects.adapters import subject_of
 from .subjects.subject import ARITHMETIC, Subject
+from .truth.cases import PREDICTION_TYPES, Setting
+from .truth.paths import PATHS, path_of
 
 REQUIRED = ("observed-update",)
 """The checks that must have run by default: they apply to steps and to whole samplers."""
@@ -34,6 +46,8 @@ def verify(
     required: Sequence[str] | None = None,
     eta_scales: str | None = None,
     arithmetic: str | None = None,
+    schedule: str | None = None,
+    prediction_type: str | None = None,
     on_result: Callable[[CheckResult], None] | None = None,
 ) -> Report:
     """Verify a sampler against the DDIM paper, and return the report.
@@ -51,6 +65,9 @@ def verify(
             by default.
         arithmetic: how exact the subject must be, a key of ``subject.ARITHMETIC``; as the subject
             says by default.
+        schedule: the noise path that the subject is verified on, "flow?shift=3" or "edm" with its
+            parameters; as the subject says by default.
+        prediction_type: what its models predict; the path's own by default.
         on_result: called with each result.
 
     Raises:
@@ -61,7 +78,7 @@ def verify(
     chosen = choose_checks(checks, full)
     required = tuple(checks or REQUIRED) if required is None else tuple(required)
     choose_checks(required or None, full=True)
-    subject = prepared_subject(subject, device, eta_scales, arithmetic)
+    subject = prepared_subject(subject, device, eta_scales, arithmetic, schedule, prediction_type)
     results = []
     for one in chosen:
         results.append(run_check(one, subject, full, seed, torch.device(device)))
@@ -86,7 +103,12 @@ def choose_checks(names: Iterable[str] | None, full: bool) -> list[Check]:
 
 
 def prepared_subject(
-    value: Any, device: torch.device | str = "cpu", eta_scales: str | None = None, arithmetic: str | None = None
+    value: Any,
+    device: torch.device | str = "cpu",
+    eta_scales: str | None = None,
+    arithmetic: str | None = None,
+    schedule: str | None = None,
+    prediction_type: str | None = None,
 ) -> Subject:
     """Return the subject for a value, with these conventions instead of its own where they are
     given.
@@ -99,6 +121,8 @@ def prepared_subject(
     if arithmetic is not None:
         check_choice("arithmetic", arithmetic, ARITHMETIC)
     subject = subject_of(value, device)
+    if schedule is not None or prediction_type is not None:
+        subject = subject.on_path(_path(schedule or subject.paths[0].schedule, prediction_type))
     if eta_scales is not None or arithmetic is not None:
         subject = copy.copy(subject)
         subject.eta_scales = eta_scales or subject.eta_scales
@@ -106,11 +130,33 @@ def prepared_subject(
     return subject
 
 
+def _path(schedule: str, prediction_type: str | None) -> Setting:
+    """Return the setting of a path by its name.
+
+    Raises:
+        TypeError, ValueError: it is unknown, or the prediction type is.
+    """
+    schedule_from_text(schedule)  # refuses wrong names and values
+    try:
+        path = path_of(schedule)
+    except TypeError:
+        known = ", ".join(inspect.signature(PATHS[schedule.partition("?")[0]]).parameters)
+        refuse(
+            f"a schedule to verify on has the parameters {known}", schedule, "leave out those that only choose times"
+        )
+    own = "epsilon" if path is None else path.prediction_type
+    if prediction_type is not None:
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    return Setting(schedule=schedule, prediction_type=prediction_type or own)
+
+
 def report_of(subject: Subject, results: Sequence[CheckResult], **more: Any) -> Report:
     """Return these results as a report on the subject; ``more`` are further fields of the report."""
     conventions = {"eta scales": subject.eta_scales, "arithmetic": subject.arithmetic}
     if not subject.ends_clean:
         conventions["last step"] = "to alpha_bar_0, not to clean data"
+    if subject.paths != (Setting(),):
+        conventions["paths"] = ", ".join(path.name for path in subject.paths)
     return Report(subject.name, tuple(results), tuple(sorted(subject.features)), conventions, **more)
 
 
@@ -118,6 +164,8 @@ def run_check(one: Check, subject: Subject, full: bool, seed: int, device: torch
     """Run one check on a subject. Every exception becomes a result."""
     if lacking := sorted(one.needs - subject.features):
         return result_of(one, Outcome.NOT_APPLICABLE, f"the subject does not offer {', '.join(lacking)}")
+    if subject.order != 1 and not one.any_order:
+        return result_of(one, Outcome.NOT_APPLICABLE, f"the subject is a solver of order {subject.order}, not DDIM")
     rng = np.random.default_rng([seed, zlib.crc32(one.name.encode())])
     context = Context(subject, rng, full, device)
     began = time.perf_counter()
@@ -130,6 +178,8 @@ def run_check(one: Check, subject: Subject, full: bool, seed: int, device: torch
         outcome, message, code = Outcome.FAILED, str(error), error.code
     except SubjectRaisedError as error:
         outcome, message = Outcome.FAILED, str(error)
+    except NotApplicableError as error:
+        outcome, message = Outcome.NOT_APPLICABLE, str(error)
     except CheckSkippedError as error:
         outcome, message = Outcome.SKIPPED, str(error)
     except Exception:
@@ -168,6 +218,8 @@ def _again(one: Check, subject: Subject, full: bool, seed: int) -> str:
     """Return Python that repeats a check that has no smaller case."""
     name = getattr(subject, "backend", subject.name)
     held = [f"{c}={getattr(subject, c)!r}" for c in ("eta_scales", "arithmetic") if c in vars(subject)]
+    if subject.named_path is not None:
+        held += [f"{c}={getattr(subject.named_path, c)!r}" for c in ("schedule", "prediction_type")]
     options = ", ".join([f"checks=[{one.name!r}]", f"full={full}", f"seed={seed}", *held])
     return "\n".join(
         [

@@ -335,11 +335,19 @@ def test_options_reach_the_subject_and_the_report(stub, monkeypatch, folder):
     monkeypatch.setattr(Stub, "__enter__", lambda self: made.append(self) or self)
     stub(RIGHT)
     options = "--full --seed 9 --timeout 5 --eta-scales variance --arithmetic exact --device cpu --against mine:x"
+    options += " --schedule flow?shift=3 --prediction-type sample"
     verify(*options.split(), *only("update"), "--json", "r.json", code=0)
     assert [one.name for one in made] == ["cpu", "mine:x"]
     for one in made:
         assert one.options == dict(
-            full=True, seed=9, device="cpu", eta_scales="variance", arithmetic="exact", timeout=5.0
+            full=True,
+            seed=9,
+            device="cpu",
+            eta_scales="variance",
+            arithmetic="exact",
+            schedule="flow?shift=3",
+            prediction_type="sample",
+            timeout=5.0,
         )
     assert read(folder / "r.json")["against"]["required"] == ["update"]
 

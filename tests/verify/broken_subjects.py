@@ -433,7 +433,7 @@ class HatInTheDirection(Textbook):
 
 
 @broken(
-    "the step works on x_t / sqrt(alpha_bar_t) but forgets to scale back", "update", "first-order", "data-marginals"
+    "the step works on x_t / sqrt(alpha_bar_t) but forgets to scale back", "update", "convergence", "data-marginals"
 )
 class EulerInTheWrongVariable(Textbook):
     def combined(self, x0, eps, p, std):
@@ -455,7 +455,7 @@ class GoesElsewhere(Textbook):
             return level
         to = int(self.goes_to(level, setting))
         bars = self.alphas_cumprod(setting)
-        return level._replace(t_prev=to, alpha_bar_prev=float(bars[to]) if to >= 0 else 1.0)
+        return level._replace(t_prev=to, level_prev=float(bars[to]) if to >= 0 else 1.0)
 
 
 @broken("each step goes to one timestep before the next that is visited", "previous-timestep", "update")

@@ -212,16 +212,20 @@ def test_the_seed_and_the_conventions_reach_the_checks(checks, pytest_in):
 
     @check("sees", proves="", source="", tolerance="")
     def sees(context):
-        seen.append((context.rng.random(), context.full, context.subject.eta_scales, context.subject.arithmetic))
+        path = context.paths[0]
+        conventions = context.subject.eta_scales, context.subject.arithmetic, path.schedule, path.prediction_type
+        seen.append((context.rng.random(), context.full, *conventions))
         context.measured(0)
 
     pytest_in("--ddim-check", "sees")
     pytest_in("--ddim-check", "sees", "--ddim-seed", "7", "--ddim-full")
-    pytest_in("--ddim-check", "sees", "--ddim-seed", "7", "--ddim-eta-scales", "variance", "--ddim-arithmetic", "exact")
+    conventions = "--ddim-eta-scales variance --ddim-arithmetic exact --ddim-schedule vp --ddim-prediction-type sample"
+    pytest_in("--ddim-check", "sees", "--ddim-seed", "7", *conventions.split())
     (first, *plain), (second, *full), (third, *held) = seen
     assert first != second == third
-    assert (plain, full) == ([False, "std_dev", "float32"], [True, "std_dev", "float32"])
-    assert held == [False, "variance", "exact"]
+    plainly = ["std_dev", "float32", "linear", "epsilon"]
+    assert (plain, full) == ([False, *plainly], [True, *plainly])
+    assert held == [False, "variance", "exact", "vp", "sample"]
 
 
 @pytest.mark.parametrize(
@@ -239,6 +243,7 @@ def test_the_seed_and_the_conventions_reach_the_checks(checks, pytest_in):
         ),
         (["--ddim-device", "nowhere"], "mine:ddim_step", "--ddim-device nowhere cannot be used here"),
         (["--ddim-eta-scales", "nothing"], "mine:ddim_step", "eta_scales must be one of"),
+        (["--ddim-schedule", "nothing"], "mine:ddim_step", "name must be one of"),
         (["--ddim-check", "right"], None, "--ddim-check needs --ddim-subject: give both, or neither"),
         (["--ddim-full"], None, "--ddim-full needs --ddim-subject"),
         (["--ddim-seed", "-1"], "mine:ddim_step", "--ddim-seed must be an integer, at least 0, got -1"),

@@ -5,7 +5,39 @@ name.
 ``runs`` and ``noise`` what the checks of whole runs share.
 """
 
-from . import eta, flow, golden, levels, marginals, memory, noise, options, precision, safety, timesteps, update  # noqa: F401 (they register themselves)
-from .base import CHECKS, Check, CheckFailedError, CheckSkippedError, Context, SubjectRaisedError, check
+from . import (  # noqa: F401 (they register themselves)
+    eta,
+    flow,
+    golden,
+    levels,
+    marginals,
+    memory,
+    model_input,
+    noise,
+    options,
+    precision,
+    safety,
+    timesteps,
+    update,
+)
+from .base import (
+    CHECKS,
+    Check,
+    CheckFailedError,
+    CheckSkippedError,
+    Context,
+    NotApplicableError,
+    SubjectRaisedError,
+    check,
+)
 
-__all__ = ["CHECKS", "Check", "CheckFailedError", "CheckSkippedError", "Context", "SubjectRaisedError", "check"]
+__all__ = [
+    "CHECKS",
+    "Check",
+    "CheckFailedError",
+    "CheckSkippedError",
+    "Context",
+    "NotApplicableError",
+    "SubjectRaisedError",
+    "check",
+]

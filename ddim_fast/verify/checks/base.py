@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..subjects.subject import Subject
-from ..truth.cases import Level, Model, Observed, Setting, StepCase, StepResult
+from ..truth.cases import PREDICTION_TYPES, Level, Model, Observed, Setting, StepCase, StepResult
 
 
 class CheckFailedError(Exception):
@@ -33,6 +33,10 @@ class CheckSkippedError(Exception):
     """This machine lacks something that the check needs; the message says what."""
 
 
+class NotApplicableError(Exception):
+    """The check does not apply to the subject; the message says why."""
+
+
 class SubjectRaisedError(Exception):
     """The subject raised ``__cause__`` instead of returning a result."""
 
@@ -48,6 +52,7 @@ class Check:
         tolerance: how far a result may be off, and why.
         run: see ``check``.
         needs: the features of a subject without which the check does not apply.
+        any_order: whether it applies to solvers whose steps are not equation 12, too.
         full_only: whether the quick set leaves it out.
         false_alarm_rate: of statistical checks: the probability that a right subject fails.
     """
@@ -58,6 +63,7 @@ class Check:
     tolerance: str
     run: Callable[[Context], None]
     needs: frozenset[str] = frozenset()
+    any_order: bool = False
     full_only: bool = False
     false_alarm_rate: float = 0.0
 
@@ -77,6 +83,7 @@ def check(
     source: str,
     tolerance: str,
     needs: str = "",
+    any_order: bool = False,
     full_only: bool = False,
     false_alarm_rate: float = 0.0,
 ) -> Callable[[Callable[[Context], None]], Callable[[Context], None]]:
@@ -90,7 +97,7 @@ def check(
 
     def register(run: Callable[[Context], None]) -> Callable[[Context], None]:
         CHECKS[name] = Check(
-            name, proves, source, tolerance, run, frozenset(needs.split()), full_only, false_alarm_rate
+            name, proves, source, tolerance, run, frozenset(needs.split()), any_order, full_only, false_alarm_rate
         )
         return run
 
@@ -138,6 +145,34 @@ class Context:
         """Draw normal numbers of standard deviation ``scale``."""
         return torch.from_numpy(scale * self.rng.standard_normal(shape)).to(dtype).to(self.device)
 
+    @property
+    def paths(self) -> tuple[Setting, ...]:
+        """The settings that checks start from, one for each noise path: ``Subject.paths``, with a
+        prediction type that the subject takes."""
+        offered = [kind for kind in PREDICTION_TYPES if self.offers(kind)]
+        return tuple(
+            one if one.prediction_type in offered or not offered else one.but(prediction_type=offered[0])
+            for one in self.subject.paths
+        )
+
+    def setting(self, **options: Any) -> Setting:
+        """Return a setting on the first path."""
+        return self.paths[0].but(**options)
+
+    def settings(self, **options: Any) -> list[Setting]:
+        """Return a setting on each path."""
+        return [one.but(**options) for one in self.paths]
+
+    def etas(self, *wanted: float) -> tuple[float, ...]:
+        """Return those of these etas that the subject takes."""
+        if not self.offers("eta"):
+            return tuple(eta for eta in wanted if eta == 0)
+        return tuple(eta for eta in wanted if not self.subject.etas or eta in self.subject.etas)
+
+    def start(self, setting: Setting, *shape: int) -> Tensor:
+        """Draw the x_T of a run."""
+        return self.normal(*shape, scale=setting.start_scale(self.levels(setting)[0].level_t))
+
     # The subject's methods. Its exceptions become SubjectRaisedError, so that they differ from
     # those of a check.
 
@@ -156,19 +191,29 @@ class Context:
         return self.subject.source(self.seed() if seed is None else seed, batch_size)
 
     def sample(self, setting: Setting, model: Model, x_T: Tensor, source: Any = _NEW) -> Tensor:
-        """Call ``Subject.sample``, with a new source of noise unless one is given."""
+        """Call ``Subject.sample`` with a model of (x_t, t), whatever the sampler tells it, and a new
+        source of noise unless one is given."""
         with _as_subject_raised(f"a run of {setting}"):
-            return self.subject.sample(setting, model, x_T, self.source(len(x_T)) if source is _NEW else source)
+            return self.subject.sample(
+                setting, setting.as_called(model), x_T, self.source(len(x_T)) if source is _NEW else source
+            )
+
+    def sample_as_called(self, setting: Setting, model: Model, x_T: Tensor) -> Tensor:
+        """Call ``Subject.sample`` with a model that gets what the sampler gives it."""
+        with _as_subject_raised(f"a run of {setting}"):
+            return self.subject.sample(setting, model, x_T, self.source(len(x_T)))
 
     def observe(self, setting: Setting, model: Model, x_T: Tensor, source: Any = _NEW) -> list[Observed]:
-        """Call ``Subject.observe``, with a new source of noise unless one is given."""
+        """Call ``Subject.observe`` with a model of (x_t, t), with a new source of noise unless one is given."""
         with _as_subject_raised(f"a run of {setting}"):
-            return self.subject.observe(setting, model, x_T, self.source(len(x_T)) if source is _NEW else source)
+            return self.subject.observe(
+                setting, setting.as_called(model), x_T, self.source(len(x_T)) if source is _NEW else source
+            )
 
     def invert(self, setting: Setting, model: Model, x0: Tensor) -> Tensor:
         """Call ``Subject.invert``."""
         with _as_subject_raised(f"the inversion of {setting}"):
-            return self.subject.invert(setting, model, x0)
+            return self.subject.invert(setting, setting.as_called(model), x0)
 
 
 @contextmanager

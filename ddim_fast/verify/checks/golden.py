@@ -13,7 +13,7 @@ from ..truth import oracle
 from ..truth.cases import Level, Setting, StepCase
 from ..truth.golden import GOLDEN_VERSION, GoldenRun, golden_runs
 from ..truth.tolerances import coefficient_spread, spread_of_result, to_numpy, worst_share
-from .base import CheckFailedError, CheckSkippedError, Context, check
+from .base import CheckFailedError, Context, NotApplicableError, check
 from .judge import paper_eta, row_of, truth
 
 
@@ -22,13 +22,14 @@ from .judge import paper_eta, row_of, truth
     proves="Complete runs give the recorded numbers at every step: a change made for speed has changed no result.",
     source="golden_trajectories.json, written by tools/golden_trajectories.py from equation 12 in float64",
     tolerance="the errors that each step may make, propagated through the later steps, and those of the subject's own alpha_bar",
-    needs="epsilon",
 )
 def golden(context: Context) -> None:
     posed_runs = [(run, posed(context.subject, run)) for run in golden_runs() if context.full or run.quick]
     runs = [(run, setting) for run, setting in posed_runs if setting is not None]
     if not runs:
-        raise CheckSkippedError("this subject can make none of the recorded runs: it takes none of their timesteps")
+        raise NotApplicableError(
+            "this subject can make none of the recorded runs: it takes none of their timesteps, which are integers"
+        )
     dtypes = (torch.float32, torch.float64) if context.offers("float64") else (torch.float32,)
     changed = []
     for run, setting in runs:
@@ -48,7 +49,7 @@ def golden(context: Context) -> None:
 
 def posed(subject: Subject, run: GoldenRun) -> Setting | None:
     """Return the run as a setting that the subject takes, or None where there is none."""
-    if not _needed(run) <= subject.features:
+    if not _needed(run) <= subject.features or subject.paths[0].path is not None:
         return None
     if 0 < run.setting.eta < 1 and run.eta_scales != subject.eta_scales:
         return None
@@ -145,7 +146,7 @@ def _allowed(
     x = own_x = run.x_T
     error, found = np.zeros_like(x), []
     for i, (bars, own) in enumerate(zip(_pairs(run), levels, strict=True)):
-        level = own._replace(alpha_bar_t=bars[0], alpha_bar_prev=bars[1])
+        level = own._replace(level_t=bars[0], level_prev=bars[1])
         own = _rounded_only(own, *bars, subject, run)
         m, z = run.model_outputs[i], run.noise[i]
         row = row_of(subject, setting, own)
@@ -189,5 +190,5 @@ def _rounded_only(level: Level, alpha_bar_t: float, alpha_bar_prev: float, subje
         return own if off <= most else recorded
 
     return level._replace(
-        alpha_bar_t=near(level.alpha_bar_t, alpha_bar_t), alpha_bar_prev=near(level.alpha_bar_prev, alpha_bar_prev)
+        level_t=near(level.alpha_bar_t, alpha_bar_t), level_prev=near(level.alpha_bar_prev, alpha_bar_prev)
     )

@@ -46,13 +46,19 @@ class Verdict:
     allowed: float
 
 
-def verdict(subject: Subject, case: StepCase, level: Level, before: StepCase, result: StepResult) -> Verdict:
+def verdict(
+    subject: Subject, case: StepCase, level: Level, before: StepCase, result: StepResult, rounded: float = 0.0
+) -> Verdict:
     """Compare x_prev, and x0 where it is given, with equation 12 in float64.
 
     Args:
         before: the case as it was before the step, which may have written over its samples.
+        rounded: the relative error of x_t and x_prev, see ``Observed``.
     """
     true = truth(subject, before, level)
+    if rounded:
+        more = rounded * (true.exact.terms + np.abs(true.exact.x_prev))
+        true = true._replace(allowed=true.allowed + more, allowed_x0=true.allowed_x0 + rounded * true.exact.x0_terms)
     verdicts = [_compare("x_prev", result.x_prev, true.exact.x_prev, true.allowed, case.dtype)]
     if result.x0 is not None:
         verdicts.append(_compare("x0", result.x0, true.exact.x0, true.allowed_x0, case.dtype))
@@ -85,10 +91,13 @@ def truth(subject: Subject, before: StepCase, level: Level) -> Truth:
         return Truth(exact, allowed_error(dtype, exact.terms), allowed_error(dtype, exact.x0_terms))
     spread = _spread(subject, before, level)
     off = spread_of_result(row, spread, x, m, z, exact)
+    terms = exact.long_terms
+    if isinstance(level.level_t, oracle.NoiseLevel):  # Euler's form, x_t + (s - t) dx/dt, rounds at the scale of x_t
+        terms = terms + np.abs(x) + exact.x0_terms
     off_x0 = spread["x0_x"] * np.abs(x) + spread["x0_m"] * np.abs(m)
     return Truth(
         exact,
-        np.where(np.isfinite(off), off, np.inf) + allowed_error_in_type(dtype, exact.long_terms),
+        np.where(np.isfinite(off), off, np.inf) + allowed_error_in_type(dtype, terms),
         off_x0 + allowed_error_in_type(dtype, exact.x0_terms),
     )
 
@@ -97,10 +106,11 @@ def row_of(subject: Subject, setting: Setting, level: Level) -> dict[str, float]
     """Return the row of a step, in the subject's convention of eta."""
     return oracle.textbook_row(
         setting.prediction_type,
-        level.alpha_bar_t,
-        level.alpha_bar_prev,
+        level.level_t,
+        level.level_prev,
         eta=setting.eta,
         eta_scales=subject.eta_scales,
+        sigma_data=setting.sigma_data,
         clip=math.inf if setting.clip_sample_range is None else setting.clip_sample_range,
         use_clipped_model_output=setting.use_clipped_model_output,
     )
@@ -115,19 +125,27 @@ def _spread(subject: Subject, case: StepCase, level: Level) -> dict[str, float]:
     """Return how far each column may be off in float32, see ``coefficient_spread``."""
     setting = case.setting
     eps = torch.finfo(torch.float32).eps
-    bars = level.alpha_bar_t, level.alpha_bar_prev
-    off = _alpha_eps(subject, level.t, level.alpha_bar_t), _alpha_eps(subject, level.t_prev, level.alpha_bar_prev)
+    levels = level.level_t, level.level_prev
+    off = _level_eps(subject, level.t, level.level_t), _level_eps(subject, level.t_prev, level.level_prev)
     return coefficient_spread(
-        setting.prediction_type, *bars, paper_eta(subject, setting), setting.use_clipped_model_output, eps, off
+        setting.prediction_type,
+        *levels,
+        paper_eta(subject, setting),
+        setting.use_clipped_model_output,
+        eps,
+        off,
+        setting.sigma_data,
     )
 
 
-def _alpha_eps(subject: Subject, t: float, alpha_bar: float) -> float:
-    """Return the relative error that alpha_bar may have in float32: rounded once, or the product of
-    t + 1 rounded factors."""
+def _level_eps(subject: Subject, t: float, level: oracle.AnyLevel) -> float:
+    """Return the relative error that a level may have in float32: rounded once, or as alpha_bar the
+    product of t + 1 rounded factors."""
+    if isinstance(level, oracle.NoiseLevel):
+        return torch.finfo(torch.float32).eps
     if subject.own_alphas_cumprod:
         return 2 * (t + 1) * torch.finfo(torch.float32).eps
-    return 0.0 if float(np.float32(alpha_bar)) == alpha_bar else torch.finfo(torch.float32).eps
+    return 0.0 if float(np.float32(level)) == level else torch.finfo(torch.float32).eps
 
 
 def _compare(what: str, got: torch.Tensor, exact: np.ndarray, allowed: np.ndarray, dtype: torch.dtype) -> Verdict:
@@ -178,7 +196,7 @@ def judge_observed(
         CheckFailedError: the result is too far off.
     """
     case = StepCase(setting, index, seen.x_t, seen.model_output, noise)
-    found = verdict(context.subject, case, seen.level, case, StepResult(seen.x_prev, seen.x0))
+    found = verdict(context.subject, case, seen.level, case, StepResult(seen.x_prev, seen.x0), seen.rounded)
     context.measured(found.share)
     if not found.share <= 1:
         raise CheckFailedError(f"{where}step {index} of a run: {_message(case, seen.level, found)}")
@@ -194,8 +212,7 @@ def _failure(context: Context, case: StepCase, found: Verdict, explain: Explain)
 def _message(case: StepCase, level: Level, found: Verdict) -> str:
     return (
         f"{found.what} must be that of equation 12 within {found.allowed:.3g}, got {found.got!r} where it is {found.exact!r} "
-        f"({found.share:.3g} times what is allowed), from alpha_bar_t = {level.alpha_bar_t:.9g} to alpha_bar_prev = "
-        f"{level.alpha_bar_prev:.9g} with {_described(case)}"
+        f"({found.share:.3g} times what is allowed), from {level} with {_described(case)}"
     )
 
 

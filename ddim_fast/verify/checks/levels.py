@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..truth.cases import Level, Setting, StepCase
+from ..truth import oracle
+from ..truth.cases import Level, Setting, StepCase, shown_level
 from .base import CheckFailedError, Context, check
 from .judge import Verdict, judge
-from .update import TOLERANCE, random_step
+from .update import CLEAN_DATA, TOLERANCE, random_step
 
 PURE_NOISE = 2.0**-23
 """The largest alpha_bar_T that counts as 0: some implementations use 2**-24 instead."""
@@ -25,20 +26,44 @@ def _eps(context: Context) -> float:
 
 @check(
     "alphas-cumprod",
-    proves="The alpha_bar of every timestep is the cumulative product of 1 - beta, for every schedule that the subject takes.",
-    source="arXiv 2006.11239, section 2 and 4 (linear); arXiv 2112.10752 (scaled_linear); arXiv 2102.09672, equation 17 (cosine)",
+    proves="The alpha_bar of every timestep is the cumulative product of 1 - beta, for every schedule that the subject takes; on "
+    "another path, alpha and sigma are those of the time.",
+    source="arXiv 2006.11239, section 2 and 4 (linear); arXiv 2112.10752 (scaled_linear); arXiv 2102.09672, equation 17 (cosine); "
+    "other paths: see truth/paths.py",
     tolerance="one rounding of each beta, 1 - beta and product up to t, in float64 where the subject is exact, otherwise in float32",
     needs="step timesteps",
 )
 def alphas_cumprod(context: Context) -> None:
     for total in (1000, 4000) if context.full and context.offers("num_train_timesteps") else (1000,):
-        for schedule in context.subject.schedules or ("linear",):
-            setting = Setting(total, schedule=schedule, num_train_timesteps=total)
-            levels = [level for level in context.levels(setting) if math.isfinite(level.alpha_bar_t)]
-            if context.subject.schedules:
-                _equal(context, setting, levels)
-            else:
-                _plausible(context, levels)
+        for schedule in context.subject.schedules or (context.paths[0].schedule,):
+            setting = context.setting(num_inference_steps=total, schedule=schedule, num_train_timesteps=total)
+            if setting.path is None and not setting.divided:
+                levels = [level for level in context.levels(setting) if math.isfinite(level.alpha_bar_t)]
+                if context.subject.schedules:
+                    _equal(context, setting, levels)
+                else:
+                    _plausible(context, levels)
+    for setting in context.settings(num_inference_steps=50):
+        if setting.path is not None or setting.divided:
+            for level in context.levels(setting):
+                _on_path(context, setting, level)
+
+
+def _on_path(context: Context, setting: Setting, level: Level) -> None:
+    """Check the pairs of a step against the path's."""
+    for t, found in ((level.t, level.level_t), (level.t_prev, level.level_prev)):
+        found, true = (
+            oracle.alpha_sigma(found),
+            oracle.alpha_sigma(CLEAN_DATA if t == setting.clean else setting.level_at(t)),
+        )
+        # 8 roundings, each of a number up to 1, or up to sigma; as many as timesteps where sigma comes from products.
+        allowed = 8 * _eps(context) * (setting.num_train_timesteps if setting.divided else 1)
+        share = max(abs(found.alpha - true.alpha), abs(found.sigma - true.sigma) / max(1.0, true.sigma)) / allowed
+        context.measured(share)
+        if not share <= 1:
+            raise CheckFailedError(
+                f"(alpha, sigma) at t = {t:g} must be {shown_level(true)} on the path {setting.schedule}, got {shown_level(found)}"
+            )
 
 
 def _equal(context: Context, setting: Setting, levels: list[Level]) -> None:
@@ -88,7 +113,7 @@ def _plausible(context: Context, levels: list[Level]) -> None:
 def zero_terminal_snr(context: Context) -> None:
     schedules = [name for name in context.subject.schedules if name != "cosine"]  # cosine nearly ends there already
     for schedule in schedules or ("linear",):
-        setting = Setting(
+        setting = context.setting(
             num_inference_steps=5,
             timestep_spacing="trailing",
             schedule=schedule,
@@ -136,9 +161,9 @@ def _settings(context: Context) -> Iterator[Setting]:
         if context.offers(prediction_type):
             for eta in (0.0, 0.5, 1.0) if context.offers("eta", "given_noise") else (0.0,):
                 for count in (2, 10):
-                    yield Setting(
-                        count,
-                        "trailing",
+                    yield context.setting(
+                        num_inference_steps=count,
+                        timestep_spacing="trailing",
                         zero_terminal_snr=True,
                         prediction_type=prediction_type,
                         eta=eta,

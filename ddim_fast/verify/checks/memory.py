@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..truth.cases import Setting, StepCase
+from ..truth.cases import StepCase
 from .base import CheckFailedError, CheckSkippedError, Context, check
 from .compare import allowed_of, kept, same_bits, same_numbers, same_results
 from .judge import judge
@@ -30,12 +30,12 @@ SIZES_IN_PLACE = (0, 1, 127, 128, 129, 4097)
     proves="A step that writes over x_t gives the same bits as one that does not, at every size.",
     source="equation 12 of arXiv 2010.02502, element for element",
     tolerance="none: every bit",
-    needs="step in_place epsilon",
+    needs="step in_place",
 )
 def in_place(context: Context) -> None:
-    settings = [Setting()]
-    settings += [Setting(clip_sample_range=1.0)] if context.offers("clip") else []
-    settings += [Setting(eta=1.0)] if context.offers("eta", "given_noise") else []
+    settings = [context.setting()]
+    settings += [context.setting(clip_sample_range=1.0)] if context.offers("clip") else []
+    settings += [context.setting(eta=1.0)] if context.offers("eta", "given_noise") else []
     for setting in settings:
         for size in SIZES_IN_PLACE if context.full or setting == settings[0] else SIZES_IN_PLACE[-2:]:
             case = random_step(context, setting, 4, (1, size))
@@ -102,12 +102,11 @@ def _laid_out(name: str, values: Tensor) -> Place:
     proves="The result does not depend on the layout of tensors in memory: sliced, transposed, expanded, unaligned, channels_last.",
     source="equation 12 of arXiv 2010.02502, element for element; torch's tensors are views of memory",
     tolerance="none where the arithmetic is exact; otherwise that of the update",
-    needs="epsilon",
 )
 def layout(context: Context) -> None:
     if context.offers("step"):
-        noisy = [Setting(eta=1.0)] if context.offers("eta", "given_noise") and context.full else []
-        for setting in [Setting(), *noisy]:
+        noisy = [context.setting(eta=1.0)] if context.offers("eta", "given_noise") and context.full else []
+        for setting in [context.setting(), *noisy]:
             _steps_by_layout(context, random_step(context, setting, 4, IMAGES))
     _runs_by_layout(context)
 
@@ -151,9 +150,9 @@ def _expanded(context: Context, case: StepCase) -> None:
 
 
 def _runs_by_layout(context: Context) -> None:
-    setting, x_T = Setting(num_inference_steps=2 if context.full else 1), context.normal(*IMAGES)
+    setting, x_T = context.setting(num_inference_steps=2 if context.full else 1), context.normal(*IMAGES)
     levels = context.levels(setting)
-    model = GaussianModel(levels)
+    model = GaussianModel(setting, levels)
     expected = context.sample(setting, model, x_T).clone()
     allowed = float64_run(context.subject, setting, levels, model, x_T).allowed
     for name in LAYOUTS:
@@ -179,12 +178,11 @@ FEW_SIZES = (1, 3, 8, 17, 33, 127, 257, 1025, 4097)
     proves="Every element of a result is written, at every size: no tail is forgotten.",
     source="equation 12 of arXiv 2010.02502, for each element; new memory is filled with NaN for this check",
     tolerance="none: no NaN",
-    needs="epsilon",
 )
 def every_element(context: Context) -> None:
     dtypes = [torch.float32] + ([torch.float16, torch.bfloat16] if context.offers("half") and context.full else [])
     sizes = SIZES if context.full or context.subject.on_gpu() is context.subject else FEW_SIZES
-    setting = Setting(num_inference_steps=2)
+    setting = context.setting(num_inference_steps=2)
     with nan_memory("warn"):
         for dtype in dtypes:
             for size in sizes:
@@ -230,7 +228,7 @@ def _on_gpu(context: Context, in_place: bool) -> tuple[Context, list[StepCase]]:
     subject = context.subject.on_gpu()
     there = Context(subject, context.rng, context.full, torch.device("cuda"))
     cases = []
-    for setting in (Setting(), Setting(eta=eta)):
+    for setting in (context.setting(), context.setting(eta=eta)):
         x_t, m, z = (torch.empty(IMAGES, dtype=torch.float32, device="cuda") for _ in range(3))
         cases += [StepCase(setting, i, x_t, m, z if setting.eta else None, in_place=in_place) for i in (0, 4)]
     return there, cases
@@ -241,7 +239,7 @@ def _on_gpu(context: Context, in_place: bool) -> tuple[Context, list[StepCase]]:
     proves="A step on a GPU neither waits for the GPU nor copies anything between host and device.",
     source="CUDA C++ programming guide, stream capture: what waits or copies from the host cannot be captured. This concerns speed only",
     tolerance="none: no wait, no copy",
-    needs="step no_waiting epsilon",
+    needs="step no_waiting",
 )
 def no_waiting(context: Context) -> None:
     _rehearse(context)
@@ -264,7 +262,7 @@ def _rehearse(context: Context) -> None:
     """Make the same steps on the host: here a subject can read what it reads once from its tables,
     which have no values on a fake GPU."""
     eta = 1.0 if context.offers("eta", "given_noise") else 0.0
-    for setting in (Setting(), Setting(eta=eta)):
+    for setting in (context.setting(), context.setting(eta=eta)):
         context.levels(setting)
         for index in (0, 4):
             context.step(random_step(context, setting, index, IMAGES))
@@ -278,7 +276,7 @@ _WRAPPED_NUMBER = 64  # bytes at most: torch makes tensors of Python numbers for
     proves="A step in place allocates no tensor.",
     source="the subject's own claim. This concerns speed only",
     tolerance=f"none; on a CPU, allocations of up to {_WRAPPED_NUMBER} bytes are not counted: torch wraps Python numbers in them",
-    needs="step in_place no_allocation epsilon",
+    needs="step in_place no_allocation",
 )
 def no_allocation(context: Context) -> None:
     _rehearse(context)
@@ -295,7 +293,7 @@ def no_allocation(context: Context) -> None:
                 )
         return
     for index in (0, 4):
-        case = random_step(context, Setting(), index, IMAGES).but(in_place=True)
+        case = random_step(context, context.setting(), index, IMAGES).but(in_place=True)
         context.step(case)
         _allocated_nothing(context, _allocations(partial(context.step, case), context.device))
 

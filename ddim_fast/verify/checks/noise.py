@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,10 @@ from ..truth.cases import Level, Model, Observed, Setting
 from ..truth.statistics import Finding, Test
 from ..truth.tolerances import to_numpy
 from .base import CheckFailedError, Context, check
+from .runs import level_of
 
 LARGE = 0.1
-"""The smallest std_dev_t that is measured: float32 then gives z to 1e-5, far below what any test
+"""The smallest std_dev_t that is measured, where sigma_t is at most 1: float32 then gives z to 1e-5, far below what any test
 here can detect."""
 SOURCE = "equations 12 and 16 of arXiv 2010.02502: z is standard Gaussian noise, independent of x_t, with new values for each step"
 TOLERANCE = "a right subject fails once in 1e8 verifications: exact or bounded tests, the rate divided among them"
@@ -45,56 +47,43 @@ class NoisyStep:
 
 def setting_of(context: Context) -> Setting:
     """Return the setting of the runs."""
-    return Setting(num_inference_steps=20 if context.full else 5, eta=1.0)
-
-
-def bars_by_timestep(setting: Setting) -> dict[int, float]:
-    """Return the alpha_bar of each timestep that the model may be called with: exact, or as the
-    setting gives it."""
-    if setting.alpha_bars is not None:
-        return {round(level.t): level.alpha_bar_t for level in setting.levels()}
-    return dict(enumerate(setting.alphas_cumprod().tolist()))
-
-
-def bar_at(bars: dict[int, float], t: torch.Tensor) -> float:
-    """Return the alpha_bar of the timestep that a model is called with.
-
-    Raises:
-        CheckFailedError: there is no such timestep.
-    """
-    timestep = round(float(t.reshape(-1)[0]))
-    if timestep not in bars:
-        found = f"the model must be called with timesteps in [{min(bars)}, {max(bars)}], got {timestep}"
-        raise CheckFailedError(found)
-    return bars[timestep]
+    return context.setting(num_inference_steps=20 if context.full else 5, eta=1.0)
 
 
 def unit_model(setting: Setting) -> Model:
-    """Return the exact model of data N(0, 1): eps = sqrt(1 - alpha_bar_t) x_t."""
-    bars = bars_by_timestep(setting)
-    return lambda x_t, t: math.sqrt(1 - bar_at(bars, t)) * x_t
+    """Return the exact model of data N(0, 1): (x0, eps) = (alpha, sigma) x_t / (alpha^2 +
+    sigma^2)."""
+
+    def model(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        level = level_of(setting, t)
+        alpha, sigma = oracle.alpha_sigma(level)
+        x0, eps = (np.float64(part / (alpha**2 + sigma**2)) for part in (alpha, sigma))
+        return float(oracle.model_output(setting.prediction_type, x0, eps, level, setting.sigma_data)) * x_t
+
+    return model
 
 
 def watch(context: Context, shape: tuple[int, ...]) -> list[Observed]:
     """Make a run from a new x_T of this shape."""
     setting = setting_of(context)
-    return context.observe(setting, unit_model(setting), context.normal(*shape))
+    return context.observe(setting, unit_model(setting), context.start(setting, *shape))
 
 
-def noise_of(run: list[Observed]) -> list[NoisyStep]:
+def noise_of(context: Context, run: list[Observed]) -> list[NoisyStep]:
     """Return the noise of each step that adds enough to measure.
 
     Raises:
         CheckFailedError: no step does, or the noise is not finite.
     """
-    found = []
+    found, setting = [], setting_of(context)
     for step in run:
-        bars = step.level.alpha_bar_t, step.level.alpha_bar_prev
-        std_dev_t = oracle.std_dev(*bars, 1.0)
-        if not std_dev_t >= LARGE:
+        levels = step.level.level_t, step.level.level_prev
+        std_dev_t = oracle.std_dev(*levels, 1.0)
+        if not std_dev_t >= LARGE * max(1.0, oracle.alpha_sigma(levels[0]).sigma):
             continue
         x_t, output = to_numpy(step.x_t), to_numpy(step.model_output)
-        mean, _ = oracle.textbook_step("epsilon", x_t, output, *bars, eta=1.0, noise=np.zeros_like(x_t))
+        more: dict[str, Any] = {"eta": 1.0, "noise": np.zeros_like(x_t), "sigma_data": setting.sigma_data}
+        mean, _ = oracle.textbook_step(setting.prediction_type, x_t, output, *levels, **more)
         z = (to_numpy(step.x_prev) - mean) / std_dev_t
         if not np.isfinite(z).all():
             raise CheckFailedError(
@@ -109,9 +98,9 @@ def noise_of(run: list[Observed]) -> list[NoisyStep]:
 
 def noise_of_at_least(context: Context, numbers: int, channels: int = 4, side: int = 32) -> np.ndarray:
     """Return at least this many numbers of noise, ``(steps, B, C, H, W)``, for any number of steps."""
-    steps = len(noise_of(watch(context, (1, channels, 2, 2))))
+    steps = len(noise_of(context, watch(context, (1, channels, 2, 2))))
     batch = max(2, -(-numbers // (steps * channels * side * side)))
-    return np.stack([step.z for step in noise_of(watch(context, (batch, channels, side, side)))])
+    return np.stack([step.z for step in noise_of(context, watch(context, (batch, channels, side, side)))])
 
 
 def hold(context: Context, rule: str, tests: dict[str, Test], rate: float = RATE) -> None:
@@ -141,7 +130,7 @@ def _listed(wrong: list[Finding]) -> str:
     proves="The noise that a step adds is standard normal: mean, variance, distribution, tails, in every channel and step.",
     source=SOURCE,
     tolerance=TOLERANCE + "; a variance 1 % off is detected in 2^21 numbers",
-    needs="epsilon eta draws_noise",
+    needs="eta draws_noise",
     false_alarm_rate=RATE,
 )
 def noise_normal(context: Context) -> None:
@@ -179,7 +168,7 @@ def _group_variances(rows: np.ndarray, rate: float) -> Finding:
     proves="The noise of one element is independent of all others in the same sample: near it, in its row, in another channel.",
     source=SOURCE,
     tolerance=TOLERANCE + "; a correlation of 0.01 is detected",
-    needs="epsilon eta draws_noise",
+    needs="eta draws_noise",
     false_alarm_rate=RATE,
 )
 def noise_within_sample(context: Context) -> None:
@@ -222,12 +211,12 @@ def _variance_of_sums(rows: np.ndarray, rate: float) -> Finding:
     source=SOURCE,
     tolerance=TOLERANCE
     + "; a correlation of 0.05 of any two samples, or a common part of 0.1 % of the variance, is detected",
-    needs="epsilon eta draws_noise",
+    needs="eta draws_noise",
     false_alarm_rate=RATE,
 )
 def noise_between_samples(context: Context) -> None:
     shape = (256 if context.full else 64, 4, 32, 32)
-    found = noise_of(watch(context, shape))
+    found = noise_of(context, watch(context, shape))
     rows = np.concatenate([step.z.reshape(shape[0], -1) for step in found], axis=1)
     first = found[0].z.reshape(1, -1)
     tests: dict[str, Test] = {
@@ -243,12 +232,12 @@ def noise_between_samples(context: Context) -> None:
     proves="Each step draws new noise: none is used twice, and none depends on x_T or on the samples.",
     source=SOURCE,
     tolerance=TOLERANCE + "; a correlation of 0.02 is detected",
-    needs="epsilon eta draws_noise",
+    needs="eta draws_noise",
     false_alarm_rate=RATE,
 )
 def noise_between_steps(context: Context) -> None:
     run = watch(context, (128 if context.full else 32, 4, 32, 32))
-    found, x_T = noise_of(run), to_numpy(run[0].x_t)
+    found, x_T = noise_of(context, run), to_numpy(run[0].x_t)
     found = found[:12]
     names = [f"from t = {step.level.t:g}" for step in found]
     tests: dict[str, Test] = {}
@@ -273,13 +262,13 @@ def noise_between_steps(context: Context) -> None:
     proves="The seed determines a run: the same seed gives the same bits, another seed gives independent noise.",
     source=SOURCE,
     tolerance="for the same seed none; for another, " + TOLERANCE,
-    needs="epsilon eta draws_noise",
+    needs="eta draws_noise",
     false_alarm_rate=RATE,
 )
 def noise_between_seeds(context: Context) -> None:
     shape = (16, 4, 16, 16)
     setting = setting_of(context)
-    x_T, model = context.normal(*shape), unit_model(setting)
+    x_T, model = context.start(setting, *shape), unit_model(setting)
     seed = context.seed() >> 31  # 31 bits, which every generator takes
 
     def run(seed: int) -> list[Observed]:
@@ -295,7 +284,7 @@ def noise_between_seeds(context: Context) -> None:
         )
     context.measured(0.0)
     runs = {f"seed {seed}": one, f"seed {seed + 1}": neighbour, f"seed {seed ^ 0x5A5A5A5A}": far}
-    noise = {name: np.stack([step.z for step in noise_of(run)]) for name, run in runs.items()}
+    noise = {name: np.stack([step.z for step in noise_of(context, run)]) for name, run in runs.items()}
     names = list(noise)
     tests: dict[str, Test] = {}
     for i, name in enumerate(names):

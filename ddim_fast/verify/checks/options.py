@@ -25,7 +25,7 @@ def _cases(context: Context, setting: Setting) -> Iterator[StepCase]:
     proves="A guided step uses uncond + w (cond - uncond) as the model output, w being guidance_scale.",
     source="equation 6 of arXiv 2207.12598, with w = 1 for no guidance, as in most code",
     tolerance=TOLERANCE,
-    needs="step epsilon guidance",
+    needs="step guidance",
 )
 def guidance(context: Context) -> None:
     for setting in settings_of(context):
@@ -40,7 +40,7 @@ def guidance(context: Context) -> None:
     proves="With a threshold s for each sample, the predicted x0 is clipped to [-s, s], then scaled by clip_sample_range / s.",
     source="arXiv 2205.11487, section 2.3 (dynamic thresholding)",
     tolerance=TOLERANCE,
-    needs="step epsilon clip thresholds",
+    needs="step clip thresholds",
 )
 def thresholds(context: Context) -> None:
     for setting in settings_of(context):
@@ -56,7 +56,7 @@ def thresholds(context: Context) -> None:
     proves="Where a mask is 1, x_prev is the known x0 at the noise level of x_prev; between 0 and 1, a blend.",
     source="equation 4 of arXiv 2010.02502 at alpha_bar_prev; arXiv 2201.09865, equation 8",
     tolerance=TOLERANCE,
-    needs="step epsilon inpainting",
+    needs="step inpainting",
 )
 def inpainting(context: Context) -> None:
     for setting in settings_of(context):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 
+from ..truth import oracle
 from ..truth.cases import Level, Setting, StepCase
 from ..truth.tolerances import SHARE_CORRECTLY_ROUNDED, assert_within, share_correctly_rounded, to_numpy
 from .base import CheckFailedError, Context, check
@@ -21,8 +20,10 @@ def _realistic(context: Context, setting: Setting, index: int, size: int, dtype:
     the noise."""
     level = context.levels(setting)[index]
     data, noise = context.normal(1, size, dtype=torch.float64, scale=0.5), context.normal(1, size, dtype=torch.float64)
-    x_t = math.sqrt(level.alpha_bar_t) * data + math.sqrt(1 - level.alpha_bar_t) * noise
-    output = noise + context.normal(1, size, dtype=torch.float64, scale=0.3)
+    alpha, sigma = oracle.alpha_sigma(level.level_t)
+    x_t = alpha * data + sigma * noise
+    output = oracle.model_output(setting.prediction_type, data, noise, level.level_t, setting.sigma_data)
+    output = output + context.normal(1, size, dtype=torch.float64, scale=0.3)
     return StepCase(setting, index, x_t.to(dtype), output.to(dtype)), level
 
 
@@ -32,7 +33,7 @@ def _realistic(context: Context, setting: Setting, index: int, size: int, dtype:
     source="equation 12 of arXiv 2010.02502; IEEE 754, section 4.3.1",
     tolerance="exact arithmetic: the correct rounding of a result that float32 may give, and of the exact result in "
     f"{SHARE_CORRECTLY_ROUNDED:.1%} of elements; otherwise 4 eps of the half-precision type of the sum of the terms' magnitudes",
-    needs="step half epsilon",
+    needs="step half",
 )
 def half_precision(context: Context) -> None:
     settings = list(settings_of(context))
@@ -56,7 +57,7 @@ def _hold_rounding(context: Context, case: StepCase, x_prev: torch.Tensor) -> No
 
 
 def _hold_share(context: Context, dtype: torch.dtype) -> None:
-    case, level = _realistic(context, Setting(), 4, 1 << (18 if context.full else 15), dtype)
+    case, level = _realistic(context, context.setting(), 4, 1 << (18 if context.full else 15), dtype)
     x_prev = context.step(case).x_prev
     share = share_correctly_rounded(x_prev, truth(context.subject, case, level).exact.x_prev)
     context.measured((1 - share) / (1 - SHARE_CORRECTLY_ROUNDED))
@@ -73,7 +74,7 @@ def _hold_share(context: Context, dtype: torch.dtype) -> None:
     proves="In float64 a step is equation 12 to double precision.",
     source="equation 12 of arXiv 2010.02502",
     tolerance="8 eps of float64 of the sum of the terms' magnitudes",
-    needs="step float64 epsilon",
+    needs="step float64",
 )
 def float64(context: Context) -> None:
     for setting in settings_of(context):
@@ -93,14 +94,14 @@ STANDARD_ERRORS = 6
     source="IEEE 754, section 4.3.1: roundTiesToEven is the default. Truncation is off by half a unit in the last place on average",
     tolerance=f"{STANDARD_ERRORS} standard errors of the mean, and {BIAS} units in the last place; {BIAS_OF_FLOAT32} where the "
     "arithmetic is not exact, since rounding several times has a small bias in short formats",
-    needs="step epsilon",
+    needs="step",
     false_alarm_rate=1e-7,
 )
 def unbiased_rounding(context: Context) -> None:
     dtypes = [torch.float32] + (list(HALF) if context.offers("half") else [])
     for dtype in dtypes:
         for index in (2, 4, 8) if context.full else (4,):
-            case, level = _realistic(context, Setting(), index, 1 << 17, dtype)
+            case, level = _realistic(context, context.setting(), index, 1 << 17, dtype)
             kept = case.but(x_t=case.x_t.clone())
             bias, standard_error = _bias(context, kept, level, context.step(case).x_prev)
             allowed = STANDARD_ERRORS * standard_error + (

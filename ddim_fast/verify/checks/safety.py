@@ -34,7 +34,7 @@ def _at_eta_0(context: Context) -> list[Setting]:
 
 def _some_settings(context: Context) -> list[Setting]:
     """Return the same settings, and one with noise that is given as a tensor."""
-    return _at_eta_0(context) + ([Setting(eta=1.0)] if context.offers("eta", "given_noise") else [])
+    return _at_eta_0(context) + ([context.setting(eta=1.0)] if context.offers("eta", "given_noise") else [])
 
 
 def _disturbed(seed: int) -> None:
@@ -51,7 +51,6 @@ def _disturbed(seed: int) -> None:
     proves="At eta = 0 the same inputs give the same bits, whatever the state of the random generators and whatever ran in between.",
     source="section 4.1 of arXiv 2010.02502: with sigma = 0 the samples are a function of x_T",
     tolerance="none: every bit",
-    needs="epsilon",
 )
 def deterministic(context: Context) -> None:
     if context.offers("step"):
@@ -67,7 +66,7 @@ def deterministic(context: Context) -> None:
                     "a step at eta = 0 must give the same bits for the same inputs, whatever a random generator's state"
                 )
                 same_results(context, rule, context.step(again), first[i])
-    x_T, setting = context.normal(*SHAPE), Setting(num_inference_steps=4)
+    x_T, setting = context.normal(*SHAPE), context.setting(num_inference_steps=4)
     ends = []
     for seed in (1, 2, 3):
         source = context.source(len(x_T))
@@ -83,7 +82,6 @@ def deterministic(context: Context) -> None:
     proves="At eta = 0 no random number is drawn: not from the generator given, nor from torch's, NumPy's or Python's.",
     source="equation 12 of arXiv 2010.02502: at sigma = 0 it has no noise",
     tolerance="none: every bit of the generators' states",
-    needs="epsilon",
 )
 def draws_nothing(context: Context) -> None:
     def hold(what: str, source: Any, call: Any) -> None:
@@ -104,7 +102,7 @@ def draws_nothing(context: Context) -> None:
                 case = random_step(context, setting, index).but(source=source)
                 hold("a step", source, lambda case=case: context.step(case))
     source, x_T = context.source(SHAPE[0]), context.normal(*SHAPE)
-    hold("a run", source, lambda: context.sample(Setting(num_inference_steps=4), linear_model, x_T, source))
+    hold("a run", source, lambda: context.sample(context.setting(num_inference_steps=4), linear_model, x_T, source))
 
 
 def _states(source: Any) -> dict[str, Any]:
@@ -127,14 +125,17 @@ def _states(source: Any) -> dict[str, Any]:
 def _interleaved(context: Context) -> Iterator[StepCase]:
     """Yield steps that a cache with too narrow a key would confuse: each differs from the first in
     one respect."""
-    base = Setting()
+    base = context.setting()
     yield random_step(context, base, 4)
     yield random_step(context, base, 5)
     yield random_step(context, base.but(num_inference_steps=20), 9)  # the same timestep, half as far
-    yield random_step(context, base.but(schedule="cosine"), 4)
+    if "cosine" in context.subject.schedules:
+        yield random_step(context, base.but(schedule="cosine"), 4)
+    for path in context.settings()[1:]:
+        yield random_step(context, path, 4)
     yield random_step(context, base, 4, (2, 9))
     yield from (random_step(context, setting, 4) for setting in _some_settings(context) if setting != base)
-    if context.offers("levels"):
+    if context.offers("levels") and base.path is None and not base.divided:
         yield random_step(context, base.but(alpha_bars=((0.1, 0.5), (0.1, 0.6), (0.2, 0.6))), 0)
         yield random_step(context, base.but(alpha_bars=((0.1, 0.5), (0.1, 0.6), (0.2, 0.6))), 1)
         yield random_step(context, base.but(alpha_bars=((0.1, 0.5), (0.1, 0.6), (0.2, 0.6))), 2)
@@ -149,7 +150,6 @@ def _interleaved(context: Context) -> Iterator[StepCase]:
     proves="Steps of different settings, levels, shapes and types give the same results in any order; so do runs within runs.",
     source="equation 12 of arXiv 2010.02502: a step is a function of its arguments",
     tolerance="that of the update the first time; after that none: every bit",
-    needs="epsilon",
 )
 def no_stale_state(context: Context) -> None:
     if context.offers("step"):
@@ -159,7 +159,11 @@ def no_stale_state(context: Context) -> None:
         for i in [*alternating, *context.rng.permutation(len(cases))]:
             rule = "a step must not depend on the steps made before it"
             same_results(context, rule, context.step(cases[i]), first[i])
-    x_T, setting, other = context.normal(*SHAPE), Setting(num_inference_steps=4), Setting(num_inference_steps=2)
+    x_T, setting, other = (
+        context.normal(*SHAPE),
+        context.setting(num_inference_steps=4),
+        context.setting(num_inference_steps=2),
+    )
     other_x_T = context.normal(2, 9)
     other_alone = context.sample(other, linear_model, other_x_T.clone()).clone()
     alone = context.sample(setting, linear_model, x_T.clone()).clone()
@@ -210,7 +214,6 @@ def shares_memory(a: Tensor, b: Tensor) -> bool:
     proves="Steps and runs write neither to their inputs nor to what a model returns, and their results have memory of their own.",
     source="equation 12 of arXiv 2010.02502: a step is a function of its arguments",
     tolerance="none: every bit",
-    needs="epsilon",
 )
 def inputs_untouched(context: Context) -> None:
     if context.offers("step"):
@@ -236,7 +239,7 @@ def _step_leaves_inputs(context: Context, case: StepCase) -> None:
 
 
 def _run_leaves_inputs(context: Context) -> None:
-    setting, x_T = Setting(num_inference_steps=4), context.normal(*SHAPE)
+    setting, x_T = context.setting(num_inference_steps=4), context.normal(*SHAPE)
     before, output = x_T.clone(), context.normal(*SHAPE)
     output_before = output.clone()
 
@@ -278,7 +281,6 @@ _PERMUTED = (3, 0, 5, 1, 4, 2)
     proves="A sample's result does not depend on its batch: not on the batch's size or order, nor on NaN in another sample.",
     source="equation 12 of arXiv 2010.02502 is for one sample",
     tolerance="none where the arithmetic is exact; otherwise twice that of the update",
-    needs="epsilon",
 )
 def batch_independence(context: Context) -> None:
     shape = (6, 3, 5, 7)
@@ -293,9 +295,9 @@ def batch_independence(context: Context) -> None:
                 part = context.step(_samples_of(case, group))
                 same_numbers(context, f"{rule}: x_prev", part.x_prev, whole.x_prev[group], allowed[group])
             _nan_in_one_sample(context, case, whole, allowed)
-    setting, x_T = Setting(num_inference_steps=2), context.normal(*shape)
+    setting, x_T = context.setting(num_inference_steps=2), context.normal(*shape)
     levels = context.levels(setting)
-    model = GaussianModel(levels)
+    model = GaussianModel(setting, levels)
     allowed = float64_run(context.subject, setting, levels, model, x_T).allowed
     samples = context.sample(setting, model, x_T).clone()
     for group in map(list, groups):
@@ -318,7 +320,7 @@ def _nan_in_one_sample(context: Context, case: StepCase, whole: StepResult, allo
 
 
 def _seeds_belong_to_samples(context: Context, x_T: Tensor, groups: Sequence[Sequence[int]]) -> None:
-    setting = Setting(num_inference_steps=2, eta=1.0)
+    setting = context.setting(num_inference_steps=2, eta=1.0)
     seeds = context.source(len(x_T))
     whole = context.sample(setting, linear_model, x_T.clone(), seeds).clone()
     for group in map(list, groups):

@@ -36,7 +36,7 @@ def settings_of_timesteps(context: Context, quick: tuple[int, ...], full: tuple[
     for total, counts in totals.items():
         for spacing in context.subject.spacings or ("leading",):
             for count in counts:
-                yield Setting(count, spacing, num_train_timesteps=total)
+                yield context.setting(num_inference_steps=count, timestep_spacing=spacing, num_train_timesteps=total)
 
 
 def _settings_of_steps(context: Context) -> Iterator[Setting]:
@@ -48,12 +48,14 @@ def _settings_of_steps(context: Context) -> Iterator[Setting]:
 
 
 def _described(context: Context, setting: Setting) -> str:
+    if setting.path is not None:
+        return f"num_inference_steps = {setting.num_inference_steps} on the path {setting.schedule}"
     spacing = f'timestep_spacing = "{setting.timestep_spacing}", ' if context.subject.spacings else ""
     return f"{spacing}num_inference_steps = {setting.num_inference_steps} of {setting.num_train_timesteps}"
 
 
 def _run(context: Context, setting: Setting) -> list[Observed]:
-    return context.observe(setting, random_model(context), context.normal(1, 3))
+    return context.observe(setting, random_model(context), context.start(setting, 1, 3))
 
 
 # --- Which timesteps --------------------------------------------------------------------------------------------------
@@ -61,14 +63,18 @@ def _run(context: Context, setting: Setting) -> list[Observed]:
 
 @check(
     "timesteps",
-    proves="The timesteps are as many as asked for, strictly decreasing, integers in [0, T), and those of the published table.",
-    source="table 2 of arXiv 2305.08891 (leading, linspace, trailing), where the count divides the timesteps",
-    tolerance="none: they are integers",
+    proves="The timesteps are as many as asked for, strictly decreasing, integers in [0, T), and those of the published table; in "
+    "continuous time they start at the noisiest and are those of the path's spacing.",
+    source="table 2 of arXiv 2305.08891 (leading, linspace, trailing), where the count divides the timesteps; arXiv 2403.03206, "
+    "equation 23 (the shift of flow matching); arXiv 2206.00364, equation 5 (EDM)",
+    tolerance="none where they are integers, otherwise float32's",
+    any_order=True,
     needs="timesteps",
 )
 def timesteps(context: Context) -> None:
     wrong: dict[str, list[str]] = {}
-    for setting in settings_of_timesteps(context, COUNTS if context.offers("step") else FEW_COUNTS, ALL_COUNTS):
+    settings = [*settings_of_timesteps(context, COUNTS if context.offers("step") else FEW_COUNTS, ALL_COUNTS)]
+    for setting in settings + _on_other_paths(context, COUNTS if context.full else FEW_COUNTS):
         levels = context.levels(setting) if context.offers("step") else [one.level for one in _run(context, setting)]
         fault = _fault(context, setting, [level.t for level in levels])
         context.measured(0.0 if fault is None else math.inf)
@@ -87,6 +93,8 @@ def _fault(context: Context, setting: Setting, found: list[float]) -> str | None
     count, total = setting.num_inference_steps, setting.num_train_timesteps
     if len(found) != count:
         return f"{count} must be visited, got {len(found)}: {_shown(found)}"
+    if setting.path is not None or setting.divided:
+        return _fault_of_times(context, setting, found)
     for t in found:
         if not float(t).is_integer() or not 0 <= t < total:
             return f"a timestep must be an integer in [0, {total - 1}], got {t:g}"
@@ -104,6 +112,28 @@ def _fault(context: Context, setting: Setting, found: list[float]) -> str | None
     if spacing == "linspace" and found[-1] != 0:
         return f"linspace ends at t = 0, got {found[-1]:g}"
     return None
+
+
+def _fault_of_times(context: Context, setting: Setting, found: list[float]) -> str | None:
+    """The same in continuous time."""
+    first: float = setting.num_train_timesteps - 1
+    if setting.path is not None:
+        first = setting.path.first
+    if any(after >= before for before, after in pairwise(found)) or not found[-1] >= (0 if setting.divided else 1e-300):
+        return f"times must decrease, to one above clean data, got {_shown(found)}"
+    only_cleanest = setting.divided and len(found) == 1  # as "linspace" has it with one step
+    if abs(found[0] - first) > 1e-6 * first and not only_cleanest:
+        return f"a run must start at the noisiest time, {first:g}, got {found[0]:g}"
+    if setting.path is None or not context.subject.spacings:
+        return None
+    exact = setting.path.times(setting.num_inference_steps)
+    if not np.allclose(found, exact, rtol=1e-6, atol=0):
+        return f"the path {setting.schedule} has {_shown(exact)}, got {_shown(found)}"
+    return None
+
+
+def _on_other_paths(context: Context, counts: Sequence[int]) -> list[Setting]:
+    return [one.but(num_inference_steps=count) for one in context.settings()[1:] for count in counts]
 
 
 def _table(setting: Setting, steps_offset: int) -> list[int] | None:
@@ -129,11 +159,11 @@ def _shown(values: Sequence[float]) -> str:
     proves="Each step goes to the noise level of the next timestep visited, and the last to clean data.",
     source="section 4.2 of arXiv 2010.02502: steps along a sub-sequence tau of the timesteps, from tau_i to tau_(i-1)",
     tolerance=TOLERANCE,
-    needs="timesteps epsilon",
+    needs="timesteps",
 )
 def previous_timestep(context: Context) -> None:
     explain = partial(_where_it_went, context)
-    for setting in _settings_of_steps(context):
+    for setting in [*_settings_of_steps(context), *_on_other_paths(context, FEWEST_COUNTS)]:
         if context.offers("step"):
             for index in _chosen(context, context.levels(setting)):
                 judge(context, StepCase(setting, index, *_samples(context)), explain)
@@ -166,6 +196,8 @@ def _chosen(context: Context, levels: list[Level] | tuple[Level, ...]) -> list[i
 
 def _where_it_went(context: Context, case: StepCase, found: Verdict) -> str:
     """Return the timestep whose noise level explains the result, in words."""
+    if case.setting.path is not None or case.setting.divided:
+        return ""
     subject, setting = context.subject, case.setting
     level = subject.levels(setting)[case.index]
     result = subject.step(case.copied())
@@ -178,6 +210,8 @@ def _where_it_went(context: Context, case: StepCase, found: Verdict) -> str:
 def _where_observed(context: Context, setting: Setting, index: int, one: Observed) -> str:
     case = StepCase(setting, index, one.x_t, one.model_output)
     if verdict(context.subject, case, one.level, case, _result(one)).share <= 1:
+        return ""
+    if setting.path is not None or setting.divided:
         return ""
     bars = dict(enumerate(setting.alphas_cumprod().tolist()))
 
@@ -198,7 +232,7 @@ def _went(setting: Setting, level: Level, bars: dict[int, float], fits: Callable
     should = "clean data" if level.t_prev == CLEAN else f"t = {level.t_prev:g}, the next timestep visited"
     about = f"the step from t = {t} must go to {should}"
     for s in candidates:
-        if s != level.t_prev and fits(level._replace(t_prev=s, alpha_bar_prev=bars.get(s, 1.0))):
+        if s != level.t_prev and fits(level._replace(t_prev=s, level_prev=bars.get(s, 1.0))):
             rule = f" = t - T // N = {t} - {stride}" if s == by_stride else ""
             rule = rule or (f", as t - T // N = {by_stride} is negative" if s == CLEAN and by_stride < 0 else "")
             went = "clean data" if s == CLEAN else f"t = {s}"
@@ -214,7 +248,7 @@ def _went(setting: Setting, level: Level, bars: dict[int, float], fits: Callable
     proves="No step gives NaN or infinity from ordinary samples, at eta = 0 and eta = 1, for any count, spacing and schedule.",
     source="1 - alpha_bar_prev - std_dev_t**2 of equation 12 is never negative for eta at most 1",
     tolerance="none",
-    needs="timesteps epsilon",
+    needs="timesteps",
 )
 def finite(context: Context) -> None:
     for setting in _settings_of_finite(context):
@@ -225,14 +259,18 @@ def finite(context: Context) -> None:
 
 
 def _settings_of_finite(context: Context) -> Iterator[Setting]:
-    etas = (0.0, 1.0) if context.offers("eta") else (0.0,)
+    etas = context.etas(0.0, 1.0)
     for plain in _settings_of_steps(context):
+        yield from (plain.but(eta=eta) for eta in etas)
+    for plain in _on_other_paths(context, FEWEST_COUNTS):
         yield from (plain.but(eta=eta) for eta in etas)
     for schedule in context.subject.schedules:
         if schedule != "linear":  # the cosine schedule ends nearest to pure noise
             for spacing in context.subject.spacings or ("leading",):
                 for count in FEW_COUNTS[:6] if context.few else FEW_COUNTS[:10]:
-                    yield Setting(count, spacing, schedule=schedule, eta=etas[-1])
+                    yield context.setting(
+                        num_inference_steps=count, timestep_spacing=spacing, schedule=schedule, eta=etas[-1]
+                    )
 
 
 def _finite_steps(context: Context, setting: Setting) -> None:
@@ -282,8 +320,8 @@ def _finite_run(context: Context, setting: Setting) -> None:
 
 def _not_finite(context: Context, setting: Setting, level: Level) -> str:
     to = "clean data" if level.t_prev == CLEAN else f"t = {level.t_prev:g}"
-    std_dev = oracle.std_dev(level.alpha_bar_t, level.alpha_bar_prev, setting.eta)
-    room = 1 - level.alpha_bar_prev - std_dev**2
+    std_dev = oracle.std_dev(level.level_t, level.level_prev, setting.eta)
+    room = oracle.alpha_sigma(level.level_prev).sigma ** 2 - std_dev**2
     hint = negative_variance(setting) if np.abs(room) < 1e-4 else ""
     return (
         f"x_prev must be finite, got NaN or infinity in the step from t = {level.t:g} to {to} at eta = {setting.eta} "

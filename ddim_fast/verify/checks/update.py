@@ -6,9 +6,11 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 
-from ..truth.cases import Level, Model, Setting, StepCase
+from ..truth import oracle
+from ..truth.cases import PREDICTION_TYPES, Level, Model, Setting, StepCase
 from .base import CheckFailedError, Context, check
 from .judge import Verdict, judge, judge_observed
 
@@ -18,20 +20,35 @@ TOLERANCE = (
     "4 eps of the sum of the terms' magnitudes, and the errors of float32 coefficients where the subject uses them"
 )
 SHAPE = (3, 2, 5, 7)
+CLEAN_DATA = oracle.NoiseLevel(1.0, 0.0)
 
 
 def settings_of(context: Context, eta: float = 0.0) -> Iterator[Setting]:
-    """Yield settings that together use all prediction types and clipping that the subject offers."""
-    for prediction_type in ("epsilon", "sample", "v_prediction"):
-        if not context.offers(prediction_type):
-            continue
-        base = Setting(prediction_type=prediction_type, eta=eta)
+    """Yield settings that together use all paths, prediction types and clipping that the subject
+    offers."""
+    first, *others = context.settings(eta=eta)
+    for base in [*of_kinds(context, first), *others]:
         yield base
         if context.offers("clip"):
             yield base.but(clip_sample_range=1.0)
         if context.offers("clip", "use_clipped_model_output"):
             bound = 0.8 if context.offers("clip_range") else 1.0
             yield base.but(clip_sample_range=bound, use_clipped_model_output=True)
+
+
+def of_kinds(context: Context, setting: Setting) -> list[Setting]:
+    """Return the setting with every prediction type that the subject takes there, its own first."""
+    every = sorted(PREDICTION_TYPES, key=lambda kind: kind != setting.prediction_type)
+    kinds = (kind for kind in every if context.offers(kind) and _is_defined(setting, kind))
+    return [setting.but(prediction_type=kind) for kind in kinds]
+
+
+def _is_defined(setting: Setting, prediction_type: str) -> bool:
+    """Return whether a prediction is one on this path: the score and EDM's network belong to paths
+    in continuous time, and where a path starts at pure noise, eps says nothing about x0."""
+    if setting.path is None:
+        return prediction_type in ("epsilon", "sample", "v_prediction")
+    return prediction_type not in ("epsilon", "score") or setting.path.level(setting.path.first).alpha > 0
 
 
 def random_step(
@@ -48,7 +65,7 @@ def random_step(
     proves="A deterministic step is equation 12 for every prediction type, with and without clipping, at every size.",
     source="equations 9 and 12 of arXiv 2010.02502; v: arXiv 2202.00512, section 2.4",
     tolerance=TOLERANCE,
-    needs="step epsilon",
+    needs="step",
 )
 def update(context: Context) -> None:
     for setting, shape in with_sizes(context, settings_of(context), SIZES):
@@ -82,17 +99,16 @@ def some_steps(context: Context, setting: Setting) -> list[int]:
     proves="Each step of a whole run, seen through the calls of its model, is equation 12 between the step's noise levels.",
     source="equation 12 of arXiv 2010.02502",
     tolerance=TOLERANCE,
-    needs="epsilon",
 )
 def observed_update(context: Context) -> None:
     for setting in runs_of(context):
-        seen = context.observe(setting, random_model(context), context.normal(2, 3, 5))
+        seen = context.observe(setting, random_model(context), context.start(setting, 2, 3, 5))
         if len(seen) != setting.steps:
             found = f"{setting.steps} steps are asked for, and the model is called {len(seen)} times: {setting}"
             raise CheckFailedError(found)
-        if setting.timesteps and [one.level.t for one in seen] != list(setting.timesteps):
-            found = f"the timesteps asked for are {list(setting.timesteps)}, got {[one.level.t for one in seen]}"
-            raise CheckFailedError(found)
+        visited = [one.level.t for one in seen]
+        if setting.timesteps and not np.allclose(visited, setting.timesteps, rtol=1e-6, atol=0):
+            raise CheckFailedError(f"the timesteps asked for are {list(setting.timesteps)}, got {visited}")
         for index, one in enumerate(seen):
             judge_observed(context, setting, index, one)
 
@@ -102,12 +118,22 @@ def runs_of(context: Context) -> Iterator[Setting]:
     for setting in settings_of(context):
         yield setting.but(num_inference_steps=4) if context.few else setting
     for count in (1, 2) if context.few else (1, 2, 50):
-        yield Setting(num_inference_steps=count)
+        yield context.setting(num_inference_steps=count)
     if context.offers("explicit_timesteps"):
+        yield from _explicit_times(context)
+    if context.offers("explicit_timesteps") and context.paths[0].path is None:
         for count in (1, 3) if context.few else (1, 2, 3, 7, 20):
             chosen = context.rng.choice(1000, count, replace=False)
-            yield Setting(timesteps=tuple(sorted((int(t) for t in chosen), reverse=True)))
-        yield Setting(timesteps=(999, 998, 997, 2, 1, 0))
+            yield context.setting(timesteps=tuple(sorted((int(t) for t in chosen), reverse=True)))
+        yield context.setting(timesteps=(999, 998, 997, 2, 1, 0))
+
+
+def _explicit_times(context: Context) -> Iterator[Setting]:
+    """Yield irregular times in continuous time; the first may be below the path's."""
+    for setting in context.settings():
+        if setting.path is not None:
+            times = np.sort(setting.path.first * context.rng.uniform(0.01, 0.99, 5))[::-1]
+            yield setting.but(timesteps=tuple(times.tolist()))
 
 
 def random_model(context: Context) -> Model:
@@ -124,25 +150,38 @@ def random_model(context: Context) -> Model:
     "a step to its own noise level changes nothing.",
     source="equations 12 and 16 of arXiv 2010.02502 at alpha_bar_prev = 1 (std_dev_t = 0) and alpha_bar_prev = alpha_bar_t",
     tolerance=TOLERANCE,
-    needs="epsilon",
 )
 def endpoints(context: Context) -> None:
-    for eta in (0.0, 0.5, 1.0) if context.offers("eta") else (0.0,):
+    for eta in context.etas(0.0, 0.5, 1.0):
         for setting in settings_of(context, eta):
             if context.offers("step"):
                 _last_steps(context, setting)
         for count in (1, 4):
-            _last_of_run(context, Setting(count, eta=eta))
+            for setting in context.settings(num_inference_steps=count, eta=eta):
+                _last_of_run(context, setting)
     if context.offers("step", "levels"):
         for setting in settings_of(context):
             if setting.clip_sample_range is None:  # clipping changes x0, and so x_t
-                for alpha_bar in (0.9999, 0.7, 1e-4):
-                    at = setting.but(alpha_bars=((alpha_bar, alpha_bar),))
+                for level in some_levels(setting)[1::2]:
+                    at = setting.but(alpha_bars=((level, level),))
                     judge(context, random_step(context, at, 0, (2, 3, 5)), _changed)
 
 
+ALPHA_BARS = (1.0, 0.9999, 0.9, 0.4, 0.05, 0.004)
+
+
+def some_levels(setting: Setting) -> list[oracle.AnyLevel]:
+    """Return six levels of a setting's path, from clean data to much noise."""
+    if setting.path is None:
+        pairs = [oracle.NoiseLevel(1.0, math.sqrt((1 - bar) / bar)) for bar in ALPHA_BARS]
+        return list(pairs if setting.divided else ALPHA_BARS)
+    first = setting.path.first
+    return [CLEAN_DATA, *(setting.path.level(share * first) for share in (0.003, 0.1, 0.4, 0.8, 0.98))]
+
+
 def _last_steps(context: Context, setting: Setting) -> None:
-    to_clean = [setting.but(alpha_bars=((a, 1.0),)) for a in (0.9999, 0.03)] if context.offers("levels") else []
+    some = some_levels(setting)
+    to_clean = [setting.but(alpha_bars=((level, some[0]),)) for level in some[1::2]] if context.offers("levels") else []
     for to in [setting, *to_clean]:
         last = len(context.levels(to)) - 1
         if context.levels(to)[last].alpha_bar_prev == 1:
@@ -153,7 +192,7 @@ def _last_steps(context: Context, setting: Setting) -> None:
 def _last_of_run(context: Context, setting: Setting) -> None:
     if setting.eta and not context.offers("draws_noise"):
         return
-    seen = context.observe(setting, random_model(context), context.normal(2, 3, 5))
+    seen = context.observe(setting, random_model(context), context.start(setting, 2, 3, 5))
     if seen and seen[-1].level.alpha_bar_prev != 1 and context.subject.ends_clean:
         raise CheckFailedError(_noise_left(seen[-1].level))
     if seen and (context.subject.ends_clean or not setting.eta):
@@ -163,9 +202,9 @@ def _last_of_run(context: Context, setting: Setting) -> None:
 
 def _noise_left(level: Level) -> str:
     return (
-        f"the last step must go to clean data, alpha_bar_prev = 1, got alpha_bar_prev = {level.alpha_bar_prev:.9g} from t = {level.t:g}: "
-        f"noise of standard deviation {math.sqrt(1 - level.alpha_bar_prev):.3g} is left where the paper defines alpha_0 = 1. A subject "
-        "that means to (set_alpha_to_one=False) declares it by ends_clean = False"
+        f"the last step must go to clean data, alpha_bar_prev = 1, got {level} from t = {level.t:g}: "
+        f"noise of standard deviation {oracle.alpha_sigma(level.level_prev).sigma:.3g} is left where the paper defines alpha_0 = 1. "
+        "A subject that means to (set_alpha_to_one=False) declares it by ends_clean = False"
     )
 
 

@@ -14,18 +14,35 @@ from ...kernels.contract import StepCoefficients, StepInputs, check_inputs
 from ...kernels.dispatch import BACKENDS, ddim_step
 from ...kernels.noise import sample_seeds
 from ...plans.coefficients import ddim_coefficients, ddim_variance
+from ...plans.levels import AnyLevel, NoiseLevel
+from ...plans.named import make_schedule, schedule_from_text
+from ...plans.path import NoisePath
 from ...plans.plan import SamplingPlan
-from ...plans.schedules import make_schedule
+from ...plans.schedules import NoiseSchedule
 from ...sampler import DDIMSampler
 from ...utils.checks import check_choice
+from ..truth import oracle
 from ..truth.cases import Level, Model, Setting, StepCase, StepResult
 from .subject import FEATURES, Subject
+
+PATHS = (
+    Setting(),
+    Setting(schedule="flow", prediction_type="flow"),
+    Setting(schedule="flow?shift=3&time_scale=1000", prediction_type="flow"),
+    Setting(schedule="edm", prediction_type="edm"),
+    Setting(schedule="edm?sigma_max=50&rho=5&preconditioned=true", prediction_type="sample"),
+    Setting(schedule="vp", prediction_type="epsilon"),
+    Setting(schedule="ve", prediction_type="score"),
+    Setting(schedule="trigonometric", prediction_type="v_prediction"),
+)
+"""Every path that ``DDIMSampler`` takes, with what models predict on it."""
 
 
 class Backend(Subject):
     """A backend of ``ddim_fast``, called through ``ddim_step`` and ``DDIMSampler``."""
 
     arithmetic = "exact"
+    paths = PATHS
     features = frozenset(FEATURES) - {"float64", "torch", "no_waiting", "no_allocation"}
 
     def __init__(self, name: str):
@@ -41,7 +58,7 @@ class Backend(Subject):
         if setting.alpha_bars is not None:
             return setting.levels()
         steps = self._plan(setting).steps
-        return tuple(Level(s.t, s.t_prev, s.alpha_bar_t, s.alpha_bar_prev) for s in steps)
+        return tuple(Level(s.t, s.t_prev, _known(s.level_t), _known(s.level_prev)) for s in steps)
 
     def step(self, case: StepCase) -> StepResult:
         x0 = None if case.in_place else torch.empty_like(case.x_t)  # a step in place must allocate nothing
@@ -82,11 +99,13 @@ class Backend(Subject):
         setting = case.setting
         lines = [
             "from ddim_fast import ddim_step",
-            "from ddim_fast.plans.coefficients import ddim_coefficients, ddim_variance",
+            "from ddim_fast.plans.coefficients import ddim_coefficients, ddim_variance, edm_prediction",
+            "from ddim_fast.plans.levels import NoiseLevel",
             "",
-            f"alpha_bar_t, alpha_bar_prev = {level.alpha_bar_t!r}, {level.alpha_bar_prev!r}",
-            f"variance = ddim_variance(alpha_bar_t, alpha_bar_prev, {setting.eta!r}, {self.eta_scales!r})",
-            f"row = ddim_coefficients(alpha_bar_t, alpha_bar_prev, {setting.prediction_type!r}, variance=variance,",
+            f"level_t, level_prev = {level.level_t!r}, {level.level_prev!r}",
+            f"variance = ddim_variance(level_t, level_prev, {setting.eta!r}, {self.eta_scales!r})",
+            f"prediction = {_prediction_as_code(setting)}",
+            "row = ddim_coefficients(level_t, level_prev, prediction, variance=variance,",
             f"    std_dev_added=variance**0.5, clip_sample_range={setting.clip_sample_range!r},",
             f"    use_clipped_model_output={setting.use_clipped_model_output!r})",
             f"x_prev = ddim_step(x_t, model_output, row, noise=noise, backend={self.backend!r}, **more)",
@@ -97,7 +116,7 @@ class Backend(Subject):
         """Return the row of a step."""
         if setting.alpha_bars is None:
             return self._plan(setting).steps[index].coefficients
-        return _coefficients(*setting.alpha_bars[index], setting, self.eta_scales)
+        return _coefficients(*map(_ours, setting.alpha_bars[index]), setting, self.eta_scales)
 
     def _plan(self, setting: Setting) -> SamplingPlan:
         return self._sampler(setting).plan()
@@ -106,13 +125,30 @@ class Backend(Subject):
         return _sampler_of(setting, self.eta_scales)
 
 
+def _known(level: AnyLevel) -> oracle.AnyLevel:
+    """Return a level of ours as the harness has it."""
+    return oracle.NoiseLevel(*level) if isinstance(level, NoiseLevel) else level
+
+
+def _ours(level: oracle.AnyLevel) -> AnyLevel:
+    return NoiseLevel(*level) if isinstance(level, oracle.NoiseLevel) else level
+
+
+def _prediction_as_code(setting: Setting) -> str:
+    return (
+        f"edm_prediction(level_t, {setting.sigma_data})"
+        if setting.prediction_type == "edm"
+        else repr(setting.prediction_type)
+    )
+
+
 @lru_cache(maxsize=256)
-def _coefficients(alpha_bar_t: float, alpha_bar_prev: float, setting: Setting, eta_scales: str) -> StepCoefficients:
-    variance = ddim_variance(alpha_bar_t, alpha_bar_prev, setting.eta, eta_scales)
+def _coefficients(level_t: AnyLevel, level_prev: AnyLevel, setting: Setting, eta_scales: str) -> StepCoefficients:
+    variance = ddim_variance(level_t, level_prev, setting.eta, eta_scales)
     return ddim_coefficients(
-        alpha_bar_t,
-        alpha_bar_prev,
-        setting.prediction_type,
+        level_t,
+        level_prev,
+        _schedule_of(setting).prediction(setting.prediction_type, level_t),
         variance=variance,
         std_dev_added=variance**0.5,
         clip_sample_range=setting.clip_sample_range,
@@ -120,10 +156,17 @@ def _coefficients(alpha_bar_t: float, alpha_bar_prev: float, setting: Setting, e
     )
 
 
-@lru_cache(maxsize=320)
+def _schedule_of(setting: Setting) -> NoisePath:
+    if setting.path is not None:
+        return schedule_from_text(setting.schedule)
+    return make_schedule(setting.schedule, setting.num_train_timesteps)
+
+
+@lru_cache(maxsize=512)
 def _sampler_of(setting: Setting, eta_scales: str) -> DDIMSampler:
-    schedule = make_schedule(setting.schedule, setting.num_train_timesteps)
+    schedule = _schedule_of(setting)
     if setting.zero_terminal_snr:
+        assert isinstance(schedule, NoiseSchedule)  # no other ends in noise by rescaling
         schedule = schedule.rescale_zero_terminal_snr()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "one step from noise")  # one step is verified like any other number
@@ -131,7 +174,8 @@ def _sampler_of(setting: Setting, eta_scales: str) -> DDIMSampler:
             schedule,
             num_inference_steps=None if setting.timesteps else setting.num_inference_steps,
             timesteps=setting.timesteps or None,
-            timestep_spacing=setting.timestep_spacing,
+            timestep_spacing=setting.timestep_spacing if setting.path is None else None,
+            order=setting.order,
             eta=setting.eta,
             eta_scales=eta_scales,
             prediction_type=setting.prediction_type,

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..truth.cases import CLEAN, Level, Model, Setting, StepCase, StepResult
-from .adapters import Scheduler
+from .schedulers import Scheduler, SigmaForm, SigmaScheduler
 from .subject import Subject
 
 
@@ -145,6 +145,42 @@ class FastDiffusersFinalAlpha(DiffusersFinalAlpha):
 
     home = "ddim_fast.integrations.diffusers"
     scheduler = "FastDDIMScheduler"
+
+
+class DiffusersFlowStochastic(SigmaScheduler):
+    """``FlowMatchEulerDiscreteScheduler``, at eta = 1 with ``stochastic_sampling=True``."""
+
+    def __init__(self):
+        make = library("diffusers", "diffusers").FlowMatchEulerDiscreteScheduler
+        super().__init__(make, name=f"{type(self).__module__}:{type(self).__qualname__}")
+        self.features |= {"eta", "draws_noise"}
+        self.etas = (0.0, 1.0)
+
+    def config(self, setting: Setting) -> dict[str, Any]:
+        return super().config(setting) | {"stochastic_sampling": setting.eta > 0}
+
+
+class DiffusersFlowSolver(SigmaScheduler):
+    """``DPMSolverMultistepScheduler`` with flow sigmas, of order 1, which is DDIM."""
+
+    order = 1
+    shift = 3.0
+
+    def __init__(self):
+        fixed = dict(use_flow_sigmas=True, flow_shift=self.shift, prediction_type="flow_prediction")
+        path = Setting(schedule=f"flow?shift={self.shift}&time_scale=1000", prediction_type="flow")
+        super().__init__(
+            library("diffusers", "diffusers").DPMSolverMultistepScheduler,
+            name=f"{type(self).__module__}:{type(self).__qualname__}",
+            form=SigmaForm(path, fixed | {"solver_order": self.order}, self.order),
+        )
+
+
+class DiffusersFlowSolver2(DiffusersFlowSolver):
+    """The same, of order 2, without a shift, with which its error falls steadily."""
+
+    order = 2
+    shift = 1.0
 
 
 # --- azula ------------------------------------------------------------------------------------------------------------
@@ -383,6 +419,9 @@ SUBJECTS = {
         DiffusersParallel,
         DiffusersBatch,
         DiffusersBatchFinalAlpha,
+        DiffusersFlowStochastic,
+        DiffusersFlowSolver,
+        DiffusersFlowSolver2,
     ),
     "azula": (Azula,),
     "denoising-diffusion-pytorch": (DenoisingDiffusionPytorch, DenoisingDiffusionPytorchClipped),
@@ -399,6 +438,9 @@ __all__ = [
     "DiffusersBatch",
     "DiffusersBatchFinalAlpha",
     "DiffusersFinalAlpha",
+    "DiffusersFlowSolver",
+    "DiffusersFlowSolver2",
+    "DiffusersFlowStochastic",
     "DiffusersInversion",
     "DiffusersOffset",
     "DiffusersParallel",

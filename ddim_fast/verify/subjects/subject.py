@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..truth.cases import Level, Model, Observed, Setting, StepCase, StepResult
+from ..truth.cases import Level, Model, Observed, Setting, StepCase, StepResult, unscaled
 
 FEATURES = {
     "step": "makes single steps, in any order",
@@ -30,6 +30,10 @@ FEATURES = {
     "epsilon": "takes models that predict eps",
     "sample": "takes models that predict x0",
     "v_prediction": "takes models that predict v",
+    "flow": "takes models that predict eps - x0",
+    "score": "takes models that predict the score",
+    "edm": "takes models that predict EDM's F",
+    "orders": "can be a multistep solver of order 2 and 3",
     "clip": "can clip the predicted x0",
     "clip_range": "can clip it to bounds other than 1",
     "use_clipped_model_output": "can compute eps again from the clipped x0",
@@ -72,6 +76,13 @@ class Subject:
             spacing of its own.
         schedules: the values of ``Setting.schedule`` that it takes; empty where it has a schedule
             of its own.
+        paths: the settings that checks start from, one for each noise path: its schedule, and what
+            models predict on it. Checks that hold on any path are made on each; others on the
+            first.
+        named_path: the one path that it was asked to be verified on, see ``on_path``.
+        order: of its solver: 1 for DDIM, whose steps are equation 12; checks of single steps do not
+            apply to others.
+        etas: the values of eta that it takes; empty where it takes any.
         steps_offset: what it adds to the timesteps of "leading".
         slow: whether a step takes 10 ms or more: the quick set then makes fewer steps.
         own_alphas_cumprod: whether it uses a table of its own in float32, which ``levels`` does not
@@ -85,6 +96,10 @@ class Subject:
     ends_clean = True
     spacings: tuple[str, ...] = ("leading", "trailing", "linspace")
     schedules: tuple[str, ...] = ("linear", "scaled_linear", "cosine")
+    paths: tuple[Setting, ...] = (Setting(),)
+    named_path: Setting | None = None
+    order = 1
+    etas: tuple[float, ...] = ()
     steps_offset = 0
     slow = False
     own_alphas_cumprod = False
@@ -93,6 +108,19 @@ class Subject:
         """Return the steps of a setting: the timesteps that the subject chooses, with its own
         alpha_bar of each."""
         return setting.levels()
+
+    def on_path(self, path: Setting) -> Subject:
+        """Return the subject with checks that start from this setting alone.
+
+        Raises:
+            ValueError: it has a path of its own.
+        """
+        subject = copy.copy(self)
+        subject.paths, subject.named_path = (path,), path
+        subject.features = self.features | {path.prediction_type}
+        if path.path is not None:
+            subject.schedules, subject.own_alphas_cumprod = (), False
+        return subject
 
     def step(self, case: StepCase) -> StepResult:
         """Make one step. Needed for the feature "step"."""
@@ -107,7 +135,7 @@ class Subject:
         """Make a whole run: the steps one after the other, unless overridden."""
         x_t = x_T
         for index, level in enumerate(self.levels(setting)):
-            output = model(x_t, level.times(x_t))
+            output = model(*setting.model_input(level, x_t))
             x_t = self.step(StepCase(setting, index, x_t, output, source=source)).x_prev
         return x_t
 
@@ -125,20 +153,28 @@ class Subject:
         raise NotImplementedError
 
     def observe(self, setting: Setting, model: Model, x_T: Tensor, source: Any) -> list[Observed]:
-        """Make a whole run and return its steps, seen through the calls of its model."""
+        """Make a whole run and return its steps, seen through the calls of its model.
+
+        The model is called as the sampler calls it: see ``Setting.as_called``.
+        """
         seen: list[tuple[Tensor, float]] = []
         outputs: list[Tensor] = []
 
         def watched(x_t: Tensor, t: Tensor) -> Tensor:
-            seen.append((x_t.clone(), float(t.reshape(-1)[0])))
+            seen.append((x_t.clone(), setting.time_told(float(t.reshape(-1)[0]))))
             outputs.append(model(x_t, t).clone())
             return outputs[-1].clone()
 
         last = self.sample(setting, watched, x_T.clone(), source)
         levels = self.levels_seen(setting, [t for _, t in seen])
-        states = [x for x, _ in seen] + [last]
-        steps = zip(levels, states, outputs, states[1:], strict=False)
-        return [Observed(level, x_t, output, x_prev) for level, x_t, output, x_prev in steps]
+        scales = [setting.input_scale(t) for _, t in seen]
+        states = [unscaled(x, scale) for (x, _), scale in zip(seen, scales, strict=True)] + [last]
+        steps = zip(levels, states, outputs, states[1:], scales, strict=False)
+        eps = torch.finfo(x_T.dtype).eps
+        return [
+            Observed(level, x_t, output, x_prev, rounded=0.0 if scale == 1 else eps)
+            for level, x_t, output, x_prev, scale in steps
+        ]
 
     def levels_seen(self, setting: Setting, timesteps: list[float]) -> tuple[Level, ...]:
         """Return the steps of a run whose model was called with these timesteps."""

@@ -4,6 +4,9 @@ ddim_fast, so that it cannot share an error with the code that it judges.
 ``textbook_step`` has one formula for each prediction type. ``row_step`` evaluates any row of
 coefficients, and returns with each result the sum of the magnitudes of its terms: the scale of its
 rounding errors (see ``tolerances``).
+
+A noise level is a number, the alpha_bar of the papers' variance-preserving path, or on any other
+path the pair (alpha, sigma): x_t = alpha x0 + sigma eps. ``paths`` has those paths.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -74,6 +77,40 @@ def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), np.nan, result)
 
 
+# --- Noise levels -------------------------------------------------------------------------------------------------------
+
+
+class NoiseLevel(NamedTuple):
+    """A level of a path that need not be variance preserving: x_t = alpha x0 + sigma eps."""
+
+    alpha: float
+    sigma: float
+
+
+AnyLevel = float | NoiseLevel
+
+
+def alpha_sigma(level: AnyLevel) -> NoiseLevel:
+    """Return (alpha, sigma) of a level, or of the alpha_bar that stands for it."""
+    if isinstance(level, NoiseLevel):
+        return level
+    return NoiseLevel(math.sqrt(level), math.sqrt(1 - level))
+
+
+def alpha_bar(level: AnyLevel) -> float:
+    """Return the alpha_bar at which the variance-preserving path has this level's signal-to-noise
+    ratio."""
+    return level.alpha**2 / (level.alpha**2 + level.sigma**2) if isinstance(level, NoiseLevel) else level
+
+
+def edm_scales(level: AnyLevel, sigma_data: float) -> tuple[float, float]:
+    """Return (c_skip / alpha, c_out) of EDM's preconditioning (table 1 of arXiv 2206.00364): the
+    denoiser is c_skip x + c_out F, of x = x_t / alpha and the noise level sigma / alpha."""
+    alpha, sigma = alpha_sigma(level)
+    total = sigma**2 + (alpha * sigma_data) ** 2
+    return alpha * sigma_data**2 / total, sigma * sigma_data / math.sqrt(total)
+
+
 # --- Noise schedules and timesteps --------------------------------------------------------------------------------------
 
 
@@ -129,13 +166,20 @@ def timesteps(spacing: str, count: int, total: int) -> list[int]:
 
 
 @_with_old_keywords
-def std_dev(alpha_bar_t: float, alpha_bar_prev: float, eta: float, eta_scales: str = "std_dev") -> float:
+def std_dev(alpha_bar_t: AnyLevel, alpha_bar_prev: AnyLevel, eta: float, eta_scales: str = "std_dev") -> float:
     """Return std_dev_t, the standard deviation of the noise that a step adds: equation 16 of arXiv
-    2010.02502.
+    2010.02502; between pairs sigma_s^2 (1 - (alpha_t sigma_s / (alpha_s sigma_t))^2) eta^2, its
+    square without alpha^2 + sigma^2 = 1.
 
     Args:
         eta_scales: "std_dev", as in the paper, or "variance": eta multiplies the variance instead.
     """
+    if isinstance(alpha_bar_t, NoiseLevel) or isinstance(alpha_bar_prev, NoiseLevel):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(alpha_bar_t), alpha_sigma(alpha_bar_prev)
+        if eta == 0 or sigma_s == 0:
+            return 0.0
+        kept = alpha_t * sigma_s / (alpha_s * sigma_t)
+        return (eta if eta_scales == "std_dev" else math.sqrt(eta)) * sigma_s * math.sqrt((1 - kept) * (1 + kept))
     if eta == 0 or alpha_bar_prev == 1:
         return 0.0
     if eta_scales == "variance":
@@ -153,37 +197,59 @@ def per_sample(values: np.ndarray, like: np.ndarray) -> np.ndarray:
     return np.asarray(values, np.float64).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def split(prediction_type: str, x_t: Any, model_output: Any, alpha_bar_t: float) -> tuple[Any, Any]:
+def split(
+    prediction_type: str, x_t: Any, model_output: Any, alpha_bar_t: AnyLevel, sigma_data: float = 0.5
+) -> tuple[Any, Any]:
     """Return the (x0, eps) that a model output stands for. Takes arrays, or tensors.
 
     Sources: "epsilon", equation 9 of arXiv 2010.02502; "v_prediction", section 2.4 of arXiv
-    2202.00512.
+    2202.00512, with m = alpha eps - sigma x0 on any path; "flow", m = eps - x0 of arXiv 2210.02747;
+    "score", m = -eps / sigma of arXiv 2011.13456; "edm", the network F of arXiv 2206.00364,
+    equation 7.
 
     Raises:
         ValueError: the prediction type is unknown.
     """
-    signal, spread = math.sqrt(alpha_bar_t), math.sqrt(1 - alpha_bar_t)
+    signal, spread = alpha_sigma(alpha_bar_t)
     if prediction_type == "epsilon":
         return (x_t - spread * model_output) / signal, model_output
     if prediction_type == "sample":
         return model_output, (x_t - signal * model_output) / spread
     if prediction_type == "v_prediction":
-        return signal * x_t - spread * model_output, signal * model_output + spread * x_t
+        total = signal**2 + spread**2 if isinstance(alpha_bar_t, NoiseLevel) else 1.0
+        return (signal * x_t - spread * model_output) / total, (signal * model_output + spread * x_t) / total
+    if prediction_type == "flow":
+        return (x_t - spread * model_output) / (signal + spread), (x_t + signal * model_output) / (signal + spread)
+    if prediction_type == "score":
+        return (x_t + spread**2 * model_output) / signal, -spread * model_output
+    if prediction_type == "edm":
+        of_x, of_network = edm_scales(alpha_bar_t, sigma_data)
+        x0 = of_x * x_t + of_network * model_output
+        return x0, (x_t - signal * x0) / spread
     raise ValueError(prediction_type)
 
 
-def model_output(prediction_type: str, x0: np.ndarray, eps: np.ndarray, alpha_bar_t: float) -> np.ndarray:
-    """Return the model output that stands for (x0, eps), the inverse of ``split``.
+def model_output(prediction_type: str, x0: Any, eps: Any, alpha_bar_t: AnyLevel, sigma_data: float = 0.5) -> Any:
+    """Return the model output that stands for (x0, eps), the inverse of ``split``. Takes arrays, or
+    tensors.
 
     Raises:
         ValueError: the prediction type is unknown.
     """
+    signal, spread = alpha_sigma(alpha_bar_t)
     if prediction_type == "epsilon":
         return eps
     if prediction_type == "sample":
         return x0
     if prediction_type == "v_prediction":
-        return math.sqrt(alpha_bar_t) * eps - math.sqrt(1 - alpha_bar_t) * x0
+        return signal * eps - spread * x0
+    if prediction_type == "flow":
+        return eps - x0
+    if prediction_type == "score":
+        return -eps / spread
+    if prediction_type == "edm":
+        of_x, of_network = edm_scales(alpha_bar_t, sigma_data)
+        return (x0 - of_x * (signal * x0 + spread * eps)) / of_network
     raise ValueError(prediction_type)
 
 
@@ -192,11 +258,12 @@ def textbook_step(
     prediction_type: str,
     x_t: np.ndarray,
     model_output: np.ndarray,
-    alpha_bar_t: float,
-    alpha_bar_prev: float,
+    alpha_bar_t: AnyLevel,
+    alpha_bar_prev: AnyLevel,
     *,
     eta: float = 0.0,
     eta_scales: str = "std_dev",
+    sigma_data: float = 0.5,
     noise: np.ndarray | None = None,
     clip: float = math.inf,
     use_clipped_model_output: bool = False,
@@ -207,6 +274,7 @@ def textbook_step(
     Args:
         x_t, model_output: float64, ``(B, C, ...)``.
         eta_scales: see ``std_dev``.
+        sigma_data: of the prediction type "edm".
         noise: z, like ``x_t``. Needed where the step adds noise.
         clip: x0 is clipped to [-clip, clip].
         use_clipped_model_output: compute eps again from the clipped x0.
@@ -216,7 +284,7 @@ def textbook_step(
     Raises:
         ValueError: the prediction type is unknown.
     """
-    x0, eps = split(prediction_type, x_t, model_output, alpha_bar_t)
+    x0, eps = split(prediction_type, x_t, model_output, alpha_bar_t, sigma_data)
     if thresholds is not None:
         s = per_sample(thresholds, x_t)
         x0 = np.minimum(np.maximum(x0, -s), s) / s * clip
@@ -225,7 +293,7 @@ def textbook_step(
     if use_clipped_model_output:
         _, eps = split("sample", x_t, x0, alpha_bar_t)
     std_dev_t = std_dev(alpha_bar_t, alpha_bar_prev, eta, eta_scales)
-    x_prev = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(max(1 - alpha_bar_prev - std_dev_t * std_dev_t, 0.0)) * eps
+    x_prev = alpha_sigma(alpha_bar_prev).alpha * x0 + _direction(alpha_bar_prev, std_dev_t) * eps
     if std_dev_t != 0:
         assert noise is not None, "a step that adds noise needs it"
         x_prev = x_prev + std_dev_t * noise
@@ -235,11 +303,12 @@ def textbook_step(
 @_with_old_keywords
 def textbook_row(
     prediction_type: str,
-    alpha_bar_t: float,
-    alpha_bar_prev: float,
+    alpha_bar_t: AnyLevel,
+    alpha_bar_prev: AnyLevel,
     *,
     eta: float = 0.0,
     eta_scales: str = "std_dev",
+    sigma_data: float = 0.5,
     clip: float = math.inf,
     use_clipped_model_output: bool = False,
 ) -> dict[str, float]:
@@ -248,11 +317,18 @@ def textbook_row(
     Raises:
         KeyError: the prediction type is unknown.
     """
-    signal, spread = math.sqrt(alpha_bar_t), math.sqrt(1 - alpha_bar_t)
+    signal, spread = alpha_sigma(alpha_bar_t)
+    known_x0, known_noise = alpha_sigma(alpha_bar_prev)
+    total = signal**2 + spread**2 if isinstance(alpha_bar_t, NoiseLevel) else 1.0
+    both = signal + spread
+    edm_x, edm_m = edm_scales(alpha_bar_t, sigma_data) if prediction_type == "edm" else (0.0, 0.0)
     x0_x, x0_m, eps_x, eps_m = {
         "epsilon": lambda: (1 / signal, -spread / signal, 0.0, 1.0),
         "sample": lambda: (0.0, 1.0, 1 / spread, -signal / spread),
-        "v_prediction": lambda: (signal, -spread, spread, signal),
+        "v_prediction": lambda: (signal / total, -spread / total, spread / total, signal / total),
+        "flow": lambda: (1 / both, -spread / both, 1 / both, signal / both),
+        "score": lambda: (1 / signal, spread**2 / signal, 0.0, -spread),
+        "edm": lambda: (edm_x, edm_m, (1 - signal * edm_x) / spread, -signal * edm_m / spread),
     }[prediction_type]()
     eps_0 = 0.0
     if use_clipped_model_output:
@@ -264,21 +340,35 @@ def textbook_row(
         "eps_x": eps_x,
         "eps_m": eps_m,
         "eps_0": eps_0,
-        "prev_x0": math.sqrt(alpha_bar_prev),
-        "prev_eps": math.sqrt(max(1 - alpha_bar_prev - std_dev_t * std_dev_t, 0.0)),
+        "prev_x0": known_x0,
+        "prev_eps": _direction(alpha_bar_prev, std_dev_t),
         "prev_noise": std_dev_t,
         "clip": clip,
-        "known_x0": math.sqrt(alpha_bar_prev),
-        "known_noise": math.sqrt(1 - alpha_bar_prev),
+        "known_x0": known_x0,
+        "known_noise": known_noise,
     }
 
 
-def ddpm_posterior(alpha_bar_t: float, alpha_bar_s: float) -> tuple[float, float, float]:
+def _direction(level: AnyLevel, std_dev_t: float) -> float:
+    """Return the coefficient of eps: what the noise of a step leaves of that of its target."""
+    if isinstance(level, NoiseLevel):
+        return math.sqrt(max((level.sigma - std_dev_t) * (level.sigma + std_dev_t), 0.0))
+    return math.sqrt(max(1 - level - std_dev_t * std_dev_t, 0.0))
+
+
+def ddpm_posterior(alpha_bar_t: AnyLevel, alpha_bar_s: AnyLevel) -> tuple[float, float, float]:
     """Return (a, b, variance) of q(x_s | x_t, x0) = N(a x0 + b x_t, variance), for any two noise
     levels of a Markov chain.
 
-    Source: equations 6 and 7 of arXiv 2006.11239, with beta_t = 1 - alpha_bar_t / alpha_bar_s.
+    Source: equations 6 and 7 of arXiv 2006.11239, with beta_t = 1 - alpha_bar_t / alpha_bar_s; on
+    any path by Bayes' rule, from x_t = (alpha_t / alpha_s) x_s and noise of variance sigma_t^2 -
+    (alpha_t sigma_s / alpha_s)^2.
     """
+    if isinstance(alpha_bar_t, NoiseLevel) or isinstance(alpha_bar_s, NoiseLevel):
+        (signal_t, sigma_t), (signal_s, sigma_s) = alpha_sigma(alpha_bar_t), alpha_sigma(alpha_bar_s)
+        scale = signal_t / signal_s
+        added = (sigma_t - scale * sigma_s) * (sigma_t + scale * sigma_s) / sigma_t**2
+        return signal_s * added, scale * sigma_s**2 / sigma_t**2, sigma_s**2 * added
     beta_t = 1 - alpha_bar_t / alpha_bar_s
     alpha_t = 1 - beta_t
     of_x0 = math.sqrt(alpha_bar_s) * beta_t / (1 - alpha_bar_t)

@@ -137,43 +137,74 @@ class Interval:
         return self.high - self.low
 
 
+def _level_interval(level: oracle.AnyLevel, off: float, eps: float) -> tuple[Interval, Interval, Interval]:
+    """Return all values that alpha, sigma and sigma^2 of a level can have."""
+    if isinstance(level, oracle.NoiseLevel):
+        alpha_off = 0.0 if level.alpha in (0.0, 1.0) else off
+        sigma = Interval(level.sigma * (1 - off), level.sigma * (1 + off), eps)
+        return Interval(max(level.alpha - alpha_off, 0.0), level.alpha + alpha_off, eps), sigma, sigma * sigma
+    bar = Interval(level * (1 - off), min(level * (1 + off), 1.0), eps)
+    variance = Interval.exact(1.0, eps) - bar
+    return bar.sqrt(), variance.sqrt(), variance
+
+
 def coefficient_spread(
     prediction_type: str,
-    alpha_bar_t: float,
-    alpha_bar_prev: float,
+    level_t: oracle.AnyLevel,
+    level_prev: oracle.AnyLevel,
     eta: float,
     use_clipped_model_output: bool,
     eps: float,
-    alpha_eps: tuple[float, float] = (0.0, 0.0),
+    level_eps: tuple[float, float] = (0.0, 0.0),
+    sigma_data: float = 0.5,
 ) -> dict[str, float]:
     """Return how far each column of a row may be off, where ``oracle.textbook_row`` is evaluated
     with relative precision ``eps``.
 
     Args:
         eta: the paper's, which scales the standard deviation.
-        alpha_eps: the relative errors of alpha_bar_t and alpha_bar_prev themselves.
+        level_eps: the relative errors of the two alpha_bars themselves, or of sigma; alpha, where
+            it is not given by sigma, is 1 or off by as much in absolute terms.
+        sigma_data: of the prediction type "edm".
     """
     one, zero = Interval.exact(1.0, eps), Interval.exact(0.0, eps)
-    bar_t, bar_prev = (
-        Interval(value * (1 - off), min(value * (1 + off), 1.0), eps)
-        for value, off in zip((alpha_bar_t, alpha_bar_prev), alpha_eps, strict=True)
-    )
-    signal, noise = bar_t.sqrt(), (one - bar_t).sqrt()
+    signal, noise, _ = _level_interval(level_t, level_eps[0], eps)
+    signal_prev, noise_prev, variance_prev = _level_interval(level_prev, level_eps[1], eps)
+    total, both, data = signal * signal + noise * noise, signal + noise, Interval.exact(sigma_data**2, eps)
+    edm = noise * noise + signal * signal * data
     columns = {
         "epsilon": lambda: (one / signal, zero - noise / signal, zero, one),
         "sample": lambda: (zero, one, one / noise, zero - signal / noise),
-        "v_prediction": lambda: (signal, zero - noise, noise, signal),
+        "v_prediction": lambda: (signal / total, zero - noise / total, noise / total, signal / total),
+        "flow": lambda: (one / both, zero - noise / both, one / both, signal / both),
+        "score": lambda: (one / signal, noise * noise / signal, zero, zero - noise),
+        "edm": lambda: (
+            signal * data / edm,
+            noise * data.sqrt() / edm.sqrt(),
+            noise / edm,
+            zero - signal * data.sqrt() / edm.sqrt(),
+        ),
     }[prediction_type]()
+    if prediction_type == "v_prediction" and not isinstance(level_t, oracle.NoiseLevel):
+        columns = signal, zero - noise, noise, signal
     eps_0 = zero
     if use_clipped_model_output:
         columns, eps_0 = (*columns[:2], one / noise, zero), zero - signal / noise
     variance = zero
     if eta:
-        beta = one - bar_t / bar_prev
-        variance = Interval.exact(eta**2, eps) * ((one - bar_prev) / (one - bar_t) * beta)
-    direction = (one - bar_prev - variance).sqrt()
+        if isinstance(level_t, oracle.NoiseLevel) or isinstance(level_prev, oracle.NoiseLevel):
+            kept = signal * noise_prev / (signal_prev * noise)
+            share = one - kept * kept
+        else:
+            bar_t, bar_prev = (
+                Interval(value * (1 - off), min(value * (1 + off), 1.0), eps)
+                for value, off in zip((level_t, level_prev), level_eps, strict=True)
+            )
+            share = (one - bar_t / bar_prev) / (one - bar_t)
+        variance = Interval.exact(eta**2, eps) * (variance_prev * share)
+    direction = (variance_prev - variance).sqrt()
     names = ("x0_x", "x0_m", "eps_x", "eps_m", "eps_0", "prev_x0", "prev_eps", "prev_noise")
-    found = (*columns, eps_0, bar_prev.sqrt(), direction, variance.sqrt())
+    found = (*columns, eps_0, signal_prev, direction, variance.sqrt())
     return {name: value.spread for name, value in zip(names, found, strict=True)}
 
 

@@ -12,7 +12,7 @@ from ddim_fast.verify.checks.runs import GaussianModel
 from ddim_fast.verify.subjects.backends import Backend
 from ddim_fast.verify.truth.cases import Setting
 
-CHECKS = ("whole-run", "composition", "inversion", "first-order")
+CHECKS = ("whole-run", "composition", "inversion", "convergence")
 
 
 def run(model, x_t, alphas_cumprod, timesteps, pair=lambda i, steps: (steps[i], [*steps, -1][i + 1]), step=step):
@@ -87,8 +87,8 @@ def off_by_a_few_roundings(model, x_T, alphas_cumprod, timesteps):
 
 
 BROKEN_RUNS = {
-    "order 0": ("first-order", paired(one_timestep_on)),
-    "no direction": ("first-order", stops_the_noise),
+    "order 0": ("convergence", paired(one_timestep_on)),
+    "no direction": ("convergence", stops_the_noise),
     "the first step left out": ("whole-run", skips_the_first_step),
     "one timestep on": ("whole-run", paired(one_timestep_on)),
     "from one timestep on": ("whole-run", paired(from_one_timestep_on)),
@@ -176,7 +176,7 @@ def test_a_step_that_cannot_be_taken_back_is_caught():
 
 def test_the_models_eps_is_the_conditional_mean():
     levels = Setting().levels()
-    model, bar = GaussianModel(levels, mean=0.3, std_dev=0.5), levels[5].alpha_bar_t
+    model, bar = GaussianModel(Setting(), levels, mean=0.3, std_dev=0.5), levels[5].alpha_bar_t
     rng = np.random.default_rng(0)
     x0, eps = 0.3 + 0.5 * rng.standard_normal(10**6), rng.standard_normal(10**6)
     x_t = math.sqrt(bar) * x0 + math.sqrt(1 - bar) * eps
@@ -185,7 +185,7 @@ def test_the_models_eps_is_the_conditional_mean():
 
 
 def test_the_models_flow_keeps_standard_scores():
-    model = GaussianModel(Setting().levels())
+    model = GaussianModel(Setting(), Setting().levels())
     z, bar, shift = torch.linspace(-2, 2, 5, dtype=torch.float64), 0.3, 1e-6
     slope, offset = model.line(bar)
     x_t = model.x_t(z, bar)
@@ -194,6 +194,7 @@ def test_the_models_flow_keeps_standard_scores():
 
 
 def test_the_order_is_reported():
-    found = verify("cpu", checks=["first-order"]).results[0]
-    assert found.details["steps"] == [10, 20, 40]
-    assert 0.9 < found.details["order"] < 1
+    details = verify("cpu", checks=["convergence"]).results[0].details
+    assert details["linear"]["steps"] == [10, 20, 40]
+    assert 0.9 < details["linear"]["order"] < 1
+    assert all(details[f"edm, order {order}"]["order"] > order - 0.2 for order in (2, 3))

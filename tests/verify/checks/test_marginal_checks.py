@@ -55,7 +55,7 @@ def test_the_recursion_is_the_distribution_of_float64_runs(eta, eta_scales):
     setting = Setting(num_inference_steps=5, eta=eta)
     levels = setting.levels()
     points = marginals.exact_run(data, levels, 2**16, setting, eta_scales, np.random.default_rng(0))
-    mean, std_dev = marginals.gaussian_after(data, levels, eta, eta_scales)
+    mean, std_dev = marginals.gaussian_after(data, levels, setting, eta_scales)
     white = (points - mean) / std_dev
     assert statistics.mean(white, 1e-4).passed
     assert statistics.covariance(white, np.zeros(2), np.eye(2), 1e-4).passed
@@ -66,7 +66,8 @@ def test_in_many_steps_the_recursion_tends_to_the_data(eta):
     data = marginals.Mixture(np.ones(1), np.array([[0.7]]), np.array([[0.5]]))
     off = []
     for steps in (50, 200, 1000):
-        mean, std_dev = marginals.gaussian_after(data, Setting(num_inference_steps=steps).levels(), eta, "std_dev")
+        setting = Setting(num_inference_steps=steps, eta=eta)
+        mean, std_dev = marginals.gaussian_after(data, setting.levels(), setting, "std_dev")
         off.append(abs(std_dev[0] - 0.5) + abs(mean[0] - 0.7))
     assert off[0] > off[1] > off[2]
     assert off[2] < 0.01

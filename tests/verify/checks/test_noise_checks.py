@@ -237,7 +237,8 @@ def test_noise_is_recovered_to_single_precision():
         drawn.append(normal(x_t, generator))
         return drawn[-1]
 
-    found = noise_of(watch(Context(subject(keep), np.random.default_rng(0)), (2, 4, 8, 8)))
+    context = Context(subject(keep), np.random.default_rng(0))
+    found = noise_of(context, watch(context, (2, 4, 8, 8)))
     assert len(found) >= 3
     for step_found, z in zip(found, drawn, strict=False):
         np.testing.assert_allclose(step_found.z, z.double().numpy(), atol=1e-5)

@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
+import torch
 
 from ddim_fast.verify import Outcome, Subject, verify
 from ddim_fast.verify.subjects.adapters import subject_of
@@ -62,3 +64,84 @@ def test_importing_the_package_imports_no_check():
     command = "import sys, ddim_fast.verify; print([n for n in sys.modules if n.startswith('ddim_fast.verify.')])"
     found = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True)
     assert found.stdout.strip() == "[]"
+
+
+# --- Functions on other paths ------------------------------------------------------------------------------------------
+
+
+def flow_step(x_t, model_output, t, t_prev):
+    return x_t + (t_prev - t) * model_output
+
+
+def edm_step(x_t, model_output, sigma_t, sigma_prev):
+    return x_t + (sigma_prev - sigma_t) * (x_t - model_output) / sigma_t
+
+
+def flow_loop(model, x_T, timesteps):
+    for t, s in zip(timesteps, [*timesteps[1:], 0.0], strict=True):
+        x_T = x_T + (s - t) * model(x_T, torch.full((len(x_T),), t))
+    return x_T
+
+
+def sigma_loop(model, x_T, sigmas):
+    for t, s in pairwise(sigmas):
+        x_T = x_T + (s - t) * (x_T - model(x_T, torch.full((len(x_T),), t))) / t
+    return x_T
+
+
+CHEAP = ("observed-update", "endpoints", "whole-run", "model-input", "convergence", "no-stale-state")
+
+
+@pytest.mark.parametrize(
+    ("function", "path", "options"),
+    [
+        (flow_step, "flow (flow)", {}),
+        (edm_step, "edm?preconditioned=true (sample)", {}),
+        (sigma_loop, "edm?preconditioned=true (sample)", {}),
+        (flow_loop, "flow?shift=3 (flow)", {"schedule": "flow?shift=3"}),
+    ],
+)
+def test_a_function_belongs_to_the_path_of_its_parameters(function, path, options):
+    report = verify(function, checks=CHEAP, **options)
+    assert report.passed, [result.message for result in report.results]
+    assert report.conventions["paths"] == path
+
+
+def test_a_flow_step_on_another_path_is_wrong_and_its_code_says_which():
+    report = verify(flow_step, checks=["whole-run"], schedule="vp", prediction_type="flow")
+    assert not report.passed
+    assert "schedule='vp', prediction_type='flow'" in report.results[0].code
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "nothing"}, "name must be one of"),
+        ({"schedule": "flow?shift=0"}, "shift must be"),
+        ({"schedule": "flow?num_train_timesteps=50"}, "a schedule to verify on has the parameters shift, time_scale"),
+        ({"prediction_type": "velocity"}, "prediction_type must be one of"),
+    ],
+)
+def test_a_wrong_path_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        verify(flow_step, checks=CHEAP, **options)
+
+
+def test_a_scheduler_keeps_its_path():
+    diffusers = pytest.importorskip("diffusers")
+    with pytest.raises(ValueError, match="a scheduler has a path of its own"):
+        verify(diffusers.DDIMScheduler, schedule="flow")
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler", "EDMEulerScheduler"])
+def test_diffusers_sigma_schedulers_are_right(name):
+    diffusers = pytest.importorskip("diffusers")
+    report = verify(getattr(diffusers, name), checks=(*CHEAP, "alphas-cumprod", "timesteps"))
+    assert report.passed, [result.message for result in report.results]
+
+
+def test_a_scheduler_object_brings_its_shift():
+    diffusers = pytest.importorskip("diffusers")
+    report = verify(diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0), checks=("model-input", "whole-run"))
+    assert report.passed
+    assert report.conventions["paths"] == "flow?shift=7.0&time_scale=1000 (flow)"

@@ -252,6 +252,6 @@ def test_alpha_bars_may_be_off_by_rounding_alone():
     subject, run = subject_of(textbook_step), golden.golden_runs()[0]
     pair = golden_check._pairs(run)[2]
     (level,) = run.setting.but(alpha_bars=(pair,), timesteps=None).levels()
-    near, far = (level._replace(alpha_bar_t=level.alpha_bar_t * off) for off in (1.0001, 1.001))
+    near, far = (level._replace(level_t=level.alpha_bar_t * off) for off in (1.0001, 1.001))
     assert golden_check._rounded_only(near, *pair, subject, run) == near
     assert golden_check._rounded_only(far, *pair, subject, run) == level

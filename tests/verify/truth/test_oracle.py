@@ -6,35 +6,42 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddim_fast.verify.truth import oracle
+from ddim_fast.verify.truth import oracle, paths
 
-KINDS = ("epsilon", "sample", "v_prediction")
+KINDS = ("epsilon", "sample", "v_prediction", "flow", "score", "edm")
+LEVELS = (0.3, oracle.NoiseLevel(0.4, 0.6), oracle.NoiseLevel(1.0, 7.0))
 
 
-def test_the_oracle_imports_nothing_of_this_package():
-    names = set()
-    for node in ast.walk(ast.parse(Path(oracle.__file__).read_text())):
+@pytest.mark.parametrize(("module", "beside"), [(oracle, set()), (paths, {"oracle"})])
+def test_the_oracle_imports_nothing_of_this_package(module, beside):
+    names, own = set(), set()
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0
-            names.add(node.module.partition(".")[0])
-    assert names == {"__future__", "collections", "dataclasses", "functools", "math", "numpy", "typing", "warnings"}
+            (own if node.level else names).add(node.module.partition(".")[0])
+    allowed = {"__future__", "collections", "dataclasses", "functools", "json", "math", "numpy", "typing", "warnings"}
+    assert names <= allowed
+    assert own == beside
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_output_is_taken_apart_and_put_together_again(kind):
+def test_a_model_output_is_taken_apart_and_put_together_again(kind, level):
     rng = np.random.default_rng(0)
     x_t, output = rng.standard_normal((2, 3, 5))
-    x0, eps = oracle.split(kind, x_t, output, 0.3)
-    np.testing.assert_allclose(oracle.model_output(kind, x0, eps, 0.3), output, rtol=1e-14, atol=1e-14)
-    np.testing.assert_allclose(0.3**0.5 * x0 + 0.7**0.5 * eps, x_t, rtol=1e-14, atol=1e-14)
+    x0, eps = oracle.split(kind, x_t, output, level)
+    alpha, sigma = oracle.alpha_sigma(level)
+    np.testing.assert_allclose(oracle.model_output(kind, x0, eps, level), output, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(alpha * x0 + sigma * eps, x_t, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("call", [oracle.split, oracle.model_output, oracle.textbook_step])
 def test_an_unknown_prediction_type_is_refused(call):
-    with pytest.raises(ValueError, match="score"):
-        call("score", np.zeros((1, 1)), np.zeros((1, 1)), *([0.3] if call is not oracle.textbook_step else [0.3, 0.6]))
+    with pytest.raises(ValueError, match="velocity"):
+        call(
+            "velocity", np.zeros((1, 1)), np.zeros((1, 1)), *([0.3] if call is not oracle.textbook_step else [0.3, 0.6])
+        )
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -61,3 +68,35 @@ def test_old_keywords_work_with_a_warning():
         DeprecationWarning, match=r"std_dev\(convention=...\) ends with ddim_fast 0.3: call it eta_scales"
     ):
         assert oracle.std_dev(0.3, 0.6, 0.5, convention="variance") == oracle.std_dev(0.3, 0.6, 0.5, "variance")
+
+
+@pytest.mark.parametrize("text", ["flow", "flow?shift=3&time_scale=1000", "edm", "ve", "vp", "trigonometric"])
+def test_a_paths_levels_times_and_inverses(text):
+    path = paths.path_of(text)
+    for count in (1, 2, 7):
+        times = path.times(count)
+        assert len(times) == count
+        assert times[0] == pytest.approx(path.first, rel=1e-14)
+        assert all(a > b for a, b in zip(times, [*times[1:], 0.0], strict=True))
+    ratios = [level.sigma / level.alpha for level in map(path.level, path.times(9)) if level.alpha]
+    assert ratios == sorted(ratios, reverse=True)
+    for t in path.times(5):
+        assert path.time_told(path.told(t)) == pytest.approx(t, rel=1e-13)
+    if path.starts_at_unit_scale:
+        assert all(np.hypot(*path.level(t)) == pytest.approx(1, rel=1e-14) for t in path.times(9))
+
+
+def test_only_paths_in_continuous_time_are_paths():
+    assert paths.path_of("linear") is None
+    assert set(paths.PATHS) == {"flow", "edm", "ve", "vp", "trigonometric"}
+
+
+@pytest.mark.parametrize("level_s", [0.6, 1.0])
+def test_a_pair_that_is_variance_preserving_is_its_alpha_bar(level_s):
+    pair_t, pair_s = (oracle.alpha_sigma(bar) for bar in (0.3, level_s))
+    assert oracle.std_dev(pair_t, pair_s, 0.7) == pytest.approx(oracle.std_dev(0.3, level_s, 0.7), rel=1e-14)
+    np.testing.assert_allclose(
+        oracle.ddpm_posterior(pair_t, pair_s), oracle.ddpm_posterior(0.3, level_s), rtol=1e-13, atol=1e-15
+    )
+    rows = [oracle.textbook_row("v_prediction", *levels, eta=0.7) for levels in ((pair_t, pair_s), (0.3, level_s))]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-13, abs=1e-15)
