@@ -20,6 +20,7 @@ from .choose import fast_scheduler
 from .cogvideox import FastCogVideoXDDIMScheduler
 from .ddim import FastDDIMScheduler
 from .ddpm import FastDDPMScheduler
+from .dpm_solver_multistep import FastDPMSolverMultistepScheduler, FastEDMDPMSolverMultistepScheduler
 from .euler import FastEDMEulerScheduler, FastEulerAncestralDiscreteScheduler, FastEulerDiscreteScheduler
 from .flow_match_euler import FastFlowMatchEulerDiscreteScheduler
 from .inverse import FastDDIMInverseScheduler
@@ -37,7 +38,8 @@ else:
 
 __all__ = [
     "FastCogVideoXDDIMScheduler",
-    "FastDDIMInverseScheduler", "FastDDIMParallelScheduler", "FastDDIMScheduler", "FastDDPMScheduler", "FastEDMEulerScheduler",
+    "FastDDIMInverseScheduler", "FastDDIMParallelScheduler", "FastDDIMScheduler", "FastDDPMScheduler",
+    "FastDPMSolverMultistepScheduler", "FastEDMDPMSolverMultistepScheduler", "FastEDMEulerScheduler",
     "FastEulerAncestralDiscreteScheduler", "FastEulerDiscreteScheduler", "FastFlowMatchEulerDiscreteScheduler",
     *(["FastFlowMatchLCMScheduler"] if not _missing else []), "SchedulerMixin",
     "FastLCMScheduler", "FastTCDScheduler", "fast_scheduler",

@@ -11,6 +11,7 @@ from ...utils.checks import refuse
 from .cogvideox import FastCogVideoXDDIMScheduler
 from .ddim import FastDDIMScheduler
 from .ddpm import FastDDPMScheduler
+from .dpm_solver_multistep import FastDPMSolverMultistepScheduler, FastEDMDPMSolverMultistepScheduler
 from .euler import FastEDMEulerScheduler, FastEulerAncestralDiscreteScheduler, FastEulerDiscreteScheduler
 from .flow_match_euler import FastFlowMatchEulerDiscreteScheduler
 from .inverse import FastDDIMInverseScheduler
@@ -24,6 +25,8 @@ _FAST: list[Any] = [
     FastDDIMInverseScheduler,
     FastDDIMParallelScheduler,
     FastDDPMScheduler,
+    FastDPMSolverMultistepScheduler,
+    FastEDMDPMSolverMultistepScheduler,
     FastEDMEulerScheduler,
     FastEulerAncestralDiscreteScheduler,
     FastEulerDiscreteScheduler,

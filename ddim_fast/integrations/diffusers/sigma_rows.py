@@ -15,7 +15,19 @@ from ..original_results import HALF_PRECISION
 from .arguments import LeaveToOriginal
 from .watched import Watched
 
-_MAX_KNOWN = 8192  # rows: runs of the same sigmas share them
+MAX_KNOWN = 8192  # rows: runs of the same sigmas share them
+
+
+def watched_sigmas(scheduler: Any) -> Tensor:
+    """Return a scheduler's ``sigmas``.
+
+    Raises:
+        LeaveToOriginal: they are no list of numbers, or have too few digits.
+    """
+    sigmas = getattr(scheduler, "sigmas", None)
+    if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or sigmas.dtype in HALF_PRECISION:
+        raise LeaveToOriginal(f"sigmas must be a list of numbers, at least float32, in a tensor, got {sigmas!r:.80}")
+    return sigmas
 
 
 class SigmaRows(Watched):
@@ -26,12 +38,7 @@ class SigmaRows(Watched):
     """
 
     def __init__(self, scheduler: Any):
-        sigmas = getattr(scheduler, "sigmas", None)
-        if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or sigmas.dtype in HALF_PRECISION:
-            raise LeaveToOriginal(
-                f"sigmas must be a list of numbers, at least float32, in a tensor, got {sigmas!r:.80}"
-            )
-        super().__init__(scheduler, ["sigmas"], [sigmas], scheduler._row_fields)
+        super().__init__(scheduler, ["sigmas"], [watched_sigmas(scheduler)], scheduler._row_fields)
         self.sigmas: list[float] = scheduler._values_on_host("sigmas")
         self.output_is_x0: bool = getattr(scheduler.config, "prediction_type", None) in _PREDICTIONS_OF_X0
         """Whether the model predicts x0, and the original returns its output as it is."""
@@ -66,7 +73,7 @@ class SigmaRows(Watched):
         return found
 
 
-@lru_cache(_MAX_KNOWN)
+@lru_cache(MAX_KNOWN)
 def flow_row(sigma: float, sigma_next: float, renoised: bool) -> StepCoefficients:
     """Return the row of a step of flow matching (Liu et al. 2022, arXiv 2209.03003).
 
@@ -83,7 +90,7 @@ def flow_row(sigma: float, sigma_next: float, renoised: bool) -> StepCoefficient
     )
 
 
-@lru_cache(_MAX_KNOWN)
+@lru_cache(MAX_KNOWN)
 def exploding_row(
     sigma: float, sigma_next: float, prediction_type: str, sigma_data: float | None = None, ancestral: bool = False
 ) -> StepCoefficients:
