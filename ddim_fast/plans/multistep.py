@@ -1,7 +1,7 @@
-"""Rows of the multistep solvers of public code: DPM-Solver and DPM-Solver++, deterministic and SDE.
+"""The multistep solvers of public code: DPM-Solver and DPM-Solver++, deterministic and SDE, and UniPC.
 
 They integrate a polynomial through the last predictions, of x0 or of eps, in lambda = log(alpha /
-sigma). A row here keeps the coefficients of that code, its slips included, where
+sigma). What is here has the coefficients of that code, its slips included, where
 ``coefficients.multistep_coefficients`` has those of the derivation.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+
+import numpy as np
 
 from ..kernels.contract import StepCoefficients
 from .coefficients import Prediction
@@ -72,7 +74,7 @@ def dpm_solver_coefficients(
     weights = [0.0, 0.0]
     if order == 2:
         first = first / 2 if solver_type == "midpoint" else sign * (math.expm1(z) / z - 1)
-        weights[0] = first / ((at_t.half_log_snr - levels[2].half_log_snr) / h)
+        weights[0] = first * h / (at_t.half_log_snr - levels[2].half_log_snr)
     elif order == 3:
         first = sign * (math.expm1(z) / z - 1)
         second = sign * ((math.expm1(z) - z) / z**2 - 0.5) - (1.0 if stochastic else 0.0)
@@ -92,3 +94,60 @@ def dpm_solver_coefficients(
         prev_history=scale * (older - newer),
         prev_history_2=-scale * older,
     )
+
+
+def unipc_weights(
+    levels: Sequence[NoiseLevel],
+    *,
+    corrects: bool = False,
+    predicts_noise: bool = False,
+    solver_type: str = "bh2",
+) -> tuple[float, list[float]]:
+    """Return the weights of x_s and of the predictions in a step of UniPC (Zhao et al. 2023, arXiv
+    2302.04867, algorithms 5 to 8), from level s to t::
+
+        x_t = kept x_s + scale (e^z - 1) m_s + scale B (sum_k rho_k (m_k - m_s) / r_k)
+        r_k = (lambda_k - lambda_s) / (lambda_t - lambda_s)
+
+    The predictor sums over the predictions m_k before the step, the corrector also over the one at
+    its end, with r = 1. rho solves the conditions of the order, but the predictor of order 2 and
+    the corrector of order 1 take 1/2.
+
+    Args:
+        levels: where the step leads, where it starts, and where the steps before it started, the
+            last one first: as many as the order and one more.
+        corrects: the corrector, rather than the predictor.
+        predicts_noise: the predictions are eps, rather than x0.
+        solver_type: "bh1" for B = z, "bh2" for B = e^z - 1.
+
+    Returns:
+        kept, and the weights of the predictions, the newest first: of the corrector that at t.
+
+    Raises:
+        ValueError, ArithmeticError, np.linalg.LinAlgError: there are no such weights: the step
+            leads to clean data with an order above 1, or two levels are equal.
+    """
+    target, start, *earlier = levels
+    h = target.half_log_snr - start.half_log_snr
+    z = h if predicts_noise else -h
+    kept = target.alpha / start.alpha if predicts_noise else target.sigma / start.sigma
+    scale = -target.sigma if predicts_noise else -target.alpha
+    whole = math.expm1(z)
+    inverse = [h / (level.half_log_snr - start.half_log_snr) for level in earlier] + [1.0] * corrects
+    if not inverse:
+        return kept, [scale * whole]
+    b = z if solver_type == "bh1" else whole
+    if len(inverse) == 1:
+        rho = [0.5]
+    else:
+        # Conditions on the moments: sum_k rho_k r_k^(i - 1) = i! phi_(i + 1)(z) z / B.
+        moments, phi = [], whole / z - 1
+        for i in range(1, len(inverse) + 1):
+            moments.append(math.factorial(i) * phi / b)
+            phi = phi / z - 1 / math.factorial(i + 1)
+        rho = np.linalg.solve([[r ** (1 - i) for r in inverse] for i in range(1, len(inverse) + 1)], moments).tolist()
+    parts = [scale * b * r * i for r, i in zip(rho, inverse, strict=True)]
+    if corrects:
+        parts = [parts[-1], *parts[:-1]]
+    of_start = scale * whole - sum(parts)
+    return kept, [parts[0], of_start, *parts[1:]] if corrects else [of_start, *parts]

@@ -27,6 +27,7 @@ from .inverse import FastDDIMInverseScheduler
 from .lcm import FastLCMScheduler
 from .parallel import FastDDIMParallelScheduler
 from .tcd import FastTCDScheduler
+from .unipc_multistep import FastUniPCMultistepScheduler
 
 try:
     from .flow_match_lcm import FastFlowMatchLCMScheduler  # noqa: F401 (listed where it exists)
@@ -42,7 +43,7 @@ __all__ = [
     "FastDPMSolverMultistepScheduler", "FastEDMDPMSolverMultistepScheduler", "FastEDMEulerScheduler",
     "FastEulerAncestralDiscreteScheduler", "FastEulerDiscreteScheduler", "FastFlowMatchEulerDiscreteScheduler",
     *(["FastFlowMatchLCMScheduler"] if not _missing else []), "SchedulerMixin",
-    "FastLCMScheduler", "FastTCDScheduler", "fast_scheduler",
+    "FastLCMScheduler", "FastTCDScheduler", "FastUniPCMultistepScheduler", "fast_scheduler",
 ]  # fmt: skip
 
 for _name in __all__:

@@ -18,6 +18,7 @@ from .inverse import FastDDIMInverseScheduler
 from .lcm import FastLCMScheduler
 from .parallel import FastDDIMParallelScheduler
 from .tcd import FastTCDScheduler
+from .unipc_multistep import FastUniPCMultistepScheduler
 
 _FAST: list[Any] = [
     FastCogVideoXDDIMScheduler,
@@ -33,6 +34,7 @@ _FAST: list[Any] = [
     FastFlowMatchEulerDiscreteScheduler,
     FastLCMScheduler,
     FastTCDScheduler,
+    FastUniPCMultistepScheduler,
 ]
 with suppress(ImportError):  # not in old versions of diffusers
     from .flow_match_lcm import FastFlowMatchLCMScheduler

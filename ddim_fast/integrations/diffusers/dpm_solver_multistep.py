@@ -14,27 +14,11 @@ from ...kernels.contract import StepCoefficients
 from ..original_results import kinds_of_results
 from .arguments import LeaveToOriginal
 from .multistep_rows import MultistepRows, dpm_solver_row, edm_dpm_solver_row
-from .multistep_steps import MultistepSteps, check_histories, fused
+from .multistep_steps import MultistepSteps, check_histories, fused, originals_forms, originals_prediction, sigmas_of_order
 from .sigma_steps import coefficient, set_timesteps_on_host
 
 _FEW_STEPS = 15
 """From this many on, ``lower_order_final`` changes nothing."""
-
-
-def originals_prediction(k: Tensor, x: Tensor, m: Tensor, form: str) -> Tensor:
-    """Run the operations of the originals' ``convert_model_output``, by their form."""
-    if form == "m":
-        return m
-    if form == "(x - m) / k":
-        return (x - k * m) / k
-    return x - k * m if form == "x - m" else k * x + k * m
-
-
-def originals_forms(predicts_noise: bool) -> dict[str, str]:
-    """Return the form of those operations for each ``prediction_type``."""
-    if predicts_noise:
-        return {"epsilon": "m", "sample": "(x - m) / k", "v_prediction": "k m + k x"}
-    return {"epsilon": "(x - m) / k", "sample": "m", "v_prediction": "k x + k m", "flow_prediction": "x - m"}
 
 
 def _originals_results(
@@ -81,9 +65,11 @@ class _DPMSolverSteps(MultistepSteps):
         config, index, order = self.config, self._step_index, self._order()
         if config.thresholding or getattr(config, "variance_type", None) is not None:
             raise LeaveToOriginal("thresholding and learned variances have no fused form")
+        form = self._forms().get(config.prediction_type)
+        if form is None:
+            raise LeaveToOriginal(f"prediction_type must be one of {', '.join(self._forms())}")
         row = rows.row(index, order)
         others = histories = self._histories(order - 1, sample)
-        form = self._forms()[config.prediction_type]
         noise = None
         if config.algorithm_type.startswith("sde-"):
             noise = self._noise(model_output, sample, generator, variance_noise)
@@ -199,15 +185,3 @@ class FastEDMDPMSolverMultistepScheduler(_DPMSolverSteps, EDMDPMSolverMultistepS
         if output is not None:
             return output
         return super().step(model_output, timestep, sample, generator, return_dict)  # type: ignore[misc]  # the original
-
-
-def sigmas_of_order(sigmas: list[float], index: int, order: int) -> tuple[float, ...]:
-    """Return where the step at this index leads, where it starts, and where ``order`` - 1 steps
-    before it started.
-
-    Raises:
-        LeaveToOriginal: there are not so many before.
-    """
-    if index + 1 < order:
-        raise LeaveToOriginal(f"a step of order {order} needs {order - 1} before it, got index {index}")
-    return tuple(sigmas[index + 1 - i] for i in range(order + 1))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...kernels.contract import StepCoefficients, StepTable
 from ...plans.coefficients import PREDICTION_TYPES, Prediction, edm_prediction
 from ...plans.levels import NoiseLevel
-from ...plans.multistep import dpm_solver_coefficients
+from ...plans.multistep import dpm_solver_coefficients, unipc_weights
 from .arguments import LeaveToOriginal
 from .sigma_rows import MAX_KNOWN, watched_sigmas
 from .watched import Watched
@@ -30,6 +30,7 @@ class MultistepRows(Watched):
     def __init__(self, scheduler: Any):
         super().__init__(scheduler, ["sigmas"], [watched_sigmas(scheduler)], scheduler._row_fields)
         self.sigmas: list[float] = scheduler._values_on_host("sigmas")
+        self._found: dict[Any, StepCoefficients] = {}
         self._tables: dict[Any, tuple[StepTable, Tensor]] = {}
 
     def row(self, index: Any, *options: Any) -> StepCoefficients:
@@ -43,8 +44,12 @@ class MultistepRows(Watched):
         """
         if type(index) is not int or not 0 <= index < len(self.sigmas) - 1:
             raise LeaveToOriginal(f"step_index must be 0 to {len(self.sigmas) - 2}, got {index!r:.80}")
+        found = self._found.get((index, options))
+        if found is not None:
+            return found
         try:
-            return self._scheduler._row_at(self.sigmas, index, *options)
+            found = self._found[index, options] = self._scheduler._row_at(self.sigmas, index, *options)
+            return found
         except (TypeError, ValueError, ArithmeticError, NotImplementedError) as error:
             # A step without a row: the original handles it in its own way.
             raise LeaveToOriginal(str(error)) from None
@@ -150,3 +155,43 @@ def read_first(row: StepCoefficients) -> StepCoefficients:
     stays as it is, for whoever holds it, and is not copied.
     """
     return replace(row, prev_noise=row.prev_history, prev_history=row.prev_history_2, prev_history_2=0.0)
+
+
+@lru_cache(MAX_KNOWN)
+def unipc_row(
+    part: str,
+    sigmas: tuple[float, ...],
+    sigma: float,
+    prediction_type: str,
+    predicts_noise: bool,
+    solver_type: str,
+    of_flow: bool,
+) -> StepCoefficients:
+    """Return the row of a part of a step of UniPC, as a step reads it: see ``read_first``.
+
+    Args:
+        part: "predicts", from x_t and the model's output; "corrects", the sample, from both, the
+            sample before as its noise, and predictions as its histories; "sums" the two oldest of
+            three such predictions, which are then one of them; "goes on", the predictor from the
+            corrected sample and the prediction.
+        sigmas: of the predictor or corrector: where it leads, where it starts, and where the steps
+            before it started, the last one first.
+        sigma: where the model was called.
+        prediction_type, predicts_noise, solver_type: diffusers'.
+        of_flow: see ``level_of_sigma``.
+    """
+    levels, at_t = [level_of_sigma(value, of_flow) for value in sigmas], level_of_sigma(sigma, of_flow)
+    corrects = part in ("corrects", "sums")
+    kept, weights = unipc_weights(levels, corrects=corrects, predicts_noise=predicts_noise, solver_type=solver_type)
+    if part == "sums":
+        return StepCoefficients(0, 1, 1, 0, 0, prev_x0=weights[3], prev_eps=weights[2], prev_noise=0)
+    newest, *others = weights
+    if part == "goes on":
+        row = StepCoefficients(0, 1, 1, 0, 0, newest, kept, 0)
+    else:
+        prediction = prediction_at_level(at_t, prediction_type, of_flow)
+        predicted = (prediction.eps_x, prediction.eps_m) if predicts_noise else (prediction.x0_x, prediction.x0_m)
+        row = StepCoefficients(*predicted, 1, 0, 0, newest, 0 if corrects else kept, 0)
+    others = [kept, *others] if corrects else others
+    others = [*others[:2], 1.0] if len(others) > 3 else [*others, 0.0, 0.0, 0.0]
+    return replace(row, prev_noise=others[0], prev_history=others[1], prev_history_2=others[2])

@@ -150,3 +150,33 @@ def fused(
     if prediction is not None and prediction_kind is not None:
         prediction = converted(prediction, prediction_kind.dtype)
     return converted(x_prev, x_kind.dtype), prediction
+
+
+def originals_prediction(k: Tensor, x: Tensor, m: Tensor, form: str) -> Tensor:
+    """Run the operations of the originals' ``convert_model_output``, by their form."""
+    if form == "m":
+        return m
+    if form == "(x - m) / k":
+        return (x - k * m) / k
+    if form == "x - m":
+        return x - k * m
+    return k * m + k * x if form == "k m + k x" else k * x + k * m
+
+
+def originals_forms(predicts_noise: bool) -> dict[str, str]:
+    """Return the form of those operations for each ``prediction_type``."""
+    if predicts_noise:
+        return {"epsilon": "m", "sample": "(x - m) / k", "v_prediction": "k m + k x"}
+    return {"epsilon": "(x - m) / k", "sample": "m", "v_prediction": "k x + k m", "flow_prediction": "x - m"}
+
+
+def sigmas_of_order(sigmas: list[float], index: int, order: int) -> tuple[float, ...]:
+    """Return where the step at this index leads, where it starts, and where ``order`` - 1 steps
+    before it started.
+
+    Raises:
+        LeaveToOriginal: there are not so many before.
+    """
+    if index + 1 < order:
+        raise LeaveToOriginal(f"a step of order {order} needs {order - 1} before it, got index {index}")
+    return tuple(sigmas[index + 1 - i] for i in range(order + 1))

@@ -1,0 +1,158 @@
+"""``UniPCMultistepScheduler``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UniPCMultistepScheduler
+from torch import Tensor
+
+from ...kernels.contract import StepCoefficients
+from ..original_results import ResultKind, kinds_of_results
+from .arguments import LeaveToOriginal
+from .multistep_rows import MultistepRows, unipc_row
+from .multistep_steps import MultistepSteps, check_histories, fused, originals_forms, originals_prediction, sigmas_of_order
+from .sigma_steps import coefficient, set_timesteps_on_host
+
+_LARGEST_ORDER = 3
+
+
+def _originals_update(k: Tensor, x: Tensor, start: Tensor, earlier: tuple[Tensor, ...], end: Tensor | None) -> Tensor:
+    """Run the operations of the original's predictor, or with a prediction at the end its corrector."""
+    rest: Any = 0
+    if earlier:
+        differences = torch.stack([(value - start) / k for value in earlier], dim=1)
+        weights = torch.ones(len(earlier), dtype=x.dtype, device=x.device)
+        rest = torch.einsum("k,bkc...->bc...", weights, differences)
+    if end is not None:
+        rest = rest + k * (end - start)
+    return (k * x - k * start - k * rest).to(x.dtype)
+
+
+def _originals_results(
+    x: Tensor, m: Tensor, last_sample: Tensor | None, *histories: Tensor, form: str, order: int, corrector_order: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the operations of the original's ``step``; return x_prev, the corrected sample and the
+    prediction."""
+    k = coefficient(x)
+    found = originals_prediction(k, x, m, form)
+    if last_sample is not None:
+        x = _originals_update(k, last_sample, histories[0], histories[1:corrector_order], found)
+    return _originals_update(k, x, found, histories[: order - 1], None), x, found
+
+
+class FastUniPCMultistepScheduler(MultistepSteps, UniPCMultistepScheduler):
+    """``diffusers.UniPCMultistepScheduler`` with its update in two passes.
+
+    docs/drop_ins/diffusers.md lists every difference. The arguments are the original's.
+    """
+
+    predict_x0: bool
+    disable_corrector: Any
+    solver_p: Any
+    last_sample: Any
+    this_order: int
+    timestep_list: list[Any]
+    _row_fields = ("prediction_type", "solver_type", "use_flow_sigmas")
+
+    set_timesteps = set_timesteps_on_host(UniPCMultistepScheduler, "timesteps")
+
+    def _row_at(self, sigmas: list[float], index: int, *options: Any) -> StepCoefficients:
+        part, order, predicts_noise = options
+        config, corrects = self.config, part in ("corrects", "sums")
+        try:
+            return unipc_row(
+                part,
+                sigmas_of_order(sigmas, index - 1 if corrects else index, order),
+                sigmas[index],
+                config.prediction_type,
+                predicts_noise,
+                config.solver_type,
+                bool(getattr(config, "use_flow_sigmas", False)),
+            )
+        except np.linalg.LinAlgError as error:
+            raise LeaveToOriginal(str(error)) from None
+
+    def _take(self, rows: MultistepRows, model_output: Tensor, sample: Tensor, *options: Any) -> Tensor:
+        config, index, (timestep,) = self.config, self._step_index, options
+        assert index is not None  # found before
+        noise = not self.predict_x0
+        form = originals_forms(noise).get(config.prediction_type)
+        if form is None or config.thresholding or self.solver_p is not None or sample.ndim < 2:
+            raise LeaveToOriginal("thresholding, solver_p and samples without channels have no fused form")
+        order = min(
+            config.solver_order,
+            len(self.timesteps) - index if config.lower_order_final else config.solver_order,
+            self.lower_order_nums + 1,
+        )
+        corrects = index > 0 and index - 1 not in self.disable_corrector and self.last_sample is not None
+        corrector_order = self._last_order() if corrects else 0
+        if not 1 <= order <= _LARGEST_ORDER or not 0 <= corrector_order <= _LARGEST_ORDER:
+            raise LeaveToOriginal(f"a step must be of order 1 to {_LARGEST_ORDER}, got {order}")
+        last_sample = self.last_sample if corrects else None
+        histories = self._histories(max(order - 1, corrector_order), sample)
+        check_histories([] if last_sample is None else [last_sample], sample)
+        remembered = {sample.dtype, *(value.dtype for value in histories if value is not None)}
+        if last_sample is not None:
+            remembered.add(last_sample.dtype)
+        mixed = model_output.dtype is not sample.dtype and (sample.dtype is not torch.float32 or form == "m")
+        if len(remembered) > 1 or mixed:
+            raise LeaveToOriginal("what a step remembers must be of one dtype, that of the sample")
+        kinds = kinds_of_results(
+            _originals_results,
+            sample,
+            model_output,
+            last_sample,
+            *histories,
+            form=form,
+            order=order,
+            corrector_order=corrector_order,
+        )
+        prediction_kind = None if form == "m" else kinds[2]
+        # Every row before anything is written: that a step has none is found out first.
+        predictor = "goes on" if corrects else "predicts"
+        parts = [(predictor, order)]
+        if corrects:
+            parts += [("corrects", corrector_order)] + [("sums", 3)] * (corrector_order == 3)
+        found = {part: rows.row(index, part, of_order, noise) for part, of_order in parts}
+
+        def take(part: str, of_order: int, *args: Any) -> tuple[Tensor, Tensor | None]:
+            return fused(found[part], partial(rows.table, sample.device, part, of_order, noise), index, *args)
+
+        x, m, prediction = sample, model_output, None
+        if corrects:
+            others = [last_sample, *histories[:corrector_order]]
+            if corrector_order == 3:
+                kind = ResultKind(kinds[1].strides, torch.float32)
+                older = histories[1].to(torch.float32), histories[2].to(torch.float32)
+                others[2:] = [take("sums", 3, *older, (), kind, None)[0]]
+            x, prediction = take("corrects", corrector_order, x, m, others, kinds[1], prediction_kind)
+            m = model_output if prediction is None else prediction
+            x_prev, _ = take(predictor, order, x, m, histories[: order - 1], kinds[0], None)
+        else:
+            x_prev, prediction = take(predictor, order, x, m, histories[: order - 1], kinds[0], prediction_kind)
+        self._remember(model_output if prediction is None else prediction)
+        self.timestep_list[:-1] = self.timestep_list[1:]
+        self.timestep_list[-1] = timestep
+        self.this_order, self.last_sample = order, x
+        return x_prev
+
+    def _last_order(self) -> int:
+        """Return the order of the step before, whose result is corrected."""
+        order = getattr(self, "this_order", None)
+        if type(order) is not int:
+            raise LeaveToOriginal(f"this_order must be an int, got {order!r:.80}")
+        return order
+
+    def step(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> Any:
+        """Take the original's ``step`` (Zhao et al. 2023, arXiv 2302.04867): the corrector in one
+        pass and the predictor in another."""
+        output = self._multistep(model_output, timestep, sample, return_dict, timestep)
+        if output is not None:
+            return output
+        return super().step(model_output, timestep, sample, return_dict)  # type: ignore[misc]  # the original
