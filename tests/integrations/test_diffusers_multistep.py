@@ -14,7 +14,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -28,8 +28,8 @@ from ddim_fast.gpu_lab.fake_cuda import fake_cuda
 from ddim_fast.integrations.diffusers import sigma_steps
 from ddim_fast.verify.truth.tolerances import allowed_error, assert_within, to_numpy
 
-DPM, EDM = DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler
-ORIGINALS = [DPM, EDM]
+DPM, EDM, UNIPC = DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler, UniPCMultistepScheduler
+ORIGINALS = [DPM, EDM, UNIPC]
 PAIRS = {original: getattr(drop_ins, f"Fast{original.__name__}") for original in ORIGINALS}
 SHAPE = (3, 2, 4, 4)
 DTYPES = [
@@ -94,10 +94,21 @@ edm_fields = st.fixed_dictionaries(
         "thresholding": st.sampled_from([False] * 7 + [True]),
     }
 )
+unipc_fields = st.fixed_dictionaries(
+    {
+        **beta_fields,
+        **{name: solver_fields[name] for name in ("solver_order", "lower_order_final", "final_sigmas_type")},
+        "prediction_type": st.sampled_from(["epsilon", "v_prediction", "sample", "flow_prediction"]),
+        "solver_type": st.sampled_from(["bh1", "bh2"]),
+        "predict_x0": st.sampled_from([True, True, True, False]),
+        "disable_corrector": st.sampled_from([[], [], [0, 1]]),
+    }
+)
 merged = functools.partial(st.builds, lambda *parts: {name: value for part in parts for name, value in part.items()})
 CONFIGS = {
     DPM: merged(dpm_fields, st.one_of(sigma_kinds, st.just({"use_lu_lambdas": True}))),
     EDM: edm_fields,
+    UNIPC: merged(unipc_fields, sigma_kinds),
 }
 
 
@@ -131,7 +142,8 @@ def level(scheduler, index):
 
 
 def integrates_noise(scheduler):
-    return getattr(scheduler.config, "algorithm_type", "") in ("dpmsolver", "sde-dpmsolver")
+    """Whether the original remembers eps, rather than x0."""
+    return not getattr(scheduler, "predict_x0", getattr(scheduler.config, "algorithm_type", "++").endswith("++"))
 
 
 def prediction(scheduler, index, x, m):
@@ -191,48 +203,101 @@ def dpm_update(scheduler, index, order, x, z, last, *earlier):
     return x_t + (sigma_t * np.sqrt(-np.expm1(-2 * h)) * z if sde else 0.0)
 
 
-def dpm_order(scheduler, taken):
-    """The order of the step after ``taken`` steps of this run."""
-    config, index, steps = scheduler.config, scheduler.step_index, len(scheduler.timesteps)
-    few = config.lower_order_final and steps < 15
-    order = min(config.solver_order, taken + 1, 3)
-    if index == steps - 1 and (config.euler_at_final or few or config.final_sigmas_type == "zero"):
+def order_of_step(scheduler, index, taken):
+    """The order of the step at this index, after ``taken`` steps of this run."""
+    config, left = scheduler.config, len(scheduler.timesteps) - index
+    order = min(config.solver_order, taken + 1)
+    if type(scheduler) is UNIPC:
+        return min(order, left) if config.lower_order_final else order
+    few = config.lower_order_final and len(scheduler.timesteps) < 15
+    if left == 1 and (config.euler_at_final or few or config.final_sigmas_type == "zero"):
         return 1
-    return min(order, 2) if index == steps - 2 and few else order
+    return min(order, 2) if left == 2 and few else order
 
 
-class Truth:
-    """A run in float64, with the inputs of each step that the original is given."""
+@np.errstate(all="ignore")
+def unipc_update(scheduler, start, end, order, corrects, x, *predictions):
+    """The original's predictor from ``start``, whose prediction is the first, or its corrector: then the first
+    is that at the end."""
+    (alpha_s, sigma_s, lambda_s), (alpha_t, sigma_t, lambda_t) = (level(scheduler, i) for i in (start, end))
+    h = lambda_t - lambda_s
+    at_end, *predictions = predictions if corrects else (None, *predictions)
+    hh = h if integrates_noise(scheduler) else -h
+    kept, scale = (alpha_t / alpha_s, sigma_t) if integrates_noise(scheduler) else (sigma_t / sigma_s, alpha_t)
+    rks = [(level(scheduler, start - i)[2] - lambda_s) / h for i in range(1, order)]
+    differences = [(value - predictions[0]) / rk for value, rk in zip(predictions[1:], rks, strict=True)]
+    if corrects:
+        rks, differences = [*rks, 1.0], [*differences, at_end - predictions[0]]
+    factor = hh if scheduler.config.solver_type == "bh1" else np.expm1(hh)
+    if len(rks) == 1:
+        rhos = [0.5]
+    else:
+        phi, b = np.expm1(hh) / hh - 1, []
+        for factorial, following in ((1, 2), (2, 6), (6, 24))[: len(rks)]:
+            b.append(phi * factorial / factor)
+            phi = phi / hh - 1 / following
+        rhos = np.linalg.solve(np.vander(rks, increasing=True).T, b) if np.isfinite([*rks, *b]).all() else [np.nan] * 3
+    x = kept * x - scale * np.expm1(hh) * predictions[0]
+    return x - (scale * factor * sum(rho * d for rho, d in zip(rhos, differences, strict=False)) if rks else 0.0)
+
+
+def linear(function, *pairs):
+    """(value, sum of the magnitudes of its terms, weights) of a linear function of (value, magnitude)s."""
+    one, no = np.ones(()), np.zeros(())
+    n = range(len(pairs))
+    weights = [abs(float(function(*(one if i == k else no for i in n)))) for k in n]
+    return (
+        function(*(value for value, _ in pairs)),
+        sum(weight * size for weight, (_, size) in zip(weights, pairs, strict=True)),
+        weights,
+    )
+
+
+def sized(tensor):
+    return to_numpy(tensor), np.abs(to_numpy(tensor))
+
+
+class Before:
+    """What an original remembers before a step, and the truth of the step."""
 
     def __init__(self, scheduler):
-        self.scheduler = scheduler
-        self.predictions = []  # (value, its terms), the last one first
+        self.scheduler, self.order = scheduler, getattr(scheduler, "this_order", None)
+        self.outputs = [sized(value) for value in reversed(scheduler.model_outputs) if value is not None]
+        self.last_sample = getattr(scheduler, "last_sample", None)
 
-    def step(self, index, order, x, m, z, eps):
-        """Return (exact, terms, what the rounding of histories may cost) of x_prev."""
-        one, no = np.ones(()), np.zeros(())
-        weights = [abs(float(prediction(self.scheduler, index, *pair))) for pair in ((one, no), (no, one))]
-        value = prediction(self.scheduler, index, x, m)
-        self.predictions.insert(0, (value, weights[0] * np.abs(x) + weights[1] * np.abs(m)))
-        used = self.predictions[:order]
+    def truth(self, index, order, x, m, z):
+        """By name: (value, terms, what the rounding of other results may cost, in their eps)."""
+        scheduler = self.scheduler
+        predicted, size, _ = linear(lambda x, m: prediction(scheduler, index, x, m), sized(x), sized(m))
+        found = {"prediction": (predicted, size, 0.0)}
+        used = [(predicted, size), *self.outputs]
+        if type(scheduler) is not UNIPC:
+            value, terms, _ = linear(
+                lambda x, z, *values: dpm_update(scheduler, index, order, x, z, *values),
+                sized(x), (z, np.abs(z)), *used[:order],
+            )  # fmt: skip
+            return found | {"prev_sample": (value, terms, 0.0)}
+        sample, cost = sized(x), 0.0
+        corrected = index > 0 and index - 1 not in scheduler.disable_corrector and self.last_sample is not None
+        if corrected:
+            sample = *_, weights = linear(
+                lambda *values: unipc_update(scheduler, index - 1, index, self.order, True, *values),
+                sized(self.last_sample), *used[: self.order + 1],
+            )  # fmt: skip
+            found["last_sample"] = (*sample[:2], 0.0)
+        value, terms, weights = linear(
+            lambda *values: unipc_update(scheduler, index, index + 1, order, False, *values), sample[:2], *used[:order]
+        )
+        if corrected:  # the predictor reads the results of the corrector
+            cost = weights[0] * np.abs(sample[0]) + weights[1] * np.abs(predicted)
+        return found | {"prev_sample": (value, terms, cost)}
 
-        def update(x, z, *values):
-            return dpm_update(self.scheduler, index, order, x, z, *values)
 
-        exact = update(x, z, *(value for value, _ in used))
-        unit = [[one if i == k else no for i in range(2 + order)] for k in range(2 + order)]
-        size = [abs(float(update(*values))) for values in unit]
-        terms = size[0] * np.abs(x) + size[1] * np.abs(z)
-        terms = terms + sum(s * of for s, (_, of) in zip(size[2:], used, strict=True))
-        rounding = sum((s * eps / 2 * np.abs(v) for s, (v, _) in zip(size[3:], used[1:], strict=True)), no)
-        return exact, terms, rounding
-
-
-def close(values, original_values, exact, terms, rounding=0.0):
+def close(values, original_values, exact, terms, cost):
     """Compare a result with float64, and the original's with it."""
     assert (values.dtype, values.shape) == (original_values.dtype, original_values.shape)
     assert values.stride() == original_values.stride()
-    allowed = allowed_error(values.dtype, terms) + rounding
+    allowed = allowed_error(values.dtype, terms) + cost * torch.finfo(values.dtype).eps / 2
     assert_within(values, exact, allowed)
     worst, originals = (float(np.abs(to_numpy(v) - exact).max()) for v in (values, original_values))
     assert not worst > originals + float(allowed.max()) + half_unit(values, exact)
@@ -260,6 +325,9 @@ def left_to_the_original(scheduler, x, m):
     """Whether no step of this config, or with these dtypes, has a fused form."""
     config = scheduler.config
     of_flow, kind = getattr(config, "use_flow_sigmas", False), config.prediction_type
+    is_output = kind == ("epsilon" if integrates_noise(scheduler) else "sample")
+    if type(scheduler) is UNIPC and x.dtype != m.dtype and (is_output or x.dtype != torch.float32):
+        return True
     return (
         config.thresholding
         or getattr(config, "variance_type", None) is not None
@@ -272,7 +340,7 @@ def left_to_the_original(scheduler, x, m):
 # --- Steps ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("examples", [80, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [50, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("original", ORIGINALS)
 def test_steps_are_the_originals_and_never_further_from_float64(original, examples):
     takes_noise = "generator" in inspect.signature(original.step).parameters
@@ -290,7 +358,9 @@ def test_steps_are_the_originals_and_never_further_from_float64(original, exampl
         seed=st.integers(0, 1000),
     )
     def check(config, steps, place, begin, dtypes, noise, return_dict, scale, seed):
-        found = [outcome(lambda k=k: ready(k, known_fields(original, config), steps)) for k in (original, PAIRS[original])]
+        found = [
+            outcome(lambda k=k: ready(k, known_fields(original, config), steps)) for k in (original, PAIRS[original])
+        ]
         if found[0][1] is not None:
             return same_error(found[0][1], found[1][1])
         schedulers = [scheduler for scheduler, _ in found]
@@ -303,7 +373,7 @@ def test_steps_are_the_originals_and_never_further_from_float64(original, exampl
         rng = np.random.default_rng(seed)
         x = torch.from_numpy(rng.standard_normal(SHAPE) * scale).to(dtypes[0])
         states = [noise_of("global" if noise == "given" else noise, seed) for _ in schedulers]
-        truth, given = Truth(schedulers[0]), {}
+        given = {}
         for taken, t in enumerate(schedulers[0].timesteps[first : first + 5]):
             m = torch.from_numpy(rng.standard_normal(SHAPE)).to(dtypes[1])
             torch.manual_seed(seed)
@@ -311,7 +381,7 @@ def test_steps_are_the_originals_and_never_further_from_float64(original, exampl
             if noise == "given" and "variance_noise" in inspect.signature(original.step).parameters:
                 given = {"variance_noise": torch.from_numpy(rng.standard_normal(SHAPE)).to(dtypes[1])}
                 z = to_numpy(given["variance_noise"].float())
-            results, streams = [], []
+            results, streams, before_step = [], [], Before(schedulers[0])
             for scheduler, (generator, generators) in zip(schedulers, states, strict=True):
                 torch.manual_seed(seed)
                 before = x.clone(), m.clone()
@@ -340,21 +410,26 @@ def test_steps_are_the_originals_and_never_further_from_float64(original, exampl
             remembered = [scheduler.model_outputs for scheduler in schedulers]
             assert [value is None for value in remembered[1]] == [value is None for value in remembered[0]]
             assert (remembered[1][-1] is m) == (remembered[0][-1] is m)
+            index, results = schedulers[0].step_index - 1, [
+                {"prev_sample": x_prev, "prediction": s.model_outputs[-1], "last_sample": getattr(s, "last_sample", None)}
+                for s, x_prev in zip(schedulers, (expected, got), strict=True)
+            ]  # fmt: skip
+            assert (results[1]["last_sample"] is x) == (results[0]["last_sample"] is x)
             if left_to_the_original(schedulers[0], x, m):
                 torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
             elif not all(bool(value.isfinite().all()) for value in (expected, remembered[0][-1])):
                 return None
             else:
-                schedulers[0]._step_index -= 1
-                index, order = schedulers[0].step_index, dpm_order(schedulers[0], taken)
-                eps = torch.finfo(remembered[0][-1].dtype).eps
-                exact, terms, rounding = truth.step(index, order, to_numpy(x), to_numpy(m), z, eps)
-                schedulers[0]._step_index += 1
-                if not np.isfinite(exact).all():  # a step of the SDE form, towards more noise by a rounding error
+                exact = before_step.truth(index, order_of_step(schedulers[0], index, taken), x, m, z)
+                if not np.isfinite(exact["prev_sample"][0]).all():  # a step of the SDE form towards more noise
                     assert torch.equal(got, expected)
                     return None
-                close(got, expected, exact, terms, rounding)
-                close(remembered[1][-1], remembered[0][-1], *truth.predictions[0])
+                for name, truth in exact.items():
+                    close(results[1][name], results[0][name], *truth)
+            # From here on both remember the same.
+            schedulers[1].model_outputs[:] = schedulers[0].model_outputs
+            if results[0]["last_sample"] is not None:
+                schedulers[1].last_sample = schedulers[0].last_sample
             x = expected
         return None
 
@@ -369,6 +444,10 @@ SOLVERS = {
         if (algorithm, order) != ("sde-dpmsolver", 3)
     ],
     EDM: [{"solver_order": 2, "algorithm_type": "sde-dpmsolver++"}, {"solver_order": 3}],
+    UNIPC: [
+        {"solver_order": order, "predict_x0": order != 1, "solver_type": "bh1" if order == 3 else "bh2", **final}
+        for order, final in ((1, {"final_sigmas_type": "sigma_min"}), (2, {}), (3, {"final_sigmas_type": "sigma_min"}))
+    ],
 }
 ALL_SOLVERS = [(original, config) for original in ORIGINALS for config in SOLVERS[original]]
 X = torch.linspace(-1, 1, 96).reshape(SHAPE)
@@ -648,7 +727,9 @@ def test_on_a_device_no_step_waits(original, config, dtype):
     fast = ready(PAIRS[original], config, 6)
     values = fast.timesteps.tolist()
     run(fast)
-    launches = 6
+    # Of UniPC: in float32, or with three predictions, what the corrector recalls is a pass of its own.
+    more = {1: 10, 2: 10, 3: 10} if dtype == torch.float32 else {1: 5, 2: 5, 3: 7}
+    launches = 6 + (more[config["solver_order"]] if original is UNIPC else 0)
     with fake_cuda() as device:
         moved = fast.timesteps.to("cuda")
         fast.timesteps = moved
@@ -669,29 +750,35 @@ def test_on_a_device_no_step_waits(original, config, dtype):
 
 
 @pytest.mark.parametrize(("original", "config"), ALL_SOLVERS)
-def test_a_compiled_step_and_its_derivative(original, config):
+def test_the_derivative_of_a_run(original, config):
     results = []
     for kind in (original, PAIRS[original]):
         scheduler = ready(kind, config)
         before = run(scheduler, steps=3)[-1]
-        state = copy.deepcopy(scheduler)
 
-        def steps(m, x=before, state=state):
-            scheduler = copy.copy(state)
-            scheduler.model_outputs = list(state.model_outputs)
-            for t in scheduler.timesteps[3:6]:
-                x = scheduler.step(m * x, t, x, return_dict=False)[0]
+        def steps(m, x=before, scheduler=scheduler):
+            twin = copy.deepcopy(scheduler)
+            torch.manual_seed(0)
+            for t in twin.timesteps[3:6]:
+                x = twin.step(m * x, t, x, return_dict=False)[0]
             return x
 
-        torch.manual_seed(0)
         m = X.sin().requires_grad_()
         (gradient,) = torch.autograd.grad(steps(m).square().sum(), m)
-        torch.manual_seed(0)
         results.append([gradient, torch.func.grad(lambda m: steps(m).square().sum())(X.sin())])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
-        def step(m, scheduler=scheduler, x=before):
-            return scheduler.step(m, scheduler.timesteps[3], x, return_dict=False)[0]
 
+@pytest.mark.parametrize(("original", "config"), [(kind, SOLVERS[kind][1]) for kind in ORIGINALS])
+def test_a_compiled_step(original, config):
+    results = []
+    for kind in (original, PAIRS[original]):
+        scheduler = ready(kind, config)
+        x = run(scheduler, steps=3)[-1]
+        step = torch.compile(
+            lambda m, s=scheduler, x=x: s.step(m, s.timesteps[3], x, return_dict=False)[0], backend="eager"
+        )
         torch.manual_seed(0)
-        results[-1].append(torch.compile(step, backend="eager")(X.sin()))
+        results.append(step(X.sin()))
+        assert scheduler.step_index == 4
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)

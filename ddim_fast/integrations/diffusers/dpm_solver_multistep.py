@@ -14,7 +14,14 @@ from ...kernels.contract import StepCoefficients
 from ..original_results import kinds_of_results
 from .arguments import LeaveToOriginal
 from .multistep_rows import MultistepRows, dpm_solver_row, edm_dpm_solver_row
-from .multistep_steps import MultistepSteps, check_histories, fused, originals_forms, originals_prediction, sigmas_of_order
+from .multistep_steps import (
+    MultistepSteps,
+    check_histories,
+    fused,
+    originals_forms,
+    originals_prediction,
+    sigmas_of_order,
+)
 from .sigma_steps import coefficient, set_timesteps_on_host
 
 _FEW_STEPS = 15

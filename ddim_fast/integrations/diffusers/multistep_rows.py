@@ -167,12 +167,13 @@ def unipc_row(
     solver_type: str,
     of_flow: bool,
 ) -> StepCoefficients:
-    """Return the row of a part of a step of UniPC, as a step reads it: see ``read_first``.
+    """Return the row of a part of a step of UniPC, with its tensors as a step reads them.
 
     Args:
-        part: "predicts", from x_t and the model's output; "corrects", the sample, from both, the
-            sample before as its noise, and predictions as its histories; "sums" the two oldest of
-            three such predictions, which are then one of them; "goes on", the predictor from the
+        part: "predicts", x_prev from x_t and the model's output, whatever was before; "corrects", the
+            sample from these, the sample before as the noise, and one or two predictions as
+            histories; the same in two passes: "recalls" what was before, from the sample before and
+            up to three predictions, and "adds" it, as the noise; "goes on", the predictor from the
             corrected sample and the prediction.
         sigmas: of the predictor or corrector: where it leads, where it starts, and where the steps
             before it started, the last one first.
@@ -180,18 +181,32 @@ def unipc_row(
         prediction_type, predicts_noise, solver_type: diffusers'.
         of_flow: see ``level_of_sigma``.
     """
-    levels, at_t = [level_of_sigma(value, of_flow) for value in sigmas], level_of_sigma(sigma, of_flow)
-    corrects = part in ("corrects", "sums")
+    levels = [level_of_sigma(value, of_flow) for value in sigmas]
+    corrects = part in UNIPC_CORRECTOR
     kept, weights = unipc_weights(levels, corrects=corrects, predicts_noise=predicts_noise, solver_type=solver_type)
-    if part == "sums":
-        return StepCoefficients(0, 1, 1, 0, 0, prev_x0=weights[3], prev_eps=weights[2], prev_noise=0)
     newest, *others = weights
-    if part == "goes on":
-        row = StepCoefficients(0, 1, 1, 0, 0, newest, kept, 0)
-    else:
-        prediction = prediction_at_level(at_t, prediction_type, of_flow)
-        predicted = (prediction.eps_x, prediction.eps_m) if predicts_noise else (prediction.x0_x, prediction.x0_m)
-        row = StepCoefficients(*predicted, 1, 0, 0, newest, 0 if corrects else kept, 0)
-    others = [kept, *others] if corrects else others
-    others = [*others[:2], 1.0] if len(others) > 3 else [*others, 0.0, 0.0, 0.0]
-    return replace(row, prev_noise=others[0], prev_history=others[1], prev_history_2=others[2])
+    if part == "recalls":
+        others = [*others, 0.0, 0.0]
+        return StepCoefficients(0, 1, 1, 0, 0, others[0], kept, prev_noise=others[1], prev_history=others[2])
+    x0_x, x0_m = 0.0, 1.0
+    if part != "goes on":
+        prediction = prediction_at_level(level_of_sigma(sigma, of_flow), prediction_type, of_flow)
+        x0_x, x0_m = prediction[2:] if predicts_noise else prediction[:2]
+    others = {"adds": [1.0], "corrects": [kept, *others]}.get(part, others)
+    others = [*others, 0.0, 0.0, 0.0]
+    return StepCoefficients(
+        x0_x,
+        x0_m,
+        1,
+        0,
+        0,
+        newest,
+        0 if corrects else kept,
+        others[0],
+        prev_history=others[1],
+        prev_history_2=others[2],
+    )
+
+
+UNIPC_CORRECTOR = ("corrects", "recalls", "adds")
+"""The parts of a step of UniPC that belong to the corrector."""

@@ -13,8 +13,15 @@ from torch import Tensor
 from ...kernels.contract import StepCoefficients
 from ..original_results import ResultKind, kinds_of_results
 from .arguments import LeaveToOriginal
-from .multistep_rows import MultistepRows, unipc_row
-from .multistep_steps import MultistepSteps, check_histories, fused, originals_forms, originals_prediction, sigmas_of_order
+from .multistep_rows import UNIPC_CORRECTOR, MultistepRows, unipc_row
+from .multistep_steps import (
+    MultistepSteps,
+    check_histories,
+    fused,
+    originals_forms,
+    originals_prediction,
+    sigmas_of_order,
+)
 from .sigma_steps import coefficient, set_timesteps_on_host
 
 _LARGEST_ORDER = 3
@@ -45,7 +52,7 @@ def _originals_results(
 
 
 class FastUniPCMultistepScheduler(MultistepSteps, UniPCMultistepScheduler):
-    """``diffusers.UniPCMultistepScheduler`` with its update in two passes.
+    """``diffusers.UniPCMultistepScheduler`` with its update in two or three passes.
 
     docs/drop_ins/diffusers.md lists every difference. The arguments are the original's.
     """
@@ -62,7 +69,7 @@ class FastUniPCMultistepScheduler(MultistepSteps, UniPCMultistepScheduler):
 
     def _row_at(self, sigmas: list[float], index: int, *options: Any) -> StepCoefficients:
         part, order, predicts_noise = options
-        config, corrects = self.config, part in ("corrects", "sums")
+        config, corrects = self.config, part in UNIPC_CORRECTOR
         try:
             return unipc_row(
                 part,
@@ -112,28 +119,26 @@ class FastUniPCMultistepScheduler(MultistepSteps, UniPCMultistepScheduler):
             corrector_order=corrector_order,
         )
         prediction_kind = None if form == "m" else kinds[2]
-        # Every row before anything is written: that a step has none is found out first.
-        predictor = "goes on" if corrects else "predicts"
-        parts = [(predictor, order)]
-        if corrects:
-            parts += [("corrects", corrector_order)] + [("sums", 3)] * (corrector_order == 3)
-        found = {part: rows.row(index, part, of_order, noise) for part, of_order in parts}
+        # What was before in a pass of its own saves copies; in half precision it would be rounded once more.
+        apart = sample.dtype is torch.float32 or corrector_order == _LARGEST_ORDER
+        parts = ["goes on", *(["recalls", "adds"] if apart else ["corrects"])] if corrects else ["predicts"]
+        orders = {part: corrector_order if part in UNIPC_CORRECTOR else order for part in parts}
+        found = {part: rows.row(index, part, orders[part], noise) for part in parts}  # all, before a step is taken
 
-        def take(part: str, of_order: int, *args: Any) -> tuple[Tensor, Tensor | None]:
-            return fused(found[part], partial(rows.table, sample.device, part, of_order, noise), index, *args)
+        def take(part: str, *args: Any) -> tuple[Tensor, Tensor | None]:
+            return fused(found[part], partial(rows.table, sample.device, part, orders[part], noise), index, *args)
 
-        x, m, prediction = sample, model_output, None
-        if corrects:
-            others = [last_sample, *histories[:corrector_order]]
-            if corrector_order == 3:
-                kind = ResultKind(kinds[1].strides, torch.float32)
-                older = histories[1].to(torch.float32), histories[2].to(torch.float32)
-                others[2:] = [take("sums", 3, *older, (), kind, None)[0]]
-            x, prediction = take("corrects", corrector_order, x, m, others, kinds[1], prediction_kind)
-            m = model_output if prediction is None else prediction
-            x_prev, _ = take(predictor, order, x, m, histories[: order - 1], kinds[0], None)
+        if not corrects:
+            x = sample
+            x_prev, prediction = take("predicts", x, model_output, histories[: order - 1], kinds[0], prediction_kind)
         else:
-            x_prev, prediction = take(predictor, order, x, m, histories[: order - 1], kinds[0], prediction_kind)
+            others = [last_sample, *histories[:corrector_order]]
+            if apart:
+                kind = ResultKind(kinds[1].strides, torch.float32)
+                others = [take("recalls", *others[:2], others[2:], kind, None)[0]]
+            x, prediction = take(parts[-1], sample, model_output, others, kinds[1], prediction_kind)
+            m = model_output if prediction is None else prediction
+            x_prev, _ = take("goes on", x, m, histories[: order - 1], kinds[0], None)
         self._remember(model_output if prediction is None else prediction)
         self.timestep_list[:-1] = self.timestep_list[1:]
         self.timestep_list[-1] = timestep
@@ -147,11 +152,9 @@ class FastUniPCMultistepScheduler(MultistepSteps, UniPCMultistepScheduler):
             raise LeaveToOriginal(f"this_order must be an int, got {order!r:.80}")
         return order
 
-    def step(
-        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
-    ) -> Any:
+    def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
         """Take the original's ``step`` (Zhao et al. 2023, arXiv 2302.04867): the corrector in one
-        pass and the predictor in another."""
+        or two passes and the predictor in another."""
         output = self._multistep(model_output, timestep, sample, return_dict, timestep)
         if output is not None:
             return output
