@@ -1,4 +1,4 @@
-"""Real pipelines of diffusers with flow matching and Euler's steps, small, with random weights."""
+"""Real pipelines of diffusers with flow matching, Euler's and multistep steps, small, with random weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -19,8 +21,12 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from PIL import Image
 
@@ -62,8 +68,7 @@ def stable_diffusion_3(kind=StableDiffusion3Pipeline):
 
 def image_to_image():
     pipeline, arguments = stable_diffusion_3(StableDiffusion3Img2ImgPipeline)
-    values = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
-    return pipeline, {**arguments, "image": Image.fromarray(values), "strength": 0.6}
+    return pipeline, {**arguments, "image": picture(), "strength": 0.6}
 
 
 def flux():
@@ -82,7 +87,7 @@ def flux():
     }
 
 
-def stable_diffusion_xl(scheduler=EulerDiscreteScheduler, **config):
+def stable_diffusion_xl(scheduler=EulerDiscreteScheduler, kind=StableDiffusionXLPipeline, **config):
     unet = UNet2DConditionModel(
         block_out_channels=(8, 16), layers_per_block=1, sample_size=8, norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -90,7 +95,7 @@ def stable_diffusion_xl(scheduler=EulerDiscreteScheduler, **config):
         transformer_layers_per_block=(1, 1), projection_class_embeddings_input_dim=64,
     )  # fmt: skip
     pipeline = made(
-        StableDiffusionXLPipeline,
+        kind,
         **NOTHING,
         unet=unet,
         vae=AutoencoderKL(**VAE, latent_channels=4),
@@ -117,7 +122,54 @@ def edm():
     return stable_diffusion_xl(EDMEulerScheduler)
 
 
-PIPELINES = [stable_diffusion_3, image_to_image, flux, stable_diffusion_xl, euler_leading_karras, ancestral, edm]
+def picture():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+
+
+def dpm_solver_karras():
+    return stable_diffusion_xl(DPMSolverMultistepScheduler, beta_schedule="scaled_linear", use_karras_sigmas=True)
+
+
+def sde_dpm_solver_image_to_image():
+    config = {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
+    pipeline, arguments = stable_diffusion_xl(DPMSolverMultistepScheduler, StableDiffusionXLImg2ImgPipeline, **config)
+    arguments = {name: value for name, value in arguments.items() if name not in ("height", "width")}
+    return pipeline, {**arguments, "image": picture(), "strength": 0.9}
+
+
+def edm_dpm_solver():
+    return stable_diffusion_xl(EDMDPMSolverMultistepScheduler)
+
+
+def unipc():
+    return stable_diffusion_xl(UniPCMultistepScheduler)
+
+
+def wan():
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=32,
+    )  # fmt: skip
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    parts = {**NOTHING, "vae": None, "transformer": transformer, "scheduler": scheduler}
+    embeds = {name: torch.randn(1, 5, 16) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    return made(WanPipeline, **parts), {**embeds, "height": 32, "width": 32, "num_frames": 5, "output_type": "latent"}
+
+
+PIPELINES = [
+    stable_diffusion_3,
+    image_to_image,
+    flux,
+    stable_diffusion_xl,
+    euler_leading_karras,
+    ancestral,
+    edm,
+    dpm_solver_karras,
+    sde_dpm_solver_image_to_image,
+    edm_dpm_solver,
+    unipc,
+    wan,
+]
 
 
 @pytest.mark.parametrize("build", PIPELINES)
@@ -132,7 +184,8 @@ def test_the_same_pictures(build):
             if prefix:
                 pipeline.scheduler = getattr(drop_ins, name).from_config(pipeline.scheduler.config)
             generator = torch.Generator().manual_seed(3)
-            pictures.append(pipeline(**arguments, generator=generator, num_inference_steps=6, output_type="np").images)
+            options = {"output_type": "np", **arguments}
+            pictures.append(np.asarray(pipeline(**options, generator=generator, num_inference_steps=6)[0]))
         assert type(pipeline.scheduler).__name__ == name
     assert np.ptp(pictures[0]) > 0.05, "these pictures must show something"
     assert np.abs(pictures[1] - pictures[0]).max() <= 1 / 255
