@@ -15,6 +15,8 @@ from diffusers import (
     CogVideoXDDIMScheduler,
     DDIMPipeline,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -22,6 +24,7 @@ from diffusers import (
     LCMScheduler,
     TCDScheduler,
     UNet2DModel,
+    UniPCMultistepScheduler,
 )
 
 import ddim_fast.integrations.diffusers as drop_ins
@@ -34,10 +37,23 @@ CONFIGS = {
     "eta 1": ({"clip_sample": False}, 1.0),
 }
 LATENT_SHAPES = {"1x4x64x64": (1, 4, 64, 64), "1x16x128x128": (1, 16, 128, 128)}
-OTHERS = [
-    FlowMatchEulerDiscreteScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, EDMEulerScheduler,
-    LCMScheduler, TCDScheduler, CogVideoXDDIMScheduler,
-]  # fmt: skip
+OTHERS = {
+    kind.__name__: (kind, {})
+    for kind in (
+        FlowMatchEulerDiscreteScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, EDMEulerScheduler,
+        LCMScheduler, TCDScheduler, CogVideoXDDIMScheduler, DPMSolverMultistepScheduler,
+        EDMDPMSolverMultistepScheduler, UniPCMultistepScheduler,
+    )
+} | {
+    f"{kind.__name__}, {name}": (kind, config)
+    for kind, name, config in (
+        (DPMSolverMultistepScheduler, "order 1", {"solver_order": 1}),
+        (DPMSolverMultistepScheduler, "order 3", {"solver_order": 3}),
+        (DPMSolverMultistepScheduler, "SDE", {"algorithm_type": "sde-dpmsolver++"}),
+        (UniPCMultistepScheduler, "order 3", {"solver_order": 3}),
+    )
+}  # fmt: skip
+"""By name: the original, and its config."""
 SCHEDULERS = {"diffusers": DDIMScheduler, "ours": FastDDIMScheduler}
 
 
@@ -93,17 +109,26 @@ def test_step_of_the_drop_in(measure, benchmark, show, shape, config, return_dic
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", LATENT_SHAPES)
-@pytest.mark.parametrize("kind", OTHERS, ids=lambda kind: kind.__name__)
-def test_step_of_another_drop_in(measure, benchmark, show, kind, shape, dtype):
+@pytest.mark.parametrize("other", OTHERS)
+def test_step_of_another_drop_in(measure, benchmark, show, other, shape, dtype):
+    kind, config = OTHERS[other]
     torch.manual_seed(0)
     x, m = (torch.randn(LATENT_SHAPES[shape]).to(dtype) for _ in range(2))
     contenders = {}
-    for name, scheduler in {"diffusers": kind(), "ours": getattr(drop_ins, f"Fast{kind.__name__}")()}.items():
+    for name, scheduler in {
+        "diffusers": kind(**config),
+        "ours": getattr(drop_ins, f"Fast{kind.__name__}")(**config),
+    }.items():
         scheduler.set_timesteps(50)
         scheduler.is_scale_input_called = True
 
-        def step(scheduler=scheduler, t=scheduler.timesteps[25]):
-            scheduler._step_index = 25
+        for t in scheduler.timesteps[22:25]:  # what a multistep scheduler remembers
+            scheduler.step(m, t, x)
+
+        outputs, last_sample = getattr(scheduler, "model_outputs", []), getattr(scheduler, "last_sample", None)
+
+        def step(scheduler=scheduler, t=scheduler.timesteps[25], outputs=tuple(outputs), last_sample=last_sample):
+            scheduler._step_index, scheduler.model_outputs, scheduler.last_sample = 25, list(outputs), last_sample
             return scheduler.step(m, t, x, return_dict=False)
 
         contenders[name] = step
@@ -117,7 +142,7 @@ def test_step_of_another_drop_in(measure, benchmark, show, kind, shape, dtype):
         torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
     result = measure("drop-ins", contenders, check, baseline="ours")
-    of_dtype = f"{kind.__name__}, {str(dtype).removeprefix('torch.')}"
+    of_dtype = f"{other}, {str(dtype).removeprefix('torch.')}"
     benchmark.extra_info.update(shape=shape, step=of_dtype, returns="tuple")
     show(
         "a step of diffusers, and of the drop-in",

@@ -322,7 +322,7 @@ def _orders(found: dict) -> str:
     for row in found["solvers"]:
         order = math.log2(row["errors"][-2] / row["errors"][-1])
         name = f"{row['order']}, as derived" if row["derived"] else row["order"]
-        errors = (f"{error:.1e}" for error in row["errors"])
+        errors = (f"{error:.2e}" for error in row["errors"])
         lines.append(_row(f"`{row['algorithm']}`", name, *errors, f"{order:.2f}"))
     return (
         f"`DPMSolverMultistepScheduler` of diffusers {found['version']} with `solver_order=3` converges with order 2, and "

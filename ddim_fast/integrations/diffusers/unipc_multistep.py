@@ -84,30 +84,14 @@ class FastUniPCMultistepScheduler(MultistepSteps, UniPCMultistepScheduler):
             raise LeaveToOriginal(str(error)) from None
 
     def _take(self, rows: MultistepRows, model_output: Tensor, sample: Tensor, *options: Any) -> Tensor:
-        config, index, (timestep,) = self.config, self._step_index, options
-        assert index is not None  # found before
-        noise = not self.predict_x0
-        form = originals_forms(noise).get(config.prediction_type)
-        if form is None or config.thresholding or self.solver_p is not None or sample.ndim < 2:
+        index, (timestep,), noise = self._step_index, options, not self.predict_x0
+        form = originals_forms(noise).get(self.config.prediction_type)
+        if form is None or self.config.thresholding or self.solver_p is not None or sample.ndim < 2:
             raise LeaveToOriginal("thresholding, solver_p and samples without channels have no fused form")
-        order = min(
-            config.solver_order,
-            len(self.timesteps) - index if config.lower_order_final else config.solver_order,
-            self.lower_order_nums + 1,
-        )
-        corrects = index > 0 and index - 1 not in self.disable_corrector and self.last_sample is not None
-        corrector_order = self._last_order() if corrects else 0
-        if not 1 <= order <= _LARGEST_ORDER or not 0 <= corrector_order <= _LARGEST_ORDER:
-            raise LeaveToOriginal(f"a step must be of order 1 to {_LARGEST_ORDER}, got {order}")
-        last_sample = self.last_sample if corrects else None
+        order, corrector_order = self._orders(index)
         histories = self._histories(max(order - 1, corrector_order), sample)
-        check_histories([] if last_sample is None else [last_sample], sample)
-        remembered = {sample.dtype, *(value.dtype for value in histories if value is not None)}
-        if last_sample is not None:
-            remembered.add(last_sample.dtype)
-        mixed = model_output.dtype is not sample.dtype and (sample.dtype is not torch.float32 or form == "m")
-        if len(remembered) > 1 or mixed:
-            raise LeaveToOriginal("what a step remembers must be of one dtype, that of the sample")
+        last_sample = self.last_sample if corrector_order else None
+        _check_dtypes(sample, model_output, [*histories, *([] if last_sample is None else [last_sample])], form)
         kinds = kinds_of_results(
             _originals_results,
             sample,
@@ -121,36 +105,43 @@ class FastUniPCMultistepScheduler(MultistepSteps, UniPCMultistepScheduler):
         prediction_kind = None if form == "m" else kinds[2]
         # What was before in a pass of its own saves copies; in half precision it would be rounded once more.
         apart = sample.dtype is torch.float32 or corrector_order == _LARGEST_ORDER
-        parts = ["goes on", *(["recalls", "adds"] if apart else ["corrects"])] if corrects else ["predicts"]
+        parts = ["predicts"]
+        if corrector_order:
+            parts = [*(["recalls", "adds"] if apart else ["corrects"]), "goes on"]
         orders = {part: corrector_order if part in UNIPC_CORRECTOR else order for part in parts}
         found = {part: rows.row(index, part, orders[part], noise) for part in parts}  # all, before a step is taken
 
         def take(part: str, *args: Any) -> tuple[Tensor, Tensor | None]:
             return fused(found[part], partial(rows.table, sample.device, part, orders[part], noise), index, *args)
 
-        if not corrects:
-            x = sample
-            x_prev, prediction = take("predicts", x, model_output, histories[: order - 1], kinds[0], prediction_kind)
-        else:
+        if corrector_order:
             others = [last_sample, *histories[:corrector_order]]
             if apart:
                 kind = ResultKind(kinds[1].strides, torch.float32)
                 others = [take("recalls", *others[:2], others[2:], kind, None)[0]]
-            x, prediction = take(parts[-1], sample, model_output, others, kinds[1], prediction_kind)
+            x, prediction = take(parts[-2], sample, model_output, others, kinds[1], prediction_kind)
             m = model_output if prediction is None else prediction
             x_prev, _ = take("goes on", x, m, histories[: order - 1], kinds[0], None)
+        else:
+            x = sample
+            x_prev, prediction = take("predicts", x, model_output, histories[: order - 1], kinds[0], prediction_kind)
         self._remember(model_output if prediction is None else prediction)
         self.timestep_list[:-1] = self.timestep_list[1:]
         self.timestep_list[-1] = timestep
         self.this_order, self.last_sample = order, x
         return x_prev
 
-    def _last_order(self) -> int:
-        """Return the order of the step before, whose result is corrected."""
-        order = getattr(self, "this_order", None)
-        if type(order) is not int:
-            raise LeaveToOriginal(f"this_order must be an int, got {order!r:.80}")
-        return order
+    def _orders(self, index: Any) -> tuple[int, int]:
+        """Return the order of the next step, and of its corrector, as the original chooses them: 0
+        for no corrector."""
+        config = self.config
+        left = len(self.timesteps) - index if config.lower_order_final else config.solver_order
+        order, last_order = min(config.solver_order, left, self.lower_order_nums + 1), 0
+        if index > 0 and index - 1 not in self.disable_corrector and self.last_sample is not None:
+            last_order = getattr(self, "this_order", None) or -1
+        if not 1 <= order <= _LARGEST_ORDER or not 0 <= last_order <= _LARGEST_ORDER:
+            raise LeaveToOriginal(f"a step must be of order 1 to {_LARGEST_ORDER}, got {order} after {last_order}")
+        return order, last_order
 
     def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
         """Take the original's ``step`` (Zhao et al. 2023, arXiv 2302.04867): the corrector in one
@@ -159,3 +150,11 @@ class FastUniPCMultistepScheduler(MultistepSteps, UniPCMultistepScheduler):
         if output is not None:
             return output
         return super().step(model_output, timestep, sample, return_dict)  # type: ignore[misc]  # the original
+
+
+def _check_dtypes(sample: Tensor, model_output: Tensor, remembered: list[Tensor], form: str) -> None:
+    """Leave a step to the original unless all has one dtype, or the model's output alone fewer digits."""
+    check_histories(remembered, sample)
+    mixed = model_output.dtype is not sample.dtype and (sample.dtype is not torch.float32 or form == "m")
+    if mixed or any(tensor.dtype is not sample.dtype for tensor in remembered):
+        raise LeaveToOriginal(f"what a step remembers must be of the dtype of the sample, {sample.dtype}")
