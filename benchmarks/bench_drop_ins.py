@@ -18,6 +18,8 @@ from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
     DDPMWuerstchenScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -27,6 +29,7 @@ from diffusers import (
     TCDScheduler,
     UnCLIPScheduler,
     UNet2DModel,
+    UniPCMultistepScheduler,
 )
 
 import ddim_fast.integrations.diffusers as drop_ins
@@ -39,13 +42,26 @@ CONFIGS = {
     "eta 1": ({"clip_sample": False}, 1.0),
 }
 LATENT_SHAPES = {"1x4x64x64": (1, 4, 64, 64), "1x16x128x128": (1, 16, 128, 128)}
-OTHERS = [
-    FlowMatchEulerDiscreteScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, EDMEulerScheduler,
-    LCMScheduler, TCDScheduler, CogVideoXDDIMScheduler,
-    DDPMWuerstchenScheduler, UnCLIPScheduler, CogVideoXDPMScheduler, HeunDiscreteScheduler,
-    *(getattr(diffusers, name) for name in ("LTXEulerAncestralRFScheduler", "FlowMapEulerDiscreteScheduler")
-      if hasattr(diffusers, name)),
-]  # fmt: skip
+OTHERS = {
+    kind.__name__: (kind, {})
+    for kind in (
+        FlowMatchEulerDiscreteScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, EDMEulerScheduler,
+        LCMScheduler, TCDScheduler, CogVideoXDDIMScheduler, DPMSolverMultistepScheduler,
+        EDMDPMSolverMultistepScheduler, UniPCMultistepScheduler,
+        DDPMWuerstchenScheduler, UnCLIPScheduler, CogVideoXDPMScheduler, HeunDiscreteScheduler,
+        *(getattr(diffusers, name) for name in ("LTXEulerAncestralRFScheduler", "FlowMapEulerDiscreteScheduler")
+          if hasattr(diffusers, name)),
+    )
+} | {
+    f"{kind.__name__}, {name}": (kind, config)
+    for kind, name, config in (
+        (DPMSolverMultistepScheduler, "order 1", {"solver_order": 1}),
+        (DPMSolverMultistepScheduler, "order 3", {"solver_order": 3}),
+        (DPMSolverMultistepScheduler, "SDE", {"algorithm_type": "sde-dpmsolver++"}),
+        (UniPCMultistepScheduler, "order 3", {"solver_order": 3}),
+    )
+}  # fmt: skip
+"""By name: the original, and its config."""
 MORE_ARGUMENTS = {
     DDPMWuerstchenScheduler: lambda scheduler, x: {"timestep": scheduler.timesteps[25].expand(len(x))},
     UnCLIPScheduler: lambda scheduler, x: {"prev_timestep": scheduler.timesteps[26]},
@@ -108,20 +124,32 @@ def test_step_of_the_drop_in(measure, benchmark, show, shape, config, return_dic
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", LATENT_SHAPES)
-@pytest.mark.parametrize("kind", OTHERS, ids=lambda kind: kind.__name__)
-def test_step_of_another_drop_in(measure, benchmark, show, kind, shape, dtype):
+@pytest.mark.parametrize("other", OTHERS)
+def test_step_of_another_drop_in(measure, benchmark, show, other, shape, dtype):
+    kind, config = OTHERS[other]
     torch.manual_seed(0)
     x, m = (torch.randn(LATENT_SHAPES[shape]).to(dtype) for _ in range(2))
     contenders = {}
-    for name, scheduler in {"diffusers": kind(), "ours": getattr(drop_ins, f"Fast{kind.__name__}")()}.items():
+    for name, scheduler in {
+        "diffusers": kind(**config),
+        "ours": getattr(drop_ins, f"Fast{kind.__name__}")(**config),
+    }.items():
         scheduler.set_timesteps(50)
         scheduler.is_scale_input_called = True
 
+        for t in scheduler.timesteps[22:25]:  # what a multistep scheduler remembers
+            if hasattr(scheduler, "model_outputs"):
+                scheduler.step(m, t, x)
+        memory = {
+            name: getattr(scheduler, name) for name in ("model_outputs", "last_sample") if hasattr(scheduler, name)
+        }
         arguments = {"model_output": m, "timestep": scheduler.timesteps[25], "sample": x, "return_dict": False}
         arguments |= MORE_ARGUMENTS.get(kind, lambda *_: {})(scheduler, x)
         is_heun = kind is HeunDiscreteScheduler
 
-        def step(scheduler=scheduler, arguments=arguments, is_heun=is_heun):
+        def step(scheduler=scheduler, arguments=arguments, memory=memory, is_heun=is_heun):
+            for name, value in memory.items():
+                setattr(scheduler, name, list(value) if isinstance(value, list) else value)
             if is_heun:  # both halves
                 scheduler._step_index, scheduler.dt = 24, None
                 scheduler.step(**arguments)
@@ -139,7 +167,7 @@ def test_step_of_another_drop_in(measure, benchmark, show, kind, shape, dtype):
         torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
     result = measure("drop-ins", contenders, check, baseline="ours")
-    of_dtype = f"{kind.__name__}, {str(dtype).removeprefix('torch.')}"
+    of_dtype = f"{other}, {str(dtype).removeprefix('torch.')}"
     benchmark.extra_info.update(shape=shape, step=of_dtype, returns="tuple")
     show(
         "a step of diffusers, and of the drop-in",

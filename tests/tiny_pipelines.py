@@ -154,7 +154,7 @@ def unconditional():
 # --- Later ones -------------------------------------------------------------------------------------------------------
 
 
-def stable_diffusion_xl(scheduler=EulerDiscreteScheduler, **config):
+def stable_diffusion_xl(scheduler=EulerDiscreteScheduler, kind=StableDiffusionXLPipeline, **config):
     unet = UNet2DConditionModel(
         block_out_channels=(8, 16), layers_per_block=1, sample_size=8, norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -162,7 +162,7 @@ def stable_diffusion_xl(scheduler=EulerDiscreteScheduler, **config):
         transformer_layers_per_block=(1, 1), projection_class_embeddings_input_dim=64,
     )  # fmt: skip
     vae = AutoencoderKL(**VAE, latent_channels=4)
-    pipeline = made(StableDiffusionXLPipeline, unet=unet, vae=vae, scheduler=scheduler(**config), add_watermarker=False)
+    pipeline = made(kind, unet=unet, vae=vae, scheduler=scheduler(**config), add_watermarker=False)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     return pipeline, {**embeddings(*names), **SIZE}
 

@@ -1,4 +1,4 @@
-"""Real pipelines of diffusers with flow matching and Euler's steps, small, with random weights."""
+"""Real pipelines of diffusers with flow matching, Euler's and multistep steps, small, with random weights."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     HeunDiscreteScheduler,
     StableDiffusion3Img2ImgPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
 )
-from tiny_pipelines import flux, picture, stable_diffusion_3, stable_diffusion_xl
+from tiny_pipelines import flux, picture, stable_diffusion_3, stable_diffusion_xl, wan
 
 import ddim_fast.integrations.diffusers as drop_ins
 
@@ -43,7 +47,40 @@ def heun():
     return stable_diffusion_xl(HeunDiscreteScheduler, beta_schedule="scaled_linear")
 
 
-PIPELINES = [stable_diffusion_3, image_to_image, flux, stable_diffusion_xl, euler_leading_karras, ancestral, edm, heun]
+def dpm_solver_karras():
+    return stable_diffusion_xl(DPMSolverMultistepScheduler, beta_schedule="scaled_linear", use_karras_sigmas=True)
+
+
+def sde_dpm_solver_image_to_image():
+    config = {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
+    pipeline, arguments = stable_diffusion_xl(DPMSolverMultistepScheduler, StableDiffusionXLImg2ImgPipeline, **config)
+    arguments = {name: value for name, value in arguments.items() if name not in ("height", "width")}
+    return pipeline, {**arguments, "image": picture(), "strength": 0.9}
+
+
+def edm_dpm_solver():
+    return stable_diffusion_xl(EDMDPMSolverMultistepScheduler)
+
+
+def unipc():
+    return stable_diffusion_xl(UniPCMultistepScheduler)
+
+
+PIPELINES = [
+    stable_diffusion_3,
+    image_to_image,
+    flux,
+    stable_diffusion_xl,
+    euler_leading_karras,
+    ancestral,
+    edm,
+    heun,
+    dpm_solver_karras,
+    sde_dpm_solver_image_to_image,
+    edm_dpm_solver,
+    unipc,
+    wan,
+]
 
 
 @pytest.mark.parametrize("build", PIPELINES)
@@ -58,7 +95,8 @@ def test_the_same_pictures(build):
             if prefix:
                 pipeline.scheduler = getattr(drop_ins, name).from_config(pipeline.scheduler.config)
             generator = torch.Generator().manual_seed(3)
-            pictures.append(pipeline(**arguments, generator=generator, num_inference_steps=6, output_type="np").images)
+            options = {"output_type": "np", **arguments}
+            pictures.append(np.asarray(pipeline(**options, generator=generator, num_inference_steps=6)[0]))
         assert type(pipeline.scheduler).__name__ == name
     assert np.ptp(pictures[0]) > 0.05, "these pictures must show something"
     assert np.abs(pictures[1] - pictures[0]).max() <= 1 / 255

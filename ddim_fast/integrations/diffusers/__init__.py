@@ -21,6 +21,7 @@ from .cogvideox import FastCogVideoXDDIMScheduler
 from .cogvideox_dpm import FastCogVideoXDPMScheduler
 from .ddim import FastDDIMScheduler
 from .ddpm import FastDDPMScheduler
+from .dpm_solver_multistep import FastDPMSolverMultistepScheduler, FastEDMDPMSolverMultistepScheduler
 from .euler import FastEDMEulerScheduler, FastEulerAncestralDiscreteScheduler, FastEulerDiscreteScheduler
 from .flow_match_euler import FastFlowMatchEulerDiscreteScheduler
 from .heun import FastHeunDiscreteScheduler
@@ -29,6 +30,7 @@ from .lcm import FastLCMScheduler
 from .parallel import FastDDIMParallelScheduler
 from .tcd import FastTCDScheduler
 from .unclip import FastUnCLIPScheduler
+from .unipc_multistep import FastUniPCMultistepScheduler
 from .wuerstchen import FastDDPMWuerstchenScheduler
 
 _newer = {fast.__name__: fast for fast in DROP_INS.values() if fast.__name__ in NEWER}
@@ -38,11 +40,12 @@ _missing = {name: name.removeprefix("Fast") for name in NEWER if name not in _ne
 
 __all__ = [
     "FastCogVideoXDDIMScheduler",
-    "FastDDIMInverseScheduler", "FastDDIMParallelScheduler", "FastDDIMScheduler", "FastDDPMScheduler", "FastEDMEulerScheduler",
+    "FastDDIMInverseScheduler", "FastDDIMParallelScheduler", "FastDDIMScheduler", "FastDDPMScheduler",
+    "FastDPMSolverMultistepScheduler", "FastEDMDPMSolverMultistepScheduler", "FastEDMEulerScheduler",
     "FastEulerAncestralDiscreteScheduler", "FastEulerDiscreteScheduler", "FastFlowMatchEulerDiscreteScheduler",
     "SchedulerMixin", *_newer,
     "FastCogVideoXDPMScheduler", "FastDDPMWuerstchenScheduler", "FastHeunDiscreteScheduler", "FastUnCLIPScheduler",
-    "FastLCMScheduler", "FastTCDScheduler", "fast_scheduler",
+    "FastLCMScheduler", "FastTCDScheduler", "FastUniPCMultistepScheduler", "fast_scheduler",
 ]  # fmt: skip
 
 for _name in __all__:

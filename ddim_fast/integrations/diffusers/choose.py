@@ -13,6 +13,7 @@ from .cogvideox import FastCogVideoXDDIMScheduler
 from .cogvideox_dpm import FastCogVideoXDPMScheduler
 from .ddim import FastDDIMScheduler
 from .ddpm import FastDDPMScheduler
+from .dpm_solver_multistep import FastDPMSolverMultistepScheduler, FastEDMDPMSolverMultistepScheduler
 from .euler import FastEDMEulerScheduler, FastEulerAncestralDiscreteScheduler, FastEulerDiscreteScheduler
 from .flow_match_euler import FastFlowMatchEulerDiscreteScheduler
 from .heun import FastHeunDiscreteScheduler
@@ -21,6 +22,7 @@ from .lcm import FastLCMScheduler
 from .parallel import FastDDIMParallelScheduler
 from .tcd import FastTCDScheduler
 from .unclip import FastUnCLIPScheduler
+from .unipc_multistep import FastUniPCMultistepScheduler
 from .wuerstchen import FastDDPMWuerstchenScheduler
 
 _FAST: list[Any] = [
@@ -31,6 +33,8 @@ _FAST: list[Any] = [
     FastDDIMParallelScheduler,
     FastDDPMScheduler,
     FastDDPMWuerstchenScheduler,
+    FastDPMSolverMultistepScheduler,
+    FastEDMDPMSolverMultistepScheduler,
     FastEDMEulerScheduler,
     FastEulerAncestralDiscreteScheduler,
     FastEulerDiscreteScheduler,
@@ -39,6 +43,7 @@ _FAST: list[Any] = [
     FastLCMScheduler,
     FastTCDScheduler,
     FastUnCLIPScheduler,
+    FastUniPCMultistepScheduler,
 ]
 NEWER = {
     "FastFlowMapEulerDiscreteScheduler": "flow_map_euler",

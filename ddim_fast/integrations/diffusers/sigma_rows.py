@@ -17,7 +17,19 @@ from ..arguments import LeaveToOriginal
 from ..original_results import HALF_PRECISION
 from .watched import Watched
 
-_MAX_KNOWN = 8192  # rows: runs of the same sigmas share them
+MAX_KNOWN = 8192  # rows: runs of the same sigmas share them
+
+
+def watched_sigmas(scheduler: Any) -> Tensor:
+    """Return a scheduler's ``sigmas``.
+
+    Raises:
+        LeaveToOriginal: they are no list of numbers, or have too few digits.
+    """
+    sigmas = getattr(scheduler, "sigmas", None)
+    if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or sigmas.dtype in HALF_PRECISION:
+        raise LeaveToOriginal(f"sigmas must be a list of numbers, at least float32, in a tensor, got {sigmas!r:.80}")
+    return sigmas
 
 
 class SigmaRows(Watched):
@@ -28,11 +40,7 @@ class SigmaRows(Watched):
     """
 
     def __init__(self, scheduler: Any):
-        sigmas = getattr(scheduler, "sigmas", None)
-        if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or sigmas.dtype in HALF_PRECISION:
-            raise LeaveToOriginal(
-                f"sigmas must be a list of numbers, at least float32, in a tensor, got {sigmas!r:.80}"
-            )
+        watched_sigmas(scheduler)
         names = scheduler._row_attributes
         super().__init__(scheduler, names, [getattr(scheduler, name) for name in names], scheduler._row_fields)
         self.sigmas: list[float] = scheduler._values_on_host("sigmas")
@@ -73,7 +81,7 @@ class SigmaRows(Watched):
         return found
 
 
-@lru_cache(_MAX_KNOWN)
+@lru_cache(MAX_KNOWN)
 def flow_row(sigma: float, sigma_next: float, renoised: bool) -> StepCoefficients:
     """Return the row of a step of flow matching (Liu et al. 2022, arXiv 2209.03003).
 
@@ -90,7 +98,7 @@ def flow_row(sigma: float, sigma_next: float, renoised: bool) -> StepCoefficient
     )
 
 
-@lru_cache(_MAX_KNOWN)
+@lru_cache(MAX_KNOWN)
 def ancestral_flow_row(sigma: float, sigma_next: float, eta: float, s_noise: float) -> StepCoefficients:
     """Return the row of an ancestral step of flow matching: along the velocity to a level with less
     noise than ``sigma_next``, and back by adding noise.
@@ -117,7 +125,7 @@ _DIVISOR = 1e-12
 """What diffusers adds to its divisors in an ancestral step of flow matching."""
 
 
-@lru_cache(_MAX_KNOWN)
+@lru_cache(MAX_KNOWN)
 def exploding_row(
     sigma: float,
     sigma_next: float,
@@ -155,7 +163,7 @@ def exploding_row(
     )
 
 
-@lru_cache(_MAX_KNOWN)
+@lru_cache(MAX_KNOWN)
 def derivative_row(sigma: float, prediction_type: str, clip: float | None) -> StepCoefficients:
     """Return the row that computes the derivative (x - x0) / sigma, which is eps, in place of x_prev.
 
@@ -164,7 +172,7 @@ def derivative_row(sigma: float, prediction_type: str, clip: float | None) -> St
     return replace(exploding_row(sigma, sigma, prediction_type, clip=clip), prev_x0=0.0, prev_eps=1.0)
 
 
-@lru_cache(_MAX_KNOWN)
+@lru_cache(MAX_KNOWN)
 def heun_row(sigma: float, dt: float, prediction_type: str, clip: float | None) -> StepCoefficients:
     """Return the row of Heun's correction of a step of Euler's (Karras et al. 2022, arXiv 2206.00364,
     algorithm 1): x + dt (d + d') / 2, with the derivative d' at the end of that step.
