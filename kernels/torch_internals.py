@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,13 @@ __all__ = [
 def _one_mode() -> int:
     return 1
 
+
+try:
+    # The documented way to see every operator (notes on "Extending PyTorch") has no other name.
+    # Without it, calls of a model that differ from one another go unnoticed.
+    from torch.utils._python_dispatch import TorchDispatchMode
+except ImportError:
+    TorchDispatchMode = None  # type: ignore[assignment,misc]
 
 modes_active: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _one_mode)
 """Return how many modes, such as make_fx's or FakeTensorMode's, look at every operation.
@@ -169,6 +177,58 @@ def forward_hooks(module: nn.Module) -> list[Any]:
     """
     found = (getattr(module, name, {}) for name in ("_forward_hooks", "_forward_pre_hooks"))
     return [hook for hooks in found for hook in hooks.values()]
+
+
+MODULE_PARTS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+"""Attributes in which a module keeps what its forward uses. Saves several generators a module."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """How torch.compile compiled a module.
+
+    Attributes:
+        makes_graphs: whether with CUDA graphs; None if the backend does not say.
+        identity: another one for another compilation.
+        attributes: those of the module that hold the compilation.
+    """
+
+    makes_graphs: bool | None
+    identity: Any
+    attributes: frozenset[str]
+
+
+_OF_A_COMPILATION = frozenset(
+    {"_super_module_initialized", "dynamo_ctx", "forward", "get_compiler_config"}
+    | {"_torchdynamo_orig_callable", "_torchdynamo_wrapper_id"}
+)
+
+
+def compiled_by(module: nn.Module) -> Compiler | None:
+    """Return how a module, apart from its submodules, was compiled; None if it was not.
+
+    There is no public way to ask. Without the names, a compiled module is one that holds functions
+    which cannot be looked into.
+    """
+    held = vars(module)
+    call, context = held.get("_compiled_call_impl"), held.get("dynamo_ctx")
+    if call is None and context is None:
+        return None
+    asked = getattr(module if call is None else call, "get_compiler_config", None)
+    config = None if asked is None else asked()
+    makes_graphs = None if config is None else bool(config.get("triton.cudagraphs"))
+    attributes = _OF_A_COMPILATION if call is None else frozenset({"_compiled_call_impl"})
+    return Compiler(makes_graphs, context if call is None else call, attributes)
+
+
+def flattened(tensor: Tensor) -> tuple[dict[str, Tensor], Any] | None:
+    """Return the tensors inside of one that wraps others, by name, and what else makes it up; None
+    if it does not say."""
+    names_and_rest = getattr(tensor, "__tensor_flatten__", None)
+    if names_and_rest is None:
+        return None
+    names, rest = names_and_rest()
+    return {name: getattr(tensor, name) for name in names}, rest
 
 
 # ---- nested containers ---------------------------------------------------------------------------

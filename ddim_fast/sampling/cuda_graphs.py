@@ -32,6 +32,10 @@ class CaptureError(RuntimeError):
     remedy."""
 
 
+class UnsteadyModelError(CaptureError):
+    """A model that does something else in each call, so that one of them cannot stand for all."""
+
+
 class CapturedGraph(Protocol):
     """A captured function. ``output`` is what it returned: tensors that every replay fills again,
     and that nothing has filled yet.

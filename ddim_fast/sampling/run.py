@@ -15,7 +15,8 @@ from ..kernels.contract import NORMALS
 from ..models.protocol import Model
 from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_choice, check_dtype, refuse
-from .capture import CapturedLoop, GraphCache, Job, choose_mode
+from .capture import GraphCache, choose_mode
+from .captured_loop import CapturedLoop, Job
 from .guidance import ClassifierGuidance, check_rescale, classifier_guidance, guidance_scales
 from .initial_state import (
     blend_known_region,
