@@ -214,11 +214,20 @@ def compiled_by(module: nn.Module) -> Compiler | None:
     call, context = held.get("_compiled_call_impl"), held.get("dynamo_ctx")
     if call is None and context is None:
         return None
-    asked = getattr(module if call is None else call, "get_compiler_config", None)
-    config = None if asked is None else asked()
-    makes_graphs = None if config is None else bool(config.get("triton.cudagraphs"))
     attributes = _OF_A_COMPILATION if call is None else frozenset({"_compiled_call_impl"})
-    return Compiler(makes_graphs, context if call is None else call, attributes)
+    return _compiler(module if call is None else call, context if call is None else call, attributes)
+
+
+def _compiler(source: Any, identity: Any, attributes: frozenset[str] = frozenset()) -> Compiler:
+    asked = getattr(source, "get_compiler_config", None)
+    config = asked() if callable(asked) else None
+    return Compiler(None if config is None else bool(config.get("triton.cudagraphs")), identity, attributes)
+
+
+def makes_own_graphs(model: Any) -> bool:
+    """Return whether torch.compile gave a model, or a module in it, CUDA graphs."""
+    compilers = map(compiled_by, model.modules()) if isinstance(model, nn.Module) else [_compiler(model, None)]
+    return any(compiler is not None and bool(compiler.makes_graphs) for compiler in compilers)
 
 
 def flattened(tensor: Tensor) -> tuple[dict[str, Tensor], Any] | None:

@@ -27,7 +27,7 @@ from .initial_state import (
     place,
     seeds_of_samples,
 )
-from .loop import Loop, Timing, Trajectory, model_calls, model_times
+from .loop import Loop, Timing, Trajectory, begins_steps, model_calls, model_times
 from .options import Observation, Options
 
 
@@ -165,6 +165,7 @@ def _start(request: _Request, options: Options) -> Job:
     loop = Loop(
         x_t=x_t,
         calls=model_calls(r.model, r.conditionings),
+        begin=begins_steps(r.model),
         guidance_scales=r.scales,
         thresholding=r.plan.thresholding,
         seeds=seeds if r.adds_noise or r.adds_known_noise else None,

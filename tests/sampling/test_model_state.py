@@ -297,6 +297,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")  # Inductor's own
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_vouched_for_is_refused_once_with_the_reason(cache, name):
     make, reason = REFUSED[name]
@@ -445,3 +446,46 @@ def test_what_a_model_gets_in_its_first_call_is_vouched_for_too(cache):
     with pytest.warns(UserWarning, match="random holds a torch._C.Generator"):
         sample(model, cache)
     assert len(cache) == 0
+
+
+# --- graphs of the model's own ------------------------------------------------------------------------------------------------------
+
+
+class GraphedModel(Base):
+    """As torch.compile(mode="reduce-overhead") does it on a GPU: outputs are memory of a graph, which another step uses again. A step
+    is a call, until somebody says where steps begin."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.used, self.told = [torch.empty(SHAPE) for _ in range(2)], 0, False
+
+        def call(*args, **kwargs):
+            output = self._call_impl(*args, **kwargs)
+            self.used = self.used + 1 if self.told else 1
+            return self.pool[self.used - 1].copy_(output)
+
+        call.get_compiler_config = lambda: {"triton.cudagraphs": True}
+        self._compiled_call_impl = call
+
+    def begin(self):
+        self.told, self.used = True, 0
+
+    def forward(self, x, t, scale=1.0):
+        return scale * super().forward(x, t)
+
+
+RUNS = {
+    "sample": lambda s, model, **call: s.sample(model, SHAPE, seed=0, capture="off", **call),
+    "invert": lambda s, model, **call: s.invert(model, torch.ones(SHAPE), **call),
+    "sample_parallel": lambda s, model, **call: s.sample_parallel(model, SHAPE, seed=0, window=1, **call),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_calls_of_guidance_do_not_overwrite_each_other_in_graphs_of_the_models_own(monkeypatch, run):
+    model, s = GraphedModel(), df.DDIMSampler(df.NoiseSchedule.linear(), 4)
+    call = dict(conditioning={"scale": 2.0}, unconditional_conditioning={"scale": 1.0}, guidance_scale=3.0)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", model.begin)
+    got = RUNS[run](s, model, **call)
+    model._compiled_call_impl = None
+    assert torch.equal(got, RUNS[run](s, model, **call))
