@@ -154,16 +154,33 @@ def shares_storage(a: Tensor, b: Tensor) -> bool:
     return address != 0 and address == b.untyped_storage().data_ptr()
 
 
-def release_capture_pool(device: int, pool: tuple[int, int]) -> None:
-    """Tell CUDA's allocator that the capture into a memory pool is over, and give the pool up.
+def release_capture_pool(device: int, pool: tuple[int, int]) -> bool:
+    """Tell CUDA's allocator that the capture into a memory pool is over, and give the pool up;
+    return whether this torch can.
 
     Saves the memory of a failed capture, which torch.cuda.CUDAGraph never gives back. Without the
     names, that memory stays taken until the process ends.
     """
+    end, release = (getattr(torch._C, name, None) for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"))
+    if end is None or release is None:
+        return False
     # RuntimeError: the capture did end, and the pool is no longer in the allocator's list.
-    with contextlib.suppress(AttributeError, RuntimeError):
-        torch._C._cuda_endAllocateToPool(device, pool)
-        torch._C._cuda_releasePool(device, pool)
+    with contextlib.suppress(RuntimeError):
+        end(device, pool)
+        release(device, pool)
+    return True
+
+
+def clear_library_workspaces() -> None:
+    """Free cuBLAS's scratch memory, of which it keeps one piece for each stream.
+
+    A graph bakes in the address of the piece that it found. Freed before a capture, the piece is
+    made again in the graph's own pool, where nobody frees it. Without the name, the piece may be
+    freed under a graph, by the next compilation with mode="reduce-overhead".
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:
+        clear()
 
 
 # ---- modules -------------------------------------------------------------------------------------

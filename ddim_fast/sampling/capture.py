@@ -62,6 +62,7 @@ class GraphCache:
         self.maxsize = maxsize
         self.device_types = tuple(device_types)
         self._backend = backend
+        self._backends: dict[torch.device, GraphBackend] = {}  # each has a side stream of its device
         self._captured: OrderedDict[Hashable, tuple[Model, CapturedLoop]] = OrderedDict()
         self._states: dict[int, ModelState] = {}  # of the models that have graphs
         self._failed: WeakKeyDictionary[Any, set[Hashable]] = WeakKeyDictionary()
@@ -105,7 +106,7 @@ class GraphCache:
                 return captured
             if state is not None:
                 state.check_weights()
-            fresh = CapturedLoop(mode, job, self._backend(job.loop.x_t.device), vouch)
+            fresh = CapturedLoop(mode, job, self.backend_of(job.loop.x_t.device), vouch)
             fresh.load(job)  # the warm-up has changed the samples
             fresh.busy = True
             # The first call may have completed the model: later ones find it as it is now.
@@ -135,6 +136,13 @@ class GraphCache:
         elif vouch_on is not None:
             known.vouch(vouch_on)
         return known
+
+    def backend_of(self, device: torch.device) -> GraphBackend:
+        """Return what captures on a device: one for all graphs there, so that they share a side
+        stream."""
+        if device not in self._backends:
+            self._backends[device] = self._backend(device)
+        return self._backends[device]
 
     def _evict(self, key: Hashable) -> None:
         model, captured = self._captured.pop(key)
