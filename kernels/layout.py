@@ -88,7 +88,7 @@ def plain_memory_reasons(inputs: StepInputs) -> list[str]:
     tensors = [tensor for _, tensor in inputs.tensors]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         reasons.append("a tensor requires gradients, which only the reference computes: use torch.no_grad()")
-    if any(_is_wrapper(t) for t in tensors):
+    if any(is_wrapper(t) for t in tensors):
         reasons.append(
             "a tensor is a subclass, a lazy negative or inside a torch.func transform: it is not plain memory"
         )
@@ -97,5 +97,6 @@ def plain_memory_reasons(inputs: StepInputs) -> list[str]:
     return reasons
 
 
-def _is_wrapper(tensor: Tensor) -> bool:
+def is_wrapper(tensor: Tensor) -> bool:
+    """Return whether a tensor is anything but plain memory that it describes itself."""
     return type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_neg() or is_wrapped(tensor)

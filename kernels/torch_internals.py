@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,13 @@ __all__ = [
 def _one_mode() -> int:
     return 1
 
+
+try:
+    # The documented way to see every operator (notes on "Extending PyTorch") has no other name.
+    # Without it, calls of a model that differ from one another go unnoticed.
+    from torch.utils._python_dispatch import TorchDispatchMode
+except ImportError:
+    TorchDispatchMode = None  # type: ignore[assignment,misc]
 
 modes_active: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _one_mode)
 """Return how many modes, such as make_fx's or FakeTensorMode's, look at every operation.
@@ -146,16 +154,33 @@ def shares_storage(a: Tensor, b: Tensor) -> bool:
     return address != 0 and address == b.untyped_storage().data_ptr()
 
 
-def release_capture_pool(device: int, pool: tuple[int, int]) -> None:
-    """Tell CUDA's allocator that the capture into a memory pool is over, and give the pool up.
+def release_capture_pool(device: int, pool: tuple[int, int]) -> bool:
+    """Tell CUDA's allocator that the capture into a memory pool is over, and give the pool up;
+    return whether this torch can.
 
     Saves the memory of a failed capture, which torch.cuda.CUDAGraph never gives back. Without the
     names, that memory stays taken until the process ends.
     """
+    end, release = (getattr(torch._C, name, None) for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"))
+    if end is None or release is None:
+        return False
     # RuntimeError: the capture did end, and the pool is no longer in the allocator's list.
-    with contextlib.suppress(AttributeError, RuntimeError):
-        torch._C._cuda_endAllocateToPool(device, pool)
-        torch._C._cuda_releasePool(device, pool)
+    with contextlib.suppress(RuntimeError):
+        end(device, pool)
+        release(device, pool)
+    return True
+
+
+def clear_library_workspaces() -> None:
+    """Free cuBLAS's scratch memory, of which it keeps one piece for each stream.
+
+    A graph bakes in the address of the piece that it found. Freed before a capture, the piece is
+    made again in the graph's own pool, where nobody frees it. Without the name, the piece may be
+    freed under a graph, by the next compilation with mode="reduce-overhead".
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:
+        clear()
 
 
 # ---- modules -------------------------------------------------------------------------------------
@@ -169,6 +194,67 @@ def forward_hooks(module: nn.Module) -> list[Any]:
     """
     found = (getattr(module, name, {}) for name in ("_forward_hooks", "_forward_pre_hooks"))
     return [hook for hooks in found for hook in hooks.values()]
+
+
+MODULE_PARTS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+"""Attributes in which a module keeps what its forward uses. Saves several generators a module."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """How torch.compile compiled a module.
+
+    Attributes:
+        makes_graphs: whether with CUDA graphs; None if the backend does not say.
+        identity: another one for another compilation.
+        attributes: those of the module that hold the compilation.
+    """
+
+    makes_graphs: bool | None
+    identity: Any
+    attributes: frozenset[str]
+
+
+_OF_A_COMPILATION = frozenset(
+    {"_super_module_initialized", "dynamo_ctx", "forward", "get_compiler_config"}
+    | {"_torchdynamo_orig_callable", "_torchdynamo_wrapper_id"}
+)
+
+
+def compiled_by(module: nn.Module) -> Compiler | None:
+    """Return how a module, apart from its submodules, was compiled; None if it was not.
+
+    There is no public way to ask. Without the names, a compiled module is one that holds functions
+    which cannot be looked into.
+    """
+    held = vars(module)
+    call, context = held.get("_compiled_call_impl"), held.get("dynamo_ctx")
+    if call is None and context is None:
+        return None
+    attributes = _OF_A_COMPILATION if call is None else frozenset({"_compiled_call_impl"})
+    return _compiler(module if call is None else call, context if call is None else call, attributes)
+
+
+def _compiler(source: Any, identity: Any, attributes: frozenset[str] = frozenset()) -> Compiler:
+    asked = getattr(source, "get_compiler_config", None)
+    config = asked() if callable(asked) else None
+    return Compiler(None if config is None else bool(config.get("triton.cudagraphs")), identity, attributes)
+
+
+def makes_own_graphs(model: Any) -> bool:
+    """Return whether torch.compile gave a model, or a module in it, CUDA graphs."""
+    compilers = map(compiled_by, model.modules()) if isinstance(model, nn.Module) else [_compiler(model, None)]
+    return any(compiler is not None and bool(compiler.makes_graphs) for compiler in compilers)
+
+
+def flattened(tensor: Tensor) -> tuple[dict[str, Tensor], Any] | None:
+    """Return the tensors inside of one that wraps others, by name, and what else makes it up; None
+    if it does not say."""
+    names_and_rest = getattr(tensor, "__tensor_flatten__", None)
+    if names_and_rest is None:
+        return None
+    names, rest = names_and_rest()
+    return {name: getattr(tensor, name) for name in names}, rest
 
 
 # ---- nested containers ---------------------------------------------------------------------------

@@ -168,6 +168,7 @@ def test_a_model_that_waits_is_refused_or_falls_back_and_leaves_the_device_usabl
     bad = Syncs()
     with pytest.warns(UserWarning, match="without CUDA graphs"):
         s.sample(bad, SHAPE, seed=0, device="cuda")
+    torch.randn(2, device="cuda")  # directly after the fallback, before another capture
     assert torch.isfinite(s.sample(model, SHAPE, seed=0, device="cuda", capture="step")).all()
 
 

@@ -827,8 +827,8 @@ def _pretend(stack: contextlib.ExitStack, device: FakeCuda, capability: tuple[in
 
     stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", swap_tensors))
 
-    wraps = layout._is_wrapper  # kernels take plain tensors, which these stand for
-    plain = mock.patch.object(layout, "_is_wrapper", lambda t: not isinstance(t, FakeTensor) and wraps(t))
+    wraps = layout.is_wrapper  # kernels take plain tensors, which these stand for
+    plain = mock.patch.object(layout, "is_wrapper", lambda t: not isinstance(t, FakeTensor) and wraps(t))
     stack.enter_context(plain)
 
     real_data_ptr = torch.UntypedStorage.data_ptr

@@ -10,150 +10,32 @@ graph is kept (``_key``), so a different value leads to a different graph, never
 from __future__ import annotations
 
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.contract import StepTable
 from ..kernels.layout import DTYPES_OF_KERNELS
-from ..kernels.torch_internals import forward_hooks, tree_flatten, tree_unflatten
+from ..kernels.torch_internals import tree_flatten
 from ..models.protocol import Model
-from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_choice
 from ..utils.warn import warn_caller
-from .cuda_graphs import CapturedGraph, CudaGraphs, GraphBackend
-from .loop import Loop, Position, Timing, model_calls, model_times
+from .captured_loop import LOADED, SCRATCH, CapturedLoop, Job, capacity
+from .cuda_graphs import CudaGraphs, GraphBackend, UnsteadyModelError
+from .model_state import PLAIN, ModelState, plain_key
 
 MODES = ("auto", "loop", "step", "off")
 """One graph for the whole loop, one for a step that is replayed for each, or none; "auto": "step"
 where it can be."""
 
-_LOADED = ("x_t", "seeds", "mask", "known_x0", "model_input")  # tensors of a Loop that are copied in for each call
-_SCRATCH = (
-    "noise",
-    "known_noise",
-    "x_seen",
-    "x0",
-    "history",
-    "history_2",
-)  # tensors that the steps fill
 
-
-@dataclass(frozen=True)
-class Job:
-    """One call of ``sample``: what is to be computed, in tensors that were allocated for this call.
-
-    Attributes:
-        loop: its tensors hold x_T; its calls use the caller's conditioning.
-        conditionings: that of each model call.
-    """
-
-    model: Model
-    plan: SamplingPlan
-    loop: Loop
-    conditionings: Sequence[Mapping[str, Any]]
-
-    @cached_property
-    def table(self) -> StepTable:
-        """The steps of the plan, on the host, each with its guidance scale."""
-        table = self.plan.table("cpu", self.loop.guidance_scales)
-        # If the guided output is rescaled, the step gets that one output, and the scale is looked
-        # up before it.
-        return replace(table, guided=table.guided and not self.loop.guidance_rescale)
-
-
-class CapturedLoop:
-    """Static tensors, and the graph that works on them."""
-
-    def __init__(self, mode: str, job: Job, graphs: GraphBackend):
-        self.busy = False
-        self._mode = mode
-        # Ordinary tensors, so that calls inside and outside of inference mode can share them.
-        with torch.inference_mode(False), torch.no_grad():
-            self._allocate(job)
-        self.load(job)
-        with torch.no_grad():
-            graphs.warm_up(self._first_step)
-            self._graph: CapturedGraph = graphs.capture(self._all_steps if mode == "loop" else self._one_step)
-
-    def _allocate(self, job: Job) -> None:
-        loop, device, mode = job.loop, job.loop.x_t.device, self._mode
-        self._steps = job.plan.num_inference_steps
-        self._leaves, structure = tree_flatten(list(job.conditionings))
-        self._leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        conditionings = tree_unflatten(self._leaves, structure)
-        tensors: dict[str, Any] = {name: _like(getattr(loop, name)) for name in (*_LOADED, *_SCRATCH)}
-        self.loop = replace(
-            loop,
-            calls=model_calls(job.model, conditionings),
-            generator=None,
-            **tensors,
-        )
-        capacity = _capacity(mode, self._steps)
-        rows = torch.zeros((capacity, job.table.rows.shape[1]), dtype=torch.float32, device=device)
-        batch_size = loop.shape[0]
-        self._position = Position(
-            replace(job.table, rows=rows),
-            torch.zeros(1, dtype=torch.int64, device=device),
-            torch.zeros((capacity, batch_size), dtype=job.plan.schedule.time_dtype, device=device),
-            torch.zeros((1, batch_size), dtype=job.plan.schedule.time_dtype, device=device),
-            torch.ones(batch_size, dtype=torch.float32, device=device),
-        )
-
-    @torch.no_grad()
-    def load(self, job: Job) -> None:
-        """Copy the values of another job with the same key into the static tensors."""
-        count, device = job.plan.num_inference_steps, self.loop.x_t.device
-        for name in _LOADED:
-            if (static := getattr(self.loop, name)) is not None:
-                static.copy_(getattr(job.loop, name))
-        self.loop.generator = job.loop.generator
-        self._position.table.rows[:count].copy_(job.table.rows)
-        self._position.timesteps[:count].copy_(model_times(job.plan, device, job.loop.shape[0]))
-        self._position.index.zero_()
-        leaves, _ = tree_flatten(list(job.conditionings))
-        for static, new in zip(self._leaves, leaves, strict=True):
-            if isinstance(static, Tensor):
-                static.copy_(new)
-
-    def replay_step(self, step: PlannedStep, timing: Timing) -> None:
-        """Replay the next step of the loop, which must be this one."""
-        started = time.perf_counter()
-        self.loop.draw_noise(step)
-        self._replay(timing, started, 1)
-
-    def replay_all(self, timing: Timing) -> None:
-        """Replay all steps."""
-        self._replay(timing, time.perf_counter(), self._steps)
-
-    def _replay(self, timing: Timing, started: float, steps: int) -> None:
-        self._graph.replay()
-        timing.captured_seconds += time.perf_counter() - started
-        timing.steps += steps
-
-    def reset(self) -> None:
-        """Free the graph and its memory."""
-        self._graph.reset()
-
-    def _one_step(self) -> None:
-        self.loop.step_by_index(self._position)
-
-    def _first_step(self) -> None:
-        self._position.index.zero_()
-        self._one_step()
-
-    def _all_steps(self) -> None:
-        self._position.index.zero_()
-        for _ in range(self._steps):
-            self._one_step()
+_UNSTEADY = "unsteady"
+_FAILURES = 64
+"""How many keys that failed are remembered of a model."""
 
 
 class GraphCache:
@@ -180,7 +62,9 @@ class GraphCache:
         self.maxsize = maxsize
         self.device_types = tuple(device_types)
         self._backend = backend
+        self._backends: dict[torch.device, GraphBackend] = {}  # each has a side stream of its device
         self._captured: OrderedDict[Hashable, tuple[Model, CapturedLoop]] = OrderedDict()
+        self._states: dict[int, ModelState] = {}  # of the models that have graphs
         self._failed: WeakKeyDictionary[Any, set[Hashable]] = WeakKeyDictionary()
         self._lock = threading.RLock()
 
@@ -204,15 +88,15 @@ class GraphCache:
             CaptureError: the model cannot be captured.
             TypeError: a conditioning entry is neither a tensor nor a plain value.
         """
-        captured = self._get_or_none(mode, job) if optional else self._get(mode, job)
+        captured = self._get_or_none(mode, job) if optional else self._get(mode, job, self._state(job.model))
         try:
             yield captured
         finally:
             if captured is not None:
                 captured.busy = False
 
-    def _get(self, mode: str, job: Job) -> CapturedLoop:
-        key = _key(mode, job)
+    def _get(self, mode: str, job: Job, state: ModelState | None, vouch: bool = False) -> CapturedLoop:
+        key = _key(mode, job, state)
         with self._lock:
             captured = self._captured[key][1] if key in self._captured else None
             if captured is not None and not captured.busy:
@@ -220,27 +104,69 @@ class GraphCache:
                 captured.load(job)
                 captured.busy = True
                 return captured
-            fresh = CapturedLoop(mode, job, self._backend(job.loop.x_t.device))
+            if state is not None:
+                state.check_weights()
+            fresh = CapturedLoop(mode, job, self.backend_of(job.loop.x_t.device), vouch)
             fresh.load(job)  # the warm-up has changed the samples
             fresh.busy = True
-            if captured is None:
+            # The first call may have completed the model: later ones find it as it is now.
+            key = _key(mode, job, fresh.state)
+            if key not in self._captured:
                 self._captured[key] = (job.model, fresh)
+                if fresh.state is not None:
+                    self._states[id(job.model)] = fresh.state
                 while len(self._captured) > self.maxsize:
-                    _free(self._captured.popitem(last=False)[1][1])
+                    self._evict(next(iter(self._captured)))
             return fresh
+
+    def _state(self, model: Model, vouch_on: torch.device | None = None) -> ModelState | None:
+        """Return what a graph of this model bakes in of it; the one found last, if nothing has
+        changed.
+
+        Raises:
+            DoubtError: nobody can vouch for it on this device.
+        """
+        if not isinstance(model, nn.Module):
+            return None
+        known = self._states.get(id(model))
+        if known is None or not known.is_current():
+            had_graphs, known = known is not None, ModelState(model, vouch_on)
+            if had_graphs:
+                self._states[id(model)] = known
+        elif vouch_on is not None:
+            known.vouch(vouch_on)
+        return known
+
+    def backend_of(self, device: torch.device) -> GraphBackend:
+        """Return what captures on a device: one for all graphs there, so that they share a side
+        stream."""
+        if device not in self._backends:
+            self._backends[device] = self._backend(device)
+        return self._backends[device]
+
+    def _evict(self, key: Hashable) -> None:
+        model, captured = self._captured.pop(key)
+        if all(owner is not model for owner, _ in self._captured.values()):
+            self._states.pop(id(model), None)
+        _free(captured)
 
     def _get_or_none(self, mode: str, job: Job) -> CapturedLoop | None:
         """Return None whatever goes wrong: an error of the model itself shows again without a
         graph."""
         failed = self._failed.setdefault(job.model, set())
+        if _UNSTEADY in failed:  # each call would find another state, and try again
+            return None
         key = None
         try:
-            key = _key(mode, job)
-            return None if key in failed else self._get(mode, job)
+            state = self._state(job.model, job.loop.x_t.device)
+            key = _key(mode, job, state)
+            return None if key in failed else self._get(mode, job, state, vouch=True)
         except Exception as error:
-            if None not in failed:
+            if not failed:
                 warn_caller(f"sampling without CUDA graphs: {error}")
-            failed |= {key, None}
+            if len(failed) > _FAILURES:
+                failed.clear()
+            failed |= {key, _UNSTEADY if isinstance(error, UnsteadyModelError) else None}
             return None
 
     def discard(self, model: Model) -> None:
@@ -250,14 +176,14 @@ class GraphCache:
             if isinstance(model, nn.Module):
                 self._failed.pop(model, None)
             for key in [key for key, (owner, _) in self._captured.items() if owner is model]:
-                _free(self._captured.pop(key)[1])
+                self._evict(key)
 
     def clear(self) -> None:
         """Free every graph."""
         with self._lock:
             self._failed.clear()
             while self._captured:
-                _free(self._captured.popitem()[1][1])
+                self._evict(next(iter(self._captured)))
 
 
 def _free(captured: CapturedLoop) -> None:
@@ -314,25 +240,15 @@ def choose_mode(
     return capture
 
 
-def _capacity(mode: str, steps: int) -> int:
-    """Return the rows of a captured table: the graph of a step serves up to so many steps, that of
-    a loop exactly its own number."""
-    return steps if mode == "loop" else max(64, 1 << (steps - 1).bit_length())
-
-
-def _like(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else torch.empty_like(tensor)
-
-
-def _key(mode: str, job: Job) -> Hashable:
+def _key(mode: str, job: Job, state: ModelState | None) -> Hashable:
     """Return everything that a graph bakes in."""
     loop = job.loop
     leaves, structure = tree_flatten(list(job.conditionings))
     return (
         mode,
-        _capacity(mode, job.plan.num_inference_steps),
-        _model_key(job.model),
-        *(_tensor_key(getattr(loop, name)) for name in (*_LOADED, *_SCRATCH)),
+        capacity(mode, job.plan.num_inference_steps),
+        _state_key(job.model, state),
+        *(_tensor_key(getattr(loop, name)) for name in (*LOADED, *SCRATCH)),
         len(loop.calls),
         loop.thresholding,
         loop.normals,
@@ -355,53 +271,22 @@ def _precisions() -> Hashable:
     return (*chosen, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
 
 
-def _model_key(model: Model) -> Hashable:
-    """Return the model and, for a module, what a replay would not follow as far as it can be seen.
-
-    That is where its weights are (weights changed in place are followed, moved ones are not), its
-    modules, their hooks, training mode and plain attributes. The model of a graph is kept alive, so
-    an id is not reused.
-    """
-    if not isinstance(model, nn.Module):
-        return id(model)
-    weights = tuple(_place(t) for t in (*model.parameters(), *model.buffers()))
-    return id(model), weights, tuple(_module_key(module) for module in model.modules())
-
-
-def _module_key(module: nn.Module) -> Hashable:
-    hooks = tuple(map(id, forward_hooks(module)))
-    attributes = []
-    for name, value in vars(module).items():
-        if isinstance(value, Tensor):
-            attributes.append((name, _place(value)))
-        elif isinstance(value, _PLAIN) and not name.startswith("_"):
-            attributes.append((name, _plain_key(value)))
-    return id(module), type(module), module.training, hooks, tuple(attributes)
-
-
-def _place(tensor: Tensor) -> Hashable:
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+def _state_key(model: Model, state: ModelState | None) -> Hashable:
+    """Return the model and, for a module, what a replay would not follow. The model of a graph is
+    kept alive, so an id is not reused."""
+    return id(model) if state is None else state.key
 
 
 def _tensor_key(tensor: Tensor | None) -> Hashable:
     return None if tensor is None else (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
 
-_PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
-
-
-def _plain_key(value: Any) -> Hashable:
-    """Return a key that differs between True and 1 and between 0.0 and -0.0, and is the same for
-    every NaN."""
-    return type(value), value.hex() if isinstance(value, float) else value
-
-
 def _leaf_key(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return _tensor_key(leaf)
-    if not isinstance(leaf, _PLAIN):
+    if not isinstance(leaf, PLAIN):
         raise TypeError(
             "conditioning of a captured graph must be tensors and plain values (numbers, strings, None), got a "
             f"{type(leaf).__name__}: pass a tensor, or use capture='off'"
         )
-    return _plain_key(leaf)
+    return plain_key(leaf)

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..kernels.torch_internals import release_capture_pool
+from ..kernels.torch_internals import clear_library_workspaces, release_capture_pool
 
 WARM_UP_CALLS = 3
 """cuBLAS and cuDNN choose and allocate in the first call, autotuners in the first few."""
@@ -30,6 +30,10 @@ WARM_UP_CALLS = 3
 class CaptureError(RuntimeError):
     """A capture that is impossible. The message has the rule, what was called and where, and the
     remedy."""
+
+
+class UnsteadyModelError(CaptureError):
+    """A model that does something else in each call, so that one of them cannot stand for all."""
 
 
 class CapturedGraph(Protocol):
@@ -141,8 +145,9 @@ class CudaGraphs:
 
         Raises:
             CaptureError: ``function`` raised, or did something that a stream cannot record. The
-                message names the line; the cause is the original error. The current stream is
-                restored, the capture has ended and its memory is released.
+                message names the line; the cause is the original error. The current stream and
+                the device's default generator are restored, the capture has ended and its memory is
+                released; what could not be restored is in the message.
         """
         side = self._side_stream()
         graph, pool = torch.cuda.CUDAGraph(), self._pool
@@ -152,6 +157,7 @@ class CudaGraphs:
         output = None
         with torch.cuda.device(side.device):
             current = torch.cuda.current_stream()
+            clear_library_workspaces()
             try:
                 with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                     try:
@@ -164,31 +170,44 @@ class CudaGraphs:
                 # capture: report the first.
                 first = raised[0] if raised else error
                 torch.cuda.set_stream(current)
-                _give_up(graph, pool, side.device)
+                left = _give_up(graph, pool, side, current)
                 if not isinstance(first, Exception):
                     raise first from None
                 if isinstance(first, CaptureError):
                     raise
-                raise _explained(first) from first
+                raise _explained(first, left) from first
+            finally:
+                clear_library_workspaces()  # what is in the graph's pool is the graph's alone
         return CudaGraph(graph, output)
 
 
-def _give_up(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
-    """Restore the allocator after a failed capture.
+def _give_up(graph: torch.cuda.CUDAGraph, pool: Any, side: torch.cuda.Stream, current: torch.cuda.Stream) -> str:
+    """Restore the allocator and the default generator after a failed capture; return in words what
+    could not be.
 
     If ending the capture fails, ``CUDAGraph`` neither removes the pool from the allocator's list of
     running captures (while it is there, memory of other streams is not collected), nor releases its
-    share in the pool.
+    share in the pool; and up to torch 2.11 the generator goes on as if captured, so that every
+    ``torch.randn`` on the device raises, until a capture succeeds.
     """
     graph.reset()
-    release_capture_pool(device.index, pool)
+    left = "" if release_capture_pool(side.device.index, pool) else "; this torch cannot free the capture's memory"
+    try:
+        tiny = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(tiny, stream=side, capture_error_mode="thread_local"):
+            torch.zeros(1, device=side.device)
+        tiny.reset()
+    except Exception as error:
+        torch.cuda.set_stream(current)
+        left += f"; the device's random numbers may fail, since no capture succeeds any more ({type(error).__name__})"
+    return left
 
 
 _SKIPPED = (str(Path(torch.__file__).parent) + os.sep, str(Path(contextlib.__file__).parent) + os.sep)
 _SITE_PACKAGES = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
 
 
-def _explained(error: Exception) -> CaptureError:
+def _explained(error: Exception, left: str) -> CaptureError:
     """Return the error of a capture with the innermost line outside torch that led to it."""
     where, traceback = "", error.__traceback__
     while traceback is not None:
@@ -201,7 +220,7 @@ def _explained(error: Exception) -> CaptureError:
     return CaptureError(
         "a captured step may only launch kernels: no waiting for the device, no shape that depends on data, no copy "
         f"between host and device, got {type(error).__name__}: {message}{where}: do that before the loop or on the device, or sample "
-        "without CUDA graphs"
+        f"without CUDA graphs{left}"
     )
 
 

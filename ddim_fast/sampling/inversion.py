@@ -23,7 +23,7 @@ from ..utils.checks import check_alike, check_integer, check_number, check_sampl
 from .capture import GraphCache
 from .guidance import guidance_scales
 from .initial_state import conditionings_of
-from .loop import Loop, Trajectory, model_calls, model_times
+from .loop import Loop, Trajectory, begins_steps, model_calls, model_times
 from .options import Options
 from .run import sample
 
@@ -58,6 +58,7 @@ def invert(
     loop = Loop(
         x_t=torch.empty_like(x_prev),
         calls=model_calls(model, conditionings),
+        begin=begins_steps(model),
         guidance_scales=scales,
         x0=like_x0(observation.return_trajectory),
         model_input=like_x0(plan.scales_input),

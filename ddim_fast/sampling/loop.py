@@ -21,7 +21,7 @@ from ..kernels.contract import StepTable
 from ..kernels.dispatch import ddim_step, ddim_step_from_table
 from ..kernels.noise import NoiseStream
 from ..kernels.thresholding import dynamic_thresholds
-from ..kernels.torch_internals import shares_storage
+from ..kernels.torch_internals import makes_own_graphs, shares_storage
 from ..models.protocol import Model, output_tensor
 from ..plans.clipping import Thresholding
 from ..plans.plan import PlannedStep, SamplingPlan
@@ -112,6 +112,7 @@ class Loop:
             noise.
         history, history_2: like ``x_t``: the x0 of the step before, and of the one before that, for
             a multistep form. The first steps do not read them.
+        begin: called before the calls of a step, see ``begins_steps``.
     """
 
     x_t: Tensor
@@ -132,6 +133,7 @@ class Loop:
     known_noise: Tensor | None = None
     history: Tensor | None = None
     history_2: Tensor | None = None
+    begin: Callable[[], None] | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -261,6 +263,8 @@ class Loop:
     def predict(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the model's output for x_t, and with guidance its unconditional output; ``t``
         ``(B,)`` is what the model is told."""
+        if self.begin is not None:
+            self.begin()
         model_input = self.x_t if self.model_input is None else self.model_input
         if self.guidance_scales is not None and len(self.calls) == 1:
             conditional, unconditional = self.calls[0](model_input, t).chunk(2)
@@ -290,6 +294,16 @@ def input_scales(plan: SamplingPlan, device: torch.device) -> Tensor | None:
     if not plan.scales_input:
         return None
     return torch.tensor([step.input_scale for step in plan.steps], dtype=torch.float32, device=device)
+
+
+def begins_steps(model: Model) -> Callable[[], None] | None:
+    """Return what to call at the beginning of a step, for a model that torch.compile gave CUDA
+    graphs (``mode="reduce-overhead"``): None for others.
+
+    Such graphs keep what they returned until the step ends. Without a word each call is a step, and
+    the second one of guidance overwrites what the first returned.
+    """
+    return torch.compiler.cudagraph_mark_step_begin if makes_own_graphs(model) else None
 
 
 def model_calls(model: Model, conditionings: Sequence[Mapping[str, Any]]) -> list[ModelCall]:

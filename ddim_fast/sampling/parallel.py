@@ -27,7 +27,7 @@ from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_dtype, check_integer, check_number
 from .guidance import guidance_scales
 from .initial_state import conditionings_of, initial_state, place, repeat_conditioning, seeds_of_samples
-from .loop import Loop, ModelCall, Timing, input_scales, model_calls, model_times
+from .loop import Loop, ModelCall, Timing, begins_steps, input_scales, model_calls, model_times
 from .options import Options
 
 
@@ -88,6 +88,7 @@ def sample_parallel(
     width = last if window is None else min(window, last)
     guesses = x.expand(width + 1, *shape).contiguous()
     loop = Loop(x_t=x, calls=[], guidance_scales=scales, thresholding=plan.thresholding, seeds=seeds)
+    loop.begin = begins_steps(model)
 
     timesteps = model_times(plan, device, shape[0])
     weights = [weight_at_constant_v(step.level_t, plan.meaning_at(step.level_t)) for step in plan.steps]

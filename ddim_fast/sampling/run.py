@@ -15,7 +15,8 @@ from ..kernels.contract import NORMALS
 from ..models.protocol import Model
 from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_choice, check_dtype, refuse
-from .capture import CapturedLoop, GraphCache, Job, choose_mode
+from .capture import GraphCache, choose_mode
+from .captured_loop import CapturedLoop, Job
 from .guidance import ClassifierGuidance, check_rescale, classifier_guidance, guidance_scales
 from .initial_state import (
     blend_known_region,
@@ -26,7 +27,7 @@ from .initial_state import (
     place,
     seeds_of_samples,
 )
-from .loop import Loop, Timing, Trajectory, model_calls, model_times
+from .loop import Loop, Timing, Trajectory, begins_steps, model_calls, model_times
 from .options import Observation, Options
 
 
@@ -164,6 +165,7 @@ def _start(request: _Request, options: Options) -> Job:
     loop = Loop(
         x_t=x_t,
         calls=model_calls(r.model, r.conditionings),
+        begin=begins_steps(r.model),
         guidance_scales=r.scales,
         thresholding=r.plan.thresholding,
         seeds=seeds if r.adds_noise or r.adds_known_noise else None,

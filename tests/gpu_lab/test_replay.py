@@ -417,10 +417,17 @@ def test_a_triton_kernel_is_recorded():
 
 
 class Watched:
-    """torch.cuda as far as ``CudaGraphs`` uses it: it keeps a log, and fails where it is told to."""
+    """torch.cuda as far as ``CudaGraphs`` uses it: it keeps a log, and fails where it is told to.
 
-    def __init__(self, monkeypatch, end_fails=False):
+    As in torch up to 2.11, the generator stays in a capture that did not end. cuBLAS has one workspace a stream, in the ordinary pool
+    or in that of the capture in which it was first needed.
+    """
+
+    def __init__(self, monkeypatch, end_fails=False, later_captures_fail=False):
         self.log, names = [], itertools.count()
+        self.in_capture, self.generator_in_capture = None, False
+        self.workspaces, self.freed = {}, []
+        self.captures = 0
         watched = self
 
         class Stream:
@@ -443,23 +450,33 @@ class Watched:
                 watched.current = self.before
 
         class Graph:
+            def __init__(self):
+                self.workspaces = []
+
             def replay(self):
                 watched.log.append(f"replay on {watched.current.name}")
+                if any(workspace in watched.freed for workspace in self.workspaces):
+                    raise RuntimeError("an illegal memory access was encountered")
 
             def reset(self):
                 watched.log.append("reset")
 
         class Capture:
-            def __init__(self, graph, pool, stream, capture_error_mode):
+            def __init__(self, graph, pool=None, stream=None, capture_error_mode="global"):
                 watched.log.append(f"capture on {stream.name}, pool {pool}, {capture_error_mode}")
-                self.on = On(stream)
+                self.graph, self.on = graph, On(stream)
 
             def __enter__(self):
                 self.on.__enter__()
+                watched.captures += 1
+                watched.in_capture, watched.generator_in_capture = self.graph, True
 
             def __exit__(self, *error):
-                if end_fails:  # as torch.cuda.graph: the stream is not given back
+                watched.in_capture = None
+                # As torch.cuda.graph: the stream is not given back.
+                if end_fails if watched.captures == 1 else later_captures_fail:
                     raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+                watched.generator_in_capture = False
                 self.on.__exit__()
 
         class Device:
@@ -492,10 +509,27 @@ class Watched:
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.random, "fork_rng", Device)
+        monkeypatch.setattr(torch, "zeros", lambda *size, device=None: self.log.append(f"zeros on {self.current.name}"))
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", self.clear_workspaces, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_pool, raising=False)
         monkeypatch.setattr(
             torch._C, "_cuda_releasePool", lambda device, pool: self.log.append(f"release {pool}"), raising=False
         )
+
+    def randn(self):
+        if self.generator_in_capture and self.in_capture is None:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+    def matmul(self):
+        pool = "ordinary" if self.in_capture is None else "the graph's"
+        workspace = self.workspaces.setdefault(self.current.name, (pool, object()))
+        if self.in_capture is not None:
+            self.in_capture.workspaces.append(workspace)
+
+    def clear_workspaces(self):
+        """Free those in the ordinary pool. What was first needed in a capture lies in the graph's own."""
+        self.freed += [each for each in self.workspaces.values() if each[0] == "ordinary"]
+        self.workspaces.clear()
 
 
 def test_a_warm_up_runs_on_a_side_stream_between_waits(monkeypatch):
@@ -560,7 +594,8 @@ def test_a_failed_capture_tells_the_first_error_and_its_line_and_gives_stream_an
     assert "Compile with" not in str(caught.value)
     assert "not permitted" in str(caught.value.__cause__)
     assert cuda.current is cuda.default
-    assert cuda.log[1:] == ["reset", "end pool (0, 7)"] + ["release (0, 7)"] * end_fails
+    given_back = ["reset", "end pool (0, 7)"] + ["release (0, 7)"] * end_fails
+    assert cuda.log[1:] == [*given_back, "capture on stream 1, pool None, thread_local", "zeros on stream 1", "reset"]
 
 
 def test_a_capture_that_only_fails_at_its_end_is_a_capture_error(monkeypatch):
@@ -579,3 +614,43 @@ def test_an_interrupt_in_a_capture_stays_an_interrupt(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         CudaGraphs().capture(interrupted)
     assert cuda.current is cuda.default
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_random_numbers_can_be_drawn_right_after_a_failed_capture(monkeypatch, error):
+    cuda = Watched(monkeypatch, end_fails=True)
+
+    def model():
+        raise error("mine")
+
+    with pytest.raises((CaptureError, KeyboardInterrupt)) as caught:
+        CudaGraphs().capture(model)
+    cuda.randn()
+    assert "random numbers" not in str(caught.value)
+
+
+def test_what_a_failed_capture_leaves_behind_is_said(monkeypatch):
+    cuda = Watched(monkeypatch, end_fails=True, later_captures_fail=True)
+    monkeypatch.delattr(torch._C, "_cuda_releasePool")
+    with pytest.raises(
+        CaptureError, match=r"this torch cannot free the capture's memory; the device's random numbers may fail"
+    ):
+        CudaGraphs().capture(lambda: None)
+    with pytest.raises(RuntimeError, match="Offset increment"):
+        cuda.randn()
+    assert cuda.current is cuda.default
+
+
+def test_a_graph_has_its_own_workspaces_which_nobody_frees_and_nobody_else_uses(monkeypatch):
+    cuda = Watched(monkeypatch)
+    graphs = CudaGraphs()
+    graphs.warm_up(cuda.matmul)
+    graph = graphs.capture(cuda.matmul)
+    graphs.warm_up(cuda.matmul)  # on the same stream
+    assert [pool for pool, _ in cuda.workspaces.values()] == ["ordinary"]
+    torch._C._cuda_clearCublasWorkspaces()  # as a compilation with mode="reduce-overhead" does
+    graph.replay()
+    with pytest.raises(CaptureError):
+        graphs.capture(lambda: (cuda.matmul(), 1 / 0))
+    graphs.warm_up(cuda.matmul)
+    assert [pool for pool, _ in cuda.workspaces.values()] == ["ordinary"]

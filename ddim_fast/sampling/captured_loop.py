@@ -1,0 +1,201 @@
+"""One run of the sampler as a CUDA graph: static tensors, and the graph that works on them.
+
+A graph bakes in addresses, shapes and every Python number. Here everything that changes between
+calls is in static tensors that the captured work reads: samples, seeds, timesteps, coefficients,
+guidance scales, conditioning, known regions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.contract import StepTable
+from ..kernels.torch_internals import tree_flatten, tree_unflatten
+from ..models.protocol import Model
+from ..plans.plan import PlannedStep, SamplingPlan
+from .cuda_graphs import WARM_UP_CALLS, CapturedGraph, CaptureError, GraphBackend, UnsteadyModelError
+from .loop import Loop, Position, Timing, model_calls, model_times
+from .model_state import ModelState
+from .same_calls import difference_of_calls, record_operators
+
+LOADED = ("x_t", "seeds", "mask", "known_x0", "model_input")  # tensors of a Loop that are copied in for each call
+SCRATCH = (
+    "noise",
+    "known_noise",
+    "x_seen",
+    "x0",
+    "history",
+    "history_2",
+)  # tensors that the steps fill
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of ``sample``: what is to be computed, in tensors that were allocated for this call.
+
+    Attributes:
+        loop: its tensors hold x_T; its calls use the caller's conditioning.
+        conditionings: that of each model call.
+    """
+
+    model: Model
+    plan: SamplingPlan
+    loop: Loop
+    conditionings: Sequence[Mapping[str, Any]]
+
+    @cached_property
+    def table(self) -> StepTable:
+        """The steps of the plan, on the host, each with its guidance scale."""
+        table = self.plan.table("cpu", self.loop.guidance_scales)
+        # If the guided output is rescaled, the step gets that one output, and the scale is looked
+        # up before it.
+        return replace(table, guided=table.guided and not self.loop.guidance_rescale)
+
+
+class CapturedLoop:
+    """Static tensors, and the graph that works on them.
+
+    Args:
+        vouch: whether a model is refused for which ``capture="auto"`` cannot vouch.
+
+    Attributes:
+        state: the module's, as later calls will find it; None for another callable.
+
+    Raises:
+        CaptureError: the model cannot be captured, or does something else in each call.
+    """
+
+    def __init__(self, mode: str, job: Job, graphs: GraphBackend, vouch: bool = False):
+        self.busy = False
+        self.state: ModelState | None = None
+        self._mode = mode
+        # Ordinary tensors, so that calls inside and outside of inference mode can share them.
+        with torch.inference_mode(False), torch.no_grad():
+            self._allocate(job)
+        self.load(job)
+        with torch.no_grad():
+            self._warm_up(job.model, graphs)
+            self._graph: CapturedGraph = graphs.capture(self._all_steps if mode == "loop" else self._one_step)
+        try:
+            self._check_unchanged(job.model, job.loop.x_t.device if vouch else None)
+        except CaptureError:
+            self._graph.reset()
+            raise
+
+    def _warm_up(self, model: Model, graphs: GraphBackend) -> None:
+        """Take the first step a few times, and check that each call of the model does the same."""
+        graphs.warm_up(self._first_step, 1)
+        self.state = ModelState(model) if isinstance(model, nn.Module) else None
+        if self.state is not None and self.state.is_compiled:  # under a watch it would run uncompiled
+            graphs.warm_up(self._first_step, WARM_UP_CALLS - 1)
+            return
+        calls: list[list[tuple[str, Hashable]]] = []
+        watched = record_operators(self._first_step, calls)
+        graphs.warm_up(watched, WARM_UP_CALLS - 1)
+        difference = difference_of_calls(calls) if calls else None
+        if difference is not None:
+            raise UnsteadyModelError(_changes(difference))
+
+    def _check_unchanged(self, model: Model, vouch_on: torch.device | None) -> None:
+        """Check that the model is as it was after its first call, which may have completed it."""
+        if self.state is None or not isinstance(model, nn.Module):
+            return
+        before, self.state = self.state, ModelState(model, vouch_on)
+        difference = self.state.difference(before)
+        if difference is not None:
+            raise UnsteadyModelError(_changes(f"{difference} changed"))
+
+    def _allocate(self, job: Job) -> None:
+        loop, device, mode = job.loop, job.loop.x_t.device, self._mode
+        self._steps = job.plan.num_inference_steps
+        self._leaves, structure = tree_flatten(list(job.conditionings))
+        self._leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        conditionings = tree_unflatten(self._leaves, structure)
+        tensors: dict[str, Any] = {name: _like(getattr(loop, name)) for name in (*LOADED, *SCRATCH)}
+        self.loop = replace(
+            loop,
+            calls=model_calls(job.model, conditionings),
+            generator=None,
+            **tensors,
+        )
+        rows_held = capacity(mode, self._steps)
+        rows = torch.zeros((rows_held, job.table.rows.shape[1]), dtype=torch.float32, device=device)
+        batch_size = loop.shape[0]
+        self._position = Position(
+            replace(job.table, rows=rows),
+            torch.zeros(1, dtype=torch.int64, device=device),
+            torch.zeros((rows_held, batch_size), dtype=job.plan.schedule.time_dtype, device=device),
+            torch.zeros((1, batch_size), dtype=job.plan.schedule.time_dtype, device=device),
+            torch.ones(batch_size, dtype=torch.float32, device=device),
+        )
+
+    @torch.no_grad()
+    def load(self, job: Job) -> None:
+        """Copy the values of another job with the same key into the static tensors."""
+        count, device = job.plan.num_inference_steps, self.loop.x_t.device
+        for name in LOADED:
+            if (static := getattr(self.loop, name)) is not None:
+                static.copy_(getattr(job.loop, name))
+        self.loop.generator = job.loop.generator
+        self._position.table.rows[:count].copy_(job.table.rows)
+        self._position.timesteps[:count].copy_(model_times(job.plan, device, job.loop.shape[0]))
+        self._position.index.zero_()
+        leaves, _ = tree_flatten(list(job.conditionings))
+        for static, new in zip(self._leaves, leaves, strict=True):
+            if isinstance(static, Tensor):
+                static.copy_(new)
+
+    def replay_step(self, step: PlannedStep, timing: Timing) -> None:
+        """Replay the next step of the loop, which must be this one."""
+        started = time.perf_counter()
+        self.loop.draw_noise(step)
+        self._replay(timing, started, 1)
+
+    def replay_all(self, timing: Timing) -> None:
+        """Replay all steps."""
+        self._replay(timing, time.perf_counter(), self._steps)
+
+    def _replay(self, timing: Timing, started: float, steps: int) -> None:
+        self._graph.replay()
+        timing.captured_seconds += time.perf_counter() - started
+        timing.steps += steps
+
+    def reset(self) -> None:
+        """Free the graph and its memory."""
+        self._graph.reset()
+
+    def _one_step(self) -> None:
+        self.loop.step_by_index(self._position)
+
+    def _first_step(self) -> None:
+        self._position.index.zero_()
+        self._one_step()
+
+    def _all_steps(self) -> None:
+        self._position.index.zero_()
+        for _ in range(self._steps):
+            self._one_step()
+
+
+def capacity(mode: str, steps: int) -> int:
+    """Return the rows of a captured table: the graph of a step serves up to so many steps, that of
+    a loop exactly its own number."""
+    return steps if mode == "loop" else max(64, 1 << (steps - 1).bit_length())
+
+
+def _changes(what: str) -> str:
+    return (
+        f"a captured step replays one call of the model for all, so each must do the same, got {what}: use "
+        "capture='off', or keep in tensors that are changed in place what differs between calls"
+    )
+
+
+def _like(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else torch.empty_like(tensor)
