@@ -470,9 +470,11 @@ def run(scheduler, x=X, steps=None, seed=0):
 
 @pytest.mark.parametrize(("original", "config"), ALL_SOLVERS)
 def test_every_step_of_every_solver_is_fused(original, config, monkeypatch):
-    expected = run(ready(original, config, 20))
+    """With 14 steps, the last ones are of lower order."""
+    expected = [run(ready(original, config, steps)) for steps in (14, 15)]
     monkeypatch.setattr(original, "step", None)
-    torch.testing.assert_close(run(ready(PAIRS[original], config, 20)), expected, rtol=1e-4, atol=1e-4)
+    for steps, samples in zip((14, 15), expected, strict=True):
+        torch.testing.assert_close(run(ready(PAIRS[original], config, steps)), samples, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("original", "config"), ALL_SOLVERS)
@@ -582,6 +584,37 @@ def test_a_change_between_steps_counts(original, change):
     return None
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("last_sample", None),
+        ("last_sample", X.cos()),
+        ("this_order", 1),
+        ("this_order", None),
+        ("predict_x0", False),
+        ("disable_corrector", [3]),
+        ("solver_p", DPM()),
+    ],
+)
+def test_what_unipc_remembers_may_be_replaced(name, value):
+    results = []
+    for kind in (UNIPC, PAIRS[UNIPC]):
+        scheduler = ready(kind, {"solver_order": 3})
+        before = run(scheduler, steps=4)[-1]
+        value = copy.deepcopy(value)
+        if name == "solver_p":
+            value.set_timesteps(10)
+        setattr(scheduler, name, value)
+        found, error = outcome(lambda s=scheduler, x=before: run(s, x, 2))
+        results.append((found, scheduler.timestep_list, error))
+    (expected, timesteps, error), (got, fast_timesteps, fast_error) = results
+    if error is not None:
+        return same_error(error, fast_error)
+    torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+    assert timesteps == fast_timesteps
+    return None
+
+
 @sweep(
     original_config=st.sampled_from(ALL_SOLVERS),
     prediction_type=st.sampled_from(["epsilon", "v_prediction", "sample"]),
@@ -677,6 +710,8 @@ def test_it_is_saved_copied_and_configured_as_the_original(original, config, tmp
     expected = run(copy.deepcopy(fast), steps=3)
     for twin in twins(fast):
         assert torch.equal(run(twin, steps=3)[-1], expected[-1])
+        twin.set_timesteps(8)  # a copy sees what changes in itself
+        torch.testing.assert_close(run(twin), run(ready(kind, config, 8)), rtol=0, atol=0)
     assert torch.equal(run(fast, steps=3)[-1], expected[-1])
     fast.save_pretrained(tmp_path)
     for other in (
