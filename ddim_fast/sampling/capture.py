@@ -241,13 +241,20 @@ def choose_mode(
 
 
 def _key(mode: str, job: Job, state: ModelState | None) -> Hashable:
-    """Return everything that a graph bakes in."""
+    """Return everything that a graph bakes in.
+
+    The model of a graph is kept alive, so an id is not reused.
+    """
+    return id(job.model) if state is None else state.key, call_key(mode, job), _precisions()
+
+
+def call_key(mode: str, job: Job) -> Hashable:
+    """Return what a graph bakes in of a call, apart from its model."""
     loop = job.loop
     leaves, structure = tree_flatten(list(job.conditionings))
     return (
         mode,
         capacity(mode, job.plan.num_inference_steps),
-        _state_key(job.model, state),
         *(_tensor_key(getattr(loop, name)) for name in (*LOADED, *SCRATCH)),
         len(loop.calls),
         loop.thresholding,
@@ -256,9 +263,6 @@ def _key(mode: str, job: Job, state: ModelState | None) -> Hashable:
         loop.guidance_rescale,
         str(structure),
         tuple(_leaf_key(leaf) for leaf in leaves),
-        torch.is_autocast_enabled("cuda"),
-        torch.get_autocast_dtype("cuda"),
-        _precisions(),
     )
 
 
@@ -268,13 +272,8 @@ def _precisions() -> Hashable:
     chosen = [getattr(backend, "fp32_precision", None) for backend in backends]
     if chosen[0] is None:  # torch before 2.9
         chosen = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
-    return (*chosen, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
-
-
-def _state_key(model: Model, state: ModelState | None) -> Hashable:
-    """Return the model and, for a module, what a replay would not follow. The model of a graph is
-    kept alive, so an id is not reused."""
-    return id(model) if state is None else state.key
+    autocast = (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
+    return (*chosen, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, *autocast)
 
 
 def _tensor_key(tensor: Tensor | None) -> Hashable:

@@ -64,6 +64,7 @@ class CapturedLoop:
 
     Args:
         vouch: whether a model is refused for which ``capture="auto"`` cannot vouch.
+        trusted: whether the caller vouches for the model, so that nothing about it is checked.
 
     Attributes:
         state: the module's, as later calls will find it; None for another callable.
@@ -72,7 +73,7 @@ class CapturedLoop:
         CaptureError: the model cannot be captured, or does something else in each call.
     """
 
-    def __init__(self, mode: str, job: Job, graphs: GraphBackend, vouch: bool = False):
+    def __init__(self, mode: str, job: Job, graphs: GraphBackend, vouch: bool = False, trusted: bool = False):
         self.busy = False
         self.state: ModelState | None = None
         self._mode = mode
@@ -81,7 +82,7 @@ class CapturedLoop:
             self._allocate(job)
         self.load(job)
         with torch.no_grad():
-            self._warm_up(job.model, graphs)
+            graphs.warm_up(self._first_step) if trusted else self._warm_up(job.model, graphs)
             self._graph: CapturedGraph = graphs.capture(self._all_steps if mode == "loop" else self._one_step)
         try:
             self._check_unchanged(job.model, job.loop.x_t.device if vouch else None)

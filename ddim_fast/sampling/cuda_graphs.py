@@ -195,7 +195,7 @@ def _give_up(graph: torch.cuda.CUDAGraph, pool: Any, side: torch.cuda.Stream, cu
     try:
         tiny = torch.cuda.CUDAGraph()
         with torch.cuda.graph(tiny, stream=side, capture_error_mode="thread_local"):
-            torch.zeros(1, device=side.device)
+            torch.zeros(1, dtype=torch.float32, device=side.device)
         tiny.reset()
     except Exception as error:
         torch.cuda.set_stream(current)
