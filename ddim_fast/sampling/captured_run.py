@@ -99,7 +99,10 @@ class CapturedRun:
             if self._captured is None:
                 raise RuntimeError("a captured run can be used until it is closed, got one that was: capture it again")
             self._captured.load(job)
-            yield self._captured
+            try:
+                yield self._captured
+            finally:
+                self._captured.finish()
         finally:
             self._in_use.release()
 
