@@ -4,7 +4,7 @@ values only.
 A graph bakes in addresses, shapes and every Python number. Here everything that changes between
 calls is in static tensors that the captured work reads: samples, seeds, timesteps, coefficients,
 guidance scales, conditioning, known regions. What is baked in is part of the key under which a
-graph is kept (``_key``), so a different value leads to a different graph, never to a stale one.
+graph is kept (``graph_key``), so a different value leads to a different graph, never to a stale one.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..kernels.layout import DTYPES_OF_KERNELS
-from ..kernels.torch_internals import tree_flatten
 from ..models.protocol import Model
 from ..utils.checks import check_choice
 from ..utils.warn import warn_caller
-from .captured_loop import LOADED, SCRATCH, CapturedLoop, Job, capacity
+from .captured_loop import CapturedLoop, Job
 from .cuda_graphs import CudaGraphs, GraphBackend, UnsteadyModelError, is_out_of_memory
-from .model_state import PLAIN, ModelState, plain_key
+from .graph_key import graph_key
+from .model_state import ModelState
 
 MODES = ("auto", "loop", "step", "off")
 """One graph for the whole loop, one for a step that is replayed for each, or none; "auto": "step"
@@ -126,7 +126,7 @@ class GraphCache:
                         captured.reset()
 
     def _get(self, mode: str, job: Job, state: ModelState | None, vouch: bool = False) -> CapturedLoop:
-        key = _key(mode, job, state)
+        key = graph_key(mode, job, state)
         with self._lock:
             captured = self._captured[key][1] if key in self._captured else None
             was_busy = captured is not None and captured.busy
@@ -141,7 +141,7 @@ class GraphCache:
             state.check_weights()
         fresh = self._capture(mode, job, vouch)
         # The first call may have completed the model: later ones find it as it is now.
-        key = _key(mode, job, fresh.state)
+        key = graph_key(mode, job, fresh.state)
         with self._lock:
             if key not in self._captured:
                 self._captured[key] = (job.model, fresh)
@@ -249,7 +249,7 @@ class GraphCache:
         key = None
         try:
             state = self._state(job.model, job.loop.x_t.device)
-            key = _key(mode, job, state)
+            key = graph_key(mode, job, state)
             return None if key in failed else self._get(mode, job, state, vouch=True)
         except Exception as error:
             if not failed:
@@ -324,54 +324,3 @@ def choose_mode(
         # What a function holds is invisible, and so are changes to it after the capture.
         return "step" if isinstance(model, nn.Module) else "off"
     return capture
-
-
-def _key(mode: str, job: Job, state: ModelState | None) -> Hashable:
-    """Return everything that a graph bakes in.
-
-    The model of a graph is kept alive, so an id is not reused.
-    """
-    return id(job.model) if state is None else state.key, call_key(mode, job), _precisions()
-
-
-def call_key(mode: str, job: Job) -> Hashable:
-    """Return what a graph bakes in of a call, apart from its model."""
-    loop = job.loop
-    leaves, structure = tree_flatten(list(job.conditionings))
-    return (
-        mode,
-        capacity(mode, job.plan.num_inference_steps),
-        *(_tensor_key(getattr(loop, name)) for name in (*LOADED, *SCRATCH)),
-        len(loop.calls),
-        loop.thresholding,
-        loop.normals,
-        (job.table.clipped, job.table.adds_noise, loop.mask is not None and job.table.adds_known_noise),
-        loop.guidance_rescale,
-        str(structure),
-        tuple(_leaf_key(leaf) for leaf in leaves),
-    )
-
-
-def _precisions() -> Hashable:
-    """Return what decides which kernels torch chooses for matrix products and convolutions."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn, getattr(torch.backends.cudnn, "conv", None))
-    chosen = [getattr(backend, "fp32_precision", None) for backend in backends]
-    if chosen[0] is None:  # torch before 2.9
-        chosen = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
-    autocast = (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
-    return (*chosen, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, *autocast)
-
-
-def _tensor_key(tensor: Tensor | None) -> Hashable:
-    return None if tensor is None else (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-
-
-def _leaf_key(leaf: Any) -> Hashable:
-    if isinstance(leaf, Tensor):
-        return _tensor_key(leaf)
-    if not isinstance(leaf, PLAIN):
-        raise TypeError(
-            "conditioning of a captured graph must be tensors and plain values (numbers, strings, None), got a "
-            f"{type(leaf).__name__}: pass a tensor, or use capture='off'"
-        )
-    return plain_key(leaf)

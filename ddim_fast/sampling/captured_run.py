@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..models.protocol import Model
 from ..plans.plan import SamplingPlan
-from .capture import GraphCache, call_key
+from .capture import GraphCache
 from .captured_loop import CapturedLoop, Job
+from .graph_key import call_key
 from .loop import Trajectory
 from .options import Options, ReplayKeywords, check_names, shows_keywords
 from .run import prepare, take_steps
