@@ -16,7 +16,7 @@ from .captured_loop import CapturedLoop, Job
 from .graph_key import call_key
 from .loop import Trajectory
 from .options import Options, ReplayKeywords, check_names, shows_keywords
-from .run import prepare, take_steps
+from .run import prepare, steps_shown, take_steps
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -88,7 +88,7 @@ class CapturedRun:
                 "a captured run takes new values of what it was captured with, got another shape, dtype, option or plain value among "
                 f"{', '.join(changes) or 'what torch was set to'}: capture another run for it"
             )
-        return take_steps(job, self._mode, self._using(job), options)
+        return take_steps(job, self._mode, self._using(job), steps_shown(self._plan, options), options)
 
     @contextmanager
     def _using(self, job: Job) -> Iterator[CapturedLoop]:

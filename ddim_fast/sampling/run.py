@@ -48,7 +48,7 @@ def sample(
     """
     mode, job = prepare(plan, model, shape, options, graphs)
     using = nullcontext() if mode == "off" else graphs.use(mode, job, optional=options.execution.capture == "auto")
-    return take_steps(job, mode, using, options)
+    return take_steps(job, mode, using, steps_shown(plan, options), options)
 
 
 def prepare(
@@ -196,17 +196,25 @@ def _start(request: _Request, options: Options) -> Job:
     return Job(r.model, r.plan, loop, r.conditionings)
 
 
+def steps_shown(plan: SamplingPlan, options: Options) -> AbstractContextManager[Iterable[PlannedStep]]:
+    """Return what gives the steps, with a progress bar if one is wanted: it costs as much as several
+    small steps, even one that is not shown."""
+    if options.observation.progress:
+        return tqdm(plan.steps, desc="sampling", unit="step")
+    return nullcontext(plan.steps)
+
+
 def take_steps(
-    job: Job, mode: str, using: AbstractContextManager[CapturedLoop | None], options: Options
+    job: Job,
+    mode: str,
+    using: AbstractContextManager[CapturedLoop | None],
+    bar: AbstractContextManager[Iterable[PlannedStep]],
+    options: Options,
 ) -> Tensor | Trajectory:
     """Take all steps of a job, by the captured loop that ``using`` gives, or one by one."""
     observation, execution = options.observation, options.execution
     timing = Timing() if observation.timing is None else observation.timing
     trajectory = Trajectory()
-    # A progress bar costs as much as several small steps, even one that is not shown.
-    bar: AbstractContextManager[Iterable[PlannedStep]] = (
-        tqdm(job.plan.steps, desc="sampling", unit="step") if observation.progress else nullcontext(job.plan.steps)
-    )
     with using as captured:
         loop = job.loop if captured is None else captured.loop
         timesteps = model_times(job.plan, loop.x_t.device, loop.shape[0])
