@@ -20,6 +20,7 @@ from .plans.path import NoisePath
 from .plans.plan import SamplingPlan
 from .sampling import editing, inversion, parallel, run
 from .sampling.capture import GRAPHS, GraphCache
+from .sampling.captured_run import CapturedRun
 from .sampling.guidance import GuidanceScale
 from .sampling.loop import Trajectory
 from .sampling.options import (
@@ -391,6 +392,28 @@ class DDIMSampler:
         """
         keywords = options_of("sample", SampleKeywords, options, return_trajectory)
         return run.sample(self.plan(model), model, shape, keywords, self.graphs)
+
+    @shows_keywords(SampleKeywords)
+    def capture(
+        self, model: Model, shape: Sequence[int] | None = None, **options: Unpack[SampleKeywords]
+    ) -> CapturedRun:
+        """Capture a run as a CUDA graph that is yours: ``captured.sample(seeds=...)`` replays it.
+
+        For those who know their model: nothing about it is looked up or checked in a call, so no
+        change to it but that of weights in place has an effect. ``close()``, or the end of a
+        ``with``, frees its memory; ``graphs`` does not hold it.
+
+        Args:
+            options: those of ``sample``, in every call that does not give others.
+                ``capture="step"`` ("auto" is the same) or ``"loop"``. With a callback, calls may
+                have another.
+
+        Raises:
+            CaptureError: the model cannot be captured.
+            TypeError, ValueError: as ``sample``.
+        """
+        keywords = options_of("capture", SampleKeywords, options)
+        return CapturedRun(self.plan(model), model, shape, keywords, self.graphs)
 
     @shows_keywords(EditKeywords)
     def img2img(

@@ -645,6 +645,9 @@ class FakeGraphs:
         for _ in range(times):
             function()
 
+    def fence(self, tensors: Sequence[Tensor]) -> None:
+        """Return None: a replay is done when it returns."""
+
     def capture(self, function: Callable[[], Any]) -> FakeGraph:
         """Call ``function`` once in a steady state.
 

@@ -383,6 +383,9 @@ class Replay:
             for _ in range(times):
                 function()
 
+    def fence(self, tensors: Sequence[Tensor]) -> None:
+        """Return None: a replay is done when it returns."""
+
     def capture(self, function: Callable[[], Any]) -> RecordedGraph:
         """Record one call. Afterwards nothing has changed but Python's own state.
 

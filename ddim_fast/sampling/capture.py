@@ -4,29 +4,31 @@ values only.
 A graph bakes in addresses, shapes and every Python number. Here everything that changes between
 calls is in static tensors that the captured work reads: samples, seeds, timesteps, coefficients,
 guidance scales, conditioning, known regions. What is baked in is part of the key under which a
-graph is kept (``_key``), so a different value leads to a different graph, never to a stale one.
+graph is kept (``graph_key``), so a different value leads to a different graph, never to a stale one.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..kernels.layout import DTYPES_OF_KERNELS
-from ..kernels.torch_internals import tree_flatten
 from ..models.protocol import Model
 from ..utils.checks import check_choice
 from ..utils.warn import warn_caller
-from .captured_loop import LOADED, SCRATCH, CapturedLoop, Job, capacity
-from .cuda_graphs import CudaGraphs, GraphBackend, UnsteadyModelError
-from .model_state import PLAIN, ModelState, plain_key
+from .captured_loop import CapturedLoop, Job
+from .cuda_graphs import CudaGraphs, GraphBackend, UnsteadyModelError, is_out_of_memory
+from .graph_key import graph_key
+from .model_state import ModelState
 
 MODES = ("auto", "loop", "step", "off")
 """One graph for the whole loop, one for a step that is replayed for each, or none; "auto": "step"
@@ -36,6 +38,25 @@ where it can be."""
 _UNSTEADY = "unsteady"
 _FAILURES = 64
 """How many keys that failed are remembered of a model."""
+
+
+@dataclass(frozen=True)
+class GraphStats:
+    """What a ``GraphCache`` keeps and did.
+
+    Attributes:
+        graphs, nbytes: how many it keeps, and the bytes of memory that they take beside their
+            models.
+        hits, misses, evictions: graphs that were found, captured, and freed.
+        capture_seconds: spent in captures, warm-up and compilation included.
+    """
+
+    graphs: int = 0
+    nbytes: int = 0
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    capture_seconds: float = 0.0
 
 
 class GraphCache:
@@ -49,6 +70,8 @@ class GraphCache:
         maxsize: how many graphs are kept.
         backend: returns the ``GraphBackend`` of a device.
         device_types: devices on which it captures.
+        max_bytes: of memory that graphs keep, beside their models; the one used last is kept
+            whatever it takes. None: no limit.
     """
 
     def __init__(
@@ -56,24 +79,28 @@ class GraphCache:
         maxsize: int = 8,
         backend: Callable[[torch.device], GraphBackend] = CudaGraphs,
         device_types: Sequence[str] = ("cuda",),
+        max_bytes: int | None = None,
     ):
         if maxsize < 1:
             raise ValueError(f"maxsize must be at least 1, got maxsize={maxsize}: use capture='off' for no graphs")
         self.maxsize = maxsize
         self.device_types = tuple(device_types)
+        self.max_bytes = max_bytes
         self._backend = backend
         self._backends: dict[torch.device, GraphBackend] = {}  # each has a side stream of its device
         self._captured: OrderedDict[Hashable, tuple[Model, CapturedLoop]] = OrderedDict()
         self._states: dict[int, ModelState] = {}  # of the models that have graphs
         self._failed: WeakKeyDictionary[Any, set[Hashable]] = WeakKeyDictionary()
-        self._lock = threading.RLock()
+        self._stats = GraphStats()
+        self._lock = threading.RLock()  # of what is kept
+        self._capturing = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._captured)
 
     def __reduce__(self) -> tuple[object, ...]:
         # Graphs belong to their process and device: a copy starts without any.
-        return type(self), (self.maxsize, self._backend, self.device_types)
+        return type(self), (self.maxsize, self._backend, self.device_types, self.max_bytes)
 
     @contextmanager
     def use(self, mode: str, job: Job, optional: bool = False) -> Iterator[CapturedLoop | None]:
@@ -93,31 +120,92 @@ class GraphCache:
             yield captured
         finally:
             if captured is not None:
-                captured.busy = False
+                with self._lock:
+                    captured.finish()
+                    if captured not in self:  # it was given up while it was in use
+                        captured.reset()
 
     def _get(self, mode: str, job: Job, state: ModelState | None, vouch: bool = False) -> CapturedLoop:
-        key = _key(mode, job, state)
+        key = graph_key(mode, job, state)
         with self._lock:
             captured = self._captured[key][1] if key in self._captured else None
-            if captured is not None and not captured.busy:
+            was_busy = captured is not None and captured.busy
+            if captured is not None and not was_busy:
                 self._captured.move_to_end(key)
-                captured.load(job)
                 captured.busy = True
-                return captured
-            if state is not None:
-                state.check_weights()
-            fresh = CapturedLoop(mode, job, self.backend_of(job.loop.x_t.device), vouch)
-            fresh.load(job)  # the warm-up has changed the samples
-            fresh.busy = True
-            # The first call may have completed the model: later ones find it as it is now.
-            key = _key(mode, job, fresh.state)
+                self._stats = replace(self._stats, hits=self._stats.hits + 1)
+        if captured is not None and not was_busy:
+            captured.load(job)
+            return captured
+        if state is not None:
+            state.check_weights()
+        fresh = self._capture(mode, job, vouch)
+        # The first call may have completed the model: later ones find it as it is now.
+        key = graph_key(mode, job, fresh.state)
+        with self._lock:
             if key not in self._captured:
                 self._captured[key] = (job.model, fresh)
                 if fresh.state is not None:
                     self._states[id(job.model)] = fresh.state
-                while len(self._captured) > self.maxsize:
+                while len(self._captured) > 1 and (len(self._captured) > self.maxsize or self._is_over_budget()):
                     self._evict(next(iter(self._captured)))
-            return fresh
+        return fresh
+
+    def _capture(self, mode: str, job: Job, vouch: bool) -> CapturedLoop:
+        """Capture, one after the other, since all share a side stream. Others may replay meanwhile.
+
+        If the device's memory is full, all idle graphs are freed, and it is tried once more.
+        """
+        with self._capturing:
+            started = time.perf_counter()
+            try:
+                fresh = self._captured_loop(mode, job, vouch)
+            except Exception as error:
+                if not is_out_of_memory(error) or not self._evict_idle():
+                    raise
+                fresh = None
+            if fresh is None:  # outside of the error, whose traceback holds what it allocated
+                fresh = self._captured_loop(mode, job, vouch)
+            seconds = time.perf_counter() - started
+        with self._lock:
+            s = self._stats
+            self._stats = replace(s, misses=s.misses + 1, capture_seconds=s.capture_seconds + seconds)
+        return fresh
+
+    def _captured_loop(self, mode: str, job: Job, vouch: bool) -> CapturedLoop:
+        fresh = CapturedLoop(mode, job, self.backend_of(job.loop.x_t.device), vouch)
+        fresh.busy = True
+        fresh.load(job)  # the warm-up has changed the samples
+        return fresh
+
+    def _is_over_budget(self) -> bool:
+        return self.max_bytes is not None and self._nbytes() > self.max_bytes
+
+    def _nbytes(self) -> int:
+        return sum(captured.nbytes for _, captured in self._captured.values())
+
+    def _evict_idle(self) -> bool:
+        """Free every graph that nobody uses; return whether there was one."""
+        with self._lock:
+            idle = [key for key, (_, captured) in self._captured.items() if not captured.busy]
+            for key in idle:
+                self._evict(key)
+        return bool(idle)
+
+    def stats(self) -> GraphStats:
+        """Return what is kept, and what has happened since it was made."""
+        with self._lock:
+            return replace(self._stats, graphs=len(self._captured), nbytes=self._nbytes())
+
+    def __contains__(self, captured: object) -> bool:
+        return any(captured is kept for _, kept in self._captured.values())
+
+    def __repr__(self) -> str:
+        s = self.stats()
+        return (
+            f"GraphCache({s.graphs} of {self.maxsize} graphs, {s.nbytes / 2**20:.1f} MiB, {s.hits} hits, {s.misses} misses, "
+            f"{s.evictions} evictions, {s.capture_seconds:.2f} s of capturing)"
+        )
 
     def _state(self, model: Model, vouch_on: torch.device | None = None) -> ModelState | None:
         """Return what a graph of this model bakes in of it; the one found last, if nothing has
@@ -148,7 +236,9 @@ class GraphCache:
         model, captured = self._captured.pop(key)
         if all(owner is not model for owner, _ in self._captured.values()):
             self._states.pop(id(model), None)
-        _free(captured)
+        self._stats = replace(self._stats, evictions=self._stats.evictions + 1)
+        if not captured.busy:  # or else when its run ends
+            captured.reset()
 
     def _get_or_none(self, mode: str, job: Job) -> CapturedLoop | None:
         """Return None whatever goes wrong: an error of the model itself shows again without a
@@ -159,13 +249,15 @@ class GraphCache:
         key = None
         try:
             state = self._state(job.model, job.loop.x_t.device)
-            key = _key(mode, job, state)
+            key = graph_key(mode, job, state)
             return None if key in failed else self._get(mode, job, state, vouch=True)
         except Exception as error:
             if not failed:
                 warn_caller(f"sampling without CUDA graphs: {error}")
             if len(failed) > _FAILURES:
                 failed.clear()
+            if is_out_of_memory(error):  # there may be room next time
+                key = None
             failed |= {key, _UNSTEADY if isinstance(error, UnsteadyModelError) else None}
             return None
 
@@ -184,12 +276,6 @@ class GraphCache:
             self._failed.clear()
             while self._captured:
                 self._evict(next(iter(self._captured)))
-
-
-def _free(captured: CapturedLoop) -> None:
-    """Free a graph now, or if it is in use, when its run ends."""
-    if not captured.busy:
-        captured.reset()
 
 
 GRAPHS = GraphCache()
@@ -238,55 +324,3 @@ def choose_mode(
         # What a function holds is invisible, and so are changes to it after the capture.
         return "step" if isinstance(model, nn.Module) else "off"
     return capture
-
-
-def _key(mode: str, job: Job, state: ModelState | None) -> Hashable:
-    """Return everything that a graph bakes in."""
-    loop = job.loop
-    leaves, structure = tree_flatten(list(job.conditionings))
-    return (
-        mode,
-        capacity(mode, job.plan.num_inference_steps),
-        _state_key(job.model, state),
-        *(_tensor_key(getattr(loop, name)) for name in (*LOADED, *SCRATCH)),
-        len(loop.calls),
-        loop.thresholding,
-        loop.normals,
-        (job.table.clipped, job.table.adds_noise, loop.mask is not None and job.table.adds_known_noise),
-        loop.guidance_rescale,
-        str(structure),
-        tuple(_leaf_key(leaf) for leaf in leaves),
-        torch.is_autocast_enabled("cuda"),
-        torch.get_autocast_dtype("cuda"),
-        _precisions(),
-    )
-
-
-def _precisions() -> Hashable:
-    """Return what decides which kernels torch chooses for matrix products and convolutions."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn, getattr(torch.backends.cudnn, "conv", None))
-    chosen = [getattr(backend, "fp32_precision", None) for backend in backends]
-    if chosen[0] is None:  # torch before 2.9
-        chosen = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
-    return (*chosen, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
-
-
-def _state_key(model: Model, state: ModelState | None) -> Hashable:
-    """Return the model and, for a module, what a replay would not follow. The model of a graph is
-    kept alive, so an id is not reused."""
-    return id(model) if state is None else state.key
-
-
-def _tensor_key(tensor: Tensor | None) -> Hashable:
-    return None if tensor is None else (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-
-
-def _leaf_key(leaf: Any) -> Hashable:
-    if isinstance(leaf, Tensor):
-        return _tensor_key(leaf)
-    if not isinstance(leaf, PLAIN):
-        raise TypeError(
-            "conditioning of a captured graph must be tensors and plain values (numbers, strings, None), got a "
-            f"{type(leaf).__name__}: pass a tensor, or use capture='off'"
-        )
-    return plain_key(leaf)

@@ -20,7 +20,7 @@ from ..kernels.contract import StepTable
 from ..kernels.torch_internals import tree_flatten, tree_unflatten
 from ..models.protocol import Model
 from ..plans.plan import PlannedStep, SamplingPlan
-from .cuda_graphs import WARM_UP_CALLS, CapturedGraph, CaptureError, GraphBackend, UnsteadyModelError
+from .cuda_graphs import WARM_UP_CALLS, CapturedGraph, CaptureError, Fence, GraphBackend, UnsteadyModelError
 from .loop import Loop, Position, Timing, model_calls, model_times
 from .model_state import ModelState
 from .same_calls import difference_of_calls, record_operators
@@ -64,6 +64,7 @@ class CapturedLoop:
 
     Args:
         vouch: whether a model is refused for which ``capture="auto"`` cannot vouch.
+        trusted: whether the caller vouches for the model, so that nothing about it is checked.
 
     Attributes:
         state: the module's, as later calls will find it; None for another callable.
@@ -72,19 +73,24 @@ class CapturedLoop:
         CaptureError: the model cannot be captured, or does something else in each call.
     """
 
-    def __init__(self, mode: str, job: Job, graphs: GraphBackend, vouch: bool = False):
+    def __init__(self, mode: str, job: Job, graphs: GraphBackend, vouch: bool = False, trusted: bool = False):
         self.busy = False
         self.state: ModelState | None = None
+        self._backend = graphs
+        self._fence: Fence | None = None
         self._mode = mode
         # Ordinary tensors, so that calls inside and outside of inference mode can share them.
         with torch.inference_mode(False), torch.no_grad():
             self._allocate(job)
         self.load(job)
+        device = job.loop.x_t.device
         with torch.no_grad():
-            self._warm_up(job.model, graphs)
+            graphs.warm_up(self._first_step) if trusted else self._warm_up(job.model, graphs)
+            before = _reserved(device)
             self._graph: CapturedGraph = graphs.capture(self._all_steps if mode == "loop" else self._one_step)
+        self._graph_bytes = max(0, _reserved(device) - before)
         try:
-            self._check_unchanged(job.model, job.loop.x_t.device if vouch else None)
+            self._check_unchanged(job.model, device if vouch else None)
         except CaptureError:
             self._graph.reset()
             raise
@@ -138,7 +144,10 @@ class CapturedLoop:
 
     @torch.no_grad()
     def load(self, job: Job) -> None:
-        """Copy the values of another job with the same key into the static tensors."""
+        """Copy the values of another job with the same key into the static tensors, after the run
+        before, whatever its stream."""
+        if self._fence is not None:
+            self._fence.wait()
         count, device = job.plan.num_inference_steps, self.loop.x_t.device
         for name in LOADED:
             if (static := getattr(self.loop, name)) is not None:
@@ -167,8 +176,26 @@ class CapturedLoop:
         timing.captured_seconds += time.perf_counter() - started
         timing.steps += steps
 
+    def finish(self) -> None:
+        """End a run: the host is done, the device may not be."""
+        self._fence = self._backend.fence(self._static_tensors())
+        self.busy = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it keeps, apart from its model."""
+        return self._graph_bytes + sum(tensor.nbytes for tensor in self._static_tensors())
+
+    def _static_tensors(self) -> list[Tensor]:
+        p = self._position
+        held = [getattr(self.loop, name) for name in (*LOADED, *SCRATCH)]
+        held += [*self._leaves, p.table.rows, p.index, p.timesteps, p.t, p.thresholds]
+        return [tensor for tensor in held if isinstance(tensor, Tensor)]
+
     def reset(self) -> None:
-        """Free the graph and its memory."""
+        """Free the graph and its memory, after what the device still does with it."""
+        if self._fence is not None:
+            self._fence.wait()
         self._graph.reset()
 
     def _one_step(self) -> None:
@@ -188,6 +215,10 @@ def capacity(mode: str, steps: int) -> int:
     """Return the rows of a captured table: the graph of a step serves up to so many steps, that of
     a loop exactly its own number."""
     return steps if mode == "loop" else max(64, 1 << (steps - 1).bit_length())
+
+
+def _reserved(device: torch.device) -> int:
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
 def _changes(what: str) -> str:

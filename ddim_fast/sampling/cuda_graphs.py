@@ -15,11 +15,12 @@ import contextlib
 import linecache
 import os
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ..kernels.torch_internals import clear_library_workspaces, release_capture_pool
 
@@ -30,6 +31,13 @@ WARM_UP_CALLS = 3
 class CaptureError(RuntimeError):
     """A capture that is impossible. The message has the rule, what was called and where, and the
     remedy."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an error, or what caused it, is that the device's memory is full."""
+    while error is not None and not isinstance(error, torch.cuda.OutOfMemoryError):
+        error = error.__cause__
+    return error is not None
 
 
 class UnsteadyModelError(CaptureError):
@@ -68,6 +76,18 @@ class GraphBackend(Protocol):
         Raises:
             CaptureError: it did something that cannot be recorded.
         """
+
+    def fence(self, tensors: Sequence[Tensor]) -> Fence | None:
+        """Return the place after what is on the current stream, which uses these tensors: their
+        memory is not given to others before. None where everything is done at once."""
+
+
+class Fence(Protocol):
+    """A place in the work of a stream."""
+
+    def wait(self) -> None:
+        """Let what is put on the current stream from now on begin after that; the host does not
+        wait."""
 
 
 class CudaGraph:
@@ -136,6 +156,12 @@ class CudaGraphs:
             finally:
                 current.wait_stream(side)
 
+    def fence(self, tensors: Sequence[Tensor]) -> Fence:
+        stream = torch.cuda.current_stream(self._device)
+        for tensor in tensors:
+            tensor.record_stream(stream)
+        return CudaFence(stream.device)
+
     def capture(self, function: Callable[[], Any]) -> CudaGraph:
         """Capture one call of ``function``. Waits for the device first.
 
@@ -181,6 +207,18 @@ class CudaGraphs:
         return CudaGraph(graph, output)
 
 
+class CudaFence:
+    """An event on the stream that was current."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._event)
+
+
 def _give_up(graph: torch.cuda.CUDAGraph, pool: Any, side: torch.cuda.Stream, current: torch.cuda.Stream) -> str:
     """Restore the allocator and the default generator after a failed capture; return in words what
     could not be.
@@ -195,7 +233,7 @@ def _give_up(graph: torch.cuda.CUDAGraph, pool: Any, side: torch.cuda.Stream, cu
     try:
         tiny = torch.cuda.CUDAGraph()
         with torch.cuda.graph(tiny, stream=side, capture_error_mode="thread_local"):
-            torch.zeros(1, device=side.device)
+            torch.zeros(1, dtype=torch.float32, device=side.device)
         tiny.reset()
     except Exception as error:
         torch.cuda.set_stream(current)

@@ -262,7 +262,7 @@ class ModelState:
                 address = 0
             if address == 0 and tensor.numel() > 0 and tensor.device.type != "meta":
                 self._doubt(f"is a tensor of type {kind.__module__}.{kind.__qualname__}, whose memory cannot be seen")
-                return self._known_by_id(tensor)
+                return self._known_by_id(tensor), self._named(self._attributes(tensor).items())
             self._places.append(tensor)
             rest = None if not layout.is_wrapper(tensor) else self._named(self._attributes(tensor).items())
             return kind, address, tensor.dtype, tuple(tensor.shape), tensor.stride(), rest

@@ -188,23 +188,48 @@ class SampleKeywords(EditKeywords, total=False):
     dtype: torch.dtype
 
 
-def options_of(method: str, accepted: type, keywords: Mapping[str, Any], return_trajectory: bool = False) -> Options:
-    """Group the flat keywords of a call into ``Options``.
+class ReplayKeywords(ConditioningKeywords, total=False):
+    """Keywords of ``CapturedRun.sample``: those of ``sample`` that a captured run takes anew."""
+
+    seed: int | None
+    seeds: Sequence[int] | Tensor | None
+    generator: torch.Generator | None
+    x_T: Tensor | None
+    mask: Tensor | None
+    known_x0: Tensor | None
+    progress: bool
+    callback: Callback | None
+    timing: Timing | None
+    reuse_output: bool
+
+
+def check_names(method: str, accepted: type, keywords: Mapping[str, Any]) -> None:
+    """Check that a method has each of these keywords.
 
     Args:
         method: the name of the method that was called, for the error.
         accepted: the TypedDict of its keywords.
 
     Raises:
-        TypeError: the method has no such keyword.
+        TypeError: it has no such keyword.
     """
     names = accepted.__optional_keys__  # type: ignore[attr-defined]  # every TypedDict has it
-    groups: dict[str, dict[str, Any]] = {"observation": {"return_trajectory": True}} if return_trajectory else {}
     for name, value in keywords.items():
         if name not in names:
             near = difflib.get_close_matches(name, names, 1)
             remedy = f"did you mean {near[0]}?" if near else f"it takes {', '.join(sorted(names))}"
             raise TypeError(f"{method} has no keyword {name!r}, got {name}={value!r:.60}: {remedy}")
+
+
+def options_of(method: str, accepted: type, keywords: Mapping[str, Any], return_trajectory: bool = False) -> Options:
+    """Group the flat keywords of a call into ``Options``.
+
+    Raises:
+        TypeError: as ``check_names``, whose arguments these are.
+    """
+    check_names(method, accepted, keywords)
+    groups: dict[str, dict[str, Any]] = {"observation": {"return_trajectory": True}} if return_trajectory else {}
+    for name, value in keywords.items():
         groups.setdefault(_GROUP_OF[name], {})[name] = value
     return Options(**{group: type(getattr(_DEFAULTS, group))(**own) for group, own in groups.items()})
 

@@ -46,7 +46,20 @@ def sample(
     Raises:
         TypeError, ValueError: an argument breaks a rule, or the model returns the wrong thing.
     """
-    execution, observation = options.execution, options.observation
+    mode, job = prepare(plan, model, shape, options, graphs)
+    using = nullcontext() if mode == "off" else graphs.use(mode, job, optional=options.execution.capture == "auto")
+    return take_steps(job, mode, using, steps_shown(plan, options), options)
+
+
+def prepare(
+    plan: SamplingPlan, model: Model, shape: Sequence[int] | None, options: Options, graphs: GraphCache
+) -> tuple[str, Job]:
+    """Check the options of a run, choose its mode ("loop", "step" or "off"), draw x_T and make its
+    tensors.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule.
+    """
     if plan.order > 1 and options.known_region.mask is not None:
         raise ValueError(
             "inpainting replaces the known region after each step, and so leaves the trajectory that a higher order extrapolates, got a "
@@ -54,11 +67,7 @@ def sample(
         )
     request = _check(plan, model, shape, options)
     mode = _mode(request, options, graphs)
-    job = _start(request, options)
-    using = nullcontext() if mode == "off" else graphs.use(mode, job, optional=execution.capture == "auto")
-    # A progress bar costs as much as several small steps, even one that is not shown.
-    bar = tqdm(plan.steps, desc="sampling", unit="step") if observation.progress else nullcontext(plan.steps)
-    return _take_steps(job, mode, using, bar, options)
+    return mode, _start(request, options)
 
 
 @dataclass(slots=True, eq=False)
@@ -187,7 +196,15 @@ def _start(request: _Request, options: Options) -> Job:
     return Job(r.model, r.plan, loop, r.conditionings)
 
 
-def _take_steps(
+def steps_shown(plan: SamplingPlan, options: Options) -> AbstractContextManager[Iterable[PlannedStep]]:
+    """Return what gives the steps, with a progress bar if one is wanted: it costs as much as several
+    small steps, even one that is not shown."""
+    if options.observation.progress:
+        return tqdm(plan.steps, desc="sampling", unit="step")
+    return nullcontext(plan.steps)
+
+
+def take_steps(
     job: Job,
     mode: str,
     using: AbstractContextManager[CapturedLoop | None],

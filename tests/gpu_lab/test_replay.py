@@ -509,7 +509,9 @@ class Watched:
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.random, "fork_rng", Device)
-        monkeypatch.setattr(torch, "zeros", lambda *size, device=None: self.log.append(f"zeros on {self.current.name}"))
+        monkeypatch.setattr(
+            torch, "zeros", lambda *size, dtype=None, device=None: self.log.append(f"zeros on {self.current.name}")
+        )
         monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", self.clear_workspaces, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_pool, raising=False)
         monkeypatch.setattr(

@@ -310,6 +310,28 @@ def test_what_cannot_be_vouched_for_is_refused_once_with_the_reason(cache, name)
     check(model, cache, graphs=0)
 
 
+FOLLOWED = [name for name in REFUSED if name != "a wrapper of tensors"]  # which the stand-in cannot record
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")  # Inductor's own
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_what_cannot_be_vouched_for_is_captured_where_it_is_asked_for(cache, name):
+    model = REFUSED[name][0]()
+    expected = sample(model, cache, "off")
+    for _ in range(2):
+        assert torch.equal(quietly(model, cache, "step"), expected)
+    assert len(cache) == 1
+
+
+def test_attributes_of_an_opaque_weight_are_seen():
+    model = opaque_weight()
+    state = ModelState(model)
+    assert state.is_current()
+    model.conv.weight.inner = model.conv.weight.inner * 2
+    assert not state.is_current()
+    assert ModelState(model).key != state.key
+
+
 def test_what_is_vouched_for_again_is_captured(cache):
     model = with_("peft_config", {"default": None})()
     with pytest.warns(UserWarning, match="adapters of peft"):
@@ -320,7 +342,7 @@ def test_what_is_vouched_for_again_is_captured(cache):
     check(model, cache, graphs=1)  # a doubt about a model that has a graph
 
 
-def test_wrapped_weights_that_say_what_they_wrap_are_captured_and_followed(cache):
+def test_wrapped_weights_that_say_what_they_wrap_are_vouched_for_and_followed():
     model = Base()
     weight = model.conv.weight.detach()
     model.conv.weight = nn.Parameter(Wrapped(weight), requires_grad=False)
