@@ -168,7 +168,7 @@ def step_of_kinds(
     dtype = torch.promote_types(x_t.dtype, model_output.dtype)
     for more in (noise, history, kinds[1] if writes_x0 else None):
         dtype = dtype if more is None else torch.promote_types(dtype, more.dtype)
-    tensors: dict[str, Tensor | None] = {"out": kinds[0].empty(x_t, dtype)}
+    tensors: dict[str, Any] = {"out": kinds[0].empty(x_t, dtype)}
     x0 = kinds[1].empty(x_t, dtype) if writes_x0 or history is not None else None
     if history is None:
         tensors["x0_out"] = x0

@@ -56,7 +56,8 @@ class FastCogVideoXDPMScheduler(FusedSteps, CogVideoXDPMScheduler):
         Args:
             back: how much later the timestep of the step before is; None for a step of first order.
         """
-        levels = alpha_bar_t, _ = tuple(map(self._alpha_bar, self._pair(t)))
+        t, t_prev = self._pair(t)
+        levels = alpha_bar_t, _ = self._alpha_bar(t), self._alpha_bar(t_prev)
         try:
             variance = ddpm_variance(*levels)
             if back is None:

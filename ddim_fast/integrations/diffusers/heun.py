@@ -53,6 +53,7 @@ class FastHeunDiscreteScheduler(SigmaSteps, HeunDiscreteScheduler):
     prev_derivative: Tensor | None
     dt: Tensor | None
     sample: Tensor | None
+    state_in_first_order: bool
 
     set_timesteps = set_timesteps_on_host(HeunDiscreteScheduler, "timesteps")
 

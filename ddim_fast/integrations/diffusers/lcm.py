@@ -36,7 +36,7 @@ class FastLCMScheduler(ConsistencySteps, LCMScheduler):
     set_timesteps = LCMScheduler.set_timesteps
 
     def _cleaner_row(self, index: int, options: Hashable, t: int) -> StepCoefficients:
-        c_skip, c_out = self.get_scalings_for_boundary_condition_discrete(t)
+        c_skip, c_out = self.get_scalings_for_boundary_condition_discrete(t)  # type: ignore[attr-defined]  # the original
         alpha_bar_t = self._alpha_bar(t)
         return consistency_coefficients(
             alpha_bar_t, self._prediction(alpha_bar_t), c_skip=c_skip, c_out=c_out, clip_sample_range=self._clip_range()

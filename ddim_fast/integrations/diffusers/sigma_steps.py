@@ -224,7 +224,8 @@ class SigmaSteps:
         """Take a step of checked tensors by ``ddim_step``, with the original's dtypes and layouts."""
         options = self._options_of_results()
         kinds = kinds_of_results(self._originals_results, sample, model_output, noise, **options)
-        take, step = ddim_step, row
+        take: Any = ddim_step
+        step: Any = row
         if sample.device.type == "cuda":  # a row of its own would be copied there in each step
             table, indices = rows.table(sample.device)
             take, step = functools.partial(ddim_step_from_table, index=indices[key]), table

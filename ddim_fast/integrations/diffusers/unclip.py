@@ -27,6 +27,8 @@ class FastUnCLIPScheduler(FusedSteps, UnCLIPScheduler):
     docs/drop_ins/diffusers.md lists every difference. The arguments are the original's.
     """
 
+    betas: Tensor
+    variance_type: str
     _clean_level = "one"
     _row_fields = ("num_train_timesteps", "prediction_type", "clip_sample", "clip_sample_range", "variance_type")
     _row_attributes = ("betas",)

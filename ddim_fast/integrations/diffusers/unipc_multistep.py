@@ -84,7 +84,8 @@ class FastUniPCMultistepScheduler(MultistepSteps, UniPCMultistepScheduler):
             raise LeaveToOriginal(str(error)) from None
 
     def _take(self, rows: MultistepRows, model_output: Tensor, sample: Tensor, *options: Any) -> Tensor:
-        index, (timestep,), noise = self._step_index, options, not self.predict_x0
+        index: Any = self._step_index
+        (timestep,), noise = options, not self.predict_x0
         form = originals_forms(noise).get(self.config.prediction_type)
         if form is None or self.config.thresholding or self.solver_p is not None or sample.ndim < 2:
             raise LeaveToOriginal("thresholding, solver_p and samples without channels have no fused form")

@@ -79,6 +79,8 @@ class FastDDPMWuerstchenScheduler(DDPMWuerstchenScheduler):
     docs/drop_ins/diffusers.md lists every difference. The arguments are the original's.
     """
 
+    s: Tensor
+    scaler: float
     _row_cache: _Rows | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,7 +107,7 @@ class FastDDPMWuerstchenScheduler(DDPMWuerstchenScheduler):
                 return step_output(DDPMWuerstchenSchedulerOutput, found) if return_dict else found
             except LeaveToOriginal:
                 pass
-        return super().step(model_output, timestep, sample, generator, return_dict)
+        return super().step(model_output, timestep, sample, generator, return_dict)  # type: ignore[misc]  # the original
 
     def _checked_step(self, m: Any, timestep: Any, x: Any, generator: Any) -> tuple[Tensor, ...]:
         check_tensors(x, m)
