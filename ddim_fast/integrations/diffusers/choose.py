@@ -55,10 +55,12 @@ for _name, _module in NEWER.items():
     with suppress(ImportError):
         _FAST.append(getattr(importlib.import_module(f".{_module}", __package__), _name))
 
-DROP_INS: dict[type, Any] = {
+DROP_INS: dict[Any, Any] = {
     next(base for base in fast.__mro__ if base.__module__.startswith("diffusers.")): fast for fast in _FAST
 }
 """The drop-in of each class of diffusers that has one."""
+for _original, _drop_in in DROP_INS.items():  # diffusers looks for names of its own, so the original's is one
+    _drop_in._compatibles = [*_original._compatibles, _original.__name__]
 
 
 def fast_scheduler(scheduler: Any) -> Any:

@@ -28,7 +28,6 @@ class FastDDIMInverseScheduler(FusedSteps, DDIMInverseScheduler):
 
     _noisiest_first = False
     _clean_level = "initial_alpha_cumprod"
-    _compatibles = ["DDIMInverseScheduler"]  # noqa: RUF012 (as in diffusers)
 
     @add_config_fields(DDIMInverseScheduler)
     def __init__(self, *args: Any, explicit_pairs: bool = False, **kwargs: Any):

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers import DDIMParallelScheduler
-from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.schedulers.scheduling_ddim_parallel import DDIMParallelSchedulerOutput
 from torch import Tensor
 
@@ -38,7 +37,6 @@ class FastDDIMParallelScheduler(SamplingSteps, DDIMParallelScheduler):
     """
 
     _output_kind = DDIMParallelSchedulerOutput
-    _compatibles = [*(kind.name for kind in KarrasDiffusionSchedulers), "DDIMParallelScheduler"]  # noqa: RUF012 (as in diffusers)
 
     @add_config_fields(DDIMParallelScheduler)
     def __init__(self, *args: Any, explicit_pairs: bool = False, philox_noise: bool = False, **kwargs: Any):
