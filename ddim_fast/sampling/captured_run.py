@@ -80,7 +80,7 @@ class CapturedRun:
         check_names("a captured run", ReplayKeywords, changes)
         given: Mapping[str, Any] = changes
         if any(name in given for name in _RANDOMNESS):
-            given = dict.fromkeys(_RANDOMNESS) | given
+            given = {**dict.fromkeys(_RANDOMNESS), **given}
         options = self._options.replace(**given)
         _, job = prepare(self._plan, self._model, self._shape, options, self._graphs)
         if call_key(self._mode, job) != self._key:

@@ -49,5 +49,4 @@ def record_operators(function: Callable[[], Any], into: list[list[tuple[str, Has
 def _argument_key(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return tuple(leaf.shape), leaf.dtype, leaf.device
-    kind: Hashable = type(leaf)
-    return plain_key(leaf) if isinstance(leaf, PLAIN) else kind
+    return plain_key(leaf) if isinstance(leaf, PLAIN) else type(leaf).__qualname__
