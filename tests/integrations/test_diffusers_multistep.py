@@ -25,7 +25,7 @@ from twins import twins
 
 import ddim_fast.integrations.diffusers as drop_ins
 from ddim_fast.gpu_lab.fake_cuda import fake_cuda
-from ddim_fast.integrations.diffusers import sigma_steps
+from ddim_fast.integrations.host_copy import HostCopy
 from ddim_fast.verify.truth.tolerances import allowed_error, assert_within, to_numpy
 
 DPM, EDM, UNIPC = DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler, UniPCMultistepScheduler
@@ -769,7 +769,7 @@ def test_on_a_device_no_step_waits(original, config, dtype):
     with fake_cuda() as device:
         moved = fast.timesteps.to("cuda")
         fast.timesteps = moved
-        fast._host_copies = {"timesteps": sigma_steps._HostCopy(moved, moved._version, values)}
+        fast._host_copies = {"timesteps": HostCopy.of(moved, values)}
         x, m = (torch.empty(2, 4, 8, 8, dtype=dtype, device="cuda") for _ in range(2))
 
         def sample():

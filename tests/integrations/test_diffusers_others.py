@@ -35,8 +35,8 @@ from scheduler_steps import (
 from twins import twins
 
 import ddim_fast.integrations.diffusers as drop_ins
-from ddim_fast.integrations.diffusers import sigma_steps
 from ddim_fast.integrations.diffusers.sigma_steps import SigmaSteps
+from ddim_fast.integrations.host_copy import HostCopy
 from ddim_fast.verify.truth.tolerances import to_numpy
 
 # Of the originals' own arithmetic, in NumPy.
@@ -660,7 +660,7 @@ def test_on_a_device_no_timestep_is_read(name, monkeypatch):
     fast, x = case.ready(kind), X.bfloat16()
     values, on_device = fast.timesteps.tolist(), fast.timesteps.as_subclass(OnDevice)
     fast.timesteps = on_device
-    fast._host_copies = {"timesteps": sigma_steps._HostCopy(on_device, on_device._version, values)}
+    fast._host_copies = {"timesteps": HostCopy.of(on_device, values)}
     for method in ("item", "tolist", "__bool__", "__float__", "nonzero", "__eq__"):
         monkeypatch.setattr(OnDevice, method, no_value, raising=False)
     for index in range(4, 6):

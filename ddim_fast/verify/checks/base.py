@@ -171,6 +171,8 @@ class Context:
 
     def start(self, setting: Setting, *shape: int) -> Tensor:
         """Draw the x_T of a run."""
+        if setting.starts_at_unit_scale:  # a sampler that chooses its own timesteps does not say them
+            return self.normal(*shape)
         return self.normal(*shape, scale=setting.start_scale(self.levels(setting)[0].level_t))
 
     # The subject's methods. Its exceptions become SubjectRaisedError, so that they differ from

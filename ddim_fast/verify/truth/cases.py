@@ -158,10 +158,14 @@ class Setting:
             return 1 / math.hypot(1, oracle.alpha_sigma(self.level_at(t)).sigma)
         return 1.0 if self.path is None else self.path.input_scale(t)
 
+    @property
+    def starts_at_unit_scale(self) -> bool:
+        """Whether a run's x_T has standard deviation 1, whichever level it starts at."""
+        return not self.divided if self.path is None else self.path.starts_at_unit_scale
+
     def start_scale(self, level: AnyLevel) -> float:
         """Return the standard deviation of the x_T that a run starts from at this level."""
-        unit = not self.divided if self.path is None else self.path.starts_at_unit_scale
-        return 1.0 if unit else oracle.alpha_sigma(level).sigma
+        return 1.0 if self.starts_at_unit_scale else oracle.alpha_sigma(level).sigma
 
     def as_called(self, model: Model) -> Model:
         """Return a model of (x_t, t) as the sampler calls it, with the scaled x_t and what it is
