@@ -3,6 +3,7 @@ in ``broken_subjects``; ``TextbookPath`` is right."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -38,6 +39,7 @@ class TextbookPath(Subject):
     def level_at(self, setting, t):
         return setting.level_at(t)
 
+    @functools.lru_cache(64)  # noqa: B019 (a few subjects, in a test)
     def levels(self, setting):
         if setting.alpha_bars is not None:
             return setting.levels()
