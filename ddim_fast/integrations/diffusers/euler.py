@@ -13,11 +13,12 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
+from .next_input import NextInputSteps
 from .sigma_rows import exploding_row
-from .sigma_steps import SigmaSteps, coefficient, set_timesteps_on_host
+from .sigma_steps import coefficient, set_timesteps_on_host
 
 
-class _EulerSteps(SigmaSteps):
+class _EulerSteps(NextInputSteps):
     """A scheduler on the variance-exploding path, x = x0 + sigma eps."""
 
     _returns_x0 = True

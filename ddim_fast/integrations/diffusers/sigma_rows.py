@@ -135,7 +135,7 @@ def exploding_row(
     clip: float | None = None,
 ) -> StepCoefficients:
     """Return the row of Euler's step on a variance-exploding path (Karras et al. 2022, arXiv
-    2206.00364, algorithm 2).
+    2206.00364, algorithm 2), and c_in of the model's next input.
 
     Args:
         sigma, sigma_next: a sample there is x0 + sigma eps.
@@ -153,7 +153,7 @@ def exploding_row(
     variance = ddim_variance(level, target, 1.0) if ancestral else 0.0
     if variance < 0:
         raise LeaveToOriginal(f"an ancestral step must lead to less noise, got sigma = {sigma} before {sigma_next}")
-    return ddim_coefficients(
+    row = ddim_coefficients(
         level,
         target,
         _prediction(level, prediction_type, sigma_data),
@@ -161,6 +161,7 @@ def exploding_row(
         clip_sample_range=clip,
         use_clipped_model_output=clip is not None,
     )
+    return replace(row, input_scale=1 / math.hypot(sigma_next, 1.0 if sigma_data is None else sigma_data))
 
 
 @lru_cache(MAX_KNOWN)

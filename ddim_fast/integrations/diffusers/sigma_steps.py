@@ -220,8 +220,13 @@ class SigmaSteps:
         model_output: Tensor,
         sample: Tensor,
         noise: Tensor | None,
+        **also: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Take a step of checked tensors by ``ddim_step``, with the original's dtypes and layouts."""
+        """Take a step of checked tensors by ``ddim_step``, with the original's dtypes and layouts.
+
+        Args:
+            also: other tensors that ``ddim_step`` takes.
+        """
         options = self._options_of_results()
         kinds = kinds_of_results(self._originals_results, sample, model_output, noise, **options)
         take: Any = ddim_step
@@ -229,6 +234,7 @@ class SigmaSteps:
         if sample.device.type == "cuda":  # a row of its own would be copied there in each step
             table, indices = rows.table(sample.device)
             take, step = functools.partial(ddim_step_from_table, index=indices[key]), table
+        take = functools.partial(take, **also) if also else take
         x_prev, x0 = step_of_kinds(kinds, sample, model_output, step, noise=noise, writes_x0=rows.writes_x0, take=take)
         if not self._returns_x0:
             return (x_prev,)
