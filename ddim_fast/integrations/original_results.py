@@ -161,7 +161,7 @@ def step_of_kinds(
 
     Args:
         history: what ``ddim_step`` reads as such. It is left as it is.
-        writes_x0: return x0, too, of the second kind; None in its place otherwise, without history.
+        writes_x0: return x0, too, of the second kind; None in its place otherwise.
 
     The other arguments are those of ``step_of_kind``.
     """
@@ -169,12 +169,11 @@ def step_of_kinds(
     for more in (noise, history, kinds[1] if writes_x0 else None):
         dtype = dtype if more is None else torch.promote_types(dtype, more.dtype)
     tensors: dict[str, Any] = {"out": kinds[0].empty(x_t, dtype)}
-    x0 = kinds[1].empty(x_t, dtype) if writes_x0 or history is not None else None
+    x0 = kinds[1].empty(x_t, dtype) if writes_x0 else None
     if history is None:
         tensors["x0_out"] = x0
-    else:
-        assert x0 is not None
-        tensors["history"] = x0.copy_(history)  # where the step then writes x0
+    else:  # where the step then writes x0
+        tensors["history"] = history.to(dtype, copy=True) if x0 is None else x0.copy_(history)
     if noise is not None:
         tensors["noise"] = converted(noise, dtype)
     take = ddim_step if take is None else take

@@ -16,9 +16,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from layouts import assert_laid_out_alike, draw, shapes, sweep
+from layouts import Defaults, assert_laid_out_alike, draw, shapes, sweep
 from layouts import kinds as kinds_of_tensors
 from outcomes import outcome, same_error
 from scheduler_steps import (
@@ -474,6 +474,18 @@ def assert_same_runs(expected, got, rtol=1e-5, atol=1e-5):
     of_output=kinds_of_tensors,
     of_last=kinds_of_tensors,
     shape=shapes,
+)
+@example(
+    defaults=Defaults(),
+    name="CogVideoXDPMScheduler",
+    prediction_type="sample",
+    clips=False,
+    second=True,
+    first=4,
+    of_sample=("contiguous", torch.float32),
+    of_output=("expanded batch", torch.float32),
+    of_last=("contiguous", torch.float32),
+    shape=(3, 2, 4, 5),
 )
 def test_layouts_and_dtypes_are_the_originals(
     defaults, name, prediction_type, clips, second, first, of_sample, of_output, of_last, shape

@@ -155,7 +155,7 @@ class FastHeunDiscreteScheduler(SigmaSteps, HeunDiscreteScheduler):
         kinds = kinds_of_results(
             _originals_second, x, m, began, derivative, prediction_type=kind, clip=clip is not None
         )
-        x_prev, x0 = step_of_kinds(kinds, x, m, row, noise=began, history=derivative)
+        is_x0 = kind == "sample" and clip is None
+        x_prev, x0 = step_of_kinds(kinds, x, m, row, noise=began, history=derivative, writes_x0=not is_x0)
         self.prev_derivative = self.dt = self.sample = None
-        assert x0 is not None  # with a history
-        return x_prev, m if kind == "sample" and clip is None else x0
+        return x_prev, m if x0 is None else x0
