@@ -24,11 +24,11 @@ class _Written(NamedTuple):
     x_prev: weakref.ref[Tensor]
     write_count: int
     rows: SigmaRows
-    index: int
+    step_index: int
     model_input: Tensor
 
     def is_for(self, sample: Any, index: int | None) -> bool:
-        if index != self.index or self.x_prev() is not sample:
+        if index != self.step_index or self.x_prev() is not sample:
             return False
         return internals.write_count(sample) == self.write_count and self.rows.is_valid()
 
@@ -84,14 +84,21 @@ class NextInputSteps(SigmaSteps):
         return found
 
     def _whole_step(
-        self, rows: SigmaRows, key: int | None, row: StepCoefficients, m: Tensor, x: Tensor, noise: Any, **also: Tensor
+        self,
+        rows: SigmaRows,
+        key: int | None,
+        row: StepCoefficients,
+        model_output: Tensor,
+        sample: Tensor,
+        noise: Tensor | None,
+        **also: Tensor,
     ) -> tuple[Tensor, ...]:
-        has_gradient = torch.is_grad_enabled() and (x.requires_grad or m.requires_grad)
+        has_gradient = torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad)
         is_last = key is None or key + 2 >= len(rows.sigmas)
         if self._writes_next_input and not (is_last or has_gradient or torch.is_inference_mode_enabled()):
             # In the dtype of x_prev, which the original's product with a number keeps.
-            also["model_input_out"] = torch.empty_like(x, dtype=m.dtype)
-        found = super()._whole_step(rows, key, row, m, x, noise, **also)
+            also["model_input_out"] = torch.empty_like(sample, dtype=model_output.dtype)
+        found = super()._whole_step(rows, key, row, model_output, sample, noise, **also)
         self._last_x_prev = weakref.ref(found[0])
         model_input = also.get("model_input_out")
         if model_input is not None and key is not None and model_input.stride() == found[0].stride():
