@@ -181,6 +181,11 @@ def step_of_kinds(
     return converted(x_prev, kinds[0].dtype), x0 if x0 is None else converted(x0, kinds[1].dtype)
 
 
+def coefficient(x: Tensor) -> Tensor:
+    """Return a coefficient of an original's step as most have it: one number, in float32."""
+    return torch.empty((), dtype=torch.float32, device=x.device)
+
+
 def per_sample_coefficient(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return a coefficient ``(B, 1, ...)`` of an original's step, in torch's default dtype."""
     return torch.empty((len(x), *[1] * (x.ndim - 1)), dtype=dtype, device=x.device)

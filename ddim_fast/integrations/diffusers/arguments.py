@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.layout import DTYPES_OF_KERNELS
 from ..arguments import INTEGERS, LeaveToOriginal, check_tensors
+
+
+def check_kernel_tensors(sample: Any, model_output: Any) -> None:
+    """Leave a call to the original unless both are tensors with values, as a kernel takes them."""
+    check_tensors(sample, model_output)
+    dtypes = DTYPES_OF_KERNELS
+    if sample.dtype not in dtypes or model_output.dtype not in dtypes or sample.device.type == "meta":
+        raise LeaveToOriginal(f"sample and model_output must be of {dtypes}, with values")
 
 
 def batch_of_timesteps(timesteps: Any, samples: Any, noise: Any, num_timesteps: int) -> Tensor:

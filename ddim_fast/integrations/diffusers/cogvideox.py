@@ -9,7 +9,7 @@ from diffusers import CogVideoXDDIMScheduler
 from diffusers.schedulers.scheduling_ddim_cogvideox import DDIMSchedulerOutput
 from torch import Tensor
 
-from ..original_results import originals_x0
+from ..original_results import coefficient, originals_x0
 from .config_fields import add_config_fields, check_flags
 from .sampling_step import SamplingSteps
 
@@ -46,7 +46,7 @@ class FastCogVideoXDDIMScheduler(SamplingSteps, CogVideoXDDIMScheduler):
         recomputed: bool,
     ) -> tuple[Tensor, Tensor]:
         """Run the operations of the original's ``step``; return x0 and x_prev."""
-        k = torch.empty((), dtype=torch.float32, device=x.device)
+        k = coefficient(x)
         x0 = originals_x0(k, x, m, prediction_type)
         return x0, k * x + k * x0
 

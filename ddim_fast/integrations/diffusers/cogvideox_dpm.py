@@ -14,7 +14,7 @@ from torch import Tensor
 from ...kernels.contract import StepCoefficients
 from ...plans.coefficients import ddim_coefficients, ddpm_variance, multistep_coefficients
 from ..arguments import LeaveToOriginal, check_no_gradients, check_tensors, single_timestep
-from ..original_results import kinds_of_results, step_of_kinds
+from ..original_results import coefficient, kinds_of_results, step_of_kinds
 from .fused_steps import FusedSteps, originals_x0
 from .output import step_output
 
@@ -25,7 +25,7 @@ def _originals_results(
     x: Tensor, m: Tensor, noise: Tensor, last_x0: Tensor | None, *, prediction_type: str
 ) -> tuple[Tensor, Tensor]:
     """Run the operations of the original's ``step``; return x_prev and x0."""
-    k = torch.empty((), dtype=torch.float32, device=x.device)
+    k = coefficient(x)
     x0 = originals_x0(k, x, m, prediction_type)
     extrapolated = x0 if last_x0 is None else k * x0 - k * last_x0
     return k * x - k * extrapolated + k * noise, x0

@@ -13,7 +13,7 @@ from ...kernels.contract import StepCoefficients
 from ...kernels.cpu_step import plain_step
 from ...plans.coefficients import renoised_coefficients
 from ..arguments import LeaveToOriginal, check_tensors, single_timestep
-from ..original_results import kinds_of_results, step_of_kind
+from ..original_results import coefficient, kinds_of_results, step_of_kind
 from .fused_steps import FusedSteps
 from .output import step_output
 
@@ -22,7 +22,7 @@ _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 def _originals_renoising(cleaner: Tensor, noise: Tensor) -> tuple[Tensor]:
     """Run the operations with which the originals add noise to a cleaner sample."""
-    k = torch.empty((), dtype=torch.float32, device=cleaner.device)
+    k = coefficient(cleaner)
     return (k * cleaner + k * noise,)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...kernels.contract import StepCoefficients
 from ...plans.coefficients import ddpm_posterior_coefficients, ddpm_variance, forward_variance
 from ..arguments import LeaveToOriginal, check_tensors, single_timestep
-from ..original_results import originals_x0
+from ..original_results import coefficient, originals_x0
 from .fused_steps import FusedSteps
 from .noise import noise_like_the_originals
 from .output import step_output
@@ -30,7 +30,7 @@ def originals_posterior(
     x: Tensor, m: Tensor, noise: Tensor | None, *, prediction_type: str, clip: bool, thresholding: bool
 ) -> tuple[Tensor, Tensor]:
     """Run the operations of the ``step`` of DDPM; return x0 and x_prev."""
-    k = torch.empty((), dtype=torch.float32, device=x.device)
+    k = coefficient(x)
     x0 = originals_x0(k, x, m, prediction_type)
     if thresholding:
         x0 = (x0.reshape(len(x0), -1) / 1).reshape(x0.shape)

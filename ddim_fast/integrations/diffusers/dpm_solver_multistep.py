@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
 from ..arguments import LeaveToOriginal
-from ..original_results import kinds_of_results
+from ..original_results import coefficient, kinds_of_results
 from .multistep_rows import MultistepRows, dpm_solver_row, edm_dpm_solver_row
 from .multistep_steps import (
     MultistepSteps,
@@ -22,7 +22,7 @@ from .multistep_steps import (
     originals_prediction,
     sigmas_of_order,
 )
-from .sigma_steps import coefficient, set_timesteps_on_host
+from .sigma_steps import set_timesteps_on_host
 
 _FEW_STEPS = 15
 """From this many on, ``lower_order_final`` changes nothing."""

@@ -13,9 +13,10 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
+from ..original_results import coefficient
 from .next_input import NextInputSteps
 from .sigma_rows import exploding_row
-from .sigma_steps import coefficient, set_timesteps_on_host
+from .sigma_steps import originals_exploding_x0, set_timesteps_on_host
 
 
 class _EulerSteps(NextInputSteps):
@@ -30,7 +31,7 @@ class _EulerSteps(NextInputSteps):
     @staticmethod
     def _originals_results(x: Tensor, m: Tensor, noise: Tensor | None, *, prediction_type: str) -> tuple[Tensor, ...]:
         k, x = coefficient(x), x.to(torch.float32)
-        x0 = {"epsilon": lambda: x - k * m, "v_prediction": lambda: m * k + x / k}.get(prediction_type, lambda: m)()
+        x0 = originals_exploding_x0(k, x, m, prediction_type)
         x_prev = x + (x - x0) / k * k
         return (x_prev if noise is None else x_prev + noise * k).to(m.dtype), x0
 

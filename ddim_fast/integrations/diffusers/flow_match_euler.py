@@ -11,8 +11,9 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
+from ..original_results import coefficient
 from .sigma_rows import flow_row
-from .sigma_steps import SigmaSteps, coefficient, set_timesteps_on_host
+from .sigma_steps import SigmaSteps, set_timesteps_on_host
 
 
 def originals_flow(x: Tensor, m: Tensor, noise: Tensor | None, *, prediction_type: str) -> tuple[Tensor]:

@@ -15,6 +15,7 @@ from ...plans.timesteps import select_timesteps
 from ...utils.untraced import untraced
 from ..arguments import LeaveToOriginal
 from ..original_results import (
+    coefficient,
     kinds_of_results,
     originals_eps,
     originals_x0,
@@ -44,7 +45,7 @@ def _originals_results(
     recomputed: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run the operations of the originals' ``step``; return x0 and x_prev."""
-    k = torch.empty((), dtype=torch.float32, device=x.device)
+    k = coefficient(x)
     predicted = originals_x0(k, x, m, prediction_type)
     x0 = predicted
     if thresholding:

@@ -12,17 +12,17 @@ from torch import Tensor
 from ...kernels.contract import StepCoefficients
 from ...kernels.cpu_step import plain_step
 from ..arguments import LeaveToOriginal, check_no_gradients, check_tensors
-from ..original_results import kinds_of_results, step_of_kinds
+from ..original_results import coefficient, kinds_of_results, step_of_kinds
 from .output import step_output
 from .sigma_rows import SigmaRows, derivative_row, exploding_row, heun_row
-from .sigma_steps import DTYPES, SigmaSteps, coefficient, set_timesteps_on_host
+from .sigma_steps import SigmaSteps, originals_exploding_x0, set_timesteps_on_host
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
 def _originals_x0(k: Tensor, x: Tensor, m: Tensor, prediction_type: str, clip: bool) -> Tensor:
     """Run the operations of the original's predictions of x0."""
-    x0 = {"epsilon": lambda: x - k * m, "v_prediction": lambda: m * k + x / k}.get(prediction_type, lambda: m)()
+    x0 = originals_exploding_x0(k, x, m, prediction_type)
     return x0.clamp(-1, 1) if clip else x0
 
 
@@ -91,14 +91,7 @@ class FastHeunDiscreteScheduler(SigmaSteps, HeunDiscreteScheduler):
             found = self._short_first_half(self._row_cache, m, x)
             if found is not None:
                 return found
-        check_tensors(x, m)
-        if x.dtype not in DTYPES or m.dtype not in DTYPES or x.device.type == "meta":
-            raise LeaveToOriginal(f"sample and model_output must be of {DTYPES}, with values")
-        if self._step_index is None:
-            self._init_step_index(timestep)
-        rows = self._row_cache
-        if rows is None or not rows.is_valid():
-            rows = self._row_cache = SigmaRows(self)
+        rows = self._rows_of_checked(m, timestep, x)
         try:
             return self._first_half(rows, m, x) if self.state_in_first_order else self._second_half(rows, m, x)
         except (TypeError, ValueError, ArithmeticError) as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
 from ...plans.coefficients import consistency_coefficients
-from ..original_results import originals_x0
+from ..original_results import coefficient, originals_x0
 from .consistency_steps import ConsistencySteps
 
 
@@ -51,7 +51,7 @@ class FastLCMScheduler(ConsistencySteps, LCMScheduler):
         x: Tensor, m: Tensor, noise: Tensor | None, *, prediction_type: str, clip: bool, thresholding: bool
     ) -> tuple[Tensor, Tensor]:
         """Run the operations of the original's ``step``; return the denoised sample and x_prev."""
-        k = torch.empty((), dtype=torch.float32, device=x.device)
+        k = coefficient(x)
         x0 = originals_x0(k, x, m, prediction_type)
         if thresholding:
             x0 = (x0.reshape(len(x0), -1) / 1).reshape(x0.shape)

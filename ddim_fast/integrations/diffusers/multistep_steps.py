@@ -15,15 +15,14 @@ from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
 from ...kernels.dispatch import ddim_step, ddim_step_from_table
-from ...kernels.layout import is_wrapped
-from ..arguments import LeaveToOriginal, check_tensors
-from ..original_results import HALF_PRECISION, ResultKind, converted, readable
+from ...kernels.layout import DTYPES_OF_KERNELS, is_wrapped
+from ..arguments import LeaveToOriginal
+from ..original_results import ResultKind, converted, readable
 from .multistep_rows import MultistepRows
 from .output import step_output
 from .sigma_steps import SigmaSteps
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_DTYPES = (torch.float32, *HALF_PRECISION)
 _SLOTS = ("noise", "history", "history_2")
 
 
@@ -34,11 +33,7 @@ class MultistepSteps(SigmaSteps):
     num_inference_steps: int | None
     model_outputs: list[Any]
     lower_order_nums: int
-    _rows: MultistepRows | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is computed from this scheduler: a copy computes its own."""
-        return {name: value for name, value in super().__getstate__().items() if name != "_rows"}
+    _rows_kind = MultistepRows
 
     # --- What a class of its own says ---------------------------------------------------------------------------------
 
@@ -58,14 +53,7 @@ class MultistepSteps(SigmaSteps):
         if _is_dynamo_compiling() or self.num_inference_steps is None:
             return None
         try:
-            check_tensors(sample, model_output)
-            if sample.dtype not in _DTYPES or model_output.dtype not in _DTYPES or sample.device.type == "meta":
-                raise LeaveToOriginal(f"sample and model_output must be of {_DTYPES}, with values")
-            if self._step_index is None:
-                self._init_step_index(timestep)
-            rows = self._rows
-            if rows is None or not rows.is_valid():
-                rows = self._rows = MultistepRows(self)
+            rows = self._rows_of_checked(model_output, timestep, sample)
             x_prev = self._take(rows, model_output, sample, *options)
         except LeaveToOriginal:
             return None
@@ -100,7 +88,7 @@ def check_histories(tensors: Sequence[Any], like: Tensor) -> None:
         if (
             not isinstance(tensor, Tensor)
             or tensor.shape != like.shape
-            or tensor.dtype not in _DTYPES
+            or tensor.dtype not in DTYPES_OF_KERNELS
             or tensor.device != like.device
             or is_wrapped(tensor)
         ):

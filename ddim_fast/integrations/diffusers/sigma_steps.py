@@ -14,15 +14,15 @@ from torch import Tensor
 from ...kernels.contract import StepCoefficients
 from ...kernels.cpu_step import plain_step
 from ...kernels.dispatch import ddim_step, ddim_step_from_table
-from ..arguments import LeaveToOriginal, check_tensors
+from ..arguments import LeaveToOriginal
 from ..host_copy import HostCopy
 from ..original_results import HALF_PRECISION, kinds_of_results, step_of_kinds
 from . import internals
+from .arguments import check_kernel_tensors
 from .output import step_output
 from .sigma_rows import SigmaRows
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-DTYPES = (torch.float32, *HALF_PRECISION)
 _TIMESTEPS = (torch.float32, torch.float64, *HALF_PRECISION)
 
 
@@ -61,6 +61,13 @@ def set_timesteps_on_host(original: type, *moved: str) -> Callable[..., None]:
     return set_timesteps
 
 
+def originals_exploding_x0(k: Tensor, x: Tensor, m: Tensor, prediction_type: str) -> Tensor:
+    """Run the operations of the originals' prediction of x0 from x = x0 + sigma eps."""
+    if prediction_type == "epsilon":
+        return x - k * m
+    return m * k + x / k if prediction_type == "v_prediction" else m
+
+
 class SigmaSteps:
     """A scheduler with a list of ``sigmas``; mixed in before the original class."""
 
@@ -82,7 +89,9 @@ class SigmaSteps:
     """The fields of the config that rows depend on."""
     _row_attributes: tuple[str, ...] = ("sigmas",)
     """The attributes that rows depend on."""
-    _row_cache: SigmaRows | None = None
+    _rows_kind: type = SigmaRows
+    _row_cache: Any = None
+    """The rows, of that kind."""
     _host_copies: dict[str, HostCopy] = {}  # noqa: RUF012 (replaced, never written to)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -188,15 +197,18 @@ class SigmaSteps:
             return (x_prev,)
         return x_prev, model_output if x0 is None else x0
 
-    def _checked_step(self, model_output: Any, timestep: Any, sample: Any, generator: Any) -> tuple[Tensor, ...]:
-        check_tensors(sample, model_output)
-        if sample.dtype not in DTYPES or model_output.dtype not in DTYPES or sample.device.type == "meta":
-            raise LeaveToOriginal(f"sample and model_output must be of {DTYPES}, with values")
+    def _rows_of_checked(self, model_output: Any, timestep: Any, sample: Any) -> Any:
+        """Check the tensors of a step, find out where the run is, and return valid rows."""
+        check_kernel_tensors(sample, model_output)
         if self._step_index is None:
             self._init_step_index(timestep)
         rows = self._row_cache
         if rows is None or not rows.is_valid():
-            rows = self._row_cache = SigmaRows(self)
+            rows = self._row_cache = self._rows_kind(self)
+        return rows
+
+    def _checked_step(self, model_output: Any, timestep: Any, sample: Any, generator: Any) -> tuple[Tensor, ...]:
+        rows = self._rows_of_checked(model_output, timestep, sample)
         key = self._key(rows, timestep)
         row, noise_dtype = rows.row(key), self._noise_dtype(model_output)
         if noise_dtype is None and rows.allows_short_path:
@@ -239,8 +251,3 @@ class SigmaSteps:
         if not self._returns_x0:
             return (x_prev,)
         return x_prev, model_output if x0 is None else x0
-
-
-def coefficient(x: Tensor) -> Tensor:
-    """Return a coefficient as the originals have it: a number of ``sigmas``, in float32."""
-    return torch.empty((), dtype=torch.float32, device=x.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
 from ...plans.coefficients import ddim_coefficients
-from ..original_results import originals_x0
+from ..original_results import coefficient, originals_x0
 from .consistency_steps import ConsistencySteps
 
 
@@ -44,7 +44,7 @@ class FastTCDScheduler(ConsistencySteps, TCDScheduler):
         x: Tensor, m: Tensor, noise: Tensor | None, *, prediction_type: str, clip: bool, thresholding: bool
     ) -> tuple[Tensor, Tensor]:
         """Run the operations of the original's ``step``; return the cleaner sample and x_prev."""
-        k = torch.empty((), dtype=torch.float32, device=x.device)
+        k = coefficient(x)
         x0 = originals_x0(k, x, m, prediction_type)
         eps = {"epsilon": lambda: m, "sample": lambda: (x - k * x0) / k}.get(prediction_type, lambda: k * m + k * x)()
         cleaner = k * x0 + k * eps

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
 from ..arguments import LeaveToOriginal
-from ..original_results import ResultKind, kinds_of_results
+from ..original_results import ResultKind, coefficient, kinds_of_results
 from .multistep_rows import UNIPC_CORRECTOR, MultistepRows, unipc_row
 from .multistep_steps import (
     MultistepSteps,
@@ -22,7 +22,7 @@ from .multistep_steps import (
     originals_prediction,
     sigmas_of_order,
 )
-from .sigma_steps import coefficient, set_timesteps_on_host
+from .sigma_steps import set_timesteps_on_host
 
 _LARGEST_ORDER = 3
 

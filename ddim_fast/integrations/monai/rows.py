@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
@@ -20,7 +19,7 @@ from ...plans.coefficients import (
 )
 from ...plans.levels import NoiseLevel
 from ..arguments import LeaveToOriginal
-from ..original_results import originals_eps, originals_x0
+from ..original_results import coefficient, originals_eps, originals_x0
 
 _MAX_KNOWN = 8192  # rows: schedulers of the same noise levels share them
 
@@ -77,7 +76,7 @@ def originals_results(
     x: Tensor, m: Tensor, noise: Tensor | None, *, prediction_type: str, clip: bool, posterior: bool
 ) -> tuple[Tensor, Tensor]:
     """Run the operations of the originals' ``step``; return x0 and x_prev."""
-    k = torch.empty((), dtype=torch.float32, device=x.device)
+    k = coefficient(x)
     predicted = originals_x0(k, x, m, prediction_type)
     x0 = predicted.clamp(-1, 1) if clip else predicted
     x_prev = k * x0 + k * (x if posterior else originals_eps(k, x, m, predicted, prediction_type, False))
