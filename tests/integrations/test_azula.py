@@ -5,9 +5,7 @@ The schedules have any alpha and sigma.
 
 import itertools
 import math
-import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 from hypothesis import strategies as st
 from layouts import assert_laid_out_alike, draw, kinds, modelled, shapes, sweep
 from mistakes import mistakes
+from page_examples import examples
 from twins import twins
 
 from ddim_fast.integrations import azula as drop_in
@@ -352,11 +351,10 @@ def test_the_page_runs(monkeypatch):
     }
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    page = Path(__file__).parents[2] / "docs" / "drop_ins" / "azula.md"
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    (example,) = examples("drop_ins/azula.md")
     names = {}
     with torch.random.fork_rng():
-        exec(block, names)
+        example.run(names)
     assert names["x"].shape == (4, 3, 16, 16)
     assert names["x"].isfinite().all()
 

@@ -3,9 +3,7 @@
 import copy
 import itertools
 import math
-import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from hypothesis import strategies as st
 from layouts import assert_laid_out_alike, default_dtype, kinds, laid_out, sweep
 from mistakes import mistakes
+from page_examples import examples
 from torch import nn
 from twins import twins
 
@@ -455,10 +454,9 @@ def test_the_page_runs(monkeypatch):
 
     library = SimpleNamespace(GaussianDiffusion=of_page, Unet=lambda dim, dim_mults, channels: Net())
     monkeypatch.setitem(sys.modules, "denoising_diffusion_pytorch", library)
-    page = Path(__file__).parents[2] / "docs" / "drop_ins" / "denoising_diffusion_pytorch.md"
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    (example,) = examples("drop_ins/denoising_diffusion_pytorch.md")
     names = {}
-    exec(block, names)
+    example.run(names)
     assert len(names["pictures"]) == 4
     assert names["diffusion"].ddim_sample.func is ddim_sample
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import warnings
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +17,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
+from page_examples import examples
 from PIL import Image
 from tiny_pipelines import SIZE, picture, stable_diffusion, stable_diffusion_parts, unconditional
 
@@ -166,11 +165,10 @@ def test_a_pipeline_that_was_saved_with_version_0_1_loads(parts, tmp_path, kind)
 
 
 def test_the_examples_of_the_documentation_run_top_to_bottom():
-    page = Path(__file__).parents[2] / "docs" / "drop_ins" / "diffusers.md"
     names = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-            exec(code, names)
+        for example in examples("drop_ins/diffusers.md"):
+            example.run(names)
     assert names["images"].shape == (1, 16, 16, 3)
     assert type(names["pipe"].scheduler) is names["FastDDIMScheduler"]

@@ -8,9 +8,7 @@ import enum
 import inspect
 import itertools
 import math
-import re
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +17,7 @@ from hypothesis import strategies as st
 from layouts import Defaults, assert_laid_out_alike, kinds, modelled, shapes, sweep
 from layouts import draw as draw_laid_out
 from mistakes import mistakes
+from page_examples import examples
 from twins import twins
 
 from ddim_fast.integrations import guided_diffusion, rows_by_timestep
@@ -880,11 +879,10 @@ def test_a_mistake_ends_as_in_the_original_or_by_its_name(name, arguments):
 
 
 def test_the_example_of_the_page_runs():
-    page = Path(__file__).parents[2] / "docs" / "drop_ins" / "guided_diffusion.md"
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    (example,) = examples("drop_ins/guided_diffusion.md")
     diffusion = original(respaced=True)
     names = {"diffusion": diffusion, "model": model_of(diffusion), "cond_fn": cond_fn, "torch": torch}
-    exec(compile(block, str(page), "exec"), names)
+    example.run(names)
     torch.manual_seed(0)
     shape = (4, 3, 64, 64)
     expected = diffusion.ddim_sample_loop(names["model"], shape, cond_fn=cond_fn, device="cpu")

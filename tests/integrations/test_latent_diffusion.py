@@ -3,7 +3,6 @@
 import inspect
 import math
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +12,7 @@ from hypothesis import example
 from hypothesis import strategies as st
 from layouts import Defaults, assert_alike, assert_laid_out_alike, draw, kinds, laid_out, modelled, shapes, sweep
 from mistakes import mistakes
+from page_examples import examples
 from twins import twins
 
 from ddim_fast.gpu_lab.fake_cuda import fake_cuda
@@ -1027,8 +1027,7 @@ def test_arguments_are_the_originals_in_order():
 
 
 def test_the_example_in_the_docs_runs():
-    page = Path(__file__).parents[2] / "docs" / "drop_ins" / "latent_diffusion.md"
-    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    (example,) = examples("drop_ins/latent_diffusion.md")
     namespace = {}
-    exec(compile(example, str(page), "exec"), namespace)
+    example.run(namespace)
     assert namespace["DDIMSampler"] is latent_diffusion.DDIMSampler

@@ -5,13 +5,13 @@ The formulas are restated here in float64.
 
 import itertools
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import strategies as st
 from layouts import assert_laid_out_alike, default_dtype, draw, kinds, modelled, shapes, sweep
 from mistakes import mistakes
+from page_examples import examples
 
 from ddim_fast.integrations import original_results
 from ddim_fast.integrations.original_ddim import compute_alpha, ddpm_steps, generalized_steps
@@ -306,6 +306,5 @@ def test_what_the_model_returns_is_checked(sampler, wrong):
 
 
 def test_the_example_in_the_docs_runs():
-    page = Path(__file__).parents[2] / "docs" / "drop_ins" / "original_ddim.md"
-    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    exec(compile(example, str(page), "exec"), {})
+    (example,) = examples("drop_ins/original_ddim.md")
+    example.run({})
