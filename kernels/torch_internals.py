@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 __all__ = [
     "FORWARD_AD", "FORWARD_AD_LEVEL", "WRITE_COUNT", "default_store", "forward_hooks", "increment_version", "is_wrapped", "modes_active",
     "release_capture_pool", "shares_storage", "takes_forward_derivatives", "tree_flatten", "tree_map_only", "tree_unflatten",
+    "write_count",
 ]  # fmt: skip
 
 # ---- who else looks at operations ----------------------------------------------------------------
@@ -106,6 +107,12 @@ WRITE_COUNT: str | None = "_version" if hasattr(Tensor, "_version") else None
 Saves comparing contents in order to find out whether a tensor changed. Without the name, the
 extension takes every tensor for changed.
 """
+
+
+def write_count(tensor: Tensor) -> int | None:
+    """Return how often a tensor has been written in place; None where nothing counts."""
+    return None if tensor.is_inference() or WRITE_COUNT is None else getattr(tensor, WRITE_COUNT)
+
 
 _is_zero_tensor = getattr(torch, "_is_zerotensor", None)
 

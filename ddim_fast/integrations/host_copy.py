@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..kernels.torch_internals import WRITE_COUNT
+from ..kernels.torch_internals import write_count
 
 
 class HostCopy(NamedTuple):
@@ -20,12 +20,8 @@ class HostCopy(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor, values: Any = None) -> HostCopy:
         """Copy ``tensor``, which waits for its device; or take its ``values`` where they are known."""
-        return cls(tensor, _write_count(tensor), tensor.tolist() if values is None else values)
+        return cls(tensor, write_count(tensor), tensor.tolist() if values is None else values)
 
     def is_of(self, tensor: Any) -> bool:
         """Return whether these are the values of ``tensor`` still."""
-        return tensor is self.tensor and _write_count(tensor) == self.write_count
-
-
-def _write_count(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() or WRITE_COUNT is None else getattr(tensor, WRITE_COUNT)
+        return tensor is self.tensor and write_count(tensor) == self.write_count

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-COUNTS_WRITES = hasattr(Tensor, "_version")
+from ...kernels.torch_internals import WRITE_COUNT
+
+COUNTS_WRITES = WRITE_COUNT is not None
 """Whether torch counts the writes to a tensor.
 
 Saves keeping and comparing copies of the noise levels.
@@ -38,11 +40,3 @@ def share_storage(one: Tensor, other: Tensor) -> bool:
 def scales_up(scheduler: Any) -> bool:
     """Return whether the steps of a ``FlowMatchLCMScheduler`` scale the sample up."""
     return bool(scheduler._scale_factors and scheduler._upscale_mode)
-
-
-def write_count(tensor: Tensor) -> int:
-    """Return how often a tensor has been written in place.
-
-    Only where ``COUNTS_WRITES``; inference tensors have no count.
-    """
-    return tensor._version

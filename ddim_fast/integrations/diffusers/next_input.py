@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
+from ...kernels.torch_internals import write_count
 from . import internals
 from .sigma_rows import SigmaRows
 from .sigma_steps import SigmaSteps
@@ -22,7 +23,7 @@ class _Written(NamedTuple):
     """The model's next input, and what it was computed from."""
 
     x_prev: weakref.ref[Tensor]
-    write_count: int
+    write_count: int | None
     rows: SigmaRows
     step_index: int
     model_input: Tensor
@@ -30,7 +31,7 @@ class _Written(NamedTuple):
     def is_for(self, sample: Any, index: int | None) -> bool:
         if index != self.step_index or self.x_prev() is not sample:
             return False
-        return internals.write_count(sample) == self.write_count and self.rows.is_valid()
+        return write_count(sample) == self.write_count and self.rows.is_valid()
 
 
 class NextInputSteps(SigmaSteps):
@@ -102,5 +103,5 @@ class NextInputSteps(SigmaSteps):
         self._last_x_prev = weakref.ref(found[0])
         model_input = also.get("model_input_out")
         if model_input is not None and key is not None and model_input.stride() == found[0].stride():
-            self._written = _Written(self._last_x_prev, internals.write_count(found[0]), rows, key + 1, model_input)
+            self._written = _Written(self._last_x_prev, write_count(found[0]), rows, key + 1, model_input)
         return found

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.torch_internals import write_count
 from . import internals
 
 
@@ -35,7 +36,8 @@ class Watched:
         written = [
             t for t in tensors if isinstance(t, Tensor) and not t.is_inference()
         ]  # those that count their writes
-        self.writes = tuple((t, internals.write_count(t)) for t in written) if internals.COUNTS_WRITES else ()
+        counts = [(t, count) for t in written if (count := write_count(t)) is not None]
+        self.writes = tuple(counts) if internals.COUNTS_WRITES else ()
         """(tensor, count): each tensor must have been written that often."""
         self._copies = [] if internals.COUNTS_WRITES else [(t, t.clone()) for t in written]
         self.allows_short_path = config_entry is not None and internals.COUNTS_WRITES
@@ -46,6 +48,6 @@ class Watched:
         return (
             self._scheduler.config is self._config
             and all(found.get(name) is value for found, name, value in self.values)
-            and all(internals.write_count(tensor) == count for tensor, count in self.writes)
+            and all(write_count(tensor) == count for tensor, count in self.writes)
             and all(torch.equal(tensor, copy) for tensor, copy in self._copies)
         )
