@@ -10,7 +10,8 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 OUT=$(mkdir -p "${OUT:-out/gpu}" && cd "${OUT:-out/gpu}" && pwd)
-PYTHON=${PYTHON:-python3}
+found=$(command -v "${PYTHON:-python3}") || { echo "PYTHON must be an interpreter, got '${PYTHON:-python3}': name one"; exit 2; }
+PYTHON=$(realpath -s "$found")
 
 # The package as an installation lays it out: ddim_fast/ with kernels/ inside, by links.
 place=$(mktemp -d)
