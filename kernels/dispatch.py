@@ -123,11 +123,12 @@ def ddim_step(
             model_input_out,
         )
         if result is not None:
-            written = []
-            for tensor in (out, x0_out, history, history_2, model_input_out):  # faster than a comprehension
-                if tensor is not None:
-                    written.append(tensor)
-            if written and not _is_inference_mode():
+            if not _is_inference_mode():
+                if x0_out is None and history is None and model_input_out is None:  # most steps: without a loop
+                    written = [] if out is None else [out]
+                else:
+                    given = (out, x0_out, history, history_2, model_input_out)
+                    written = [tensor for tensor in given if tensor is not None]
                 increment_version(written)
             return result
     inputs = StepInputs(
