@@ -41,8 +41,10 @@ def _no_step(
     values: tuple[tuple[dict[str, Any], str, Any], ...],
     writes: tuple[tuple[Tensor, int], ...],
     wants_x0: bool = True,
+    noise: Any = None,
+    history: Any = None,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Run ``ddim_step`` without noise, guidance or thresholds, outside of ``torch.compile``, or
+    """Run ``ddim_step`` without seeds, guidance or thresholds, outside of ``torch.compile``, or
     decline.
 
     This is for callers that count microseconds. In C++ all of it is one call: it looks up the row,
@@ -50,11 +52,13 @@ def _no_step(
     that a small step would take.
 
     Args:
-        rows: rows that add no noise, by key.
+        rows: rows by key.
         t: the key, or an int64 tensor with it.
         values, writes: what the rows were computed from. Each dictionary must still have that very
             value for its key, and each tensor that count of writes.
-        wants_x0: if False, x0 is None, and no memory is written for it.
+        wants_x0: if False, x0 is None.
+        noise, history: what the row adds as such, in the shape and dtype of ``x_t``. They are left
+            as they are.
 
     Returns:
         ``(x_prev, x0)`` in new tensors. Or None, having done nothing and without an error, if the

@@ -20,6 +20,7 @@
 #include <exception>
 #include <initializer_list>
 #include <new>
+#include <utility>
 #include <vector>
 
 #ifdef DDIM_WITH_X86
@@ -439,33 +440,51 @@ bool unchanged(PyObject* values, PyObject* writes) {
   return true;
 }
 
-// step_to_new(x_t, model_output, rows, t, values, writes, wants_x0=True): (x_prev, x0) in new
-// tensors, with None for an x0 that is not wanted; or None. The rows add no noise.
+// Reads a tensor in the layout and dtype of x_t, or None. False: it is neither, or an exception.
+bool read_beside(PyObject* object, const dlpack::Tensor& like, const Step& s, bool recording, Tensor* out) {
+  if (object == Py_None) return true;
+  dlpack::Tensor t;
+  return read_tensor(object, &like, s.n_elements, out, &t) && contiguous(t, true) && out->dtype == s.x_t.dtype && without_gradient(object, recording);
+}
+
+// step_to_new(x_t, model_output, rows, t, values, writes, wants_x0=True, noise=None, history=None):
+// (x_prev, x0) in new tensors, with None for an x0 that is not wanted; or None. All tensors have one
+// dtype, but for a model_output of half precision, and none is written to.
 PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
-  if ((n_arguments != 6 && n_arguments != 7) || !PyDict_Check(a[2])) {
-    PyErr_SetString(PyExc_TypeError, "step_to_new takes x_t, model_output, a dictionary of rows, a timestep, values, writes, and whether x0 is wanted");
+  if (n_arguments < 6 || n_arguments > 9 || !PyDict_Check(a[2])) {
+    PyErr_SetString(PyExc_TypeError,
+                    "step_to_new takes x_t, model_output, a dictionary of rows, a timestep, values, writes, whether x0 is wanted, noise, and a history");
     return nullptr;
   }
   const bool wants_x0 = n_arguments == 6 || a[6] == Py_True;
+  PyObject* const noise = n_arguments > 7 ? a[7] : Py_None;
+  PyObject* const history = n_arguments > 8 ? a[8] : Py_None;
   Step s{};
+  Tensor remembered{};
   dlpack::Tensor like, other;
+  const bool recording = is_recording();
   PyObject* row = is_watched() || !unchanged(a[4], a[5]) ? nullptr : find_row(a[2], a[3]);
+  bool usable = row && read_plain(a[0], a[1], row, recording, &s, &like, &other) && contiguous(like, true) && contiguous(other, true);
+  usable = usable && read_beside(noise, like, s, recording, &s.noise) && read_beside(history, like, s, recording, &remembered);
+  usable = usable && (s.c.noise == 0 || s.noise.data) && (s.c.history == 0 || remembered.data) && s.c.history_2 == 0;
   NewTensor *x_prev = nullptr, *x0 = nullptr;
-  const bool readable = row && read_plain(a[0], a[1], row, is_recording(), &s, &like, &other);
-  const bool as_new = readable && contiguous(like, true) && contiguous(other, true);
-  if (as_new && s.c.noise == 0 && s.c.history == 0 && s.c.history_2 == 0) {
+  if (usable) {
     const size_t bytes = s.n_samples * s.n_elements * kItemSize[s.x_t.dtype];
     x_prev = NewTensor::like(like, bytes);
-    x0 = x_prev && wants_x0 ? NewTensor::like(like, bytes) : nullptr;
+    x0 = x_prev && (wants_x0 || remembered.data) ? NewTensor::like(like, bytes) : nullptr;
+    if (x0 && remembered.data) std::memcpy(x0 + 1, remembered.data, bytes);  // a step replaces its history by its x0
+    usable = x_prev && (x0 || !(wants_x0 || remembered.data));
   }
-  if (!x_prev || (wants_x0 && !x0)) {
+  if (!usable) {
     if (x_prev) NewTensor::destroy(&x_prev->managed);
     PyErr_Clear();
     return new_none();
   }
+  if (s.c.noise == 0) s.noise.data = nullptr;
   s.x_prev = {x_prev + 1, s.x_t.stride, s.x_t.dtype};
-  if (x0) s.x0 = {x0 + 1, s.x_t.stride, s.x_t.dtype};
+  if (x0) (remembered.data ? s.history : s.x0) = {x0 + 1, s.x_t.stride, s.x_t.dtype};
   run_unlocked(s, thread_count(s.n_samples * s.n_elements, false));
+  if (x0 && !wants_x0) NewTensor::destroy(&std::exchange(x0, nullptr)->managed);
   Reference first(x_prev->to_python()), second(x0 ? x0->to_python() : new_none());
   return first.object && second.object ? PyTuple_Pack(2, first.object, second.object) : nullptr;
 }

@@ -477,6 +477,28 @@ def test_every_step_of_every_solver_is_fused(original, config, monkeypatch):
         torch.testing.assert_close(run(ready(PAIRS[original], config, steps)), samples, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("original", [DPM, EDM])
+def test_a_run_takes_short_steps_once_it_is_of_full_order(original, order, dtype, monkeypatch):
+    """In pipelines, set_timesteps comes first: each step of a run is taken once."""
+    x, kind, taken = X.to(dtype), PAIRS[original], []
+    fast, whole = ready(kind, {"solver_order": order}), kind._take
+    monkeypatch.setattr(kind, "_take", lambda self, *args: taken.append(self._step_index) or whole(self, *args))
+    found = []
+    for _ in range(2):
+        taken.clear()
+        fast.set_timesteps(20)
+        found.append(run(fast, x))
+        assert taken in ([*range(order)], [*range(order), 19])  # the last one may be of first order
+    monkeypatch.setattr(kind, "_short_take", lambda *_: None)
+    fast.set_timesteps(20)
+    found.append(run(fast, x))
+    assert len(taken) > 20
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
 @pytest.mark.parametrize(("original", "config"), ALL_SOLVERS)
 def test_original_and_drop_in_alternate_in_one_run(original, config):
     expected = run(ready(original, config))

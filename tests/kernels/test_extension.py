@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -352,6 +353,38 @@ def test_a_step_into_new_tensors_without_x0():
     assert x0 is None
     assert torch.equal(prev, ddim_step(x, m, ROW))
     assert cpu_step.extension.step_to_new(x, m, {7: ROW}, 8, (), (), False) is None
+
+
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adds", [("noise",), ("history",), ("noise", "history")], ids=str)
+@pytest.mark.parametrize("wants_x0", [True, False])
+def test_a_step_into_new_tensors_reads_noise_and_a_history_and_leaves_them(adds, wants_x0, state):
+    rng = np.random.default_rng(0)
+    x, m, noise, history = (torch.from_numpy(rng.standard_normal((2, 3, 5))).to(state) for _ in range(4))
+    weights = {"noise": "prev_noise", "history": "prev_history"}
+    row = replace(ROW, **{weights[name]: 0.5 for name in adds})
+    given = {"noise": noise, "history": history}
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    kept, expected_x0 = history.clone(), torch.empty_like(x)
+    expected = ddim_step(x, m, row, noise=noise, history=kept, x0_out=expected_x0)
+
+    def to_new(**tensors):
+        arguments = (tensors.get("noise"), tensors.get("history"))
+        return cpu_step.extension.step_to_new(x, m, {7: row}, 7, (), (), wants_x0, *arguments)
+
+    prev, x0 = to_new(**given)
+    assert torch.equal(prev, expected)
+    assert x0 is None if not wants_x0 else torch.equal(x0, expected_x0)
+    for name, tensor in given.items():
+        assert torch.equal(tensor, before[name])
+    assert to_new(**{name: given[name] for name in adds}) is not None
+    for name in adds:
+        others = {other: tensor for other, tensor in given.items() if other != name}
+        for wrong in (
+            None, given[name][:1], given[name].double(), given[name].transpose(0, 1).contiguous().transpose(0, 1), 3.0,
+            given[name].clone().requires_grad_(), given[name].to(torch.float16),
+        ):  # fmt: skip
+            assert to_new(**others, **{name: wrong}) is None
 
 
 def test_new_tensors_are_like_any():

@@ -11,6 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
+from ...kernels.cpu_step import plain_step
 from ..arguments import LeaveToOriginal
 from ..original_results import coefficient, kinds_of_results
 from .multistep_rows import MultistepRows, dpm_solver_row, edm_dpm_solver_row
@@ -55,8 +56,9 @@ class _DPMSolverSteps(MultistepSteps):
 
     def _order(self) -> int:
         """Return the order of the next step as the originals choose it."""
-        config, left = self.config, len(self.timesteps) - self._step_index  # type: ignore[operator] # found before
-        few = config.lower_order_final and len(self.timesteps) < _FEW_STEPS
+        config, count = self.config, len(self.timesteps)
+        left = count - self._step_index  # type: ignore[operator] # found before
+        few = config.lower_order_final and count < _FEW_STEPS
         ends_low = left == 1 and (config.euler_at_final or few or config.final_sigmas_type == "zero")
         if config.solver_order == 1 or self.lower_order_nums < 1 or ends_low:
             return 1
@@ -65,6 +67,34 @@ class _DPMSolverSteps(MultistepSteps):
     def _forms(self) -> dict[str, str]:
         """Return the form of the original's prediction for each ``prediction_type``."""
         raise NotImplementedError
+
+    def _short_take(  # type: ignore[override] # with options of its own
+        self, model_output: Any, sample: Any, generator: Any, variance_noise: Any
+    ) -> Tensor | None:
+        rows = self._row_cache
+        if rows is None or not rows.short or self._step_index is None:
+            return None
+        if not isinstance(sample, Tensor) or getattr(model_output, "dtype", None) is not sample.dtype:
+            return None
+        order, outputs = self._order(), self.model_outputs
+        if type(outputs) is not list or len(outputs) != self.config.solver_order:
+            return None
+        before = outputs[-1:-order:-1] if order > 1 else ()
+        found = plain_step(
+            sample,
+            model_output,
+            rows.short[order],
+            self._step_index,
+            rows.values,
+            rows.writes,
+            rows.remembers_x0,
+            *before,
+        )
+        if found is None:
+            return None
+        x_prev, prediction = found
+        self._remember(model_output if prediction is None else prediction)
+        return x_prev
 
     def _take(  # type: ignore[override] # with options of its own
         self, rows: MultistepRows, model_output: Tensor, sample: Tensor, generator: Any, variance_noise: Any
@@ -91,6 +121,8 @@ class _DPMSolverSteps(MultistepSteps):
             in_float32=self._in_float32,
         )
         is_output = form == "m"  # then the original remembers the tensor itself
+        if noise is None and order == config.solver_order and rows.allows_short_path:
+            rows.fill_short(index, order, not is_output)
         x_prev, prediction = fused(
             row,
             partial(rows.table, sample.device, order),
@@ -122,7 +154,14 @@ class FastDPMSolverMultistepScheduler(_DPMSolverSteps, DPMSolverMultistepSchedul
     """
 
     _in_float32 = True
-    _row_fields = ("prediction_type", "algorithm_type", "solver_type", "use_flow_sigmas")
+    _row_fields = (
+        "prediction_type",
+        "algorithm_type",
+        "solver_type",
+        "use_flow_sigmas",
+        "thresholding",
+        "variance_type",
+    )
 
     set_timesteps = set_timesteps_on_host(DPMSolverMultistepScheduler, "timesteps")
 
@@ -162,7 +201,7 @@ class FastEDMDPMSolverMultistepScheduler(_DPMSolverSteps, EDMDPMSolverMultistepS
     """
 
     _in_float32 = False
-    _row_fields = ("prediction_type", "algorithm_type", "solver_type", "sigma_data")
+    _row_fields = ("prediction_type", "algorithm_type", "solver_type", "sigma_data", "thresholding")
 
     set_timesteps = set_timesteps_on_host(EDMDPMSolverMultistepScheduler, "timesteps")
 

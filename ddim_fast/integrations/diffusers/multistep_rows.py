@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -14,7 +15,7 @@ from ...plans.coefficients import PREDICTION_TYPES, Prediction, edm_prediction
 from ...plans.levels import NoiseLevel
 from ...plans.multistep import dpm_solver_coefficients, unipc_weights
 from ..arguments import LeaveToOriginal
-from .sigma_rows import MAX_KNOWN, watched_sigmas
+from .sigma_rows import MAX_KNOWN, rows_ahead, watched_sigmas
 from .watched import Watched
 
 _NO_STEP = StepCoefficients(1, 0, 0, 0, 0, 0, 0, 0)
@@ -30,6 +31,10 @@ class MultistepRows(Watched):
     def __init__(self, scheduler: Any):
         super().__init__(scheduler, ["sigmas"], [watched_sigmas(scheduler)], scheduler._row_fields)
         self.sigmas: list[float] = scheduler._values_on_host("sigmas")
+        self.short: defaultdict[int, dict[int, StepCoefficients]] = defaultdict(dict)
+        """By order and index: rows of steps that need nothing but their row and what was remembered."""
+        self.remembers_x0 = True
+        """Whether such a step remembers its x0, rather than the model's output."""
         self._found: dict[Any, StepCoefficients] = {}
         self._tables: dict[Any, tuple[StepTable, Tensor]] = {}
 
@@ -53,6 +58,12 @@ class MultistepRows(Watched):
         except (TypeError, ValueError, ArithmeticError, NotImplementedError) as error:
             # A step without a row: the original handles it in its own way.
             raise LeaveToOriginal(str(error)) from None
+
+    def fill_short(self, index: int, order: int, remembers_x0: bool) -> None:
+        """Put the rows of this order, of this step and those after it, into ``short``: a run takes each
+        once."""
+        self.remembers_x0 = remembers_x0
+        self.short[order] = rows_ahead(self, self.sigmas, index, order)
 
     def table(self, device: torch.device, *options: Any) -> tuple[StepTable, Tensor]:
         """Return the rows of all indices, and these, in device memory: copied there once for a run.

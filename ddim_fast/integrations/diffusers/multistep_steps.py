@@ -14,6 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
+from ...kernels.cpu_step import plain_step
 from ...kernels.dispatch import ddim_step, ddim_step_from_table
 from ...kernels.layout import DTYPES_OF_KERNELS, is_wrapped
 from ..arguments import LeaveToOriginal
@@ -45,6 +46,11 @@ class MultistepSteps(SigmaSteps):
         """Take the step of checked tensors at ``_step_index``; return x_prev."""
         raise NotImplementedError
 
+    def _short_take(self, model_output: Any, sample: Any, *options: Any) -> Tensor | None:
+        """Take a step as one that was taken before, if it needs no more than to look up its row; return
+        x_prev, or None, having changed nothing."""
+        return None
+
     # --- The step -----------------------------------------------------------------------------------------------------
 
     def _multistep(self, model_output: Any, timestep: Any, sample: Any, return_dict: Any, *options: Any) -> Any:
@@ -53,8 +59,10 @@ class MultistepSteps(SigmaSteps):
         if _is_dynamo_compiling() or self.num_inference_steps is None:
             return None
         try:
-            rows = self._rows_of_checked(model_output, timestep, sample)
-            x_prev = self._take(rows, model_output, sample, *options)
+            x_prev = self._short_take(model_output, sample, *options)
+            if x_prev is None:
+                rows = self._rows_of_checked(model_output, timestep, sample)
+                x_prev = self._take(rows, model_output, sample, *options)
         except LeaveToOriginal:
             return None
         if self.lower_order_nums < self.config.solver_order:
@@ -117,6 +125,12 @@ def fused(
     """
     # A step keeps the dtype of x: that is float32 where any other tensor is to keep its digits.
     dtypes = {x.dtype, m.dtype, x_kind.dtype, *(tensor.dtype for tensor in others)}
+    as_x = x.stride()
+    results_are_as_x = x_kind.strides == as_x and (prediction_kind is None or prediction_kind.strides == as_x)
+    if len(dtypes) == 1 and results_are_as_x and len(others) < len(_SLOTS):
+        found = plain_step(x, m, {0: row}, 0, (), (), prediction_kind is not None, *others)
+        if found is not None:
+            return found
     dtype = x.dtype if len(dtypes) == 1 else torch.float32
     prediction = None if prediction_kind is None else prediction_kind.empty(x, dtype)
     tensors: dict[str, Any] = {"out": x_kind.empty(x, dtype)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 from functools import lru_cache
@@ -18,6 +19,7 @@ from ..original_results import HALF_PRECISION
 from .watched import Watched
 
 MAX_KNOWN = 8192  # rows: runs of the same sigmas share them
+_AHEAD = 64  # rows of a run that are looked up together
 
 
 def watched_sigmas(scheduler: Any) -> Tensor:
@@ -69,6 +71,10 @@ class SigmaRows(Watched):
             # A step without a row: the original handles it in its own way.
             raise LeaveToOriginal(str(error)) from None
 
+    def fill_plain(self, index: int) -> None:
+        """Put the rows of this step and of those after it into ``plain``: a run takes each once."""
+        self.plain = rows_ahead(self, self.sigmas, index)
+
     def table(self, device: torch.device) -> tuple[StepTable, Tensor]:
         """Return all rows, and their indices, in device memory: copied there once for a run."""
         found = self._tables.get(device)
@@ -79,6 +85,30 @@ class SigmaRows(Watched):
                 torch.arange(len(rows), dtype=torch.int64, device=device),
             )
         return found
+
+
+def rows_ahead(rows: Any, sigmas: list[float], index: int, *options: Any) -> dict[int, StepCoefficients]:
+    """Return rows by index: those of this step and of the next ones, among others.
+
+    Runs with the same sigmas share them.
+
+    Args:
+        rows: whose ``row(index, *options)`` are asked for.
+    """
+    try:
+        known = _rows_of_runs(rows.kind, tuple(sigmas), rows.fields, options)
+    except TypeError:  # a field of the config that cannot be a key
+        known = {}
+    if index not in known:
+        for each in range(index, min(index + _AHEAD, len(sigmas) - 1)):
+            with contextlib.suppress(LeaveToOriginal):
+                known[each] = rows.row(each, *options)
+    return known
+
+
+@lru_cache(64)
+def _rows_of_runs(*what_rows_depend_on: Any) -> dict[int, StepCoefficients]:
+    return {}
 
 
 @lru_cache(MAX_KNOWN)

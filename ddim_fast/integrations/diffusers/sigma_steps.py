@@ -212,7 +212,7 @@ class SigmaSteps:
         key = self._key(rows, timestep)
         row, noise_dtype = rows.row(key), self._noise_dtype(model_output)
         if noise_dtype is None and rows.allows_short_path:
-            rows.plain[key] = row  # type: ignore[index] # there is such a row
+            rows.fill_plain(key)  # type: ignore[arg-type] # there is such a row
             found = self._short_step(rows, key, model_output, sample)
             if found is not None:
                 return found

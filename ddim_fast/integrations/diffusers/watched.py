@@ -27,10 +27,13 @@ class Watched:
         config = scheduler.config
         config_entry = internals.config_entry(scheduler)
         self._scheduler, self._config = scheduler, config
+        self.kind = type(scheduler)
+        self.fields = tuple((name, getattr(config, name)) for name in config_fields if name in vars(config))
+        """What the fields of the config are."""
         self.values = (
             *((vars(scheduler), name, getattr(scheduler, name)) for name in attributes),
             *([] if config_entry is None else [config_entry]),
-            *((vars(config), name, getattr(config, name)) for name in config_fields if name in vars(config)),
+            *((vars(config), name, value) for name, value in self.fields),
         )
         """(dictionary, key, value): each dictionary must still hold that very value."""
         written = [
