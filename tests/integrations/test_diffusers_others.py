@@ -1,4 +1,4 @@
-"""The drop-ins for schedulers of diffusers that few pipelines have, against the originals and float64.
+"""The drop-ins for diffusers' DDPM scheduler and for those that few pipelines have, against the originals and float64.
 
 The truth restates each update in float64, from the original's own noise levels: it shares no code
 with either.
@@ -136,6 +136,20 @@ class DDPMWuerstchenScheduler(Case):
         return (math.sqrt(1 / alpha) * (x - (1 - alpha) / math.sqrt(1 - bar) * m) + std_dev * z,)
 
 
+def posterior(config, t, bar, bar_prev, beta, x, m, z):
+    """(x_prev, x0) of equation 7 of the DDPM paper, with noise."""
+    x0 = {
+        "epsilon": lambda: (x - math.sqrt(1 - bar) * m) / math.sqrt(bar),
+        "sample": lambda: m,
+        "v_prediction": lambda: math.sqrt(bar) * x - math.sqrt(1 - bar) * m,
+    }[config.prediction_type]()
+    if config.clip_sample:
+        x0 = np.clip(x0, -config.clip_sample_range, config.clip_sample_range)
+    mean = math.sqrt(bar_prev) * beta / (1 - bar) * x0 + math.sqrt(1 - beta) * (1 - bar_prev) / (1 - bar) * x
+    variance = beta if config.variance_type == "fixed_large" else max((1 - bar_prev) / (1 - bar) * beta, 1e-20)
+    return mean + (math.sqrt(variance) * z if t > 0 else 0.0), x0
+
+
 def stepped(scheduler, index, options):
     """The timestep, and the one that the step of UnCLIP leads to."""
     visited = scheduler.timesteps.tolist()
@@ -172,12 +186,37 @@ class UnCLIPScheduler(Case):
         t_prev = t - 1 if t_prev is None else t_prev
         bar, bar_prev = (float(scheduler.alphas_cumprod[t]) if t >= 0 else 1.0 for t in (t, t_prev))
         beta = float(scheduler.betas[t]) if t_prev == t - 1 else 1 - bar / bar_prev
-        x0 = (x - math.sqrt(1 - bar) * m) / math.sqrt(bar) if config.prediction_type == "epsilon" else m
-        if config.clip_sample:
-            x0 = np.clip(x0, -config.clip_sample_range, config.clip_sample_range)
-        mean = math.sqrt(bar_prev) * beta / (1 - bar) * x0 + math.sqrt(1 - beta) * (1 - bar_prev) / (1 - bar) * x
-        std_dev = math.sqrt(max((1 - bar_prev) / (1 - bar) * beta, 1e-20)) if t > 0 else 0.0
-        return mean + std_dev * z, x0
+        return posterior(config, t, bar, bar_prev, beta, x, m, z)
+
+
+class DDPMScheduler(Case):
+    configs = st.fixed_dictionaries(
+        {
+            "prediction_type": st.sampled_from(["epsilon", "sample", "v_prediction"]),
+            "beta_schedule": st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2"]),
+            "timestep_spacing": st.sampled_from(["linspace", "leading", "trailing"]),
+            "clip_sample": st.booleans(),
+            "clip_sample_range": st.sampled_from([0.7, 5.0]),
+            "variance_type": st.sampled_from(["fixed_small", "fixed_small_log", "fixed_large", "learned"]),
+        }
+    )
+    change = types.MappingProxyType({"prediction_type": "v_prediction"})
+
+    def arguments(self, scheduler, index, m, x, options):
+        if scheduler.variance_type == "learned":
+            m = torch.cat([m, m.flip(0).tanh().abs() + 0.01], dim=1)
+        return super().arguments(scheduler, index, m, x, options)
+
+    def drawn(self, scheduler, index, m, x, options):
+        return [m.dtype] if scheduler.timesteps[index] > 0 else []
+
+    def is_left(self, scheduler, index, m, x, options):
+        return scheduler.variance_type == "learned"
+
+    def update(self, scheduler, index, options, x, m, z):
+        t, t_prev = [*scheduler.timesteps.tolist(), -1][index : index + 2]
+        bar, bar_prev = (float(scheduler.alphas_cumprod[t]) if t >= 0 else 1.0 for t in (t, t_prev))
+        return posterior(scheduler.config, t, bar, bar_prev, 1 - bar / bar_prev, x, m, z)
 
 
 class CogVideoXDPMScheduler(Case):
@@ -341,7 +380,7 @@ class HeunDiscreteScheduler(Case):
 
 
 ALL = [
-    DDPMWuerstchenScheduler, UnCLIPScheduler, CogVideoXDPMScheduler, HeunDiscreteScheduler,
+    DDPMScheduler, DDPMWuerstchenScheduler, UnCLIPScheduler, CogVideoXDPMScheduler, HeunDiscreteScheduler,
     LTXEulerAncestralRFScheduler, FlowMapEulerDiscreteScheduler,
 ]  # fmt: skip
 CASES = {kind.__name__: kind() for kind in ALL if hasattr(diffusers, kind.__name__)}
