@@ -384,6 +384,7 @@ NO_ROW = {
     "an index below 0": ({"index": -3}, {}, None),
     "samples without values": ({"sample": X.to("meta"), "model_output": X.to("meta")}, {}, None),
     "a timestep without a value": ({"t": torch.tensor(874, device="meta")}, {}, None),
+    "a first timestep without a value": ({"t": torch.tensor(874, device="meta"), "index": None}, {}, None),
 }
 
 
@@ -610,3 +611,14 @@ def test_the_steps_of_cogvideox_can_lead_to_the_next_timestep():
         fast.step(X, 998, X)
     with pytest.raises(TypeError, match="explicit_pairs must be True or False, got 1"):
         PAIRS[CogVideoXDDIMScheduler](explicit_pairs=1)
+
+
+def test_cogvideox_reads_nothing_that_its_original_does_not_read():
+    unread = {"eta": 0.5, "use_clipped_model_output": True, "variance_noise": X.cos()}
+    found = []
+    for kind in (PAIRS[CogVideoXDDIMScheduler], CogVideoXDDIMScheduler):
+        scheduler, generator = ready(kind, {"clip_sample": True}), torch.Generator().manual_seed(0)
+        for _ in range(2):
+            found.append(scheduler.step(3 * X.sin(), 874, 3 * X, generator=generator, **unread).prev_sample)
+        found.append(generator.get_state().double())
+    torch.testing.assert_close(found[:3], found[3:], rtol=1e-5, atol=1e-5)

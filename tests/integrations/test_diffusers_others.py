@@ -28,6 +28,7 @@ from scheduler_steps import (
     X,
     assert_never_further,
     assert_same_kinds,
+    known_fields,
     linear_truth,
     next_noise,
     noise_of,
@@ -562,6 +563,7 @@ ODD = {
     "generators of another number": {"generator": [torch.Generator()] * 2},
     "a timestep before": {"prev_timestep": 20},
     "a timestep before beyond": {"prev_timestep": 5000},
+    "a timestep before just beyond": {"prev_timestep": 1000},
     "nothing before": {"old_pred_original_sample": X.cos(), "timestep_back": None},
     "nothing before that is beyond": {"old_pred_original_sample": X.cos(), "timestep_back": 5000},
     "the same timestep before": {"old_pred_original_sample": X.cos(), "timestep_back": torch.tensor(624)},
@@ -585,7 +587,13 @@ def test_what_it_cannot_do_faster_is_left_to_the_original(name, odd):
 
 
 @pytest.mark.parametrize(
-    "config", [{"prediction_type": "another"}, {"variance_type": "another"}, {"clip_sample_range": None}]
+    "config",
+    [
+        {"prediction_type": "another"},
+        {"prediction_type": "original_sample"},
+        {"variance_type": "another"},
+        {"clip_sample_range": None},
+    ],
 )
 @each
 def test_unknown_configs_and_no_timesteps_raise_the_originals_errors(name, config):
@@ -659,12 +667,45 @@ def another_number(scheduler):
         scheduler.num_inference_steps = 5
 
 
-@pytest.mark.parametrize("change", [levels, replaced, halved, reconfigured, another_number])
+def dark(scheduler):
+    if hasattr(scheduler, "alphas_cumprod"):
+        scheduler.alphas_cumprod[100:] = 0
+
+
+FIELDS = {
+    "prediction_type": "sample",
+    "clip_sample": True,
+    "clip_sample_range": 0.1,
+    "thresholding": True,
+    "variance_type": "fixed_large",
+    "num_train_timesteps": 500,
+    "eta": 0.4,
+    "s_noise": 0.5,
+}
+
+
+def rewritten(field):
+    """Write a field of the config, which stays the same object."""
+
+    def change(scheduler):
+        if field in vars(scheduler.config):
+            vars(scheduler.config)[field] = FIELDS[field]
+
+    change.__name__ = field
+    return change
+
+
+CHANGES = [levels, replaced, halved, reconfigured, another_number, dark, *map(rewritten, FIELDS)]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @each
 def test_a_change_after_a_step_counts(name, change):
     case, results = CASES[name], []
+    clips = {"clip_sample": change.__name__ == "clip_sample_range", "clip_sample_range": 0.3}
+    config = known_fields(case.original, clips)
     for kind in PAIRS[name]:
-        scheduler, found = case.ready(kind), []
+        scheduler, found = case.ready(kind, config), []
         m, x = (X.sin().bfloat16(), X.bfloat16()) if "FlowMap" in name else (X.sin(), X)
         for changes in (lambda s: None, change):
             changes(scheduler)
@@ -678,6 +719,70 @@ def test_a_change_after_a_step_counts(name, change):
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
     assert torch.equal(results[0][1], results[0][2]) == torch.equal(results[1][1], results[1][2])
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"prediction_type": "sample"}, {"prediction_type": "sample", "clip_sample": True}]
+)
+@pytest.mark.parametrize("dtypes", DTYPES)
+@each
+def test_a_repeated_step_is_the_same(name, dtypes, config):
+    """From the second time on, a step may take the short path."""
+    case, results = CASES[name], []
+    config = {"clip_sample": False} | config
+    x, m = X.to(dtypes[0]), X.sin().to(dtypes[1])
+    for kind in PAIRS[name]:
+        scheduler, found = case.ready(kind, known_fields(case.original, config)), []
+        for _ in range(3):
+            torch.manual_seed(0)
+            if hasattr(scheduler, "_step_index"):
+                scheduler._step_index, scheduler.dt = 2, None
+            found.append(outputs(scheduler.step(**case.arguments(scheduler, 2, m, x, {}))))
+        results.append(found)
+    eps = max(torch.finfo(dtype).eps for dtype in (torch.float32, *dtypes))
+    torch.testing.assert_close(results[1], results[0], rtol=30 * eps, atol=30 * eps)
+    torch.testing.assert_close(results[1][1:], [results[1][0]] * 2, rtol=0, atol=0)
+    assert [[result is m for result in found] for found in results[1]] == [
+        [r is m for r in found] for found in results[0]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kept", "value"),
+    [
+        ("sample", X.cos()),
+        ("sample", X[:1]),
+        ("prev_derivative", X.cos()),
+        ("prev_derivative", X[:, :1]),
+        ("dt", torch.tensor(-0.5)),
+        ("dt", None),
+    ],
+)
+def test_what_heun_keeps_between_its_halves_may_be_replaced(kept, value):
+    case, results = CASES["HeunDiscreteScheduler"], []
+    for kind in PAIRS["HeunDiscreteScheduler"]:
+        scheduler = case.ready(kind)
+        scheduler._step_index = 2
+        scheduler.step(**case.arguments(scheduler, 2, X.sin(), X, {}))
+        setattr(scheduler, kept, value)
+        arguments = case.arguments(scheduler, 3, X.cos(), X, {})
+        results.append(outcome(lambda s=scheduler, a=arguments: outputs(s.step(**a))))
+    (expected, error), (got, fast_error) = results
+    assert error is None
+    assert fast_error is None
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_heun_knows_its_halves_by_its_state_and_not_by_their_index():
+    case, results = CASES["HeunDiscreteScheduler"], []
+    for kind in PAIRS["HeunDiscreteScheduler"]:
+        scheduler, found = case.ready(kind), []
+        for index in (2, 3, 2):  # a run may begin with either; the third goes on with its second half
+            scheduler._step_index, scheduler.dt = index, None
+            found.append(outputs(scheduler.step(**case.arguments(scheduler, index, X.sin(), X, {}))))
+        found.append(outputs(scheduler.step(**case.arguments(scheduler, 3, X.cos(), X, {}))))
+        results.append(found)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
 @each
@@ -725,16 +830,20 @@ def test_gradients_are_the_originals(name):
 
 @pytest.mark.parametrize("name", [name for name in CASES if "Flow" not in name and "RF" not in name])
 def test_a_compiled_step_is_the_originals(name):
-    case, found = CASES[name], []
+    """With its breaks of the graph, and no more."""
+    case, found, graphs = CASES[name], [], []
     for kind in PAIRS[name]:
         scheduler = case.ready(kind)
         torch._dynamo.reset()
+        graphs.append([])
         arguments = case.arguments(scheduler, 2, X, X, {})
         step = torch.compile(
-            lambda m, s=scheduler, a=arguments: outputs(s.step(**a | {"model_output": m}))[0], backend="eager"
+            lambda m, s=scheduler, a=arguments: outputs(s.step(**a | {"model_output": m}))[0],
+            backend=lambda graph, inputs, seen=graphs[-1]: seen.append(graph) or graph.forward,
         )
         torch.manual_seed(0)
         found.append(step(arguments["model_output"].sin()))
+    assert len(graphs[1]) == len(graphs[0])
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
