@@ -672,6 +672,11 @@ def dark(scheduler):
         scheduler.alphas_cumprod[100:] = 0
 
 
+def bright(scheduler):
+    if hasattr(scheduler, "one"):  # of the posterior
+        scheduler.alphas_cumprod[100:] = 1
+
+
 FIELDS = {
     "prediction_type": "sample",
     "clip_sample": True,
@@ -695,15 +700,17 @@ def rewritten(field):
     return change
 
 
-CHANGES = [levels, replaced, halved, reconfigured, another_number, dark, *map(rewritten, FIELDS)]
+CHANGES = [levels, replaced, halved, reconfigured, another_number, dark, bright, *map(rewritten, FIELDS)]
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @each
 def test_a_change_after_a_step_counts(name, change):
     case, results = CASES[name], []
-    clips = {"clip_sample": change.__name__ == "clip_sample_range", "clip_sample_range": 0.3}
-    config = known_fields(case.original, clips)
+    config = {"clip_sample": change.__name__ == "clip_sample_range", "clip_sample_range": 0.3}
+    if change.__name__ in ("eta", "s_noise"):
+        config[change.__name__] = 0.0  # a step without noise may take the short path
+    config = known_fields(case.original, config)
     for kind in PAIRS[name]:
         scheduler, found = case.ready(kind, config), []
         m, x = (X.sin().bfloat16(), X.bfloat16()) if "FlowMap" in name else (X.sin(), X)
@@ -810,6 +817,21 @@ def test_on_a_device_no_timestep_is_read(name):
     for index in range(4, 6):
         fast.step(**case.arguments(fast, index, x.sin(), x, {}))
         assert fast.step_index == index + 1
+
+
+@each
+def test_what_moves_to_a_device_is_known_on_the_host(name):
+    """The device meta has no values to read."""
+    original, kind = PAIRS[name]
+    if not issubclass(kind, SigmaSteps):
+        return
+    fast, expected = kind(), original()
+    fast.set_timesteps(5, device="meta")
+    expected.set_timesteps(5)
+    assert fast.timesteps.device.type == "meta"
+    assert fast.sigmas.device.type == ("cpu" if name == "HeunDiscreteScheduler" else "meta")
+    for attribute in ("timesteps", "sigmas"):
+        assert fast._values_on_host(attribute) == getattr(expected, attribute).tolist()
 
 
 @each
