@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import triton_cases
+from covering import covering
 
 from ddim_fast.kernels import triton_step
 from ddim_fast.kernels.contract import StepCoefficients, StepInputs, StepTable
@@ -23,7 +24,7 @@ from ddim_fast.kernels.triton_backend import dynamic_thresholds as thresholds_by
 from ddim_fast.kernels.triton_backend import run
 from ddim_fast.verify.truth.tolerances import SCALED_EPS, to_numpy
 
-CHOICES = [c for c in triton_cases.covering(seed=2) if torch.bfloat16 not in (c["types"][0], c["model_input"])]
+CHOICES = [c for c in covering(triton_cases.OPTIONS, seed=2) if torch.bfloat16 not in (c["types"][0], c["model_input"])]
 
 
 def test_triton_interprets_here():

@@ -1,7 +1,11 @@
 """A step of a scheduler of diffusers and of its drop-in, compared with one another and with float64."""
 
+import functools
+import inspect
+
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from outcomes import half_unit
 
 from ddim_fast.verify.truth.tolerances import allowed_error, assert_within, to_numpy
@@ -21,6 +25,13 @@ DTYPES = [
 """Of the sample and of the model's output."""
 TINY = 2.0**-40
 """A number so small that no x0 of it is clipped; its inverse is so large that every one is."""
+merged = functools.partial(st.builds, lambda *parts: {name: value for part in parts for name, value in part.items()})
+"""The strategy of a config from strategies of its parts."""
+
+
+def known_fields(original, config):
+    """Leave out what a class, or an old version of it, does not have."""
+    return {name: value for name, value in config.items() if name in inspect.signature(original).parameters}
 
 
 def noise_of(kind, seed):
@@ -69,16 +80,33 @@ def assert_same_kinds(expected, got, return_dict, m):
     for a, b in zip(expected, got, strict=True):
         assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
         assert (a is m) == (b is m)
+        assert [other is a for other in expected] == [other is b for other in got]
 
 
-def assert_never_further(expected, got, exact, m):
-    """Compare a step of ours and of the original with float64: [(result, its terms), ...]."""
+def assert_never_further(expected, got, exact, m, rounded=()):
+    """Compare a step of ours and of the original with float64.
+
+    Args:
+        exact: [(result, its terms), ...].
+        rounded: other exact results, which a step in half precision rounds on its way.
+    """
     for values, originals, (e, terms) in zip(outputs(got), outputs(expected), exact, strict=True):
         if values is m or not np.isfinite(to_numpy(originals)).all():
             continue
         if values.dtype == torch.float64:  # the truth is rounded, too, where its numbers cancel
             terms = terms * 1e4
-        allowed = allowed_error(values.dtype, terms)
+        allowed = allowed_error(values.dtype, terms) + sum(half_unit(values, other) for other in rounded)
         assert_within(values, e, allowed)
         worst, of_original = (float(np.abs(to_numpy(v) - e).max()) for v in (values, originals))
         assert not worst > of_original + float(allowed.max()) + half_unit(values, e)
+
+
+def _no_value(self, *args, **kwargs):
+    raise AssertionError("the value of a timestep on a device is read")
+
+
+class OnDevice(torch.Tensor):
+    """A tensor whose values nobody may read, as if they were on a busy device."""
+
+    item = tolist = __bool__ = __float__ = __int__ = nonzero = __eq__ = _no_value
+    __hash__ = torch.Tensor.__hash__

@@ -1,8 +1,6 @@
 """Calls of the Triton step for the tests: every pair of options is covered, in few launches."""
 
-import itertools
 import math
-import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,31 +30,6 @@ OPTIONS = {
     "in_place": [False, True],
 }
 _STEPS = [(0.98, 0.9995), (0.5, 0.6), (0.05, 0.09), (0.9999, 1.0)]
-
-
-def covering(seed: int, strength: int = 2) -> list[dict]:
-    """Return choices that cover every pair (triple, ...) of values of different options, found greedily."""
-    rng = random.Random(seed)
-    names = list(OPTIONS)
-
-    def met(choice: dict) -> set:
-        return {
-            tuple((n, OPTIONS[n].index(choice[n])) for n in group) for group in itertools.combinations(names, strength)
-        }
-
-    wanted = {
-        tuple(zip(group, values, strict=True))
-        for group in itertools.combinations(names, strength)
-        for values in itertools.product(*(range(len(OPTIONS[n])) for n in group))
-    }
-    chosen = []
-    while wanted:
-        start = dict(rng.choice(sorted(wanted)))
-        tries = [{n: OPTIONS[n][start.get(n, rng.randrange(len(OPTIONS[n])))] for n in names} for _ in range(30)]
-        best = max(tries, key=lambda choice: len(met(choice) & wanted))
-        wanted -= met(best)
-        chosen.append(best)
-    return chosen
 
 
 def name_of(choice: dict) -> str:

@@ -20,29 +20,28 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from layouts import Defaults, assert_laid_out_alike, default_dtype, draw, shapes, sweep
 from layouts import kinds as kinds_of_tensors
-from outcomes import half_unit, outcome, same_error
+from outcomes import outcome, same_error
+from scheduler_steps import (
+    DTYPES,
+    SHAPE,
+    X,
+    assert_never_further,
+    assert_same_kinds,
+    linear_truth,
+    next_noise,
+    noise_of,
+    outputs,
+)
 from twins import twins
 
 import ddim_fast.integrations.diffusers as drop_ins
 from ddim_fast.integrations.diffusers import consistency_steps, internals
-from ddim_fast.verify.truth.tolerances import allowed_error, assert_within, to_numpy
+from ddim_fast.verify.truth.tolerances import to_numpy
 
 ORIGINALS = [LCMScheduler, TCDScheduler, CogVideoXDDIMScheduler]
 COUNTING = [LCMScheduler, TCDScheduler]
 PAIRS = {original: getattr(drop_ins, f"Fast{original.__name__}") for original in ORIGINALS}
-SHAPE = (3, 2, 4, 4)
-X = torch.linspace(-1, 1, 96).reshape(SHAPE)
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
-DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.float16, torch.float16),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float32, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.bfloat16),
-    (torch.float64, torch.float64),
-    (torch.float32, torch.float64),
-]
 
 # Of the originals' own arithmetic, in NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -138,62 +137,6 @@ def update(scheduler, t, index, eta, x, m, z):
     return math.sqrt(ratio) * cleaner + math.sqrt(1 - ratio) * z, cleaner
 
 
-def truth(scheduler, t, index, eta, x, m, z):
-    """((x_prev, its terms), (the other, its terms)): each is linear in x, m and z, but for a clip."""
-    values = update(scheduler, t, index, eta, x, m, z)
-    one, no = np.ones(()) / 1024, np.zeros(())  # so small that nothing is clipped
-    weights = [update(scheduler, t, index, eta, *(one if i == k else no for i in range(3))) for k in range(3)]
-    return [
-        (value, sum(1024 * abs(float(w[i])) * np.abs(part) for w, part in zip(weights, (x, m, z), strict=True)))
-        for i, value in enumerate(values)
-    ]
-
-
-def noise_of(kind, seed):
-    """Return the argument ``generator``, and all generators there are."""
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(3)]
-    return {"global": None, "generator": generators[0], "generators": generators}[kind], generators
-
-
-def next_noise(generator, shape, dtype):
-    """The noise that the next step draws, if it draws any, from copies of the generators."""
-    given = generator if isinstance(generator, list) else [generator or torch.default_generator]
-    copies = [torch.Generator().set_state(g.get_state()) for g in given]
-    if len(copies) == 1:
-        return to_numpy(torch.randn(shape, generator=copies[0], dtype=dtype))
-    return to_numpy(torch.cat([torch.randn(1, *shape[1:], generator=g, dtype=dtype) for g in copies]))
-
-
-def outputs(found):
-    return found if isinstance(found, tuple) else found.to_tuple()
-
-
-def compare(scheduler, exact, inputs, expected, got, return_dict, m):
-    """Compare a step of ours with the original's, and both with float64."""
-    assert type(got) is type(expected)
-    if return_dict:
-        assert list(got.keys()) == list(expected.keys())
-        assert all(got[name] is getattr(got, name) for name in got)
-    expected, got = outputs(expected), outputs(got)
-    assert len(got) == len(expected) == 2
-    assert (got[0] is got[1]) == (expected[0] is expected[1])
-    for a, b in zip(expected, got, strict=True):
-        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
-        assert (a is m) == (b is m)
-    clips = scheduler.config.get("clip_sample") and "LCM" in type(scheduler).__name__
-    for values, originals, (e, terms) in zip(got, expected, exact, strict=True):
-        if values is m or not np.isfinite(to_numpy(originals)).all():
-            continue
-        if values.dtype == torch.float64:  # the truth is rounded, too, where its terms cancel
-            terms = terms + inputs
-        allowed = allowed_error(values.dtype, terms)
-        if clips:  # x_prev is then computed from the rounded other result
-            allowed = allowed + half_unit(values, exact[1][0])
-        assert_within(values, e, allowed)
-        worst, of_original = (float(np.abs(to_numpy(v) - e).max()) for v in (values, originals))
-        assert not worst > of_original + float(allowed.max()) + half_unit(values, e)
-
-
 @pytest.mark.parametrize("examples", [60, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("original", ORIGINALS)
 def test_step_is_the_originals_and_never_further_from_float64(original, examples):
@@ -260,9 +203,13 @@ def test_step_is_the_originals_and_never_further_from_float64(original, examples
                     if torch.isfinite(b).all():
                         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
             else:
-                exact = truth(schedulers[0], int(t), index, eta, to_numpy(x), to_numpy(m), z)
-                inputs = np.abs(to_numpy(x)) + np.abs(to_numpy(m))
-                compare(schedulers[0], exact, inputs, expected, got, return_dict, m)
+                assert_same_kinds(expected, got, return_dict, m)
+                exact = linear_truth(
+                    functools.partial(update, schedulers[0], int(t), index, eta), to_numpy(x), to_numpy(m), z
+                )
+                clips = config["clip_sample"] and original is LCMScheduler
+                # x_prev is then computed from the rounded other result.
+                assert_never_further(expected, got, exact, m, [exact[1][0]] if clips else [])
             x = expected[0]
             if not torch.isfinite(x).all():  # half precision overflows where alpha_bar is tiny
                 return None
@@ -437,6 +384,7 @@ NO_ROW = {
     "an index below 0": ({"index": -3}, {}, None),
     "samples without values": ({"sample": X.to("meta"), "model_output": X.to("meta")}, {}, None),
     "a timestep without a value": ({"t": torch.tensor(874, device="meta")}, {}, None),
+    "a first timestep without a value": ({"t": torch.tensor(874, device="meta"), "index": None}, {}, None),
 }
 
 
@@ -663,3 +611,14 @@ def test_the_steps_of_cogvideox_can_lead_to_the_next_timestep():
         fast.step(X, 998, X)
     with pytest.raises(TypeError, match="explicit_pairs must be True or False, got 1"):
         PAIRS[CogVideoXDDIMScheduler](explicit_pairs=1)
+
+
+def test_cogvideox_reads_nothing_that_its_original_does_not_read():
+    unread = {"eta": 0.5, "use_clipped_model_output": True, "variance_noise": X.cos()}
+    found = []
+    for kind in (PAIRS[CogVideoXDDIMScheduler], CogVideoXDDIMScheduler):
+        scheduler, generator = ready(kind, {"clip_sample": True}), torch.Generator().manual_seed(0)
+        for _ in range(2):
+            found.append(scheduler.step(3 * X.sin(), 874, 3 * X, generator=generator, **unread).prev_sample)
+        found.append(generator.get_state().double())
+    torch.testing.assert_close(found[:3], found[3:], rtol=1e-5, atol=1e-5)

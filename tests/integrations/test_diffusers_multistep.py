@@ -7,7 +7,6 @@ either.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 from contextlib import nullcontext
 
@@ -15,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler, UniPCMultistepScheduler
-from diffusers.utils.torch_utils import randn_tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import assert_laid_out_alike, draw, shapes, sweep
 from layouts import kinds as kinds_of_tensors
 from outcomes import half_unit, outcome, same_error
+from scheduler_steps import DTYPES, SHAPE, X, assert_same_kinds, known_fields, merged, next_noise, noise_of, outputs
 from twins import twins
 
 import ddim_fast.integrations.diffusers as drop_ins
@@ -31,18 +30,6 @@ from ddim_fast.verify.truth.tolerances import allowed_error, assert_within, to_n
 DPM, EDM, UNIPC = DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler, UniPCMultistepScheduler
 ORIGINALS = [DPM, EDM, UNIPC]
 PAIRS = {original: getattr(drop_ins, f"Fast{original.__name__}") for original in ORIGINALS}
-SHAPE = (3, 2, 4, 4)
-DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.float32, torch.float32),
-    (torch.float16, torch.float16),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float32, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.bfloat16),
-    (torch.float64, torch.float64),
-    (torch.float32, torch.float64),
-]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # the originals' own, in NumPy
@@ -104,17 +91,11 @@ unipc_fields = st.fixed_dictionaries(
         "disable_corrector": st.sampled_from([[], [], [0, 1]]),
     }
 )
-merged = functools.partial(st.builds, lambda *parts: {name: value for part in parts for name, value in part.items()})
 CONFIGS = {
     DPM: merged(dpm_fields, st.one_of(sigma_kinds, st.just({"use_lu_lambdas": True}))),
     EDM: edm_fields,
     UNIPC: merged(unipc_fields, sigma_kinds),
 }
-
-
-def known_fields(original, config):
-    """Leave out what a class, or an old version of it, does not have."""
-    return {name: value for name, value in config.items() if name in inspect.signature(original).parameters}
 
 
 def ready(kind, config, steps=10):
@@ -303,22 +284,11 @@ def close(values, original_values, exact, terms, cost):
     assert not worst > originals + float(allowed.max()) + half_unit(values, exact)
 
 
-def noise_of(kind, seed):
-    """Return the argument ``generator``, and all generators there are."""
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(3)]
-    return {"global": None, "generator": generators[0], "generators": generators}[kind], generators
-
-
-def next_noise(scheduler, x, m, generator):
-    """The noise that the next step draws, from copies of the generators; zeros if it draws none."""
+def drawn(scheduler, x, m):
+    """Return the dtypes of the noise that a step draws."""
     if not getattr(scheduler.config, "algorithm_type", "").startswith("sde"):
-        return np.zeros(m.shape)
-    given = (
-        [torch.default_generator] if generator is None else generator if isinstance(generator, list) else [generator]
-    )
-    copies = [torch.Generator().set_state(g.get_state()) for g in given]
-    dtype = torch.promote_types(x.dtype, m.dtype) if type(scheduler) is EDM else torch.float32
-    return to_numpy(randn_tensor(m.shape, generator=copies if len(copies) > 1 else copies[0], dtype=dtype))
+        return []
+    return [torch.promote_types(x.dtype, m.dtype) if type(scheduler) is EDM else torch.float32]
 
 
 def left_to_the_original(scheduler, x, m):
@@ -377,7 +347,7 @@ def test_steps_are_the_originals_and_never_further_from_float64(original, exampl
         for taken, t in enumerate(schedulers[0].timesteps[first : first + 5]):
             m = torch.from_numpy(rng.standard_normal(SHAPE)).to(dtypes[1])
             torch.manual_seed(seed)
-            z = next_noise(schedulers[0], x, m, states[0][0])
+            z = next_noise(states[0][0], SHAPE, *drawn(schedulers[0], x, m))
             if noise == "given" and "variance_noise" in inspect.signature(original.step).parameters:
                 given = {"variance_noise": torch.from_numpy(rng.standard_normal(SHAPE)).to(dtypes[1])}
                 z = to_numpy(given["variance_noise"].float())
@@ -401,12 +371,8 @@ def test_steps_are_the_originals_and_never_further_from_float64(original, exampl
             if error is not None:
                 return same_error(error, fast_error)
             assert fast_error is None, fast_error
-            assert type(got) is type(expected)
-            if return_dict:
-                assert list(got.keys()) == list(expected.keys())
-                assert got["prev_sample"] is got.prev_sample
-                expected, got = expected.to_tuple(), got.to_tuple()
-            (expected,), (got,) = expected, got
+            assert_same_kinds(expected, got, return_dict, m)
+            (expected,), (got,) = outputs(expected), outputs(got)
             remembered = [scheduler.model_outputs for scheduler in schedulers]
             assert [value is None for value in remembered[1]] == [value is None for value in remembered[0]]
             assert (remembered[1][-1] is m) == (remembered[0][-1] is m)
@@ -451,7 +417,6 @@ SOLVERS = {
     ],
 }
 ALL_SOLVERS = [(original, config) for original in ORIGINALS for config in SOLVERS[original]]
-X = torch.linspace(-1, 1, 96).reshape(SHAPE)
 
 
 def model(x, t):

@@ -1,4 +1,4 @@
-"""The drop-ins for schedulers of diffusers that few pipelines have, against the originals and float64.
+"""The drop-ins for diffusers' DDPM scheduler and for those that few pipelines have, against the originals and float64.
 
 The truth restates each update in float64, from the original's own noise levels: it shares no code
 with either.
@@ -24,9 +24,11 @@ from outcomes import outcome, same_error
 from scheduler_steps import (
     DTYPES,
     SHAPE,
+    OnDevice,
     X,
     assert_never_further,
     assert_same_kinds,
+    known_fields,
     linear_truth,
     next_noise,
     noise_of,
@@ -135,6 +137,20 @@ class DDPMWuerstchenScheduler(Case):
         return (math.sqrt(1 / alpha) * (x - (1 - alpha) / math.sqrt(1 - bar) * m) + std_dev * z,)
 
 
+def posterior(config, t, bar, bar_prev, beta, x, m, z):
+    """(x_prev, x0) of equation 7 of the DDPM paper, with noise."""
+    x0 = {
+        "epsilon": lambda: (x - math.sqrt(1 - bar) * m) / math.sqrt(bar),
+        "sample": lambda: m,
+        "v_prediction": lambda: math.sqrt(bar) * x - math.sqrt(1 - bar) * m,
+    }[config.prediction_type]()
+    if config.clip_sample:
+        x0 = np.clip(x0, -config.clip_sample_range, config.clip_sample_range)
+    mean = math.sqrt(bar_prev) * beta / (1 - bar) * x0 + math.sqrt(1 - beta) * (1 - bar_prev) / (1 - bar) * x
+    variance = beta if config.variance_type == "fixed_large" else max((1 - bar_prev) / (1 - bar) * beta, 1e-20)
+    return mean + (math.sqrt(variance) * z if t > 0 else 0.0), x0
+
+
 def stepped(scheduler, index, options):
     """The timestep, and the one that the step of UnCLIP leads to."""
     visited = scheduler.timesteps.tolist()
@@ -171,12 +187,37 @@ class UnCLIPScheduler(Case):
         t_prev = t - 1 if t_prev is None else t_prev
         bar, bar_prev = (float(scheduler.alphas_cumprod[t]) if t >= 0 else 1.0 for t in (t, t_prev))
         beta = float(scheduler.betas[t]) if t_prev == t - 1 else 1 - bar / bar_prev
-        x0 = (x - math.sqrt(1 - bar) * m) / math.sqrt(bar) if config.prediction_type == "epsilon" else m
-        if config.clip_sample:
-            x0 = np.clip(x0, -config.clip_sample_range, config.clip_sample_range)
-        mean = math.sqrt(bar_prev) * beta / (1 - bar) * x0 + math.sqrt(1 - beta) * (1 - bar_prev) / (1 - bar) * x
-        std_dev = math.sqrt(max((1 - bar_prev) / (1 - bar) * beta, 1e-20)) if t > 0 else 0.0
-        return mean + std_dev * z, x0
+        return posterior(config, t, bar, bar_prev, beta, x, m, z)
+
+
+class DDPMScheduler(Case):
+    configs = st.fixed_dictionaries(
+        {
+            "prediction_type": st.sampled_from(["epsilon", "sample", "v_prediction"]),
+            "beta_schedule": st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2"]),
+            "timestep_spacing": st.sampled_from(["linspace", "leading", "trailing"]),
+            "clip_sample": st.booleans(),
+            "clip_sample_range": st.sampled_from([0.7, 5.0]),
+            "variance_type": st.sampled_from(["fixed_small", "fixed_small_log", "fixed_large", "learned"]),
+        }
+    )
+    change = types.MappingProxyType({"prediction_type": "v_prediction"})
+
+    def arguments(self, scheduler, index, m, x, options):
+        if scheduler.variance_type == "learned":
+            m = torch.cat([m, m.flip(0).tanh().abs() + 0.01], dim=1)
+        return super().arguments(scheduler, index, m, x, options)
+
+    def drawn(self, scheduler, index, m, x, options):
+        return [m.dtype] if scheduler.timesteps[index] > 0 else []
+
+    def is_left(self, scheduler, index, m, x, options):
+        return scheduler.variance_type == "learned"
+
+    def update(self, scheduler, index, options, x, m, z):
+        t, t_prev = [*scheduler.timesteps.tolist(), -1][index : index + 2]
+        bar, bar_prev = (float(scheduler.alphas_cumprod[t]) if t >= 0 else 1.0 for t in (t, t_prev))
+        return posterior(scheduler.config, t, bar, bar_prev, 1 - bar / bar_prev, x, m, z)
 
 
 class CogVideoXDPMScheduler(Case):
@@ -340,7 +381,7 @@ class HeunDiscreteScheduler(Case):
 
 
 ALL = [
-    DDPMWuerstchenScheduler, UnCLIPScheduler, CogVideoXDPMScheduler, HeunDiscreteScheduler,
+    DDPMScheduler, DDPMWuerstchenScheduler, UnCLIPScheduler, CogVideoXDPMScheduler, HeunDiscreteScheduler,
     LTXEulerAncestralRFScheduler, FlowMapEulerDiscreteScheduler,
 ]  # fmt: skip
 CASES = {kind.__name__: kind() for kind in ALL if hasattr(diffusers, kind.__name__)}
@@ -433,16 +474,6 @@ def test_step_is_the_originals_and_never_further_from_float64(name, examples):
     check()
 
 
-def no_value(self, *args, **kwargs):
-    raise AssertionError("the value of a timestep on a device is read")
-
-
-class OnDevice(torch.Tensor):
-    """A tensor whose values nobody may read, as if they were on a busy device."""
-
-    __hash__ = torch.Tensor.__hash__
-
-
 def run(case, kind, steps, config=None, options=None, first=2, m=X.sin(), x=X, **more):  # noqa: B008 (never written)
     """Return the outcomes of steps with the same tensors, what they leave, and the random state."""
     scheduler = case.ready(kind, config)
@@ -532,6 +563,7 @@ ODD = {
     "generators of another number": {"generator": [torch.Generator()] * 2},
     "a timestep before": {"prev_timestep": 20},
     "a timestep before beyond": {"prev_timestep": 5000},
+    "a timestep before just beyond": {"prev_timestep": 1000},
     "nothing before": {"old_pred_original_sample": X.cos(), "timestep_back": None},
     "nothing before that is beyond": {"old_pred_original_sample": X.cos(), "timestep_back": 5000},
     "the same timestep before": {"old_pred_original_sample": X.cos(), "timestep_back": torch.tensor(624)},
@@ -555,7 +587,13 @@ def test_what_it_cannot_do_faster_is_left_to_the_original(name, odd):
 
 
 @pytest.mark.parametrize(
-    "config", [{"prediction_type": "another"}, {"variance_type": "another"}, {"clip_sample_range": None}]
+    "config",
+    [
+        {"prediction_type": "another"},
+        {"prediction_type": "original_sample"},
+        {"variance_type": "another"},
+        {"clip_sample_range": None},
+    ],
 )
 @each
 def test_unknown_configs_and_no_timesteps_raise_the_originals_errors(name, config):
@@ -629,12 +667,52 @@ def another_number(scheduler):
         scheduler.num_inference_steps = 5
 
 
-@pytest.mark.parametrize("change", [levels, replaced, halved, reconfigured, another_number])
+def dark(scheduler):
+    if hasattr(scheduler, "alphas_cumprod"):
+        scheduler.alphas_cumprod[100:] = 0
+
+
+def bright(scheduler):
+    if hasattr(scheduler, "one"):  # of the posterior
+        scheduler.alphas_cumprod[100:] = 1
+
+
+FIELDS = {
+    "prediction_type": "sample",
+    "clip_sample": True,
+    "clip_sample_range": 0.1,
+    "thresholding": True,
+    "variance_type": "fixed_large",
+    "num_train_timesteps": 500,
+    "eta": 0.4,
+    "s_noise": 0.5,
+}
+
+
+def rewritten(field):
+    """Write a field of the config, which stays the same object."""
+
+    def change(scheduler):
+        if field in vars(scheduler.config):
+            vars(scheduler.config)[field] = FIELDS[field]
+
+    change.__name__ = field
+    return change
+
+
+CHANGES = [levels, replaced, halved, reconfigured, another_number, dark, bright, *map(rewritten, FIELDS)]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @each
 def test_a_change_after_a_step_counts(name, change):
     case, results = CASES[name], []
+    config = {"clip_sample": change.__name__ == "clip_sample_range", "clip_sample_range": 0.3}
+    if change.__name__ in ("eta", "s_noise"):
+        config[change.__name__] = 0.0  # a step without noise may take the short path
+    config = known_fields(case.original, config)
     for kind in PAIRS[name]:
-        scheduler, found = case.ready(kind), []
+        scheduler, found = case.ready(kind, config), []
         m, x = (X.sin().bfloat16(), X.bfloat16()) if "FlowMap" in name else (X.sin(), X)
         for changes in (lambda s: None, change):
             changes(scheduler)
@@ -648,6 +726,70 @@ def test_a_change_after_a_step_counts(name, change):
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
     assert torch.equal(results[0][1], results[0][2]) == torch.equal(results[1][1], results[1][2])
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"prediction_type": "sample"}, {"prediction_type": "sample", "clip_sample": True}]
+)
+@pytest.mark.parametrize("dtypes", DTYPES)
+@each
+def test_a_repeated_step_is_the_same(name, dtypes, config):
+    """From the second time on, a step may take the short path."""
+    case, results = CASES[name], []
+    config = {"clip_sample": False} | config
+    x, m = X.to(dtypes[0]), X.sin().to(dtypes[1])
+    for kind in PAIRS[name]:
+        scheduler, found = case.ready(kind, known_fields(case.original, config)), []
+        for _ in range(3):
+            torch.manual_seed(0)
+            if hasattr(scheduler, "_step_index"):
+                scheduler._step_index, scheduler.dt = 2, None
+            found.append(outputs(scheduler.step(**case.arguments(scheduler, 2, m, x, {}))))
+        results.append(found)
+    eps = max(torch.finfo(dtype).eps for dtype in (torch.float32, *dtypes))
+    torch.testing.assert_close(results[1], results[0], rtol=30 * eps, atol=30 * eps)
+    torch.testing.assert_close(results[1][1:], [results[1][0]] * 2, rtol=0, atol=0)
+    assert [[result is m for result in found] for found in results[1]] == [
+        [r is m for r in found] for found in results[0]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kept", "value"),
+    [
+        ("sample", X.cos()),
+        ("sample", X[:1]),
+        ("prev_derivative", X.cos()),
+        ("prev_derivative", X[:, :1]),
+        ("dt", torch.tensor(-0.5)),
+        ("dt", None),
+    ],
+)
+def test_what_heun_keeps_between_its_halves_may_be_replaced(kept, value):
+    case, results = CASES["HeunDiscreteScheduler"], []
+    for kind in PAIRS["HeunDiscreteScheduler"]:
+        scheduler = case.ready(kind)
+        scheduler._step_index = 2
+        scheduler.step(**case.arguments(scheduler, 2, X.sin(), X, {}))
+        setattr(scheduler, kept, value)
+        arguments = case.arguments(scheduler, 3, X.cos(), X, {})
+        results.append(outcome(lambda s=scheduler, a=arguments: outputs(s.step(**a))))
+    (expected, error), (got, fast_error) = results
+    assert error is None
+    assert fast_error is None
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_heun_knows_its_halves_by_its_state_and_not_by_their_index():
+    case, results = CASES["HeunDiscreteScheduler"], []
+    for kind in PAIRS["HeunDiscreteScheduler"]:
+        scheduler, found = case.ready(kind), []
+        for index in (2, 3, 2):  # a run may begin with either; the third goes on with its second half
+            scheduler._step_index, scheduler.dt = index, None
+            found.append(outputs(scheduler.step(**case.arguments(scheduler, index, X.sin(), X, {}))))
+        found.append(outputs(scheduler.step(**case.arguments(scheduler, 3, X.cos(), X, {}))))
+        results.append(found)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
 @each
@@ -664,20 +806,32 @@ def test_steps_are_fused(name, monkeypatch):
 
 
 @each
-def test_on_a_device_no_timestep_is_read(name, monkeypatch):
+def test_on_a_device_no_timestep_is_read(name):
     """A view into ``timesteps`` of a scheduler with sigmas is known by its place in memory."""
     case, (_, kind) = CASES[name], PAIRS[name]
     if not issubclass(kind, SigmaSteps):
         return
     fast, x = case.ready(kind), X.bfloat16()
-    values, on_device = fast.timesteps.tolist(), fast.timesteps.as_subclass(OnDevice)
-    fast.timesteps = on_device
-    fast._host_copies = {"timesteps": HostCopy.of(on_device, values)}
-    for method in ("item", "tolist", "__bool__", "__float__", "nonzero", "__eq__"):
-        monkeypatch.setattr(OnDevice, method, no_value, raising=False)
+    values, fast.timesteps = fast.timesteps.tolist(), fast.timesteps.as_subclass(OnDevice)
+    fast._host_copies = {"timesteps": HostCopy.of(fast.timesteps, values)}
     for index in range(4, 6):
         fast.step(**case.arguments(fast, index, x.sin(), x, {}))
         assert fast.step_index == index + 1
+
+
+@each
+def test_what_moves_to_a_device_is_known_on_the_host(name):
+    """The device meta has no values to read."""
+    original, kind = PAIRS[name]
+    if not issubclass(kind, SigmaSteps):
+        return
+    fast, expected = kind(), original()
+    fast.set_timesteps(5, device="meta")
+    expected.set_timesteps(5)
+    assert fast.timesteps.device.type == "meta"
+    assert fast.sigmas.device.type == ("cpu" if name == "HeunDiscreteScheduler" else "meta")
+    for attribute in ("timesteps", "sigmas"):
+        assert fast._values_on_host(attribute) == getattr(expected, attribute).tolist()
 
 
 @each
@@ -698,16 +852,20 @@ def test_gradients_are_the_originals(name):
 
 @pytest.mark.parametrize("name", [name for name in CASES if "Flow" not in name and "RF" not in name])
 def test_a_compiled_step_is_the_originals(name):
-    case, found = CASES[name], []
+    """With its breaks of the graph, and no more."""
+    case, found, graphs = CASES[name], [], []
     for kind in PAIRS[name]:
         scheduler = case.ready(kind)
         torch._dynamo.reset()
+        graphs.append([])
         arguments = case.arguments(scheduler, 2, X, X, {})
         step = torch.compile(
-            lambda m, s=scheduler, a=arguments: outputs(s.step(**a | {"model_output": m}))[0], backend="eager"
+            lambda m, s=scheduler, a=arguments: outputs(s.step(**a | {"model_output": m}))[0],
+            backend=lambda graph, inputs, seen=graphs[-1]: seen.append(graph) or graph.forward,
         )
         torch.manual_seed(0)
         found.append(step(arguments["model_output"].sin()))
+    assert len(graphs[1]) == len(graphs[0])
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 

@@ -26,13 +26,27 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from layouts import Defaults, assert_laid_out_alike, draw, shapes, sweep
 from layouts import kinds as kinds_of_tensors
-from outcomes import half_unit, outcome, same_error
+from outcomes import outcome, same_error
+from scheduler_steps import (
+    DTYPES,
+    SHAPE,
+    OnDevice,
+    X,
+    assert_never_further,
+    assert_same_kinds,
+    known_fields,
+    linear_truth,
+    merged,
+    next_noise,
+    noise_of,
+    outputs,
+)
 from twins import twins
 
 import ddim_fast.integrations.diffusers as drop_ins
 from ddim_fast.gpu_lab.fake_cuda import fake_cuda
 from ddim_fast.integrations.host_copy import HostCopy
-from ddim_fast.verify.truth.tolerances import allowed_error, assert_near, to_numpy
+from ddim_fast.verify.truth.tolerances import to_numpy
 
 try:
     from diffusers import FlowMatchLCMScheduler
@@ -43,17 +57,6 @@ else:
 ORIGINALS += [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, EDMEulerScheduler]
 FLOW = [original for original in ORIGINALS if original.__name__.startswith("Flow")]
 PAIRS = {original: getattr(drop_ins, f"Fast{original.__name__}") for original in ORIGINALS}
-SHAPE = (3, 2, 4, 4)
-DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.float16, torch.float16),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float32, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.bfloat16),
-    (torch.float64, torch.float64),
-    (torch.float32, torch.float64),
-]
 
 # Of the originals' own arithmetic, in NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -97,7 +100,6 @@ edm_fields = st.fixed_dictionaries(
         "final_sigmas_type": st.sampled_from(["zero", "sigma_min"]),
     }
 )
-merged = functools.partial(st.builds, lambda *parts: {name: value for part in parts for name, value in part.items()})
 CONFIGS = {
     "FlowMatchEulerDiscreteScheduler": merged(flow_fields, sigma_kinds, stochastic),
     "FlowMatchLCMScheduler": merged(flow_fields, sigma_kinds),
@@ -105,11 +107,6 @@ CONFIGS = {
     "EulerAncestralDiscreteScheduler": ancestral_fields,
     "EDMEulerScheduler": edm_fields,
 }
-
-
-def known_fields(original, config):
-    """Leave out what an old version of the class does not have."""
-    return {name: value for name, value in config.items() if name in inspect.signature(original).parameters}
 
 
 def ready(kind, config, steps=10, **more):
@@ -148,58 +145,12 @@ def update(scheduler, index, x, m, z):
     return x0 + down / sigma * (x - x0) + up * z, x0
 
 
-def truth(scheduler, index, x, m, z):
-    """((x_prev, its terms), (x0, its terms)): each is linear in x, m and z."""
-    values = update(scheduler, index, x, m, z)
-    one, no = np.ones(()), np.zeros(())
-    weights = [update(scheduler, index, *(one if i == k else no for i in range(3))) for k in range(3)]
-    return [
-        (value, sum(abs(float(weight[which])) * np.abs(part) for weight, part in zip(weights, (x, m, z), strict=True)))
-        for which, value in enumerate(values)
-    ]
-
-
-def next_noise(scheduler, m, generator):
-    """The noise that the next step draws, from copies of the generators; zeros if it draws none."""
+def drawn(scheduler, m):
+    """Return the dtypes of the noise that a step draws."""
+    if "Ancestral" in type(scheduler).__name__:
+        return [m.dtype]
     renoised = "LCM" in type(scheduler).__name__ or getattr(scheduler.config, "stochastic_sampling", False)
-    dtype = m.dtype if "Ancestral" in type(scheduler).__name__ else torch.float32 if renoised else None
-    if dtype is None:
-        return np.zeros(m.shape)
-    given = (
-        [torch.default_generator] if generator is None else generator if isinstance(generator, list) else [generator]
-    )
-    copies = [torch.Generator().set_state(g.get_state()) for g in given]
-    parts = [torch.randn(1, *m.shape[1:], generator=g, dtype=dtype) for g in copies] if len(copies) > 1 else None
-    return to_numpy(torch.randn(m.shape, generator=copies[0], dtype=dtype) if parts is None else torch.cat(parts))
-
-
-def noise_of(kind, seed):
-    """Return the argument ``generator``, and all generators there are."""
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(3)]
-    return {"global": None, "generator": generators[0], "generators": generators}[kind], generators
-
-
-def compare(scheduler, index, x, m, z, expected, got, return_dict):
-    """Compare a step of ours with the original's, and both with float64."""
-    assert type(got) is type(expected)
-    if return_dict:
-        assert list(got.keys()) == list(expected.keys())
-        assert all(got[name] is getattr(got, name) for name in got)
-        expected, got = expected.to_tuple(), got.to_tuple()
-    assert len(got) == len(expected)
-    for a, b in zip(expected, got, strict=True):
-        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
-        assert (a is m) == (b is m)
-    if torch.float64 in (x.dtype, m.dtype):  # left to the original
-        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
-        return
-    exact = truth(scheduler, index, to_numpy(x), to_numpy(m), z)
-    for values, original_values, (e, terms) in zip(got, expected, exact, strict=False):
-        if values is m:
-            continue
-        assert_near(values, e, terms)
-        worst, originals = (float(np.abs(to_numpy(v) - e).max()) for v in (values, original_values))
-        assert not worst > originals + float(allowed_error(values.dtype, terms).max()) + half_unit(values, e)
+    return [torch.float32] if renoised else []
 
 
 @pytest.mark.parametrize("original", ORIGINALS)
@@ -234,7 +185,7 @@ def test_step_is_the_originals_and_never_further_from_float64(original):
         for t in schedulers[0].timesteps[first : first + 3]:
             m = torch.from_numpy(rng.standard_normal(SHAPE)).to(dtypes[1])
             torch.manual_seed(seed)
-            z = next_noise(schedulers[0], m, states[0][0])
+            z = next_noise(states[0][0], SHAPE, *drawn(schedulers[0], m))
             results, streams = [], []
             for scheduler, (generator, generators) in zip(schedulers, states, strict=True):
                 torch.manual_seed(seed)
@@ -256,7 +207,13 @@ def test_step_is_the_originals_and_never_further_from_float64(original):
                 return same_error(error, fast_error)
             assert fast_error is None, fast_error
             index = schedulers[0].step_index - 1
-            compare(schedulers[0], index, x, m, z, expected, got, return_dict)
+            assert_same_kinds(expected, got, return_dict, m)
+            expected, got = outputs(expected), outputs(got)
+            if torch.float64 in dtypes:  # left to the original
+                torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+            else:
+                exact = linear_truth(functools.partial(update, schedulers[0], index), to_numpy(x), to_numpy(m), z)
+                assert_never_further(expected, got, exact[: len(got)], m)
             x = expected[0]
         return None
 
@@ -317,7 +274,6 @@ def test_layouts_and_dtypes_are_the_originals(defaults, original, prediction_typ
     assert torch.equal(found[0][1], found[1][1])
 
 
-X = torch.linspace(-1, 1, 96).reshape(SHAPE)
 ODD = {
     "an integer": {"timestep": 3},
     "an integer in a tensor": {"timestep": torch.tensor(3)},
@@ -552,17 +508,6 @@ def test_a_step_that_scales_up_is_left_to_the_original():
 
 
 # --- On a GPU nothing waits -------------------------------------------------------------------------------------------
-
-
-def no_value(self, *args, **kwargs):
-    raise AssertionError("the value of a timestep on a device is read")
-
-
-class OnDevice(torch.Tensor):
-    """A tensor whose values nobody may read, as if they were on a busy device."""
-
-    item = tolist = __bool__ = __float__ = __int__ = nonzero = __eq__ = no_value
-    __hash__ = torch.Tensor.__hash__
 
 
 @pytest.mark.parametrize("first", [0, 4])

@@ -320,13 +320,13 @@ def test_guidance_is_in_the_history():
 def test_the_shipped_model_is_nearer_to_many_steps():
     model = ddim_fast.load_model("fashion")
     options = {"clip_sample": False, "timestep_spacing": "trailing"}
-    labels = {"class_labels": torch.arange(8) % 10}
+    labels = {"class_labels": torch.arange(4)}
 
     def draw(steps, order):
         sampler = DDIMSampler(model.schedule, steps, order=order, **options)
-        return sampler.sample(model, (8, *model.sample_shape), seed=0, conditioning=labels)
+        return sampler.sample(model, (4, *model.sample_shape), seed=0, conditioning=labels)
 
-    many = draw(200, 1)
+    many = draw(80, 1)
     first, second = ((draw(10, order) - many).square().mean().sqrt().item() for order in (1, 2))
     assert second < 0.8 * first, (first, second)
 

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 import ddim_fast as df
@@ -676,21 +676,13 @@ def test_auto_leaves_functions_alone_since_what_they_hold_cannot_be_seen(cache):
 # --- the rules of a capture, on a fake CUDA device --------------------------------------------------------------------------------
 
 
-def _unet(kind, **options):
-    return kind(
-        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
-        attention_head_dim=4, **options,
-    )  # fmt: skip
-
-
-def unet2d():
-    blocks = dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
-    return _unet(UNet2DModel, **blocks), {}
-
-
 def unet2d_condition():
-    down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
-    model = _unet(UNet2DConditionModel, down_block_types=down, up_block_types=up, cross_attention_dim=6)
+    """One block down and one up: tests/gpu_lab/test_fake_cuda.py captures a step of larger ones."""
+    model = UNet2DConditionModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        attention_head_dim=4, cross_attention_dim=6, mid_block_type=None,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+    )  # fmt: skip
     return model, {"encoder_hidden_states": torch.empty(2, 3, 6, device="cuda")}
 
 
@@ -705,7 +697,7 @@ def small_condition():
 @pytest.mark.parametrize(
     ("make", "eta", "options", "guidance"),
     [
-        (unet2d, 0.0, {}, None),
+        (small, 0.0, {}, None),
         (unet2d_condition, 1.0, {}, 5.0),
         (small, 1.0, {"clip_sample": True}, None),
         (small, 0.0, {"thresholding": True}, None),

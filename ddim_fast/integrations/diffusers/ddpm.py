@@ -37,7 +37,7 @@ def originals_posterior(
     elif clip:
         x0 = x0.clamp(-1, 1)
     x_prev = k * x0 + k * x
-    return x0, x_prev + 0 if noise is None else x_prev + k * noise
+    return x0, x_prev if noise is None else x_prev + k * noise
 
 
 class FastDDPMScheduler(FusedSteps, DDPMScheduler):
@@ -49,7 +49,6 @@ class FastDDPMScheduler(FusedSteps, DDPMScheduler):
 
     _clean_level = "one"
     _row_fields = (
-        "num_train_timesteps",
         "prediction_type",
         "clip_sample",
         "clip_sample_range",

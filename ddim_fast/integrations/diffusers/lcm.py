@@ -25,7 +25,6 @@ class FastLCMScheduler(ConsistencySteps, LCMScheduler):
     _output_kind = LCMSchedulerOutput
     _cleaner_name = "denoised"
     _row_fields = (
-        "num_train_timesteps",
         "prediction_type",
         "clip_sample",
         "clip_sample_range",

@@ -23,7 +23,7 @@ class FastTCDScheduler(ConsistencySteps, TCDScheduler):
 
     _output_kind = TCDSchedulerOutput
     _cleaner_name = "pred_noised_sample"
-    _row_fields = ("num_train_timesteps", "prediction_type")
+    _row_fields = ("prediction_type",)
     _clips = False
 
     set_timesteps = TCDScheduler.set_timesteps
