@@ -98,6 +98,7 @@ class Loop:
         x_t: ``(B, C, ...)`` the noisy samples; each step's result replaces them.
         calls: the model calls of a step: one; with guidance a conditional and an unconditional one,
             or one call for both with twice the batch.
+        begin: called before the calls of each step, see ``begins_steps``.
         guidance_scales: one for each step, with guidance.
         seeds: ``(B,)`` int64, for in-register noise.
         noise: like ``x_t``: filled by ``generator`` before each step that adds noise.
@@ -112,11 +113,11 @@ class Loop:
             noise.
         history, history_2: like ``x_t``: the x0 of the step before, and of the one before that, for
             a multistep form. The first steps do not read them.
-        begin: called before the calls of a step, see ``begins_steps``.
     """
 
     x_t: Tensor
     calls: Sequence[ModelCall]
+    begin: Callable[[], None] | None
     guidance_scales: Sequence[float] | None = None
     thresholding: Thresholding | None = None
     seeds: Tensor | None = None
@@ -133,7 +134,6 @@ class Loop:
     known_noise: Tensor | None = None
     history: Tensor | None = None
     history_2: Tensor | None = None
-    begin: Callable[[], None] | None = None
 
     @property
     def shape(self) -> torch.Size:

@@ -87,8 +87,14 @@ def sample_parallel(
     last = len(plan.steps)
     width = last if window is None else min(window, last)
     guesses = x.expand(width + 1, *shape).contiguous()
-    loop = Loop(x_t=x, calls=[], guidance_scales=scales, thresholding=plan.thresholding, seeds=seeds)
-    loop.begin = begins_steps(model)
+    loop = Loop(
+        x_t=x,
+        calls=[],
+        begin=begins_steps(model),
+        guidance_scales=scales,
+        thresholding=plan.thresholding,
+        seeds=seeds,
+    )
 
     timesteps = model_times(plan, device, shape[0])
     weights = [weight_at_constant_v(step.level_t, plan.meaning_at(step.level_t)) for step in plan.steps]
