@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.contract import StepTable
+from ..kernels.thresholding import thresholds_workspace
 from ..kernels.torch_internals import tree_flatten, tree_unflatten
 from ..models.protocol import Model
 from ..plans.plan import PlannedStep, SamplingPlan
@@ -158,6 +159,7 @@ class CapturedLoop:
             torch.zeros((rows_held, batch_size), dtype=job.plan.schedule.time_dtype, device=device),
             torch.zeros((1, batch_size), dtype=job.plan.schedule.time_dtype, device=device),
             torch.ones(batch_size, dtype=torch.float32, device=device),
+            None if loop.thresholding is None else thresholds_workspace(loop.x_t),
         )
 
     @torch.no_grad()
@@ -207,7 +209,7 @@ class CapturedLoop:
     def _static_tensors(self) -> list[Tensor]:
         p = self._position
         held = [getattr(self.loop, name) for name in (*LOADED, *SCRATCH)]
-        held += [*self._leaves, p.table.rows, p.index, p.timesteps, p.t, p.thresholds]
+        held += [*self._leaves, p.table.rows, p.index, p.timesteps, p.t, p.thresholds, p.workspace]
         return [tensor for tensor in held if isinstance(tensor, Tensor)]
 
     def reset(self) -> None:

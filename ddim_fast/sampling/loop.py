@@ -81,6 +81,7 @@ class Position:
         timesteps: ``(S, B)``: the timesteps that the model is called with, int64 or float32.
         t: ``(1, B)``: those of the current step.
         thresholds: ``(B,)`` float32: its dynamic thresholds.
+        workspace: what computes them works on, if it needs memory.
     """
 
     table: StepTable
@@ -88,6 +89,7 @@ class Position:
     timesteps: Tensor
     t: Tensor
     thresholds: Tensor
+    workspace: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -221,6 +223,7 @@ class Loop:
                 uncond,
                 index=p.index,
                 out=p.thresholds,
+                workspace=p.workspace,
             )
         if self.x_seen is not None:
             self.x_seen.copy_(self.x_t)
