@@ -9,6 +9,8 @@ is used twice.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import numpy as np
 import torch
 
@@ -48,8 +50,10 @@ class RecordedPool:
 
     def __init__(self) -> None:
         self._blocks: list[_Block] = []
+        self._free: list[_Block] = []  # for the capture under way, by size
         self._graphs = 0
         self._ended = False
+        self.usable = True
 
     @property
     def nbytes(self) -> int:
@@ -58,15 +62,16 @@ class RecordedPool:
     def take(self, nbytes: int) -> tuple[torch.UntypedStorage, torch.UntypedStorage]:
         """Return memory that nobody holds, as two storages: one for the tensor that is made, and one
         for the graph, which may use the memory after the tensor is gone."""
-        fitting = [block for block in self._blocks if block.nbytes >= nbytes and block.is_free]
-        block = min(fitting, key=lambda each: each.nbytes, default=None)
-        if block is None:
+        at = bisect_left(self._free, nbytes, key=lambda each: each.nbytes)
+        if at < len(self._free):
+            block = self._free.pop(at)
+        else:
             block = _Block(nbytes)
             self._blocks.append(block)
         return block.give(nbytes), block.alias(nbytes)
 
     def enter(self) -> None:
-        """Count a graph that is captured.
+        """Count a graph that is captured, and find what is free for it.
 
         Raises:
             RuntimeError: the last one was reset.
@@ -74,6 +79,7 @@ class RecordedPool:
         if self._ended:
             raise RuntimeError("a memory pool ends with its last graph, got a capture after it: take another pool")
         self._graphs += 1
+        self._free = sorted((block for block in self._blocks if block.is_free), key=lambda each: each.nbytes)
 
     def leave(self) -> None:
         """Count a graph that is reset, or whose capture failed."""
@@ -81,3 +87,4 @@ class RecordedPool:
         self._ended = self._graphs == 0
         if self._ended:
             self._blocks.clear()
+            self._free.clear()

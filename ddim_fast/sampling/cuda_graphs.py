@@ -69,10 +69,15 @@ class MemoryPool(Protocol):
     Only what a captured function is done with before it returns may be in it. Replays of one pool
     follow one another, in the order in which the host launches them.
 
-    ``nbytes`` is what captures have taken. It is given back when no graph of the pool is left.
+    Attributes:
+        usable: whether another graph may be captured in it.
+        nbytes: what captures have taken, which is given back when no graph of the pool is left.
     """
 
-    nbytes: int
+    usable: bool
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 class GraphBackend(Protocol):
@@ -214,7 +219,7 @@ class CudaGraphs:
                 # capture: report the first.
                 first = raised[0] if raised else error
                 torch.cuda.set_stream(current)
-                left = _give_up(graph, pool.handle, side, current)
+                left = _give_up(graph, pool, side, current)
                 if not isinstance(first, Exception):
                     raise first from None
                 if isinstance(first, CaptureError):
@@ -238,7 +243,7 @@ class CudaFence:
         torch.cuda.current_stream(self._device).wait_event(self._event)
 
 
-def _give_up(graph: torch.cuda.CUDAGraph, pool: Any, side: torch.cuda.Stream, current: torch.cuda.Stream) -> str:
+def _give_up(graph: torch.cuda.CUDAGraph, pool: CudaPool, side: torch.cuda.Stream, current: torch.cuda.Stream) -> str:
     """Restore the allocator and the default generator after a failed capture; return in words what
     could not be.
 
@@ -248,7 +253,8 @@ def _give_up(graph: torch.cuda.CUDAGraph, pool: Any, side: torch.cuda.Stream, cu
     ``torch.randn`` on the device raises, until a capture succeeds.
     """
     graph.reset()
-    left = "" if release_capture_pool(side.device.index, pool) else "; this torch cannot free the capture's memory"
+    pool.usable = release_capture_pool(side.device.index, pool.handle)
+    left = "" if pool.usable else "; this torch cannot free the capture's memory"
     try:
         tiny = torch.cuda.CUDAGraph()
         with torch.cuda.graph(tiny, stream=side, capture_error_mode="thread_local"):

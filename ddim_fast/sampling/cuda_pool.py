@@ -31,11 +31,13 @@ class CudaPool:
         handle: what ``torch.cuda.graph`` takes.
         nbytes: bytes taken by captures so far; none is given back while a graph of the pool is
             left.
+        usable: whether another graph may be captured in it.
     """
 
     def __init__(self, device: str | int | torch.device | None = None):
         self.handle = torch.cuda.graph_pool_handle()
         self.nbytes = 0
+        self.usable = True
         self._device = device
         self._lock = threading.Lock()
         self._last: torch.cuda.Stream | None = None

@@ -32,7 +32,7 @@ class SharedPool:
 
     @property
     def is_free(self) -> bool:
-        return not self.retired and not any(loop.busy for loop in self.loops)
+        return self.pool.usable and not self.retired and not any(loop.busy for loop in self.loops)
 
 
 class SharedPools:

@@ -709,10 +709,13 @@ def test_random_numbers_can_be_drawn_right_after_a_failed_capture(monkeypatch, e
 def test_what_a_failed_capture_leaves_behind_is_said(monkeypatch):
     cuda = Watched(monkeypatch, end_fails=True, later_captures_fail=True)
     monkeypatch.delattr(torch._C, "_cuda_releasePool")
+    graphs = CudaGraphs()
+    pool = graphs.new_pool()
     with pytest.raises(
         CaptureError, match=r"this torch cannot free the capture's memory; the device's random numbers may fail"
     ):
-        CudaGraphs().capture(lambda: None)
+        graphs.capture(lambda: None, pool)
+    assert not pool.usable
     with pytest.raises(RuntimeError, match="Offset increment"):
         cuda.randn()
     assert cuda.current is cuda.default

@@ -248,6 +248,14 @@ def test_a_pool_that_failed_its_only_capture_is_not_used_again():
     assert torch.equal(sample(Net(), cache), sample(Net(), None, mode="off"))
 
 
+def test_a_pool_that_a_failed_capture_left_open_is_given_to_no_other_graph():
+    cache = cache_of()
+    sample(Net(), cache)
+    pools(cache)[0].pool.usable = False
+    sample(Net(), cache, 3)
+    assert [len(shared.loops) for shared in pools(cache)] == [1, 1]
+
+
 def test_two_threads_at_once_capture_in_pools_of_their_own(monkeypatch):
     cache, models = cache_of(), [Net(), Net(0.5)]
     expected = [sample(model, None, mode="off") for model in models]
