@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,7 +49,9 @@ def _product(multiplier: int, word: Word) -> tuple[Word, Word]:
 def philox_words(seeds: Tensor, counters: Tensor, step: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the four words of each seed ``(B,)`` int64 at each counter ``(n,)`` int64, in [0,
     2^32): ``(B, n)`` int64, in the standard's order."""
-    c0, c1, c2, c3 = counters & _LOW, step & _LOW, stream & _LOW, 0
+    # Some are numbers, until a product with a tensor has reached them.
+    words: tuple[Any, Any, Any, Any] = (counters & _LOW, step & _LOW, stream & _LOW, 0)
+    c0, c1, c2, c3 = words
     rounds = torch.arange(ROUNDS, dtype=torch.int64, device=seeds.device)[:, None, None]
     keys0 = ((seeds & _LOW)[:, None] + rounds * WEYL[0]) & _LOW
     keys1 = ((seeds >> 32)[:, None] + rounds * WEYL[1]) & _LOW
