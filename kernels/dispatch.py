@@ -26,7 +26,7 @@ _is_inference_mode = torch.is_inference_mode_enabled
 # operator. (The C++ step asks for modes and forward-mode derivatives itself, and declines: asking
 # here first would cost more.)
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_warned = False
+_warned: set[str] = set()
 _NOISE_ONLY = StepCoefficients(0, 0, 0, 0, 0, 0, 0, prev_noise=1)
 
 
@@ -317,18 +317,30 @@ def choose(inputs: StepInputs, name: str | None = None):
     for backend in BACKENDS.values() if name is None else [BACKENDS[name]]:
         reasons[backend.name] = backend.unsupported_reasons(inputs)
         if not reasons[backend.name]:
-            _warn_if_slow(backend, inputs)
+            if name is None:
+                _warn_if_slow(backend, inputs)
             return backend
     listed = "\n".join(f"  {backend}: {'; '.join(why)}" for backend, why in reasons.items())
     raise ValueError(f"no backend can run this step:\n{listed}")
 
 
 def _warn_if_slow(backend, inputs: StepInputs) -> None:
-    """Warn once that the fast backend is missing, where it would have run."""
-    global _warned
-    if backend is reference and not _warned and cpu_step.extension is None and inputs.x_t.device.type == "cpu":
-        _warned = True
-        warnings.warn(f"ddim_fast runs its PyTorch reference, which is slower: {cpu_step.missing_reason}", stacklevel=6)
+    """Warn once for each kind of device that there is no kernel for it."""
+    device = inputs.x_t.device.type
+    if backend is not reference or device in _warned:
+        return
+    if (reason := _missing_kernel(device)) is not None:
+        _warned.add(device)
+        warnings.warn(f"ddim_fast runs its PyTorch reference, which is slower: {reason}", stacklevel=6)
+
+
+def _missing_kernel(device: str) -> str | None:
+    """Return why no kernel runs on a kind of device; None if one does, or nothing is computed there."""
+    if device == "cpu":
+        return cpu_step.missing_reason if cpu_step.extension is None else None
+    if device == "cuda":
+        return triton_backend.missing_reason()
+    return None if device == "meta" else f"it has no kernel for {device}"
 
 
 def normals(

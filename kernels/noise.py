@@ -70,13 +70,15 @@ COSINE = tuple(
 )
 MINUS_TWO_LOG_OF_2 = float.fromhex("-0x1.62e430p+0")
 
-_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+"""What is added to the key's two words in each round."""
+ROUNDS = 10
 _LOW = np.uint64(0xFFFFFFFF)
 
 
 @untraced
-def philox4x32(counter: np.ndarray, key: np.ndarray, rounds: int = 10) -> np.ndarray:
+def philox4x32(counter: np.ndarray, key: np.ndarray, rounds: int = ROUNDS) -> np.ndarray:
     """Return the words of Philox4x32, ``(..., 4)`` uint32.
 
     ``counter`` ``(..., 4)`` and ``key`` ``(..., 2)``, uint32, are broadcast against each other.
@@ -84,8 +86,8 @@ def philox4x32(counter: np.ndarray, key: np.ndarray, rounds: int = 10) -> np.nda
     c0, c1, c2, c3 = (np.asarray(counter)[..., i].astype(np.uint64) for i in range(4))
     k0, k1 = (np.asarray(key)[..., i].astype(np.uint64) for i in range(2))
     for i in range(rounds):
-        p0, p1 = _M0 * c0, _M1 * c2
-        round_key0, round_key1 = (k0 + np.uint64(i * _W0)) & _LOW, (k1 + np.uint64(i * _W1)) & _LOW
+        p0, p1 = np.uint64(MULTIPLIERS[0]) * c0, np.uint64(MULTIPLIERS[1]) * c2
+        round_key0, round_key1 = (k0 + np.uint64(i * WEYL[0])) & _LOW, (k1 + np.uint64(i * WEYL[1])) & _LOW
         c0, c1, c2, c3 = (
             (p1 >> np.uint64(32)) ^ c1 ^ round_key0,
             p1 & _LOW,
@@ -162,8 +164,7 @@ def standard_normals(
     Raises:
         ValueError: ``n`` is negative or more than ``MAX_ELEMENTS``.
     """
-    if not 0 <= n <= MAX_ELEMENTS:
-        raise ValueError(f"a sample may have 0 to {MAX_ELEMENTS} elements, got {n}: split it into several samples")
+    check_elements(n)
     z = np.empty((len(seeds), n), dtype=np.float32)
     for row, seed in zip(z, seeds, strict=True):
         for first in range(0, n, 4 * _CHUNK):
@@ -171,6 +172,12 @@ def standard_normals(
             words = philox_words(int(seed), -(-len(part) // 4), step, stream, first // 4)
             part[:] = words_to_normals(words).reshape(-1)[: len(part)]
     return z
+
+
+def check_elements(n: int) -> None:
+    """Raise ValueError unless a sample may have ``n`` elements."""
+    if not 0 <= n <= MAX_ELEMENTS:
+        raise ValueError(f"a sample may have 0 to {MAX_ELEMENTS} elements, got {n}: split it into several samples")
 
 
 def check_seed(seed: int) -> None:

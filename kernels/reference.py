@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from . import noise_in_torch
 from .coefficients import LARGEST_SCALE, StepCoefficients
 from .contract import numbers_on_host
 from .fields import StepInputs
@@ -77,12 +78,21 @@ def _combine(*terms: tuple[float, Tensor]) -> Tensor:
     return sum(present[1:], present[0]) if present else torch.zeros_like(terms[0][1])
 
 
+def on_the_host(x_t: Tensor) -> bool:
+    """Return whether NumPy may compute for these samples, which no device waits for."""
+    return x_t.device.type == "cpu"
+
+
 def _noise(inputs: StepInputs, given: Tensor | None, stream: int) -> Tensor:
-    """Return ``given``, or the noise standard's normals in the shape of ``x_t``, from NumPy."""
+    """Return ``given``, or the noise standard's normals in the shape of ``x_t``: from NumPy on the CPU,
+    and on another device without waiting for it."""
     if given is not None:
         return given
     x_t = inputs.x_t
     assert inputs.seeds is not None  # checked: a row that adds noise has one of the two
     n_elements = math.prod(x_t.shape[1:])
+    if not on_the_host(x_t):
+        z_there = noise_in_torch.standard_normals(inputs.seeds, n_elements, inputs.noise_step, stream)
+        return z_there.view(x_t.shape)
     z = standard_normals(numbers_on_host("seeds", inputs.seeds), n_elements, inputs.noise_step, stream)
-    return torch.from_numpy(z).view(x_t.shape).to(x_t.device)
+    return torch.from_numpy(z).view(x_t.shape)

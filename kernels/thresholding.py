@@ -47,6 +47,29 @@ def _check(inputs: StepInputs, ratio: float, maximum: float, out: Tensor | None)
             check_overlap("out", out, ARGUMENTS[name], read, same_allowed=False)
 
 
+def thresholds_workspace(x_t: Tensor) -> Tensor | None:
+    """Return memory that ``dynamic_thresholds`` of such samples ``(B, ...)`` works on, to be used
+    again in each step; None where it needs none."""
+    return triton_backend.thresholds_workspace(x_t)
+
+
+def _check_workspace(x_t: Tensor, workspace: Tensor | None) -> None:
+    """Check that a workspace is one for such samples.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if workspace is None:
+        return
+    needed = triton_backend.workspace_size(x_t)
+    fits = workspace.dtype == torch.int64 and workspace.device == x_t.device and workspace.is_contiguous()
+    if not fits or workspace.numel() < needed:
+        raise ValueError(
+            f"workspace must be what thresholds_workspace(x_t) returned, {needed} numbers of torch.int64 on {x_t.device}, got "
+            f"{workspace.numel()} of {workspace.dtype} on {workspace.device}: make one for these samples"
+        )
+
+
 def dynamic_thresholds(
     x_t: Tensor,
     model_output: Tensor,
@@ -57,13 +80,15 @@ def dynamic_thresholds(
     guidance_scale: float | None = None,
     index: Tensor | None = None,
     out: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor:
     """Return thresholds for ``ddim_step``, ``(B,)`` float32.
 
     Each is the sample's ``ratio`` quantile of |x0|, at least the clip range, at most ``maximum``.
-    With a ``StepTable`` and ``index``, they are for ``ddim_step_from_table``. On a GPU this is one
-    launch, which does not wait for the device, and allocates nothing if ``out``, ``(B,)`` float32,
-    is given for the result.
+    With a ``StepTable`` and ``index``, they are for ``ddim_step_from_table``. On a GPU nothing
+    waits for the device, and nothing is allocated if ``out``, ``(B,)`` float32, is given for the
+    result, and ``workspace``, from ``thresholds_workspace``, for samples of more than 4,096 elements:
+    those take six launches, smaller ones take one.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule. Nothing has been written.
@@ -77,8 +102,9 @@ def dynamic_thresholds(
         guidance_scale=guidance_scale,
     )
     _check(inputs, ratio, maximum, out)
+    _check_workspace(x_t, workspace)
     if not triton_backend.unsupported_reasons(inputs):
-        return triton_backend.dynamic_thresholds(inputs, ratio, maximum, out)
+        return triton_backend.dynamic_thresholds(inputs, ratio, maximum, out, workspace)
     x0_x: float | Tensor
     x0_m: float | Tensor
     bound: float | Tensor

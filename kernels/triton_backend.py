@@ -16,11 +16,15 @@ from .layout import as_rows, plain_memory_reasons
 name = "triton"
 
 
+def missing_reason() -> str | None:
+    """Return why this backend runs nowhere; None if it does on some device."""
+    return "Triton is not installed: pip install triton" if find_spec("triton") is None else None
+
+
 def unsupported_reasons(inputs: StepInputs) -> list[str]:
     """Return why this backend cannot run these (valid) inputs; empty if it can."""
-    reasons = []
-    if find_spec("triton") is None:
-        reasons.append("Triton is not installed: pip install triton")
+    missing = missing_reason()
+    reasons = [] if missing is None else [missing]
     if inputs.x_t.device.type != "cuda":
         reasons.append(f"tensors are on {inputs.x_t.device}, it runs on cuda")
     return reasons + plain_memory_reasons(inputs)
@@ -62,10 +66,31 @@ def run(inputs: StepInputs) -> Tensor:
     return result
 
 
-def dynamic_thresholds(inputs: StepInputs, ratio: float, maximum: float, out: Tensor | None = None) -> Tensor:
+def workspace_size(x_t: Tensor) -> int:
+    """Return how many int64 numbers ``dynamic_thresholds`` of such samples works on."""
+    if x_t.device.type != "cuda" or missing_reason() is not None or x_t.numel() == 0:
+        return 0
+    from . import triton_thresholds
+
+    return triton_thresholds.workspace_size(len(x_t), x_t[0].numel())
+
+
+def thresholds_workspace(x_t: Tensor) -> Tensor | None:
+    """Return memory for ``dynamic_thresholds`` of such samples; None where it needs none."""
+    size = workspace_size(x_t)
+    return torch.empty(size, dtype=torch.int64, device=x_t.device) if size else None
+
+
+def dynamic_thresholds(
+    inputs: StepInputs,
+    ratio: float,
+    maximum: float,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> Tensor:
     """Return ``thresholding.dynamic_thresholds`` of checked inputs, ``(B,)`` float32.
 
-    This is one launch, and x0 is never in memory.
+    x0 is never in memory.
     """
     from . import triton_thresholds
 
@@ -77,5 +102,6 @@ def dynamic_thresholds(inputs: StepInputs, ratio: float, maximum: float, out: Te
         table = _one_row(table, inputs.guidance_scale, x_t.device)
     inputs = replace(inputs, thresholds=thresholds)  # keeps samples from being joined into one row
     with torch.cuda.device_of(x_t):
-        triton_thresholds.launch(as_rows(inputs, x_t), table, inputs.index, thresholds, ratio=ratio, maximum=maximum)
+        rows = as_rows(inputs, x_t)
+        triton_thresholds.launch(rows, table, inputs.index, thresholds, workspace, ratio=ratio, maximum=maximum)
     return thresholds

@@ -86,7 +86,7 @@ def noise(machine: Machine) -> list[Row]:
 
 
 def thresholds(machine: Machine) -> list[Row]:
-    """Time the exact quantile of dynamic thresholding, a program for each sample."""
+    """Time the exact quantile of dynamic thresholding, in several launches for large samples."""
     shapes = [(1, 3, 8, 8)] if machine.device == "cpu" else [(1, 3, 64, 64), (1, 3, 256, 256), (4, 3, 1024, 1024)]
     row = df.DDIMSampler(df.NoiseSchedule.linear(), 10, clip_sample=True).plan().steps[5].coefficients
     rows: list[Row] = []

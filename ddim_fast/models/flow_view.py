@@ -19,6 +19,7 @@ from ..plans.continuous import FlowSchedule
 from ..plans.levels import NoiseLevel
 from ..plans.schedules import NoiseSchedule
 from ..utils.checks import check_choice, refuse
+from ..utils.devices import widest_dtype
 from .protocol import Model, output_tensor
 
 __all__ = ["FlowModel", "as_flow", "flow_times"]
@@ -103,16 +104,12 @@ class FlowModel(nn.Module):
         for name in _KEPT:
             if hasattr(model, name):
                 setattr(self, name, getattr(model, name))
-        # Of each timestep, half the log signal-to-noise ratio, turned round: increasing, as
-        # searchsorted needs. Infinite ends are given a finite place beyond their neighbours.
-        noisiness = -np.nan_to_num(schedule.log_snr / 2, neginf=-1e4, posinf=1e4)
-        self.register_buffer("noisiness", torch.tensor(noisiness, dtype=torch.float64, device="cpu"), persistent=False)
-        self.noisiness: Tensor
+        self._kept: Tensor | None = None
 
     def forward(self, x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
         """Return the velocity eps - x0 at x ``(B, ...)`` and flow times t ``(B,)``, in the dtype of
         the model's output."""
-        t = t.to(torch.float64)
+        t = t.to(widest_dtype(t.device))
         norm = torch.hypot(1 - t, t)
         alpha, sigma = (1 - t) / norm, t / norm
         scale = self._like(1 / norm, x)
@@ -127,17 +124,29 @@ class FlowModel(nn.Module):
         return (of_x * x.to(of_x.dtype) + of_m * of_model.to(of_m.dtype)).to(of_model.dtype)
 
     def timesteps(self, t: Tensor) -> Tensor:
-        """Return what the model is told at flow times t ``(B,)`` float64: int64, or float32 with
+        """Return what the model is told at flow times t ``(B,)``: int64, or float32 with
         ``fractional_timesteps``."""
-        wanted = torch.logit(t, eps=1e-300).clamp(self.noisiness[0], self.noisiness[-1])
-        above = torch.searchsorted(self.noisiness, wanted).clamp(1, len(self.noisiness) - 1)
-        low, high = self.noisiness[above - 1], self.noisiness[above]
+        noisiness = self._noisiness(t)
+        wanted = torch.logit(t, eps=torch.finfo(t.dtype).tiny).clamp(noisiness[0], noisiness[-1])
+        above = torch.searchsorted(noisiness, wanted).clamp(1, len(noisiness) - 1)
+        low, high = noisiness[above - 1], noisiness[above]
         position = (above - 1) + (wanted - low) / (high - low)
         if not self.fractional_timesteps:
             return position.round().to(torch.int64)
         # A flow time in float32 is a timestep up to some 1e-4: a whole one is meant.
         whole = position.round()
         return torch.where((position - whole).abs() < 1e-3, whole, position).to(torch.float32)
+
+    def _noisiness(self, like: Tensor) -> Tensor:
+        """Return, of each timestep, half the log signal-to-noise ratio, turned round: increasing, as
+        searchsorted needs. Infinite ends are given a finite place beyond their neighbours.
+
+        It is no buffer, since a module is moved with its buffers, and not every device has float64.
+        """
+        if self._kept is None or self._kept.device != like.device:
+            found = -np.nan_to_num(self.trained_schedule.log_snr / 2, neginf=-1e4, posinf=1e4)
+            self._kept = torch.tensor(found, dtype=like.dtype, device="cpu").to(like.device)
+        return self._kept
 
     @staticmethod
     def _like(values: Tensor, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..utils.checks import check_choice, check_integer
+from ..utils.devices import widened
 
 __all__ = [
     "FashionClassifier",
@@ -181,12 +182,12 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 def sample_distances(samples: Tensor, others: Tensor) -> Tensor:
     """Return the root mean square difference of each pair of samples ``(N, C, ...)``: ``(N,)``
-    float64."""
+    float64, float32 on a device that lacks it."""
     if samples.shape != others.shape:
         raise ValueError(
             f"both must have the same shape, got {tuple(samples.shape)} and {tuple(others.shape)}: give as many of each"
         )
-    return (samples.double() - others.double()).flatten(1).square().mean(1).sqrt()
+    return (widened(samples) - widened(others)).flatten(1).square().mean(1).sqrt()
 
 
 def _shipped_file(name: str, kind: str) -> Path:

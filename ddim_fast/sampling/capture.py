@@ -29,6 +29,7 @@ from .captured_loop import CapturedLoop, Job
 from .cuda_graphs import CudaGraphs, GraphBackend, UnsteadyModelError, is_out_of_memory
 from .graph_key import graph_key
 from .model_state import ModelState
+from .shared_pools import SharedPools
 
 MODES = ("auto", "loop", "step", "off")
 """One graph for the whole loop, one for a step that is replayed for each, or none; "auto": "step"
@@ -46,7 +47,7 @@ class GraphStats:
 
     Attributes:
         graphs, nbytes: how many it keeps, and the bytes of memory that they take beside their
-            models.
+            models. Memory that graphs share is counted once.
         hits, misses, evictions: graphs that were found, captured, and freed.
         capture_seconds: spent in captures, warm-up and compilation included.
     """
@@ -93,6 +94,7 @@ class GraphCache:
         self._failed: WeakKeyDictionary[Any, set[Hashable]] = WeakKeyDictionary()
         self._stats = GraphStats()
         self._lock = threading.RLock()  # of what is kept
+        self._pools = SharedPools(self._lock)
         self._capturing = threading.RLock()
 
     def __len__(self) -> int:
@@ -123,7 +125,7 @@ class GraphCache:
                 with self._lock:
                     captured.finish()
                     if captured not in self:  # it was given up while it was in use
-                        captured.reset()
+                        self._pools.release(captured)
 
     def _get(self, mode: str, job: Job, state: ModelState | None, vouch: bool = False) -> CapturedLoop:
         key = graph_key(mode, job, state)
@@ -149,6 +151,8 @@ class GraphCache:
                     self._states[id(job.model)] = fresh.state
                 while len(self._captured) > 1 and (len(self._captured) > self.maxsize or self._is_over_budget()):
                     self._evict(next(iter(self._captured)))
+                if self._is_over_budget():
+                    self._pools.retire(fresh)
         return fresh
 
     def _capture(self, mode: str, job: Job, vouch: bool) -> CapturedLoop:
@@ -173,16 +177,26 @@ class GraphCache:
         return fresh
 
     def _captured_loop(self, mode: str, job: Job, vouch: bool) -> CapturedLoop:
-        fresh = CapturedLoop(mode, job, self.backend_of(job.loop.x_t.device), vouch)
-        fresh.busy = True
-        fresh.load(job)  # the warm-up has changed the samples
+        device = job.loop.x_t.device
+        backend = self.backend_of(device)
+        with self._pools.for_capture(device, backend) as shared:
+            fresh = CapturedLoop(mode, job, backend, vouch, pool=shared.pool)
+            fresh.busy = True
+            fresh.load(job)  # the warm-up has changed the samples
+            shared.loops.append(fresh)
         return fresh
+
+    def capture_apart(self, mode: str, job: Job) -> CapturedLoop:
+        """Capture for a caller who keeps the graph, in memory of its own, and vouches for the
+        model."""
+        with self._capturing:
+            return CapturedLoop(mode, job, self.backend_of(job.loop.x_t.device), trusted=True)
 
     def _is_over_budget(self) -> bool:
         return self.max_bytes is not None and self._nbytes() > self.max_bytes
 
     def _nbytes(self) -> int:
-        return sum(captured.nbytes for _, captured in self._captured.values())
+        return self._pools.nbytes + sum(captured.nbytes for _, captured in self._captured.values())
 
     def _evict_idle(self) -> bool:
         """Free every graph that nobody uses; return whether there was one."""
@@ -238,7 +252,7 @@ class GraphCache:
             self._states.pop(id(model), None)
         self._stats = replace(self._stats, evictions=self._stats.evictions + 1)
         if not captured.busy:  # or else when its run ends
-            captured.reset()
+            self._pools.release(captured)
 
     def _get_or_none(self, mode: str, job: Job) -> CapturedLoop | None:
         """Return None whatever goes wrong: an error of the model itself shows again without a

@@ -17,10 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.contract import StepTable
+from ..kernels.thresholding import thresholds_workspace
 from ..kernels.torch_internals import tree_flatten, tree_unflatten
 from ..models.protocol import Model
 from ..plans.plan import PlannedStep, SamplingPlan
-from .cuda_graphs import WARM_UP_CALLS, CapturedGraph, CaptureError, Fence, GraphBackend, UnsteadyModelError
+from .cuda_graphs import (
+    WARM_UP_CALLS,
+    CapturedGraph,
+    CaptureError,
+    Fence,
+    GraphBackend,
+    MemoryPool,
+    UnsteadyModelError,
+)
 from .loop import Loop, Position, Timing, model_calls, model_times
 from .model_state import ModelState
 from .same_calls import difference_of_calls, record_operators
@@ -62,9 +71,13 @@ class Job:
 class CapturedLoop:
     """Static tensors, and the graph that works on them.
 
+    All that must last from one replay to the next is in the static tensors: what else a replay
+    computes, the next one from its pool overwrites.
+
     Args:
         vouch: whether a model is refused for which ``capture="auto"`` cannot vouch.
         trusted: whether the caller vouches for the model, so that nothing about it is checked.
+        pool: memory of the graph, beside the static tensors; None: its own.
 
     Attributes:
         state: the module's, as later calls will find it; None for another callable.
@@ -73,7 +86,15 @@ class CapturedLoop:
         CaptureError: the model cannot be captured, or does something else in each call.
     """
 
-    def __init__(self, mode: str, job: Job, graphs: GraphBackend, vouch: bool = False, trusted: bool = False):
+    def __init__(
+        self,
+        mode: str,
+        job: Job,
+        graphs: GraphBackend,
+        vouch: bool = False,
+        trusted: bool = False,
+        pool: MemoryPool | None = None,
+    ):
         self.busy = False
         self.state: ModelState | None = None
         self._backend = graphs
@@ -86,9 +107,7 @@ class CapturedLoop:
         device = job.loop.x_t.device
         with torch.no_grad():
             graphs.warm_up(self._first_step) if trusted else self._warm_up(job.model, graphs)
-            before = _reserved(device)
-            self._graph: CapturedGraph = graphs.capture(self._all_steps if mode == "loop" else self._one_step)
-        self._graph_bytes = max(0, _reserved(device) - before)
+            self._graph: CapturedGraph = graphs.capture(self._all_steps if mode == "loop" else self._one_step, pool)
         try:
             self._check_unchanged(job.model, device if vouch else None)
         except CaptureError:
@@ -140,6 +159,7 @@ class CapturedLoop:
             torch.zeros((rows_held, batch_size), dtype=job.plan.schedule.time_dtype, device=device),
             torch.zeros((1, batch_size), dtype=job.plan.schedule.time_dtype, device=device),
             torch.ones(batch_size, dtype=torch.float32, device=device),
+            None if loop.thresholding is None else thresholds_workspace(loop.x_t),
         )
 
     @torch.no_grad()
@@ -183,13 +203,13 @@ class CapturedLoop:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it keeps, apart from its model."""
-        return self._graph_bytes + sum(tensor.nbytes for tensor in self._static_tensors())
+        """Bytes of its static tensors: what it keeps apart from its model and its pool."""
+        return sum(tensor.nbytes for tensor in self._static_tensors())
 
     def _static_tensors(self) -> list[Tensor]:
         p = self._position
         held = [getattr(self.loop, name) for name in (*LOADED, *SCRATCH)]
-        held += [*self._leaves, p.table.rows, p.index, p.timesteps, p.t, p.thresholds]
+        held += [*self._leaves, p.table.rows, p.index, p.timesteps, p.t, p.thresholds, p.workspace]
         return [tensor for tensor in held if isinstance(tensor, Tensor)]
 
     def reset(self) -> None:
@@ -215,10 +235,6 @@ def capacity(mode: str, steps: int) -> int:
     """Return the rows of a captured table: the graph of a step serves up to so many steps, that of
     a loop exactly its own number."""
     return steps if mode == "loop" else max(64, 1 << (steps - 1).bit_length())
-
-
-def _reserved(device: torch.device) -> int:
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
 def _changes(what: str) -> str:

@@ -57,9 +57,7 @@ class CapturedRun:
         self._mode, job = prepare(plan, model, shape, options, graphs)
         self._shape = tuple(job.loop.shape)
         self._key = call_key(self._mode, job)
-        self._captured: CapturedLoop | None = CapturedLoop(
-            self._mode, job, graphs.backend_of(job.loop.x_t.device), trusted=True
-        )
+        self._captured: CapturedLoop | None = graphs.capture_apart(self._mode, job)
 
     @shows_keywords(ReplayKeywords)
     def sample(self, **changes: Unpack[ReplayKeywords]) -> Tensor | Trajectory:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..models.protocol import Model
 from ..plans.plan import SamplingPlan
 from ..utils.checks import check_alike, check_samples
+from ..utils.devices import widened
 from .capture import GraphCache
 from .initial_state import noised, repeat_conditioning, seeds_of_samples
 from .loop import Trajectory
@@ -87,7 +88,7 @@ def interpolate(
 
 def slerp(first: Tensor, last: Tensor, weight: float) -> Tensor:
     """Interpolate each sample spherically (equation 67 of the DDIM paper, appendix D.5), in
-    float64; 0 gives ``first``, 1 ``last``.
+    float64 where the device has it; 0 gives ``first``, 1 ``last``.
 
     The mean of two noises has too small a variance for noise; points between them on the sphere
     have the right one. Where the angle is 0, or a sample is zero, the interpolation is linear.
@@ -105,7 +106,7 @@ def slerp(first: Tensor, last: Tensor, weight: float) -> Tensor:
     check_samples("first", first)
     check_samples("last", last)
     check_alike("last", last, "first", first)
-    a, b = (x.detach().double().flatten(1) for x in (first, last))
+    a, b = (widened(x.detach()).flatten(1) for x in (first, last))
     u, v = (x / x.norm(dim=1, keepdim=True) for x in (a, b))
     # The arccosine of u v would lose half of the digits at small angles (Kahan, "How futile are
     # mindless assessments of roundoff", 2006).

@@ -20,6 +20,7 @@ from ..models.protocol import Model
 from ..plans.coefficients import ddim_coefficients, inversion_coefficients, newton_coefficients
 from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_alike, check_integer, check_number, check_samples
+from ..utils.devices import widened
 from .capture import GraphCache
 from .guidance import guidance_scales
 from .initial_state import conditionings_of
@@ -100,7 +101,7 @@ def reconstruct(
 
 def reconstruction_error(x0: Tensor, reconstructed: Tensor, *, clip_sample_range: float = 1.0) -> Tensor:
     """Return the mean squared error of each sample per dimension, as in table 2 of the DDIM paper:
-    ``(B,)`` float64.
+    ``(B,)`` float64, float32 on a device that lacks it.
 
     Args:
         clip_sample_range: samples are in [-range, range], which is scaled to [0, 1].
@@ -113,7 +114,7 @@ def reconstruction_error(x0: Tensor, reconstructed: Tensor, *, clip_sample_range
     check_samples("reconstructed", reconstructed)
     check_alike("reconstructed", reconstructed, "x0", x0)
     check_number("clip_sample_range", clip_sample_range, above=0)
-    difference = (reconstructed.double() - x0.double()) / (2 * clip_sample_range)
+    difference = (widened(reconstructed) - widened(x0)) / (2 * clip_sample_range)
     return difference.square().flatten(1).mean(1)
 
 

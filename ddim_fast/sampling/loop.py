@@ -81,6 +81,7 @@ class Position:
         timesteps: ``(S, B)``: the timesteps that the model is called with, int64 or float32.
         t: ``(1, B)``: those of the current step.
         thresholds: ``(B,)`` float32: its dynamic thresholds.
+        workspace: what computes them works on, if it needs memory.
     """
 
     table: StepTable
@@ -88,6 +89,7 @@ class Position:
     timesteps: Tensor
     t: Tensor
     thresholds: Tensor
+    workspace: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -98,6 +100,7 @@ class Loop:
         x_t: ``(B, C, ...)`` the noisy samples; each step's result replaces them.
         calls: the model calls of a step: one; with guidance a conditional and an unconditional one,
             or one call for both with twice the batch.
+        begin: called before the calls of each step, see ``begins_steps``.
         guidance_scales: one for each step, with guidance.
         seeds: ``(B,)`` int64, for in-register noise.
         noise: like ``x_t``: filled by ``generator`` before each step that adds noise.
@@ -112,11 +115,11 @@ class Loop:
             noise.
         history, history_2: like ``x_t``: the x0 of the step before, and of the one before that, for
             a multistep form. The first steps do not read them.
-        begin: called before the calls of a step, see ``begins_steps``.
     """
 
     x_t: Tensor
     calls: Sequence[ModelCall]
+    begin: Callable[[], None] | None
     guidance_scales: Sequence[float] | None = None
     thresholding: Thresholding | None = None
     seeds: Tensor | None = None
@@ -133,7 +136,6 @@ class Loop:
     known_noise: Tensor | None = None
     history: Tensor | None = None
     history_2: Tensor | None = None
-    begin: Callable[[], None] | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -221,6 +223,7 @@ class Loop:
                 uncond,
                 index=p.index,
                 out=p.thresholds,
+                workspace=p.workspace,
             )
         if self.x_seen is not None:
             self.x_seen.copy_(self.x_t)

@@ -25,6 +25,7 @@ from ..models.protocol import Model
 from ..plans.coefficients import noise_variance, weight_at_constant_v
 from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_dtype, check_integer, check_number
+from ..utils.devices import widest_dtype
 from .guidance import guidance_scales
 from .initial_state import conditionings_of, initial_state, place, repeat_conditioning, seeds_of_samples
 from .loop import Loop, ModelCall, Timing, begins_steps, input_scales, model_calls, model_times
@@ -87,15 +88,21 @@ def sample_parallel(
     last = len(plan.steps)
     width = last if window is None else min(window, last)
     guesses = x.expand(width + 1, *shape).contiguous()
-    loop = Loop(x_t=x, calls=[], guidance_scales=scales, thresholding=plan.thresholding, seeds=seeds)
-    loop.begin = begins_steps(model)
+    loop = Loop(
+        x_t=x,
+        calls=[],
+        begin=begins_steps(model),
+        guidance_scales=scales,
+        thresholding=plan.thresholding,
+        seeds=seeds,
+    )
 
     timesteps = model_times(plan, device, shape[0])
     weights = [weight_at_constant_v(step.level_t, plan.meaning_at(step.level_t)) for step in plan.steps]
     variances = torch.tensor(
         [noise_variance(step.level_prev) for step in plan.steps], dtype=torch.float64, device="cpu"
     )
-    limits = tolerance**2 * math.prod(shape[1:]) * variances.to(device)[:, None]
+    limits = (tolerance**2 * math.prod(shape[1:]) * variances[:, None]).to(widest_dtype(device)).to(device)
     corrected, scales_of_input = torch.empty_like(guesses), input_scales(plan, device)
     run = _Window(plan.steps, weights, loop, timesteps, limits, guesses, corrected, execution.backend, scales_of_input)
     bar = tqdm(total=last, desc="sampling in parallel", unit="step", disable=not options.observation.progress)
@@ -123,8 +130,8 @@ class _Window:
         weights: for each step, see ``weight_at_constant_v``.
         loop: takes one step; its model calls are answered from the batched calls of the window.
         timesteps: ``(S, B)``, what the model is told.
-        limits: ``(S, 1)`` float64: the largest squared change, summed over a sample, of a state
-            that is done, after each step.
+        limits: ``(S, 1)``, in the widest dtype of the device: the largest squared change, summed
+            over a sample, of a state that is done, after each step.
         guesses: ``(W + 1, B, C, ...)``: states; the first is exact within the tolerance.
         corrected: like ``guesses``: the next ones.
         input_scales: ``(S,)`` float32: what x_t is multiplied by before each model call; None for
@@ -159,7 +166,7 @@ class _Window:
         # The outputs of the next iteration differ only where the states that the model is called
         # with do.
         change = torch.linalg.vector_norm(
-            (self.corrected[1:count] - self.guesses[1:count]).flatten(2), dim=2, dtype=torch.float64
+            (self.corrected[1:count] - self.guesses[1:count]).flatten(2), dim=2, dtype=self.limits.dtype
         )
         done = (change.square() <= self.limits[inside][:-1]).all(1)
         moved = 1 + int(done.long().cumprod(0).sum())

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..plans.levels import level_of
 from ..plans.plan import SamplingPlan
+from ..utils.devices import widened
 from .runs import Runs
 
 
@@ -26,5 +27,5 @@ def measure_eps_residual(runs: Runs, plan: SamplingPlan, x0: Tensor) -> tuple[fl
         level, at_t = level_of(step.level_t), plan.meaning_at(step.level_t)
         x_t = level.alpha * x0 + level.sigma * runs.start
         eps = at_t.eps_x * x_t + at_t.eps_m * runs.predict(x_t, step)
-        values.append((eps - runs.start).double().square().mean().item())
+        values.append(widened(eps - runs.start).square().mean().item())
     return tuple(values)

@@ -15,7 +15,7 @@ from ..models.protocol import Model
 from ..plans.plan import PlannedStep, SamplingPlan
 from ..sampling.guidance import guidance_scales, guided_output
 from ..sampling.initial_state import conditionings_of
-from ..sampling.loop import Loop, model_calls
+from ..sampling.loop import Loop, begins_steps, model_calls
 
 Progress = Callable[[int], Any]
 
@@ -63,7 +63,7 @@ class Runs:
         is a scale."""
         scales = guidance_scales(self.guidance_scale, (step.model_timestep,))
         scale = None if scales is None else scales[0]
-        parts = []
+        begin, outputs = begins_steps(self.model), torch.empty_like(x_t)
         for first in range(0, len(x_t), self.batch_size):
             part = slice(first, first + self.batch_size)
             x = x_t[part] if step.input_scale == 1 else x_t[part] * step.input_scale
@@ -73,21 +73,12 @@ class Runs:
             }
             times = torch.full((len(x),), step.model_time, dtype=step.time_dtype, device=x.device)
             calls = model_calls(self.model, conditionings_of(self.model, own, scales, None))
-            m, uncond = Loop(
-                x_t=x,
-                calls=calls,
-                guidance_scales=scales,
-                thresholding=None,
-                seeds=None,
-                generator=None,
-                noise=None,
-                model_input=None,
-                x_seen=None,
-                x0=None,
-            ).predict(times)
+            m, uncond = Loop(x_t=x, calls=calls, begin=begin, guidance_scales=scales).predict(times)
             self.progress(len(x) * (1 if uncond is None else 2))
-            parts.append(m if uncond is None or scale is None else guided_output(m, uncond, scale, 0.0, x.dtype))
-        return torch.cat(parts).to(x_t.dtype)
+            if uncond is not None and scale is not None:
+                m = guided_output(m, uncond, scale, 0.0, x.dtype)
+            outputs[part] = m  # a copy: the next call may use its memory again
+        return outputs
 
     def first_state(self, plan: SamplingPlan) -> State:
         """Return the state that runs of a plan start from."""

@@ -17,6 +17,7 @@ from ..models.metrics import (
     load_features,
     load_statistics,
 )
+from ..utils.devices import widened
 from .results import Measure
 
 BOOTSTRAPS = 40
@@ -52,12 +53,12 @@ class Judge:
     def measures(self, samples: Tensor, labels: Tensor | None) -> dict[str, Measure]:
         """Return every metric that applies to samples ``(N, C, ...)`` and their labels ``(N,)``."""
         samples = samples.clamp(-1, 1) if self.clamp else samples
-        features = in_batches(self.features, samples).double()
+        features = widened(in_batches(self.features, samples))
         found: dict[str, Measure] = {}
         if self.statistics is not None and len(samples) >= ENOUGH * features.shape[1]:
             found["frechet"] = frechet_measure(features, self.statistics)
         if self.real_features is not None and len(samples) > NEIGHBOURS:
-            precision, recall = precision_and_recall(features, self.real_features.double())
+            precision, recall = precision_and_recall(features, widened(self.real_features))
             found |= {"precision": precision, "recall": recall}
         if self.classify is not None and labels is not None:
             right = in_batches(self.classify, samples).argmax(1) == labels
@@ -104,13 +105,13 @@ def frechet_measure(features: Tensor, real: FeatureStatistics) -> Measure:
 
 def share(is_so: Tensor) -> Measure:
     """Return the share of True in a boolean ``(N,)``, with its binomial standard error."""
-    p = is_so.double().mean().item()
+    p = widened(is_so).mean().item()
     return Measure(p, math.sqrt(p * (1 - p) / len(is_so)))
 
 
 def mean(values: Tensor) -> Measure:
     """Return the mean of ``(N,)`` with its standard error, which is NaN for a single value."""
-    values = values.double()
+    values = widened(values)
     error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Measure(values.mean().item(), error)
 

@@ -776,7 +776,7 @@ def no_extension(monkeypatch):
     monkeypatch.setattr(cpu_step, "extension", None)
     monkeypatch.setattr(cpu_step, "missing_reason", "the C++ extension is not there (test)", raising=False)
     monkeypatch.setattr(dispatch, "_run_plain", None)
-    monkeypatch.setattr(dispatch, "_warned", False)
+    monkeypatch.setattr(dispatch, "_warned", set())
 
 
 @pytest.mark.usefixtures("no_extension")

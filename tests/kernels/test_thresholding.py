@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ddim_fast.kernels import triton_backend
 from ddim_fast.kernels.contract import StepCoefficients
-from ddim_fast.kernels.thresholding import dynamic_thresholds, quantile_of_magnitude
+from ddim_fast.kernels.thresholding import dynamic_thresholds, quantile_of_magnitude, thresholds_workspace
 
 RATIOS = (0.5, 0.731, 0.9, 0.995, 0.999, 1.0)
 
@@ -177,6 +178,17 @@ def test_what_the_thresholds_are_written_to_is_checked_first(kind):
     assert torch.equal(x_t, before)
     if isinstance(out, torch.Tensor) and out.device.type == "cpu":
         assert not bool((out == 1).any())
+
+
+def test_a_workspace_for_other_samples_is_refused(monkeypatch):
+    x_t = random(2, 5)
+    assert thresholds_workspace(x_t) is None
+    monkeypatch.setattr(triton_backend, "workspace_size", lambda x: 9)
+    for wrong in (torch.zeros(8, dtype=torch.int64), torch.zeros(9), torch.zeros(9, dtype=torch.int64, device="meta")):
+        with pytest.raises(
+            ValueError, match=r"^workspace must be what thresholds_workspace\(x_t\) returned, 9 numbers of torch.int64"
+        ):
+            dynamic_thresholds(x_t, x_t, row(1.0, 0.0, 1.0), 0.9, 10.0, workspace=wrong)
 
 
 def test_thresholds_are_written_to_out():

@@ -22,7 +22,7 @@ from mutants import MUTANTS
 
 from ddim_fast.gpu_lab.emulated_gpu import emulated_gpu
 from ddim_fast.gpu_lab.ptx.errors import PtxError
-from ddim_fast.kernels import cpu_step, noise, triton_step
+from ddim_fast.kernels import cpu_step, noise, triton_step, triton_thresholds
 from ddim_fast.kernels.contract import StepCoefficients, StepInputs
 from ddim_fast.kernels.dispatch import ddim_step, ddim_step_from_table
 from ddim_fast.kernels.thresholding import dynamic_thresholds, quantile_of_magnitude
@@ -365,7 +365,42 @@ def test_thresholds_are_the_exact_quantile(target, ratio, maximum):
         # x0 is computed with other roundings there; what they may come to is measured by its terms.
         terms = 2.0 * x.abs() + 1.5 * (uncond.abs() + 3.0 * (m.abs() + uncond.abs()))
         assert torch.all((got - expected).abs() <= 8 * torch.finfo(torch.float32).eps * terms.max())
-        assert len(gpu.launches) == 1
+        assert len(gpu.launches) == (1 if n <= 4096 else 5)
+
+
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_thresholds_are_the_same_whatever_the_number_of_programs(monkeypatch, dtype, wide):
+    """Elements on both sides of every border between blocks and programs, ties, and the next in order in another block."""
+    if wide:
+        monkeypatch.setattr(triton_thresholds, "_LARGEST_INT32", 100)
+    monkeypatch.setattr(triton_thresholds, "_BLOCK_SIZE", 256)
+    torch.manual_seed(2)
+    n = 2 * 256 + 5
+    x, m, uncond = torch.randn(3, 3, n).to(dtype)
+    x[1], m[1], uncond[1] = (torch.arange(n) % 7 == 0).to(dtype), 0.0, 0.0
+    x[2], m[2], uncond[2] = torch.arange(n).to(dtype).flip(0), 0.0, 0.0
+    row = StepCoefficients(1.0, -0.5, 0, 1, 0, 0.5, 0.5, 0, clip=1e-3)
+    inputs = StepInputs(x, m, row, model_output_uncond=uncond, guidance_scale=3.0)
+    for ratio in (0.0, 0.9995):
+        found = {}
+        for most in (1, 6, 9):
+            monkeypatch.setattr(triton_thresholds, "MOST_PROGRAMS", most)
+            with emulated_gpu("sm_90") as gpu:
+                found[most] = thresholds_by_triton(inputs, ratio, 1e30)
+            assert [launch.grid[0] for launch in gpu.launches] == {1: [3], 6: [2] * 4 + [3], 9: [3] * 4 + [3]}[most]
+        assert same_bits(found[1], found[6])
+        assert same_bits(found[1], found[9])
+        expected = dynamic_thresholds(x[1:], m[1:], row, ratio, 1e30, uncond[1:], 3.0)
+        assert torch.equal(found[1][1:], expected)  # no rounding there
+
+
+def test_a_workspace_is_used_again_whatever_was_left_in_it():
+    x, row = torch.randn(2, 5000), StepCoefficients(1.0, 0.0, 0, 1, 0, 1, 0, 0, clip=1e-3)
+    workspace = torch.full((triton_thresholds.workspace_size(2, 5000),), -1)
+    for ratio in (0.3, 0.9):
+        with emulated_gpu("sm_90"):
+            got = thresholds_by_triton(StepInputs(x, torch.zeros_like(x), row), ratio, 10.0, workspace=workspace)
+        assert torch.equal(got, dynamic_thresholds(x, torch.zeros_like(x), row, ratio, 10.0))
 
 
 def test_quantiles_without_interpolation_are_elements():

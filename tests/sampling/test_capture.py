@@ -713,8 +713,8 @@ def test_a_step_launches_one_kernel_of_ours_waits_for_nothing_and_allocates_noth
         graphs = []
 
         class Reporting(FakeGraphs):
-            def capture(self, function):
-                graphs.append(super().capture(function))
+            def capture(self, function, pool=None):
+                graphs.append(super().capture(function, pool))
                 return graphs[-1]
 
         cache = GraphCache(backend=lambda where: Reporting(device))
@@ -740,6 +740,28 @@ def test_a_step_launches_one_kernel_of_ours_waits_for_nothing_and_allocates_noth
     for graph in graphs:
         assert graph.steady.syncs == graph.steady.copies == graph.steady.others == []
         assert graph.steady.region().allocations.total() == 0
+
+
+def test_thresholds_of_large_samples_wait_for_nothing_and_allocate_nothing():
+    """Six launches instead of one: a workspace is cleared, four digits are counted, the quantile is selected."""
+    with fake_cuda() as device:
+        cache = GraphCache(backend=lambda where: FakeGraphs(device))
+        s = df.DDIMSampler(df.NoiseSchedule.linear(), 3, graphs=cache, thresholding=True)
+        model = device.tagged("model", Net().to("cuda"))
+        s.sample(
+            model,
+            (2, 3, 64, 64),
+            seed=0,
+            device="cuda",
+            capture="step",
+            conditioning={"scale": torch.empty(2, 1, 1, 1, device="cuda")},
+        )
+        (steady,) = [captured._graph.steady for _, captured in cache._captured.values()]
+    ours = {"ddim_step_kernel": 1, "count_digits_kernel": 4, "select_thresholds_kernel": 1}
+    assert steady.region().own_launches == {f"ddim_fast::{name}": count for name, count in ours.items()}
+    assert steady.region().launches.total() == 3 + sum(ours.values())
+    assert steady.syncs == steady.copies == steady.others == []
+    assert steady.region().allocations.total() == 0
 
 
 def test_a_rescaled_output_waits_for_nothing():

@@ -137,7 +137,7 @@ class FusedSteps(SchedulerRows):
         writes_x0: bool = True,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Take the step in one launch, or with dynamic thresholding in two.
+        """Take the step in one launch, after those of dynamic thresholding.
 
         Args:
             writes_x0: return x0; the model's output in its place otherwise.
