@@ -282,10 +282,19 @@ def test_a_launch_for_aligned_memory_is_used_for_no_other(dtype):
     table = plan.table("cuda")
     there = memory.cuda()
     for offset in (0, 1, 0, 8, 3, 0):
-        here, on_device = ([row[offset : offset + 1024].view(2, 512) for row in tensor] for tensor in (memory.clone(), there))
+        here, on_device = (
+            [row[offset : offset + 1024].view(2, 512) for row in tensor] for tensor in (memory.clone(), there)
+        )
         for step in plan.steps:
             expected = ddim_step(here[0], here[1], step.coefficients, seeds=seeds, noise_step=step.index, out=here[2])
-            ddim_step(on_device[0], on_device[1], step.coefficients, seeds=seeds.cuda(), noise_step=step.index, out=on_device[2])
+            ddim_step(
+                on_device[0],
+                on_device[1],
+                step.coefficients,
+                seeds=seeds.cuda(),
+                noise_step=step.index,
+                out=on_device[2],
+            )
             assert same_bits(on_device[2], expected)
             index = torch.tensor([step.index], device="cuda")
             df.ddim_step_from_table(on_device[0], on_device[1], table, index, seeds=seeds.cuda(), out=on_device[3])

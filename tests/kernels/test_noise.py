@@ -433,7 +433,6 @@ def test_seeds_of_samples_are_the_standards(seed, count):
         cpu_step.seeds_of(seed, -1)
 
 
-
 def test_seeds_of_samples_are_a_prefix():
     long = sample_seeds(42, 1000)
     for count in (0, 1, 2, 7, 999):

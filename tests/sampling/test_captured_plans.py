@@ -87,13 +87,20 @@ def test_guidance_by_one_call_is_not_taken_for_no_guidance(cache):
     (s,) = samplers(cache, 1)
     for scale in (None, 2.0, None, 2.0):
         call = dict(seed=1, guidance_scale=scale)
-        assert torch.equal(s.sample(model, SHAPE, capture="step", **call), s.sample(model, SHAPE, capture="off", **call))
+        assert torch.equal(
+            s.sample(model, SHAPE, capture="step", **call), s.sample(model, SHAPE, capture="off", **call)
+        )
     assert len(cache) == 2
 
 
 def test_steps_are_counted_whoever_watches(cache):
     (s,), model = samplers(cache, 1), Net()
-    for options in ({}, {"progress": True}, {"callback": lambda *state: None}, {"generator": torch.Generator().manual_seed(0)}):
+    for options in (
+        {},
+        {"progress": True},
+        {"callback": lambda *state: None},
+        {"generator": torch.Generator().manual_seed(0)},
+    ):
         timing = loop.Timing()
         s.sample(model, SHAPE, capture="step", timing=timing, **options)
         assert timing.steps == 3
