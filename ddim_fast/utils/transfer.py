@@ -12,8 +12,8 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     To CUDA devices it goes from pinned memory: the copy takes its turn on the current stream, and
     the host goes on. From other memory, the host would wait until the stream has come so far.
     """
-    if (
-        torch.device(device).type != "cuda" or type(tensor) is not Tensor
-    ):  # such as a fake one, which has no memory to pin
+    # Fake tensors, those that torch.compile traces with included, have no memory to pin.
+    plain = type(tensor) is Tensor and not torch.compiler.is_dynamo_compiling()
+    if torch.device(device).type != "cuda" or not plain:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

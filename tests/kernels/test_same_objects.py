@@ -179,6 +179,13 @@ def put_item_last(world, rng):
         each[key] = each.pop(key)
 
 
+def rename_last_item(world, rng):
+    """The same value in the same place."""
+    each = one(world, "dicts", rng)
+    if keys := list(dict.keys(each)):
+        each[Thing() if rng.random() < 0.5 else "renamed"] = each.pop(keys[-1])
+
+
 def move_to_end(world, rng):
     each = one(world, "dicts", rng, lambda each: isinstance(each, OrderedDict))
     if each:
@@ -261,7 +268,7 @@ def change_tensor(world, rng):
 
 
 CHANGES = (
-    set_item, delete_item, set_equal_value, put_item_last, move_to_end, set_in_list, append, reverse, exchange_in_list, change_set,
+    set_item, delete_item, set_equal_value, put_item_last, rename_last_item, move_to_end, set_in_list, append, reverse, exchange_in_list, change_set,
     fill_and_empty_set, change_class, rename_in_class, change_type, change_tensor,
 )  # fmt: skip
 

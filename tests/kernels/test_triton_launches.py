@@ -221,6 +221,15 @@ def test_gradients_and_modes_are_left_to_the_checks():
         assert cpu_step.extension.plain(*values, None) is None
 
 
+def test_each_device_has_launches_of_its_own(prepared):
+    values = arguments()
+    for target in ("sm_80", "sm_90", "sm_80"):
+        with emulated_gpu(target) as gpu:
+            assert same_bits(run_plain(*values), by_cpp(values))
+        assert f".target {target}" in gpu.launches[0].ptx
+    assert len(prepared) == 2
+
+
 def test_nothing_is_launched_for_nothing(prepared):
     empty = torch.empty(0, 512)
     values = arguments(x_t=empty, model_output=empty, x_prev=empty)
