@@ -268,8 +268,8 @@ def change_tensor(world, rng):
 
 
 CHANGES = (
-    set_item, delete_item, set_equal_value, put_item_last, rename_last_item, move_to_end, set_in_list, append, reverse, exchange_in_list, change_set,
-    fill_and_empty_set, change_class, rename_in_class, change_type, change_tensor,
+    set_item, delete_item, set_equal_value, put_item_last, rename_last_item, move_to_end, set_in_list, append, reverse, exchange_in_list,
+    change_set, fill_and_empty_set, change_class, rename_in_class, change_type, change_tensor,
 )  # fmt: skip
 
 
