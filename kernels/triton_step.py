@@ -411,12 +411,14 @@ def _describe(
     blocks = triton.cdiv(n, block_size)
     sample_axis = 1 if n_samples <= _MOST_BLOCKS_Y else 0
     given = dict(zip(POINTERS, pointers, strict=True))
+    x_t = given["x_t"]
+    assert x_t is not None, "every step has samples"
     if strides is None:
         strides = tuple(0 if given[name] is None else n for name in PER_ELEMENT)
     values = {f"{name}_stride": stride for name, stride in zip(PER_ELEMENT, strides, strict=True)} | dict(
         n_elements=n,
         BLOCK_SIZE=block_size,
-        VECTOR=16 // given["x_t"].element_size(),
+        VECTOR=16 // x_t.element_size(),
         CLIPPED=clipped,
         # On AMD, library functions take three times the instructions of the exact formula.
         NORMALS="exact" if normals == "fast" and is_amd() else normals,

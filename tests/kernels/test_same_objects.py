@@ -329,9 +329,9 @@ def test_errors_of_iterating_pass_and_what_changes_under_way_is_not_current(exec
         error = None
 
         def __iter__(self):
+            yield from super().__iter__()
             if self.error is not None:
                 raise self.error
-            return super().__iter__()
 
     class Grows(list):
         grows = False
