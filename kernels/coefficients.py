@@ -14,6 +14,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from ..utils.transfer import to_device
+
 
 class Column(IntEnum):
     """The float32 numbers of a row, in the order in which both kernels read them.
@@ -271,6 +273,18 @@ class StepTable:
                 f"{rows.stride()}: make it with SamplingPlan.table() or StepTable.of()"
             )
 
+    @cached_property
+    def needs(self) -> bytes:
+        """What a step of the table needs beside its samples, in the form of ``StepCoefficients.packed``:
+        columns that no row reads are zero."""
+        read = {
+            Column.NOISE: self.adds_noise,
+            Column.HISTORY: self.reads_history,
+            Column.HISTORY_2: self.reads_history_2,
+        }
+        columns = (float(read.get(column, False)) for column in Column if column != Column.GUIDANCE_SCALE)
+        return _PACKED.pack(*columns, self.clipped)
+
     @classmethod
     def of(
         cls,
@@ -309,7 +323,7 @@ class StepTable:
             )
         rows = [step.row(scale) for step, scale in zip(steps, scales, strict=True)]
         return cls(
-            rows=torch.tensor(rows, dtype=torch.float32, device="cpu").to(device),
+            rows=to_device(torch.tensor(rows, dtype=torch.float32, device="cpu"), device),
             clipped=steps[0].clipped,
             adds_noise=any(step.adds_noise for step in steps),
             adds_known_noise=any(step.adds_known_noise for step in steps),

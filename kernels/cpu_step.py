@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ..utils.untraced import untraced
 from .coefficients import StepCoefficients
 from .fields import PER_ELEMENT, StepInputs
 from .layout import as_rows, plain_memory_reasons
-from .noise import standard_normals
+from .noise import NoiseStream, check_seed, sample_seeds, standard_normals
 
 try:
     extension: Any = importlib.import_module("._cpu_step", __package__)
@@ -125,6 +126,24 @@ def run(inputs: StepInputs) -> Tensor:
     )
     rows.copy_back()
     return result
+
+
+@untraced
+def seeds_of(seed: int, count: int) -> Tensor:
+    """Return ``noise.sample_seeds`` of the first ``count`` samples, ``(count,)`` int64 on the CPU.
+
+    NumPy computes them where the extension is missing, which takes as long as a small step.
+    """
+    words = torch.empty(
+        (max(count, 0), 2), dtype=torch.int64, device="cpu"
+    )  # four of 32 bits; a seed has the first two
+    in_cpp = extension is not None and type(words) is Tensor and sys.byteorder == "little"
+    if not in_cpp or not 0 <= count < 1 << 32:
+        return torch.from_numpy(sample_seeds(seed, count))
+    check_seed(seed)
+    signed = seed - (1 << 64) if seed >= 1 << 63 else seed
+    extension.words(signed, 0, 0, int(NoiseStream.SEEDS), words.data_ptr(), count)
+    return words[:, 0].clone()
 
 
 @untraced

@@ -122,6 +122,11 @@ def ddim_step(
             history_2,
             model_input_out,
         )
+        if result is None and isinstance(x_t, Tensor) and x_t.is_cuda and isinstance(coefficients, StepCoefficients):
+            result = triton_backend.run_plain(
+                x_t, model_output, coefficients, model_output_uncond, guidance_scale, noise, seeds, noise_step, noise_stream,
+                thresholds, target, x0_out, history, history_2, model_input_out,
+            )  # fmt: skip
         if result is not None:
             if not _is_inference_mode():
                 if x0_out is None and history is None and model_input_out is None:  # most steps: without a loop
@@ -195,6 +200,18 @@ def ddim_step_from_table(
     The other arguments, the result and the errors are those of ``ddim_step``. Coefficients are
     float32, even for float64 samples.
     """
+    traced = _is_dynamo_compiling()
+    plain = mask is None and known_x0 is None and known_noise is None
+    if plain and not traced and isinstance(table, StepTable) and isinstance(x_t, Tensor) and x_t.is_cuda:
+        scale = 0.0 if table.guided else None
+        result = triton_backend.run_plain(
+            x_t, model_output, table, model_output_uncond, scale, noise, seeds, noise_step, noise_stream, thresholds, out, x0_out,
+            history, history_2, model_input_out, index, normals,
+        )  # fmt: skip
+        if result is not None:
+            if not _is_inference_mode():
+                increment_version([t for t in (out, x0_out, history, history_2, model_input_out) if t is not None])
+            return result
     inputs = StepInputs(
         x_t=x_t,
         model_output=model_output,
@@ -216,7 +233,7 @@ def ddim_step_from_table(
         history_2=history_2,
         model_input_out=model_input_out,
     )
-    return _through_operator(inputs, out) if _is_dynamo_compiling() or modes_active() else run_from_table(inputs)
+    return _through_operator(inputs, out) if traced or modes_active() else run_from_table(inputs)
 
 
 def run(inputs: StepInputs, backend: str | None = None) -> Tensor:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from . import cpu_step
 from .coefficients import StepCoefficients, StepTable
+from .contract import NORMALS
 from .fields import StepInputs
 from .layout import as_rows, plain_memory_reasons
 
 name = "triton"
 
 
+@cache
 def missing_reason() -> str | None:
     """Return why this backend runs nowhere; None if it does on some device."""
+    # Looking for it takes longer than a launch.
     return "Triton is not installed: pip install triton" if find_spec("triton") is None else None
 
 
@@ -64,6 +68,66 @@ def run(inputs: StepInputs) -> Tensor:
         )
     rows.copy_back()
     return result
+
+
+def run_plain(
+    x_t: Tensor,
+    model_output: Tensor,
+    coefficients: StepCoefficients | StepTable,
+    model_output_uncond: Tensor | None,
+    guidance_scale: float | None,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    noise_step: int,
+    noise_stream: int,
+    thresholds: Tensor | None,
+    x_prev: Tensor | None,
+    x0: Tensor | None,
+    history: Tensor | None,
+    history_2: Tensor | None,
+    model_input_out: Tensor | None,
+    index: Tensor | None = None,
+    normals: str = "exact",
+) -> Tensor | None:
+    """Run a step by one launch if its tensors are plain: contiguous, and all that a step asks of
+    them, which C++ finds out.
+
+    Args:
+        guidance_scale: of a table: any number if it has scales, None if not.
+
+    Returns:
+        ``x_prev``, or a new tensor; or None, having done nothing and without an error, where more has
+        to be checked.
+    """
+    from . import triton_step
+
+    if cpu_step.extension is None or type(x_t) is not Tensor or normals not in NORMALS or missing_reason() is not None:
+        return None
+    if x_prev is None:
+        x_prev = torch.empty_like(x_t)
+    sizes = cpu_step.extension.plain(
+        x_t, model_output, coefficients, model_output_uncond, guidance_scale, noise, seeds, noise_step, noise_stream, thresholds,
+        x_prev, x0, history, history_2, model_input_out, index,
+    )  # fmt: skip
+    if sizes is None:
+        return None
+    n_samples, n_elements = sizes
+    if n_samples * n_elements == 0:
+        return x_prev
+    if not coefficients.adds_noise:
+        noise = seeds = None
+    table = coefficients if isinstance(coefficients, StepTable) else _one_row(coefficients, guidance_scale, x_t.device)
+    if seeds is None and thresholds is None and (index is None or index.numel() == 1):
+        n_samples, n_elements = 1, n_samples * n_elements
+    pointers = (
+        x_t, model_output, model_output_uncond, noise, seeds, thresholds, None, None, None, x_prev, x0, history, history_2,
+        model_input_out, table.rows, index,
+    )  # fmt: skip
+    with torch.cuda.device_of(x_t):
+        triton_step.launch_pointers(
+            pointers, n_samples, n_elements, None, table.clipped, noise_step, noise_stream, normals
+        )
+    return x_prev
 
 
 def workspace_size(x_t: Tensor) -> int:

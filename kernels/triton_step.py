@@ -10,7 +10,9 @@ every step.
 
 from __future__ import annotations
 
+import inspect
 import math
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -21,7 +23,7 @@ from . import noise as standard
 from .coefficients import LARGEST_SCALE, ROW_WIDTH, Column, StepTable
 from .fields import PER_ELEMENT
 from .layout import Rows
-from .triton_internals import is_amd
+from .triton_internals import Launches, is_amd
 
 # ---- the noise standard: kernels/noise.py is its definition --------------------------------------------------------------------
 
@@ -198,7 +200,10 @@ def store(ptr, sample, stride, offsets, n_elements, value):
     tl.store(ptr + sample * stride + offsets, value.to(ptr.dtype.element_ty), mask=offsets < n_elements)
 
 
-@triton.jit(do_not_specialize=["noise_step_offset", "noise_stream"])
+_UNSPECIALIZED = ("noise_step_offset", "noise_stream")
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def ddim_step_kernel(
     x_t_ptr,  # (B, n) float32, float16 or bfloat16: noisy samples
     model_output_ptr,  # (B, n), the type of x_t or a half type
@@ -335,6 +340,10 @@ def ddim_step_kernel(
 _TILES = ((1 << 20, 2048, 4), (0, 512, 2))
 _MOST_BLOCKS_Y = 65535  # CUDA's limit on the second axis of a grid
 _LARGEST_INT32 = 2**31 - 1
+POINTERS = tuple(
+    name.removesuffix("_ptr") for name in inspect.signature(ddim_step_kernel.fn).parameters if name.endswith("_ptr")
+)
+"""The tensors of a launch, in order; the index is the last."""
 
 
 def launch(
@@ -359,35 +368,70 @@ def launch(
         noise_step: added to the row's index, it is the noise's step.
         normals: one of ``contract.NORMALS``.
     """
-    t, n = rows.tensors, rows.n_elements
-    block_size, num_warps = next(tile[1:] for tile in _TILES if rows.n_samples * n >= tile[0])
+    given = {**rows.tensors, "seeds": seeds, "thresholds": thresholds, "rows": table.rows, "index": index}
+    strides = tuple(rows.strides.get(name, 0) for name in PER_ELEMENT)
+    pointers = tuple(map(given.get, POINTERS))
+    launch_pointers(
+        pointers, rows.n_samples, rows.n_elements, strides, table.clipped, noise_step, noise_stream, normals
+    )
+
+
+def launch_pointers(
+    pointers: tuple[Tensor | None, ...],
+    n_samples: int,
+    n_elements: int,
+    strides: tuple[int, ...] | None,
+    clipped: bool,
+    noise_step: int,
+    noise_stream: int,
+    normals: str,
+) -> None:
+    """Do ``launch`` for tensors in the order of ``POINTERS``.
+
+    Args:
+        strides: in the order of ``PER_ELEMENT``; None: each sample follows the one before.
+    """
+    index = pointers[-1]
+    row_per_sample = index is not None and index.numel() != 1
+    key = n_samples, n_elements, strides, clipped, normals, row_per_sample
+    _launches(pointers, (_as_int32(noise_step), _as_int32(noise_stream)), key)
+
+
+def _describe(
+    pointers: tuple[Tensor | None, ...],
+    n_samples: int,
+    n: int,
+    strides: tuple[int, ...] | None,
+    clipped: bool,
+    normals: str,
+    row_per_sample: bool,
+) -> tuple[tuple[int, int], dict[str, Any], int]:
+    """Return the grid of a launch, its values by name, and the number of warps."""
+    block_size, num_warps = next(tile[1:] for tile in _TILES if n_samples * n >= tile[0])
     blocks = triton.cdiv(n, block_size)
-    sample_axis = 1 if rows.n_samples <= _MOST_BLOCKS_Y else 0
-    arguments = {f"{name}_ptr": t.get(name) for name in PER_ELEMENT} | {
-        f"{name}_stride": rows.strides.get(name, 0) for name in PER_ELEMENT
-    }
-    ddim_step_kernel[(blocks, rows.n_samples) if sample_axis == 1 else (rows.n_samples, blocks)](
-        **arguments,
-        seeds_ptr=seeds,
-        thresholds_ptr=thresholds,
-        rows_ptr=table.rows,
-        index_ptr=index,
+    sample_axis = 1 if n_samples <= _MOST_BLOCKS_Y else 0
+    given = dict(zip(POINTERS, pointers, strict=True))
+    x_t = given["x_t"]
+    assert x_t is not None, "every step has samples"
+    if strides is None:
+        strides = tuple(0 if given[name] is None else n for name in PER_ELEMENT)
+    values = {f"{name}_stride": stride for name, stride in zip(PER_ELEMENT, strides, strict=True)} | dict(
         n_elements=n,
-        noise_step_offset=_as_int32(noise_step),
-        noise_stream=_as_int32(noise_stream),
         BLOCK_SIZE=block_size,
-        VECTOR=16 // t["x_t"].element_size(),
-        CLIPPED=table.clipped,
+        VECTOR=16 // x_t.element_size(),
+        CLIPPED=clipped,
         # On AMD, library functions take three times the instructions of the exact formula.
         NORMALS="exact" if normals == "fast" and is_amd() else normals,
         KNOWN_REGION=int(standard.NoiseStream.KNOWN_REGION),
         WIDE_INDEX=n + block_size > _LARGEST_INT32,
-        ROW_PER_SAMPLE=index is not None and index.numel() != 1,
+        ROW_PER_SAMPLE=row_per_sample,
         SAMPLE_AXIS=sample_axis,
         ROW_WIDTH=ROW_WIDTH,
-        num_warps=num_warps,
-        enable_fp_fusion=False,
     )
+    return (blocks, n_samples) if sample_axis == 1 else (n_samples, blocks), values, num_warps
+
+
+_launches = Launches(ddim_step_kernel, _describe, _UNSPECIALIZED, enable_fp_fusion=False)
 
 
 def _as_int32(value: int) -> int:

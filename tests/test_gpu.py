@@ -19,6 +19,7 @@ from ddim_fast.kernels.triton_backend import dynamic_thresholds as thresholds_by
 from ddim_fast.kernels.triton_backend import run
 from ddim_fast.sampling.capture import GraphCache
 from ddim_fast.sampling.cuda_graphs import CaptureError
+from ddim_fast.utils.transfer import to_device as send
 
 pytestmark = pytest.mark.gpu
 SHAPE = (4, 1, 28, 28)
@@ -270,3 +271,38 @@ def test_the_drop_in_for_diffusers_does_not_wait(eta, thresholding):
             torch.cuda.set_sync_debug_mode("default")
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- launches that were prepared, and copies that nobody waits for ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_launch_for_aligned_memory_is_used_for_no_other(dtype):
+    memory = torch.linspace(-2, 2, 4 * 1100).view(4, 1100).to(dtype)
+    plan = df.SamplingPlan(df.NoiseSchedule.linear(), (900, 500, 100, 0), eta=1.0)
+    seeds = torch.tensor([7, -8])
+    table = plan.table("cuda")
+    there = memory.cuda()
+    for offset in (0, 1, 0, 8, 3, 0):
+        here, on_device = (
+            [row[offset : offset + 1024].view(2, 512) for row in tensor] for tensor in (memory.clone(), there)
+        )
+        for step in plan.steps:
+            expected = ddim_step(here[0], here[1], step.coefficients, seeds=seeds, noise_step=step.index, out=here[2])
+            ddim_step(
+                on_device[0],
+                on_device[1],
+                step.coefficients,
+                seeds=seeds.cuda(),
+                noise_step=step.index,
+                out=on_device[2],
+            )
+            assert same_bits(on_device[2], expected)
+            index = torch.tensor([step.index], device="cuda")
+            df.ddim_step_from_table(on_device[0], on_device[1], table, index, seeds=seeds.cuda(), out=on_device[3])
+            assert same_bits(on_device[3], expected)
+
+
+def test_copies_from_pinned_memory_are_whole():
+    for i in range(200):
+        assert send(torch.full((17,), i), "cuda").tolist() == [i] * 17

@@ -45,6 +45,9 @@ ABOUT = {
     "Noise": """`torch.randn` into a buffer, against our normals, which are the same on every machine, and against a whole step
         that makes them.""",
     "A call": "A step of 16 elements, all checks included.",
+    "The host's part, for a GPU": """Microseconds of the host, with nothing behind it that a GPU would do: finding out that a U-Net
+        of that structure is as it was when its graph was captured; a call whose graph is there, without its replays; a step
+        that is launched by itself, to a driver that launches nothing, beside `x.add_(m)` on the CPU.""",
     "The drop-in for diffusers": """`step` of `FastDDIMScheduler`, or of the class named, and how many times longer that of the
         original takes.""",
     "Convolutions": """A 3 x 3 convolution of a model, channels last, in float32: ours has a quarter of the products (Winograd's minimal
@@ -250,6 +253,11 @@ def calls(infos: list[dict]) -> str:
     return _section("A call", ("call", "time"), rows)
 
 
+def host(infos: list[dict]) -> str:
+    rows = ((info["case"], name, _time(s)) for info in infos for name, s in info["seconds"].items())
+    return _section("The host's part, for a GPU", ("what", "how", "time"), rows)
+
+
 def drop_ins(infos: list[dict]) -> str:
     one_step = [info for info in infos if "returns" in info]
     rows = [
@@ -318,11 +326,14 @@ SECTIONS = {
     "bench_robot.py::": robot,
     "bench_noise.py::": noise,
     "bench_overhead.py::": calls,
+    "bench_host.py::": host,
     "bench_drop_ins.py::": drop_ins,
     "bench_scaling.py::test_threads": threads,
     "bench_scaling.py::test_batches": batches,
 }
 """Prefixes of case names, and the function that writes their section."""
+SINCE = {"bench_host.py::"}
+"""Those whose cases came after the run that is published."""
 
 
 def repeated(data: dict) -> list[str]:

@@ -15,4 +15,5 @@ ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
 LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libubsan.so) $($compiler -print-file-name=libstdc++.so.6)" \
 PYTHONPATH=$PWD/build/sanitize DDIM_FAST_SANITIZED=1 \
   "$bin/pytest" -n auto -k "not reference and not diffusers" \
-  tests/kernels/test_step.py tests/kernels/test_noise.py tests/kernels/test_extension.py tests/kernels/test_convolution.py "${@:2}"
+  tests/kernels/test_step.py tests/kernels/test_noise.py tests/kernels/test_extension.py tests/kernels/test_convolution.py \
+  tests/kernels/test_same_objects.py "${@:2}"

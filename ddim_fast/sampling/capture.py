@@ -37,6 +37,7 @@ where it can be."""
 
 
 _UNSTEADY = "unsteady"
+_NOTHING = (None, None)
 _FAILURES = 64
 """How many keys that failed are remembered of a model."""
 
@@ -92,7 +93,8 @@ class GraphCache:
         self._captured: OrderedDict[Hashable, tuple[Model, CapturedLoop]] = OrderedDict()
         self._states: dict[int, ModelState] = {}  # of the models that have graphs
         self._failed: WeakKeyDictionary[Any, set[Hashable]] = WeakKeyDictionary()
-        self._stats = GraphStats()
+        self._stats = GraphStats()  # of captures
+        self._hits = 0
         self._lock = threading.RLock()  # of what is kept
         self._pools = SharedPools(self._lock)
         self._capturing = threading.RLock()
@@ -127,15 +129,18 @@ class GraphCache:
                     if captured not in self:  # it was given up while it was in use
                         self._pools.release(captured)
 
-    def _get(self, mode: str, job: Job, state: ModelState | None, vouch: bool = False) -> CapturedLoop:
-        key = graph_key(mode, job, state)
+    def _get(
+        self, mode: str, job: Job, state: ModelState | None, vouch: bool = False, key: Hashable = None
+    ) -> CapturedLoop:
+        if key is None:
+            key = graph_key(mode, job, state)
         with self._lock:
-            captured = self._captured[key][1] if key in self._captured else None
+            captured = self._captured.get(key, _NOTHING)[1]
             was_busy = captured is not None and captured.busy
             if captured is not None and not was_busy:
                 self._captured.move_to_end(key)
                 captured.busy = True
-                self._stats = replace(self._stats, hits=self._stats.hits + 1)
+                self._hits += 1
         if captured is not None and not was_busy:
             captured.load(job)
             return captured
@@ -209,7 +214,7 @@ class GraphCache:
     def stats(self) -> GraphStats:
         """Return what is kept, and what has happened since it was made."""
         with self._lock:
-            return replace(self._stats, graphs=len(self._captured), nbytes=self._nbytes())
+            return replace(self._stats, graphs=len(self._captured), nbytes=self._nbytes(), hits=self._hits)
 
     def __contains__(self, captured: object) -> bool:
         return any(captured is kept for _, kept in self._captured.values())
@@ -264,7 +269,7 @@ class GraphCache:
         try:
             state = self._state(job.model, job.loop.x_t.device)
             key = graph_key(mode, job, state)
-            return None if key in failed else self._get(mode, job, state, vouch=True)
+            return None if key in failed else self._get(mode, job, state, vouch=True, key=key)
         except Exception as error:
             if not failed:
                 warn_caller(f"sampling without CUDA graphs: {error}")

@@ -8,9 +8,11 @@ guidance scales, conditioning, known regions.
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from ..kernels.thresholding import thresholds_workspace
 from ..kernels.torch_internals import tree_flatten, tree_unflatten
 from ..models.protocol import Model
 from ..plans.plan import PlannedStep, SamplingPlan
+from ..utils.transfer import to_device
 from .cuda_graphs import (
     WARM_UP_CALLS,
     CapturedGraph,
@@ -30,7 +33,7 @@ from .cuda_graphs import (
     MemoryPool,
     UnsteadyModelError,
 )
-from .loop import Loop, Position, Timing, model_calls, model_times
+from .loop import Loop, Position, Timing, begins_steps, model_calls, model_times
 from .model_state import ModelState
 from .same_calls import difference_of_calls, record_operators
 
@@ -43,6 +46,8 @@ SCRATCH = (
     "history",
     "history_2",
 )  # tensors that the steps fill
+_PLANS = 8
+"""How many plans a graph keeps on its device, beside the one that it runs."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,22 @@ class Job:
     plan: SamplingPlan
     loop: Loop
     conditionings: Sequence[Mapping[str, Any]]
+
+    @cached_property
+    def leaves(self) -> list[Any]:
+        """The conditioning's tensors and values, without the containers that hold them."""
+        return self._flattened[0]
+
+    @cached_property
+    def structure(self) -> str:
+        """The containers, without the tensors and values."""
+        return str(self._flattened[1])
+
+    @cached_property
+    def _flattened(self) -> tuple[list[Any], Any]:
+        if not any(self.conditionings):
+            return [], len(self.conditionings)
+        return tree_flatten(list(self.conditionings))
 
     @cached_property
     def table(self) -> StepTable:
@@ -99,6 +120,8 @@ class CapturedLoop:
         self.state: ModelState | None = None
         self._backend = graphs
         self._fence: Fence | None = None
+        self._plans: OrderedDict[Hashable, tuple[Tensor, Tensor]] = OrderedDict()  # rows and timesteps
+        self._loaded: Hashable = None  # the one of them in the static tensors
         self._mode = mode
         # Ordinary tensors, so that calls inside and outside of inference mode can share them.
         with torch.inference_mode(False), torch.no_grad():
@@ -139,7 +162,7 @@ class CapturedLoop:
 
     def _allocate(self, job: Job) -> None:
         loop, device, mode = job.loop, job.loop.x_t.device, self._mode
-        self._steps = job.plan.num_inference_steps
+        self._steps = job.plan.num_inference_steps  # of the plan that is loaded
         self._leaves, structure = tree_flatten(list(job.conditionings))
         self._leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         conditionings = tree_unflatten(self._leaves, structure)
@@ -147,6 +170,7 @@ class CapturedLoop:
         self.loop = replace(
             loop,
             calls=model_calls(job.model, conditionings),
+            begin=begins_steps(job.model),
             generator=None,
             **tensors,
         )
@@ -161,56 +185,82 @@ class CapturedLoop:
             torch.ones(batch_size, dtype=torch.float32, device=device),
             None if loop.thresholding is None else thresholds_workspace(loop.x_t),
         )
+        p = self._position
+        held = [getattr(self.loop, name) for name in (*LOADED, *SCRATCH)]
+        held += [*self._leaves, p.table.rows, p.index, p.timesteps, p.t, p.thresholds, p.workspace]
+        self._static = self._held = [tensor for tensor in held if isinstance(tensor, Tensor)]
 
-    @torch.no_grad()
     def load(self, job: Job) -> None:
         """Copy the values of another job with the same key into the static tensors, after the run
         before, whatever its stream."""
         if self._fence is not None:
             self._fence.wait()
-        count, device = job.plan.num_inference_steps, self.loop.x_t.device
+        with torch.no_grad():
+            self._copy(job)
+
+    def _copy(self, job: Job) -> None:
         for name in LOADED:
             if (static := getattr(self.loop, name)) is not None:
                 static.copy_(getattr(job.loop, name))
         self.loop.generator = job.loop.generator
-        self._position.table.rows[:count].copy_(job.table.rows)
-        self._position.timesteps[:count].copy_(model_times(job.plan, device, job.loop.shape[0]))
+        self._load_plan(job)
         self._position.index.zero_()
-        leaves, _ = tree_flatten(list(job.conditionings))
-        for static, new in zip(self._leaves, leaves, strict=True):
+        for static, new in zip(self._leaves, job.leaves, strict=True):
             if isinstance(static, Tensor):
                 static.copy_(new)
+
+    def _load_plan(self, job: Job) -> None:
+        """Copy the steps of the job into the static tensors, unless they are there. Only a plan that
+        is new comes from the host."""
+        key = (job.plan, job.loop.guidance_scales)
+        if key == self._loaded:
+            return
+        if key not in self._plans:
+            if len(self._plans) > _PLANS:
+                self._plans.popitem(last=False)
+            device, batch_size = self.loop.x_t.device, self.loop.shape[0]
+            with torch.inference_mode(False):
+                rows = to_device(job.table.rows, device)
+                self._plans[key] = rows, model_times(job.plan, device, batch_size)
+            self._held = [*self._static, *chain.from_iterable(self._plans.values())]
+        self._plans.move_to_end(key)
+        rows, times = self._plans[key]
+        self._loaded = None
+        self._steps = len(rows)
+        self._position.table.rows[: self._steps].copy_(rows)
+        self._position.timesteps[: self._steps].copy_(times)
+        self._loaded = key
 
     def replay_step(self, step: PlannedStep, timing: Timing) -> None:
         """Replay the next step of the loop, which must be this one."""
         started = time.perf_counter()
         self.loop.draw_noise(step)
-        self._replay(timing, started, 1)
-
-    def replay_all(self, timing: Timing) -> None:
-        """Replay all steps."""
-        self._replay(timing, time.perf_counter(), self._steps)
-
-    def _replay(self, timing: Timing, started: float, steps: int) -> None:
         self._graph.replay()
         timing.captured_seconds += time.perf_counter() - started
-        timing.steps += steps
+        timing.steps += 1
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether the host draws noise between steps, from a generator."""
+        return self.loop.noise is not None or self.loop.known_noise is not None
+
+    def replay_all(self, timing: Timing) -> None:
+        """Replay all steps, with nothing between them."""
+        started = time.perf_counter()
+        for _ in range(1 if self._mode == "loop" else self._steps):
+            self._graph.replay()
+        timing.captured_seconds += time.perf_counter() - started
+        timing.steps += self._steps
 
     def finish(self) -> None:
         """End a run: the host is done, the device may not be."""
-        self._fence = self._backend.fence(self._static_tensors())
+        self._fence = self._backend.fence(self._held)
         self.busy = False
 
     @property
     def nbytes(self) -> int:
         """Bytes of its static tensors: what it keeps apart from its model and its pool."""
-        return sum(tensor.nbytes for tensor in self._static_tensors())
-
-    def _static_tensors(self) -> list[Tensor]:
-        p = self._position
-        held = [getattr(self.loop, name) for name in (*LOADED, *SCRATCH)]
-        held += [*self._leaves, p.table.rows, p.index, p.timesteps, p.t, p.thresholds, p.workspace]
-        return [tensor for tensor in held if isinstance(tensor, Tensor)]
+        return sum(tensor.nbytes for tensor in self._held)
 
     def reset(self) -> None:
         """Free the graph and its memory, after what the device still does with it."""

@@ -86,7 +86,7 @@ class CapturedRun:
                 "a captured run takes new values of what it was captured with, got another shape, dtype, option or plain value among "
                 f"{', '.join(changes) or 'what torch was set to'}: capture another run for it"
             )
-        return take_steps(job, self._mode, self._using(job), steps_shown(self._plan, options), options)
+        return take_steps(job, self._using(job), steps_shown(self._plan, options), options)
 
     @contextmanager
     def _using(self, job: Job) -> Iterator[CapturedLoop]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.torch_internals import tree_flatten
 from .captured_loop import LOADED, SCRATCH, Job, capacity
 from .model_state import PLAIN, ModelState, plain_key
+
+_tensors_of = attrgetter(*LOADED, *SCRATCH)
 
 
 def graph_key(mode: str, job: Job, state: ModelState | None) -> Hashable:
@@ -23,19 +25,18 @@ def graph_key(mode: str, job: Job, state: ModelState | None) -> Hashable:
 
 def call_key(mode: str, job: Job) -> Hashable:
     """Return what a graph bakes in of a call, apart from its model."""
-    loop = job.loop
-    leaves, structure = tree_flatten(list(job.conditionings))
+    loop, plan = job.loop, job.plan
     return (
         mode,
-        capacity(mode, job.plan.num_inference_steps),
-        *(_tensor_key(getattr(loop, name)) for name in (*LOADED, *SCRATCH)),
+        capacity(mode, plan.num_inference_steps),
+        *[None if tensor is None else _tensor_key(tensor) for tensor in _tensors_of(loop)],
         len(loop.calls),
         loop.thresholding,
         loop.normals,
-        (job.table.clipped, job.table.adds_noise, loop.mask is not None and job.table.adds_known_noise),
+        (plan.steps[0].coefficients.clipped, plan.adds_noise, loop.mask is not None and plan.adds_known_noise),
         loop.guidance_rescale,
-        str(structure),
-        tuple(_leaf_key(leaf) for leaf in leaves),
+        job.structure,
+        tuple(map(_leaf_key, job.leaves)),
     )
 
 
@@ -49,8 +50,8 @@ def _precisions() -> Hashable:
     return (*chosen, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, *autocast)
 
 
-def _tensor_key(tensor: Tensor | None) -> Hashable:
-    return None if tensor is None else (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+def _tensor_key(tensor: Tensor) -> Hashable:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _leaf_key(leaf: Any) -> Hashable:

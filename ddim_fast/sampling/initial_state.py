@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.cpu_step import seeds_of
 from ..kernels.dispatch import ddim_step, normals
-from ..kernels.noise import NoiseStream, check_seed, sample_seeds
+from ..kernels.noise import NoiseStream, check_seed
 from ..kernels.torch_internals import tree_map_only
 from ..models.protocol import Model
 from ..plans.coefficients import known_region_coefficients, noising_coefficients
 from ..plans.levels import AnyLevel
 from ..utils.checks import as_index, check_alike, check_samples, refuse, usable_device
+from ..utils.transfer import to_device
 
 BEFORE_THE_FIRST_STEP = (1 << 32) - 1
 """Step -1 of the noise standard's stream KNOWN_REGION: the noise of the known region at x_T, before
@@ -136,7 +138,7 @@ def _per_sample_seeds(seed: int | None, seeds, batch_size: int) -> Tensor:
         raise ValueError("noise comes from one place: pass seed or seeds, got both")
     if seeds is None:
         seed = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else _integer("seed", seed)
-        return torch.from_numpy(sample_seeds(seed, batch_size))
+        return seeds_of(seed, batch_size)
     if isinstance(seeds, (Tensor, np.ndarray)):
         seeds = seeds.tolist()
     if isinstance(seeds, (str, bytes)) or not isinstance(seeds, Sequence):
@@ -178,7 +180,7 @@ def noised(x0: Tensor, level: AnyLevel, seeds: Tensor | None, generator: torch.G
     noise = None
     if generator is not None:
         noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-    seeds = None if seeds is None else seeds.to(x0.device)
+    seeds = None if seeds is None else to_device(seeds, x0.device)
     row = noising_coefficients(level)
     return ddim_step(x0, x0, row, noise=noise, seeds=seeds, noise_stream=NoiseStream.INITIAL)
 

@@ -25,6 +25,7 @@ from ..kernels.torch_internals import makes_own_graphs, shares_storage
 from ..models.protocol import Model, output_tensor
 from ..plans.clipping import Thresholding
 from ..plans.plan import PlannedStep, SamplingPlan
+from ..utils.transfer import to_device
 from .guidance import ClassifierGuidance, guided_output
 
 ModelCall = Callable[[Tensor, Tensor], Any]
@@ -288,7 +289,8 @@ class Loop:
 
 def model_times(plan: SamplingPlan, device: torch.device, batch_size: int) -> Tensor:
     """Return ``(S, B)``: what the model is told in each step, for each sample."""
-    return torch.tensor(plan.model_times, dtype=plan.schedule.time_dtype, device=device)[:, None].expand(-1, batch_size)
+    times = torch.tensor(plan.model_times, dtype=plan.schedule.time_dtype, device="cpu")
+    return to_device(times, device)[:, None].expand(-1, batch_size)
 
 
 def input_scales(plan: SamplingPlan, device: torch.device) -> Tensor | None:
@@ -296,7 +298,8 @@ def input_scales(plan: SamplingPlan, device: torch.device) -> Tensor | None:
     given as it is."""
     if not plan.scales_input:
         return None
-    return torch.tensor([step.input_scale for step in plan.steps], dtype=torch.float32, device=device)
+    scales = torch.tensor([step.input_scale for step in plan.steps], dtype=torch.float32, device="cpu")
+    return to_device(scales, device)
 
 
 def begins_steps(model: Model) -> Callable[[], None] | None:

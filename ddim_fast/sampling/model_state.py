@@ -13,9 +13,8 @@ import functools
 import logging
 import types
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable
 from itertools import chain
-from operator import attrgetter, eq, is_
 from pathlib import PurePath
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import layout
+from ..kernels.same_objects import Snapshot
 from ..kernels.torch_internals import MODULE_PARTS, compiled_by, flattened
 from .cuda_graphs import CaptureError
 
@@ -71,24 +71,20 @@ class ModelState:
         self._tensors: dict[torch.device, str] = {}
         self._made_here: list[Any] = []  # so that an id stands for one object
         self._dicts: list[dict[Any, Any]] = []
-        self._lists: list[Any] = []
+        self._iterables: list[Any] = []
         self._sets: list[set[Any]] = []
+        self._objects: list[Any] = []  # whose classes can be changed
         self._places: list[Tensor] = []
-        self._spaces: list[types.MappingProxyType[str, Any]] = []  # what classes hold
         try:
             self.key = Key((id(model), self._visit(model)))
         except RecursionError:
             self._doubt("is nested too deeply to be looked through")
             self.key = Key((id(model), None))
-        self._glance = list(self._lengths()), list(self._held()), list(self._layouts())
+        self._snapshot = Snapshot(self._dicts, self._iterables, self._sets, self._objects, self._places)
 
     def is_current(self) -> bool:
         """Return whether nothing has changed since; cheaper than to make another state."""
-        return (
-            all(map(eq, self._lengths(), self._glance[0]))
-            and all(map(is_, self._held(), self._glance[1]))
-            and all(map(eq, self._layouts(), self._glance[2]))
-        )
+        return self._snapshot.is_current()
 
     def vouch(self, device: torch.device) -> None:
         """Raise ``DoubtError`` if nobody can vouch for a graph with samples on this device."""
@@ -158,6 +154,7 @@ class ModelState:
     def _module(self, module: nn.Module) -> Hashable:
         held = vars(module)
         self._dicts.append(held)
+        self._objects.append(module)
         parameters, buffers, modules, *hooks = parts = [held[name] for name in MODULE_PARTS]
         self._dicts += parts
         compiler = compiled_by(module)
@@ -197,7 +194,7 @@ class ModelState:
         for each in kind.__mro__:
             if each.__module__.partition(".")[0] in ("torch", "builtins", "typing", "abc"):
                 continue
-            self._spaces.append(vars(each))
+            self._iterables += [vars(each).keys(), vars(each).values()]
             for name, value in vars(each).items():
                 if name.startswith("__") and name != "__call__":
                     continue
@@ -220,7 +217,7 @@ class ModelState:
                 self._sets.append(value)
             return kind, frozenset(self._visit(item) for item in value)
         if not isinstance(value, tuple):
-            self._lists.append(value)
+            self._iterables.append(value)
         return kind, tuple(map(self._visit, value)), self._named(self._attributes(value).items())
 
     def _attributes(self, value: Any) -> dict[str, Any]:
@@ -228,6 +225,7 @@ class ModelState:
         if not isinstance(held, dict):
             return {}
         self._dicts.append(held)
+        self._objects.append(value)
         return held
 
     def _function(self, value: Any) -> Hashable:
@@ -275,29 +273,6 @@ class ModelState:
             tuple((name, self._tensor(each, among)) for name, each in tensors.items()),
             self._visit(rest),
         )
-
-    # ---- at a glance -------------------------------------------------------------------------------------------
-
-    def _lengths(self) -> Iterator[int]:
-        """Return how much each container holds."""
-        return chain(map(len, self._dicts), map(len, self._lists), map(len, self._sets), map(len, self._spaces))
-
-    def _held(self) -> Iterator[Any]:
-        """Return everything that is held, one after the other."""
-        dicts, from_each = self._dicts, chain.from_iterable
-        return chain(
-            from_each(map(dict.keys, dicts)),
-            from_each(map(dict.values, dicts)),
-            from_each(self._lists),
-            from_each(sorted(each, key=id) for each in self._sets),
-            from_each(space.values() for space in self._spaces),
-        )
-
-    def _layouts(self) -> Iterator[Any]:
-        """Return where each tensor is."""
-        places = self._places
-        methods = (Tensor.data_ptr, Tensor.stride, Tensor.size, attrgetter("dtype"))
-        return chain.from_iterable(map(method, places) for method in methods)
 
 
 class Key:

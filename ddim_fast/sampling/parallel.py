@@ -26,6 +26,7 @@ from ..plans.coefficients import noise_variance, weight_at_constant_v
 from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_dtype, check_integer, check_number
 from ..utils.devices import widest_dtype
+from ..utils.transfer import to_device
 from .guidance import guidance_scales
 from .initial_state import conditionings_of, initial_state, place, repeat_conditioning, seeds_of_samples
 from .loop import Loop, ModelCall, Timing, begins_steps, input_scales, model_calls, model_times
@@ -83,7 +84,7 @@ def sample_parallel(
     scales = guidance_scales(guidance.guidance_scale, plan.timesteps)
     conditionings = conditionings_of(model, guidance.conditioning, scales, guidance.unconditional_conditioning)
     seeds = seeds_of_samples(noise.seed, noise.seeds, None, shape[0])
-    seeds = None if seeds is None else seeds.to(device)
+    seeds = None if seeds is None else to_device(seeds, device)
     x = initial_state(shape, noise.x_T, seeds, None, device, dtype, plan.initial_std_dev)
     last = len(plan.steps)
     width = last if window is None else min(window, last)
@@ -102,7 +103,9 @@ def sample_parallel(
     variances = torch.tensor(
         [noise_variance(step.level_prev) for step in plan.steps], dtype=torch.float64, device="cpu"
     )
-    limits = (tolerance**2 * math.prod(shape[1:]) * variances[:, None]).to(widest_dtype(device)).to(device)
+    limits = to_device(
+        (tolerance**2 * math.prod(shape[1:]) * variances[:, None]).to(widest_dtype(device)), device
+    )
     corrected, scales_of_input = torch.empty_like(guesses), input_scales(plan, device)
     run = _Window(plan.steps, weights, loop, timesteps, limits, guesses, corrected, execution.backend, scales_of_input)
     bar = tqdm(total=last, desc="sampling in parallel", unit="step", disable=not options.observation.progress)

@@ -15,6 +15,7 @@ from ..kernels.contract import NORMALS
 from ..models.protocol import Model
 from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_choice, check_dtype, refuse
+from ..utils.transfer import to_device
 from .capture import GraphCache, choose_mode
 from .captured_loop import CapturedLoop, Job
 from .guidance import ClassifierGuidance, check_rescale, classifier_guidance, guidance_scales
@@ -48,7 +49,7 @@ def sample(
     """
     mode, job = prepare(plan, model, shape, options, graphs)
     using = nullcontext() if mode == "off" else graphs.use(mode, job, optional=options.execution.capture == "auto")
-    return take_steps(job, mode, using, steps_shown(plan, options), options)
+    return take_steps(job, using, steps_shown(plan, options), options)
 
 
 def prepare(
@@ -161,7 +162,7 @@ def _start(request: _Request, options: Options) -> Job:
     # Expanding one seed into one for each sample takes as long as several small steps.
     needs_seeds = noise.x_T is None or r.adds_noise or r.mask is not None
     seeds = seeds_of_samples(noise.seed, noise.seeds, noise.generator, r.shape[0], needed=needs_seeds)
-    seeds = None if seeds is None else seeds.to(r.device)
+    seeds = None if seeds is None else to_device(seeds, r.device)
     x_t = initial_state(r.shape, noise.x_T, seeds, noise.generator, r.device, r.dtype, r.plan.initial_std_dev)
     if r.mask is not None and r.known_x0 is not None:
         level, backend = r.plan.steps[0].level_t, options.execution.backend
@@ -174,7 +175,6 @@ def _start(request: _Request, options: Options) -> Job:
     loop = Loop(
         x_t=x_t,
         calls=model_calls(r.model, r.conditionings),
-        begin=begins_steps(r.model),
         guidance_scales=r.scales,
         thresholding=r.plan.thresholding,
         seeds=seeds if r.adds_noise or r.adds_known_noise else None,
@@ -206,7 +206,6 @@ def steps_shown(plan: SamplingPlan, options: Options) -> AbstractContextManager[
 
 def take_steps(
     job: Job,
-    mode: str,
     using: AbstractContextManager[CapturedLoop | None],
     bar: AbstractContextManager[Iterable[PlannedStep]],
     options: Options,
@@ -217,9 +216,12 @@ def take_steps(
     trajectory = Trajectory()
     with using as captured:
         loop = job.loop if captured is None else captured.loop
-        timesteps = model_times(job.plan, loop.x_t.device, loop.shape[0])
+        watched = observation.progress or observation.wants_states
+        if captured is None:
+            loop.begin = begins_steps(job.model)
+            timesteps = model_times(job.plan, loop.x_t.device, loop.shape[0])
         with torch.no_grad(), bar as steps:
-            if captured is not None and mode == "loop":
+            if captured is not None and not (watched or captured.draws_noise):
                 captured.replay_all(timing)
                 steps = ()
             for step in steps:

@@ -11,10 +11,10 @@ struct Version {
 };
 
 struct Device {
-  int32_t type;  // kCpu
+  int32_t type;  // kCpu, kCuda, kRocm
   int32_t id;
 };
-constexpr int32_t kCpu = 1;
+constexpr int32_t kCpu = 1, kCuda = 2, kRocm = 10;
 
 struct DataType {
   uint8_t code;  // kInt, kFloat, kBFloat

@@ -1,17 +1,15 @@
 // The Python module: chooses an instruction set when it is loaded, splits the work over threads,
-// and has three entry points for a step.
+// and has four entry points for a step.
 //
 //   step(...)      takes tensors, and runs if they are plain: CPU, contiguous, equal shapes, known types, no gradient. Otherwise
 //                  it returns None without writing anything; Python then runs its own checks, which raise the errors.
 //   step_to_new(...)  the same for a step that needs only its row, which it looks up. It allocates both results. It declines if what
 //                  the rows were computed from has changed.
+//   plain(...)     tells of tensors anywhere, as step() asks of those on the CPU, whether they need no other checks.
 //   run(...)       takes addresses and strides that Python has checked.
 //
-// Python's limited API only, no torch headers: one build serves every Python from 3.10 and every
-// torch.
-#define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030A0000
-#include <Python.h>
+// No torch headers: one build serves every Python from 3.10 and every torch.
+#include "python_api.h"
 
 #include <algorithm>
 #include <atomic>
@@ -30,9 +28,14 @@
 #include "convolution.h"
 #include "dlpack.h"
 #include "parallel.h"
+#include "same_objects.h"
 #include "step.h"
 
 namespace ddim {
+
+PyObject* tensor_type;
+const dlpack::ExchangeApi* exchange = nullptr;  // as long as it is null, step() refuses, and Python checks at its own pace
+
 namespace {
 
 const Kernels* kernels = &kPortable;
@@ -116,38 +119,32 @@ void run_unlocked(const Step& s, int threads) {
 }
 
 // ------------------------------------------------------------------------------------------------------ what torch is asked
-PyObject *tensor_type, *get_num_threads, *grad_enabled, *inference_mode, *s_requires_grad, *s_packed;
+PyObject *get_num_threads, *grad_enabled, *inference_mode, *s_requires_grad, *s_packed, *s_needs, *s_rows;
 // From kernels/torch_internals.py. The last two are None where torch has no such name.
 PyObject *modes_active, *forward_ad, *forward_ad_level, *write_count;
-PyCFunction is_negated, is_inference;           // torch.Tensor.is_neg and is_inference, called without looking them up
-const dlpack::ExchangeApi* exchange = nullptr;  // null before torch 2.10: then step() refuses, and Python checks at its own pace
-
-struct Reference {
-  PyObject* object;
-  explicit Reference(PyObject* o) : object(o) {}
-  ~Reference() { Py_XDECREF(object); }
-  Reference(const Reference&) = delete;
-  Reference& operator=(const Reference&) = delete;
-};
-
-// None, owned by the caller. Py_RETURN_NONE of Python 3.12's and 3.13's headers counts no reference,
-// even where the limited API asks for versions before 3.12, whose None can be freed.
-PyObject* new_none() {
-  Py_INCREF(Py_None);
-  return Py_None;
-}
+PyCFunction is_negated, is_inference;  // torch.Tensor.is_neg and is_inference, called without looking them up
 
 bool has_elements(const dlpack::Tensor& t) {
   return std::find(t.shape, t.shape + t.ndim, 0) == t.shape + t.ndim;
 }
 
-// Reads a tensor with memory of its own. Zeros that torch knows without memory have none.
-bool read_any(PyObject* object, dlpack::Tensor* t) {
+// Whether there are steps for tensors there: here on the CPU, elsewhere in Triton.
+bool has_steps(const dlpack::Device& where) {
+  return where.type == dlpack::kCpu || where.type == dlpack::kCuda || where.type == dlpack::kRocm;
+}
+
+// Reads a tensor with memory of its own, on the device of another (null: on any that has steps).
+// Zeros that torch knows without memory have none.
+bool read_any(PyObject* object, const dlpack::Tensor* like, dlpack::Tensor* t) {
   if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != tensor_type) return false;
-  if (exchange->tensor_from_object(object, t) != 0 || t->device.type != dlpack::kCpu) return false;
+  if (exchange->tensor_from_object(object, t) != 0) return false;
+  const dlpack::Device& where = t->device;
+  if (like ? where.type != like->device.type || where.id != like->device.id : !has_steps(where)) return false;
   Reference negated(is_negated(object, nullptr));  // its memory has the other sign
   return negated.object == Py_False && (t->data || !has_elements(*t));
 }
+
+bool is_on_host(const dlpack::Tensor& t) { return t.device.type == dlpack::kCpu; }
 
 void* address_of(const dlpack::Tensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
 
@@ -174,7 +171,7 @@ bool read_dtype(const dlpack::DataType& type, DType* out) {
 // Reads a plain tensor of the shape of `like` (null: of any shape). False: not plain, or an
 // exception.
 bool read_tensor(PyObject* object, const dlpack::Tensor* like, int64_t stride, Tensor* out, dlpack::Tensor* t) {
-  if (!read_any(object, t) || !read_dtype(t->dtype, &out->dtype) || !contiguous(*t)) return false;
+  if (!read_any(object, like, t) || !read_dtype(t->dtype, &out->dtype) || !contiguous(*t)) return false;
   if (like && (t->ndim != like->ndim || !std::equal(t->shape, t->shape + t->ndim, like->shape))) return false;
   out->data = address_of(*t);
   out->stride = stride;
@@ -208,12 +205,22 @@ bool writable(PyObject* object) {
 }
 
 // Reads a plain one-dimensional tensor with an entry for each sample.
-bool read_per_sample(PyObject* object, uint8_t code, uint8_t bits, int64_t n_samples, const void** out) {
+bool read_per_sample(PyObject* object, const dlpack::Tensor& like, uint8_t code, uint8_t bits, int64_t n_samples, const void** out) {
   dlpack::Tensor t;
-  if (!read_any(object, &t) || t.dtype.code != code || t.dtype.bits != bits || t.dtype.lanes != 1) return false;
+  if (!read_any(object, &like, &t) || t.dtype.code != code || t.dtype.bits != bits || t.dtype.lanes != 1) return false;
   if (t.ndim != 1 || t.shape[0] != n_samples || !contiguous(t)) return false;
   *out = address_of(t);
   return true;
+}
+
+// Reads which rows of a table a step takes: one number, or one for each sample, beside the table.
+bool read_index(PyObject* index, PyObject* table, const dlpack::Tensor& like) {
+  dlpack::Tensor t, rows;
+  if (!read_any(index, &like, &t) || t.dtype.code != dlpack::kInt || t.dtype.bits != 64 || t.dtype.lanes != 1) return false;
+  const bool one = std::all_of(t.shape, t.shape + t.ndim, [](int64_t size) { return size == 1; });
+  const bool each = t.ndim == 1 && t.shape[0] == like.shape[0] && contiguous(t);
+  Reference held(PyObject_GetAttr(table, s_rows));
+  return (one || each) && held.object && read_any(held.object, &like, &rows);
 }
 
 constexpr size_t kItemSize[] = {4, 2, 2};
@@ -268,9 +275,14 @@ enum StepArgument {
   kNumStepArguments
 };
 
+// Where the tensors of a step may be.
+enum Place { kOnHost, kAnywhere };
+
 // Reads what every step has. `like`: x_t, whose shape the others share; `other`: model_output.
-bool read_plain(PyObject* x_t, PyObject* model_output, PyObject* coefficients, bool recording, Step* s, dlpack::Tensor* like, dlpack::Tensor* other) {
+bool read_plain(PyObject* x_t, PyObject* model_output, PyObject* packed, Place place, bool recording, Step* s, dlpack::Tensor* like,
+                dlpack::Tensor* other) {
   if (!exchange || !read_tensor(x_t, nullptr, 0, &s->x_t, like) || like->ndim < 1) return false;
+  if (place == kOnHost && !is_on_host(*like)) return false;
   s->n_samples = like->shape[0];
   s->n_elements = 1;
   for (int32_t d = 1; d < like->ndim; ++d) s->n_elements *= like->shape[d];
@@ -278,15 +290,16 @@ bool read_plain(PyObject* x_t, PyObject* model_output, PyObject* coefficients, b
   if (!read_tensor(model_output, like, s->n_elements, &s->model_output, other)) return false;
   if (s->model_output.dtype != s->x_t.dtype && s->x_t.dtype != kFloat32) return false;
   if (!without_gradient(x_t, recording) || !without_gradient(model_output, recording)) return false;
-  Reference packed(PyObject_GetAttr(coefficients, s_packed));
-  return packed.object && read_coefficients(packed.object, s);
+  return read_coefficients(packed, s);
 }
 
-bool read_step(PyObject* const* a, Step* s, int64_t* total) {
+bool read_step(PyObject* const* a, Place place, PyObject* index, Step* s, int64_t* total) {
   dlpack::Tensor like, other;
   const void *seeds = nullptr, *thresholds = nullptr;
   const bool recording = is_recording();
-  if (!read_plain(a[kXT], a[kModelOutput], a[kCoefficients], recording, s, &like, &other)) return false;
+  Reference packed(PyObject_GetAttr(a[kCoefficients], index == Py_None ? s_packed : s_needs));
+  if (!packed.object || !read_plain(a[kXT], a[kModelOutput], packed.object, place, recording, s, &like, &other)) return false;
+  if (index != Py_None && !read_index(index, a[kCoefficients], like)) return false;
   const int64_t stride = s->n_elements;
   *total = s->n_samples * s->n_elements;
   if (a[kModelOutputUncond] != Py_None) {
@@ -305,8 +318,8 @@ bool read_step(PyObject* const* a, Step* s, int64_t* total) {
     if (!without_gradient(a[kNoise], recording)) return false;
     if (!wanted) s->noise.data = nullptr;
   }
-  if (seeded) {
-    if (!read_per_sample(a[kSeeds], dlpack::kInt, 64, s->n_samples, &seeds)) return false;
+  if (seeded && !read_per_sample(a[kSeeds], like, dlpack::kInt, 64, s->n_samples, &seeds)) return false;
+  if (seeded || index != Py_None) {
     const unsigned long step = PyLong_AsUnsignedLong(a[kNoiseStep]), stream = PyLong_AsUnsignedLong(a[kNoiseStream]);
     if (PyErr_Occurred() || step > 0xffffffffu || stream > 0xffffffffu || s->n_elements > int64_t{1} << 34) return false;
     s->noise_step = static_cast<uint32_t>(step);
@@ -315,9 +328,9 @@ bool read_step(PyObject* const* a, Step* s, int64_t* total) {
   }
   if (a[kThresholds] != Py_None) {
     if (!s->clipped || !without_gradient(a[kThresholds], recording)) return false;
-    if (!read_per_sample(a[kThresholds], dlpack::kFloat, 32, s->n_samples, &thresholds)) return false;
+    if (!read_per_sample(a[kThresholds], like, dlpack::kFloat, 32, s->n_samples, &thresholds)) return false;
     s->thresholds = static_cast<const float*>(thresholds);
-    for (int64_t i = 0; i < s->n_samples; ++i)
+    for (int64_t i = 0; is_on_host(like) && i < s->n_samples; ++i)
       if (s->thresholds[i] <= 0) return false;
   }
   if (!read_tensor(a[kXPrev], &like, stride, &s->x_prev) || s->x_prev.dtype != s->x_t.dtype || !writable(a[kXPrev])) return false;
@@ -374,7 +387,7 @@ PyObject* py_step(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
   }
   Step s{};
   int64_t total = 0;
-  if (is_watched() || !read_step(a, &s, &total)) {
+  if (is_watched() || !read_step(a, kOnHost, Py_None, &s, &total)) {
     PyErr_Clear();  // the checks in Python raise the error
     return new_none();
   }
@@ -382,6 +395,22 @@ PyObject* py_step(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
   if (PyErr_Occurred()) return nullptr;
   Py_INCREF(a[kXPrev]);
   return a[kXPrev];
+}
+
+// plain(the arguments of step, index): (n_samples, n_elements) of a step of plain tensors, wherever they
+// are, that breaks no rule; nothing is computed. Otherwise None. With an index, the coefficients are a table.
+PyObject* py_plain(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
+  if (n_arguments != kNumStepArguments + 1) {
+    PyErr_Format(PyExc_TypeError, "plain takes %d arguments, got %zd", kNumStepArguments + 1, n_arguments);
+    return nullptr;
+  }
+  Step s{};
+  int64_t total = 0;
+  if (is_watched() || !read_step(a, kAnywhere, a[kNumStepArguments], &s, &total)) {
+    PyErr_Clear();
+    return new_none();
+  }
+  return Py_BuildValue("LL", static_cast<long long>(s.n_samples), static_cast<long long>(s.n_elements));
 }
 
 // A new tensor in the layout of another. It owns its memory: this struct, and the elements after
@@ -416,7 +445,7 @@ struct alignas(64) NewTensor {
 PyObject* find_row(PyObject* rows, PyObject* t) {
   if (PyLong_CheckExact(t)) return PyDict_GetItemWithError(rows, t);
   dlpack::Tensor number;
-  if (!exchange || !read_any(t, &number) || number.ndim != 0) return nullptr;
+  if (!exchange || !read_any(t, nullptr, &number) || !is_on_host(number) || number.ndim != 0) return nullptr;
   if (number.dtype.code != dlpack::kInt || number.dtype.bits != 64 || number.dtype.lanes != 1) return nullptr;
   Reference key(PyLong_FromLongLong(*static_cast<const int64_t*>(address_of(number))));
   return key.object ? PyDict_GetItemWithError(rows, key.object) : nullptr;
@@ -464,7 +493,9 @@ PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) 
   dlpack::Tensor like, other;
   const bool recording = is_recording();
   PyObject* row = is_watched() || !unchanged(a[4], a[5]) ? nullptr : find_row(a[2], a[3]);
-  bool usable = row && read_plain(a[0], a[1], row, recording, &s, &like, &other) && contiguous(like, true) && contiguous(other, true);
+  Reference packed(row ? PyObject_GetAttr(row, s_packed) : nullptr);
+  bool usable = packed.object && read_plain(a[0], a[1], packed.object, kOnHost, recording, &s, &like, &other);
+  usable = usable && contiguous(like, true) && contiguous(other, true);
   usable = usable && read_beside(noise, like, s, recording, &s.noise) && read_beside(history, like, s, recording, &remembered);
   usable = usable && (s.c.noise == 0 || s.noise.data) && (s.c.history == 0 || remembered.data) && s.c.history_2 == 0;
   NewTensor *x_prev = nullptr, *x0 = nullptr;
@@ -686,12 +717,15 @@ const PyCFunction fast_method = reinterpret_cast<PyCFunction>(reinterpret_cast<v
 
 PyMethodDef methods[] = {
     {"step", fast_method<py_step>, METH_FASTCALL, nullptr},
+    {"plain", fast_method<py_plain>, METH_FASTCALL, nullptr},
     {"step_to_new", fast_method<py_step_to_new>, METH_FASTCALL, nullptr},
     {"run", method<py_run>, METH_VARARGS, nullptr},
     {"normals", method<py_normals>, METH_VARARGS, nullptr},
     {"words", method<py_words>, METH_VARARGS, nullptr},
     {"triad", method<py_triad>, METH_VARARGS, nullptr},
     {"convolve", method<py_convolve>, METH_VARARGS, nullptr},
+    {"same_objects", fast_method<py_same_objects>, METH_FASTCALL, nullptr},
+    {"layouts", method<py_layouts>, METH_O, nullptr},
     {"instruction_sets", method<py_instruction_sets>, METH_NOARGS, "The instruction sets usable here, best first."},
     {"select", method<py_select>, METH_VARARGS, "Use the named instruction set from now on, on every thread."},
     {"selected", method<py_selected>, METH_NOARGS, "The instruction set in use."},
@@ -720,6 +754,8 @@ bool import_torch_names() {
   write_count = PyObject_GetAttrString(internals.object, "WRITE_COUNT");
   s_requires_grad = PyUnicode_InternFromString("requires_grad");
   s_packed = PyUnicode_InternFromString("packed");
+  s_needs = PyUnicode_InternFromString("needs");
+  s_rows = PyUnicode_InternFromString("rows");
   Reference example(PyObject_CallNoArgs(tensor_type));  // on the CPU, for any default device
   is_negated = method_of(example.object, "is_neg");
   is_inference = method_of(example.object, "is_inference");

@@ -419,6 +419,20 @@ def test_seeds_of_samples_have_the_published_counter():
         assert got.tolist() == expected
 
 
+@pytest.mark.parametrize("seed", [0, 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+@pytest.mark.parametrize("count", [0, 1, 2, 127, 129])
+def test_seeds_of_samples_are_the_standards(seed, count):
+    got = cpu_step.seeds_of(seed, count)
+    assert got.dtype == torch.int64
+    assert got.is_contiguous()
+    assert_same_bits(got.numpy(), sample_seeds(seed, count))
+    for wrong in (-1, 1 << 64):
+        with pytest.raises(ValueError, match="seed must be an integer in"):
+            cpu_step.seeds_of(wrong, count)
+    with pytest.raises(ValueError, match="count and first must not be negative"):
+        cpu_step.seeds_of(seed, -1)
+
+
 def test_seeds_of_samples_are_a_prefix():
     long = sample_seeds(42, 1000)
     for count in (0, 1, 2, 7, 999):

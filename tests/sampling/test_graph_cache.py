@@ -80,7 +80,7 @@ def sample(model, cache, batch=2, **options):
 def test_values_are_loaded_after_the_run_before_on_whichever_stream(backend):
     cache, model = cache_of(backend), Net()
     sample(model, cache)
-    assert backend.log == ["replay on first", "fence on first of 6 tensors"]
+    assert backend.log == ["replay on first", "fence on first of 8 tensors"]
     backend.stream = "second"
     del backend.log[:]
     sample(model, cache)
@@ -88,7 +88,7 @@ def test_values_are_loaded_after_the_run_before_on_whichever_stream(backend):
     assert backend.log == [
         "second waits for first",
         "replay on second",
-        "fence on second of 6 tensors",
+        "fence on second of 8 tensors",
         "second waits for second",
         "reset",
     ]

@@ -4,7 +4,7 @@ whatever happens to the model between calls. Structures of peft, accelerate, tor
 import functools
 import types
 import warnings
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
 import pytest
@@ -64,8 +64,14 @@ def check(model, cache, graphs):
 
 
 class Holder:
+    factor = 1.0
+
     def __init__(self, value):
         self.value = value
+
+
+class Doubled(Holder):
+    factor = 2.0
 
 
 @dataclass
@@ -78,6 +84,7 @@ class Seen(Base):
     def __init__(self):
         super().__init__()
         self.listed, self._hidden, self.sets, self.queue = [1.0], 1.0, {1.0}, deque([1.0])
+        self.ordered = OrderedDict(first=1.0, second=2.0)
         self.by_name, self.pair = {"a": 1.0, "b": 0.0}, ([1.0], 2.0)
         self.config, self.holder = Config(), Holder([1.0])
         self.call = functools.partial(torch.mul, other=self.listed)
@@ -86,6 +93,7 @@ class Seen(Base):
     def gain(self):
         gain = self.listed[0] * self._hidden * min(self.sets) * self.queue[0] * self.by_name["a"] * self.pair[0][0]
         gain = gain * self.config.scale * self.config.nested["deep"][1]["er"] * self.holder.value[0]
+        gain = gain * next(iter(self.ordered.values())) * self.holder.factor
         return self.function(gain) * type(self).of_class * (1.0 + ("b" in self.by_name))
 
     of_class = 1.0
@@ -118,6 +126,11 @@ SEEN = {
     ),
     "a list of an object": (lambda m: m.holder.value.__setitem__(0, 3.0), lambda m: m.holder.value.__setitem__(0, 1.0)),
     "a function": (lambda m: setattr(m, "function", treble), lambda m: setattr(m, "function", double)),
+    "an order": (lambda m: m.ordered.move_to_end("first"), lambda m: m.ordered.move_to_end("second")),
+    "the class of an object": (
+        lambda m: setattr(m.holder, "__class__", Doubled),
+        lambda m: setattr(m.holder, "__class__", Holder),
+    ),
     "a class": (lambda m: setattr(Seen, "of_class", 2.0), lambda m: setattr(Seen, "of_class", 1.0)),
 }
 
