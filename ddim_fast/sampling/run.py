@@ -15,7 +15,8 @@ from ..kernels.contract import NORMALS
 from ..models.protocol import Model
 from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_choice, check_dtype, refuse
-from .capture import GraphCache, choose_mode
+from .capture import GraphCache
+from .capture_mode import choose_mode
 from .captured_loop import CapturedLoop, Job
 from .guidance import ClassifierGuidance, check_rescale, classifier_guidance, guidance_scales
 from .initial_state import (
@@ -46,14 +47,12 @@ def sample(
     Raises:
         TypeError, ValueError: an argument breaks a rule, or the model returns the wrong thing.
     """
-    mode, job = prepare(plan, model, shape, options, graphs)
-    using = nullcontext() if mode == "off" else graphs.use(mode, job, optional=options.execution.capture == "auto")
-    return take_steps(job, mode, using, steps_shown(plan, options), options)
+    job = prepare(plan, model, shape, options, graphs)
+    using = nullcontext() if job.mode == "off" else graphs.use(job, optional=options.execution.capture == "auto")
+    return take_steps(job, using, steps_shown(plan, options), options)
 
 
-def prepare(
-    plan: SamplingPlan, model: Model, shape: Sequence[int] | None, options: Options, graphs: GraphCache
-) -> tuple[str, Job]:
+def prepare(plan: SamplingPlan, model: Model, shape: Sequence[int] | None, options: Options, graphs: GraphCache) -> Job:
     """Check the options of a run, choose its mode ("loop", "step" or "off"), draw x_T and make its
     tensors.
 
@@ -66,8 +65,7 @@ def prepare(
             f"mask and a sampler with order={plan.order}: make one with order=1"
         )
     request = _check(plan, model, shape, options)
-    mode = _mode(request, options, graphs)
-    return mode, _start(request, options)
+    return _start(_mode(request, options, graphs), request, options)
 
 
 @dataclass(slots=True, eq=False)
@@ -155,7 +153,7 @@ def _work_between_steps(request: _Request, options: Options) -> str | None:
     return "noise from a generator" if draws else None
 
 
-def _start(request: _Request, options: Options) -> Job:
+def _start(mode: str, request: _Request, options: Options) -> Job:
     """Draw x_T, and make the tensors of the run."""
     r, noise = request, options.noise
     # Expanding one seed into one for each sample takes as long as several small steps.
@@ -193,7 +191,7 @@ def _start(request: _Request, options: Options) -> Job:
         history_2=like_x_t(r.plan.order > 2),
     )
     loop.prepare_input(r.plan.steps[0].input_scale)
-    return Job(r.model, r.plan, loop, r.conditionings)
+    return Job(mode, r.model, r.plan, loop, r.conditionings)
 
 
 def steps_shown(plan: SamplingPlan, options: Options) -> AbstractContextManager[Iterable[PlannedStep]]:
@@ -206,7 +204,6 @@ def steps_shown(plan: SamplingPlan, options: Options) -> AbstractContextManager[
 
 def take_steps(
     job: Job,
-    mode: str,
     using: AbstractContextManager[CapturedLoop | None],
     bar: AbstractContextManager[Iterable[PlannedStep]],
     options: Options,
@@ -219,7 +216,7 @@ def take_steps(
         loop = job.loop if captured is None else captured.loop
         timesteps = model_times(job.plan, loop.x_t.device, loop.shape[0])
         with torch.no_grad(), bar as steps:
-            if captured is not None and mode == "loop":
+            if captured is not None and job.mode == "loop":
                 captured.replay_all(timing)
                 steps = ()
             for step in steps:
