@@ -23,7 +23,7 @@ from ..models.protocol import Model
 from .captured import C, Captured, InUseError, Work
 from .cuda_graphs import CudaGraphs, GraphBackend, UnsteadyModelError, is_out_of_memory
 from .graph_key import graph_key
-from .model_state import DoubtError, ModelState
+from .model_state import ModelState
 
 _UNSTEADY = "unsteady"
 _FAILURES = 64
@@ -106,7 +106,7 @@ class GraphCache:
             CaptureError: the model cannot be captured.
             TypeError: an argument of the model is neither a tensor nor a plain value.
         """
-        captured = self._get_or_none(work, vouch) if optional else self._get(work, self._state(work.model))
+        captured = self._get_or_none(work, vouch) if optional else self._get(work, self._state(work))
         try:
             if captured is not None:
                 captured.load(work)
@@ -133,18 +133,23 @@ class GraphCache:
             started = time.perf_counter()
             fresh = self._capture(work, vouch)
             seconds = time.perf_counter() - started
+            self._keep(work, fresh, seconds)
+        return fresh
+
+    def _keep(self, work: Work[Any], fresh: Captured, seconds: float) -> None:
+        """Keep what was captured, and free what is too much then."""
         # The first call may have completed the model: later ones find it as it is now.
         key = graph_key(work, fresh.state)
         with self._lock:
             s = self._stats
             self._stats = replace(s, misses=s.misses + 1, capture_seconds=s.capture_seconds + seconds)
-            if key not in self._captured:
-                self._captured[key] = (work.model, fresh)
-                if fresh.state is not None:
-                    self._states[id(work.model)] = fresh.state
-                while len(self._captured) > 1 and (len(self._captured) > self.maxsize or self._is_over_budget()):
-                    self._evict(next(iter(self._captured)))
-        return fresh
+            if key in self._captured:
+                return
+            self._captured[key] = (work.model, fresh)
+            if fresh.state is not None:
+                self._states[id(work.model)] = fresh.state
+            while len(self._captured) > 1 and (len(self._captured) > self.maxsize or self._is_over_budget()):
+                self._evict(next(iter(self._captured)))
 
     def _take(self, key: Hashable, work: Work[C]) -> C | None:
         """Return what is kept under a key, from now on in use; None if there is nothing that is
@@ -214,21 +219,24 @@ class GraphCache:
             f"{s.evictions} evictions, {s.capture_seconds:.2f} s of capturing)"
         )
 
-    def _state(self, model: Model, vouch_on: torch.device | None = None) -> ModelState | None:
+    def _state(self, work: Work[Any], vouch: bool = False) -> ModelState | None:
         """Return what a graph of this model bakes in of it; the one found last, if nothing has
         changed.
 
         Raises:
             DoubtError: nobody can vouch for it on this device.
         """
+        model, vouch_on = work.model, work.device if vouch else None
         if not isinstance(model, nn.Module):
             return None
         known = self._states.get(id(model))
         if known is None or not known.is_current():
-            had_graphs, known = known is not None, ModelState(model, vouch_on)
-            if had_graphs:
+            # One that is kept is looked through to its end, one that is not as far as a doubt.
+            is_kept = known is not None or work.is_brief
+            known = ModelState(model, None if is_kept else vouch_on)
+            if is_kept:
                 self._states[id(model)] = known
-        elif vouch_on is not None:
+        if vouch_on is not None:
             known.vouch(vouch_on)
         return known
 
@@ -256,7 +264,7 @@ class GraphCache:
             work.refused(failed[_UNSTEADY], None, is_first=False)
             return None
         try:
-            state = self._state(model, work.device if vouch else None)
+            state = self._state(work, vouch)
             key = graph_key(work, state)
             if key not in failed:
                 return self._get(work, state, vouch)
@@ -279,8 +287,6 @@ class GraphCache:
             failed[_UNSTEADY] = str(error)
         elif not is_out_of_memory(error):  # or else there may be room next time
             failed[key] = str(error)
-        if work.is_brief and isinstance(error, DoubtError) and isinstance(work.model, nn.Module):
-            self._states[id(work.model)] = ModelState(work.model)
 
     def discard(self, model: Model) -> None:
         """Free every graph of this model, so that it is captured again, for instance after a change

@@ -103,13 +103,13 @@ class GraphedForward(KeptForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Inside of another's trace or capture, it is part of that.
         if torch.compiler.is_compiling() or not self.is_open or is_capturing() or _is_recorded():
-            return self.eager(*args, **kwargs)
+            return self.run(*args, **kwargs)
         arguments = (args, kwargs) if self._arranged is None else self._arranged(args, kwargs)
-        call = Call(self.module, self.eager, *arguments, self._names, self._context(), self._refused)
+        call = Call(self.module, self.run, *arguments, self._names, self._context(), self._refused)
         obstacle = self._obstacle(call)
         if obstacle is not None:
             self._refused(call, obstacle, None)
-            return self.eager(*args, **kwargs)
+            return self.run(*args, **kwargs)
         with self._graphs.use(call, optional=True, vouch=not self._vouched) as captured:
             with self._lock:
                 self._unused.note(call)
@@ -117,7 +117,7 @@ class GraphedForward(KeptForward):
                     self._counts["misses" if call.captures else "hits"] += 1
             if captured is not None:
                 return captured.replay()
-        return self.eager(*args, **kwargs)
+        return self.run(*args, **kwargs)
 
     def _obstacle(self, call: Call) -> str | None:
         """Return why this call cannot be a replay, whatever the module's state is; None if it

@@ -24,7 +24,7 @@ from .ddpm import FastDDPMScheduler
 from .dpm_solver_multistep import FastDPMSolverMultistepScheduler, FastEDMDPMSolverMultistepScheduler
 from .euler import FastEDMEulerScheduler, FastEulerAncestralDiscreteScheduler, FastEulerDiscreteScheduler
 from .flow_match_euler import FastFlowMatchEulerDiscreteScheduler
-from .graph_denoiser import GraphedDenoisers, graph_denoiser
+from .graphed_denoisers import GraphedDenoisers, graph_denoiser
 from .heun import FastHeunDiscreteScheduler
 from .inverse import FastDDIMInverseScheduler
 from .lcm import FastLCMScheduler

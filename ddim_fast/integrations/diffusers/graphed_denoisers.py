@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from ...kernels.torch_internals import compiled_by
 from ...sampling.capture import GraphCache
 from ...sampling.graphed_forward import ForwardStats, GraphedForward
@@ -89,15 +91,16 @@ class GraphedDenoisers:
         graphs: the cache that keeps their graphs.
     """
 
-    def __init__(self, modules: dict[str, Any], graphs: GraphCache, strict: bool, vouched: bool):
+    def __init__(self, modules: dict[str, nn.Module], graphs: GraphCache, strict: bool, vouched: bool):
         self.graphs = graphs
         self._forwards: dict[str, GraphedForward] = {}
+        own: dict[nn.Module, GraphedForward] = {}  # one for a module that has two names
         for name, module in modules.items():
-            forward = GraphedForward(
-                module, graphs, name, strict, vouched, timestep_on_device(module), internals.attention_backend
-            )
-            self._forwards[name] = forward
-            forward.put_in_place()
+            if module not in own:
+                arranged, context = timestep_on_device(module), internals.attention_backend
+                own[module] = GraphedForward(module, graphs, name, strict, vouched, arranged, context)
+                own[module].put_in_place()
+            self._forwards[name] = own[module]
 
     def stats(self) -> dict[str, ForwardStats]:
         """Return what each denoiser's graphs are and did: their number and bytes, calls that were
