@@ -184,7 +184,7 @@ class ModelState:
         forward = None if compiler is not None and "forward" in compiler.attributes else what_replaces_forward(module)
         if forward is not None:
             self._doubt("has its forward replaced, as hooks that move weights do")
-        if isinstance(module, _DROPOUTS) and module.training and getattr(module, "p", 0):
+        if isinstance(module, _DROPOUTS) and module.training and module.p > 0:
             self._doubt("is a dropout in training mode, which draws random numbers")
         if "peft_config" in held:
             self._doubt("has adapters of peft")

@@ -403,6 +403,7 @@ class Kept(GraphCache):
 
 def test_the_examples_of_the_page_run_and_leave_the_pictures_as_they_are(monkeypatch):
     pipe, call = text_to_image()
+    pipe.scheduler = fast_scheduler(pipe.scheduler)
     expected = run(pipe, call, steps=20)
     monkeypatch.setattr(graphed_denoisers, "GraphCache", Kept)
     monkeypatch.setattr(capture, "GraphCache", Kept)

@@ -84,7 +84,7 @@ def timestep_on_device(module: nn.Module) -> Callable[[tuple, dict[str, Any]], t
     """Return what gives the arguments of a call with its timestep on the device, as the module
     itself begins; None for a module that does not."""
     inner = module_inside(module)
-    owner = next(kind for kind in type(inner).__mro__ if "forward" in vars(kind))
+    owner: Any = next(kind for kind in type(inner).__mro__ if "forward" in vars(kind))
     if owner.__name__ not in TIMESTEP_FROM_HOST or not owner.__module__.startswith("diffusers."):
         return None
     place = list(inspect.signature(owner.forward).parameters).index("timestep") - 1  # without self
