@@ -119,7 +119,7 @@ class Call:
 
 
 class CapturedCall(Captured):
-    """Static arguments, and the graph that reads them.
+    """Static arguments and outputs, and the graph that reads and writes them.
 
     Args:
         vouch: whether a module is refused for which nobody can vouch.
@@ -135,6 +135,8 @@ class CapturedCall(Captured):
         # Ordinary tensors, so that calls inside and outside of inference mode can share them.
         with torch.inference_mode(False), torch.no_grad():
             self._leaves = [static_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in call.leaves]
+        self._outputs: list[Any] = []
+        self._output_structure: Any = None
         self.load(call)
         self._capture(call.model, call.device, self._checked(call), self._run, vouch)
 
@@ -148,20 +150,34 @@ class CapturedCall(Captured):
                 fill(static, new)
 
     def static_tensors(self) -> list[Tensor]:
-        """Return the arguments that the graph reads."""
-        return [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        """Return the arguments and outputs that the graph works on."""
+        return [leaf for leaf in (*self._leaves, *self._outputs) if isinstance(leaf, Tensor)]
 
-    def _run(self) -> tuple[list[Any], Any]:
+    def _run(self) -> None:
         args, kwargs = tree_unflatten(self._leaves, self._structure)
-        return tree_flatten(self._function(*args, **kwargs))
+        outputs, _ = tree_flatten(self._function(*args, **kwargs))
+        for static, output in zip(self._outputs, outputs, strict=True):
+            if isinstance(output, Tensor):
+                fill(static, output)
+
+    def _keep_outputs(self, outputs: list[Any], structure: Any) -> None:
+        """Make the tensors for the outputs; one for those that are one."""
+        made: dict[int, Tensor] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            for output in outputs:
+                if isinstance(output, Tensor) and id(output) not in made:
+                    made[id(output)] = static_like(output)
+        self._outputs = [made.get(id(output), output) for output in outputs]
+        self._output_structure = structure
 
     def _checked(self, call: Call) -> Callable[[], None]:
         """Return a call that raises an error where a replay would not do the same."""
 
         def checked() -> None:
             args, kwargs = tree_unflatten(self._leaves, self._structure)
-            counts = [write_count(tensor) for tensor in self.static_tensors()]
-            outputs, _ = tree_flatten(self._function(*args, **kwargs))
+            given = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+            counts = list(map(write_count, given))
+            outputs, output_structure = tree_flatten(self._function(*args, **kwargs))
             leaves, structure = tree_flatten((args, kwargs))
             is_same = len(leaves) == len(self._leaves) and all(
                 a is b for a, b in zip(leaves, self._leaves, strict=True)
@@ -171,9 +187,8 @@ class CapturedCall(Captured):
                     "a captured call leaves its arguments as they are, got one that changes a list or dictionary among "
                     f"{_names_of(call)}: run it without graphs"
                 )
-            written = [write_count(tensor) for tensor in self.static_tensors()]
             names = [name for name, leaf in call.named_leaves if isinstance(leaf, Tensor)]
-            changed = [name for name, a, b in zip(names, counts, written, strict=True) if a != b]
+            changed = [name for name, a, b in zip(names, counts, map(write_count, given), strict=True) if a != b]
             if changed:
                 raise CaptureError(
                     f"a captured call leaves its arguments as they are, got one that writes to {', '.join(changed)}: run it "
@@ -185,6 +200,7 @@ class CapturedCall(Captured):
                         "a captured call returns tensors and plain values, in containers that torch knows, got a "
                         f"{type(output).__qualname__}: run it without graphs"
                     )
+            self._keep_outputs(outputs, output_structure)
 
         return checked
 
@@ -195,14 +211,13 @@ class CapturedCall(Captured):
         of guidance, multistep schedulers those of earlier steps.
         """
         self._graph.replay()
-        outputs, structure = self._graph.output
         copies: dict[int, Tensor] = {}
         with torch.no_grad():
-            for output in outputs:
+            for output in self._outputs:
                 if isinstance(output, Tensor) and id(output) not in copies:
                     copies[id(output)] = copy = static_like(output)
                     fill(copy, output)
-        return tree_unflatten([copies.get(id(output), output) for output in outputs], structure)
+        return tree_unflatten([copies.get(id(output), output) for output in self._outputs], self._output_structure)
 
 
 def _names_of(call: Call) -> str:
