@@ -191,11 +191,11 @@ class Logged(Replay):
         super().__init__()
         self.log, self.stream, self.full = [], "first", 0
 
-    def capture(self, function):
+    def capture(self, function, pool=None):
         if self.full:
             self.full -= 1
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        graph, replay = super().capture(function), None
+        graph, replay = super().capture(function, pool), None
         replay, reset = graph.replay, graph.reset
         graph.replay = lambda: (self.log.append(f"replay on {self.stream}"), replay())
         graph.reset = lambda: (self.log.append("reset"), reset())

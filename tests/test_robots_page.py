@@ -153,5 +153,7 @@ def test_the_schedule_is_that_of_the_policys_scheduler():
     from diffusers import DDIMScheduler
 
     theirs = DDIMScheduler(100, beta_schedule="squaredcos_cap_v2").alphas_cumprod
-    assert torch.allclose(theirs.double(), torch.as_tensor(df.NoiseSchedule.cosine(100).alphas_cumprod).double(), atol=1e-6)
+    assert torch.allclose(
+        theirs.double(), torch.as_tensor(df.NoiseSchedule.cosine(100).alphas_cumprod).double(), atol=1e-6
+    )
     assert list(inspect.signature(Network.forward).parameters) == ["self", "x", "timestep", "global_cond"]

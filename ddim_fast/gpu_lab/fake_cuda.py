@@ -57,6 +57,7 @@ from .. import kernels
 from ..kernels import layout
 from ..sampling.cuda_graphs import WARM_UP_CALLS, CaptureError
 from . import triton_internals
+from .recorded_pool import RecordedPool
 from .torch_internals import (
     CUDA_INITIALISERS,
     FakeTensor,
@@ -648,7 +649,10 @@ class FakeGraphs:
     def fence(self, tensors: Sequence[Tensor]) -> None:
         """Return None: a replay is done when it returns."""
 
-    def capture(self, function: Callable[[], Any]) -> FakeGraph:
+    def new_pool(self) -> RecordedPool:
+        return RecordedPool()  # nothing is in it, since a fake tensor has no memory
+
+    def capture(self, function: Callable[[], Any], pool: RecordedPool | None = None) -> FakeGraph:
         """Call ``function`` once in a steady state.
 
         Raises:

@@ -49,6 +49,7 @@ from .fake_cuda import (
     waiting_refusal,
     written_tensors,
 )
+from .recorded_pool import RecordedPool
 from .torch_internals import TorchDispatchMode, WeakStorage, schema_of, storage_key, tree_map_only
 
 _NEVER_WRITTEN = 255
@@ -61,12 +62,13 @@ class ReplayError(RuntimeError):
 class _Memory:
     """One storage at the address that it had.
 
-    It is kept alive if the graph made it, and only watched if it is the caller's.
+    It is kept alive if the graph made it, and only watched if it is the caller's. Of memory that
+    graphs share, ``shared`` is kept, so that ``storage`` is free when nobody else holds it.
     """
 
-    def __init__(self, storage: torch.UntypedStorage, made_here: bool):
+    def __init__(self, storage: torch.UntypedStorage, made_here: bool, shared: torch.UntypedStorage | None = None):
         self._weak = WeakStorage(storage)
-        self._kept = storage if made_here else None
+        self._kept = (storage if shared is None else shared) if made_here else None
         self._recording: torch.UntypedStorage | None = storage
         self._address, self._size = storage.data_ptr(), storage.nbytes()
         self._before: torch.UntypedStorage | None = None
@@ -148,15 +150,22 @@ class RecordedGraph:
     Args:
         launchers: Lists of launchers outside the dispatcher, see the module.
         generators: Generators registered with the graph, beside the default one.
+        pool: Where its memory is; None: memory of its own.
 
     Attributes:
         output: What the function returned to ``Replay.capture``.
         paused: Whether what is dispatched now belongs to a launch that is recorded as a whole.
     """
 
-    def __init__(self, launchers: Sequence[list[Callable]] = (), generators: Sequence[torch.Generator] = ()):
+    def __init__(
+        self,
+        launchers: Sequence[list[Callable]] = (),
+        generators: Sequence[torch.Generator] = (),
+        pool: RecordedPool | None = None,
+    ):
         self._launchers = launchers
         self._generators = tuple(generators)
+        self._pool = pool
         self._nodes: list[_Node] | None = None
         self._memories: dict[int, _Memory] = {}
         self._active = False
@@ -184,6 +193,8 @@ class RecordedGraph:
         """
         if self._nodes is not None:
             raise RuntimeError("a graph holds one recording, got a second: make a new RecordedGraph for it")
+        if self._pool is not None:
+            self._pool.enter()
         states = [(generator, generator.get_state()) for generator in (torch.default_generator, *self._generators)]
         self._nodes = []
         finished = False
@@ -205,7 +216,7 @@ class RecordedGraph:
             for generator, state in states:
                 generator.set_state(state)
             if not finished:
-                self._nodes = None
+                self.reset()
 
     def record_call(self, function: Callable, /, *arguments: Any, **options: Any) -> None:
         """Run a function outside the dispatcher, now and in each replay with the same memory and
@@ -260,8 +271,18 @@ class RecordedGraph:
             for node in self._nodes:
                 node.run()
 
+    def replaying(self) -> Iterator[str]:
+        """Replay launch by launch, each when the next is asked for; what others do between them
+        comes between them, as on a GPU with several streams."""
+        for node in self._nodes or ():
+            with torch.inference_mode():
+                node.run()
+            yield node.name
+
     def reset(self) -> None:
         """Drop the recording and free its memory."""
+        if self._nodes is not None and self._pool is not None:
+            self._pool.leave()
         self._nodes, self.output = None, None
 
     def _memory(self, tensor: Tensor, made_here: bool = False) -> _Memory:
@@ -270,6 +291,20 @@ class RecordedGraph:
         if memory is None:
             memory = self._memories[storage_key(storage)] = _Memory(storage, made_here)
         return memory
+
+    def _move(self, tensors: list[Tensor], pool: RecordedPool) -> None:
+        """Move new tensors to memory of the pool."""
+        moved: dict[int, torch.UntypedStorage] = {}
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if not storage.nbytes():
+                continue
+            if storage_key(storage) not in moved:
+                given, shared = pool.take(storage.nbytes())
+                moved[storage_key(storage)] = given.copy_(storage)
+                self._memories[storage_key(given)] = _Memory(given, True, shared)
+            size, stride, offset = tensor.size(), tensor.stride(), tensor.storage_offset()
+            tensor.set_(moved[storage_key(storage)], offset, size, stride)
 
     def _freeze(self, tensor: Tensor, made_here: bool = False) -> _Frozen:
         _check_dense(tensor)
@@ -300,6 +335,8 @@ class RecordedGraph:
         for tensor in outputs:
             _check_dense(tensor)
         new = [i for i, t in enumerate(outputs) if storage_key(t.untyped_storage()) not in before]
+        if self._pool is not None:
+            self._move([outputs[i] for i in new], self._pool)
         places = tuple((i, self._freeze(outputs[i], made_here=True)) for i in new)
         writes = any(argument.alias_info and argument.alias_info.is_write for argument in schema_of(func).arguments)
         if name == "lift_fresh":
@@ -386,14 +423,17 @@ class Replay:
     def fence(self, tensors: Sequence[Tensor]) -> None:
         """Return None: a replay is done when it returns."""
 
-    def capture(self, function: Callable[[], Any]) -> RecordedGraph:
+    def new_pool(self) -> RecordedPool:
+        return RecordedPool()
+
+    def capture(self, function: Callable[[], Any], pool: RecordedPool | None = None) -> RecordedGraph:
         """Record one call. Afterwards nothing has changed but Python's own state.
 
         Raises:
             CaptureError: an operation that a capture refuses (as ``NotCapturable``, which names
                 it), or ``function`` raised.
         """
-        graph = RecordedGraph(self._launchers, self._generators)
+        graph = RecordedGraph(self._launchers, self._generators, pool)
         try:
             with graph.recording():
                 graph.output = function()

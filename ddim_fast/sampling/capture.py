@@ -21,9 +21,11 @@ from torch import nn
 
 from ..models.protocol import Model
 from .captured import C, Captured, InUseError, Work
+from .captured_loop import CapturedLoop, Job
 from .cuda_graphs import CudaGraphs, GraphBackend, UnsteadyModelError, is_out_of_memory
 from .graph_key import graph_key
 from .model_state import ModelState
+from .shared_pools import SharedPools
 
 _UNSTEADY = "unsteady"
 _FAILURES = 64
@@ -36,7 +38,7 @@ class GraphStats:
 
     Attributes:
         graphs, nbytes: how many it keeps, and the bytes of memory that they take beside their
-            models.
+            models. Memory that graphs share is counted once.
         hits, misses, evictions: graphs that were found, captured, and freed.
         capture_seconds: spent in captures, warm-up and compilation included.
     """
@@ -83,6 +85,7 @@ class GraphCache:
         self._failed: WeakKeyDictionary[Any, dict[Hashable, str]] = WeakKeyDictionary()
         self._stats = GraphStats()
         self._lock = threading.RLock()  # of what is kept
+        self._pools = SharedPools(self._lock)
         self._capturing = threading.RLock()
 
     def __len__(self) -> int:
@@ -116,7 +119,7 @@ class GraphCache:
                 with self._lock:
                     captured.finish()
                     if captured not in self:  # it was given up while it was in use
-                        captured.reset()
+                        self._pools.release(captured)
 
     def _get(self, work: Work[C], state: ModelState | None, vouch: bool = False) -> C:
         key = graph_key(work, state)
@@ -150,6 +153,8 @@ class GraphCache:
                 self._states[id(work.model)] = fresh.state
             while len(self._captured) > 1 and (len(self._captured) > self.maxsize or self._is_over_budget()):
                 self._evict(next(iter(self._captured)))
+            if self._is_over_budget():
+                self._pools.retire(fresh)
 
     def _take(self, key: Hashable, work: Work[C]) -> C | None:
         """Return what is kept under a key, from now on in use; None if there is nothing that is
@@ -172,23 +177,35 @@ class GraphCache:
     def _capture(self, work: Work[C], vouch: bool) -> C:
         """Capture. If the device's memory is full, all idle graphs are freed, and it is tried once
         more."""
-        graphs = self.backend_of(work.device)
         fresh = None
         try:
-            fresh = work.capture(graphs, vouch)
+            fresh = self._in_pool(work, vouch)
         except Exception as error:
             if not is_out_of_memory(error) or not self._evict_idle():
                 raise
         if fresh is None:  # outside of the error, whose traceback holds what it allocated
-            fresh = work.capture(graphs, vouch)
-        fresh.busy = True
+            fresh = self._in_pool(work, vouch)
         return fresh
+
+    def _in_pool(self, work: Work[C], vouch: bool) -> C:
+        backend = self.backend_of(work.device)
+        with self._pools.for_capture(work.device, backend) as shared:
+            fresh = work.capture(backend, vouch, shared.pool)
+            fresh.busy = True
+            shared.users.append(fresh)
+        return fresh
+
+    def capture_apart(self, job: Job) -> CapturedLoop:
+        """Capture for a caller who keeps the graph, in memory of its own, and vouches for the
+        model."""
+        with self._capturing:
+            return CapturedLoop(job, self.backend_of(job.device), trusted=True)
 
     def _is_over_budget(self) -> bool:
         return self.max_bytes is not None and self._nbytes() > self.max_bytes
 
     def _nbytes(self) -> int:
-        return sum(captured.nbytes for _, captured in self._captured.values())
+        return self._pools.nbytes + sum(captured.nbytes for _, captured in self._captured.values())
 
     def _evict_idle(self) -> bool:
         """Free every graph that nobody uses; return whether there was one."""
@@ -253,7 +270,7 @@ class GraphCache:
             self._states.pop(id(model), None)
         self._stats = replace(self._stats, evictions=self._stats.evictions + 1)
         if not captured.busy:  # or else when its run ends
-            captured.reset()
+            self._pools.release(captured)
 
     def _get_or_none(self, work: Work[C], vouch: bool) -> C | None:
         """Return None whatever goes wrong: an error of the model itself shows again without a

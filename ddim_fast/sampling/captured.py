@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from ..models.protocol import Model
-from .cuda_graphs import WARM_UP_CALLS, CapturedGraph, CaptureError, Fence, GraphBackend, UnsteadyModelError
+from .cuda_graphs import (
+    WARM_UP_CALLS,
+    CapturedGraph,
+    CaptureError,
+    Fence,
+    GraphBackend,
+    MemoryPool,
+    UnsteadyModelError,
+)
 from .model_state import DoubtError, ModelState
 from .same_calls import Calls
 
@@ -47,11 +55,12 @@ class Work(Protocol[C]):
             TypeError: something in it can be no key.
         """
 
-    def capture(self, graphs: GraphBackend, vouch: bool) -> C:
+    def capture(self, graphs: GraphBackend, vouch: bool, pool: MemoryPool | None) -> C:
         """Capture it.
 
         Args:
             vouch: whether a model is refused for which nobody can vouch.
+            pool: memory of the graph, beside static tensors; None: its own.
 
         Raises:
             CaptureError: it cannot be captured.
@@ -73,20 +82,25 @@ class InUseError(CaptureError):
 class Captured:
     """A graph, and static tensors that it works on.
 
-    A subclass allocates and loads them, and then calls ``_capture``.
+    A subclass allocates and loads them, and then calls ``_capture``. All that must last from one
+    replay to the next is in the static tensors: what else a replay computes, the next one from its
+    pool overwrites.
+
+    Args:
+        pool: memory of the graph, beside the static tensors; None: its own.
 
     Attributes:
         busy: whether it is in use.
         state: the model's, as later calls will find it; None for a callable that is no module.
     """
 
-    def __init__(self, graphs: GraphBackend):
+    def __init__(self, graphs: GraphBackend, pool: MemoryPool | None = None):
         self.busy = False
         self.state: ModelState | None = None
         self._backend = graphs
+        self._pool = pool
         self._fence: Fence | None = None
         self._graph: CapturedGraph
-        self._graph_bytes = 0
 
     def _capture(
         self,
@@ -111,9 +125,7 @@ class Captured:
                 self._backend.warm_up(first)
             else:
                 self._warm_up(model, device, first, vouch)
-            before = _reserved(device)
-            self._graph = self._backend.capture(whole)
-        self._graph_bytes = max(0, _reserved(device) - before)
+            self._graph = self._backend.capture(whole, self._pool)
         try:
             self._check_unchanged(model, device if vouch else None)
         except CaptureError:
@@ -166,8 +178,8 @@ class Captured:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it keeps, apart from its model."""
-        return self._graph_bytes + sum(tensor.nbytes for tensor in self.static_tensors())
+        """Bytes of its static tensors: what it keeps apart from its model and its pool."""
+        return sum(tensor.nbytes for tensor in self.static_tensors())
 
     def reset(self) -> None:
         """Free the graph and its memory, after what the device still does with it."""
@@ -203,10 +215,6 @@ def _no_cache_of_autocast() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(before)
-
-
-def _reserved(device: torch.device) -> int:
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
 def _changes(what: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..kernels.torch_internals import tree_flatten, tree_unflatten, write_count
 from .captured import Captured
-from .cuda_graphs import CaptureError, GraphBackend
+from .cuda_graphs import CaptureError, GraphBackend, MemoryPool
 from .graph_key import leaf_key
 from .model_state import PLAIN
 from .static_tensors import fill, static_like
@@ -105,10 +105,10 @@ class Call:
         """
         return self.signature, self._context
 
-    def capture(self, graphs: GraphBackend, vouch: bool = False) -> CapturedCall:
+    def capture(self, graphs: GraphBackend, vouch: bool = False, pool: MemoryPool | None = None) -> CapturedCall:
         """Capture it."""
         self.captures += 1
-        return CapturedCall(self, graphs, vouch)
+        return CapturedCall(self, graphs, vouch, pool)
 
     def refused(self, reason: str, error: Exception | None, is_first: bool) -> None:
         """Tell its owner."""
@@ -123,14 +123,15 @@ class CapturedCall(Captured):
 
     Args:
         vouch: whether a module is refused for which nobody can vouch.
+        pool: memory of the graph, beside the static tensors; None: its own.
 
     Raises:
         CaptureError: the module cannot be captured, does something else in each call, changes its
             arguments, or returns something that is neither a tensor nor a plain value.
     """
 
-    def __init__(self, call: Call, graphs: GraphBackend, vouch: bool = False):
-        super().__init__(graphs)
+    def __init__(self, call: Call, graphs: GraphBackend, vouch: bool = False, pool: MemoryPool | None = None):
+        super().__init__(graphs, pool)
         self._function, self._structure = call.function, call.structure
         # Ordinary tensors, so that calls inside and outside of inference mode can share them.
         with torch.inference_mode(False), torch.no_grad():

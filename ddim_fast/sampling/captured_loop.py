@@ -22,7 +22,7 @@ from ..models.protocol import Model
 from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.warn import warn_caller
 from .captured import Captured
-from .cuda_graphs import GraphBackend
+from .cuda_graphs import GraphBackend, MemoryPool
 from .graph_key import leaf_key, tensor_key
 from .loop import Loop, Position, Timing, model_calls, model_times
 from .static_tensors import fill, static_like
@@ -90,9 +90,9 @@ class Job:
             tuple(leaf_key(leaf, "conditioning", self.device) for leaf in leaves),
         )
 
-    def capture(self, graphs: GraphBackend, vouch: bool = False) -> CapturedLoop:
+    def capture(self, graphs: GraphBackend, vouch: bool = False, pool: MemoryPool | None = None) -> CapturedLoop:
         """Capture the loop of this call."""
-        return CapturedLoop(self, graphs, vouch)
+        return CapturedLoop(self, graphs, vouch, pool=pool)
 
     def refused(self, reason: str, error: Exception | None, is_first: bool) -> None:
         """Warn the caller, once for a model."""
@@ -103,16 +103,27 @@ class Job:
 class CapturedLoop(Captured):
     """Static tensors, and the graph that works on them.
 
+    All that must last from one replay to the next is in the static tensors: what else a replay
+    computes, the next one from its pool overwrites.
+
     Args:
         vouch: whether a model is refused for which ``capture="auto"`` cannot vouch.
         trusted: whether the caller vouches for the model, so that nothing about it is checked.
+        pool: memory of the graph, beside the static tensors; None: its own.
 
     Raises:
         CaptureError: the model cannot be captured, or does something else in each call.
     """
 
-    def __init__(self, job: Job, graphs: GraphBackend, vouch: bool = False, trusted: bool = False):
-        super().__init__(graphs)
+    def __init__(
+        self,
+        job: Job,
+        graphs: GraphBackend,
+        vouch: bool = False,
+        trusted: bool = False,
+        pool: MemoryPool | None = None,
+    ):
+        super().__init__(graphs, pool)
         # Ordinary tensors, so that calls inside and outside of inference mode can share them.
         with torch.inference_mode(False), torch.no_grad():
             self._allocate(job)

@@ -56,7 +56,7 @@ class CapturedRun:
         job = prepare(plan, model, shape, options, graphs)
         self._shape = tuple(job.loop.shape)
         self._mode, self._key = job.mode, job.key()
-        self._captured: CapturedLoop | None = CapturedLoop(job, graphs.backend_of(job.device), trusted=True)
+        self._captured: CapturedLoop | None = graphs.capture_apart(job)
 
     @shows_keywords(ReplayKeywords)
     def sample(self, **changes: Unpack[ReplayKeywords]) -> Tensor | Trajectory:

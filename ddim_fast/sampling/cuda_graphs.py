@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.torch_internals import clear_library_workspaces, release_capture_pool
+from .cuda_pool import CudaPool
 
 WARM_UP_CALLS = 3
 """cuBLAS and cuDNN choose and allocate in the first call, autotuners in the first few."""
@@ -62,6 +63,18 @@ class CapturedGraph(Protocol):
         """Free the graph and its memory. It cannot be replayed any more."""
 
 
+class MemoryPool(Protocol):
+    """Memory in which several graphs compute, one after the other: see ``cuda_pool``.
+
+    Only what a captured function is done with before it returns may be in it. Replays of one pool
+    follow one another, in the order in which the host launches them.
+
+    ``nbytes`` is what captures have taken. It is given back when no graph of the pool is left.
+    """
+
+    nbytes: int
+
+
 class GraphBackend(Protocol):
     """Something that captures functions without arguments."""
 
@@ -69,9 +82,16 @@ class GraphBackend(Protocol):
         """Run ``function``, so that nothing happens for the first time in a capture. Its output
         tensors change."""
 
-    def capture(self, function: Callable[[], Any]) -> CapturedGraph:
+    def new_pool(self) -> MemoryPool:
+        """Return memory for graphs that share it."""
+
+    def capture(self, function: Callable[[], Any], pool: Any = None) -> CapturedGraph:
         """Call ``function`` once, recording instead of running: no tensor changes until the first
         replay.
+
+        Args:
+            pool: a ``MemoryPool`` of this backend. What the function returns may be overwritten by
+                other graphs of it. None: memory of the graph's own.
 
         Raises:
             CaptureError: it did something that cannot be recorded.
@@ -93,19 +113,21 @@ class Fence(Protocol):
 class CudaGraph:
     """A captured ``torch.cuda.CUDAGraph`` and what the captured function returned."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, output: Any):
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: Any, pool: CudaPool):
         self._graph: torch.cuda.CUDAGraph | None = graph
+        self._pool = pool
         self.output = output
 
     def replay(self) -> None:
-        """Launch the graph on the current stream, after what was put there before.
+        """Launch the graph on the current stream, after what was put there before, and after the
+        replay before from the same memory.
 
         Raises:
             RuntimeError: the graph was reset.
         """
         if self._graph is None:
             raise RuntimeError("a graph can be replayed until it is reset, got one that was reset: capture again")
-        self._graph.replay()
+        self._pool.replay(self._graph)
 
     def reset(self) -> None:
         self.output = None
@@ -115,19 +137,14 @@ class CudaGraph:
 
 
 class CudaGraphs:
-    """Capturing by ``torch.cuda.CUDAGraph``, on a separate stream, each graph in a private memory
-    pool.
+    """Capturing by ``torch.cuda.CUDAGraph``, on a separate stream.
 
     Args:
         device: the CUDA device. None: the current one.
-        pool: ``torch.cuda.graph_pool_handle()`` or the pool of another graph, to share one pool
-            between graphs that are replayed in the order in which they were captured, and never at
-            the same time. None: one pool each.
     """
 
-    def __init__(self, device: str | int | torch.device | None = None, pool: Any = None):
+    def __init__(self, device: str | int | torch.device | None = None):
         self._device = device
-        self._pool = pool
         self._side: torch.cuda.Stream | None = None
 
     def _side_stream(self) -> torch.cuda.Stream:
@@ -162,7 +179,10 @@ class CudaGraphs:
             tensor.record_stream(stream)
         return CudaFence(stream.device)
 
-    def capture(self, function: Callable[[], Any]) -> CudaGraph:
+    def new_pool(self) -> CudaPool:
+        return CudaPool(self._device)
+
+    def capture(self, function: Callable[[], Any], pool: CudaPool | None = None) -> CudaGraph:
         """Capture one call of ``function``. Waits for the device first.
 
         The error mode is "thread_local". With the default, "global", unsafe calls of *any* thread,
@@ -176,16 +196,14 @@ class CudaGraphs:
                 released; what could not be restored is in the message.
         """
         side = self._side_stream()
-        graph, pool = torch.cuda.CUDAGraph(), self._pool
-        if pool is None:
-            pool = torch.cuda.graph_pool_handle()
+        graph, pool = torch.cuda.CUDAGraph(), self.new_pool() if pool is None else pool
         raised: list[BaseException] = []
         output = None
         with torch.cuda.device(side.device):
             current = torch.cuda.current_stream()
             clear_library_workspaces()
             try:
-                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=pool.handle, stream=side, capture_error_mode="thread_local"):
                     try:
                         output = function()
                     except BaseException as error:
@@ -196,7 +214,7 @@ class CudaGraphs:
                 # capture: report the first.
                 first = raised[0] if raised else error
                 torch.cuda.set_stream(current)
-                left = _give_up(graph, pool, side, current)
+                left = _give_up(graph, pool.handle, side, current)
                 if not isinstance(first, Exception):
                     raise first from None
                 if isinstance(first, CaptureError):
@@ -204,7 +222,8 @@ class CudaGraphs:
                 raise _explained(first, left) from first
             finally:
                 clear_library_workspaces()  # what is in the graph's pool is the graph's alone
-        return CudaGraph(graph, output)
+            pool.measure()
+        return CudaGraph(graph, output, pool)
 
 
 class CudaFence:

@@ -31,8 +31,9 @@ class ForwardStats:
     """What a ``GraphedForward`` keeps and did.
 
     Attributes:
-        graphs, nbytes: how many graphs it has, and the bytes of memory that they take beside the
-            module.
+        graphs, nbytes: how many graphs it has, and the bytes of their arguments and outputs. What
+            they compute in is shared with the other graphs of their cache, whose ``stats()`` count
+            it.
         hits, misses: calls that were replays of what was there, and calls that were captured.
         fallbacks: calls that ran without a graph, by the reason.
     """

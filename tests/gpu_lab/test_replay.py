@@ -2,6 +2,8 @@
 
 import gc
 import itertools
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -428,6 +430,7 @@ class Watched:
         self.in_capture, self.generator_in_capture = None, False
         self.workspaces, self.freed = {}, []
         self.captures = 0
+        self.segments = []  # of the allocator
         watched = self
 
         class Stream:
@@ -506,6 +509,7 @@ class Watched:
             "set_stream": set_stream,
             "current_stream": lambda device=None: watched.current,
             "graph_pool_handle": lambda: (0, 7),
+            "memory_snapshot": lambda: self.segments,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.random, "fork_rng", Device)
@@ -572,10 +576,81 @@ def test_a_capture_is_on_the_warm_ups_stream_with_a_pool_of_its_own_and_replays_
         graph.replay()
 
 
-def test_graphs_may_share_a_pool(monkeypatch):
+def test_graphs_of_one_pool_replay_one_after_the_other_on_whichever_stream(monkeypatch):
     cuda = Watched(monkeypatch)
-    CudaGraphs(pool=(0, 3)).capture(lambda: None)
-    assert cuda.log == ["capture on stream 1, pool (0, 3), thread_local"]
+    graphs, other_stream = CudaGraphs(), torch.cuda.Stream()
+    pool = graphs.new_pool()
+    first, second = graphs.capture(lambda: None, pool), graphs.capture(lambda: None, pool)
+    apart = graphs.capture(lambda: None)
+    del cuda.log[:]
+    first.replay()
+    second.replay()
+    with torch.cuda.stream(other_stream):
+        apart.replay()
+        first.replay()
+        first.replay()
+    second.replay()
+    assert cuda.log == [
+        "replay on stream 0",
+        "replay on stream 0",
+        "replay on stream 1",
+        "stream 1 waits for stream 0",
+        "replay on stream 1",
+        "replay on stream 1",
+        "stream 0 waits for stream 1",
+        "replay on stream 0",
+    ]
+
+
+def test_replays_of_one_pool_by_two_threads_do_not_come_between_a_wait_and_its_replay(monkeypatch):
+    cuda = Watched(monkeypatch)
+    graphs, streams = CudaGraphs(), [torch.cuda.Stream() for _ in range(2)]
+    pool = graphs.new_pool()
+    captured = [graphs.capture(lambda: None, pool) for _ in streams]
+    here = threading.local()  # each thread has a current stream
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: here.stream)
+    meeting = threading.Barrier(2)
+
+    class Slow:
+        def replay(self):
+            time.sleep(0.001)
+            cuda.log.append(f"replay on {here.stream.name}")
+
+    def use(graph, stream):
+        here.stream = stream
+        graph._graph = Slow()
+        meeting.wait()
+        for _ in range(20):
+            graph.replay()
+            time.sleep(0)
+
+    del cuda.log[:]
+    threads = [threading.Thread(target=use, args=each) for each in zip(captured, streams, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    last = None
+    for at, line in enumerate(cuda.log):
+        if line.startswith("replay on "):
+            name = line.removeprefix("replay on ")
+            assert last in (None, name) or cuda.log[at - 1] == f"{name} waits for {last}"
+            last = name
+
+
+def test_the_bytes_of_a_pool_are_its_segments_whoever_made_them(monkeypatch):
+    cuda = Watched(monkeypatch)
+    graphs = CudaGraphs()
+    pool = graphs.new_pool()
+    assert pool.nbytes == 0
+    for size in (100, 20):  # the second capture found room in what the first took, and needed more
+        graphs.capture(
+            lambda size=size: cuda.segments.extend(
+                [{"segment_pool_id": (0, 7), "total_size": size}, {"segment_pool_id": (0, 0), "total_size": 5000}]
+            ),
+            pool,
+        )
+    assert pool.nbytes == 120
 
 
 @pytest.mark.parametrize("end_fails", [False, True])

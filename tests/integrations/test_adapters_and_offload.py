@@ -1,13 +1,11 @@
-"""``graph_denoiser`` and captured loops with the real peft and accelerate: adapters that are switched, weights that hooks move."""
+"""``graph_denoiser`` and captured loops with the real peft and accelerate: adapters that are switched, weights that hooks move. Run by
+``make test-adapters``, since only these tests need them."""
 
 import copy
 import warnings
 
 import pytest
 import torch
-from accelerate import cpu_offload
-from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from peft import LoraConfig
 from tiny_pipelines import SIZE, stable_diffusion
 
 import ddim_fast as df
@@ -16,7 +14,7 @@ from ddim_fast.integrations.diffusers import graph_denoiser
 from ddim_fast.sampling.capture import GraphCache
 from ddim_fast.sampling.cuda_graphs import CaptureError
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [pytest.mark.adapters, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
 
 
 def cache():
@@ -43,6 +41,8 @@ def quietly(pipe, call, **more):
 
 def with_adapters(unet):
     """Two adapters of random weights."""
+    from peft import LoraConfig
+
     for seed, name in enumerate(("one", "two")):
         config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
         torch.manual_seed(seed)
@@ -131,13 +131,23 @@ def test_a_captured_loop_follows_the_adapter_that_is_on(capture):
     assert (len(s.graphs) == 0) == (capture == "auto")
 
 
-class Moves(ModelHook):
-    """As accelerate's hooks of offloading do: weights are elsewhere before and after each call."""
+def hook(module):
+    """As accelerate's hooks of offloading do: weights are elsewhere before each call."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
 
-    def pre_forward(self, module, *args, **kwargs):
-        for weight in module.parameters():
-            weight.data = weight.data.clone()
-        return args, kwargs
+    class Moves(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            for weight in module.parameters():
+                weight.data = weight.data.clone()
+            return args, kwargs
+
+    add_hook_to_module(module, Moves())
+
+
+def unhook(module):
+    from accelerate.hooks import remove_hook_from_module
+
+    remove_hook_from_module(module)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -145,12 +155,12 @@ def test_hooks_of_accelerate_are_stood_aside_for_and_can_be_taken_away(when):
     pipe, call = text_to_image()
     expected = run(pipe, call)
     if when == "before":
-        add_hook_to_module(pipe.unet, Moves())
+        hook(pipe.unet)
         hooked = vars(pipe.unet)["forward"]
     graphed = graph_denoiser(pipe, graphs=cache())
     if when == "after":
         assert torch.equal(quietly(pipe, call), expected)
-        add_hook_to_module(pipe.unet, Moves())
+        hook(pipe.unet)
     with pytest.warns(
         UserWarning, match=r"forward replaced, as hooks that move|hooks that replace a forward come before"
     ):
@@ -158,14 +168,14 @@ def test_hooks_of_accelerate_are_stood_aside_for_and_can_be_taken_away(when):
     if when == "before":
         graphed.restore()
         assert vars(pipe.unet)["forward"] is hooked
-        remove_hook_from_module(pipe.unet)
+        unhook(pipe.unet)
         graphed = graph_denoiser(pipe, graphs=cache(), strict=True)  # accelerate leaves the class's method in the slot
     else:
-        remove_hook_from_module(pipe.unet)
+        unhook(pipe.unet)
     assert torch.equal(quietly(pipe, call), expected)
     assert graphed.stats()["unet"].graphs == (1 if when == "before" else 2)  # the weights have moved
     graphed.restore()
-    add_hook_to_module(pipe.unet, Moves())
+    hook(pipe.unet)
     assert torch.equal(run(pipe, call), expected)
 
 
@@ -174,10 +184,10 @@ def test_restoring_below_hooks_of_accelerate_leaves_them():
     expected = run(pipe, call)
     graphed = graph_denoiser(pipe, graphs=cache())
     quietly(pipe, call)
-    add_hook_to_module(pipe.unet, Moves())
+    hook(pipe.unet)
     graphed.restore()
     assert torch.equal(quietly(pipe, call), expected)
-    remove_hook_from_module(pipe.unet)
+    unhook(pipe.unet)
     assert torch.equal(quietly(pipe, call), expected)
     with graph_denoiser(pipe, graphs=cache(), strict=True) as graphed:
         assert torch.equal(run(pipe, call), expected)
@@ -187,6 +197,8 @@ def test_restoring_below_hooks_of_accelerate_leaves_them():
 @pytest.mark.parametrize("vouched", [False, True])
 def test_sequential_offloading_is_not_captured(vouched):
     """Its weights are on meta between calls."""
+    from accelerate import cpu_offload
+
     pipe, call = text_to_image()
     expected = run(pipe, call)
     cpu_offload(pipe.unet, execution_device="cpu")

@@ -374,8 +374,8 @@ def test_the_steps_of_a_pipeline_with_timesteps_on_the_host_wait_for_nothing():
         graphs = []
 
         class Reporting(FakeGraphs):
-            def capture(self, function):
-                graphs.append(super().capture(function))
+            def capture(self, function, pool=None):
+                graphs.append(super().capture(function, pool))
                 return graphs[-1]
 
         unet, (sample,), _ = small_unet()

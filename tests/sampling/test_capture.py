@@ -721,8 +721,8 @@ def test_a_step_launches_one_kernel_of_ours_waits_for_nothing_and_allocates_noth
         graphs = []
 
         class Reporting(FakeGraphs):
-            def capture(self, function):
-                graphs.append(super().capture(function))
+            def capture(self, function, pool=None):
+                graphs.append(super().capture(function, pool))
                 return graphs[-1]
 
         cache = GraphCache(backend=lambda where: Reporting(device))
