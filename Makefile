@@ -8,6 +8,7 @@ PYTHON_OLDEST ?= $(firstword $(shell python3.10 -c "import sys; print(sys.execut
   $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python3.10) python3.10)
 PYTHON_NEWEST ?= $(PYTHON)
 COMPILERS ?=
+ADAPTERS := peft==0.21.2 accelerate==1.15.0 psutil==7.2.2
 ROBOTICS := lerobot==0.4.4 draccus==0.10.0 mergedeep==1.3.4 typing-inspect==0.9.0 einops==0.8.2
 ROBOTICS_WITHOUT := accelerate datasets deepdiff imageio serial torchvision transformers \
   lerobot.datasets lerobot.policies.groot lerobot.policies.xvla
@@ -24,7 +25,7 @@ endif
 NATIVE := $(wildcard kernels/csrc/*)
 SAMPLE := --steps 20 -n 60 --seed 0
 
-.PHONY: help sample verify test test-slow test-oldest test-newest test-robotics gpu gpu-rehearsal predict bench bench-compare lint types wheel-check sanitize \
+.PHONY: help sample verify test test-slow test-oldest test-newest test-adapters test-robotics gpu gpu-rehearsal predict bench bench-compare lint types wheel-check sanitize \
   same-bits build-check clean
 
 help: ## list the targets
@@ -64,6 +65,12 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE) | $(BIN)/p
 	$(BIN)/python tools/borrowed_environment.py .venv-robotics $(ROBOTICS) $(addprefix --stand-in ,$(ROBOTICS_WITHOUT))
 	touch $@
 
+# With accelerate installed, diffusers loads weights in another way: the other tests run as without it.
+.venv-adapters/.installed: Makefile tools/borrowed_environment.py | $(VENV)/.installed
+	rm -rf .venv-adapters
+	$(BIN)/python tools/borrowed_environment.py .venv-adapters $(ADAPTERS)
+	touch $@
+
 sample: $(VENV)/.installed ## draw a labelled grid of pictures with the model that ships here: out/grid.png
 	mkdir -p $(OUT)
 	$(BIN)/ddim-fast sample $(SAMPLE) --out $(OUT)/grid.png --trajectory $(OUT)/trajectory.gif
@@ -87,6 +94,9 @@ test-oldest: .venv-oldest/.installed ## run the tests on the oldest versions tha
 test-newest: .venv-newest/.installed ## run the tests on the newest released versions (downloads gigabytes)
 	.venv-newest/bin/python tools/versions.py
 	.venv-newest/bin/pytest -n auto
+
+test-adapters: .venv-adapters/.installed ## run the tests against peft and accelerate
+	.venv-adapters/bin/python -m pytest -m adapters tests/integrations/test_adapters_and_offload.py
 
 test-robotics: .venv-robotics/.installed ## run the tests against lerobot's policies
 	.venv-robotics/bin/python -m pytest -m robotics tests/integrations/test_lerobot.py
@@ -130,4 +140,4 @@ build-check: .venv-build/.installed ## compile the C++ kernel with gcc, old and 
 	tools/build_check.sh .venv-build/bin/python $(COMPILERS)
 
 clean: ## remove everything that was built
-	rm -rf $(VENV) .venv-build .venv-oldest .venv-newest .venv-robotics build dist out *.egg-info kernels/*.so
+	rm -rf $(VENV) .venv-build .venv-oldest .venv-newest .venv-adapters .venv-robotics build dist out *.egg-info kernels/*.so

@@ -248,6 +248,15 @@ def _compiler(source: Any, identity: Any, attributes: frozenset[str] = frozenset
     return Compiler(None if config is None else bool(config.get("triton.cudagraphs")), identity, attributes)
 
 
+def module_inside(module: nn.Module) -> nn.Module:
+    """Return the module that torch.compile wrapped; the module itself if it did not.
+
+    There is no public way to ask. Without the name, a wrapped module is known by its wrapper.
+    """
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else module
+
+
 def makes_own_graphs(model: Any) -> bool:
     """Return whether torch.compile gave a model, or a module in it, CUDA graphs."""
     compilers = map(compiled_by, model.modules()) if isinstance(model, nn.Module) else [_compiler(model, None)]

@@ -30,7 +30,7 @@ from ..plans.path import NoisePath
 from ..plans.schedules import NoiseSchedule
 from ..plans.timesteps import SPACINGS
 from ..sampler import DDIMSampler
-from ..sampling.capture import MODES
+from ..sampling.capture_mode import MODES
 from ..sampling.loop import Trajectory
 from ..utils import pictures
 from ..utils.checks import check_memory, usable_device

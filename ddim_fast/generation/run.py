@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..kernels.noise import sample_seeds
 from ..models.protocol import Model
 from ..sampler import DDIMSampler
-from ..sampling.capture import choose_mode
+from ..sampling.capture_mode import choose_mode
 from ..sampling.guidance import check_rescale, guidance_scales
 from ..sampling.initial_state import conditionings_of
 from ..utils.checks import (

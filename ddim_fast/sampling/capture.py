@@ -1,9 +1,7 @@
-"""The sampling loop as CUDA graphs: captured once, replayed by every later call that differs in
-values only.
+"""Graphs that are kept: captured once, replayed by every later call that differs in values only.
 
-A graph bakes in addresses, shapes and every Python number. Here everything that changes between
-calls is in static tensors that the captured work reads: samples, seeds, timesteps, coefficients,
-guidance scales, conditioning, known regions. What is baked in is part of the key under which a
+A graph bakes in addresses, shapes and every Python number. Everything that changes between calls is
+in static tensors that the captured work reads (``captured``). What is baked in is part of the key under which a
 graph is kept (``graph_key``), so a different value leads to a different graph, never to a stale one.
 """
 
@@ -21,20 +19,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from ..kernels.layout import DTYPES_OF_KERNELS
 from ..models.protocol import Model
-from ..utils.checks import check_choice
-from ..utils.warn import warn_caller
+from .captured import C, Captured, InUseError, Work
 from .captured_loop import CapturedLoop, Job
 from .cuda_graphs import CudaGraphs, GraphBackend, UnsteadyModelError, is_out_of_memory
 from .graph_key import graph_key
 from .model_state import ModelState
 from .shared_pools import SharedPools
-
-MODES = ("auto", "loop", "step", "off")
-"""One graph for the whole loop, one for a step that is replayed for each, or none; "auto": "step"
-where it can be."""
-
 
 _UNSTEADY = "unsteady"
 _NOTHING = (None, None)
@@ -62,7 +53,7 @@ class GraphStats:
 
 
 class GraphCache:
-    """A cache of captured loops; the least recently used are freed first.
+    """A cache of captured work; the least recently used is freed first.
 
     A graph holds its model and the memory of one call of it; ``clear`` and ``discard`` release
     them. A loop that is in use, by another thread or by the sampler that calls this callback, is
@@ -90,9 +81,9 @@ class GraphCache:
         self.max_bytes = max_bytes
         self._backend = backend
         self._backends: dict[torch.device, GraphBackend] = {}  # each has a side stream of its device
-        self._captured: OrderedDict[Hashable, tuple[Model, CapturedLoop]] = OrderedDict()
-        self._states: dict[int, ModelState] = {}  # of the models that have graphs
-        self._failed: WeakKeyDictionary[Any, set[Hashable]] = WeakKeyDictionary()
+        self._captured: OrderedDict[Hashable, tuple[Model, Captured]] = OrderedDict()
+        self._states: dict[int, ModelState] = {}  # of the models that have graphs, or that their owners hold
+        self._failed: WeakKeyDictionary[Any, dict[Hashable, str]] = WeakKeyDictionary()
         self._stats = GraphStats()  # of captures
         self._hits = 0
         self._lock = threading.RLock()  # of what is kept
@@ -107,20 +98,23 @@ class GraphCache:
         return type(self), (self.maxsize, self._backend, self.device_types, self.max_bytes)
 
     @contextmanager
-    def use(self, mode: str, job: Job, optional: bool = False) -> Iterator[CapturedLoop | None]:
-        """Return the captured loop for this job, with the job's values loaded; it is captured now
-        if there is none.
+    def use(self, work: Work[C], optional: bool = False, vouch: bool = True) -> Iterator[C | None]:
+        """Return what was captured for this work, with its values loaded; it is captured now if
+        there is nothing.
 
         Args:
-            optional: return None, with one warning, instead of raising an error where it cannot be
-                captured.
+            optional: return None, and tell the work why, instead of raising an error where it
+                cannot be captured.
+            vouch: whether, with ``optional``, a model is refused for which nobody can vouch.
 
         Raises:
             CaptureError: the model cannot be captured.
-            TypeError: a conditioning entry is neither a tensor nor a plain value.
+            TypeError: an argument of the model is neither a tensor nor a plain value.
         """
-        captured = self._get_or_none(mode, job) if optional else self._get(mode, job, self._state(job.model))
+        captured = self._get_or_none(work, vouch) if optional else self._get(work, self._state(work))
         try:
+            if captured is not None:
+                captured.load(work)
             yield captured
         finally:
             if captured is not None:
@@ -129,73 +123,86 @@ class GraphCache:
                     if captured not in self:  # it was given up while it was in use
                         self._pools.release(captured)
 
-    def _get(
-        self, mode: str, job: Job, state: ModelState | None, vouch: bool = False, key: Hashable = None
-    ) -> CapturedLoop:
+    def _get(self, work: Work[C], state: ModelState | None, vouch: bool = False, key: Hashable = None) -> C:
         if key is None:
-            key = graph_key(mode, job, state)
-        with self._lock:
-            captured = self._captured.get(key, _NOTHING)[1]
-            was_busy = captured is not None and captured.busy
-            if captured is not None and not was_busy:
-                self._captured.move_to_end(key)
-                captured.busy = True
-                self._hits += 1
-        if captured is not None and not was_busy:
-            captured.load(job)
+            key = graph_key(work, state)
+        captured = self._take(key, work)
+        if captured is not None:
             return captured
         if state is not None:
             state.check_weights()
-        fresh = self._capture(mode, job, vouch)
-        # The first call may have completed the model: later ones find it as it is now.
-        key = graph_key(mode, job, fresh.state)
-        with self._lock:
-            if key not in self._captured:
-                self._captured[key] = (job.model, fresh)
-                if fresh.state is not None:
-                    self._states[id(job.model)] = fresh.state
-                while len(self._captured) > 1 and (len(self._captured) > self.maxsize or self._is_over_budget()):
-                    self._evict(next(iter(self._captured)))
-                if self._is_over_budget():
-                    self._pools.retire(fresh)
+        # One after the other, since all share a side stream. Others may replay meanwhile.
+        with self._capturing:
+            captured = self._take(key, work)  # another thread may have captured it
+            if captured is not None:
+                return captured
+            started = time.perf_counter()
+            fresh = self._capture(work, vouch)
+            seconds = time.perf_counter() - started
+            self._keep(work, fresh, seconds)
         return fresh
 
-    def _capture(self, mode: str, job: Job, vouch: bool) -> CapturedLoop:
-        """Capture, one after the other, since all share a side stream. Others may replay meanwhile.
-
-        If the device's memory is full, all idle graphs are freed, and it is tried once more.
-        """
-        with self._capturing:
-            started = time.perf_counter()
-            try:
-                fresh = self._captured_loop(mode, job, vouch)
-            except Exception as error:
-                if not is_out_of_memory(error) or not self._evict_idle():
-                    raise
-                fresh = None
-            if fresh is None:  # outside of the error, whose traceback holds what it allocated
-                fresh = self._captured_loop(mode, job, vouch)
-            seconds = time.perf_counter() - started
+    def _keep(self, work: Work[Any], fresh: Captured, seconds: float) -> None:
+        """Keep what was captured, and free what is too much then."""
+        # The first call may have completed the model: later ones find it as it is now.
+        key = graph_key(work, fresh.state)
         with self._lock:
             s = self._stats
             self._stats = replace(s, misses=s.misses + 1, capture_seconds=s.capture_seconds + seconds)
+            if key in self._captured:
+                return
+            self._captured[key] = (work.model, fresh)
+            if fresh.state is not None:
+                self._states[id(work.model)] = fresh.state
+            while len(self._captured) > 1 and (len(self._captured) > self.maxsize or self._is_over_budget()):
+                self._evict(next(iter(self._captured)))
+            if self._is_over_budget():
+                self._pools.retire(fresh)
+
+    def _take(self, key: Hashable, work: Work[C]) -> C | None:
+        """Return what is kept under a key, from now on in use; None if there is nothing that is
+        free.
+
+        Raises:
+            InUseError: it is in use, and the work does not get a graph of its own for that.
+        """
+        with self._lock:
+            captured: Any = self._captured.get(key, _NOTHING)[1]
+            if captured is None or captured.busy:
+                if captured is not None and work.is_brief:
+                    raise InUseError("a graph is replayed by one at a time, got a call while another was using it")
+                return None
+            self._captured.move_to_end(key)
+            captured.busy = True
+            self._hits += 1
+            return captured
+
+    def _capture(self, work: Work[C], vouch: bool) -> C:
+        """Capture. If the device's memory is full, all idle graphs are freed, and it is tried once
+        more."""
+        fresh = None
+        try:
+            fresh = self._in_pool(work, vouch)
+        except Exception as error:
+            if not is_out_of_memory(error) or not self._evict_idle():
+                raise
+        if fresh is None:  # outside of the error, whose traceback holds what it allocated
+            fresh = self._in_pool(work, vouch)
         return fresh
 
-    def _captured_loop(self, mode: str, job: Job, vouch: bool) -> CapturedLoop:
-        device = job.loop.x_t.device
-        backend = self.backend_of(device)
-        with self._pools.for_capture(device, backend) as shared:
-            fresh = CapturedLoop(mode, job, backend, vouch, pool=shared.pool)
+    def _in_pool(self, work: Work[C], vouch: bool) -> C:
+        backend = self.backend_of(work.device)
+        with self._pools.for_capture(work.device, backend) as shared:
+            fresh = work.capture(backend, vouch, shared.pool)
             fresh.busy = True
-            fresh.load(job)  # the warm-up has changed the samples
-            shared.loops.append(fresh)
+            shared.users.append(fresh)
         return fresh
 
-    def capture_apart(self, mode: str, job: Job) -> CapturedLoop:
+    def capture_apart(self, job: Job) -> CapturedLoop:
         """Capture for a caller who keeps the graph, in memory of its own, and vouches for the
         model."""
         with self._capturing:
-            return CapturedLoop(mode, job, self.backend_of(job.loop.x_t.device), trusted=True)
+            return CapturedLoop(job, self.backend_of(job.device), trusted=True)
 
     def _is_over_budget(self) -> bool:
         return self.max_bytes is not None and self._nbytes() > self.max_bytes
@@ -216,6 +223,12 @@ class GraphCache:
         with self._lock:
             return replace(self._stats, graphs=len(self._captured), nbytes=self._nbytes(), hits=self._hits)
 
+    def size_of(self, model: Model) -> tuple[int, int]:
+        """Return how many graphs of this model are kept, and their bytes."""
+        with self._lock:
+            kept = [captured for owner, captured in self._captured.values() if owner is model]
+            return len(kept), sum(captured.nbytes for captured in kept)
+
     def __contains__(self, captured: object) -> bool:
         return any(captured is kept for _, kept in self._captured.values())
 
@@ -226,21 +239,24 @@ class GraphCache:
             f"{s.evictions} evictions, {s.capture_seconds:.2f} s of capturing)"
         )
 
-    def _state(self, model: Model, vouch_on: torch.device | None = None) -> ModelState | None:
+    def _state(self, work: Work[Any], vouch: bool = False) -> ModelState | None:
         """Return what a graph of this model bakes in of it; the one found last, if nothing has
         changed.
 
         Raises:
             DoubtError: nobody can vouch for it on this device.
         """
+        model, vouch_on = work.model, work.device if vouch else None
         if not isinstance(model, nn.Module):
             return None
         known = self._states.get(id(model))
         if known is None or not known.is_current():
-            had_graphs, known = known is not None, ModelState(model, vouch_on)
-            if had_graphs:
+            # One that is kept is looked through to its end, one that is not as far as a doubt.
+            is_kept = known is not None or work.is_brief
+            known = ModelState(model, None if is_kept else vouch_on)
+            if is_kept:
                 self._states[id(model)] = known
-        elif vouch_on is not None:
+        if vouch_on is not None:
             known.vouch(vouch_on)
         return known
 
@@ -259,26 +275,38 @@ class GraphCache:
         if not captured.busy:  # or else when its run ends
             self._pools.release(captured)
 
-    def _get_or_none(self, mode: str, job: Job) -> CapturedLoop | None:
+    def _get_or_none(self, work: Work[C], vouch: bool) -> C | None:
         """Return None whatever goes wrong: an error of the model itself shows again without a
         graph."""
-        failed = self._failed.setdefault(job.model, set())
+        model, key = work.model, None
+        failed = self._failed.setdefault(model, {})
         if _UNSTEADY in failed:  # each call would find another state, and try again
+            work.refused(failed[_UNSTEADY], None, is_first=False)
             return None
-        key = None
         try:
-            state = self._state(job.model, job.loop.x_t.device)
-            key = graph_key(mode, job, state)
-            return None if key in failed else self._get(mode, job, state, vouch=True, key=key)
+            state = self._state(work, vouch)
+            key = graph_key(work, state)
+            if key not in failed:
+                return self._get(work, state, vouch, key)
         except Exception as error:
-            if not failed:
-                warn_caller(f"sampling without CUDA graphs: {error}")
-            if len(failed) > _FAILURES:
-                failed.clear()
-            if is_out_of_memory(error):  # there may be room next time
-                key = None
-            failed |= {key, _UNSTEADY if isinstance(error, UnsteadyModelError) else None}
+            is_first = not failed
+            if not isinstance(error, InUseError):
+                self._remember(work, key, error)
+            work.refused(str(error), error, is_first)
             return None
+        work.refused(failed[key], None, is_first=False)
+        return None
+
+    def _remember(self, work: Work[Any], key: Hashable, error: Exception) -> None:
+        """Keep why something cannot be captured."""
+        failed = self._failed.setdefault(work.model, {})
+        if len(failed) > _FAILURES:
+            failed.clear()
+        failed[None] = str(error)
+        if isinstance(error, UnsteadyModelError):
+            failed[_UNSTEADY] = str(error)
+        elif not is_out_of_memory(error):  # or else there may be room next time
+            failed[key] = str(error)
 
     def discard(self, model: Model) -> None:
         """Free every graph of this model, so that it is captured again, for instance after a change
@@ -286,6 +314,7 @@ class GraphCache:
         with self._lock:
             if isinstance(model, nn.Module):
                 self._failed.pop(model, None)
+            self._states.pop(id(model), None)
             for key in [key for key, (owner, _) in self._captured.items() if owner is model]:
                 self._evict(key)
 
@@ -293,53 +322,10 @@ class GraphCache:
         """Free every graph."""
         with self._lock:
             self._failed.clear()
+            self._states.clear()
             while self._captured:
                 self._evict(next(iter(self._captured)))
 
 
 GRAPHS = GraphCache()
 """The graphs of every sampler without a cache of its own."""
-
-
-def choose_mode(
-    capture: str,
-    cache: GraphCache,
-    device: torch.device,
-    dtype: torch.dtype,
-    backend: str | None,
-    between_steps: str | None,
-    model: Model,
-    not_captured: str | None = None,
-) -> str:
-    """Choose the mode to sample in: "loop", "step" or "off".
-
-    Args:
-        between_steps: what the host has to do between two steps, in words; None for nothing.
-        not_captured: why no step of this call can be captured; None if it can.
-
-    Raises:
-        ValueError: the mode asked for is unknown or impossible; the message has the reason.
-    """
-    check_choice("capture", capture, MODES)
-    reason: str | None
-    if device.type not in cache.device_types:
-        reason = f"it needs a CUDA device, and the samples are on {device}"
-    elif dtype not in DTYPES_OF_KERNELS:
-        reason = f"its kernel takes float32, float16 and bfloat16, and the samples are {dtype}"
-    elif backend not in (None, "triton"):
-        reason = f"it is the Triton kernel that is captured, and backend={backend!r} was asked for"
-    else:
-        reason = not_captured
-    if capture in ("loop", "step") and reason is not None:
-        raise ValueError(f"capture={capture!r} cannot be used: {reason}; use capture='off', or 'auto'")
-    if capture == "loop" and between_steps is not None:
-        raise ValueError(
-            f"capture='loop' runs all steps as one launch, so the host cannot come between them, got {between_steps}: "
-            "use capture='step'"
-        )
-    if reason is not None or capture == "off":
-        return "off"
-    if capture == "auto":
-        # What a function holds is invisible, and so are changes to it after the capture.
-        return "step" if isinstance(model, nn.Module) else "off"
-    return capture

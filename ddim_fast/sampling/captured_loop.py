@@ -13,10 +13,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels.contract import StepTable
 from ..kernels.thresholding import thresholds_workspace
@@ -24,18 +25,12 @@ from ..kernels.torch_internals import tree_flatten, tree_unflatten
 from ..models.protocol import Model
 from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.transfer import to_device
-from .cuda_graphs import (
-    WARM_UP_CALLS,
-    CapturedGraph,
-    CaptureError,
-    Fence,
-    GraphBackend,
-    MemoryPool,
-    UnsteadyModelError,
-)
+from ..utils.warn import warn_caller
+from .captured import Captured
+from .cuda_graphs import GraphBackend, MemoryPool
+from .graph_key import leaf_key, tensor_key
 from .loop import Loop, Position, Timing, begins_steps, model_calls, model_times
-from .model_state import ModelState
-from .same_calls import difference_of_calls, record_operators
+from .static_tensors import fill, static_like
 
 LOADED = ("x_t", "seeds", "mask", "known_x0", "model_input")  # tensors of a Loop that are copied in for each call
 SCRATCH = (
@@ -48,6 +43,7 @@ SCRATCH = (
 )  # tensors that the steps fill
 _PLANS = 8
 """How many plans a graph keeps on its device, beside the one that it runs."""
+_tensors_of = attrgetter(*LOADED, *SCRATCH)
 
 
 @dataclass(frozen=True)
@@ -55,14 +51,23 @@ class Job:
     """One call of ``sample``: what is to be computed, in tensors that were allocated for this call.
 
     Attributes:
+        mode: "loop" or "step"; "off" for a run that is not captured.
         loop: its tensors hold x_T; its calls use the caller's conditioning.
         conditionings: that of each model call.
     """
 
+    mode: str
     model: Model
     plan: SamplingPlan
     loop: Loop
     conditionings: Sequence[Mapping[str, Any]]
+
+    is_brief = False
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the samples."""
+        return self.loop.x_t.device
 
     @cached_property
     def leaves(self) -> list[Any]:
@@ -88,8 +93,37 @@ class Job:
         # up before it.
         return replace(table, guided=table.guided and not self.loop.guidance_rescale)
 
+    def key(self) -> Hashable:
+        """Return what a graph bakes in of this call, apart from its model.
 
-class CapturedLoop:
+        Raises:
+            TypeError: a conditioning entry is neither a tensor on the device nor a plain value.
+        """
+        loop, plan = self.loop, self.plan
+        return (
+            self.mode,
+            capacity(self.mode, plan.num_inference_steps),
+            *map(tensor_key, _tensors_of(loop)),
+            len(loop.calls),
+            loop.thresholding,
+            loop.normals,
+            (plan.steps[0].coefficients.clipped, plan.adds_noise, loop.mask is not None and plan.adds_known_noise),
+            loop.guidance_rescale,
+            self.structure,
+            tuple(leaf_key(leaf, "conditioning", self.device) for leaf in self.leaves),
+        )
+
+    def capture(self, graphs: GraphBackend, vouch: bool = False, pool: MemoryPool | None = None) -> CapturedLoop:
+        """Capture the loop of this call."""
+        return CapturedLoop(self, graphs, vouch, pool=pool)
+
+    def refused(self, reason: str, error: Exception | None, is_first: bool) -> None:
+        """Warn the caller, once for a model."""
+        if is_first:
+            warn_caller(f"sampling without CUDA graphs: {reason}")
+
+
+class CapturedLoop(Captured):
     """Static tensors, and the graph that works on them.
 
     All that must last from one replay to the next is in the static tensors: what else a replay
@@ -100,71 +134,34 @@ class CapturedLoop:
         trusted: whether the caller vouches for the model, so that nothing about it is checked.
         pool: memory of the graph, beside the static tensors; None: its own.
 
-    Attributes:
-        state: the module's, as later calls will find it; None for another callable.
-
     Raises:
         CaptureError: the model cannot be captured, or does something else in each call.
     """
 
     def __init__(
         self,
-        mode: str,
         job: Job,
         graphs: GraphBackend,
         vouch: bool = False,
         trusted: bool = False,
         pool: MemoryPool | None = None,
     ):
-        self.busy = False
-        self.state: ModelState | None = None
-        self._backend = graphs
-        self._fence: Fence | None = None
+        super().__init__(graphs, pool)
         self._plans: OrderedDict[Hashable, tuple[Tensor, Tensor]] = OrderedDict()  # rows and timesteps
         self._loaded: Hashable = None  # the one of them in the static tensors
-        self._mode = mode
+        self._mode = job.mode
         # Ordinary tensors, so that calls inside and outside of inference mode can share them.
         with torch.inference_mode(False), torch.no_grad():
             self._allocate(job)
         self.load(job)
-        device = job.loop.x_t.device
-        with torch.no_grad():
-            graphs.warm_up(self._first_step) if trusted else self._warm_up(job.model, graphs)
-            self._graph: CapturedGraph = graphs.capture(self._all_steps if mode == "loop" else self._one_step, pool)
-        try:
-            self._check_unchanged(job.model, device if vouch else None)
-        except CaptureError:
-            self._graph.reset()
-            raise
-
-    def _warm_up(self, model: Model, graphs: GraphBackend) -> None:
-        """Take the first step a few times, and check that each call of the model does the same."""
-        graphs.warm_up(self._first_step, 1)
-        self.state = ModelState(model) if isinstance(model, nn.Module) else None
-        if self.state is not None and self.state.is_compiled:  # under a watch it would run uncompiled
-            graphs.warm_up(self._first_step, WARM_UP_CALLS - 1)
-            return
-        calls: list[list[tuple[str, Hashable]]] = []
-        watched = record_operators(self._first_step, calls)
-        graphs.warm_up(watched, WARM_UP_CALLS - 1)
-        difference = difference_of_calls(calls) if calls else None
-        if difference is not None:
-            raise UnsteadyModelError(_changes(difference))
-
-    def _check_unchanged(self, model: Model, vouch_on: torch.device | None) -> None:
-        """Check that the model is as it was after its first call, which may have completed it."""
-        if self.state is None or not isinstance(model, nn.Module):
-            return
-        before, self.state = self.state, ModelState(model, vouch_on)
-        difference = self.state.difference(before)
-        if difference is not None:
-            raise UnsteadyModelError(_changes(f"{difference} changed"))
+        whole = self._all_steps if job.mode == "loop" else self._one_step
+        self._capture(job.model, job.device, self._first_step, whole, vouch, trusted)
 
     def _allocate(self, job: Job) -> None:
-        loop, device, mode = job.loop, job.loop.x_t.device, self._mode
+        loop, device, mode = job.loop, job.device, job.mode
         self._steps = job.plan.num_inference_steps  # of the plan that is loaded
         self._leaves, structure = tree_flatten(list(job.conditionings))
-        self._leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        self._leaves = [static_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         conditionings = tree_unflatten(self._leaves, structure)
         tensors: dict[str, Any] = {name: _like(getattr(loop, name)) for name in (*LOADED, *SCRATCH)}
         self.loop = replace(
@@ -193,8 +190,7 @@ class CapturedLoop:
     def load(self, job: Job) -> None:
         """Copy the values of another job with the same key into the static tensors, after the run
         before, whatever its stream."""
-        if self._fence is not None:
-            self._fence.wait()
+        self._wait()
         with torch.no_grad():
             self._copy(job)
 
@@ -207,7 +203,7 @@ class CapturedLoop:
         self._position.index.zero_()
         for static, new in zip(self._leaves, job.leaves, strict=True):
             if isinstance(static, Tensor):
-                static.copy_(new)
+                fill(static, new)
 
     def _load_plan(self, job: Job) -> None:
         """Copy the steps of the job into the static tensors, unless they are there. Only a plan that
@@ -252,21 +248,9 @@ class CapturedLoop:
         timing.captured_seconds += time.perf_counter() - started
         timing.steps += self._steps
 
-    def finish(self) -> None:
-        """End a run: the host is done, the device may not be."""
-        self._fence = self._backend.fence(self._held)
-        self.busy = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its static tensors: what it keeps apart from its model and its pool."""
-        return sum(tensor.nbytes for tensor in self._held)
-
-    def reset(self) -> None:
-        """Free the graph and its memory, after what the device still does with it."""
-        if self._fence is not None:
-            self._fence.wait()
-        self._graph.reset()
+    def static_tensors(self) -> list[Tensor]:
+        """Return the tensors that the loop works on, and the plans that it keeps."""
+        return self._held
 
     def _one_step(self) -> None:
         self.loop.step_by_index(self._position)
@@ -285,13 +269,6 @@ def capacity(mode: str, steps: int) -> int:
     """Return the rows of a captured table: the graph of a step serves up to so many steps, that of
     a loop exactly its own number."""
     return steps if mode == "loop" else max(64, 1 << (steps - 1).bit_length())
-
-
-def _changes(what: str) -> str:
-    return (
-        f"a captured step replays one call of the model for all, so each must do the same, got {what}: use "
-        "capture='off', or keep in tensors that are changed in place what differs between calls"
-    )
 
 
 def _like(tensor: Tensor | None) -> Tensor | None:

@@ -13,7 +13,6 @@ from ..models.protocol import Model
 from ..plans.plan import SamplingPlan
 from .capture import GraphCache
 from .captured_loop import CapturedLoop, Job
-from .graph_key import call_key
 from .loop import Trajectory
 from .options import Options, ReplayKeywords, check_names, shows_keywords
 from .run import prepare, steps_shown, take_steps
@@ -54,10 +53,10 @@ class CapturedRun:
             options = options.replace(seed=0)  # nothing is drawn from torch's generator to capture
         self._plan, self._model, self._graphs = plan, model, graphs
         self._in_use = threading.Lock()
-        self._mode, job = prepare(plan, model, shape, options, graphs)
+        job = prepare(plan, model, shape, options, graphs)
         self._shape = tuple(job.loop.shape)
-        self._key = call_key(self._mode, job)
-        self._captured: CapturedLoop | None = graphs.capture_apart(self._mode, job)
+        self._mode, self._key = job.mode, job.key()
+        self._captured: CapturedLoop | None = graphs.capture_apart(job)
 
     @shows_keywords(ReplayKeywords)
     def sample(self, **changes: Unpack[ReplayKeywords]) -> Tensor | Trajectory:
@@ -80,8 +79,8 @@ class CapturedRun:
         if any(name in given for name in _RANDOMNESS):
             given = {**dict.fromkeys(_RANDOMNESS), **given}
         options = self._options.replace(**given)
-        _, job = prepare(self._plan, self._model, self._shape, options, self._graphs)
-        if call_key(self._mode, job) != self._key:
+        job = prepare(self._plan, self._model, self._shape, options, self._graphs)
+        if job.key() != self._key:
             raise ValueError(
                 "a captured run takes new values of what it was captured with, got another shape, dtype, option or plain value among "
                 f"{', '.join(changes) or 'what torch was set to'}: capture another run for it"

@@ -3,63 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .captured_loop import LOADED, SCRATCH, Job, capacity
-from .model_state import PLAIN, ModelState, plain_key
+from .model_state import PLAIN, ModelState, plain_key, same_device
 
-_tensors_of = attrgetter(*LOADED, *SCRATCH)
+if TYPE_CHECKING:
+    from .captured import Work
 
 
-def graph_key(mode: str, job: Job, state: ModelState | None) -> Hashable:
+def graph_key(work: Work[Any], state: ModelState | None) -> Hashable:
     """Return everything that a graph bakes in.
 
     The model of a graph is kept alive, so an id is not reused.
     """
-    return id(job.model) if state is None else state.key, call_key(mode, job), _precisions()
+    return id(work.model) if state is None else state.key, work.key(), _settings(work.device.type)
 
 
-def call_key(mode: str, job: Job) -> Hashable:
-    """Return what a graph bakes in of a call, apart from its model."""
-    loop, plan = job.loop, job.plan
-    return (
-        mode,
-        capacity(mode, plan.num_inference_steps),
-        *[None if tensor is None else _tensor_key(tensor) for tensor in _tensors_of(loop)],
-        len(loop.calls),
-        loop.thresholding,
-        loop.normals,
-        (plan.steps[0].coefficients.clipped, plan.adds_noise, loop.mask is not None and plan.adds_known_noise),
-        loop.guidance_rescale,
-        job.structure,
-        tuple(map(_leaf_key, job.leaves)),
-    )
-
-
-def _precisions() -> Hashable:
-    """Return what decides which kernels torch chooses for matrix products and convolutions."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn, getattr(torch.backends.cudnn, "conv", None))
-    chosen = [getattr(backend, "fp32_precision", None) for backend in backends]
+def _settings(device_type: str) -> Hashable:
+    """Return what decides which kernels torch chooses, and in which dtype it computes."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    chosen = [
+        getattr(backend, "fp32_precision", None) for backend in (cuda.matmul, cudnn, getattr(cudnn, "conv", None))
+    ]
     if chosen[0] is None:  # torch before 2.9
-        chosen = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
-    autocast = (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
-    return (*chosen, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, *autocast)
+        chosen = [cuda.matmul.allow_tf32, cudnn.allow_tf32]
+    attention = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled())
+    autocast = (torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+    deterministic = (cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled())
+    return (*chosen, *attention, cuda.cudnn_sdp_enabled(), *autocast, *deterministic, torch.get_default_dtype())
 
 
-def _tensor_key(tensor: Tensor) -> Hashable:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+def tensor_key(tensor: Tensor | None) -> Hashable:
+    """Return what a graph bakes in of a tensor whose values are copied in."""
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
-def _leaf_key(leaf: Any) -> Hashable:
+def leaf_key(leaf: Any, name: str, device: torch.device) -> Hashable:
+    """Return what a graph bakes in of an argument of its model.
+
+    Args:
+        name: what it is called in an error.
+        device: that of the samples.
+
+    Raises:
+        TypeError: it is neither a tensor on that device nor a plain value.
+    """
     if isinstance(leaf, Tensor):
-        return _tensor_key(leaf)
+        # A number on the host would be read once, at capture, and be a constant of the graph.
+        if not same_device(leaf.device, device):
+            raise TypeError(
+                f"{name} of a captured graph must be on the device of the samples, {device}, got a tensor on {leaf.device}: move it "
+                "there, or run without graphs"
+            )
+        return tensor_key(leaf)
     if not isinstance(leaf, PLAIN):
         raise TypeError(
-            "conditioning of a captured graph must be tensors and plain values (numbers, strings, None), got a "
-            f"{type(leaf).__name__}: pass a tensor, or use capture='off'"
+            f"{name} of a captured graph must be tensors and plain values (numbers, strings, None), got a "
+            f"{type(leaf).__name__}: pass a tensor, or run without graphs"
         )
     return plain_key(leaf)

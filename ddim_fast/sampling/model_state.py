@@ -24,13 +24,15 @@ from torch import Tensor, nn
 
 from ..kernels import layout
 from ..kernels.same_objects import Snapshot
-from ..kernels.torch_internals import MODULE_PARTS, compiled_by, flattened
+from ..kernels.torch_internals import MODULE_PARTS, compiled_by, flattened, write_count
 from .cuda_graphs import CaptureError
+from .forward_slot import what_replaces_forward
 
 PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
 _SAME = frozenset((*PLAIN, complex, range, type(...), torch.layout, torch.memory_format, torch.Size))
 _NEVER_READ = (types.ModuleType, types.BuiltinFunctionType, type, enum.Enum, logging.Logger, np.dtype)
-_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | {"forward"}
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class made by a class statement
 
 
@@ -40,7 +42,7 @@ class DoubtError(CaptureError):
     def __init__(self, what: str):
         super().__init__(
             "a graph is kept of a model whose state can be seen and whose weights stay where they are, got one of "
-            f"which {what}: sample with capture='off'"
+            f"which {what}: run it without graphs"
         )
 
 
@@ -64,7 +66,7 @@ class ModelState:
         self.doubt: str | None = None
         self._vouch_on = vouch_on
         self.is_compiled = False
-        self.kept: list[Any] = []  # what the key knows by its id
+        self.kept: list[Any] = [model]  # what the key knows by its id
         self._seen: dict[int, int] = {}
         self._where: list[str] = []
         self._weights: dict[torch.device, str] = {}
@@ -75,6 +77,7 @@ class ModelState:
         self._sets: list[set[Any]] = []
         self._objects: list[Any] = []  # whose classes can be changed
         self._places: list[Tensor] = []
+        self._place_names: list[str] = []
         try:
             self.key = Key((id(model), self._visit(model)))
         except RecursionError:
@@ -94,7 +97,7 @@ class ModelState:
             raise DoubtError(self.doubt)
 
     def _check_device(self, where: torch.device, name: str, device: torch.device) -> None:
-        if not _same_device(where, device):
+        if not same_device(where, device):
             raise DoubtError(f"{name} is on {where}, and the samples are on {device}")
 
     def check_weights(self) -> None:
@@ -102,6 +105,15 @@ class ModelState:
         name = self._weights.get(torch.device("meta"))
         if name is not None:
             raise DoubtError(f"{name} is on meta, so its values come and go with each call")
+
+    def writes(self) -> list[int | None]:
+        """Return how often each tensor has been written in place; None where nothing counts."""
+        return list(map(write_count, self._places))
+
+    def written_since(self, writes: list[int | None]) -> str | None:
+        """Return the name of a tensor that was written in place since ``writes``; None if none was."""
+        pairs = zip(self._place_names, writes, self.writes(), strict=True)
+        return next((name for name, before, after in pairs if before != after), None)
 
     def difference(self, other: ModelState) -> str | None:
         """Return the name of something that differs from another state of the module; None if
@@ -166,8 +178,11 @@ class ModelState:
                 )
                 self._doubt(f"is compiled {how}")
         without = _BOOKKEEPING if compiler is None else _BOOKKEEPING | compiler.attributes
-        if "forward" in held and "forward" not in without:
+        forward = None if compiler is not None and "forward" in compiler.attributes else what_replaces_forward(module)
+        if forward is not None:
             self._doubt("has its forward replaced, as hooks that move weights do")
+        if isinstance(module, _DROPOUTS) and module.training and module.p > 0:
+            self._doubt("is a dropout in training mode, which draws random numbers")
         if "peft_config" in held:
             self._doubt("has adapters of peft")
         weights = []
@@ -181,6 +196,7 @@ class ModelState:
             None if compiler is None else self._known_by_id(compiler.identity),
             tuple(weights),
             self._named(held.items(), without),
+            () if forward is None else ("forward", self._visit(forward)),
             tuple(self._visit(hook) for kind in hooks for hook in kind.values()),
             self._named(modules.items()),
         )
@@ -262,6 +278,7 @@ class ModelState:
                 self._doubt(f"is a tensor of type {kind.__module__}.{kind.__qualname__}, whose memory cannot be seen")
                 return self._known_by_id(tensor), self._named(self._attributes(tensor).items())
             self._places.append(tensor)
+            self._place_names.append(".".join(self._where))
             rest = None if not layout.is_wrapper(tensor) else self._named(self._attributes(tensor).items())
             return kind, address, tensor.dtype, tuple(tensor.shape), tensor.stride(), rest
         tensors, rest = inner
@@ -302,7 +319,8 @@ def _slots(kind: type) -> bool:
     return bool({slots} if isinstance(slots, str) else set(slots) - {"__dict__", "__weakref__"})
 
 
-def _same_device(a: torch.device, b: torch.device) -> bool:
+def same_device(a: torch.device, b: torch.device) -> bool:
+    """Return whether two devices are one; without an index, any of the kind."""
     return a.type == b.type and (None in (a.index, b.index) or a.index == b.index)
 
 

@@ -16,7 +16,8 @@ from ..models.protocol import Model
 from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_choice, check_dtype, refuse
 from ..utils.transfer import to_device
-from .capture import GraphCache, choose_mode
+from .capture import GraphCache
+from .capture_mode import choose_mode
 from .captured_loop import CapturedLoop, Job
 from .guidance import ClassifierGuidance, check_rescale, classifier_guidance, guidance_scales
 from .initial_state import (
@@ -47,14 +48,12 @@ def sample(
     Raises:
         TypeError, ValueError: an argument breaks a rule, or the model returns the wrong thing.
     """
-    mode, job = prepare(plan, model, shape, options, graphs)
-    using = nullcontext() if mode == "off" else graphs.use(mode, job, optional=options.execution.capture == "auto")
+    job = prepare(plan, model, shape, options, graphs)
+    using = nullcontext() if job.mode == "off" else graphs.use(job, optional=options.execution.capture == "auto")
     return take_steps(job, using, steps_shown(plan, options), options)
 
 
-def prepare(
-    plan: SamplingPlan, model: Model, shape: Sequence[int] | None, options: Options, graphs: GraphCache
-) -> tuple[str, Job]:
+def prepare(plan: SamplingPlan, model: Model, shape: Sequence[int] | None, options: Options, graphs: GraphCache) -> Job:
     """Check the options of a run, choose its mode ("loop", "step" or "off"), draw x_T and make its
     tensors.
 
@@ -67,8 +66,7 @@ def prepare(
             f"mask and a sampler with order={plan.order}: make one with order=1"
         )
     request = _check(plan, model, shape, options)
-    mode = _mode(request, options, graphs)
-    return mode, _start(request, options)
+    return _start(_mode(request, options, graphs), request, options)
 
 
 @dataclass(slots=True, eq=False)
@@ -156,7 +154,7 @@ def _work_between_steps(request: _Request, options: Options) -> str | None:
     return "noise from a generator" if draws else None
 
 
-def _start(request: _Request, options: Options) -> Job:
+def _start(mode: str, request: _Request, options: Options) -> Job:
     """Draw x_T, and make the tensors of the run."""
     r, noise = request, options.noise
     # Expanding one seed into one for each sample takes as long as several small steps.
@@ -193,7 +191,7 @@ def _start(request: _Request, options: Options) -> Job:
         history_2=like_x_t(r.plan.order > 2),
     )
     loop.prepare_input(r.plan.steps[0].input_scale)
-    return Job(r.model, r.plan, loop, r.conditionings)
+    return Job(mode, r.model, r.plan, loop, r.conditionings)
 
 
 def steps_shown(plan: SamplingPlan, options: Options) -> AbstractContextManager[Iterable[PlannedStep]]:

@@ -9,30 +9,30 @@ from typing import Any
 
 import torch
 
-from .captured_loop import CapturedLoop
+from .captured import Captured
 from .cuda_graphs import GraphBackend, MemoryPool
 
 
 @dataclass(eq=False)
 class SharedPool:
-    """A pool, and the loops whose graphs compute in it.
+    """A pool, and the work whose graphs compute in it.
 
     Attributes:
         captures: how many are under way in it.
-        leaving: a loop that is freed when they are over, since a pool ends with its last graph.
+        leaving: the one that is freed when they are over, since a pool ends with its last graph.
         retired: whether no further graph gets it, so that its memory is given back when those that
             have it are gone.
     """
 
     pool: MemoryPool
-    loops: list[CapturedLoop] = field(default_factory=list)
+    users: list[Captured] = field(default_factory=list)
     captures: int = 0
-    leaving: CapturedLoop | None = None
+    leaving: Captured | None = None
     retired: bool = False
 
     @property
     def is_free(self) -> bool:
-        return self.pool.usable and not self.retired and not any(loop.busy for loop in self.loops)
+        return self.pool.usable and not self.retired and not any(user.busy for user in self.users)
 
 
 class SharedPools:
@@ -69,25 +69,25 @@ class SharedPools:
                     self.release(shared.leaving)
                 self._forget_empty()
 
-    def release(self, loop: CapturedLoop) -> None:
-        """Free a loop's graph.
+    def release(self, captured: Captured) -> None:
+        """Free a graph.
 
         Its memory is free for other graphs of the pool, and given back with the last of them.
         """
         with self._lock:
-            shared = next(each for each in self._all() if loop in each.loops)
-            if shared.captures and len(shared.loops) == 1:
-                shared.leaving = loop
+            shared = next(each for each in self._all() if captured in each.users)
+            if shared.captures and len(shared.users) == 1:
+                shared.leaving = captured
                 return
             shared.leaving = None
-            shared.loops.remove(loop)
-            loop.reset()
+            shared.users.remove(captured)
+            captured.reset()
             self._forget_empty()
 
-    def retire(self, loop: CapturedLoop) -> None:
-        """Give no further graph the pool that this loop has."""
+    def retire(self, captured: Captured) -> None:
+        """Give no further graph the pool that this one has."""
         for shared in self._all():
-            shared.retired |= loop in shared.loops
+            shared.retired |= captured in shared.users
 
     @property
     def nbytes(self) -> int:
@@ -100,4 +100,4 @@ class SharedPools:
     def _forget_empty(self) -> None:
         """Forget the pools that ended with their last graph."""
         for device, pools in self._pools.items():
-            self._pools[device] = [shared for shared in pools if shared.loops or shared.captures]
+            self._pools[device] = [shared for shared in pools if shared.users or shared.captures]

@@ -5,18 +5,16 @@ from __future__ import annotations
 import sys
 import warnings
 
-_PACKAGE = __name__.partition(".")[0]
+_BETWEEN = (__name__.partition(".")[0], "contextlib", "torch")
+"""Packages whose lines are not the caller's: ours, and those through which it calls us."""
 
 
 def warn_caller(message: str) -> None:
-    """Issue a UserWarning at the line outside this package that led here.
+    """Issue a UserWarning at the line outside this package, and torch, that led here.
 
     So Python shows it once for each such line.
     """
     level, frame = 1, sys._getframe(0)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
-        _PACKAGE,
-        "contextlib",
-    ):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)

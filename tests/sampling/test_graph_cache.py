@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from graph_models import Logged
 from torch import nn
 
 import ddim_fast as df
@@ -33,34 +34,6 @@ class Waits(Net):
 
 
 EVENTS = {}  # beside the models, whose attributes a key holds
-
-
-class Logged(Replay):
-    """Replays on a stream with a name, and what waits for which."""
-
-    def __init__(self):
-        super().__init__()
-        self.log, self.stream, self.full = [], "first", 0
-
-    def capture(self, function, pool=None):
-        if self.full:
-            self.full -= 1
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        graph, replay = super().capture(function, pool), None
-        replay, reset = graph.replay, graph.reset
-        graph.replay = lambda: (self.log.append(f"replay on {self.stream}"), replay())
-        graph.reset = lambda: (self.log.append("reset"), reset())
-        return graph
-
-    def fence(self, tensors):
-        backend, of, tensors = self, self.stream, list(tensors)
-        backend.log.append(f"fence on {of} of {len(tensors)} tensors")
-
-        class Fence:
-            def wait(self):
-                backend.log.append(f"{backend.stream} waits for {of}")
-
-        return Fence()
 
 
 @pytest.fixture

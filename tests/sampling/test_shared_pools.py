@@ -158,7 +158,7 @@ def test_graphs_of_a_cache_share_a_pool_and_replay_in_any_order(mode):
         assert torch.equal(sample(models[i], cache, 1 + i, mode), expected[i]), i
     for i, own in enumerate(apart):
         sample(models[i], own, 1 + i, mode)
-    assert [len(shared.loops) for shared in pools(cache)] == [3]
+    assert [len(shared.users) for shared in pools(cache)] == [3]
     together, alone = pools(cache)[0].pool.nbytes, [pools(own)[0].pool.nbytes for own in apart]
     assert max(alone) <= together < 1.1 * max(alone)
     assert together < 0.7 * sum(alone)
@@ -182,7 +182,7 @@ def test_a_run_in_a_callback_captures_in_a_pool_of_its_own():
     got = sample(outer, cache, callback=lambda *a: found.append(sample(inner, cache, 3)) and None)
     assert torch.equal(got, expected[0])
     assert all(torch.equal(each, expected[1]) for each in found)
-    assert [len(shared.loops) for shared in pools(cache)] == [1, 1]
+    assert [len(shared.users) for shared in pools(cache)] == [1, 1]
 
 
 def test_a_run_in_a_callback_that_replays_from_the_same_pool_is_right():
@@ -190,7 +190,7 @@ def test_a_run_in_a_callback_that_replays_from_the_same_pool_is_right():
     expected = sample(outer, None, mode="off"), sample(inner, None, 3, "off")
     sample(outer, cache)
     sample(inner, cache, 3)
-    assert [len(shared.loops) for shared in pools(cache)] == [2]
+    assert [len(shared.users) for shared in pools(cache)] == [2]
     found = []
     got = sample(outer, cache, callback=lambda *a: found.append(sample(inner, cache, 3)) and None)
     assert torch.equal(got, expected[0])
@@ -270,7 +270,7 @@ def test_two_threads_at_once_capture_in_pools_of_their_own(monkeypatch):
     for thread in threads:
         thread.join()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    assert [len(shared.loops) for shared in pools(cache)] == [1, 1]
+    assert [len(shared.users) for shared in pools(cache)] == [1, 1]
 
 
 def test_a_budget_is_kept_after_a_graph_that_was_over_it():

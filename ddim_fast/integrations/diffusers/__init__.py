@@ -24,6 +24,7 @@ from .ddpm import FastDDPMScheduler
 from .dpm_solver_multistep import FastDPMSolverMultistepScheduler, FastEDMDPMSolverMultistepScheduler
 from .euler import FastEDMEulerScheduler, FastEulerAncestralDiscreteScheduler, FastEulerDiscreteScheduler
 from .flow_match_euler import FastFlowMatchEulerDiscreteScheduler
+from .graphed_denoisers import GraphedDenoisers, graph_denoiser
 from .heun import FastHeunDiscreteScheduler
 from .inverse import FastDDIMInverseScheduler
 from .lcm import FastLCMScheduler
@@ -45,7 +46,7 @@ __all__ = [
     "FastEulerAncestralDiscreteScheduler", "FastEulerDiscreteScheduler", "FastFlowMatchEulerDiscreteScheduler",
     "SchedulerMixin", *_newer,
     "FastCogVideoXDPMScheduler", "FastDDPMWuerstchenScheduler", "FastHeunDiscreteScheduler", "FastUnCLIPScheduler",
-    "FastLCMScheduler", "FastTCDScheduler", "FastUniPCMultistepScheduler", "fast_scheduler",
+    "FastLCMScheduler", "FastTCDScheduler", "FastUniPCMultistepScheduler", "fast_scheduler", "graph_denoiser", "GraphedDenoisers",
 ]  # fmt: skip
 
 for _name in __all__:

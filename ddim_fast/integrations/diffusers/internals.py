@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -40,3 +41,16 @@ def share_storage(one: Tensor, other: Tensor) -> bool:
 def scales_up(scheduler: Any) -> bool:
     """Return whether the steps of a ``FlowMatchLCMScheduler`` scale the sample up."""
     return bool(scheduler._scale_factors and scheduler._upscale_mode)
+
+
+def attention_backend() -> Any:
+    """Return which implementation of attention diffusers' models use unless theirs is set.
+
+    There is no public way to ask. Without the name, a graph goes on with the one that it was
+    captured with.
+    """
+    with suppress(ImportError, AttributeError):
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+        return str(_AttentionBackendRegistry._active_backend)
+    return None

@@ -1,0 +1,250 @@
+"""One call of a module's forward as a CUDA graph: static arguments, the graph, and copies of what it
+returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.torch_internals import tree_flatten, tree_unflatten, write_count
+from .captured import Captured
+from .cuda_graphs import CaptureError, GraphBackend, MemoryPool
+from .graph_key import leaf_key
+from .model_state import PLAIN
+from .static_tensors import fill, static_like
+
+
+class Call:
+    """A call of a module's forward, with its arguments.
+
+    Args:
+        function: computes it without a graph.
+        names: of the positional arguments, for errors.
+        context: what else its graph bakes in.
+        on_refusal: called with this, the reason and the error, if there is one, where it is done
+            without a graph.
+    """
+
+    is_brief = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        names: Sequence[str] = (),
+        context: Hashable = None,
+        on_refusal: Callable[[Call, str, Exception | None], None] = lambda call, reason, error: None,
+    ):
+        self.model, self.function, self._names, self._context = model, function, names, context
+        self._on_refusal = on_refusal
+        self.captures = 0
+        self.leaves, self.structure = tree_flatten((args, dict(kwargs)))
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among its arguments."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device of its first tensor that is not on the host."""
+        devices = [tensor.device for tensor in self.tensors]
+        return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+
+    @cached_property
+    def named_leaves(self) -> list[tuple[str, Any]]:
+        """What it was given, piece by piece, each with the name of its place."""
+        args, kwargs = tree_unflatten(self.leaves, self.structure)
+        names = [*self._names[: len(args)], *(f"argument {n}" for n in range(len(self._names) + 1, len(args) + 1))]
+        named = [*zip(names, args, strict=True), *kwargs.items()]
+        return [pair for name, value in named for pair in _pieces(name, value)]
+
+    @cached_property
+    def signature(self) -> tuple[Hashable, ...]:
+        """What its graph bakes in of its arguments: structure, then each piece.
+
+        Raises:
+            TypeError: a piece is neither a tensor on the device nor a plain value.
+        """
+        # The names of all pieces are made for errors only: each costs more than a key.
+        try:
+            keys = [leaf_key(leaf, "arguments", self.device) for leaf in self.leaves]
+        except TypeError:
+            keys = [leaf_key(leaf, name, self.device) for name, leaf in self.named_leaves]
+        return (str(self.structure), *keys)
+
+    @cached_property
+    def numbers(self) -> dict[str, Any]:
+        """Python's numbers among its arguments, by the names of their places."""
+        return {name: leaf for name, leaf in self.named_leaves if _is_number(leaf)}
+
+    @cached_property
+    def signature_without_numbers(self) -> tuple[Hashable, ...]:
+        """The signature of all calls that differ from this one in Python's numbers alone."""
+        structure, *keys = self.signature
+        pairs = zip(self.leaves, keys, strict=True)
+        return structure, *(type(leaf) if _is_number(leaf) else key for leaf, key in pairs)
+
+    @property
+    def shape(self) -> Hashable:
+        """What tells calls apart for a reader: shapes, dtypes, and which arguments there are."""
+        leaves = ((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in self.leaves)
+        return str(self.structure), *leaves
+
+    def key(self) -> Hashable:
+        """Return what its graph bakes in, apart from the module.
+
+        Raises:
+            TypeError: an argument is neither a tensor on the device nor a plain value.
+        """
+        return self.signature, self._context
+
+    def capture(self, graphs: GraphBackend, vouch: bool = False, pool: MemoryPool | None = None) -> CapturedCall:
+        """Capture it."""
+        self.captures += 1
+        return CapturedCall(self, graphs, vouch, pool)
+
+    def refused(self, reason: str, error: Exception | None, is_first: bool) -> None:
+        """Tell its owner."""
+        self._on_refusal(self, reason, error)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {_shown(leaf)}" for name, leaf in self.named_leaves) or "no arguments"
+
+
+class CapturedCall(Captured):
+    """Static arguments and outputs, and the graph that reads and writes them.
+
+    Args:
+        vouch: whether a module is refused for which nobody can vouch.
+        pool: memory of the graph, beside the static tensors; None: its own.
+
+    Raises:
+        CaptureError: the module cannot be captured, does something else in each call, changes its
+            arguments, or returns something that is neither a tensor nor a plain value.
+    """
+
+    def __init__(self, call: Call, graphs: GraphBackend, vouch: bool = False, pool: MemoryPool | None = None):
+        super().__init__(graphs, pool)
+        self._function, self._structure = call.function, call.structure
+        # Ordinary tensors, so that calls inside and outside of inference mode can share them.
+        with torch.inference_mode(False), torch.no_grad():
+            self._leaves = [static_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in call.leaves]
+        self._outputs: list[Any] = []
+        self._output_structure: Any = None
+        self.load(call)
+        self._capture(call.model, call.device, self._checked(call), self._run, vouch)
+
+    @torch.no_grad()
+    def load(self, work: Call) -> None:
+        """Copy the arguments of another call with the same key into the static ones, after the call
+        before, whatever its stream."""
+        self._wait()
+        for static, new in zip(self._leaves, work.leaves, strict=True):
+            if isinstance(static, Tensor):
+                fill(static, new)
+
+    def static_tensors(self) -> list[Tensor]:
+        """Return the arguments and outputs that the graph works on."""
+        return [leaf for leaf in (*self._leaves, *self._outputs) if isinstance(leaf, Tensor)]
+
+    def _run(self) -> None:
+        args, kwargs = tree_unflatten(self._leaves, self._structure)
+        outputs, _ = tree_flatten(self._function(*args, **kwargs))
+        for static, output in zip(self._outputs, outputs, strict=True):
+            if isinstance(output, Tensor):
+                fill(static, output)
+
+    def _keep_outputs(self, outputs: list[Any], structure: Any) -> None:
+        """Make the tensors for the outputs; one for those that are one."""
+        made: dict[int, Tensor] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            for output in outputs:
+                if isinstance(output, Tensor) and id(output) not in made:
+                    made[id(output)] = static_like(output)
+        self._outputs = [made.get(id(output), output) for output in outputs]
+        self._output_structure = structure
+
+    def _checked(self, call: Call) -> Callable[[], None]:
+        """Return a call that raises an error where a replay would not do the same."""
+
+        def checked() -> None:
+            args, kwargs = tree_unflatten(self._leaves, self._structure)
+            given = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+            counts = list(map(write_count, given))
+            outputs, output_structure = tree_flatten(self._function(*args, **kwargs))
+            leaves, structure = tree_flatten((args, kwargs))
+            is_same = len(leaves) == len(self._leaves) and all(
+                a is b for a, b in zip(leaves, self._leaves, strict=True)
+            )
+            if not is_same or str(structure) != str(self._structure):
+                raise CaptureError(
+                    "a captured call leaves its arguments as they are, got one that changes a list or dictionary among "
+                    f"{_names_of(call)}: run it without graphs"
+                )
+            names = [name for name, leaf in call.named_leaves if isinstance(leaf, Tensor)]
+            changed = [name for name, a, b in zip(names, counts, map(write_count, given), strict=True) if a != b]
+            if changed:
+                raise CaptureError(
+                    f"a captured call leaves its arguments as they are, got one that writes to {', '.join(changed)}: run it "
+                    "without graphs"
+                )
+            for output in outputs:
+                if not isinstance(output, (Tensor, *PLAIN)):
+                    raise CaptureError(
+                        "a captured call returns tensors and plain values, in containers that torch knows, got a "
+                        f"{type(output).__qualname__}: run it without graphs"
+                    )
+            self._keep_outputs(outputs, output_structure)
+
+        return checked
+
+    def replay(self) -> Any:
+        """Replay, and return what the call returns, in memory of its own.
+
+        A replay fills the same memory again, and callers keep what they got: pipelines both outputs
+        of guidance, multistep schedulers those of earlier steps.
+        """
+        self._graph.replay()
+        copies: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for output in self._outputs:
+                if isinstance(output, Tensor) and id(output) not in copies:
+                    copies[id(output)] = copy = static_like(output)
+                    fill(copy, output)
+        return tree_unflatten([copies.get(id(output), output) for output in self._outputs], self._output_structure)
+
+
+def _names_of(call: Call) -> str:
+    return ", ".join(dict.fromkeys(name.partition("[")[0] for name, _ in call.named_leaves))
+
+
+def _pieces(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield each piece of a nested argument with the name of its place, in the order of
+    ``tree_flatten``."""
+    if type(value) in (list, tuple):
+        for n, item in enumerate(value):
+            yield from _pieces(f"{name}[{n}]", item)
+    elif type(value) is dict:
+        for key, item in value.items():
+            yield from _pieces(f"{name}[{key!r}]", item)
+    else:
+        leaves, _ = tree_flatten(value)
+        for n, leaf in enumerate(leaves):
+            yield (name if leaf is value else f"{name}[{n}]"), leaf
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, (int, float)) and not isinstance(leaf, bool)
+
+
+def _shown(leaf: Any) -> str:
+    if isinstance(leaf, Tensor):
+        return f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
+    return f"{leaf!r:.40}"
