@@ -150,7 +150,7 @@ def test_a_change_of_the_call_is_another_graph_and_the_old_one_is_found_again():
         ({"guidance_scale": 1.0}, 2),  # no second half of the batch
         ({"height": 32}, 3),
         ({"guidance_scale": 3.0}, 3),
-        ({"cross_attention_kwargs": {"scale": 0.5}}, 4),
+        ({"cross_attention_kwargs": {}}, 4),
         ({"eta": 0.5}, 4),
         ({}, 4),
     ]

@@ -253,7 +253,7 @@ def test_a_pool_that_a_failed_capture_left_open_is_given_to_no_other_graph():
     sample(Net(), cache)
     pools(cache)[0].pool.usable = False
     sample(Net(), cache, 3)
-    assert [len(shared.loops) for shared in pools(cache)] == [1, 1]
+    assert [len(shared.users) for shared in pools(cache)] == [1, 1]
 
 
 def test_two_threads_at_once_capture_in_pools_of_their_own(monkeypatch):
