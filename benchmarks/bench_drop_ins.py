@@ -1,4 +1,4 @@
-"""Drop-in replacement for diffusers: one call of its step, and a pipeline of 50 steps.
+"""Drop-in replacement for diffusers: one call of its step, a run, and a pipeline of 50 steps.
 
 Both run with the original scheduler and with ours.
 """
@@ -177,6 +177,57 @@ def test_step_of_another_drop_in(measure, benchmark, show, other, shape, dtype):
         diffusers_us=f"{result.seconds('diffusers') * 1e6:.1f}",
         ours_us=f"{result.seconds('ours') * 1e6:.1f}",
         ratio=f"{result.ratio('diffusers'):.1f}",
+    )
+
+
+STEPS_OF_A_RUN = 20
+
+
+@pytest.mark.parametrize("other", [name for name, (kind, _) in OTHERS.items() if kind not in MORE_ARGUMENTS])
+def test_run_of_another_drop_in(measure, benchmark, show, other):
+    """Time what a pipeline asks of a scheduler: the timesteps, and then each step once."""
+    kind, config = OTHERS[other]
+    torch.manual_seed(0)
+    x, m = (torch.randn(LATENT_SHAPES["1x4x64x64"]) for _ in range(2))
+    contenders = {}
+    for name, scheduler in {
+        "diffusers": kind(**config),
+        "ours": getattr(drop_ins, f"Fast{kind.__name__}")(**config),
+    }.items():
+        scheduler.is_scale_input_called = True
+
+        def timesteps(scheduler=scheduler):
+            scheduler.set_timesteps(STEPS_OF_A_RUN)
+            return scheduler.timesteps
+
+        def run(timesteps=timesteps, scheduler=scheduler):
+            sample = x
+            for t in timesteps():
+                sample = scheduler.step(m, t, sample, return_dict=False)[0]
+            return sample
+
+        contenders |= {name: run, f"{name}, timesteps alone": timesteps}
+
+    def check(name, _):
+        if name in SCHEDULERS:
+            results = []
+            for contender in ("diffusers", name):
+                torch.manual_seed(0)
+                results.append(contenders[contender]())
+            torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+    result = measure("drop-ins", contenders, check, baseline="ours", pairs=[("diffusers", "ours")])
+    per_step = {
+        name: (result.seconds(name) - result.seconds(f"{name}, timesteps alone")) / STEPS_OF_A_RUN * 1e6
+        for name in SCHEDULERS
+    }
+    benchmark.extra_info.update(run=other, steps=STEPS_OF_A_RUN, microseconds_per_step=per_step)
+    show(
+        f"a run of {STEPS_OF_A_RUN} steps without a model",
+        scheduler=other,
+        diffusers_us_a_step=f"{per_step['diffusers']:.1f}",
+        ours_us_a_step=f"{per_step['ours']:.1f}",
+        ratio_of_runs=f"{result.ratio('diffusers'):.1f}",
     )
 
 
