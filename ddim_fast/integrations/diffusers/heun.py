@@ -87,8 +87,9 @@ class FastHeunDiscreteScheduler(SigmaSteps, HeunDiscreteScheduler):
         return HeunDiscreteScheduler.step(self, model_output, timestep, sample, return_dict)
 
     def _half_step(self, m: Any, timestep: Any, x: Any) -> tuple[Tensor, Tensor]:
-        if self._row_cache is not None and self.state_in_first_order:
-            found = self._short_first_half(self._row_cache, m, x)
+        if self._row_cache is not None:
+            short = self._short_first_half if self.state_in_first_order else self._short_second_half
+            found = short(self._row_cache, m, x)
             if found is not None:
                 return found
         rows = self._rows_of_checked(m, timestep, x)
@@ -115,6 +116,26 @@ class FastHeunDiscreteScheduler(SigmaSteps, HeunDiscreteScheduler):
         self._begin_second_half(index, derivative[0], x)
         return found[0], m if found[1] is None else found[1]
 
+    def _short_second_half(self, rows: SigmaRows, m: Any, x: Any) -> tuple[Tensor, Tensor] | None:
+        """Take a second half of plain tensors of one dtype, after a first half whose rows are known."""
+        index, dt = self._step_index, self.dt
+        if (
+            type(index) is not int
+            or index - 1 not in rows.derivatives
+            or not isinstance(x, Tensor)
+            or not isinstance(m, Tensor)
+            or x.dtype != m.dtype
+            or dt is None
+        ):
+            return None
+        row = {0: heun_row(rows.sigmas[index], float(dt), *self._prediction())}
+        writes_x0 = not rows.output_is_x0
+        found = plain_step(x, m, row, 0, rows.values, rows.writes, writes_x0, self.sample, self.prev_derivative)
+        if found is None:
+            return None
+        self.prev_derivative = self.dt = self.sample = None
+        return found[0], m if found[1] is None else found[1]
+
     def _begin_second_half(self, index: int, derivative: Tensor, x: Tensor) -> None:
         self.prev_derivative = derivative
         self.dt, self.sample = self.sigmas[index + 1] - self.sigmas[index], x
@@ -130,7 +151,8 @@ class FastHeunDiscreteScheduler(SigmaSteps, HeunDiscreteScheduler):
         derivative, _ = step_of_kinds(kinds[2:], x, m, derivative_of)
         self._begin_second_half(index, derivative, x)
         if rows.allows_short_path and is_x0 == rows.output_is_x0:
-            rows.plain[index], rows.derivatives[index] = row, derivative_of
+            rows.fill_plain(index)
+            rows.derivatives = {each: derivative_row(rows.sigmas[each], kind, clip) for each in rows.plain}
         return x_prev, m if x0 is None else x0
 
     def _second_half(self, rows: SigmaRows, m: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,12 @@ class RowCache(Watched):
         self.alpha_bar_outside = float(outside)
         self.timesteps: list[int] = scheduler.timesteps.tolist() if explicit_pairs else []
         self.visited = tuple(sorted(self.timesteps, reverse=True))
+        attributes = [id(getattr(scheduler, name)) for name in scheduler._row_attributes]
+        self.content = (
+            self.alpha_bars, self.alpha_bar_outside, self.timesteps, self.fields, scheduler.num_inference_steps,
+            attributes, [count for _, count in self.writes] if attributes else [],
+        )  # fmt: skip
+        """What rows are computed from: where it is the same, so are they."""
         self.rows: dict[Any, RowsByTimestep] = {}
         self.plain: dict[int, StepCoefficients] = {}
         """By timestep: rows of steps that add no noise and need nothing but their row."""

@@ -66,7 +66,10 @@ class SchedulerRows:
     def _valid_cache(self) -> RowCache:
         cache = self._row_cache
         if cache is None or not cache.is_valid():
-            cache = self._row_cache = RowCache(self, self._row_fields, self._clean_level)
+            before, cache = cache, RowCache(self, self._row_fields, self._clean_level)
+            if before is not None and before.kind is cache.kind and before.content == cache.content:
+                cache.rows, cache.plain, cache.plain_at = before.rows, before.plain, before.plain_at
+            self._row_cache = cache
         return cache
 
     def _cache(self) -> RowCache:
