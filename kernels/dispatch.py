@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,8 +17,9 @@ from .fields import TENSORS, StepInputs
 from .torch_internals import increment_version, is_wrapped, modes_active, takes_forward_derivatives
 
 BACKENDS = {backend.name: backend for backend in (cpu_step, triton_backend, reference)}
-"""Modules, best first, each with ``name``, ``unsupported_reasons(inputs) -> list[str]`` and
-``run(inputs) -> x_prev``."""
+"""Modules, best first, each with ``name``, ``unsupported_reasons(inputs, more tensors) ->
+list[str]``, ``run(inputs) -> x_prev``, and ``density`` and ``density_backward`` as in
+``reference``."""
 
 _run_plain = cpu_step.extension.step if cpu_step.extension is not None else None
 _is_inference_mode = torch.is_inference_mode_enabled
@@ -51,6 +52,9 @@ def ddim_step(
     history: Tensor | None = None,
     history_2: Tensor | None = None,
     model_input_out: Tensor | None = None,
+    log_prob_out: Tensor | None = None,
+    log_prob_reduction: str = "mean",
+    min_std: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Compute one DDIM update, x_t to x_prev, in a single pass over memory.
@@ -91,6 +95,13 @@ def ddim_step(
         model_input_out: receives the model's next input, ``input_scale * x_prev`` of the row, in
             the shape of ``x_t`` and any floating-point dtype of at least 16 bits (float64 by the
             reference only). The bits are those of ``(input_scale * x_prev.float()).to(dtype)``.
+        log_prob_out: ``(B,)`` float32, receives the log-probability of each sample's x_prev, as it
+            is stored, under this step: see ``ddim_log_prob``. Where gradients are recorded, x_prev
+            is a constant in it, since it was sampled. With a ``mask``, elements where that is not 0
+            do not count.
+        log_prob_reduction: over the elements of a sample, "mean" or "sum".
+        min_std: the least standard deviation that ``log_prob_out`` is taken with; the step itself
+            adds its own noise. Without it, a step that adds no noise has no log-probability.
         backend: a name in ``BACKENDS``. If None, the first that can run the step.
 
     Returns:
@@ -101,7 +112,16 @@ def ddim_step(
     """
     target = out
     traced = _is_dynamo_compiling()
-    plain = mask is None and known_x0 is None and known_noise is None and normals == "exact" and backend is None
+    plain = (
+        mask is None
+        and known_x0 is None
+        and known_noise is None
+        and normals == "exact"
+        and log_prob_out is None
+        and log_prob_reduction == "mean"
+        and min_std is None
+        and backend is None
+    )
     if plain and not traced and _run_plain is not None:
         if out is None and isinstance(x_t, Tensor):
             target = torch.empty_like(x_t)
@@ -150,6 +170,9 @@ def ddim_step(
         history=history,
         history_2=history_2,
         model_input_out=model_input_out,
+        log_prob_out=log_prob_out,
+        log_prob_reduction=log_prob_reduction,
+        min_std=min_std,
     )
     if backend is None and (traced or modes_active()):
         return _through_operator(inputs, target)
@@ -177,6 +200,8 @@ def ddim_step_from_table(
     history: Tensor | None = None,
     history_2: Tensor | None = None,
     model_input_out: Tensor | None = None,
+    log_prob_out: Tensor | None = None,
+    log_prob_reduction: str = "mean",
 ) -> Tensor:
     """Compute ``ddim_step`` by the row of a table whose index is in device memory.
 
@@ -214,6 +239,8 @@ def ddim_step_from_table(
         history=history,
         history_2=history_2,
         model_input_out=model_input_out,
+        log_prob_out=log_prob_out,
+        log_prob_reduction=log_prob_reduction,
     )
     return _through_operator(inputs, out) if _is_dynamo_compiling() or modes_active() else run_from_table(inputs)
 
@@ -240,6 +267,8 @@ def run_from_table(inputs: StepInputs) -> Tensor:
     table = inputs.coefficients
     assert isinstance(table, StepTable)
     assert inputs.index is not None  # checked: a table needs one
+    if inputs.log_prob_out is not None:
+        inputs = replace(inputs, min_std=table.min_std)
     rows = numbers_on_host("index", inputs.index.reshape(-1))
     if wrong := [row for row in rows if not 0 <= row < len(table.rows)]:
         raise ValueError(
@@ -304,17 +333,18 @@ def _through_operator(inputs: StepInputs, target: Tensor | None) -> Tensor:
     return x_prev
 
 
-def choose(inputs: StepInputs, name: str | None = None):
-    """Return the backend for checked inputs: that of this name, or the first that can run them.
+def choose(inputs: StepInputs, name: str | None = None, more: Iterable[Tensor] = ()):
+    """Return the backend for checked inputs, and ``more`` tensors beside them: that of this name, or
+    the first that can run them.
 
     Raises:
         ValueError: there is none, with the reason of each.
     """
     if name is not None:
         check_choice("backend", name, BACKENDS)
-    reasons = {}
+    reasons, more = {}, tuple(more)
     for backend in BACKENDS.values() if name is None else [BACKENDS[name]]:
-        reasons[backend.name] = backend.unsupported_reasons(inputs)
+        reasons[backend.name] = backend.unsupported_reasons(inputs, more)
         if not reasons[backend.name]:
             _warn_if_slow(backend, inputs)
             return backend

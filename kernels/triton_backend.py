@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -12,38 +13,47 @@ from torch import Tensor
 from .coefficients import StepCoefficients, StepTable
 from .fields import StepInputs
 from .layout import as_rows, plain_memory_reasons
+from .reference import density, density_backward
+
+__all__ = ["density", "density_backward", "dynamic_thresholds", "name", "run", "unsupported_reasons"]
 
 name = "triton"
 
 
-def unsupported_reasons(inputs: StepInputs) -> list[str]:
+def unsupported_reasons(inputs: StepInputs, more: Iterable[Tensor] = ()) -> list[str]:
     """Return why this backend cannot run these (valid) inputs; empty if it can."""
     reasons = []
     if find_spec("triton") is None:
         reasons.append("Triton is not installed: pip install triton")
     if inputs.x_t.device.type != "cuda":
         reasons.append(f"tensors are on {inputs.x_t.device}, it runs on cuda")
-    return reasons + plain_memory_reasons(inputs)
+    return reasons + plain_memory_reasons(inputs, more)
 
 
 @lru_cache(maxsize=4096)
-def _one_row(coefficients: StepCoefficients, guidance_scale: float | None, device: torch.device) -> StepTable:
-    return StepTable.of([coefficients], device, guidance_scale)
+def _one_row(
+    coefficients: StepCoefficients, guidance_scale: float | None, device: torch.device, min_std: float | None = None
+) -> StepTable:
+    return StepTable.of([coefficients], device, guidance_scale, min_std)
 
 
 def run(inputs: StepInputs) -> Tensor:
-    """Run checked inputs, in one launch.
+    """Run checked inputs, in one launch; log-probabilities of samples of more than ``gaussian.BLOCK``
+    elements take a second one.
 
     A row that is not in a table is copied to the device, once for each device.
     """
     from . import triton_step
 
-    x_t, table = inputs.x_t, inputs.coefficients
+    x_t, table, log_prob = inputs.x_t, inputs.coefficients, inputs.log_prob_out
     result = inputs.x_prev if inputs.x_prev is not None else torch.empty_like(x_t)
     if x_t.numel() == 0:
+        if log_prob is not None:
+            log_prob.zero_()
         return result
     if not isinstance(table, StepTable):
-        table = _one_row(table, inputs.guidance_scale, x_t.device)
+        table = _one_row(table, inputs.guidance_scale, x_t.device, inputs.min_std)
+    dense = None if log_prob is None else log_prob.detach().contiguous()
     rows = as_rows(inputs, result)
     if not inputs.adds_noise:
         rows.tensors.pop("noise", None)
@@ -57,7 +67,11 @@ def run(inputs: StepInputs) -> Tensor:
             noise_step=inputs.noise_step,
             noise_stream=inputs.noise_stream,
             normals=inputs.normals,
+            log_prob=dense,
+            log_prob_reduction=inputs.log_prob_reduction,
         )
+    if log_prob is not None and dense is not None and not log_prob.is_contiguous():
+        log_prob.copy_(dense)
     rows.copy_back()
     return result
 

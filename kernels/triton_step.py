@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +23,7 @@ from .coefficients import LARGEST_SCALE, ROW_WIDTH, Column, StepTable
 from .fields import PER_ELEMENT
 from .layout import Rows
 from .triton_internals import is_amd
+from .triton_sums import add_blocks, block_sum, finish_block, tile_of
 
 # ---- the noise standard: kernels/noise.py is its definition --------------------------------------------------------------------
 
@@ -214,6 +216,8 @@ def ddim_step_kernel(
     history_ptr,  # (B, n) like x_t, or None: holds the x0 of the previous step, and receives this one's
     history_2_ptr,  # (B, n) like x_t, or None: holds the x0 before that, and receives what history held
     model_input_out_ptr,  # (B, n) of any of these types, or None: receives input_scale * x_prev
+    log_prob_out_ptr,  # (B,) float32, or None: receives each sample's log-probability
+    block_sums_ptr,  # (2, B, blocks) float32: receives what each block adds to it; None for a sample of one block
     rows_ptr,  # (S, ROW_WIDTH) float32: the table, one row per step
     index_ptr,  # int64: the row of this step, one number or (B,); or None for row 0
     n_elements,  # n, elements of a sample
@@ -239,6 +243,7 @@ def ddim_step_kernel(
     WIDE_INDEX: tl.constexpr,  # whether n needs 64-bit offsets
     ROW_PER_SAMPLE: tl.constexpr,  # whether each sample has its own row
     SAMPLE_AXIS: tl.constexpr,  # grid axis of the samples; the other counts blocks of a sample
+    MEAN: tl.constexpr,  # whether log-probabilities are means over the elements
     ROW_WIDTH: tl.constexpr,
 ):
     sample = tl.program_id(SAMPLE_AXIS).to(tl.int64)
@@ -293,6 +298,7 @@ def ddim_step_kernel(
             store(x0_ptr, sample, x0_stride, offsets, n_elements, x0)
         if history_ptr is not None:
             store(history_ptr, sample, history_stride, offsets, n_elements, x0)
+    mean = x_prev
     std_dev = tl.load(row_ptr + NOISE)
     if noise_ptr is not None:
         if std_dev != 0:
@@ -320,9 +326,18 @@ def ddim_step_kernel(
         weight = load(mask_ptr, sample, mask_stride, offsets, n_elements)
         x_prev = tl.fma(weight, known, (1.0 - weight) * x_prev)
     store(x_prev_ptr, sample, x_prev_stride, offsets, n_elements, x_prev)
+    # What follows is of x_prev as it is stored: the bits of a pass of its own.
+    stored = x_prev.to(x_prev_ptr.dtype.element_ty).to(tl.float32)
+    if log_prob_out_ptr is not None:
+        counts = offsets < n_elements
+        if mask_ptr is not None:
+            counts = counts & (weight == 0)
+        squares, count = block_sum(stored - mean, counts, BLOCK_SIZE)
+        samples, blocks = tl.num_programs(SAMPLE_AXIS), tl.num_programs(1 - SAMPLE_AXIS)
+        finish_block(
+            log_prob_out_ptr, None, block_sums_ptr, squares, count, row_ptr, sample, block, samples, blocks, MEAN, False
+        )
     if model_input_out_ptr is not None:
-        # Of x_prev as it is stored: the bits of a pass of its own.
-        stored = x_prev.to(x_prev_ptr.dtype.element_ty).to(tl.float32)
         model_input = stored * tl.load(row_ptr + INPUT_SCALE)
         store(model_input_out_ptr, sample, model_input_out_stride, offsets, n_elements, model_input)
 
@@ -347,8 +362,11 @@ def launch(
     noise_step: int = 0,
     noise_stream: int = 0,
     normals: str = "exact",
+    log_prob: Tensor | None = None,
+    log_prob_reduction: str = "mean",
 ) -> None:
-    """Launch the whole update once.
+    """Launch the whole update once; and once more to add the blocks of log-probabilities, where
+    samples have several.
 
     Args:
         rows: the tensors that are given.
@@ -358,10 +376,16 @@ def launch(
         seeds, thresholds: ``(B,)``, see ``dispatch.ddim_step``.
         noise_step: added to the row's index, it is the noise's step.
         normals: one of ``contract.NORMALS``.
+        log_prob: ``(B,)`` float32, receives the log-probabilities.
     """
     t, n = rows.tensors, rows.n_elements
     block_size, num_warps = next(tile[1:] for tile in _TILES if rows.n_samples * n >= tile[0])
+    if log_prob is not None:
+        block_size, num_warps = tile_of(n)
     blocks = triton.cdiv(n, block_size)
+    block_sums = None
+    if log_prob is not None and blocks > 1:
+        block_sums = torch.empty((2, rows.n_samples, blocks), dtype=torch.float32, device=log_prob.device)
     sample_axis = 1 if rows.n_samples <= _MOST_BLOCKS_Y else 0
     arguments = {f"{name}_ptr": t.get(name) for name in PER_ELEMENT} | {
         f"{name}_stride": rows.strides.get(name, 0) for name in PER_ELEMENT
@@ -370,6 +394,8 @@ def launch(
         **arguments,
         seeds_ptr=seeds,
         thresholds_ptr=thresholds,
+        log_prob_out_ptr=log_prob,
+        block_sums_ptr=block_sums,
         rows_ptr=table.rows,
         index_ptr=index,
         n_elements=n,
@@ -384,10 +410,14 @@ def launch(
         WIDE_INDEX=n + block_size > _LARGEST_INT32,
         ROW_PER_SAMPLE=index is not None and index.numel() != 1,
         SAMPLE_AXIS=sample_axis,
+        MEAN=log_prob_reduction == "mean",
         ROW_WIDTH=ROW_WIDTH,
         num_warps=num_warps,
         enable_fp_fusion=False,
     )
+    if log_prob is not None and block_sums is not None:
+        mean = log_prob_reduction == "mean"
+        add_blocks(log_prob, None, block_sums, table, index, mean=mean, divergence=False)
 
 
 def _as_int32(value: int) -> int:

@@ -27,6 +27,7 @@
 #endif
 
 #include "convolution.h"
+#include "density.h"
 #include "dlpack.h"
 #include "parallel.h"
 #include "step.h"
@@ -91,6 +92,15 @@ void run_step(Step s, int threads) {
       begin += last - first;
     }
   });
+}
+
+// The step, and the log-probability of each sample: results (n_samples).
+void run_and_reduce(Step s, const Reduction& reduction, float* results, int threads) {
+  s.blocks = blocks_of(s.n_elements);
+  std::vector<BlockSum> sums(s.n_samples * s.blocks);
+  s.block_sums = sums.data();
+  for_blocks(s.n_samples, s.n_elements, threads, [&](Range range) { kernels->step(s, range); });
+  reduce(reduction, sums.data(), s.n_samples, s.n_elements, results, nullptr);
 }
 
 // With fewer elements, releasing the interpreter's lock costs more than it gains.
@@ -478,35 +488,43 @@ bool all_given(std::initializer_list<const void*> addresses, int64_t rows, int64
   return false;
 }
 
+// Reads a tensor from (address, stride, dtype); address 0: not given. False: an exception.
+bool read_described(PyObject* described, Tensor* out) {
+  long long address, stride;
+  int dtype;
+  if (!PyArg_ParseTuple(described, "LLi", &address, &stride, &dtype)) return false;
+  if (dtype < kFloat32 || dtype > kBFloat16) {
+    PyErr_Format(PyExc_ValueError, "dtype must be a code of csrc/step.h, got %d", dtype);
+    return false;
+  }
+  *out = {reinterpret_cast<void*>(address), stride, static_cast<DType>(dtype)};
+  return true;
+}
+
 // run(n_samples, n_elements, tensors, guidance_scale, packed, thresholds, seeds, known_seeds,
-// noise_step, noise_stream, threads); tensors is a tuple of (address, stride, dtype) for each of
-// kPerElement; address 0: not given.
+// noise_step, noise_stream, threads, log_prob=0, scale=0, offset=0, mean=False); tensors is a tuple
+// of (address, stride, dtype) for each of kPerElement. log_prob: the address of float32 for each
+// sample's log-probability, with the numbers of a Reduction.
 PyObject* py_run(PyObject*, PyObject* arguments) {
   Step s{};
   long long n_samples, n_elements;
-  int threads;
+  int threads, mean = 0;
   float guidance;
-  unsigned long long thresholds, seeds, known_seeds;
+  unsigned long long thresholds, seeds, known_seeds, log_prob = 0;
   unsigned int noise_step, noise_stream;
   PyObject *packed, *described;
-  if (!PyArg_ParseTuple(arguments, "LLO!fOKKKIIi", &n_samples, &n_elements, &PyTuple_Type, &described, &guidance, &packed, &thresholds, &seeds,
-                        &known_seeds, &noise_step, &noise_stream, &threads))
+  Reduction reduction{0, 0, -1, false};
+  if (!PyArg_ParseTuple(arguments, "LLO!fOKKKIIi|Kffp", &n_samples, &n_elements, &PyTuple_Type, &described, &guidance, &packed, &thresholds, &seeds,
+                        &known_seeds, &noise_step, &noise_stream, &threads, &log_prob, &reduction.scale, &reduction.offset, &mean))
     return nullptr;
+  reduction.mean = mean;
   constexpr size_t n_tensors = std::size(kPerElement);
   if (PyTuple_Size(described) != static_cast<Py_ssize_t>(n_tensors) || !read_coefficients(packed, &s)) {
     PyErr_Format(PyExc_TypeError, "run takes %zu tensors, and packed coefficients of the right type and size", n_tensors);
     return nullptr;
   }
-  for (size_t i = 0; i < n_tensors; ++i) {
-    long long address, stride;
-    int dtype;
-    if (!PyArg_ParseTuple(PyTuple_GetItem(described, i), "LLi", &address, &stride, &dtype)) return nullptr;
-    if (dtype < kFloat32 || dtype > kBFloat16) {
-      PyErr_Format(PyExc_ValueError, "dtype must be a code of csrc/step.h, got %d", dtype);
-      return nullptr;
-    }
-    s.*kPerElement[i] = {reinterpret_cast<void*>(address), stride, static_cast<DType>(dtype)};
-  }
+  for (size_t i = 0; i < n_tensors; ++i)
+    if (!read_described(PyTuple_GetItem(described, i), &(s.*kPerElement[i]))) return nullptr;
   s.n_samples = n_samples;
   s.n_elements = n_elements;
   s.guidance_scale = guidance;
@@ -516,7 +534,62 @@ PyObject* py_run(PyObject*, PyObject* arguments) {
   s.noise_step = noise_step;
   s.noise_stream = noise_stream;
   if (!all_given({s.x_t.data, s.model_output.data, s.x_prev.data}, n_samples, n_elements)) return nullptr;
-  run_unlocked(s, threads);
+  if (log_prob) {
+    Unlocked unlocked;
+    run_and_reduce(s, reduction, reinterpret_cast<float*>(log_prob), threads);
+  } else {
+    run_unlocked(s, threads);
+  }
+  return new_none();
+}
+
+// density(n_samples, n_elements, tensors, guidance_scale, packed, scale, offset, sign, mean,
+// results, counts, factors, threads): the log-density or divergence of each sample to results, and
+// how many of its elements count to counts, if that is given; or, with factors, the gradients. The
+// tensors are x_t, model_output, model_output_uncond, x_prev, reference, reference_uncond, mask, and
+// the gradients of the first three, as in run; the last four arguments but one are addresses of
+// float32.
+PyObject* py_density(PyObject*, PyObject* arguments) {
+  Density d{};
+  Step& s = d.step;
+  long long n_samples, n_elements;
+  int threads, mean;
+  float guidance;
+  unsigned long long results, counts, factors;
+  PyObject *packed, *described;
+  Reduction reduction;
+  if (!PyArg_ParseTuple(arguments, "LLO!fOfffpKKKi", &n_samples, &n_elements, &PyTuple_Type, &described, &guidance, &packed, &reduction.scale,
+                        &reduction.offset, &reduction.sign, &mean, &results, &counts, &factors, &threads))
+    return nullptr;
+  reduction.mean = mean;
+  Tensor* const tensors[] = {&s.x_t, &s.model_output, &s.model_output_uncond, &s.x_prev, &d.reference, &d.reference_uncond, &s.mask,
+                             &d.of_x_t, &d.of_model_output, &d.of_uncond};
+  constexpr size_t n_tensors = std::size(tensors);
+  if (PyTuple_Size(described) != static_cast<Py_ssize_t>(n_tensors) || !read_coefficients(packed, &s)) {
+    PyErr_Format(PyExc_TypeError, "density takes %zu tensors, and packed coefficients of the right type and size", n_tensors);
+    return nullptr;
+  }
+  for (size_t i = 0; i < n_tensors; ++i)
+    if (!read_described(PyTuple_GetItem(described, i), tensors[i])) return nullptr;
+  s.n_samples = n_samples;
+  s.n_elements = n_elements;
+  s.guidance_scale = guidance;
+  s.blocks = blocks_of(n_elements);
+  d.factors = reinterpret_cast<const float*>(factors);
+  const void* compared = s.x_prev.data ? s.x_prev.data : d.reference.data;
+  if (!all_given({s.x_t.data, s.model_output.data, compared}, n_samples, n_elements)) return nullptr;
+  if (!factors && !all_given({reinterpret_cast<const void*>(results)}, n_samples, 1)) return nullptr;
+  {
+    Unlocked unlocked;
+    if (factors) {
+      for_blocks(n_samples, n_elements, threads, [&](Range range) { kernels->density_backward(d, range); });
+    } else {
+      std::vector<BlockSum> sums(n_samples * s.blocks);
+      s.block_sums = sums.data();
+      for_blocks(n_samples, n_elements, threads, [&](Range range) { kernels->density(d, range); });
+      reduce(reduction, sums.data(), n_samples, n_elements, reinterpret_cast<float*>(results), reinterpret_cast<float*>(counts));
+    }
+  }
   return new_none();
 }
 
@@ -669,6 +742,7 @@ PyMethodDef methods[] = {
     {"step", fast_method<py_step>, METH_FASTCALL, nullptr},
     {"step_to_new", fast_method<py_step_to_new>, METH_FASTCALL, nullptr},
     {"run", method<py_run>, METH_VARARGS, nullptr},
+    {"density", method<py_density>, METH_VARARGS, nullptr},
     {"normals", method<py_normals>, METH_VARARGS, nullptr},
     {"words", method<py_words>, METH_VARARGS, nullptr},
     {"triad", method<py_triad>, METH_VARARGS, nullptr},
