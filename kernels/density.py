@@ -3,10 +3,11 @@ gradients."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..utils.checks import check_choice
 from .coefficients import StepCoefficients
 from .contract import check_field, check_predictions
-from .fields import StepInputs, TensorRule
+from .fields import READ_ONLY, StepInputs, TensorRule
 from .gaussian import REDUCTIONS, check_density
 
 _OF_STATE, _OF_OUTPUT = TensorRule(), TensorRule(dtype="model_output")
@@ -61,7 +62,7 @@ class DensityInputs:
         """Of a log-density; 0 for a divergence."""
         return 0.0 if self.divergence else self._scale_and_offset[1]
 
-    @property
+    @cached_property
     def _scale_and_offset(self) -> tuple[float, float]:
         return self.row.scale_and_offset(self.min_std, exact=self.dtype == torch.float64)
 
@@ -91,9 +92,12 @@ class DensityInputs:
 
     def replaced(self, tensors: Mapping[str, Tensor | None]) -> DensityInputs:
         """Return the same with other tensors, by name."""
-        of_step: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if name not in _COMPARED}
-        others: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if name in _COMPARED}
-        return replace(self, step=replace(self.step, **of_step), **others)
+        result, step = copy.copy(self), copy.copy(self.step)
+        for name, tensor in tensors.items():
+            setattr(result if name in _COMPARED else step, name, tensor)
+        step.reads = [(name, tensor) for name in READ_ONLY if (tensor := getattr(step, name)) is not None]
+        result.step = step
+        return result
 
 
 _COMPARED = ("x_prev", "reference", "reference_uncond", "mask")

@@ -112,16 +112,7 @@ def ddim_step(
     """
     target = out
     traced = _is_dynamo_compiling()
-    plain = (
-        mask is None
-        and known_x0 is None
-        and known_noise is None
-        and normals == "exact"
-        and log_prob_out is None
-        and log_prob_reduction == "mean"
-        and min_std is None
-        and backend is None
-    )
+    plain = mask is None and known_x0 is None and known_noise is None and normals == "exact" and backend is None
     if plain and not traced and _run_plain is not None:
         if out is None and isinstance(x_t, Tensor):
             target = torch.empty_like(x_t)
@@ -141,10 +132,20 @@ def ddim_step(
             history,
             history_2,
             model_input_out,
+            log_prob_out,
+            log_prob_reduction,
+            min_std,
         )
         if result is not None:
             written = []
-            for tensor in (out, x0_out, history, history_2, model_input_out):  # faster than a comprehension
+            for tensor in (
+                out,
+                x0_out,
+                history,
+                history_2,
+                model_input_out,
+                log_prob_out,
+            ):  # faster than a comprehension
                 if tensor is not None:
                     written.append(tensor)
             if written and not _is_inference_mode():
@@ -267,9 +268,9 @@ def run_from_table(inputs: StepInputs) -> Tensor:
     table = inputs.coefficients
     assert isinstance(table, StepTable)
     assert inputs.index is not None  # checked: a table needs one
+    rows = numbers_on_host("index", inputs.index.reshape(-1))
     if inputs.log_prob_out is not None:
         inputs = replace(inputs, min_std=table.min_std)
-    rows = numbers_on_host("index", inputs.index.reshape(-1))
     if wrong := [row for row in rows if not 0 <= row < len(table.rows)]:
         raise ValueError(
             f"index must be at least 0 and less than the {len(table.rows)} rows of the table, got {wrong[0]}"

@@ -68,7 +68,7 @@ def lay_out(read: dict[str, Tensor], written: dict[str, Tensor], flat: bool = Fa
 
 
 def _has_rows(tensor: Tensor) -> bool:
-    return tensor[0].is_contiguous()
+    return tensor.is_contiguous() or tensor[0].is_contiguous()
 
 
 def _flat_order(inputs: StepInputs, tensors: list[Tensor]) -> bool:

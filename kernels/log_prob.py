@@ -131,22 +131,24 @@ def _evaluate(inputs: DensityInputs, backend: str | None) -> Tensor:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         step = inputs.step
         return _Density.apply(inputs, backend, step.model_output, step.model_output_uncond, step.x_t)
-    return _forward(inputs, backend)[0]
+    return _forward(inputs, _choose(inputs, backend))[0]
 
 
-def _forward(inputs: DensityInputs, backend: str | None = None) -> tuple[Tensor, Tensor | None]:
-    """Return the result, and how many elements of each sample count, if not all do: ``(B,)``
-    each."""
+def _choose(inputs: DensityInputs, backend: str | None = None) -> Any:
+    return choose(inputs.step, backend, inputs.compared.values())
+
+
+def _forward(inputs: DensityInputs, chosen: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the result by a chosen backend, and how many elements of each sample count, if not all
+    do: ``(B,)`` each."""
     counts = None if inputs.mask is None else inputs.step.x_t.new_empty(len(inputs.step.x_t), dtype=inputs.dtype)
-    return choose(inputs.step, backend, inputs.compared.values()).density(inputs, counts), counts
+    return chosen.density(inputs, counts), counts
 
 
-def _backward(
-    inputs: DensityInputs, factors: Tensor, wanted: Sequence[bool], backend: str | None = None
-) -> dict[str, Tensor]:
+def _backward(inputs: DensityInputs, factors: Tensor, wanted: Sequence[bool], chosen: Any) -> dict[str, Tensor]:
     """Return the gradients of ``DIFFERENTIABLE`` that are wanted, by name."""
     gradients = new_gradients(inputs, wanted)
-    choose(inputs.step, backend, inputs.compared.values()).density_backward(inputs, factors, gradients)
+    chosen.density_backward(inputs, factors, gradients)
     return gradients
 
 
@@ -169,10 +171,11 @@ class _Density(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: DensityInputs, backend: str | None, *differentiable: Tensor | None) -> Tensor:
-        result, counts = _forward(inputs, backend)
+        ctx.chosen = _choose(inputs, backend)
+        result, ctx.counts = _forward(inputs, ctx.chosen)
         tensors = inputs.tensors
         ctx.inputs = inputs.replaced(dict.fromkeys(tensors))  # without them: saved tensors are freed
-        ctx.backend, ctx.names, ctx.counts = backend, tuple(tensors), counts
+        ctx.names = tuple(tensors)
         ctx.save_for_backward(*tensors.values())
         return result
 
@@ -181,7 +184,7 @@ class _Density(torch.autograd.Function):
         inputs = ctx.inputs.replaced(dict(zip(ctx.names, ctx.saved_tensors, strict=True)))
         with torch.no_grad():
             factors = _factors(inputs, gradient, ctx.counts)
-            gradients = _backward(inputs, factors, ctx.needs_input_grad[2:], ctx.backend)
+            gradients = _backward(inputs, factors, ctx.needs_input_grad[2:], ctx.chosen)
         if torch.is_grad_enabled():  # create_graph=True
             gradients = {name: _Once.apply(found, gradient, *ctx.saved_tensors) for name, found in gradients.items()}
         return None, None, *(gradients.get(name) for name in DIFFERENTIABLE)
@@ -240,7 +243,7 @@ def _inputs_of(values: Sequence[Any]) -> DensityInputs:
 
 def _operator(*values: Any) -> tuple[Tensor, Tensor]:
     inputs = _inputs_of(values)
-    result, counts = _forward(inputs)
+    result, counts = _forward(inputs, _choose(inputs))
     return result, inputs.step.x_t.new_empty(0, dtype=inputs.dtype) if counts is None else counts
 
 
@@ -253,7 +256,8 @@ def _fake_operator(*values: Any) -> tuple[Tensor, Tensor]:
 
 def _operator_backward(*values: Any) -> list[Tensor]:
     *arguments, factors, wanted = values
-    return list(_backward(_inputs_of(arguments), factors, wanted).values())
+    inputs = _inputs_of(arguments)
+    return list(_backward(inputs, factors, wanted, _choose(inputs)).values())
 
 
 def _fake_operator_backward(*values: Any) -> list[Tensor]:

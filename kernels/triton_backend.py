@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from .coefficients import StepCoefficients, StepTable
+from .density import DensityInputs
 from .fields import StepInputs
-from .layout import as_rows, plain_memory_reasons
-from .reference import density, density_backward
-
-__all__ = ["density", "density_backward", "dynamic_thresholds", "name", "run", "unsupported_reasons"]
+from .layout import as_rows, lay_out, plain_memory_reasons
 
 name = "triton"
 
@@ -93,3 +91,34 @@ def dynamic_thresholds(inputs: StepInputs, ratio: float, maximum: float, out: Te
     with torch.cuda.device_of(x_t):
         triton_thresholds.launch(as_rows(inputs, x_t), table, inputs.index, thresholds, ratio=ratio, maximum=maximum)
     return thresholds
+
+
+def density(inputs: DensityInputs, counts: Tensor | None = None) -> Tensor:
+    """Return the log-density or divergence of checked inputs, ``(B,)`` float32; see
+    ``reference.density``. This is one launch, or two for samples of more than ``gaussian.BLOCK``
+    elements."""
+    x_t = inputs.step.x_t
+    result = torch.empty(len(x_t), dtype=torch.float32, device=x_t.device)
+    if x_t.numel() == 0:
+        if counts is not None:
+            counts.zero_()
+        return result.zero_()
+    _launch_density(inputs, {}, results=result, counts=counts)
+    return result
+
+
+def density_backward(inputs: DensityInputs, factors: Tensor, gradients: dict[str, Tensor]) -> None:
+    """Fill the gradients; see ``reference.density_backward``. This is one launch."""
+    if inputs.step.x_t.numel():
+        _launch_density(inputs, gradients, factors=factors.contiguous())
+
+
+def _launch_density(inputs: DensityInputs, gradients: dict[str, Tensor], **results: Tensor | None) -> None:
+    from . import triton_density
+
+    table = _one_row(inputs.row, inputs.step.guidance_scale, inputs.step.x_t.device, inputs.min_std)
+    read = {name: tensor.detach() for name, tensor in inputs.tensors.items()}
+    rows = lay_out(read, {f"of_{name}": gradient for name, gradient in gradients.items()})
+    with torch.cuda.device_of(inputs.step.x_t):
+        triton_density.launch(rows, table, mean=inputs.reduction == "mean", **results)
+    rows.copy_back()

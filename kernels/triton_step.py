@@ -187,12 +187,33 @@ def clip(x, bound):
     return tl.clamp(x, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
 
 
+@triton.jit
+def predict(row_ptr, x, m, scale, CLIPPED: tl.constexpr):
+    """Return what x_t and the model's output make of x_prev; ``scale`` multiplies x0 before it is
+    clipped."""
+    if CLIPPED:
+        x_prev = clip(
+            linear(tl.load(row_ptr + CLIP_X) * scale, x, tl.load(row_ptr + CLIP_M) * scale, m),
+            tl.load(row_ptr + CLIP_BOUND),
+        )
+        x_prev = _plus(tl.load(row_ptr + REST_X), x, x_prev)
+        x_prev = _plus(tl.load(row_ptr + REST_M), m, x_prev)
+    else:
+        x_prev = linear(tl.load(row_ptr + FOLD_X), x, tl.load(row_ptr + FOLD_M), m)
+    return x_prev
+
+
 # ---- the kernel -------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def load(ptr, sample, stride, offsets, n_elements):
     return tl.load(ptr + sample * stride + offsets, mask=offsets < n_elements).to(tl.float32)
+
+
+@triton.jit
+def load_or(ptr, sample, stride, offsets, n_elements, other: tl.constexpr):
+    return tl.load(ptr + sample * stride + offsets, mask=offsets < n_elements, other=other).to(tl.float32)
 
 
 @triton.jit
@@ -258,21 +279,13 @@ def ddim_step_kernel(
     if model_output_uncond_ptr is not None:
         uncond = load(model_output_uncond_ptr, sample, model_output_uncond_stride, offsets, n_elements)
         m = guide(m, uncond, tl.load(row_ptr + GUIDANCE_SCALE))
-    if CLIPPED:
-        scale = 1.0
-        if thresholds_ptr is not None:
-            # Imagen, arXiv 2205.11487: x0 = clamp(x0, -s, s) / s * bound, with the division folded
-            # into the coefficients.
-            scale = tl.div_rn(tl.load(row_ptr + X0_BOUND), tl.load(thresholds_ptr + sample))
-            scale = tl.minimum(scale, _LARGEST_SCALE, propagate_nan=tl.PropagateNan.ALL)
-        x_prev = clip(
-            linear(tl.load(row_ptr + CLIP_X) * scale, x, tl.load(row_ptr + CLIP_M) * scale, m),
-            tl.load(row_ptr + CLIP_BOUND),
-        )
-        x_prev = _plus(tl.load(row_ptr + REST_X), x, x_prev)
-        x_prev = _plus(tl.load(row_ptr + REST_M), m, x_prev)
-    else:
-        x_prev = linear(tl.load(row_ptr + FOLD_X), x, tl.load(row_ptr + FOLD_M), m)
+    scale = 1.0
+    if CLIPPED and thresholds_ptr is not None:
+        # Imagen, arXiv 2205.11487: x0 = clamp(x0, -s, s) / s * bound, with the division folded into
+        # the coefficients.
+        scale = tl.div_rn(tl.load(row_ptr + X0_BOUND), tl.load(thresholds_ptr + sample))
+        scale = tl.minimum(scale, _LARGEST_SCALE, propagate_nan=tl.PropagateNan.ALL)
+    x_prev = predict(row_ptr, x, m, scale, CLIPPED)
     if history_ptr is not None:
         of_history = tl.load(row_ptr + HISTORY)
         if history_2_ptr is not None:
@@ -323,16 +336,19 @@ def ddim_step_kernel(
                     first_counter, tl.load(seeds_ptr + sample), noise_step, KNOWN_REGION, BLOCK_SIZE, VECTOR, NORMALS
                 )
             known = tl.fma(tl.zeros_like(z) + known_std, z, known)
-        weight = load(mask_ptr, sample, mask_stride, offsets, n_elements)
+        if log_prob_out_ptr is None:
+            weight = load(mask_ptr, sample, mask_stride, offsets, n_elements)
+        else:
+            weight = load_or(mask_ptr, sample, mask_stride, offsets, n_elements, 1.0)  # no element that counts
         x_prev = tl.fma(weight, known, (1.0 - weight) * x_prev)
     store(x_prev_ptr, sample, x_prev_stride, offsets, n_elements, x_prev)
     # What follows is of x_prev as it is stored: the bits of a pass of its own.
     stored = x_prev.to(x_prev_ptr.dtype.element_ty).to(tl.float32)
     if log_prob_out_ptr is not None:
-        counts = offsets < n_elements
-        if mask_ptr is not None:
-            counts = counts & (weight == 0)
-        squares, count = block_sum(stored - mean, counts, BLOCK_SIZE)
+        masked_by = weight if mask_ptr is not None else mean
+        squares, count = block_sum(
+            stored - mean, masked_by, offsets, block, n_elements, mask_ptr is not None, BLOCK_SIZE
+        )
         samples, blocks = tl.num_programs(SAMPLE_AXIS), tl.num_programs(1 - SAMPLE_AXIS)
         finish_block(
             log_prob_out_ptr, None, block_sums_ptr, squares, count, row_ptr, sample, block, samples, blocks, MEAN, False

@@ -27,13 +27,20 @@ def _by_halves(x, SIZE: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def block_sum(deviation, counts, BLOCK_SIZE: tl.constexpr):
-    """Return the sum of the squares of a block's deviations where ``counts``, and how many do."""
-    deviation = tl.where(counts, deviation, 0.0)
+def block_sum(deviation, weight, offsets, block, n_elements, MASKED: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Return the sum of the squares of a block's deviations, and how many elements count: those of
+    the sample; if ``MASKED`` those whose weight is 0, which is 1 beyond the sample."""
+    if MASKED:
+        inside = weight == 0
+        count = tl.sum(inside.to(tl.int32), axis=0)
+    else:
+        inside = offsets < n_elements
+        count = tl.minimum(n_elements - block.to(tl.int64) * BLOCK_SIZE, BLOCK_SIZE).to(tl.int32)
+    deviation = tl.where(inside, deviation, 0.0)
     squares = (deviation * deviation).reshape(BLOCK_SIZE // 4, 2, 2)
     quads = tl.sum(tl.sum(squares, axis=1), axis=1)
     LEVELS: tl.constexpr = 9 if BLOCK_SIZE == 2048 else 7
-    return _by_halves(quads, BLOCK_SIZE // 4, LEVELS), tl.sum(counts.to(tl.int32), axis=0)
+    return _by_halves(quads, BLOCK_SIZE // 4, LEVELS), count
 
 
 @triton.jit

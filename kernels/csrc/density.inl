@@ -2,14 +2,96 @@
 // All of it works on tiles in the first-level cache that are widened to float32, and computes means
 // by the loops of step.inl: so their bits are those of the step.
 
+// x_prev of a block, from its mean and noise that is generated here, with the squares of what was
+// stored: what most steps need, in one loop.
+template <typename State>
+class NoisyBlock {
+ public:
+  static void run(Philox& philox, float noise, const float* mean, State* x_prev, int64_t n, Squares& squares) {
+    alignas(64) uint32_t words[kSumBlock];
+    make_words(philox, words, n);
+    int64_t i = 0;
+    for (; i + Squares::kStep <= n; i += Squares::kStep) group(noise, words + i, mean + i, x_prev + i, squares);
+    if (i == n) return;
+    alignas(64) uint32_t last_words[Squares::kStep] = {};
+    alignas(64) float last_mean[Squares::kStep] = {};
+    alignas(64) State last[Squares::kStep];
+    std::memcpy(last_words, words + i, (n - i + kBlock - 1) / kBlock * kBlock * sizeof(uint32_t));
+    std::memcpy(last_mean, mean + i, (n - i) * sizeof(float));
+    Squares unread;
+    group(noise, last_words, last_mean, last, unread);
+    std::memcpy(x_prev + i, last, (n - i) * sizeof(State));
+    alignas(64) float stored[kWideTile];
+    for (int64_t k = 0; k < Squares::kStep; k += Isa::kLanes) Isa::store(stored + k, Isa::load(last + k));
+    alignas(64) float padded[kWideTile];
+    std::memcpy(padded, last_mean, sizeof last_mean);
+    squares.add(stored, padded, nullptr, n - i);
+  }
+
+ private:
+  static DDIM_INLINE F store_and_load(State* out, F value) {
+    Isa::store(out, value);
+    if constexpr (std::is_same_v<State, float>) return value;
+    return Isa::load(out);
+  }
+
+  static DDIM_INLINE void group(float noise, const uint32_t* words, const float* mean, State* x_prev, Squares& squares) {
+    constexpr int w = Isa::kLanes;
+    const F scale = Isa::set(noise);
+    F deviation[4];
+    for (int first = 0; first < 4; first += 2 * kGroups) {
+      Pair z[kGroups];
+      box_muller(words + first * w, z);
+      DDIM_EACH(kGroups) {
+        const int a = first + 2 * k, b = a + 1;
+        const F mean_a = Isa::load(mean + a * w), mean_b = Isa::load(mean + b * w);
+        deviation[a] = Isa::sub(store_and_load(x_prev + a * w, Isa::fma(scale, z[k].a, mean_a)), mean_a);
+        deviation[b] = Isa::sub(store_and_load(x_prev + b * w, Isa::fma(scale, z[k].b, mean_b)), mean_b);
+      }
+    }
+    squares.add(deviation);
+  }
+};
+
+// The mean of a block, without noise, and x0 of it where that is wanted.
+void predict_block(const Step& step, Range block, float* mean) {
+  alignas(64) float x[kWideTile], m[kWideTile], uncond[kWideTile], x0[kWideTile];
+  for (int64_t begin = block.begin; begin < block.end; begin += kWideTile) {
+    const Range tile{block.sample, begin, std::min(block.end, begin + kWideTile)};
+    const int64_t n = tile.end - tile.begin;
+    Step wide = widened(step, tile, x, m, uncond);
+    wide.x_prev = {mean + begin - block.begin, n, kFloat32};
+    if (step.x0.data) wide.x0 = {x0, n, kFloat32};
+    choose_guidance<float, float>(wide, {0, 0, n});
+    if (step.x0.data) narrow(x0, step.x0, tile);
+  }
+}
+
+void noisy_block(const Step& step, Range block, Philox& philox, Squares& squares) {
+  alignas(64) float mean[kSumBlock];
+  const int64_t n = block.end - block.begin;
+  predict_block(step, block, mean);
+  switch (step.x_prev.dtype) {
+    case kFloat16: return NoisyBlock<Float16>::run(philox, step.c.noise, mean, at<Float16>(step.x_prev, block), n, squares);
+    case kBFloat16: return NoisyBlock<BFloat16>::run(philox, step.c.noise, mean, at<BFloat16>(step.x_prev, block), n, squares);
+    default: return NoisyBlock<float>::run(philox, step.c.noise, mean, at<float>(step.x_prev, block), n, squares);
+  }
+}
+
 // A step's blocks, each with its sum of (x_prev - mean)^2.
 void step_and_sum(const Step& step, Range range) {
-  for (int64_t block = range.begin; block < range.end; block += kSumBlock) {
+  const bool simple = step.seeds && !step.mask.data && !step.history.data && !step.noise.data;
+  Philox philox(simple ? step.seeds[range.sample] : 0, range.begin / 4, step.noise_step, step.noise_stream);
+  for (int64_t begin = range.begin; begin < range.end; begin += kSumBlock) {
     Squares squares;
-    const int64_t end = std::min(range.end, block + kSumBlock);
-    for (int64_t begin = block; begin < end; begin += kWideTile)
-      step_on_tile(step, {range.sample, begin, std::min(end, begin + kWideTile)}, &squares);
-    step.block_sums[range.sample * step.blocks + block / kSumBlock] = squares.sum();
+    const Range block{range.sample, begin, std::min(range.end, begin + kSumBlock)};
+    if (simple) {
+      noisy_block(step, block, philox, squares);
+    } else {
+      for (int64_t tile = block.begin; tile < block.end; tile += kWideTile)
+        step_on_tile(step, {range.sample, tile, std::min(block.end, tile + kWideTile)}, &squares);
+    }
+    step.block_sums[range.sample * step.blocks + begin / kSumBlock] = squares.sum();
   }
 }
 
@@ -19,7 +101,6 @@ struct DensityTile {
   Step wide;
 
   DensityTile(const Density& d, Range tile) {
-    const int64_t n = tile.end - tile.begin;
     if (d.reference.data) {
       Step other = d.step;
       other.model_output = d.reference;

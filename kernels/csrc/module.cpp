@@ -94,13 +94,23 @@ void run_step(Step s, int threads) {
   });
 }
 
-// The step, and the log-probability of each sample: results (n_samples).
-void run_and_reduce(Step s, const Reduction& reduction, float* results, int threads) {
+// The log-probability that a step is asked for: where it goes, (n_samples), or null, and how it is
+// reduced.
+struct LogProb {
+  float* results;
+  Reduction reduction;
+};
+
+void run_and_reduce(Step s, const LogProb& log_prob, int threads) {
   s.blocks = blocks_of(s.n_elements);
   std::vector<BlockSum> sums(s.n_samples * s.blocks);
   s.block_sums = sums.data();
   for_blocks(s.n_samples, s.n_elements, threads, [&](Range range) { kernels->step(s, range); });
-  reduce(reduction, sums.data(), s.n_samples, s.n_elements, results, nullptr);
+  reduce(log_prob.reduction, sums.data(), s.n_samples, s.n_elements, log_prob.results, nullptr);
+}
+
+void run(const Step& s, int threads, const LogProb& log_prob) {
+  log_prob.results ? run_and_reduce(s, log_prob, threads) : run_step(s, threads);
 }
 
 // With fewer elements, releasing the interpreter's lock costs more than it gains.
@@ -118,14 +128,14 @@ class Unlocked {
   PyThreadState* state_;
 };
 
-void run_unlocked(const Step& s, int threads) {
-  if (s.n_samples * s.n_elements < kReleaseLock) return run_step(s, threads);
+void run_unlocked(const Step& s, int threads, const LogProb& log_prob = {}) {
+  if (s.n_samples * s.n_elements < kReleaseLock) return run(s, threads, log_prob);
   Unlocked unlocked;
-  run_step(s, threads);
+  run(s, threads, log_prob);
 }
 
 // ------------------------------------------------------------------------------------------------------ what torch is asked
-PyObject *tensor_type, *get_num_threads, *grad_enabled, *inference_mode, *s_requires_grad, *s_packed;
+PyObject *tensor_type, *get_num_threads, *grad_enabled, *inference_mode, *s_requires_grad, *s_packed, *s_scale_and_offset;
 // From kernels/torch_internals.py. The last two are None where torch has no such name.
 PyObject *modes_active, *forward_ad, *forward_ad_level, *write_count;
 PyCFunction is_negated, is_inference;           // torch.Tensor.is_neg and is_inference, called without looking them up
@@ -274,6 +284,9 @@ enum StepArgument {
   kHistory,
   kHistory2,
   kModelInputOut,
+  kLogProbOut,
+  kLogProbReduction,
+  kMinStd,
   kNumStepArguments
 };
 
@@ -291,7 +304,29 @@ bool read_plain(PyObject* x_t, PyObject* model_output, PyObject* coefficients, b
   return packed.object && read_coefficients(packed.object, s);
 }
 
-bool read_step(PyObject* const* a, Step* s, int64_t* total) {
+// Reads the arguments of a log-probability, whose scale and offset the row computes. False: what is
+// wrong with them is left to Python, or an exception.
+bool read_log_prob(PyObject* const* a, bool recording, const Step& s, LogProb* out) {
+  const bool mean = PyUnicode_Check(a[kLogProbReduction]) && PyUnicode_CompareWithASCIIString(a[kLogProbReduction], "mean") == 0;
+  *out = {nullptr, {0, 0, -1, mean}};
+  if (a[kLogProbOut] == Py_None) return mean && a[kMinStd] == Py_None;
+  if (!mean && !(PyUnicode_Check(a[kLogProbReduction]) && PyUnicode_CompareWithASCIIString(a[kLogProbReduction], "sum") == 0)) return false;
+  if (a[kMinStd] != Py_None && !PyFloat_CheckExact(a[kMinStd])) return false;
+  const double least = a[kMinStd] == Py_None ? 0 : PyFloat_AsDouble(a[kMinStd]);
+  const double std_dev = std::max(std::fabs(double{s.c.noise}), least);
+  if (!(least >= 0) || (a[kMinStd] != Py_None && least == 0) || std_dev < 0x1p-59 || std_dev > 0x1p59) return false;
+  const void* results;
+  if (!read_per_sample(a[kLogProbOut], dlpack::kFloat, 32, s.n_samples, &results)) return false;
+  if (!writable(a[kLogProbOut]) || !without_gradient(a[kLogProbOut], recording)) return false;
+  Reference numbers(PyObject_CallMethodObjArgs(a[kCoefficients], s_scale_and_offset, a[kMinStd], nullptr));
+  if (!numbers.object || !PyTuple_Check(numbers.object) || PyTuple_Size(numbers.object) != 2) return false;
+  out->reduction.scale = static_cast<float>(PyFloat_AsDouble(PyTuple_GetItem(numbers.object, 0)));
+  out->reduction.offset = static_cast<float>(PyFloat_AsDouble(PyTuple_GetItem(numbers.object, 1)));
+  out->results = static_cast<float*>(const_cast<void*>(results));
+  return !PyErr_Occurred();
+}
+
+bool read_step(PyObject* const* a, Step* s, int64_t* total, LogProb* log_prob) {
   dlpack::Tensor like, other;
   const void *seeds = nullptr, *thresholds = nullptr;
   const bool recording = is_recording();
@@ -351,6 +386,12 @@ bool read_step(PyObject* const* a, Step* s, int64_t* total) {
     if (!read_tensor(a[kModelInputOut], &like, stride, &s->model_input_out)) return false;
     if (!writable(a[kModelInputOut]) || !without_gradient(a[kModelInputOut], recording)) return false;
   }
+  if (!read_log_prob(a, recording, *s, log_prob)) return false;
+  const size_t result_bytes = s->n_samples * sizeof(float);
+  if (!apart(log_prob->results, result_bytes, seeds, s->n_samples * sizeof(int64_t))) return false;
+  if (!apart(log_prob->results, result_bytes, thresholds, s->n_samples * sizeof(float))) return false;
+  for (const Tensor* read : {&s->x_t, &s->model_output, &s->model_output_uncond, &s->noise})
+    if (!apart(log_prob->results, result_bytes, read->data, *total * kItemSize[read->dtype])) return false;
   // The first three may be what is read, element for element. All others share nothing.
   const Tensor* const written[] = {&s->x_prev, &s->x0, &s->model_input_out, &s->history, &s->history_2};
   for (size_t i = 0; i < std::size(written); ++i) {
@@ -359,6 +400,7 @@ bool read_step(PyObject* const* a, Step* s, int64_t* total) {
     const size_t bytes = *total * kItemSize[w.dtype];
     if (!apart(w.data, bytes, seeds, s->n_samples * sizeof(int64_t))) return false;
     if (!apart(w.data, bytes, thresholds, s->n_samples * sizeof(float))) return false;
+    if (!apart(w.data, bytes, log_prob->results, result_bytes)) return false;
     for (const Tensor* read : {&s->x_t, &s->model_output, &s->model_output_uncond, &s->noise})
       if (!(i < 3 ? safe_to_write(w, *read, *total) : apart(w.data, bytes, read->data, *total * kItemSize[read->dtype]))) return false;
     for (size_t j = 0; j < i; ++j)
@@ -383,11 +425,12 @@ PyObject* py_step(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
   }
   Step s{};
   int64_t total = 0;
-  if (is_watched() || !read_step(a, &s, &total)) {
+  LogProb log_prob;
+  if (is_watched() || !read_step(a, &s, &total, &log_prob)) {
     PyErr_Clear();  // the checks in Python raise the error
     return new_none();
   }
-  run_unlocked(s, thread_count(total, s.seeds != nullptr));
+  run_unlocked(s, thread_count(total, s.seeds || log_prob.results), log_prob);
   if (PyErr_Occurred()) return nullptr;
   Py_INCREF(a[kXPrev]);
   return a[kXPrev];
@@ -510,12 +553,12 @@ PyObject* py_run(PyObject*, PyObject* arguments) {
   long long n_samples, n_elements;
   int threads, mean = 0;
   float guidance;
-  unsigned long long thresholds, seeds, known_seeds, log_prob = 0;
+  unsigned long long thresholds, seeds, known_seeds, results = 0;
   unsigned int noise_step, noise_stream;
   PyObject *packed, *described;
   Reduction reduction{0, 0, -1, false};
   if (!PyArg_ParseTuple(arguments, "LLO!fOKKKIIi|Kffp", &n_samples, &n_elements, &PyTuple_Type, &described, &guidance, &packed, &thresholds, &seeds,
-                        &known_seeds, &noise_step, &noise_stream, &threads, &log_prob, &reduction.scale, &reduction.offset, &mean))
+                        &known_seeds, &noise_step, &noise_stream, &threads, &results, &reduction.scale, &reduction.offset, &mean))
     return nullptr;
   reduction.mean = mean;
   constexpr size_t n_tensors = std::size(kPerElement);
@@ -534,12 +577,7 @@ PyObject* py_run(PyObject*, PyObject* arguments) {
   s.noise_step = noise_step;
   s.noise_stream = noise_stream;
   if (!all_given({s.x_t.data, s.model_output.data, s.x_prev.data}, n_samples, n_elements)) return nullptr;
-  if (log_prob) {
-    Unlocked unlocked;
-    run_and_reduce(s, reduction, reinterpret_cast<float*>(log_prob), threads);
-  } else {
-    run_unlocked(s, threads);
-  }
+  run_unlocked(s, threads, {reinterpret_cast<float*>(results), reduction});
   return new_none();
 }
 
@@ -775,6 +813,7 @@ bool import_torch_names() {
   write_count = PyObject_GetAttrString(internals.object, "WRITE_COUNT");
   s_requires_grad = PyUnicode_InternFromString("requires_grad");
   s_packed = PyUnicode_InternFromString("packed");
+  s_scale_and_offset = PyUnicode_InternFromString("scale_and_offset");
   Reference example(PyObject_CallNoArgs(tensor_type));  // on the CPU, for any default device
   is_negated = method_of(example.object, "is_neg");
   is_inference = method_of(example.object, "is_inference");

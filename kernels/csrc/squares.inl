@@ -11,6 +11,16 @@ DDIM_INLINE F where_within(F x, F bound, F value) {
 // fewer quads will do.
 class Squares {
  public:
+  static constexpr int64_t kStep = 4 * Isa::kLanes;
+
+  // Adds four vectors of elements that count.
+  DDIM_INLINE void add(const F (&deviation)[4]) {
+    F square[4];
+    DDIM_EACH(4) square[k] = Isa::mul(deviation[k], deviation[k]);
+    add_squares(square);
+    count_ += static_cast<float>(kStep);
+  }
+
   // Adds n elements, a whole tile but at the end of a block. What follows them in the buffers, of
   // kWideTile each, is overwritten. Elements whose mask is not 0 do not count.
   void add(float* values, float* means, float* mask, int64_t n) {
@@ -20,7 +30,7 @@ class Squares {
     std::fill(means + n, means + end, 0.0f);
     if (mask) std::fill(mask + n, mask + end, 1.0f);
     F counted = Isa::set(0.0f);
-    for (int64_t i = 0; i < end; i += kStep, used_ += w) {
+    for (int64_t i = 0; i < end; i += kStep) {
       F square[4];
       DDIM_EACH(4) {
         F deviation = Isa::sub(Isa::load(values + i + k * w), Isa::load(means + i + k * w));
@@ -31,7 +41,7 @@ class Squares {
         }
         square[k] = Isa::mul(deviation, deviation);
       }
-      Isa::store(quads_ + used_, halves(halves(square[0], square[2]), halves(square[1], square[3])));
+      add_squares(square);
     }
     if (!mask) {
       count_ += static_cast<float>(n);
@@ -59,11 +69,15 @@ class Squares {
   }
 
  private:
-  static constexpr int64_t kStep = 4 * Isa::kLanes;
   static_assert(kWideTile % kStep == 0 && kSumBlock % kWideTile == 0);
 
   // Within each 128-bit lane (a0 + a2, b0 + b2, a1 + a3, b1 + b3).
   static DDIM_INLINE F halves(F a, F b) { return Isa::add(Isa::interleave_low(a, b), Isa::interleave_high(a, b)); }
+
+  DDIM_INLINE void add_squares(const F (&square)[4]) {
+    Isa::store(quads_ + used_, halves(halves(square[0], square[2]), halves(square[1], square[3])));
+    used_ += Isa::kLanes;
+  }
 
   alignas(64) float quads_[kSumBlock / 4];
   int64_t used_ = 0;
