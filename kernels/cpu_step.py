@@ -168,7 +168,7 @@ def density_backward(inputs: DensityInputs, factors: Tensor, gradients: dict[str
 
 
 def _run_density(inputs: DensityInputs, gradients: dict[str, Tensor], results: int, counts: int, factors: int) -> None:
-    rows = lay_out({name: tensor.detach() for name, tensor in inputs.tensors.items()}, gradients)
+    rows = lay_out(inputs.tensors, gradients)
     extension.density(
         rows.n_samples,
         rows.n_elements,

@@ -617,16 +617,18 @@ PyObject* py_density(PyObject*, PyObject* arguments) {
   const void* compared = s.x_prev.data ? s.x_prev.data : d.reference.data;
   if (!all_given({s.x_t.data, s.model_output.data, compared}, n_samples, n_elements)) return nullptr;
   if (!factors && !all_given({reinterpret_cast<const void*>(results)}, n_samples, 1)) return nullptr;
-  {
+  const auto work = [&] {
+    if (factors) return for_blocks(n_samples, n_elements, threads, [&](Range range) { kernels->density_backward(d, range); });
+    std::vector<BlockSum> sums(n_samples * s.blocks);
+    s.block_sums = sums.data();
+    for_blocks(n_samples, n_elements, threads, [&](Range range) { kernels->density(d, range); });
+    reduce(reduction, sums.data(), n_samples, n_elements, reinterpret_cast<float*>(results), reinterpret_cast<float*>(counts));
+  };
+  if (n_samples * n_elements < kReleaseLock) {
+    work();
+  } else {
     Unlocked unlocked;
-    if (factors) {
-      for_blocks(n_samples, n_elements, threads, [&](Range range) { kernels->density_backward(d, range); });
-    } else {
-      std::vector<BlockSum> sums(n_samples * s.blocks);
-      s.block_sums = sums.data();
-      for_blocks(n_samples, n_elements, threads, [&](Range range) { kernels->density(d, range); });
-      reduce(reduction, sums.data(), n_samples, n_elements, reinterpret_cast<float*>(results), reinterpret_cast<float*>(counts));
-    }
+    work();
   }
   return new_none();
 }
