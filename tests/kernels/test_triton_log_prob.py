@@ -6,6 +6,7 @@ import pytest
 import torch
 from density_cases import PAIRS, B, F, H, make, same_bits
 
+import ddim_fast as df
 from ddim_fast.gpu_lab.emulated_gpu import emulated_gpu
 from ddim_fast.kernels import cpu_step, gaussian, triton_backend
 from ddim_fast.kernels.density import DensityInputs, new_gradients
@@ -65,6 +66,21 @@ def test_bits_are_those_of_cpp(target, options, divergence):
 @pytest.mark.parametrize(("target", "options", "divergence"), MORE)
 def test_bits_are_those_of_cpp_on_every_target(target, options, divergence):
     check(target, options, divergence)
+
+
+def test_a_row_for_each_sample_of_several_blocks():
+    plan = df.SamplingPlan(df.NoiseSchedule.linear(), (900, 500, 100), eta=1.0)
+    case, seeds, index = make(shape=(2, 2049)), torch.tensor([1, 2]), torch.tensor([2, 0])
+    got, expected = torch.empty(2), torch.empty(2)
+    inputs = StepInputs(case.x_t, case.m, plan.table(min_std=0.3), index, seeds=seeds, log_prob_out=got)
+    with emulated_gpu("sm_90") as gpu:
+        x_prev = triton_backend.run(inputs)
+    assert len(gpu.launches) == 2
+    table = plan.table(min_std=0.3)
+    assert same_bits(
+        x_prev, df.ddim_step_from_table(case.x_t, case.m, table, index, seeds=seeds, log_prob_out=expected)
+    )
+    assert same_bits(got, expected)
 
 
 def test_the_cases_have_every_pair_of_dtypes_and_every_target():
