@@ -50,7 +50,7 @@ def _reduced(squares, count, row_ptr, MEAN: tl.constexpr, DIVERGENCE: tl.constex
     if not DIVERGENCE:
         total = -(total + tl.load(row_ptr + LOG_PROB_OFFSET).to(tl.float64) * count)
     if MEAN:
-        total = total / count
+        total = total / tl.where(count == 0, 1.0, count)
     return tl.where(count == 0, 0.0, total).to(tl.float32)
 
 
