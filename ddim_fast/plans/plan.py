@@ -253,10 +253,14 @@ class SamplingPlan:
         return self if count == len(self.timesteps) else _last_steps(self, count)
 
     def table(
-        self, device: torch.device | str = "cpu", guidance_scale: float | Sequence[float] | None = None
+        self,
+        device: torch.device | str = "cpu",
+        guidance_scale: float | Sequence[float] | None = None,
+        min_std: float | None = None,
     ) -> StepTable:
-        """Return all steps as one table in device memory, for ``ddim_step_from_table``."""
-        return StepTable.of([step.coefficients for step in self.steps], device, guidance_scale)
+        """Return all steps as one table in device memory, for ``ddim_step_from_table``; see
+        ``StepTable.of``."""
+        return StepTable.of([step.coefficients for step in self.steps], device, guidance_scale, min_std)
 
     def _input_scale(self, t: float) -> float:
         """Return what x_t is multiplied by for the model, in the float32 that kernels and tables
