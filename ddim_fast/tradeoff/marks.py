@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from .cells import Cell
-from .results import CellResult, Measure, Study, eta_text
+from .results import CellResult, Measure, Study, eta_text, order_text
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#f0e442")
 """Okabe and Ito's colour-blind safe palette (2008), with grey instead of black for dark pages."""
@@ -18,7 +18,7 @@ LOG_FROM = 8
 _DIMENSIONS: dict[str, Callable[[Cell], str]] = {
     "spacing": lambda cell: cell.timestep_spacing,
     "eta": eta_text,
-    "order": lambda cell: str(cell.order),
+    "order": order_text,
 }
 
 
