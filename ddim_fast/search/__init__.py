@@ -12,7 +12,18 @@ command line: ``ddim-fast search``.
 
 from .analytic import measure_eps_residual
 from .dynamic import best_timesteps
+from .fitted import FITTED, FittedSolver
 from .refine import Candidate
 from .search import Found, Score, Search, search_timesteps
 
-__all__ = ["Candidate", "Found", "Score", "Search", "best_timesteps", "measure_eps_residual", "search_timesteps"]
+__all__ = [
+    "FITTED",
+    "Candidate",
+    "FittedSolver",
+    "Found",
+    "Score",
+    "Search",
+    "best_timesteps",
+    "measure_eps_residual",
+    "search_timesteps",
+]
