@@ -43,7 +43,8 @@ TIME_CHANGE = 1 / 32
 LARGEST_MOVE = 0.4
 """The most that a timestep moves in an iteration, as a share of the gap around it."""
 ENOUGH = 2e-3
-"""The fit ends after an iteration that gains less than this share of the distance."""
+"""After an iteration that gains less than this share of the distance the timesteps stay, and after another
+one the fit ends."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Fit:
     done: Callable[[int, Fit], Any] = lambda iteration, fit: None
     damping: float = FIRST_DAMPING
     iteration: int = 0
+    moves_times: bool = True
     ended: bool = False
     current: Solver | None = field(default=None, init=False)
     best: Solver | None = field(default=None, init=False)
@@ -135,15 +137,15 @@ class Fit:
         trace = self.trace(solver)
         self.consider(solver, trace)
         while self.iteration < self.iterations and not self.ended:
-            better = self._iterate(solver, trace)
+            better, gained = self._iterate(solver, trace), 0.0
             self.iteration += 1
-            if better is None:
-                break
-            gained = 1 - self._cost(*better) / self._cost(solver, trace)
-            solver, trace = better
-            self.consider(solver, trace)
+            if better is not None:
+                gained = 1 - self._cost(*better) / self._cost(solver, trace)
+                solver, trace = better
+                self.consider(solver, trace)
             self.current = solver
-            self.ended = gained < ENOUGH
+            if gained < ENOUGH:  # timesteps are whole numbers: the weights may gain once these stay
+                self.ended, self.moves_times, self.damping = not self.moves_times, False, FIRST_DAMPING
             self.done(self.iteration, self)
         assert self.best is not None
         return self.best
@@ -177,6 +179,8 @@ class Fit:
         if not self.distance(trace.result) > self.rounding:
             return None
         parameters = list(self._parameters(len(solver.deviations)))
+        if not parameters:
+            return None
         slopes = torch.stack([self._slope(solver, trace, parameter) for parameter in parameters])
         error = trace.result - self.converged
         distances = sample_distances(trace.result, self.converged).to(error.dtype)
@@ -212,8 +216,9 @@ class Fit:
 
     def _parameters(self, S: int) -> Iterator[Parameter]:
         for k in range(S):
-            yield Parameter("timestep", k)
-            if self.model_timesteps:
+            if self.moves_times:
+                yield Parameter("timestep", k)
+            if self.moves_times and self.model_timesteps:
                 yield Parameter("model timestep", k)
             for which in range(min(k, HISTORIES)):
                 yield Parameter("weight", k, which)

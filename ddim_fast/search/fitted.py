@@ -113,6 +113,7 @@ def fit_solver(
             best=_as_json(fit.best),
             iteration=iteration,
             damping=fit.damping,
+            moves_times=fit.moves_times,
             ended=fit.ended,
         )
 
@@ -136,7 +137,8 @@ def fit_solver(
     textbook = fit.validation_distance(starts["order 2"])
     if "current" in checkpoint.content:
         saved = checkpoint.content
-        fit.iteration, fit.damping, fit.ended = saved["iteration"], saved["damping"], saved["ended"]
+        for name in ("iteration", "damping", "moves_times", "ended"):
+            setattr(fit, name, saved[name])
         best = _of_json(saved["best"])
         fit.consider(best, fit.trace(best))
         start = _of_json(saved["current"])

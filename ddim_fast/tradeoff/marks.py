@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -95,10 +97,12 @@ def is_log(values: Sequence[float]) -> bool:
 
 
 def _in_order(name: str, values: Iterable[str]) -> list[str]:
-    """Return the distinct values: spacings in their order, others by number, sigma-hat last."""
+    """Return the distinct values: spacings in their order, others by number, words last."""
     different = list(dict.fromkeys(values))
-    if name == "spacing":
-        return different
-    return sorted(
-        different, key=lambda text: (text == "sigma-hat", float(text.split()[0]) if text != "sigma-hat" else 0.0, text)
-    )
+    return different if name == "spacing" else sorted(different, key=lambda text: (_number(text), text))
+
+
+def _number(text: str) -> float:
+    """Return the number that a text begins with; infinity if with none."""
+    found = re.match(r"\d+(\.\d+)?(e[+-]?\d+)?", text)
+    return float(found[0]) if found else math.inf
