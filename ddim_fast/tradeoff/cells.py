@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -96,9 +96,12 @@ class Cell:
         return cls(**given)
 
 
-def _exchanged(value: Any, old: type, new: type) -> Any:
+def _exchanged(value: Any, old: type[Any], new: type[Any]) -> Any:
     """Return a value with all sequences of one type, nested ones too, in another type."""
-    return new(_exchanged(item, old, new) for item in value) if isinstance(value, old) else value
+    if not isinstance(value, old):
+        return value
+    items: Iterable[Any] = value
+    return new(_exchanged(item, old, new) for item in items)
 
 
 def grid(

@@ -11,7 +11,7 @@ from ddim_fast import DDIMSampler, NoiseSchedule
 from ddim_fast.models.metrics import sample_distances
 from ddim_fast.plans.files import read_timesteps
 from ddim_fast.search import FITTED, Search, search_timesteps
-from ddim_fast.search.fit import Fit, Parameter, _least_squares
+from ddim_fast.search.fit import ROW_RIDGE, Fit, Parameter, _least_squares
 from ddim_fast.search.fitted import Checkpoint
 from ddim_fast.search.refine import Candidate
 from ddim_fast.search.runs import Runs
@@ -79,9 +79,14 @@ def test_row_by_row_is_the_solution_of_least_squares():
     draws = torch.Generator().manual_seed(0)
     towards = [torch.randn(20, 3, generator=draws) for _ in range(2)]
     error = 0.4 * towards[0] - 0.7 * towards[1] + 0.1 * torch.randn(20, 3, generator=draws)
-    wanted = np.linalg.lstsq(np.stack([d.numpy().ravel() for d in towards], 1), error.numpy().ravel(), rcond=None)[0]
-    assert _least_squares(towards, error, (-0.5, 0.0)) == pytest.approx(wanted, abs=5e-3)
-    assert _least_squares(towards, error, (-0.5, 0.0)) != pytest.approx(wanted, abs=1e-6)  # drawn to the textbook
+    columns = np.stack([direction.double().numpy().ravel() for direction in towards], 1)
+    ridge, start = ROW_RIDGE * np.square(columns).sum(0).mean(), np.array([-0.5, 0.1])
+    # The ridge as further equations: sqrt(ridge) w = sqrt(ridge) start.
+    matrix = np.concatenate([columns, np.sqrt(ridge) * np.eye(2)])
+    right = np.concatenate([error.double().numpy().ravel(), np.sqrt(ridge) * start])
+    wanted = np.linalg.lstsq(matrix, right, rcond=None)[0]
+    assert _least_squares(towards, error, start) == pytest.approx(wanted, rel=1e-9)
+    assert wanted == pytest.approx([0.4, -0.7], abs=0.05)
     assert _least_squares([], error, ()) == []
     assert _least_squares([torch.zeros(20, 3)] * 2, error, (-0.5, 0.1)) == [-0.5, 0.1]
 
