@@ -43,8 +43,8 @@ TIME_CHANGE = 1 / 32
 LARGEST_MOVE = 0.4
 """The most that a timestep moves in an iteration, as a share of the gap around it."""
 ENOUGH = 2e-3
-"""After an iteration that gains less than this share of the distance the timesteps stay, and after another
-one the fit ends."""
+"""After two iterations that gain less than this share of the distance each, or one that gains nothing, the
+timesteps stay; and after as many more the fit ends."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,11 @@ class Fit:
     num_timesteps: int
     validation: tuple[Runs, Tensor]
     model_timesteps: bool = True
-    iterations: int = 12
+    iterations: int = 24
     done: Callable[[int, Fit], Any] = lambda iteration, fit: None
     damping: float = FIRST_DAMPING
     iteration: int = 0
+    idle: int = 0
     moves_times: bool = True
     ended: bool = False
     current: Solver | None = field(default=None, init=False)
@@ -144,8 +145,11 @@ class Fit:
                 solver, trace = better
                 self.consider(solver, trace)
             self.current = solver
-            if gained < ENOUGH:  # timesteps are whole numbers: the weights may gain once these stay
-                self.ended, self.moves_times, self.damping = not self.moves_times, False, FIRST_DAMPING
+            self.idle = self.idle + 1 if gained < ENOUGH else 0
+            if better is None or self.idle == 2:
+                # Timesteps are whole numbers: the weights may gain once these stay.
+                self.ended, self.moves_times = not self.moves_times, False
+                self.idle, self.damping = 0, FIRST_DAMPING
             self.done(self.iteration, self)
         assert self.best is not None
         return self.best

@@ -113,6 +113,7 @@ def fit_solver(
             best=_as_json(fit.best),
             iteration=iteration,
             damping=fit.damping,
+            idle=fit.idle,
             moves_times=fit.moves_times,
             ended=fit.ended,
         )
@@ -137,7 +138,7 @@ def fit_solver(
     textbook = fit.validation_distance(starts["order 2"])
     if "current" in checkpoint.content:
         saved = checkpoint.content
-        for name in ("iteration", "damping", "moves_times", "ended"):
+        for name in ("iteration", "damping", "idle", "moves_times", "ended"):
             setattr(fit, name, saved[name])
         best = _of_json(saved["best"])
         fit.consider(best, fit.trace(best))

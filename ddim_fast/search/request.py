@@ -73,7 +73,7 @@ class Search:
     candidates: int | None = None
     seed: int = 1000
     coefficients: bool = False
-    fit_iterations: int = 12
+    fit_iterations: int = 24
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
