@@ -55,8 +55,8 @@ def velocity_loss(model, x0: Tensor, labels: Tensor, t: Tensor, generator: torch
 @torch.no_grad()
 def held_out_loss(model, images: Tensor, labels: Tensor) -> float:
     generator = torch.Generator().manual_seed(0)
-    t = torch.arange(0, NUM_TRAIN_TIMESTEPS, NUM_TRAIN_TIMESTEPS // 250)
-    n = len(t)
+    n = min(250, len(images) // 4)
+    t = torch.arange(0, NUM_TRAIN_TIMESTEPS, NUM_TRAIN_TIMESTEPS // n)[:n]
     losses = [
         velocity_loss(model, images[i * n : (i + 1) * n], labels[i * n : (i + 1) * n], t, generator) for i in range(4)
     ]

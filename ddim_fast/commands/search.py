@@ -132,9 +132,9 @@ def _table(found: Found) -> str:
 
 
 def _gain(found: Found, fitted: FittedSolver) -> str:
-    """Return in words what the fit gained on held-out noise, and how much less that is than on its own."""
+    """Return in words what the fit gained on held-out noise, and on its own."""
     score, before = found.score(FITTED), found.score("searched")
-    gained, gap = 1 - score.held_out / before.held_out, score.held_out / score.seen - 1
+    gained, own = 1 - score.held_out / before.held_out, 1 - score.seen / before.seen
     if not fitted.gained:
         return f"the fit gains nothing beyond noise ({gained:+.1%} held out): the file has the timesteps, without coefficients"
-    return f"fitted coefficients: {gained:.0%} nearer than order 2 on held-out noise; there {gap:+.0%} from the noise of the fit"
+    return f"fitted coefficients: {gained:.0%} nearer than order 2 on held-out noise, {own:.0%} on the noise of the fit"

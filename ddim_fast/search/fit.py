@@ -40,6 +40,9 @@ WEIGHT_CHANGE = 0.02
 """By how much a weight is changed for its derivative."""
 TIME_CHANGE = 1 / 32
 """By how much a timestep is changed, as a share of the gap around it, at least 1."""
+NEAREST = 0.3
+"""Samples that are nearer than this share of the mean distance weigh no more than those there: few that
+happen to be near would otherwise decide."""
 LARGEST_MOVE = 0.4
 """The most that a timestep moves in an iteration, as a share of the gap around it."""
 ENOUGH = 2e-3
@@ -189,7 +192,7 @@ class Fit:
         error = trace.result - self.converged
         distances = sample_distances(trace.result, self.converged).to(error.dtype)
         # The mean of distances, rather than of their squares: each sample weighted by the inverse of its own.
-        weights = 1 / (distances.clamp(min=1e-3 * distances.mean()) * error[0].numel() * len(error))
+        weights = 1 / (distances.clamp(min=NEAREST * distances.mean()) * error[0].numel() * len(error))
         weighted = slopes * weights.view(1, -1, *[1] * (error.ndim - 1))
         hessian = (weighted.flatten(1) @ slopes.flatten(1).T).double()
         gradient = (weighted.flatten(1) @ error.flatten()).double()
@@ -209,9 +212,9 @@ class Fit:
                 return None
             there = self.trace(moved)
             if self._cost(moved, there) < cost:
-                self.damping = max(self.damping / 4, 1e-6)
+                self.damping = max(self.damping / 10, 1e-6)
                 return moved, there
-            self.damping *= 8
+            self.damping *= 4
         return None
 
     def _cost(self, solver: Solver, trace: Trace) -> float:
