@@ -77,9 +77,9 @@ class DDIMSampler:
         analytic_variance: add the noise of Analytic-DPM (arXiv 2201.06503), whose variance follows
             from the mean squared error of the model's eps: one number for each timestep, or True
             for those in the file of timesteps.
-        history_weights: the weights of the x0 that earlier steps predicted, a pair for each step, in
-            place of those of an order: see ``SamplingPlan``. None: what the file of timesteps says,
-            unless ``order`` is given, which asks for the textbook's.
+        history_weights: the weights of the x0 that earlier steps predicted, a pair for each step,
+            in place of those of an order: see ``SamplingPlan``. None: what the file of timesteps
+            says, unless ``order`` is given, which asks for the textbook's.
         eta_scales, sigma_hat, set_alpha_to_one: see ``SamplingPlan``.
         clip_sample: clip the predicted x0 to [-clip_sample_range, clip_sample_range]. None: if the
             model states a range.

@@ -15,8 +15,8 @@ class Dataset(NamedTuple):
     """Where pictures come from, and the U-Net for them.
 
     Attributes:
-        load_split: ("train" or "test", path) -> pictures ``(N, C, H, W)`` float32 in [-1, 1], labels
-            ``(N,)`` int64.
+        load_split: ("train" or "test", path) -> pictures ``(N, C, H, W)`` float32 in [-1, 1],
+            labels ``(N,)`` int64.
         unet: arguments of ``SmallUNet``.
     """
 

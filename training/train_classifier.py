@@ -1,4 +1,5 @@
-"""Train the classifier of a shipped model's data, and compute the training set's feature statistics.
+"""Train the classifier of a shipped model's data, and compute the training set's feature
+statistics.
 
     python training/train_classifier.py fashion --out runs/classifier
     python training/train_classifier.py scenes --data scenes.npz --out runs/scenes_classifier

@@ -12,7 +12,8 @@ from .options import Run, check_output, conditioning_rule, takes_model
 
 EFFORTS = {
     # name: samples for the cost table, for the refinement, for the held-out score; full sampling
-    # runs that the refinement may use: a third of them where a fit follows, which moves timesteps, too
+    # runs that the refinement may use: a third of them where a fit follows, which moves timesteps,
+    # too
     "quick": (24, 32, 64, 30),
     "normal": (48, 96, 200, 150),
     "thorough": (96, 256, 1000, 400),

@@ -4,9 +4,9 @@ package, one for the data of each shipped model.
     distance = classifier_frechet_distance(images)   # 0 is perfect; see the function for what the number does not mean
     share = class_agreement(images, labels)          # 1 is perfect
 
-Pictures are ``(N, C, H, W)``, in [-1, 1], of the shape of that model's: Fashion-MNIST's if no name is
-given. Nothing here needs a GPU or the data set. The weights and the statistics of the training sets
-were made by ``training/train_classifier.py``.
+Pictures are ``(N, C, H, W)``, in [-1, 1], of the shape of that model's: Fashion-MNIST's if no name
+is given. Nothing here needs a GPU or the data set. The weights and the statistics of the training
+sets were made by ``training/train_classifier.py``.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class PictureClassifier(nn.Module):
         self.head = nn.Linear(self.num_features, len(card.class_names))
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the penultimate features ``(N, 64)`` float32 of ``images`` ``(N, C, H, W)`` float32 in
-        [-1, 1]."""
+        """Return the penultimate features ``(N, 64)`` float32 of ``images`` ``(N, C, H, W)``
+        float32 in [-1, 1]."""
         if images.ndim != 4 or tuple(images.shape[1:]) != self.card.sample_shape or images.dtype != torch.float32:
             raise ValueError(
                 f"images must be {_shape_text(self.card)} float32, got {tuple(images.shape)} {images.dtype}: "
@@ -86,7 +86,8 @@ class PictureClassifier(nn.Module):
         return self.body(images).mean(dim=(2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits ``(N, classes)`` float32 of ``images`` ``(N, C, H, W)`` float32 in [-1, 1]."""
+        """Return the logits ``(N, classes)`` float32 of ``images`` ``(N, C, H, W)`` float32 in [-1,
+        1]."""
         return self.head(self.features(images))
 
 
@@ -216,7 +217,8 @@ def _load(name: str, what: str) -> dict[str, Tensor]:
 
 
 def load_classifier(name: str = "fashion") -> PictureClassifier:
-    """Load the shipped classifier of a shipped model's data: on the CPU, float32, in evaluation mode, its weights frozen."""
+    """Load the shipped classifier of a shipped model's data: on the CPU, float32, in evaluation
+    mode, its weights frozen."""
     state = _load(name, "classifier")
     with torch.device("meta"):  # no random initialisation: a caller's random state stays as it was
         model = PictureClassifier(_card(name))
@@ -264,15 +266,15 @@ def _in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 def classifier_features(images: Tensor, name: str = "fashion") -> Tensor:
-    """Return the shipped classifier's features ``(N, 64)`` float32 on the CPU of ``images`` ``(N, C, H,
-    W)`` in [-1, 1]."""
+    """Return the shipped classifier's features ``(N, 64)`` float32 on the CPU of ``images`` ``(N,
+    C, H, W)`` in [-1, 1]."""
     _check_pictures(images, 1, _card(name))
     return _in_batches(load_classifier(name).features, images)
 
 
 def classifier_frechet_distance(images: Tensor, name: str = "fashion") -> float:
-    """Return the Frechet distance of ``images`` to the training set of a shipped model, in the features
-    of OUR small classifier.
+    """Return the Frechet distance of ``images`` to the training set of a shipped model, in the
+    features of OUR small classifier.
 
     This is not FID: the features are not those of the Inception network. The number cannot be
     compared with any published FID, nor with distances from other weights; only with this
@@ -281,13 +283,14 @@ def classifier_frechet_distance(images: Tensor, name: str = "fashion") -> float:
     features change little when a picture is shifted by two pixels or mirrored, because the
     classifier was trained so.
 
-    Measured for Fashion-MNIST, for a sense of scale: 10,000 test pictures 0.0018 (the floor), all blurred by one
-    pixel 0.91, noise 14; the bias: 10,000 training pictures 0.0016, 1,000 of them 0.023, 100 of
-    them 0.45.
+    Measured for Fashion-MNIST, for a sense of scale: 10,000 test pictures 0.0018 (the floor), all
+    blurred by one pixel 0.91, noise 14; the bias: 10,000 training pictures 0.0016, 1,000 of them
+    0.023, 100 of them 0.45.
 
     Args:
-        images: ``(N, C, H, W)``, any floating point type, in [-1, 1], N >= 2. Pictures in [0, 1] must
-            be mapped with ``2 * images - 1`` first: they pass every check, and get a large distance.
+        images: ``(N, C, H, W)``, any floating point type, in [-1, 1], N >= 2. Pictures in [0, 1]
+            must be mapped with ``2 * images - 1`` first: they pass every check, and get a large
+            distance.
         name: of the shipped model.
     """
     _check_pictures(images, 2, _card(name))

@@ -483,9 +483,9 @@ def history_coefficients(row: StepCoefficients, of_last: float, of_last_2: float
     The textbook's multistep rows are of this form (``multistep_coefficients``). All rows with these
     terms are that are exact where x0 and eps stay the same along a trajectory: x_prev = alpha_prev
     x0 + sigma_prev eps takes the weight sigma_prev of eps, and weights of x0 that add up to
-    alpha_prev. So data that is one point, the Gaussian of no spread, is sampled exactly whatever h_1
-    and h_2 are; and with weights that shrink with the steps, the error of a step is of second order,
-    and that of a run of first: the solver converges.
+    alpha_prev. So data that is one point, the Gaussian of no spread, is sampled exactly whatever
+    h_1 and h_2 are; and with weights that shrink with the steps, the error of a step is of second
+    order, and that of a run of first: the solver converges.
 
     Args:
         row: of a deterministic step.

@@ -40,13 +40,14 @@ def explicit_history_weights(weights: Any, num_inference_steps: int, name: str =
     """Check weights of the caller's own and return them as pairs of floats.
 
     Args:
-        weights: for each of the S = ``num_inference_steps`` steps, the weights of the x0 of the step
-            before and of the one before that: 0 where there was no such step.
+        weights: for each of the S = ``num_inference_steps`` steps, the weights of the x0 of the
+            step before and of the one before that: 0 where there was no such step.
         name: what to call them in errors.
 
     Raises:
         TypeError: they are no list of pairs.
-        ValueError: there are not S, a number is not finite, or one is for a step that was not taken.
+        ValueError: there are not S, a number is not finite, or one is for a step that was not
+            taken.
     """
     pairs = number_rows(name, weights, 2)
     if len(pairs) != num_inference_steps:

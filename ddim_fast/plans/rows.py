@@ -8,8 +8,8 @@ from .history_weights import Rows
 from .plan import SamplingPlan
 
 _SAME = 1e-9
-"""How far a coefficient of a file may be from the plan's, relative to the largest of its row: both are
-computed in float64 from the same levels."""
+"""How far a coefficient of a file may be from the plan's, relative to the largest of its row: both
+are computed in float64 from the same levels."""
 
 
 def rows_of_plan(plan: SamplingPlan) -> Rows:
@@ -25,8 +25,8 @@ def check_rows(rows: Rows, plan: SamplingPlan, name: str) -> None:
         name: what to call the file in the error.
 
     Raises:
-        ValueError: a step is not consistent: with constant x0 and eps it would not be exact, since the
-            rows were fitted for another schedule or prediction type, or changed.
+        ValueError: a step is not consistent: with constant x0 and eps it would not be exact, since
+            the rows were fitted for another schedule or prediction type, or changed.
     """
     for index, (row, ours) in enumerate(zip(rows, rows_of_plan(plan), strict=True)):
         room = _SAME * max(map(abs, ours))

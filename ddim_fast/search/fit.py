@@ -5,10 +5,10 @@ Row by row first: in a step that starts from given states the weights are the so
 least-squares problem (as DC-Solver, Zhao et al. 2024, arXiv 2409.03755, fits one number of a step).
 Then jointly, through whole runs, as Bespoke solvers (Shaul et al. 2023 and 2024, arXiv 2310.19075,
 2403.01329) and S4S (Frankel et al. 2025, arXiv 2502.17423) do by stochastic gradients. A solver has
-few numbers and its error many elements, so here each iteration takes the derivative of every element
-of the result by every number and solves for all of them (Levenberg and Marquardt): some ten
-iterations where gradients take hundreds. The derivatives are differences of runs, which reuse what
-comes before the step that differs. The model needs no gradients of its own.
+few numbers and its error many elements, so here each iteration takes the derivative of every
+element of the result by every number and solves for all of them (Levenberg and Marquardt), a few
+tens of times. The derivatives are differences of runs, which reuse what comes before the step that
+differs. The model needs no gradients of its own.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .solver import Plans, Solver, weights_of_plan
 
 HISTORIES = 2
 RIDGE = 0.01
-"""What deviations from the textbook cost: this share of the distance for a root mean square deviation of
-1, where the textbook's weights of second order are -1/2 in steps of equal length."""
+"""What deviations from the textbook cost: this share of the distance for a root mean square
+deviation of 1, where the textbook's weights of second order are -1/2 in steps of equal length."""
 ROW_RIDGE = 1e-3
 """The same of the fit row by row, as a share of the squared differences of predictions."""
 TRIALS = 4
@@ -41,13 +41,13 @@ WEIGHT_CHANGE = 0.02
 TIME_CHANGE = 1 / 32
 """By how much a timestep is changed, as a share of the gap around it, at least 1."""
 NEAREST = 0.3
-"""Samples that are nearer than this share of the mean distance weigh no more than those there: few that
-happen to be near would otherwise decide."""
+"""Samples that are nearer than this share of the mean distance weigh no more than those there: few
+that happen to be near would otherwise decide."""
 LARGEST_MOVE = 0.4
 """The most that a timestep moves in an iteration, as a share of the gap around it."""
 ENOUGH = 2e-3
-"""After two iterations that gain less than this share of the distance each, or one that gains nothing, the
-timesteps stay; and after as many more the fit ends."""
+"""After two iterations that gain less than this share of the distance each, or one that gains
+nothing, the timesteps stay; and after as many more the fit ends."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Fit:
     Args:
         converged: converged samples ``(N, C, ...)`` from the noise of ``runs``.
         num_timesteps: the number of timesteps to choose from.
-        validation: another set of noise with its converged samples: of the solvers that the iterations
-            pass through, the one that is nearest there is kept.
+        validation: another set of noise with its converged samples: of the solvers that the
+            iterations pass through, the one that is nearest there is kept.
         model_timesteps: fit the timesteps given to the model apart from those visited.
         iterations: the most of them.
         done: called after each iteration with the number of iterations so far and the fit itself.
@@ -191,7 +191,8 @@ class Fit:
         slopes = torch.stack([self._slope(solver, trace, parameter) for parameter in parameters])
         error = trace.result - self.converged
         distances = sample_distances(trace.result, self.converged).to(error.dtype)
-        # The mean of distances, rather than of their squares: each sample weighted by the inverse of its own.
+        # The mean of distances, rather than of their squares: each sample weighted by the inverse
+        # of its own.
         weights = 1 / (distances.clamp(min=NEAREST * distances.mean()) * error[0].numel() * len(error))
         weighted = slopes * weights.view(1, -1, *[1] * (error.ndim - 1))
         hessian = (weighted.flatten(1) @ slopes.flatten(1).T).double()
@@ -255,7 +256,8 @@ class Fit:
         return (state.x_t - trace.result) / change
 
     def _moved(self, solver: Solver, moves: dict[Parameter, float]) -> Solver:
-        """Return a solver with numbers changed: timesteps rounded, kept in order and within reach."""
+        """Return a solver with numbers changed: timesteps rounded, kept in order and within
+        reach."""
         candidate, total = solver.candidate, self.num_timesteps
         visited, told = list(candidate.timesteps), list(candidate.model_timesteps)
         own = [list(pair) for pair in solver.deviations]
@@ -292,13 +294,15 @@ class Fit:
 
 
 def _gap(candidate: Candidate, k: int, num_timesteps: int) -> int:
-    """Return the distance of the timesteps before and after the k-th, or of the ends of the range."""
+    """Return the distance of the timesteps before and after the k-th, or of the ends of the
+    range."""
     t = (num_timesteps, *candidate.timesteps, -1)
     return t[k] - t[k + 2]
 
 
 def _least_squares(towards: list[Tensor], error: Tensor, start: Sequence[float]) -> list[float]:
-    """Return the weights of ``towards`` whose sum is nearest to ``error``, drawn towards ``start``."""
+    """Return the weights of ``towards`` whose sum is nearest to ``error``, drawn towards
+    ``start``."""
     if not towards:
         return []
     columns = torch.stack([direction.double().flatten() for direction in towards])
@@ -312,7 +316,7 @@ def _least_squares(towards: list[Tensor], error: Tensor, start: Sequence[float])
 
 
 def calls(S: int, model_timesteps: bool, iterations: int) -> tuple[int, int]:
-    """Return the largest number of model calls of ``Fit.fit`` for a solver of S steps: for each sample
-    of the fit, and for each of the validation."""
+    """Return the largest number of model calls of ``Fit.fit`` for a solver of S steps: for each
+    sample of the fit, and for each of the validation."""
     slopes = sum((1 + model_timesteps) * (S - k) + min(k, HISTORIES) * (S - k - 1) for k in range(S))
     return S + iterations * (slopes + TRIALS * S), (iterations + 1) * S

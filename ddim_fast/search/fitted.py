@@ -1,5 +1,5 @@
-"""Search for a whole solver, from the timesteps that a search has found: choose where to begin, fit,
-and keep what an interrupted search needs to go on."""
+"""Search for a whole solver, from the timesteps that a search has found: choose where to begin,
+fit, and keep what an interrupted search needs to go on."""
 
 from __future__ import annotations
 

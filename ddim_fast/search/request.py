@@ -51,10 +51,12 @@ class Search:
         refine_runs: whole runs that refining the timesteps visited may cost; refining the model
             timesteps may cost as many, and a second round of both half as many each.
         model_timesteps: search for model timesteps, too.
-        coefficients: then fit the weights of earlier predictions, too, together with the timesteps; the
-            result is a whole solver. Needs order 2 and eta = 0, and costs ``refine_count`` samples twice.
+        coefficients: then fit the weights of earlier predictions, too, together with the timesteps;
+            the result is a whole solver. Needs order 2 and eta = 0, and costs ``refine_count``
+            samples twice.
         fit_iterations: the most iterations of that fit.
-        seed: of the noise; held-out samples use ``seed + 1``, the validation of the fit ``seed + 2``.
+        seed: of the noise; held-out samples use ``seed + 1``, the validation of the fit ``seed +
+            2``.
     """
 
     model: Model
@@ -127,8 +129,8 @@ class Search:
     def plan_of(
         self, candidate: Candidate, order: int | None = None, history_weights: HistoryWeights | None = None
     ) -> SamplingPlan:
-        """Return the plan of these timesteps, of the order of the search, another one, or with weights
-        of its own."""
+        """Return the plan of these timesteps, of the order of the search, another one, or with
+        weights of its own."""
         options: dict[str, Any] = dict(self.sampler_options)
         if history_weights is None:
             options["order"] = self.order if order is None else order
@@ -225,6 +227,7 @@ class Search:
         validation."""
         S, many = self.num_inference_steps, len(self.reference_timesteps)
         fitting, validating = calls(S, self.model_timesteps, self.fit_iterations)
-        # The trajectory that visits the timesteps found, too; the rows; three starts; and the best solver of
-        # an interrupted fit. On the validation noise: the start's distance, and that solver's.
+        # The trajectory that visits the timesteps found, too; the rows; three starts; and the best
+        # solver of an interrupted fit. On the validation noise: the start's distance, and that
+        # solver's.
         return (many + S) + S + 3 * S + S + fitting + many + 2 * S + validating

@@ -75,12 +75,12 @@ def search_timesteps(
     """Find the S timesteps whose runs end nearest to converged samples from the same noise.
 
     Dynamic programming finds the path with the least sum of costs. The better of that and the
-    closed-form spacings is refined by whole runs. With ``search.coefficients`` a whole solver is then
-    fitted, which begins there. All are then judged on held-out noise.
+    closed-form spacings is refined by whole runs. With ``search.coefficients`` a whole solver is
+    then fitted, which begins there. All are then judged on held-out noise.
 
     Args:
-        checkpoint: a file that keeps what is found so far, from which the same search goes on after it
-            was interrupted. It is removed at the end.
+        checkpoint: a file that keeps what is found so far, from which the same search goes on after
+            it was interrupted. It is removed at the end.
 
     Raises:
         ValueError: the file is of another search.
@@ -116,7 +116,8 @@ def search_timesteps(
 def _lists(
     search: Search, runs: Runs, converged: Tensor, kept: Checkpoint, progress: Progress, say: Callable[[str], Any]
 ) -> tuple[dict[str, Candidate], dict[str, float], str]:
-    """Return the lists of timesteps that were found, their distances, and which of them was refined."""
+    """Return the lists of timesteps that were found, their distances, and which of them was
+    refined."""
     if "lists" in kept.content:
         saved = kept.content["lists"]
         lists = {name: Candidate(tuple(visited), tuple(told)) for name, (visited, told) in saved.items()}

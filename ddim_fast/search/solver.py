@@ -17,9 +17,10 @@ class Solver:
     """Timesteps with weights of earlier predictions.
 
     Attributes:
-        deviations: for each step, how far the weights of the x0 of the two steps before are from the
-            textbook's of order 2 at these timesteps, in multiples of what x0 counts for in the step
-            (``x0_weights``). So a solver whose timesteps move keeps the textbook's part of them.
+        deviations: for each step, how far the weights of the x0 of the two steps before are from
+            the textbook's of order 2 at these timesteps, in multiples of what x0 counts for in the
+            step (``x0_weights``). So a solver whose timesteps move keeps the textbook's part of
+            them.
     """
 
     candidate: Candidate

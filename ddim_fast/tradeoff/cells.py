@@ -121,8 +121,8 @@ def grid(
     Args:
         sigma_hat: add cells with the paper's larger DDPM noise.
         orders: orders above 1 apply to deterministic cells only.
-        searched: named lists of timesteps, each combined with every eta and order; and where one has
-            coefficients and 0 is among the etas, with those.
+        searched: named lists of timesteps, each combined with every eta and order; and where one
+            has coefficients and 0 is among the etas, with those.
         analytic_variance: for these lists and eta > 0, add cells with the analytic variance.
         count_at: number of samples by number of steps, if it differs from the study's.
 

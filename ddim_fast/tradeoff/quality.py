@@ -66,8 +66,8 @@ class Judge:
 
 
 def shipped_judge(name: str = "fashion") -> Judge:
-    """Return the shipped classifier of a shipped model's data, with the features of these data, as a
-    judge."""
+    """Return the shipped classifier of a shipped model's data, with the features of these data, as
+    a judge."""
     classifier = load_classifier(name)
     return Judge("shipped classifier", classifier.features, load_statistics(name), load_features(name), classifier)
 

@@ -1,5 +1,5 @@
-"""Weights of earlier predictions: consistent whatever they are, the textbook's where they are the textbook's, and
-whole solvers in files."""
+"""Weights of earlier predictions: consistent whatever they are, the textbook's where they are the
+textbook's, and whole solvers in files."""
 
 import json
 import math
@@ -47,7 +47,8 @@ WEIGHT = st.floats(-2, 2)
 @settings(max_examples=25, deadline=None)
 @given(weights=st.tuples(*[WEIGHT] * 5), x0=st.floats(-1, 1), eps=st.floats(-3, 3))
 def test_where_x0_and_eps_stay_the_same_every_step_is_exact(prediction_type, weights, x0, eps):
-    """By the rows alone, in float64: data that is one point is sampled exactly, whatever the weights."""
+    """By the rows alone, in float64: data that is one point is sampled exactly, whatever the
+    weights."""
     pairs = ((0, 0), (weights[0], 0), weights[1:3], weights[3:5])
     plan = SamplingPlan(LINEAR, VISITED, prediction_type, order=3, history_weights=pairs)
     at = levels()

@@ -92,7 +92,8 @@ def test_row_by_row_is_the_solution_of_least_squares():
 
 
 def test_rows_lead_to_the_converged_trajectory():
-    """Each fitted row ends nearer to it, from where the rows before it led, than a row of order 1, 2 or 3."""
+    """Each fitted row ends nearer to it, from where the rows before it led, than a row of order 1,
+    2 or 3."""
     wanted, fit = fit_of()
     candidate = Candidate(VISITED)
     converging = wanted.converging_plan(candidate)
