@@ -18,7 +18,9 @@ LOG_FROM = 8
 """An axis is logarithmic if its largest value is at least this many times its smallest."""
 
 _DIMENSIONS: dict[str, Callable[[Cell], str]] = {
-    "spacing": lambda cell: cell.timestep_spacing,
+    "spacing": lambda cell: (
+        cell.timestep_spacing if cell.history_weights is None else f"{cell.timestep_spacing}, fitted"
+    ),
     "eta": eta_text,
     "order": order_text,
 }
