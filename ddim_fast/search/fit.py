@@ -33,7 +33,7 @@ RIDGE = 0.01
 deviation of 1, where the textbook's weights of second order are -1/2 in steps of equal length."""
 ROW_RIDGE = 1e-3
 """The same of the fit row by row, as a share of the squared differences of predictions."""
-TRIALS = 4
+TRIALS = 8
 """The most steps that are tried from one set of derivatives, each shorter than the one before."""
 FIRST_DAMPING = 0.01
 WEIGHT_CHANGE = 0.02
