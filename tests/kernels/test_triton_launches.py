@@ -25,7 +25,7 @@ from ddim_fast.plans.schedules import NoiseSchedule
 
 PLAN = SamplingPlan(NoiseSchedule.linear(), (900, 500, 100, 0), eta=1.0)
 ROW = StepCoefficients(1.1, -0.7, 0.3, 0.9, 0.2, 0.8, 0.6, 0.0)
-NAMES = list(inspect.signature(run_plain).parameters)[:15]
+NAMES = list(inspect.signature(run_plain).parameters)[:18]
 
 
 def same_bits(a, b):
@@ -56,7 +56,12 @@ def arguments(**given):
     """The arguments of a plain step, in order."""
     x = torch.linspace(-2, 2, 1024).view(2, 512)
     values = dict.fromkeys(NAMES) | dict(
-        x_t=x, model_output=x.flip(0).contiguous(), coefficients=ROW, noise_step=0, noise_stream=0
+        x_t=x,
+        model_output=x.flip(0).contiguous(),
+        coefficients=ROW,
+        noise_step=0,
+        noise_stream=0,
+        log_prob_reduction="mean",
     )
     values |= {"x_prev": torch.full_like(values["x_t"], torch.nan)} | given
     return [values[name] for name in NAMES]
