@@ -303,7 +303,7 @@ class StepTable:
             Column.HISTORY: self.reads_history,
             Column.HISTORY_2: self.reads_history_2,
         }
-        columns = (float(read.get(column, False)) for column in Column if column != Column.GUIDANCE_SCALE)
+        columns = (float(read.get(column, False)) for column in Column if column not in ONLY_IN_TABLE)
         return _PACKED.pack(*columns, self.clipped)
 
     @classmethod

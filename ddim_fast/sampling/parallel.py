@@ -103,9 +103,7 @@ def sample_parallel(
     variances = torch.tensor(
         [noise_variance(step.level_prev) for step in plan.steps], dtype=torch.float64, device="cpu"
     )
-    limits = to_device(
-        (tolerance**2 * math.prod(shape[1:]) * variances[:, None]).to(widest_dtype(device)), device
-    )
+    limits = to_device((tolerance**2 * math.prod(shape[1:]) * variances[:, None]).to(widest_dtype(device)), device)
     corrected, scales_of_input = torch.empty_like(guesses), input_scales(plan, device)
     run = _Window(plan.steps, weights, loop, timesteps, limits, guesses, corrected, execution.backend, scales_of_input)
     bar = tqdm(total=last, desc="sampling in parallel", unit="step", disable=not options.observation.progress)

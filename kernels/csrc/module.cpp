@@ -318,7 +318,7 @@ bool read_plain(PyObject* x_t, PyObject* model_output, PyObject* packed, Place p
 
 // Reads the arguments of a log-probability, whose scale and offset the row computes. False: what is
 // wrong with them is left to Python, or an exception.
-bool read_log_prob(PyObject* const* a, bool recording, const Step& s, LogProb* out) {
+bool read_log_prob(PyObject* const* a, const dlpack::Tensor& like, bool recording, const Step& s, LogProb* out) {
   const bool mean = PyUnicode_Check(a[kLogProbReduction]) && PyUnicode_CompareWithASCIIString(a[kLogProbReduction], "mean") == 0;
   *out = {nullptr, {0, 0, -1, mean}};
   if (a[kLogProbOut] == Py_None) return mean && a[kMinStd] == Py_None;
@@ -328,7 +328,7 @@ bool read_log_prob(PyObject* const* a, bool recording, const Step& s, LogProb* o
   const double std_dev = std::max(std::fabs(double{s.c.noise}), least);
   if (!(least >= 0) || (a[kMinStd] != Py_None && least == 0) || std_dev < 0x1p-59 || std_dev > 0x1p59) return false;
   const void* results;
-  if (!read_per_sample(a[kLogProbOut], dlpack::kFloat, 32, s.n_samples, &results)) return false;
+  if (!read_per_sample(a[kLogProbOut], like, dlpack::kFloat, 32, s.n_samples, &results)) return false;
   if (!writable(a[kLogProbOut]) || !without_gradient(a[kLogProbOut], recording)) return false;
   Reference numbers(PyObject_CallMethodObjArgs(a[kCoefficients], s_scale_and_offset, a[kMinStd], nullptr));
   if (!numbers.object || !PyTuple_Check(numbers.object) || PyTuple_Size(numbers.object) != 2) return false;
@@ -400,7 +400,7 @@ bool read_step(PyObject* const* a, Place place, PyObject* index, Step* s, int64_
     if (!read_tensor(a[kModelInputOut], &like, stride, &s->model_input_out)) return false;
     if (!writable(a[kModelInputOut]) || !without_gradient(a[kModelInputOut], recording)) return false;
   }
-  if (!read_log_prob(a, recording, *s, log_prob)) return false;
+  if (!read_log_prob(a, like, recording, *s, log_prob)) return false;
   const size_t result_bytes = s->n_samples * sizeof(float);
   if (!apart(log_prob->results, result_bytes, seeds, s->n_samples * sizeof(int64_t))) return false;
   if (!apart(log_prob->results, result_bytes, thresholds, s->n_samples * sizeof(float))) return false;
