@@ -175,6 +175,7 @@ def _start(request: _Request, options: Options) -> Job:
     loop = Loop(
         x_t=x_t,
         calls=model_calls(r.model, r.conditionings),
+        begin=None,  # take_steps finds out where it takes steps itself: it takes a while
         guidance_scales=r.scales,
         thresholding=r.plan.thresholding,
         seeds=seeds if r.adds_noise or r.adds_known_noise else None,

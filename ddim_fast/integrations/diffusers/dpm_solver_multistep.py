@@ -122,7 +122,7 @@ class _DPMSolverSteps(MultistepSteps):
         )
         is_output = form == "m"  # then the original remembers the tensor itself
         if noise is None and order == config.solver_order and rows.allows_short_path:
-            rows.fill_short(index, order, not is_output)
+            rows.fill_short(index, order, not is_output)  # type: ignore[arg-type] # there is such a row
         x_prev, prediction = fused(
             row,
             partial(rows.table, sample.device, order),
