@@ -98,7 +98,7 @@ def test_launch(measure, benchmark, show):
     """Time the host's part of a step that is not captured: prepared, checked in Python, and by Triton's own launch."""
     row = df.DDIMSampler(df.NoiseSchedule.linear(), STEPS).plan().steps[5].coefficients
     x, m, out = torch.randn(3, 1, 4, 64, 64)
-    plain = (x, m, row, None, None, None, None, 0, 0, None, out, None, None, None, None)
+    plain = (x, m, row, None, None, None, None, 0, 0, None, out, None, None, None, None, None, "mean", None)
 
     def checked():
         inputs = StepInputs(x, m, row, x_prev=out)

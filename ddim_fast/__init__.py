@@ -11,6 +11,7 @@ from . import _moved
 from ._version import __version__
 from .kernels.contract import StepCoefficients, StepTable
 from .kernels.dispatch import ddim_step, ddim_step_from_table
+from .kernels.log_prob import ddim_kl, ddim_log_prob
 from .kernels.noise import NoiseStream, sample_seeds, standard_normals
 from .models.flow_view import as_flow, flow_times
 from .models.loading import LoadedModel, load_model, load_model_from
@@ -51,6 +52,8 @@ __all__ = [
     "VPSchedule",
     "__version__",
     "as_flow",
+    "ddim_kl",
+    "ddim_log_prob",
     "ddim_step",
     "ddim_step_from_table",
     "explicit_timesteps",

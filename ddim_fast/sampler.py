@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from .models.protocol import Model
 from .plans.choice import TimestepsArgument, choose_timesteps, read_if_file
 from .plans.clipping import Clipping
+from .plans.history_weights import HistoryWeights
 from .plans.path import NoisePath
 from .plans.plan import SamplingPlan
+from .plans.rows import check_rows
 from .sampling import editing, inversion, parallel, run
 from .sampling.capture import GRAPHS, GraphCache
 from .sampling.captured_run import CapturedRun
@@ -75,6 +77,9 @@ class DDIMSampler:
         analytic_variance: add the noise of Analytic-DPM (arXiv 2201.06503), whose variance follows
             from the mean squared error of the model's eps: one number for each timestep, or True
             for those in the file of timesteps.
+        history_weights: the weights of the x0 that earlier steps predicted, a pair for each step,
+            in place of those of an order: see ``SamplingPlan``. None: what the file of timesteps
+            says, unless ``order`` is given, which asks for the textbook's.
         eta_scales, sigma_hat, set_alpha_to_one: see ``SamplingPlan``.
         clip_sample: clip the predicted x0 to [-clip_sample_range, clip_sample_range]. None: if the
             model states a range.
@@ -101,6 +106,7 @@ class DDIMSampler:
     prediction_type: str | None
     order: int
     analytic_variance: bool | tuple[float, ...]
+    history_weights: HistoryWeights | None
     eta_scales: str
     sigma_hat: bool
     set_alpha_to_one: bool
@@ -114,6 +120,7 @@ class DDIMSampler:
     _given: Mapping[str, Any]
     _clipping: Clipping
     _plan: SamplingPlan
+    _fitted_type: str | None
 
     def __init__(
         self,
@@ -128,6 +135,7 @@ class DDIMSampler:
         prediction_type: str | None = None,
         order: int | None = None,
         analytic_variance: bool | Sequence[float] = False,
+        history_weights: Sequence[Sequence[float]] | None = None,
         eta_scales: str = "std_dev",
         sigma_hat: bool = False,
         set_alpha_to_one: bool = True,
@@ -146,10 +154,10 @@ class DDIMSampler:
                 "NoiseSchedule.linear() or FlowSchedule()"
             )
         clipping = Clipping(**{name: given[name] for name in Clipping.__dataclass_fields__})
-        name = os.fspath(timesteps) if isinstance(timesteps, (str, os.PathLike)) else "the list of timesteps"
+        name_of_file = os.fspath(timesteps) if isinstance(timesteps, (str, os.PathLike)) else "the list of timesteps"
         given["timesteps"] = read_if_file(timesteps)
         chosen = choose_timesteps(
-            timesteps_name=name,
+            timesteps_name=name_of_file,
             **{
                 name: given[name]
                 for name in (
@@ -161,17 +169,21 @@ class DDIMSampler:
                     "steps_offset",
                     "order",
                     "analytic_variance",
+                    "history_weights",
                 )
             },
         )
         for name in ("timesteps", "model_timesteps", "analytic_variance"):  # a list of the caller's may change
             given[name] = tuple(given[name]) if isinstance(given[name], list) else given[name]
+        if history_weights is not None:
+            given["history_weights"] = chosen.history_weights
         # All but what a model may decide; checked now, with a prediction type that cannot fail at
         # zero SNR.
+        early_type = prediction_type or chosen.prediction_type or "v_prediction"
         plan = SamplingPlan(
             schedule,
             chosen.timesteps,
-            prediction_type="v_prediction" if prediction_type is None else prediction_type,
+            prediction_type=early_type,
             eta=eta,
             eta_scales=eta_scales,
             sigma_hat=sigma_hat,
@@ -182,19 +194,24 @@ class DDIMSampler:
             eps_residual=chosen.eps_residual,
             model_timesteps=chosen.model_timesteps,
             thresholding=clipping.threshold,
+            history_weights=chosen.history_weights,
         )
+        if chosen.rows is not None:
+            check_rows(chosen.rows, plan, name_of_file)
         self.__dict__.update(
             given,
             num_inference_steps=len(plan.timesteps),
             timesteps=plan.timesteps,
             model_timesteps=plan.model_timesteps,
             order=plan.order,
+            history_weights=plan.history_weights,
             timestep_spacing=schedule.default_spacing if timestep_spacing is None else timestep_spacing,
             clip_sample=clipping.asked_for,
             graphs=GRAPHS if graphs is None else graphs,
             _given=given,
             _clipping=clipping,
             _plan=plan,
+            _fitted_type=chosen.prediction_type,
         )
 
     # ---- a value: frozen, equal to others, copied and pickled ---------------------------------------------
@@ -264,7 +281,12 @@ class DDIMSampler:
                 f"prediction_type must be the model's, {stated!r}, or left out, got prediction_type={self.prediction_type!r} in the "
                 "sampler: leave it out"
             )
-        prediction_type = self.prediction_type or stated or self.schedule.default_prediction_type
+        prediction_type = self.prediction_type or stated or self._fitted_type or self.schedule.default_prediction_type
+        if self._fitted_type not in (None, prediction_type):
+            raise ValueError(
+                f"the coefficients in timesteps are for a model with prediction_type {self._fitted_type!r}, got {prediction_type!r}: "
+                "search again with this model, or pass an order to use the timesteps alone"
+            )
         clip_range = self._clipping.half_range(getattr(model, "clip_sample_range", None))
         if (prediction_type, clip_range) == (self._plan.prediction_type, self._plan.clip_sample_range):
             return self._plan
@@ -277,8 +299,9 @@ class DDIMSampler:
             num_inference_steps=None,
             timesteps=last.timesteps,
             model_timesteps=last.model_timesteps,
-            order=self.order,
+            order=self.order if last.history_weights is None else None,
             analytic_variance=last.eps_residual or False,
+            history_weights=last.history_weights,
         )
 
     def _unclipped(self) -> Self:

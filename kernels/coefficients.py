@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ..utils.transfer import to_device
+from .gaussian import check_min_std, has_density, scale_and_offset
 
 
 class Column(IntEnum):
     """The float32 numbers of a row, in the order in which both kernels read them.
 
-    All but ``GUIDANCE_SCALE`` are ``Coefficients`` of csrc/step.h, which says what each does.
+    All but those ``ONLY_IN_TABLE`` are ``Coefficients`` of csrc/step.h, which says what each does.
     Without clipping the kernels read ``FOLD_X`` and ``FOLD_M``, with it ``CLIP_X`` to ``REST_M``.
     A new one comes last: then the others stay where they are, and so do compiled kernels.
     """
@@ -43,8 +44,12 @@ class Column(IntEnum):
     GUIDANCE_SCALE = 15  # only in a table: the C++ kernel gets it beside the row
     HISTORY_2 = 16
     INPUT_SCALE = 17
+    LOG_PROB_SCALE = 18  # only in a table, both: see gaussian.py
+    LOG_PROB_OFFSET = 19
 
 
+ONLY_IN_TABLE = (Column.GUIDANCE_SCALE, Column.LOG_PROB_SCALE, Column.LOG_PROB_OFFSET)
+"""Columns that the C++ kernel gets beside the row."""
 ROW_WIDTH = 32
 """Number of columns of a row in a table, zeros after those of ``Column``: a power of two, so that
 the address of a row is a shift and not a product of 64 bits."""
@@ -53,7 +58,7 @@ LARGEST_SCALE = 2.0**64
 """The most that a threshold scales x0 by: half of float32's exponents, so that neither the scaled
 coefficients nor their products overflow on the way to a result within bounds."""
 
-_PACKED = struct.Struct(f"={len(Column) - 1}fI")  # ``Coefficients``, then whether x0 is clipped
+_PACKED = struct.Struct(f"={len(Column) - len(ONLY_IN_TABLE)}fI")  # ``Coefficients``, then whether x0 is clipped
 _PADDING = (0.0,) * (ROW_WIDTH - len(Column))
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -133,6 +138,11 @@ class StepCoefficients:
     def adds_known_noise(self) -> bool:
         return self.known_noise != 0
 
+    def has_density(self, min_std: float | None = None) -> bool:
+        """Return whether x_prev has a density: the step adds noise, or the density has a least
+        standard deviation."""
+        return has_density(self.prev_noise, min_std)
+
     @property
     def reads_history(self) -> bool:
         return self.prev_history != 0
@@ -187,17 +197,24 @@ class StepCoefficients:
             self.clipped,
         )
 
-    def row(self, guidance_scale: float | None = None) -> tuple[float, ...]:
+    def scale_and_offset(self, min_std: float | None = None, exact: bool = False) -> tuple[float, float]:
+        """Return (scale, offset) of ``gaussian``: of the standard deviation as kernels read it, in
+        float32, or of the ``exact`` one."""
+        std = self.prev_noise if exact else _PACKED.unpack(self.packed)[Column.NOISE]
+        return scale_and_offset(std, min_std)
+
+    def row(self, guidance_scale: float | None = None, min_std: float | None = None) -> tuple[float, ...]:
         """Return the row of a table, as the Triton kernel reads it: ``ROW_WIDTH`` float32 numbers."""
         *row, _ = _PACKED.unpack(self.packed)
         row.insert(Column.GUIDANCE_SCALE, guidance_scale or 0.0)
-        return (*row, *_PADDING)
+        density = self.scale_and_offset(min_std) if self.has_density(min_std) else (0.0, 0.0)
+        return (*row, *density, *_PADDING)
 
     @classmethod
     def from_row(cls, row: Sequence[float], clipped: bool) -> StepCoefficients:
         """Return coefficients with the same ``packed`` bits as those that made the row."""
         fold_x, fold_m, total = row[Column.FOLD_X], row[Column.FOLD_M], row[Column.CLIP_SCALE]
-        packed = [row[column] for column in Column if column != Column.GUIDANCE_SCALE]
+        packed = [row[column] for column in Column if column not in ONLY_IN_TABLE]
         x0_x, x0_m = row[Column.X0_X], row[Column.X0_M]
         # x_prev = total * x0 + rest: it does not matter which part of total came from eps.
         if clipped:
@@ -255,6 +272,8 @@ class StepTable:
         reads_history: whether some row reads the x0 of the previous step: then every step needs
             ``history``.
         reads_history_2: the same of the step before it, and ``history_2``.
+        all_have_density: whether every row has a density, which ``log_prob_out`` needs.
+        min_std: the least standard deviation of the densities, or None.
     """
 
     rows: Tensor
@@ -264,6 +283,8 @@ class StepTable:
     guided: bool = False
     reads_history: bool = False
     reads_history_2: bool = False
+    all_have_density: bool = False
+    min_std: float | None = None
 
     def __post_init__(self) -> None:
         rows = self.rows
@@ -282,7 +303,7 @@ class StepTable:
             Column.HISTORY: self.reads_history,
             Column.HISTORY_2: self.reads_history_2,
         }
-        columns = (float(read.get(column, False)) for column in Column if column != Column.GUIDANCE_SCALE)
+        columns = (float(read.get(column, False)) for column in Column if column not in ONLY_IN_TABLE)
         return _PACKED.pack(*columns, self.clipped)
 
     @classmethod
@@ -291,17 +312,21 @@ class StepTable:
         steps: Sequence[StepCoefficients],
         device: torch.device | str = "cpu",
         guidance_scale: float | Sequence[float] | None = None,
+        min_std: float | None = None,
     ) -> StepTable:
         """Return the table of these steps, copied to ``device``.
 
         Args:
             guidance_scale: one number for all steps, or one for each; None for steps without
                 guidance.
+            min_std: the least standard deviation that ``log_prob_out`` of
+                ``ddim_step_from_table`` is taken with. None for the steps' own, which then must all
+                be above 0 where log-probabilities are asked for.
 
         Raises:
             TypeError: something is not a ``StepCoefficients``.
-            ValueError: there are no steps, some clip x0 and others do not, or a scale is not finite
-                or missing.
+            ValueError: there are no steps, some clip x0 and others do not, a scale is not finite or
+                missing, or ``min_std`` is not positive.
         """
         if wrong := [step for step in steps if not isinstance(step, StepCoefficients)]:
             raise TypeError(
@@ -321,7 +346,8 @@ class StepTable:
                 "the steps of a table must all clip x0, or none, and be at least one, got "
                 f"{sum(step.clipped for step in steps)} of {len(steps)} that clip: make a table of each kind"
             )
-        rows = [step.row(scale) for step, scale in zip(steps, scales, strict=True)]
+        check_min_std(min_std)
+        rows = [step.row(scale, min_std) for step, scale in zip(steps, scales, strict=True)]
         return cls(
             rows=to_device(torch.tensor(rows, dtype=torch.float32, device="cpu"), device),
             clipped=steps[0].clipped,
@@ -330,6 +356,8 @@ class StepTable:
             guided=guidance_scale is not None,
             reads_history=any(step.reads_history for step in steps),
             reads_history_2=any(step.reads_history_2 for step in steps),
+            all_have_density=all(step.has_density(min_std) for step in steps),
+            min_std=min_std,
         )
 
     def set_guidance_scale(self, guidance_scale: float) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..utils.checks import check_choice, check_integer
 from .coefficients import ROW_WIDTH, Column, StepCoefficients, StepTable, check_guidance_scale
 from .fields import ARGUMENTS, PER_ELEMENT, TENSORS, StepInputs, TensorRule
+from .gaussian import REDUCTIONS, check_density
 from .noise import MAX_ELEMENTS
 from .torch_internals import has_no_memory, is_recorded_apart, is_view_of_leaf, is_wrapped, transform_level
 
@@ -33,6 +34,7 @@ def check_inputs(inputs: StepInputs) -> None:
     _check_thresholds(inputs)
     _check_mask(inputs)
     _check_history(inputs)
+    _check_log_prob(inputs)
     written = inputs.writes
     for name, tensor in written.items():
         check_writable(ARGUMENTS[name], tensor, inputs)
@@ -228,6 +230,24 @@ def _check_history(inputs: StepInputs) -> None:
     if inputs.history_2 is not None and inputs.history is None:
         raise ValueError(
             "history_2 receives what history holds, got history_2 without history: pass history, too, or neither"
+        )
+
+
+def _check_log_prob(inputs: StepInputs) -> None:
+    check_choice("log_prob_reduction", inputs.log_prob_reduction, REDUCTIONS)
+    if inputs.log_prob_out is None:
+        if inputs.min_std is not None:
+            raise ValueError(
+                f"min_std is the least standard deviation of log_prob_out, got {inputs.min_std} without log_prob_out: "
+                "pass that, too, or neither"
+            )
+        return
+    if isinstance(inputs.coefficients, StepCoefficients):
+        check_density(inputs.coefficients.prev_noise, inputs.min_std)
+    elif not inputs.coefficients.all_have_density:
+        raise ValueError(
+            "log_prob_out needs a table whose steps all add noise, got one with steps that add none and no min_std: "
+            "leave those steps out of the table, or make it with min_std, the least standard deviation of the densities"
         )
 
 

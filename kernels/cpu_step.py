@@ -6,6 +6,8 @@ import importlib
 import math
 import os
 import sys
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from ..utils.untraced import untraced
 from .coefficients import StepCoefficients
+from .density import DensityInputs
 from .fields import PER_ELEMENT, StepInputs
-from .layout import as_rows, plain_memory_reasons
+from .layout import Rows, as_rows, lay_out, plain_memory_reasons
 from .noise import NoiseStream, check_seed, sample_seeds, standard_normals
 
 try:
@@ -72,15 +75,16 @@ def _no_step(
 plain_step = _no_step if extension is None else extension.step_to_new
 
 
-def unsupported_reasons(inputs: StepInputs) -> list[str]:
+def unsupported_reasons(inputs: StepInputs, more: Iterable[Tensor] = ()) -> list[str]:
     """Return why this backend cannot run these (valid) inputs; empty if it can."""
     reasons = []
     if extension is None:
         reasons.append(missing_reason)
     if inputs.x_t.device.type != "cpu":
         reasons.append(f"tensors are on {inputs.x_t.device}, it runs on cpu")
-    reasons += plain_memory_reasons(inputs)
-    if not reasons and any(t.data_ptr() == 0 and t.numel() for _, t in inputs.tensors):
+    reasons += plain_memory_reasons(inputs, more)
+    given = (*(tensor for _, tensor in inputs.tensors), *more)
+    if not reasons and any(t.data_ptr() == 0 and t.numel() for t in given):
         reasons.append("a tensor has no memory, such as zeros that torch knows without any")
     return reasons
 
@@ -90,20 +94,15 @@ def run(inputs: StepInputs) -> Tensor:
 
     Samples may have any stride between them. Tensors whose samples are not contiguous are copied.
     """
-    x_t = inputs.x_t
+    x_t, log_prob = inputs.x_t, inputs.log_prob_out
     result = inputs.x_prev if inputs.x_prev is not None else torch.empty_like(x_t)
     if x_t.numel() == 0:
+        if log_prob is not None:
+            log_prob.zero_()
         return result
     assert isinstance(inputs.coefficients, StepCoefficients)  # dispatch has read a table's row
     rows = as_rows(inputs, result)
-    unread = {"noise": not inputs.adds_noise, "known_noise": not inputs.adds_known_noise}
     keep = []  # copies stay alive until the kernel has run
-
-    def describe(name: str) -> tuple[int, int, int]:
-        tensor = rows.tensors.get(name)
-        if tensor is None or unread.get(name):
-            return (0, 0, 0)
-        return (tensor.data_ptr(), rows.strides[name], DTYPES[tensor.dtype])
 
     def address(tensor: Tensor | None) -> int:
         if tensor is None:
@@ -111,10 +110,10 @@ def run(inputs: StepInputs) -> Tensor:
         keep.append(tensor.contiguous())
         return keep[-1].data_ptr()
 
-    extension.run(
+    arguments: tuple[Any, ...] = (
         rows.n_samples,
         rows.n_elements,
-        tuple(describe(name) for name in PER_ELEMENT),
+        _described(rows, PER_ELEMENT, {"noise": inputs.adds_noise, "known_noise": inputs.adds_known_noise}),
         inputs.guidance_scale or 0.0,
         inputs.coefficients.packed,
         address(inputs.thresholds),
@@ -124,8 +123,73 @@ def run(inputs: StepInputs) -> Tensor:
         inputs.noise_stream,
         torch.get_num_threads(),
     )
+    if log_prob is None:
+        extension.run(*arguments)
+    else:
+        scale, offset = inputs.coefficients.scale_and_offset(inputs.min_std)
+        dense = log_prob.contiguous()
+        extension.run(*arguments, dense.data_ptr(), scale, offset, inputs.log_prob_reduction == "mean")
+        if dense is not log_prob:
+            log_prob.copy_(dense)
     rows.copy_back()
     return result
+
+
+def _described(rows: Rows, names: Iterable[str], wanted: Mapping[str, bool] = MappingProxyType({})) -> tuple[Any, ...]:
+    """Return (address, stride, dtype) of each tensor; zeros where it is not given or not wanted."""
+
+    def describe(name: str) -> tuple[int, int, int]:
+        tensor = rows.tensors.get(name)
+        if tensor is None or not wanted.get(name, True):
+            return (0, 0, 0)
+        return (tensor.data_ptr(), rows.strides[name], DTYPES[tensor.dtype])
+
+    return tuple(describe(name) for name in names)
+
+
+# --- The density of a step --------------------------------------------------------------------------------------------
+
+_OF_DENSITY = ("x_t", "model_output", "model_output_uncond", "x_prev", "reference", "reference_uncond", "mask")
+_GRADIENTS = tuple(f"of_{name}" for name in ("x_t", "model_output", "model_output_uncond"))
+
+
+def density(inputs: DensityInputs, counts: Tensor | None = None) -> Tensor:
+    """Return the log-density or divergence of checked inputs, ``(B,)`` float32; see
+    ``reference.density``."""
+    result = torch.empty(len(inputs.step.x_t), dtype=torch.float32, device="cpu")
+    if inputs.step.x_t.numel() == 0:
+        if counts is not None:
+            counts.zero_()
+        return result.zero_()
+    _run_density(inputs, {}, result.data_ptr(), 0 if counts is None else counts.data_ptr(), 0)
+    return result
+
+
+def density_backward(inputs: DensityInputs, factors: Tensor, gradients: dict[str, Tensor]) -> None:
+    """Fill the gradients; see ``reference.density_backward``. This is one pass over memory."""
+    if inputs.step.x_t.numel():
+        factors = factors.contiguous()
+        _run_density(inputs, {f"of_{name}": t for name, t in gradients.items()}, 0, 0, factors.data_ptr())
+
+
+def _run_density(inputs: DensityInputs, gradients: dict[str, Tensor], results: int, counts: int, factors: int) -> None:
+    rows = lay_out(inputs.tensors, gradients)
+    extension.density(
+        rows.n_samples,
+        rows.n_elements,
+        _described(rows, (*_OF_DENSITY, *_GRADIENTS)),
+        inputs.step.guidance_scale or 0.0,
+        inputs.row.packed,
+        inputs.scale,
+        inputs.offset,
+        inputs.sign,
+        inputs.reduction == "mean",
+        results,
+        counts,
+        factors,
+        torch.get_num_threads(),
+    )
+    rows.copy_back()
 
 
 @untraced

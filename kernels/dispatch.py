@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,8 +17,9 @@ from .fields import TENSORS, StepInputs
 from .torch_internals import increment_version, is_wrapped, modes_active, takes_forward_derivatives
 
 BACKENDS = {backend.name: backend for backend in (cpu_step, triton_backend, reference)}
-"""Modules, best first, each with ``name``, ``unsupported_reasons(inputs) -> list[str]`` and
-``run(inputs) -> x_prev``."""
+"""Modules, best first, each with ``name``, ``unsupported_reasons(inputs, more tensors) ->
+list[str]``, ``run(inputs) -> x_prev``, and ``density`` and ``density_backward`` as in
+``reference``."""
 
 _run_plain = cpu_step.extension.step if cpu_step.extension is not None else None
 _is_inference_mode = torch.is_inference_mode_enabled
@@ -51,6 +52,9 @@ def ddim_step(
     history: Tensor | None = None,
     history_2: Tensor | None = None,
     model_input_out: Tensor | None = None,
+    log_prob_out: Tensor | None = None,
+    log_prob_reduction: str = "mean",
+    min_std: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Compute one DDIM update, x_t to x_prev, in a single pass over memory.
@@ -91,6 +95,13 @@ def ddim_step(
         model_input_out: receives the model's next input, ``input_scale * x_prev`` of the row, in
             the shape of ``x_t`` and any floating-point dtype of at least 16 bits (float64 by the
             reference only). The bits are those of ``(input_scale * x_prev.float()).to(dtype)``.
+        log_prob_out: ``(B,)`` float32, receives the log-probability of each sample's x_prev, as it
+            is stored, under this step: see ``ddim_log_prob``. Where gradients are recorded, x_prev
+            is a constant in it, since it was sampled. With a ``mask``, elements where that is not 0
+            do not count.
+        log_prob_reduction: over the elements of a sample, "mean" or "sum".
+        min_std: the least standard deviation that ``log_prob_out`` is taken with; the step itself
+            adds its own noise. Without it, a step that adds no noise has no log-probability.
         backend: a name in ``BACKENDS``. If None, the first that can run the step.
 
     Returns:
@@ -121,18 +132,21 @@ def ddim_step(
             history,
             history_2,
             model_input_out,
+            log_prob_out,
+            log_prob_reduction,
+            min_std,
         )
         if result is None and isinstance(x_t, Tensor) and x_t.is_cuda and isinstance(coefficients, StepCoefficients):
             result = triton_backend.run_plain(
                 x_t, model_output, coefficients, model_output_uncond, guidance_scale, noise, seeds, noise_step, noise_stream,
-                thresholds, target, x0_out, history, history_2, model_input_out,
+                thresholds, target, x0_out, history, history_2, model_input_out, log_prob_out, log_prob_reduction, min_std,
             )  # fmt: skip
         if result is not None:
             if not _is_inference_mode():
-                if x0_out is None and history is None and model_input_out is None:  # most steps: without a loop
-                    written = [] if out is None else [out]
+                if x0_out is None and history is None and model_input_out is None and log_prob_out is None:
+                    written = [] if out is None else [out]  # most steps: without a loop
                 else:
-                    given = (out, x0_out, history, history_2, model_input_out)
+                    given = (out, x0_out, history, history_2, model_input_out, log_prob_out)
                     written = [tensor for tensor in given if tensor is not None]
                 increment_version(written)
             return result
@@ -156,6 +170,9 @@ def ddim_step(
         history=history,
         history_2=history_2,
         model_input_out=model_input_out,
+        log_prob_out=log_prob_out,
+        log_prob_reduction=log_prob_reduction,
+        min_std=min_std,
     )
     if backend is None and (traced or modes_active()):
         return _through_operator(inputs, target)
@@ -183,6 +200,8 @@ def ddim_step_from_table(
     history: Tensor | None = None,
     history_2: Tensor | None = None,
     model_input_out: Tensor | None = None,
+    log_prob_out: Tensor | None = None,
+    log_prob_reduction: str = "mean",
 ) -> Tensor:
     """Compute ``ddim_step`` by the row of a table whose index is in device memory.
 
@@ -206,7 +225,7 @@ def ddim_step_from_table(
         scale = 0.0 if table.guided else None
         result = triton_backend.run_plain(
             x_t, model_output, table, model_output_uncond, scale, noise, seeds, noise_step, noise_stream, thresholds, out, x0_out,
-            history, history_2, model_input_out, index, normals,
+            history, history_2, model_input_out, log_prob_out, log_prob_reduction, None, index, normals,
         )  # fmt: skip
         if result is not None:
             if not _is_inference_mode():
@@ -232,6 +251,8 @@ def ddim_step_from_table(
         history=history,
         history_2=history_2,
         model_input_out=model_input_out,
+        log_prob_out=log_prob_out,
+        log_prob_reduction=log_prob_reduction,
     )
     return _through_operator(inputs, out) if traced or modes_active() else run_from_table(inputs)
 
@@ -259,6 +280,8 @@ def run_from_table(inputs: StepInputs) -> Tensor:
     assert isinstance(table, StepTable)
     assert inputs.index is not None  # checked: a table needs one
     rows = numbers_on_host("index", inputs.index.reshape(-1))
+    if inputs.log_prob_out is not None:
+        inputs = replace(inputs, min_std=table.min_std)
     if wrong := [row for row in rows if not 0 <= row < len(table.rows)]:
         raise ValueError(
             f"index must be at least 0 and less than the {len(table.rows)} rows of the table, got {wrong[0]}"
@@ -322,17 +345,18 @@ def _through_operator(inputs: StepInputs, target: Tensor | None) -> Tensor:
     return x_prev
 
 
-def choose(inputs: StepInputs, name: str | None = None):
-    """Return the backend for checked inputs: that of this name, or the first that can run them.
+def choose(inputs: StepInputs, name: str | None = None, more: Iterable[Tensor] = ()):
+    """Return the backend for checked inputs, and ``more`` tensors beside them: that of this name, or
+    the first that can run them.
 
     Raises:
         ValueError: there is none, with the reason of each.
     """
     if name is not None:
         check_choice("backend", name, BACKENDS)
-    reasons = {}
+    reasons, more = {}, tuple(more)
     for backend in BACKENDS.values() if name is None else [BACKENDS[name]]:
-        reasons[backend.name] = backend.unsupported_reasons(inputs)
+        reasons[backend.name] = backend.unsupported_reasons(inputs, more)
         if not reasons[backend.name]:
             if name is None:
                 _warn_if_slow(backend, inputs)

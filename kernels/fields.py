@@ -95,6 +95,11 @@ class StepInputs:
     model_input_out: Tensor | None = field(
         default=None, metadata=_tensor(dtype=None, read=False, written=True, in_place=True)
     )
+    log_prob_out: Tensor | None = field(
+        default=None, metadata=_tensor(dtype=torch.float32, per_sample=True, read=False, written=True)
+    )
+    log_prob_reduction: str = field(default="mean", metadata=_number("str"))
+    min_std: float | None = field(default=None, metadata=_number("float?", in_table=True))
     reads: list[tuple[str, Tensor]] = field(init=False)
     """The tensors that are given and only read, by name."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -42,10 +43,16 @@ def as_rows(inputs: StepInputs, x_prev: Tensor) -> Rows:
     tensors are dense in the same order and nothing depends on an element's sample or index.
     """
     read = {name: t.detach() for name, t in inputs.reads if name in PER_ELEMENT}
-    written = {"x_prev": x_prev, **inputs.writes}
-    flat = _flat_order(inputs, [*read.values(), *written.values()])
-    n_samples = 1 if flat else x_prev.shape[0]
-    n_elements = x_prev.numel() // n_samples
+    written = {"x_prev": x_prev, **{name: t for name, t in inputs.writes.items() if name in PER_ELEMENT}}
+    return lay_out(read, written, _flat_order(inputs, [*read.values(), *written.values()]))
+
+
+def lay_out(read: dict[str, Tensor], written: dict[str, Tensor], flat: bool = False) -> Rows:
+    """Return the rows of tensors of one shape with at least one element: one row of all if
+    ``flat``."""
+    like = next(iter(read.values()))
+    n_samples = 1 if flat else like.shape[0]
+    n_elements = like.numel() // n_samples
     tensors, copied = {}, []
     for name, tensor in read.items():
         tensors[name] = tensor if flat or _has_rows(tensor) else tensor.contiguous()
@@ -53,7 +60,7 @@ def as_rows(inputs: StepInputs, x_prev: Tensor) -> Rows:
         tensors[name] = tensor
         if not flat and not _has_rows(tensor):
             tensors[name] = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-            if TENSORS[name].read:
+            if name in TENSORS and TENSORS[name].read:
                 tensors[name].copy_(tensor)
             copied.append((tensor, tensors[name]))
     strides = {name: n_elements if flat or len(t) == 1 else t.stride(0) for name, t in tensors.items()}
@@ -61,20 +68,22 @@ def as_rows(inputs: StepInputs, x_prev: Tensor) -> Rows:
 
 
 def _has_rows(tensor: Tensor) -> bool:
-    return tensor[0].is_contiguous()
+    return tensor.is_contiguous() or tensor[0].is_contiguous()
 
 
 def _flat_order(inputs: StepInputs, tensors: list[Tensor]) -> bool:
     x_t = inputs.x_t
-    if inputs.generates_noise or inputs.thresholds is not None or inputs.row_per_sample:
+    of_a_sample = inputs.thresholds is not None or inputs.log_prob_out is not None
+    if inputs.generates_noise or of_a_sample or inputs.row_per_sample:
         return False
     span = sum((size - 1) * stride for size, stride in zip(x_t.shape, x_t.stride(), strict=True)) + 1
     dense = span == x_t.numel() and not overlaps_itself(x_t)
     return dense and all(t.stride() == x_t.stride() for t in tensors)
 
 
-def plain_memory_reasons(inputs: StepInputs) -> list[str]:
-    """Return why kernels, which read plain memory, cannot run these inputs; empty if they can."""
+def plain_memory_reasons(inputs: StepInputs, more: Iterable[Tensor] = ()) -> list[str]:
+    """Return why kernels, which read plain memory, cannot run these inputs, with ``more`` tensors
+    beside them; empty if they can."""
     reasons = []
     x_t, m = inputs.x_t, inputs.model_output
     if x_t.dtype not in DTYPES_OF_KERNELS:
@@ -85,7 +94,7 @@ def plain_memory_reasons(inputs: StepInputs) -> list[str]:
         )
     if inputs.model_input_out is not None and inputs.model_input_out.dtype not in DTYPES_OF_KERNELS:
         reasons.append(f"model_input_out is {inputs.model_input_out.dtype}, it takes float32, float16 and bfloat16")
-    tensors = [tensor for _, tensor in inputs.tensors]
+    tensors = [*(tensor for _, tensor in inputs.tensors), *more]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         reasons.append("a tensor requires gradients, which only the reference computes: use torch.no_grad()")
     if any(is_wrapper(t) for t in tensors):

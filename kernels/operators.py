@@ -23,7 +23,7 @@ from .fields import NUMBERS, TENSORS, WRITTEN, StepInputs
 _ALWAYS_GIVEN = {field.name for field in fields(StepInputs) if field.default is MISSING} - {"x_t"} | {"x_prev"}
 _TENSORS = (*WRITTEN, *(name for name in TENSORS if name not in WRITTEN))
 _ROW = {"coefficients": "float[]"}  # the fields of ``StepCoefficients``, in order
-_TABLE = {field.name: "Tensor" if field.name == "rows" else "bool" for field in fields(StepTable)}
+_TABLE = {field.name: {"rows": "Tensor", "min_std": "float?"}.get(field.name, "bool") for field in fields(StepTable)}
 
 
 def _arguments(from_table: bool) -> dict[str, str]:

@@ -14,6 +14,7 @@ import inspect
 import math
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,6 +25,7 @@ from .coefficients import LARGEST_SCALE, ROW_WIDTH, Column, StepTable
 from .fields import PER_ELEMENT
 from .layout import Rows
 from .triton_internals import Launches, is_amd
+from .triton_sums import add_blocks, block_sum, finish_block, tile_of
 
 # ---- the noise standard: kernels/noise.py is its definition --------------------------------------------------------------------
 
@@ -187,12 +189,33 @@ def clip(x, bound):
     return tl.clamp(x, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
 
 
+@triton.jit
+def predict(row_ptr, x, m, scale, CLIPPED: tl.constexpr):
+    """Return what x_t and the model's output make of x_prev; ``scale`` multiplies x0 before it is
+    clipped."""
+    if CLIPPED:
+        x_prev = clip(
+            linear(tl.load(row_ptr + CLIP_X) * scale, x, tl.load(row_ptr + CLIP_M) * scale, m),
+            tl.load(row_ptr + CLIP_BOUND),
+        )
+        x_prev = _plus(tl.load(row_ptr + REST_X), x, x_prev)
+        x_prev = _plus(tl.load(row_ptr + REST_M), m, x_prev)
+    else:
+        x_prev = linear(tl.load(row_ptr + FOLD_X), x, tl.load(row_ptr + FOLD_M), m)
+    return x_prev
+
+
 # ---- the kernel -------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def load(ptr, sample, stride, offsets, n_elements):
     return tl.load(ptr + sample * stride + offsets, mask=offsets < n_elements).to(tl.float32)
+
+
+@triton.jit
+def load_or(ptr, sample, stride, offsets, n_elements, other: tl.constexpr):
+    return tl.load(ptr + sample * stride + offsets, mask=offsets < n_elements, other=other).to(tl.float32)
 
 
 @triton.jit
@@ -219,6 +242,8 @@ def ddim_step_kernel(
     history_ptr,  # (B, n) like x_t, or None: holds the x0 of the previous step, and receives this one's
     history_2_ptr,  # (B, n) like x_t, or None: holds the x0 before that, and receives what history held
     model_input_out_ptr,  # (B, n) of any of these types, or None: receives input_scale * x_prev
+    log_prob_out_ptr,  # (B,) float32, or None: receives each sample's log-probability
+    block_sums_ptr,  # (2, B, blocks) float32: receives what each block adds to it; None for a sample of one block
     rows_ptr,  # (S, ROW_WIDTH) float32: the table, one row per step
     index_ptr,  # int64: the row of this step, one number or (B,); or None for row 0
     n_elements,  # n, elements of a sample
@@ -244,6 +269,7 @@ def ddim_step_kernel(
     WIDE_INDEX: tl.constexpr,  # whether n needs 64-bit offsets
     ROW_PER_SAMPLE: tl.constexpr,  # whether each sample has its own row
     SAMPLE_AXIS: tl.constexpr,  # grid axis of the samples; the other counts blocks of a sample
+    MEAN: tl.constexpr,  # whether log-probabilities are means over the elements
     ROW_WIDTH: tl.constexpr,
 ):
     sample = tl.program_id(SAMPLE_AXIS).to(tl.int64)
@@ -258,21 +284,13 @@ def ddim_step_kernel(
     if model_output_uncond_ptr is not None:
         uncond = load(model_output_uncond_ptr, sample, model_output_uncond_stride, offsets, n_elements)
         m = guide(m, uncond, tl.load(row_ptr + GUIDANCE_SCALE))
-    if CLIPPED:
-        scale = 1.0
-        if thresholds_ptr is not None:
-            # Imagen, arXiv 2205.11487: x0 = clamp(x0, -s, s) / s * bound, with the division folded
-            # into the coefficients.
-            scale = tl.div_rn(tl.load(row_ptr + X0_BOUND), tl.load(thresholds_ptr + sample))
-            scale = tl.minimum(scale, _LARGEST_SCALE, propagate_nan=tl.PropagateNan.ALL)
-        x_prev = clip(
-            linear(tl.load(row_ptr + CLIP_X) * scale, x, tl.load(row_ptr + CLIP_M) * scale, m),
-            tl.load(row_ptr + CLIP_BOUND),
-        )
-        x_prev = _plus(tl.load(row_ptr + REST_X), x, x_prev)
-        x_prev = _plus(tl.load(row_ptr + REST_M), m, x_prev)
-    else:
-        x_prev = linear(tl.load(row_ptr + FOLD_X), x, tl.load(row_ptr + FOLD_M), m)
+    scale = 1.0
+    if CLIPPED and thresholds_ptr is not None:
+        # Imagen, arXiv 2205.11487: x0 = clamp(x0, -s, s) / s * bound, with the division folded into
+        # the coefficients.
+        scale = tl.div_rn(tl.load(row_ptr + X0_BOUND), tl.load(thresholds_ptr + sample))
+        scale = tl.minimum(scale, _LARGEST_SCALE, propagate_nan=tl.PropagateNan.ALL)
+    x_prev = predict(row_ptr, x, m, scale, CLIPPED)
     if history_ptr is not None:
         of_history = tl.load(row_ptr + HISTORY)
         if history_2_ptr is not None:
@@ -298,6 +316,7 @@ def ddim_step_kernel(
             store(x0_ptr, sample, x0_stride, offsets, n_elements, x0)
         if history_ptr is not None:
             store(history_ptr, sample, history_stride, offsets, n_elements, x0)
+    mean = x_prev
     std_dev = tl.load(row_ptr + NOISE)
     if noise_ptr is not None:
         if std_dev != 0:
@@ -322,12 +341,24 @@ def ddim_step_kernel(
                     first_counter, tl.load(seeds_ptr + sample), noise_step, KNOWN_REGION, BLOCK_SIZE, VECTOR, NORMALS
                 )
             known = tl.fma(tl.zeros_like(z) + known_std, z, known)
-        weight = load(mask_ptr, sample, mask_stride, offsets, n_elements)
+        if log_prob_out_ptr is None:
+            weight = load(mask_ptr, sample, mask_stride, offsets, n_elements)
+        else:
+            weight = load_or(mask_ptr, sample, mask_stride, offsets, n_elements, 1.0)  # no element that counts
         x_prev = tl.fma(weight, known, (1.0 - weight) * x_prev)
     store(x_prev_ptr, sample, x_prev_stride, offsets, n_elements, x_prev)
+    # What follows is of x_prev as it is stored: the bits of a pass of its own.
+    stored = x_prev.to(x_prev_ptr.dtype.element_ty).to(tl.float32)
+    if log_prob_out_ptr is not None:
+        masked_by = weight if mask_ptr is not None else mean
+        squares, count = block_sum(
+            stored - mean, masked_by, offsets, block, n_elements, mask_ptr is not None, BLOCK_SIZE
+        )
+        samples, blocks = tl.num_programs(SAMPLE_AXIS), tl.num_programs(1 - SAMPLE_AXIS)
+        finish_block(
+            log_prob_out_ptr, None, block_sums_ptr, squares, count, row_ptr, sample, block, samples, blocks, MEAN, False
+        )
     if model_input_out_ptr is not None:
-        # Of x_prev as it is stored: the bits of a pass of its own.
-        stored = x_prev.to(x_prev_ptr.dtype.element_ty).to(tl.float32)
         model_input = stored * tl.load(row_ptr + INPUT_SCALE)
         store(model_input_out_ptr, sample, model_input_out_stride, offsets, n_elements, model_input)
 
@@ -356,8 +387,11 @@ def launch(
     noise_step: int = 0,
     noise_stream: int = 0,
     normals: str = "exact",
+    log_prob: Tensor | None = None,
+    log_prob_reduction: str = "mean",
 ) -> None:
-    """Launch the whole update once.
+    """Launch the whole update once; and once more to add the blocks of log-probabilities, where
+    samples have several.
 
     Args:
         rows: the tensors that are given.
@@ -367,13 +401,29 @@ def launch(
         seeds, thresholds: ``(B,)``, see ``dispatch.ddim_step``.
         noise_step: added to the row's index, it is the noise's step.
         normals: one of ``contract.NORMALS``.
+        log_prob: ``(B,)`` float32, receives the log-probabilities.
     """
-    given = {**rows.tensors, "seeds": seeds, "thresholds": thresholds, "rows": table.rows, "index": index}
+    n_samples, n = rows.n_samples, rows.n_elements
+    block_sums = None
+    if log_prob is not None:
+        blocks = triton.cdiv(n, _tile(n_samples, n, log_prob)[0])
+        if blocks > 1:
+            block_sums = torch.empty((2, n_samples, blocks), dtype=torch.float32, device=log_prob.device)
+    given = {
+        **rows.tensors,
+        "seeds": seeds,
+        "thresholds": thresholds,
+        "log_prob_out": log_prob,
+        "block_sums": block_sums,
+        "rows": table.rows,
+        "index": index,
+    }
     strides = tuple(rows.strides.get(name, 0) for name in PER_ELEMENT)
     pointers = tuple(map(given.get, POINTERS))
-    launch_pointers(
-        pointers, rows.n_samples, rows.n_elements, strides, table.clipped, noise_step, noise_stream, normals
-    )
+    mean = log_prob_reduction == "mean"
+    launch_pointers(pointers, n_samples, n, strides, table.clipped, noise_step, noise_stream, normals, mean)
+    if log_prob is not None and block_sums is not None:
+        add_blocks(log_prob, None, block_sums, table, index, mean=mean, divergence=False)
 
 
 def launch_pointers(
@@ -385,16 +435,25 @@ def launch_pointers(
     noise_step: int,
     noise_stream: int,
     normals: str,
+    mean: bool = True,
 ) -> None:
-    """Do ``launch`` for tensors in the order of ``POINTERS``.
+    """Do ``launch`` for tensors in the order of ``POINTERS``, without adding blocks.
 
     Args:
         strides: in the order of ``PER_ELEMENT``; None: each sample follows the one before.
+        mean: whether log-probabilities are means over the elements.
     """
     index = pointers[-1]
     row_per_sample = index is not None and index.numel() != 1
-    key = n_samples, n_elements, strides, clipped, normals, row_per_sample
+    key = n_samples, n_elements, strides, clipped, normals, row_per_sample, mean
     _launches(pointers, (_as_int32(noise_step), _as_int32(noise_stream)), key)
+
+
+def _tile(n_samples: int, n: int, log_prob: Tensor | None) -> tuple[int, int]:
+    """Return (elements of a program, warps of a program)."""
+    if log_prob is not None:
+        return tile_of(n)
+    return next(tile[1:] for tile in _TILES if n_samples * n >= tile[0])
 
 
 def _describe(
@@ -405,12 +464,13 @@ def _describe(
     clipped: bool,
     normals: str,
     row_per_sample: bool,
+    mean: bool,
 ) -> tuple[tuple[int, int], dict[str, Any], int]:
     """Return the grid of a launch, its values by name, and the number of warps."""
-    block_size, num_warps = next(tile[1:] for tile in _TILES if n_samples * n >= tile[0])
+    given = dict(zip(POINTERS, pointers, strict=True))
+    block_size, num_warps = _tile(n_samples, n, given["log_prob_out"])
     blocks = triton.cdiv(n, block_size)
     sample_axis = 1 if n_samples <= _MOST_BLOCKS_Y else 0
-    given = dict(zip(POINTERS, pointers, strict=True))
     x_t = given["x_t"]
     assert x_t is not None, "every step has samples"
     if strides is None:
@@ -426,6 +486,7 @@ def _describe(
         WIDE_INDEX=n + block_size > _LARGEST_INT32,
         ROW_PER_SAMPLE=row_per_sample,
         SAMPLE_AXIS=sample_axis,
+        MEAN=mean,
         ROW_WIDTH=ROW_WIDTH,
     )
     return (blocks, n_samples) if sample_axis == 1 else (n_samples, blocks), values, num_warps

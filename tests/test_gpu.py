@@ -85,7 +85,7 @@ def test_step_has_the_bits_of_the_cpu(choice):
         here.x_t, here.model_output, here.coefficients, backend="cpu", out=here.x_prev, x0_out=here.x0, **keywords
     )
     assert same_bits(there.x_prev, here.x_prev)
-    for name in ("x0", "history", "history_2", "model_input_out"):
+    for name in ("x0", "history", "history_2", "model_input_out", "log_prob_out"):
         assert getattr(here, name) is None or same_bits(getattr(there, name), getattr(here, name))
 
 

@@ -10,7 +10,7 @@ from model_inputs import assert_is_scaled
 from ddim_fast.kernels import noise
 from ddim_fast.kernels.contract import StepCoefficients, StepInputs, check_inputs
 from ddim_fast.verify.truth import oracle
-from ddim_fast.verify.truth.tolerances import assert_near, to_numpy
+from ddim_fast.verify.truth.tolerances import allowed_density_error, assert_near, assert_within, to_numpy
 
 F, H, B = torch.float32, torch.float16, torch.bfloat16
 
@@ -28,6 +28,7 @@ OPTIONS = {
     "shape": [(1, 1), (2, 127), (3, 128), (2, 129), (1, 1025), (2, 3, 8, 8), (3, 2048), (1, 4100)],
     "place": ["aligned", "unaligned"],
     "in_place": [False, True],
+    "log_prob": [None, "mean", "sum"],
 }
 _STEPS = [(0.98, 0.9995), (0.5, 0.6), (0.05, 0.09), (0.9999, 1.0)]
 
@@ -45,6 +46,8 @@ class Case:
     expected: oracle.Result
     row: dict
     last_x0: torch.Tensor | None  # what the history holds before the step
+    mean: oracle.Result  # of x_prev, without noise and known picture
+    counted: np.ndarray  # 1 where an element counts in the log-probability
 
     def check(self, result: torch.Tensor) -> None:
         """Assert that the outputs are near float64, and those exact that are."""
@@ -57,6 +60,22 @@ class Case:
             torch.testing.assert_close(inputs.history_2, self.last_x0, rtol=0, atol=0, equal_nan=True)
         if inputs.model_input_out is not None:
             assert_is_scaled(inputs.model_input_out, result, self.row["input_scale"])
+        if inputs.log_prob_out is not None:
+            assert_within(inputs.log_prob_out, *self.log_prob(result), "log_prob_out")
+
+    def log_prob(self, x_prev: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The log-probability of x_prev, and the error allowed: ``(B,)`` each."""
+        std = max(self.row["prev_noise"], self.inputs.min_std or 0.0)
+        samples = len(self.counted)
+        deviation = ((to_numpy(x_prev) - self.mean.x_prev) * self.counted).reshape(samples, -1)
+        terms, counted = (
+            (values * self.counted).reshape(samples, -1) for values in (self.mean.terms, np.ones(self.counted.shape))
+        )
+        offset = math.log(std) + 0.5 * math.log(2 * math.pi)
+        total = -(0.5 * (deviation / std) ** 2 + offset * counted).sum(1)
+        allowed = allowed_density_error(x_prev.dtype, deviation, terms, 0.5 / std**2, offset)
+        count = np.maximum(counted.sum(1), 1) if self.inputs.log_prob_reduction == "mean" else 1.0
+        return total / count, allowed / count
 
 
 def make(choice: dict, seed: int = 0) -> Case:
@@ -125,9 +144,18 @@ def make(choice: dict, seed: int = 0) -> Case:
         exact |= {"mask": to_numpy(keywords["mask"]), "known_x0": to_numpy(keywords["known_x0"])}
         exact["known_noise"] = noise_from(mask_kind, 2, "known_noise")
     expected = oracle.row_step(row, to_numpy(x_t), to_numpy(m), **exact)
+    of_mean = {name: value for name, value in exact.items() if name not in ("noise", "mask", "known_x0", "known_noise")}
+    mean = oracle.row_step(row | {"prev_noise": 0.0}, to_numpy(x_t), to_numpy(m), **of_mean)
+    counted = (exact["mask"] == 0).astype(float) if mask_kind else np.ones(shape)
+    if choice["log_prob"]:
+        keywords |= {
+            "log_prob_out": torch.full((shape[0],), math.nan, dtype=F),
+            "log_prob_reduction": choice["log_prob"],
+            "min_std": None if noise_kind else 0.25,
+        }
     x_prev = x_t if choice["in_place"] else tensor(state, np.full(shape, math.nan))
     x0 = tensor(state, np.full(shape, math.nan)) if choice["x0"] else None
     last_x0 = keywords["history"].clone() if history else None
     inputs = StepInputs(x_t, m, StepCoefficients(**row), x_prev=x_prev, x0=x0, **keywords)
     check_inputs(inputs)
-    return Case(inputs, expected, row, last_x0)
+    return Case(inputs, expected, row, last_x0, mean, counted)

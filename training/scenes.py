@@ -29,6 +29,7 @@ _SUPERSAMPLING = 3
 _SOLIDS = 3  # at most, in a picture
 _FACES = 13  # at most, of a solid
 _FAR = 1e9
+_BATCH = 8  # pictures at a time, so that what is computed of them stays in the cache
 
 
 def _faces(kind: str) -> np.ndarray:
@@ -154,17 +155,14 @@ class Scenes:
         o = _turned((start[:, None] - centre[:, :, None]) / self.sizes[:, :, None, None], angle)
         d = _turned(rays[:, None] / self.sizes[:, :, None, None], angle)
         planes = _PLANES[self.kinds]  # (B, K, F, 4)
-        enter, leave = torch.full(o.shape[:3], -_FAR), torch.full(o.shape[:3], _FAR)
-        normal = torch.zeros_like(o)
-        for face in range(_FACES):
-            plane = planes[:, :, face, None]
-            slope, room = _dot(d, plane[..., :3]), plane[..., 3] - _dot(o, plane[..., :3])
-            at = room / torch.where(slope.abs() < 1e-9, 1e-9, slope)
-            inwards = (slope < -1e-9) & (at > enter)
-            enter = torch.where(inwards, at, enter)
-            normal = torch.where(inwards[..., None], plane[..., :3], normal)
-            leave = torch.where((slope > 1e-9) & (at < leave), at, leave)
-            leave = torch.where((slope.abs() <= 1e-9) & (room < 0), -_FAR, leave)
+        # All faces at once: (B, K, N, F).
+        slope = d @ planes[..., :3].transpose(2, 3)
+        room = planes[:, :, None, :, 3] - o @ planes[..., :3].transpose(2, 3)
+        at = room / torch.where(slope.abs() < 1e-9, 1e-9, slope)
+        enter, face = torch.where(slope < -1e-9, at, -_FAR).max(-1)
+        normal = planes[..., :3].gather(2, face[..., None].expand(-1, -1, -1, 3))
+        leave = torch.where(slope > 1e-9, at, _FAR).amin(-1)
+        leave = torch.where(((slope.abs() <= 1e-9) & (room < 0)).any(-1), -_FAR, leave)
         q = _QUADRICS[self.kinds][:, :, None]
         a, b, c = _dot(q * d, d), _dot(q * o, d), _dot(q * o, o) - 1
         root = b * b - a * c
@@ -228,8 +226,8 @@ class Scenes:
 def render(count: int, seed: int = 0, first: int = 0, progress: bool = False) -> tuple[Tensor, Tensor]:
     """Return pictures ``(count, 3, 32, 32)`` uint8 and labels ``(count,)`` int64."""
     pictures, labels = [], []
-    for begin in tqdm(range(0, count, 32), disable=not progress, unit="batch"):
-        scenes = Scenes(seed, first + begin, min(32, count - begin))
+    for begin in tqdm(range(0, count, _BATCH), disable=not progress, unit="batch"):
+        scenes = Scenes(seed, first + begin, min(_BATCH, count - begin))
         pictures.append((scenes.render() * 255).round().byte())
         labels.append(scenes.labels)
     return torch.cat(pictures), torch.cat(labels)

@@ -1,6 +1,8 @@
-"""Train the shipped Fashion-MNIST classifier, and compute the training set's feature statistics.
+"""Train the classifier of a shipped model's data, and compute the training set's feature
+statistics.
 
-    python training/train_classifier.py --out runs/classifier
+    python training/train_classifier.py fashion --out runs/classifier
+    python training/train_classifier.py scenes --data scenes.npz --out runs/scenes_classifier
 
 Writes a checkpoint after each epoch. A restarted run resumes from it, with the same result as an
 uninterrupted one, since each epoch has its own seed. At the end, the averaged weights are written
@@ -20,27 +22,34 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from fashion import DEFAULT_DIRECTORY, load_split
+from data_sets import DATASETS
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ddim_fast.models import metrics
+from ddim_fast.models.shipped import SHIPPED
 
 MAXIMUM_SHIFT = 2
 LABEL_SMOOTHING = 0.1
 WARM_UP_SHARE = 0.2
 AVERAGE_DECAY = 0.999
+COLOUR_WEIGHT = 1.0
+"""The weight of a second task beside the classes: to tell the mean and standard deviation of each
+channel of pictures in colour from the features, so that these notice colours, which do not decide
+the class."""
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image ``(N, 1, 28, 28)`` by up to two pixels; mirror it with probability 1/2."""
+    """Shift each image ``(N, C, H, W)`` by up to two pixels; mirror it with probability 1/2."""
     count, _, height, width = images.shape
-    padded = F.pad(images, [MAXIMUM_SHIFT] * 4, value=-1.0)[:, 0]
+    # A border of black for pictures on black, and of the nearest pixel for others.
+    how = {"mode": "constant", "value": -1.0} if images.shape[1] == 1 else {"mode": "replicate"}
+    padded = F.pad(images, [MAXIMUM_SHIFT] * 4, **how).movedim(1, 3)
     top, left = torch.randint(2 * MAXIMUM_SHIFT + 1, (2, count, 1), generator=generator)
     mirrored = torch.rand(count, 1, generator=generator) < 0.5
     columns = torch.where(mirrored, torch.arange(width - 1, -1, -1), torch.arange(width)) + left
     rows = torch.arange(height) + top
-    return padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]].unsqueeze(1)
+    return padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(3, 1)
 
 
 def learning_rate_factor(progress: float) -> float:
@@ -64,7 +73,14 @@ def update_average(average: nn.Module, model: nn.Module, step: int) -> None:
             target.copy_(source)
 
 
-def train_epoch(model, average, optimizer, images: Tensor, labels: Tensor, epoch: int, args) -> float:
+def colours(images: Tensor) -> Tensor:
+    """Return the mean and standard deviation of each channel, ``(N, 2 C)``."""
+    return torch.cat([images.mean((2, 3)), images.std((2, 3))], dim=1)
+
+
+def train_epoch(
+    model, colour_head, colour_weight, average, optimizer, images: Tensor, labels: Tensor, epoch: int, args
+) -> float:
     """Train for one epoch; return the mean loss."""
     generator = torch.Generator().manual_seed(1000 + epoch)
     steps = len(images) // args.batch_size
@@ -75,7 +91,9 @@ def train_epoch(model, average, optimizer, images: Tensor, labels: Tensor, epoch
         step = epoch * steps + i
         optimizer.param_groups[0]["lr"] = args.lr * learning_rate_factor((step + 1) / (args.epochs * steps))
         batch = augment(images[index], generator).contiguous(memory_format=torch.channels_last)
-        loss = F.cross_entropy(model(batch), labels[index], label_smoothing=LABEL_SMOOTHING)
+        features = model.features(batch)
+        loss = F.cross_entropy(model.head(features), labels[index], label_smoothing=LABEL_SMOOTHING)
+        loss = loss + colour_weight * F.mse_loss(colour_head(features), colours(batch))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -97,9 +115,13 @@ def train(args, images: Tensor, labels: Tensor, test_images: Tensor, test_labels
     Resumes from the checkpoint in ``args.out`` if there is one.
     """
     torch.manual_seed(0)
-    model = metrics.FashionClassifier().to(memory_format=torch.channels_last)
+    card = SHIPPED[args.dataset]
+    model = metrics.PictureClassifier(card).to(memory_format=torch.channels_last)
+    colour_head = nn.Linear(model.num_features, 2 * card.sample_shape[0])
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    colour_weight = COLOUR_WEIGHT if card.sample_shape[0] > 1 else 0.0
+    parameters = [*model.parameters(), *(colour_head.parameters() if colour_weight else ())]
+    optimizer = torch.optim.SGD(parameters, lr=args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     settings = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr}
     checkpoint, first_epoch = args.out / "checkpoint.pt", 0
     if checkpoint.exists():
@@ -110,31 +132,33 @@ def train(args, images: Tensor, labels: Tensor, test_images: Tensor, test_labels
                 f"{state['settings']}: pass those settings, or another --out"
             )
         model.load_state_dict(state["model"])
+        colour_head.load_state_dict(state["colour_head"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         first_epoch = state["epoch"] + 1
     for epoch in range(first_epoch, args.epochs):
         started = time.monotonic()
-        loss = train_epoch(model, average, optimizer, images, labels, epoch, args)
+        loss = train_epoch(model, colour_head, colour_weight, average, optimizer, images, labels, epoch, args)
         entry = {"epoch": epoch, "seconds": time.monotonic() - started, "train_loss": loss,
                      "test_accuracy": accuracy(average, test_images, test_labels)}  # fmt: skip
         print(json.dumps(entry), flush=True)
         temporary = checkpoint.with_suffix(".tmp")
-        torch.save({"settings": settings, "epoch": epoch, "model": model.state_dict(), "average": average.state_dict(),
-                        "optimizer": optimizer.state_dict()}, temporary)  # fmt: skip
+        modules = {"model": model, "colour_head": colour_head, "average": average, "optimizer": optimizer}
+        state = {name: module.state_dict() for name, module in modules.items()}
+        torch.save({"settings": settings, "epoch": epoch, **state}, temporary)
         temporary.replace(checkpoint)
     return average
 
 
-def export(model: nn.Module, images: Tensor, directory: Path) -> None:
+def export(name: str, model: nn.Module, images: Tensor, directory: Path) -> None:
     """Write the weights in float16, then the statistics of ``images`` with the stored weights."""
     directory.mkdir(parents=True, exist_ok=True)
-    classifier_path = directory / "fashion_classifier.safetensors"
+    classifier_path = directory / f"{name}_classifier.safetensors"
     halves = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
     save_file(halves, classifier_path)
     metrics.WEIGHTS_DIRECTORY = directory
-    statistics = metrics.feature_statistics(metrics.classifier_features(images))
-    statistics_path = directory / "fashion_statistics.safetensors"
+    statistics = metrics.feature_statistics(metrics.classifier_features(images, name))
+    statistics_path = directory / f"{name}_statistics.safetensors"
     save_file(
         {"mean": statistics.mean, "covariance": statistics.covariance, "count": torch.tensor(statistics.count)},
         statistics_path,
@@ -146,47 +170,51 @@ def export(model: nn.Module, images: Tensor, directory: Path) -> None:
 
 
 def blur(images: Tensor, std: float = 1.0) -> Tensor:
-    """Blur ``images`` ``(N, 1, 28, 28)`` with a Gaussian of ``std`` pixels."""
+    """Blur ``images`` ``(N, C, H, W)`` with a Gaussian of ``std`` pixels."""
     weights = torch.exp(-0.5 * (torch.arange(-4, 5) / std) ** 2)
     weights = weights / weights.sum()
-    padded = F.pad(images, [4] * 4, mode="replicate")
-    return F.conv2d(F.conv2d(padded, weights.view(1, 1, 1, 9)), weights.view(1, 1, 9, 1)).clamp(-1, 1)
+    channels = F.pad(images, [4] * 4, mode="replicate").flatten(0, 1)[:, None]
+    blurred = F.conv2d(F.conv2d(channels, weights.view(1, 1, 1, 9)), weights.view(1, 1, 9, 1))
+    return blurred.view(images.shape).clamp(-1, 1)
 
 
-def measure(images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor) -> dict[str, float]:
+def measure(name: str, images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor) -> dict[str, float]:
     """Measure the stored classifier's accuracy, and reference values of the Frechet distance."""
     generator = torch.Generator().manual_seed(0)
-    some, some_test = torch.randperm(60000, generator=generator), torch.randperm(10000, generator=generator)
+    some, some_test = (torch.randperm(len(some), generator=generator) for some in (images, test_images))
     noise = torch.randn(test_images.shape, generator=generator)
-    blurred = blur(test_images)
-    half_blurred = torch.cat([test_images[:5000], blurred[5000:]])
+    blurred, half = blur(test_images), len(test_images) // 2
+    half_blurred = torch.cat([test_images[:half], blurred[half:]])
+    left_out = int(test_labels.max()) - 1
     pictures = {
-        "60,000 training pictures": images,
-        "10,000 training pictures": images[some[:10000]],
-        "10,000 test pictures (the floor)": test_images,
+        f"{len(images):,} training pictures": images,
+        f"{len(test_images):,} training pictures": images[some[: len(test_images)]],
+        f"{len(test_images):,} test pictures (the floor)": test_images,
         "1,000 training pictures": images[some[:1000]],
         "1,000 test pictures": test_images[some_test[:1000]],
         "100 training pictures": images[some[:100]],
         "test pictures, mirrored": test_images.flip(3),
-        "test pictures, rounded to 16 grey levels": ((test_images + 1) * 7.5).round() / 7.5 - 1,
+        "test pictures, rounded to 16 levels": ((test_images + 1) * 7.5).round() / 7.5 - 1,
+        "test pictures, their channels exchanged": test_images.flip(1),
         "test pictures + normal noise of standard deviation 0.1, clamped": (test_images + 0.1 * noise).clamp(-1, 1),
         "test pictures, half of them blurred (Gaussian, 1 pixel)": half_blurred,
         "test pictures, each the mean of itself and its blur": (test_images + blurred) / 2,
         "test pictures, all blurred": blurred,
-        "test pictures without one class (bags)": test_images[test_labels != 8],
-        "test pictures of one class only (bags)": test_images[test_labels == 8],
+        f"test pictures without class {left_out}": test_images[test_labels != left_out],
+        f"test pictures of class {left_out} only": test_images[test_labels == left_out],
         "normal noise, clamped": noise.clamp(-1, 1),
         "uniform noise": torch.rand(test_images.shape, generator=generator) * 2 - 1,
     }
-    results = {"test accuracy": metrics.class_agreement(test_images, test_labels),
-               "training accuracy": metrics.class_agreement(images, labels)}  # fmt: skip
-    return results | {name: metrics.classifier_frechet_distance(value) for name, value in pictures.items()}
+    results = {"test accuracy": metrics.class_agreement(test_images, test_labels, name),
+               "training accuracy": metrics.class_agreement(images, labels, name)}  # fmt: skip
+    return results | {what: metrics.classifier_frechet_distance(value, name) for what, value in pictures.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", choices=SHIPPED)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--data", type=Path, default=DEFAULT_DIRECTORY)
+    parser.add_argument("--data", type=Path, help="default: where the dataset is expected")
     parser.add_argument("--weights", type=Path, default=metrics.WEIGHTS_DIRECTORY)
     parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -196,12 +224,14 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    images, labels = load_split("train", args.data)
-    test_images, test_labels = load_split("test", args.data)
+    dataset = DATASETS[args.dataset]
+    path = args.data or dataset.path
+    images, labels = dataset.load_split("train", path)
+    test_images, test_labels = dataset.load_split("test", path)
     model = train(args, images, labels, test_images, test_labels)
     print(f"test accuracy with float32 weights: {accuracy(model, test_images, test_labels):.4f}")
-    export(model, images, args.weights)
-    for name, value in measure(images, labels, test_images, test_labels).items():
+    export(args.dataset, model, images, args.weights)
+    for name, value in measure(args.dataset, images, labels, test_images, test_labels).items():
         print(f"{value:10.4f}  {name}")
 
 

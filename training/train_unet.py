@@ -6,7 +6,7 @@ It uses v-prediction, linear betas and T = 1000.
     python training/train_unet.py scenes --data scenes.npz --out runs/scenes --minutes 120
 
 Training stops after ``--minutes``, when the learning rate reaches zero. A checkpoint is written
-every minute; a restarted run resumes from it. The averaged weights are written to
+every minute; a restarted run resumes from it. With it the averaged weights are written to
 ``OUT/DATASET.safetensors`` in float16, the format of ``ddim_fast/weights``.
 """
 
@@ -17,14 +17,11 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-import fashion
-import scenes
 import torch
 import torch.nn.functional as F
+from data_sets import DATASETS
 from optimizer import Muon, split_parameters
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,23 +29,6 @@ from torch import Tensor
 from ddim_fast.models.unet import SmallUNet
 from ddim_fast.plans.schedules import NoiseSchedule
 
-
-class Dataset(NamedTuple):
-    """Where pictures come from, and the U-Net for them."""
-
-    load_split: Callable[[str, Path], tuple[Tensor, Tensor]]
-    path: Path
-    unet: dict[str, int]
-
-
-DATASETS = {
-    "fashion": Dataset(fashion.load_split, fashion.DEFAULT_DIRECTORY, {"multiplier": 3}),
-    "scenes": Dataset(
-        scenes.load_split,
-        Path("scenes.npz"),
-        {"in_channels": 3, "num_classes": len(scenes.KINDS), "width": 48, "multiplier": 3},
-    ),
-}
 NUM_TRAIN_TIMESTEPS = 1000
 LABEL_DROPOUT = 0.1
 schedule = NoiseSchedule.linear(NUM_TRAIN_TIMESTEPS)
@@ -75,12 +55,22 @@ def velocity_loss(model, x0: Tensor, labels: Tensor, t: Tensor, generator: torch
 @torch.no_grad()
 def held_out_loss(model, images: Tensor, labels: Tensor) -> float:
     generator = torch.Generator().manual_seed(0)
-    t = torch.arange(0, NUM_TRAIN_TIMESTEPS, NUM_TRAIN_TIMESTEPS // 250)
-    n = len(t)
+    n = min(250, len(images) // 4)
+    t = torch.arange(0, NUM_TRAIN_TIMESTEPS, NUM_TRAIN_TIMESTEPS // n)[:n]
     losses = [
         velocity_loss(model, images[i * n : (i + 1) * n], labels[i * n : (i + 1) * n], t, generator) for i in range(4)
     ]
     return torch.stack(losses).mean().item()
+
+
+def export(model: SmallUNet, path: Path) -> None:
+    """Write the weights in float16."""
+    save_file(
+        {k: v.half().contiguous() for k, v in model.state_dict().items()},
+        path,
+        metadata={"config": json.dumps(model.config), "prediction_type": "v_prediction"},
+    )
+    path.chmod(0o644)  # safetensors makes files readable by the owner only; these are packaged
 
 
 def main() -> None:
@@ -140,6 +130,7 @@ def main() -> None:
         )
         torch.save(state, temporary)
         temporary.replace(checkpoint)
+        export(average, args.out / f"{args.dataset}.safetensors")
 
     total, running, last_save, saves = args.minutes * 60, [], time.monotonic(), 0
     while seconds < total:
@@ -181,8 +172,7 @@ def main() -> None:
             log.write(json.dumps(entry) + "\n")
             log.flush()
             print(json.dumps(entry), flush=True)
-    save_file({k: v.half().contiguous() for k, v in average.state_dict().items()}, args.out / f"{args.dataset}.safetensors",
-              metadata={"config": json.dumps(average.config), "prediction_type": "v_prediction"})  # fmt: skip
+    export(average, args.out / f"{args.dataset}.safetensors")
 
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ def sample(run: Run, count: int, trajectory: Path | None) -> None:
     parts = run.in_batches(count, draw)
     seconds = time.perf_counter() - started
     order = "" if sampler.order == 1 else f"order {sampler.order}, "
+    if sampler.history_weights is not None:
+        order = "fitted coefficients, "
     how = f"{sampler.num_inference_steps} steps, {order}eta {run.eta:g}, seed {run.seed}"
     how += f", guidance {run.guidance:g}" if run.guidance != 1 else ""
     title, names, columns = f"{run.model_name}: {how}", run.names(labels, count), run.columns(count)

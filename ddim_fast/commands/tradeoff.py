@@ -23,10 +23,10 @@ from ..tradeoff import (
     Study,
     StudyDirectory,
     Subject,
-    fashion_judge,
     grid,
     judge_of,
     paper_table,
+    shipped_judge,
 )
 from ..tradeoff.measure import CONVERGED
 from ..tradeoff.study import calls_to_do, run_study, settings_of
@@ -268,4 +268,4 @@ def _judge(run: Run, features: str | None, real: Path | None) -> Judge | None:
             )
         samples = torch.from_numpy(npz_array(real, "samples").astype(np.float32))
         return judge_of(extractor, samples, features)
-    return fashion_judge() if run.model_name in SHIPPED else None
+    return shipped_judge(run.model_name) if run.model_name in SHIPPED else None

@@ -72,6 +72,10 @@ def plan_settings(sampler: DDIMSampler, model: Any) -> dict[str, Any]:
         del settings["eps_residual"]
     if plan.model_timesteps == plan.timesteps:
         del settings["model_timesteps"]
+    if plan.history_weights is None:
+        del settings["history_weights"]
+    else:
+        settings["history_weights"] = [list(pair) for pair in plan.history_weights]
     settings["schedule"] = {
         "name": schedule.name,
         **({"num_train_timesteps": schedule.num_train_timesteps} if isinstance(schedule, NoiseSchedule) else {}),

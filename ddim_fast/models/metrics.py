@@ -1,11 +1,12 @@
-"""How close generated Fashion-MNIST pictures are to real ones, judged by a small classifier that
-ships with the package.
+"""How close generated pictures are to real ones, judged by small classifiers that ship with the
+package, one for the data of each shipped model.
 
     distance = classifier_frechet_distance(images)   # 0 is perfect; see the function for what the number does not mean
     share = class_agreement(images, labels)          # 1 is perfect
 
-Pictures are ``(N, 1, 28, 28)``, in [-1, 1]. Nothing here needs a GPU or the data set. The weights
-and the statistics of the training set were made by ``training/train_classifier.py``.
+Pictures are ``(N, C, H, W)``, in [-1, 1], of the shape of that model's: Fashion-MNIST's if no name
+is given. Nothing here needs a GPU or the data set. The weights and the statistics of the training
+sets were made by ``training/train_classifier.py``.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 
 from ..utils.checks import check_choice, check_integer
 from ..utils.devices import widened
+from .shipped import SHIPPED, ModelCard
 
 __all__ = [
-    "FashionClassifier",
     "FeatureStatistics",
+    "PictureClassifier",
     "class_agreement",
     "classifier_features",
     "classifier_frechet_distance",
@@ -35,10 +37,7 @@ __all__ = [
     "sample_distances",
 ]
 
-NUM_CLASSES = 10
-PICTURE_SHAPE = (1, 28, 28)
 WEIGHTS_DIRECTORY = Path(__file__).parent.parent / "weights"
-_NAMES = ("fashion",)
 _BATCH_SIZE = 500  # bounds the memory of an activation to 13 MB, whatever the number of pictures
 
 
@@ -50,43 +49,51 @@ def _convolution(in_channels: int, out_channels: int) -> nn.Sequential:
     )
 
 
-class FashionClassifier(nn.Module):
-    """Five convolutions, an average over the picture, and a linear layer: about 100,000 weights,
-    ten classes.
+class PictureClassifier(nn.Module):
+    """Five convolutions, an average over the picture, and a linear layer: about 100,000 weights.
 
     Pictures are folded into 2 x 2 patches first (28 x 28 x 1 becomes 14 x 14 x 4), which halves the
     time on a CPU. ``features`` gives what the linear layer reads: ``num_features`` averages of
     non-negative activations per picture.
+
+    Args:
+        card: of the model whose data it classifies.
     """
 
     num_features = 64
 
-    def __init__(self) -> None:
+    def __init__(self, card: ModelCard = SHIPPED["fashion"]):
         super().__init__()
+        self.card = card
         self.body = nn.Sequential(
             nn.PixelUnshuffle(2),
-            _convolution(4, 32),
+            _convolution(4 * card.sample_shape[0], 32),
             _convolution(32, 32),
             nn.MaxPool2d(2),
             _convolution(32, 64),
             _convolution(64, 64),
             _convolution(64, self.num_features),
         )
-        self.head = nn.Linear(self.num_features, NUM_CLASSES)
+        self.head = nn.Linear(self.num_features, len(card.class_names))
 
     def features(self, images: Tensor) -> Tensor:
-        """Penultimate features ``(N, 64)`` float32 of ``images`` ``(N, 1, 28, 28)`` float32 in [-1,
-        1]."""
-        if images.ndim != 4 or tuple(images.shape[1:]) != PICTURE_SHAPE or images.dtype != torch.float32:
+        """Return the penultimate features ``(N, 64)`` float32 of ``images`` ``(N, C, H, W)``
+        float32 in [-1, 1]."""
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.card.sample_shape or images.dtype != torch.float32:
             raise ValueError(
-                f"images must be (N, 1, 28, 28) float32, got {tuple(images.shape)} {images.dtype}: "
+                f"images must be {_shape_text(self.card)} float32, got {tuple(images.shape)} {images.dtype}: "
                 "reshape them, or convert them with images.float()"
             )
         return self.body(images).mean(dim=(2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, 10)`` float32 of ``images`` ``(N, 1, 28, 28)`` float32 in [-1, 1]."""
+        """Return the logits ``(N, classes)`` float32 of ``images`` ``(N, C, H, W)`` float32 in [-1,
+        1]."""
         return self.head(self.features(images))
+
+
+def _shape_text(card: ModelCard) -> str:
+    return f"(N, {', '.join(map(str, card.sample_shape))})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,8 +197,13 @@ def sample_distances(samples: Tensor, others: Tensor) -> Tensor:
     return (widened(samples) - widened(others)).flatten(1).square().mean(1).sqrt()
 
 
+def _card(name: str) -> ModelCard:
+    check_choice("name", name, SHIPPED, "only these ship with the package")
+    return SHIPPED[name]
+
+
 def _shipped_file(name: str, kind: str) -> Path:
-    check_choice("name", name, _NAMES, "only these ship with the package")
+    _card(name)
     path = WEIGHTS_DIRECTORY / f"{name}_{kind}.safetensors"
     if not path.exists():
         raise FileNotFoundError(
@@ -205,34 +217,34 @@ def _load(name: str, what: str) -> dict[str, Tensor]:
     return load_file(_shipped_file(name, what))
 
 
-def load_classifier(name: str = "fashion") -> FashionClassifier:
-    """Load the shipped classifier: on the CPU, float32, in evaluation mode, its weights frozen."""
+def load_classifier(name: str = "fashion") -> PictureClassifier:
+    """Load the shipped classifier of a shipped model's data: on the CPU, float32, in evaluation
+    mode, its weights frozen."""
     state = _load(name, "classifier")
     with torch.device("meta"):  # no random initialisation: a caller's random state stays as it was
-        model = FashionClassifier()
+        model = PictureClassifier(_card(name))
     float32 = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     model.load_state_dict(float32, assign=True)
     return model.eval().requires_grad_(False)
 
 
 def load_statistics(name: str = "fashion") -> FeatureStatistics:
-    """Load the shipped classifier's ``FeatureStatistics`` over the 60,000 pictures of the training
-    set."""
+    """Load the shipped classifier's ``FeatureStatistics`` over the pictures of the training set."""
     state = _load(name, "statistics")
     return FeatureStatistics(state["mean"], state["covariance"], int(state["count"]))
 
 
 def load_features(name: str = "fashion") -> Tensor:
-    """Load the shipped classifier's features ``(2000, 64)`` float32 of the first 200 test pictures
-    of each class."""
+    """Load the shipped classifier's features ``(N, 64)`` float32 of the first test pictures of each
+    class."""
     return _load(name, "features")["features"].float()
 
 
-def _check_pictures(images: Tensor, minimum_count: int) -> None:
-    if images.ndim != 4 or tuple(images.shape[1:]) != PICTURE_SHAPE or len(images) < minimum_count:
+def _check_pictures(images: Tensor, minimum_count: int, card: ModelCard) -> None:
+    if images.ndim != 4 or tuple(images.shape[1:]) != card.sample_shape or len(images) < minimum_count:
         raise ValueError(
-            f"images must be (N, 1, 28, 28) with N >= {minimum_count}, got shape {tuple(images.shape)}: "
-            "use images.reshape(-1, 1, 28, 28), and enough pictures"
+            f"images must be {_shape_text(card)} with N >= {minimum_count}, got shape {tuple(images.shape)}: "
+            f"use images.reshape(-1, {', '.join(map(str, card.sample_shape))}), and enough pictures"
         )
     if not images.is_floating_point():
         raise ValueError(
@@ -254,16 +266,16 @@ def _in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return torch.cat([function(batch.to("cpu", torch.float32)) for batch in images.split(_BATCH_SIZE)])
 
 
-def classifier_features(images: Tensor) -> Tensor:
-    """The shipped classifier's features ``(N, 64)`` float32 on the CPU of ``images`` ``(N, 1, 28,
-    28)`` in [-1, 1]."""
-    _check_pictures(images, minimum_count=1)
-    return _in_batches(load_classifier().features, images)
+def classifier_features(images: Tensor, name: str = "fashion") -> Tensor:
+    """Return the shipped classifier's features ``(N, 64)`` float32 on the CPU of ``images`` ``(N,
+    C, H, W)`` in [-1, 1]."""
+    _check_pictures(images, 1, _card(name))
+    return _in_batches(load_classifier(name).features, images)
 
 
-def classifier_frechet_distance(images: Tensor) -> float:
-    """Frechet distance of ``images`` to the Fashion-MNIST training set, in the features of OUR
-    small classifier.
+def classifier_frechet_distance(images: Tensor, name: str = "fashion") -> float:
+    """Return the Frechet distance of ``images`` to the training set of a shipped model, in the
+    features of OUR small classifier.
 
     This is not FID: the features are not those of the Inception network. The number cannot be
     compared with any published FID, nor with distances from other weights; only with this
@@ -272,37 +284,40 @@ def classifier_frechet_distance(images: Tensor) -> float:
     features change little when a picture is shifted by two pixels or mirrored, because the
     classifier was trained so.
 
-    Measured, for a sense of scale: 10,000 test pictures 0.0018 (the floor), all blurred by one
-    pixel 0.91, noise 14; the bias: 10,000 training pictures 0.0016, 1,000 of them 0.023, 100 of
-    them 0.45.
+    Measured for Fashion-MNIST, for a sense of scale: 10,000 test pictures 0.0018 (the floor), all
+    blurred by one pixel 0.91, noise 14; the bias: 10,000 training pictures 0.0016, 1,000 of them
+    0.023, 100 of them 0.45.
 
     Args:
-        images: ``(N, 1, 28, 28)``, any floating point type, in [-1, 1], N >= 2. Pictures in [0, 1]
+        images: ``(N, C, H, W)``, any floating point type, in [-1, 1], N >= 2. Pictures in [0, 1]
             must be mapped with ``2 * images - 1`` first: they pass every check, and get a large
             distance.
+        name: of the shipped model.
     """
-    _check_pictures(images, minimum_count=2)
-    return frechet_distance(feature_statistics(classifier_features(images)), load_statistics())
+    _check_pictures(images, 2, _card(name))
+    return frechet_distance(feature_statistics(classifier_features(images, name)), load_statistics(name))
 
 
-def class_agreement(images: Tensor, labels: Tensor) -> float:
+def class_agreement(images: Tensor, labels: Tensor, name: str = "fashion") -> float:
     """Return the share of the pictures to which the shipped classifier gives the label asked for.
 
     Args:
-        images: ``(N, 1, 28, 28)``, any floating point type, in [-1, 1], N >= 1.
-        labels: ``(N,)``, integers in [0, 10).
+        images: ``(N, C, H, W)``, any floating point type, in [-1, 1], N >= 1.
+        labels: ``(N,)``, integers from 0 to the number of classes - 1.
+        name: of the shipped model.
     """
-    _check_pictures(images, minimum_count=1)
+    _check_pictures(images, 1, _card(name))
+    classes = len(_card(name).class_names)
     if tuple(labels.shape) != (len(images),) or labels.is_floating_point() or labels.is_complex():
         raise ValueError(
             f"labels must be ({len(images)},) integers, got {tuple(labels.shape)} {labels.dtype}: "
             "give class numbers, not one-hot rows"
         )
     lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0 or highest >= NUM_CLASSES:
+    if lowest < 0 or highest >= classes:
         raise ValueError(
-            f"labels must be in [0, {NUM_CLASSES}), got values from {lowest} to {highest}: "
+            f"labels must be in [0, {classes}), got values from {lowest} to {highest}: "
             "leave out pictures made without a label"
         )
-    predicted = _in_batches(load_classifier(), images).argmax(1)
+    predicted = _in_batches(load_classifier(name), images).argmax(1)
     return (predicted == labels.to("cpu")).double().mean().item()

@@ -12,6 +12,7 @@ from ..utils.checks import check_choice, check_number, refuse
 from ..utils.warn import warn_caller
 from .continuous import ContinuousSchedule
 from .files import SUFFIX, TimestepList, read_timesteps
+from .history_weights import HistoryWeights, Rows, explicit_history_weights, histories_read, weights_of_rows
 from .path import NoisePath
 from .schedules import NoiseSchedule
 from .timestep_lists import explicit_timesteps, number_list
@@ -34,12 +35,19 @@ class ChosenTimesteps:
         order: of the steps.
         eps_residual: the mean squared error of the model's eps at each of them; None where no
             analytic variance is asked for.
+        history_weights: the weights of earlier predictions in each step; None for those of the
+            order.
+        rows, prediction_type: the coefficients in a file that these weights are from, and what the
+            model predicts that they are for.
     """
 
     timesteps: tuple[float, ...]
     model_timesteps: tuple[float, ...]
     order: int
     eps_residual: tuple[float, ...] | None
+    history_weights: HistoryWeights | None = None
+    rows: Rows | None = None
+    prediction_type: str | None = None
 
 
 def read_if_file(timesteps: TimestepsArgument) -> TimestepsArgument:
@@ -61,6 +69,7 @@ def choose_timesteps(
     steps_offset: int = 0,
     order: int | None = None,
     analytic_variance: bool | Sequence[float] = False,
+    history_weights: Sequence[Sequence[float]] | None = None,
 ) -> ChosenTimesteps:
     """Choose the timesteps of a run, with what else a file of timesteps decides.
 
@@ -94,6 +103,20 @@ def choose_timesteps(
         model_timesteps = of_file.model_timesteps
     seen = visited if model_timesteps is None else number_list("model_timesteps", model_timesteps)
     schedule.check_model_timesteps(seen, len(visited))
+    if history_weights is not None:
+        if order is not None:
+            refuse(
+                "order is the textbook's weights of earlier predictions, and must not be given beside history_weights",
+                order,
+                "leave one of them out",
+            )
+        weights = explicit_history_weights(history_weights, len(visited))
+        return ChosenTimesteps(visited, seen, 1 + histories_read(weights), residual, weights)
+    if order is None and of_file is not None and of_file.coefficients is not None:
+        weights = weights_of_rows(of_file.coefficients)
+        return ChosenTimesteps(
+            visited, seen, of_file.order, residual, weights, of_file.coefficients, of_file.prediction_type
+        )
     if order is None:
         order = 1 if of_file is None else of_file.order
     return ChosenTimesteps(visited, seen, order, residual)

@@ -475,6 +475,28 @@ def _third_order(
     return replace(row, prev_x0=row.prev_x0 + newer, prev_history=older - newer, prev_history_2=-older)
 
 
+def history_coefficients(row: StepCoefficients, of_last: float, of_last_2: float = 0.0) -> StepCoefficients:
+    """Return the row of a DDIM step with weights of its own for the x0 of the two steps before::
+
+        x_prev = (prev_x0 - h_1 - h_2) x0 + prev_eps eps + h_1 x0_last + h_2 x0_last_2
+
+    The textbook's multistep rows are of this form (``multistep_coefficients``). All rows with these
+    terms are that are exact where x0 and eps stay the same along a trajectory: x_prev = alpha_prev
+    x0 + sigma_prev eps takes the weight sigma_prev of eps, and weights of x0 that add up to
+    alpha_prev. So data that is one point, the Gaussian of no spread, is sampled exactly whatever
+    h_1 and h_2 are; and with weights that shrink with the steps, the error of a step is of second
+    order, and that of a run of first: the solver converges.
+
+    Args:
+        row: of a deterministic step.
+        of_last, of_last_2: h_1 and h_2.
+
+    Raises:
+        ValueError: a coefficient exceeds float32.
+    """
+    return replace(row, prev_x0=row.prev_x0 - of_last - of_last_2, prev_history=of_last, prev_history_2=of_last_2)
+
+
 def _half_log_snr(level: AnyLevel) -> float:
     """Return half the logarithm of the signal-to-noise ratio, as exactly as the level says it."""
     return level.half_log_snr if isinstance(level, NoiseLevel) else 0.5 * (math.log(level) - math.log1p(-level))

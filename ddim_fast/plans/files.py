@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..utils.checks import check_number, refuse
+from ..utils.checks import check_choice, check_number, refuse
 from ..utils.files import read_json
+from .coefficients import PREDICTION_TYPES
+from .history_weights import Rows, explicit_history_weights, histories_read, number_rows
 from .path import NoisePath
 from .schedules import NoiseSchedule
 from .timestep_lists import explicit_model_timesteps, explicit_times, explicit_timesteps, number_list
@@ -20,9 +22,11 @@ from .timestep_lists import explicit_model_timesteps, explicit_times, explicit_t
 FORMAT = "ddim_fast timesteps"
 VERSION = 2
 VERSION_IN_CONTINUOUS_TIME = 3
-READABLE = (1, 2, 3)
+VERSION_WITH_COEFFICIENTS = 4
+READABLE = (1, 2, 3, 4)
 """Version 1 has no ``model_timesteps``. Version 3 holds times of a path in continuous time: its
-``num_train_timesteps`` is null."""
+``num_train_timesteps`` is null. Version 4 has ``coefficients`` and ``prediction_type``, in either
+kind of time."""
 SUFFIX = ".json"
 
 
@@ -42,6 +46,11 @@ class TimestepList:
         model_timesteps: the timestep that the model is called with at each of them, in any order;
             None: the timesteps themselves. A sampler without such a distinction cannot use the list
             then.
+        coefficients: a row (a, b, h_1, h_2) for each step, fitted to a model, with which x_prev = a
+            x_t + b m + h_1 x0_last + h_2 x0_last_2, of the model's output m and the x0 that the two
+            steps before predicted. None: the textbook's of the order, which is otherwise one more
+            than the predictions that are read.
+        prediction_type: what m is, as the coefficients have it: needed beside them.
     """
 
     timesteps: tuple[float, ...]
@@ -51,6 +60,8 @@ class TimestepList:
     eps_residual: tuple[float, ...] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     model_timesteps: tuple[float, ...] | None = None
+    coefficients: Rows | None = None
+    prediction_type: str | None = None
 
     def __post_init__(self) -> None:
         total, given = self.num_train_timesteps, self.timesteps
@@ -66,6 +77,23 @@ class TimestepList:
             else:
                 checked = explicit_model_timesteps(self.model_timesteps, len(self.timesteps), total)  # type: ignore[arg-type]
             object.__setattr__(self, "model_timesteps", checked)
+        self._check_coefficients()
+
+    def _check_coefficients(self) -> None:
+        if self.coefficients is None:
+            if self.prediction_type is not None:
+                refuse("prediction_type belongs to coefficients", self.prediction_type, "leave it out without them")
+            return
+        rows = number_rows("coefficients", self.coefficients, 4)
+        object.__setattr__(self, "coefficients", rows)
+        check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        if self.schedule_digest is None:
+            refuse("coefficients are those of one noise schedule: schedule_digest must be given", None)
+        order = 1 + histories_read(
+            explicit_history_weights([row[2:] for row in rows], len(self.timesteps), "coefficients")
+        )
+        if self.order != order:
+            refuse(f"order must be one more than the predictions that the coefficients read, {order}", self.order)
 
     def for_schedule(self, schedule: NoisePath, path: str = "the list") -> tuple[float, ...]:
         """Return the timesteps for a sampler with this schedule. Warn if the schedule is another
@@ -83,23 +111,40 @@ class TimestepList:
             )
             raise ValueError(f"{path} is for {ours}, got a schedule with {theirs}: search again with this schedule")
         if self.schedule_digest not in (None, schedule.digest):
+            if self.coefficients is not None:
+                raise ValueError(
+                    f"{path} holds coefficients, which are those of one noise schedule, got another one of the same length: "
+                    "search again with this schedule"
+                )
             warnings.warn(
                 f"{path} was made for another noise schedule of the same length: its timesteps are used as they are",
                 stacklevel=4,
             )
         return self.timesteps
 
+    @property
+    def _version(self) -> int:
+        """The first version that has all of this."""
+        if self.coefficients is not None:
+            return VERSION_WITH_COEFFICIENTS
+        return VERSION if self.num_train_timesteps is not None else VERSION_IN_CONTINUOUS_TIME
+
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the file."""
         content = {
             "format": FORMAT,
-            "version": VERSION if self.num_train_timesteps is not None else VERSION_IN_CONTINUOUS_TIME,
+            "version": self._version,
             "timesteps": list(self.timesteps),
             "model_timesteps": None if self.model_timesteps is None else list(self.model_timesteps),
             "num_train_timesteps": self.num_train_timesteps,
             "schedule_sha256": self.schedule_digest,
             "order": self.order,
             "eps_residual": None if self.eps_residual is None else list(self.eps_residual),
+            **(
+                {}
+                if self.coefficients is None
+                else {"prediction_type": self.prediction_type, "coefficients": [list(row) for row in self.coefficients]}
+            ),
             "provenance": self.provenance,
         }
         # Lists of numbers on a line each, for people.
@@ -141,10 +186,12 @@ def read_timesteps(path: str | os.PathLike[str]) -> TimestepList:
             _numbers(found.get("eps_residual")),
             provenance,
             found.get("model_timesteps"),
+            found.get("coefficients"),
+            found.get("prediction_type"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no list of timesteps: {error}") from None
-    if result.order not in (1, 2):
+    if result.order not in (1, 2) and result.coefficients is None:
         raise ValueError(f"{path} must have order 1 or 2, got {result.order!r}")
     return result
 

@@ -29,9 +29,11 @@ from .coefficients import (
     ddim_variance,
     ddpm_variance,
     forward_variance,
+    history_coefficients,
     multistep_coefficients,
     noise_variance,
 )
+from .history_weights import explicit_history_weights, histories_read, last_history_weights
 from .levels import CLEAN, AnyLevel, NoiseLevel
 from .path import NoisePath
 from .schedules import NoiseSchedule
@@ -104,6 +106,10 @@ class SamplingPlan:
             short ones lead with the output of a timestep on its way. In any order. Empty: those
             visited.
         thresholding: dynamic thresholding of x0 before it is clipped; None for none.
+        history_weights: for each step the weights of the x0 that the two steps before it predicted,
+            the last one first, as fitted to a model, instead of the textbook's of order 2 or 3: see
+            ``coefficients.history_coefficients``. The first step has none to read and the second
+            one: the others are 0. Needs eta = 0, and an order above the number that is read.
 
     Raises:
         ValueError: an argument is unknown or out of range; eta asks for more noise than a step has
@@ -123,6 +129,7 @@ class SamplingPlan:
     eps_residual: tuple[float, ...] | None = None
     model_timesteps: tuple[float, ...] = ()
     thresholding: Thresholding | None = None
+    history_weights: tuple[tuple[float, float], ...] | None = None
 
     def __post_init__(self) -> None:
         check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
@@ -155,6 +162,7 @@ class SamplingPlan:
             raise ValueError(
                 f"sigma_hat is DDPM's noise, in steps of order 1, got order={self.order} beside it: leave one of them out"
             )
+        self._check_history_weights()
         if self.order == 3 and self.eta != 0:
             raise ValueError(
                 "order=3 extrapolates from two steps before, along a trajectory that fresh noise leaves: it needs eta = 0, got "
@@ -181,6 +189,22 @@ class SamplingPlan:
             raise ValueError(
                 f"eps_residual decides how much noise is added, got sigma_hat={self.sigma_hat} and order={self.order} beside it: "
                 "leave them out, or eps_residual"
+            )
+
+    def _check_history_weights(self) -> None:
+        if self.history_weights is None:
+            return
+        weights = explicit_history_weights(self.history_weights, len(self.timesteps))
+        object.__setattr__(self, "history_weights", weights)
+        read = histories_read(weights)
+        if self.order <= read:
+            raise ValueError(
+                f"history_weights that read {read} earlier predictions need an order of {read + 1} at least, got order={self.order}"
+            )
+        if self.eta != 0 or self.eps_residual is not None:
+            raise ValueError(
+                "history_weights were fitted to a trajectory that fresh noise leaves: they need eta = 0, got "
+                f"eta = {self.eta} and eps_residual = {self.eps_residual}: use eta=0, or an order for the textbook's steps"
             )
 
     @property
@@ -253,10 +277,14 @@ class SamplingPlan:
         return self if count == len(self.timesteps) else _last_steps(self, count)
 
     def table(
-        self, device: torch.device | str = "cpu", guidance_scale: float | Sequence[float] | None = None
+        self,
+        device: torch.device | str = "cpu",
+        guidance_scale: float | Sequence[float] | None = None,
+        min_std: float | None = None,
     ) -> StepTable:
-        """Return all steps as one table in device memory, for ``ddim_step_from_table``."""
-        return StepTable.of([step.coefficients for step in self.steps], device, guidance_scale)
+        """Return all steps as one table in device memory, for ``ddim_step_from_table``; see
+        ``StepTable.of``."""
+        return StepTable.of([step.coefficients for step in self.steps], device, guidance_scale, min_std)
 
     def _input_scale(self, t: float) -> float:
         """Return what x_t is multiplied by for the model, in the float32 that kernels and tables
@@ -271,7 +299,7 @@ class SamplingPlan:
         if self.eps_residual is not None:
             std_dev_t = math.sqrt(analytic_variance(level_t, level_prev, variance, self.eps_residual[index]))
         prediction = self.meaning_at(level_t)
-        if self.order > 1 and index > 0:
+        if self.order > 1 and index > 0 and self.history_weights is None:
             row = multistep_coefficients(
                 self._levels[index - 1][0],
                 level_t,
@@ -292,6 +320,8 @@ class SamplingPlan:
                 clip_sample_range=self.clip_sample_range,
                 use_clipped_model_output=self.use_clipped_model_output,
             )
+            if self.history_weights is not None:
+                row = history_coefficients(row, *self.history_weights[index])
         if index + 1 < len(self.timesteps) and (scale := self._input_scale(t_prev)) != 1:
             row = replace(row, input_scale=scale)
         told = self.model_timesteps[index]
@@ -317,4 +347,5 @@ def _last_steps(plan: SamplingPlan, count: int) -> SamplingPlan:
         timesteps=plan.timesteps[-count:],
         model_timesteps=plan.model_timesteps[-count:],
         eps_residual=None if plan.eps_residual is None else plan.eps_residual[-count:],
+        history_weights=None if plan.history_weights is None else last_history_weights(plan.history_weights, count),
     )

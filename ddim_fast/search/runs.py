@@ -22,11 +22,12 @@ Progress = Callable[[int], Any]
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """The state between two steps: the samples ``(B, C, ...)``, and in a run of order 2 the x0 of
-    the step before."""
+    """The state between two steps: the samples ``(B, C, ...)``, from order 2 on the x0 of the step
+    before, and in a run of order 3 that of the step before it."""
 
     x_t: Tensor
     x0_last: Tensor | None = None
+    x0_last_2: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -102,5 +103,10 @@ def after(state: State, step: PlannedStep, m: Tensor, order: int) -> State:
     """Return the state after a step with the model's output ``m``, in new memory."""
     if order == 1:
         return State(ddim_step(state.x_t, m, step.coefficients))
-    history = torch.empty_like(state.x_t) if state.x0_last is None else state.x0_last.clone()
-    return State(ddim_step(state.x_t, m, step.coefficients, history=history), history)
+    history = _copied(state.x0_last, state.x_t)
+    history_2 = _copied(state.x0_last_2, state.x_t) if order > 2 else None
+    return State(ddim_step(state.x_t, m, step.coefficients, history=history, history_2=history_2), history, history_2)
+
+
+def _copied(history: Tensor | None, x_t: Tensor) -> Tensor:
+    return torch.empty_like(x_t) if history is None else history.clone()

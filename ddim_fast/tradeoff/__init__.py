@@ -10,7 +10,7 @@ On the command line: ``ddim-fast tradeoff``.
 from .cells import Cell, grid, paper_table
 from .closed_form import ClosedForm
 from .measure import Subject, draw, measure
-from .quality import Judge, fashion_judge, judge_of
+from .quality import Judge, judge_of, shipped_judge
 from .results import METRICS, CellResult, Measure, Metric, Recommendation, Study, read_json, write_json
 from .study import StudyDirectory, run_study, settings_of
 
@@ -27,7 +27,6 @@ __all__ = [
     "StudyDirectory",
     "Subject",
     "draw",
-    "fashion_judge",
     "grid",
     "judge_of",
     "measure",
@@ -35,5 +34,6 @@ __all__ = [
     "read_json",
     "run_study",
     "settings_of",
+    "shipped_judge",
     "write_json",
 ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..plans.files import TimestepList
+from ..plans.history_weights import HistoryWeights, weights_of_rows
 from ..plans.path import NoisePath
 from ..sampler import DDIMSampler
 
@@ -28,6 +29,8 @@ class Cell:
         count: the number of samples, if it differs from the study's.
         analytic_variance: the mean squared error of eps at each timestep. The cell then adds noise
             of the analytic variance computed from it, instead of eta's.
+        history_weights: the weights of earlier predictions, as fitted to a model, in place of the
+            textbook's of ``order``.
     """
 
     num_inference_steps: int
@@ -40,6 +43,7 @@ class Cell:
     count: int | None = None
     model_timesteps: tuple[float, ...] | None = None
     analytic_variance: tuple[float, ...] | None = None
+    history_weights: HistoryWeights | None = None
 
     @property
     def key(self) -> str:
@@ -48,6 +52,8 @@ class Cell:
         scales = "" if self.eta_scales == "std_dev" else f"-{self.eta_scales}"
         scales += "" if self.analytic_variance is None else "-analytic"
         order = "" if self.order == 1 else f"-order{self.order}"
+        if self.history_weights is not None:
+            order = "-fitted"
         return f"{self.timestep_spacing}-{self.num_inference_steps}-{eta}{scales}{order}"
 
     @property
@@ -63,7 +69,9 @@ class Cell:
         options = dict(options)
         if self.timesteps is None:
             options["timestep_spacing"] = self.timestep_spacing
-        if self.order != 1:
+        if self.history_weights is not None:
+            options["history_weights"] = self.history_weights
+        elif self.order != 1:
             options["order"] = self.order
         if self.analytic_variance is not None:
             options["analytic_variance"] = self.analytic_variance
@@ -80,14 +88,20 @@ class Cell:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the cell as plain data for JSON."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: _exchanged(value, tuple, list) for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Cell:
-        given: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
-        }
+        given: dict[str, Any] = {name: _exchanged(value, list, tuple) for name, value in fields.items()}
         return cls(**given)
+
+
+def _exchanged(value: Any, old: type[Any], new: type[Any]) -> Any:
+    """Return a value with all sequences of one type, nested ones too, in another type."""
+    if not isinstance(value, old):
+        return value
+    items: Iterable[Any] = value
+    return new(_exchanged(item, old, new) for item in items)
 
 
 def grid(
@@ -107,7 +121,8 @@ def grid(
     Args:
         sigma_hat: add cells with the paper's larger DDPM noise.
         orders: orders above 1 apply to deterministic cells only.
-        searched: named lists of timesteps, each combined with every eta and order.
+        searched: named lists of timesteps, each combined with every eta and order; and where one
+            has coefficients and 0 is among the etas, with those.
         analytic_variance: for these lists and eta > 0, add cells with the analytic variance.
         count_at: number of samples by number of steps, if it differs from the study's.
 
@@ -118,10 +133,21 @@ def grid(
     lists: list[tuple[Cell, tuple[float, ...] | None]] = [
         (Cell(S, spacing), None) for S in steps for spacing in spacings
     ]
+    fitted: list[Cell] = []
     for name, found in (searched or {}).items():
         cell = Cell(len(found.timesteps), name, timesteps=found.timesteps, model_timesteps=found.model_timesteps)
         lists.append((cell, _residual(name, found) if analytic_variance else None))
-    cells = []
+        if found.coefficients is not None:
+            weights = weights_of_rows(found.coefficients)
+            fitted.append(
+                replace(
+                    cell,
+                    order=found.order,
+                    history_weights=weights,
+                    count=(count_at or {}).get(cell.num_inference_steps),
+                )
+            )
+    cells = list(fitted) if 0 in etas else []
     for cell, residual in lists:
         cell = replace(cell, count=(count_at or {}).get(cell.num_inference_steps))
         for eta in etas:

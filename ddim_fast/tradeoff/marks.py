@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from .cells import Cell
-from .results import CellResult, Measure, Study, eta_text
+from .results import CellResult, Measure, Study, eta_text, order_text
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#f0e442")
 """Okabe and Ito's colour-blind safe palette (2008), with grey instead of black for dark pages."""
@@ -16,9 +18,11 @@ LOG_FROM = 8
 """An axis is logarithmic if its largest value is at least this many times its smallest."""
 
 _DIMENSIONS: dict[str, Callable[[Cell], str]] = {
-    "spacing": lambda cell: cell.timestep_spacing,
+    "spacing": lambda cell: (
+        cell.timestep_spacing if cell.history_weights is None else f"{cell.timestep_spacing}, fitted"
+    ),
     "eta": eta_text,
-    "order": lambda cell: str(cell.order),
+    "order": order_text,
 }
 
 
@@ -95,10 +99,12 @@ def is_log(values: Sequence[float]) -> bool:
 
 
 def _in_order(name: str, values: Iterable[str]) -> list[str]:
-    """Return the distinct values: spacings in their order, others by number, sigma-hat last."""
+    """Return the distinct values: spacings in their order, others by number, words last."""
     different = list(dict.fromkeys(values))
-    if name == "spacing":
-        return different
-    return sorted(
-        different, key=lambda text: (text == "sigma-hat", float(text.split()[0]) if text != "sigma-hat" else 0.0, text)
-    )
+    return different if name == "spacing" else sorted(different, key=lambda text: (_number(text), text))
+
+
+def _number(text: str) -> float:
+    """Return the number that a text begins with; infinity if with none."""
+    found = re.match(r"\d+(\.\d+)?(e[+-]?\d+)?", text)
+    return float(found[0]) if found else math.inf

@@ -149,8 +149,8 @@ def paper_table_of(study: Study) -> PaperTable | None:
 def _place(cell: Cell) -> tuple[Row, int] | None:
     """Return a cell's row and column in the table; None if it is not part of it."""
     row = SIGMA_HAT if cell.sigma_hat else cell.eta
-    own = (cell.timesteps, cell.model_timesteps, cell.analytic_variance)
-    plain = cell.order == 1 and own == (None, None, None) and (cell.eta_scales == "std_dev" or cell.eta in (0, 1))
+    own = (cell.timesteps, cell.model_timesteps, cell.analytic_variance, cell.history_weights)
+    plain = cell.order == 1 and own == (None, None, None, None) and (cell.eta_scales == "std_dev" or cell.eta in (0, 1))
     return (
         (row, cell.num_inference_steps) if plain and row in ROWS and cell.num_inference_steps in PAPER_STEPS else None
     )

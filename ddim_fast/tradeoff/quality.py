@@ -66,10 +66,11 @@ class Judge:
         return found
 
 
-def fashion_judge() -> Judge:
-    """Return the shipped classifier with its Fashion-MNIST features as a judge."""
-    classifier = load_classifier()
-    return Judge("shipped classifier", classifier.features, load_statistics(), load_features(), classifier)
+def shipped_judge(name: str = "fashion") -> Judge:
+    """Return the shipped classifier of a shipped model's data, with the features of these data, as
+    a judge."""
+    classifier = load_classifier(name)
+    return Judge("shipped classifier", classifier.features, load_statistics(name), load_features(name), classifier)
 
 
 def judge_of(features: Callable[[Tensor], Tensor], real: Tensor | None, name: str) -> Judge:

@@ -20,7 +20,18 @@ from . import plots, svg
 from .cells import Cell
 from .marks import COLOURS, Marks, points
 from .paper import PAPER_FIDS, PAPER_SOURCE, PAPER_STEPS, ROWS, paper_table_of, row_text
-from .results import CellResult, Measure, Metric, Recommendation, Study, describe, eta_text, json_text, way_of
+from .results import (
+    CellResult,
+    Measure,
+    Metric,
+    Recommendation,
+    Study,
+    describe,
+    eta_text,
+    json_text,
+    order_text,
+    way_of,
+)
 from .study import PICTURES
 
 _IN_A_ROW = 10
@@ -97,7 +108,7 @@ def _csv_row(result: CellResult, fronts: Mapping[str, list[CellResult]]) -> dict
         "eta": cell.eta,
         "eta_scales": cell.eta_scales,
         "sigma_hat": cell.sigma_hat,
-        "order": cell.order,
+        "order": order_text(cell),
         "model_timesteps": "" if cell.model_timesteps is None else " ".join(map(str, cell.model_timesteps)),
         "analytic_variance": cell.analytic_variance is not None,
         "samples": result.count,
@@ -263,7 +274,7 @@ def _choices(rows: list[_Row]) -> dict[str, list[str]]:
     values = {
         "spacing": [row.result.cell.timestep_spacing for row in rows],
         "eta": [row.eta for row in rows],
-        "order": [str(row.result.cell.order) for row in rows],
+        "order": [order_text(row.result.cell) for row in rows],
         "steps": [str(row.result.cell.num_inference_steps) for row in rows],
     }
     return {name: list(dict.fromkeys(found)) for name, found in values.items() if len(set(found)) > 1}

@@ -311,7 +311,16 @@ def describe(cell: Cell, beside: Cell | None = None) -> str:
 def way_of(cell: Cell) -> tuple[str, ...]:
     """Return everything about a cell except its number of steps, in words."""
     spacing = f"{cell.timestep_spacing} spacing" if cell.timesteps is None else f"the timesteps {cell.timestep_spacing}"
-    return spacing, "sigma-hat" if cell.sigma_hat else f"eta {eta_text(cell)}", f"order={cell.order}"
+    return spacing, "sigma-hat" if cell.sigma_hat else f"eta {eta_text(cell)}", _order_in_words(cell)
+
+
+def order_text(cell: Cell) -> str:
+    """Return the order of a cell's steps: "1", "2", "3", or "fitted"."""
+    return str(cell.order) if cell.history_weights is None else "fitted"
+
+
+def _order_in_words(cell: Cell) -> str:
+    return f"order={cell.order}" if cell.history_weights is None else "fitted coefficients"
 
 
 def eta_text(cell: Cell) -> str:

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "convolution.h"
+#include "density.h"
 #include "step.h"
 #include "types.h"
 
@@ -37,6 +38,7 @@ struct Isa {
   static DDIM_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
   static DDIM_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
   static DDIM_INLINE F sqrt(F a) { return _mm256_sqrt_ps(a); }
+  static DDIM_INLINE F where_at_most(F a, F bound, F value) { return _mm256_and_ps(_mm256_cmp_ps(a, bound, _CMP_LE_OQ), value); }
   static DDIM_INLINE F interleave_low(F a, F b) { return _mm256_unpacklo_ps(a, b); }
   static DDIM_INLINE F interleave_high(F a, F b) { return _mm256_unpackhi_ps(a, b); }
 
@@ -123,6 +125,6 @@ struct Isa {
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", step, normals, words, triad, convolve};
+const Kernels kAvx2 = {"avx2", step, normals, words, triad, convolve, density, density_backward};
 
 }  // namespace ddim

@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "convolution.h"
+#include "density.h"
 #include "step.h"
 #include "types.h"
 
@@ -43,6 +44,9 @@ struct Isa {
   static DDIM_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
   static DDIM_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
   static DDIM_INLINE F sqrt(F a) { return _mm512_sqrt_ps(a); }
+  static DDIM_INLINE F where_at_most(F a, F bound, F value) {
+    return floats(_mm512_mask_blend_epi32(_mm512_cmp_ps_mask(a, bound, _CMP_LE_OQ), set32(0), bits(value)));
+  }
   static DDIM_INLINE F interleave_low(F a, F b) { return _mm512_unpacklo_ps(a, b); }
   static DDIM_INLINE F interleave_high(F a, F b) { return _mm512_unpackhi_ps(a, b); }
 
@@ -90,6 +94,6 @@ struct Isa {
 
 }  // namespace
 
-const Kernels kAvx512 = {"avx512", step, normals, words, triad, convolve};
+const Kernels kAvx512 = {"avx512", step, normals, words, triad, convolve, density, density_backward};
 
 }  // namespace ddim

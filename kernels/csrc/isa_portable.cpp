@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "convolution.h"
+#include "density.h"
 #include "step.h"
 #include "types.h"
 
@@ -58,6 +59,9 @@ struct Isa {
   }
   static DDIM_INLINE F sqrt(F a) {
     return each([&](int i) { return std::sqrt(a.v[i]); });
+  }
+  static DDIM_INLINE F where_at_most(F a, F bound, F value) {  // 0 elsewhere
+    return each([&](int i) { return a.v[i] <= bound.v[i] ? value.v[i] : 0.0f; });
   }
   static DDIM_INLINE F interleave_low(F a, F b) { return {{a.v[0], b.v[0], a.v[1], b.v[1]}}; }
   static DDIM_INLINE F interleave_high(F a, F b) { return {{a.v[2], b.v[2], a.v[3], b.v[3]}}; }
@@ -129,6 +133,6 @@ struct Isa {
 
 }  // namespace
 
-const Kernels kPortable = {"portable", step, normals, words, triad, convolve};
+const Kernels kPortable = {"portable", step, normals, words, triad, convolve, density, density_backward};
 
 }  // namespace ddim

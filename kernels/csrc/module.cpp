@@ -26,6 +26,7 @@
 #endif
 
 #include "convolution.h"
+#include "density.h"
 #include "dlpack.h"
 #include "parallel.h"
 #include "same_objects.h"
@@ -97,6 +98,25 @@ void run_step(Step s, int threads) {
   });
 }
 
+// The log-probability that a step is asked for: where it goes, (n_samples), or null, and how it is
+// reduced.
+struct LogProb {
+  float* results;
+  Reduction reduction;
+};
+
+void run_and_reduce(Step s, const LogProb& log_prob, int threads) {
+  s.blocks = blocks_of(s.n_elements);
+  std::vector<BlockSum> sums(s.n_samples * s.blocks);
+  s.block_sums = sums.data();
+  for_blocks(s.n_samples, s.n_elements, threads, [&](Range range) { kernels->step(s, range); });
+  reduce(log_prob.reduction, sums.data(), s.n_samples, s.n_elements, log_prob.results, nullptr);
+}
+
+void run(const Step& s, int threads, const LogProb& log_prob) {
+  log_prob.results ? run_and_reduce(s, log_prob, threads) : run_step(s, threads);
+}
+
 // With fewer elements, releasing the interpreter's lock costs more than it gains.
 constexpr int64_t kReleaseLock = 65536;
 
@@ -112,14 +132,14 @@ class Unlocked {
   PyThreadState* state_;
 };
 
-void run_unlocked(const Step& s, int threads) {
-  if (s.n_samples * s.n_elements < kReleaseLock) return run_step(s, threads);
+void run_unlocked(const Step& s, int threads, const LogProb& log_prob = {}) {
+  if (s.n_samples * s.n_elements < kReleaseLock) return run(s, threads, log_prob);
   Unlocked unlocked;
-  run_step(s, threads);
+  run(s, threads, log_prob);
 }
 
 // ------------------------------------------------------------------------------------------------------ what torch is asked
-PyObject *get_num_threads, *grad_enabled, *inference_mode, *s_requires_grad, *s_packed, *s_needs, *s_rows;
+PyObject *get_num_threads, *grad_enabled, *inference_mode, *s_requires_grad, *s_packed, *s_needs, *s_rows, *s_scale_and_offset;
 // From kernels/torch_internals.py. The last two are None where torch has no such name.
 PyObject *modes_active, *forward_ad, *forward_ad_level, *write_count;
 PyCFunction is_negated, is_inference;  // torch.Tensor.is_neg and is_inference, called without looking them up
@@ -272,6 +292,9 @@ enum StepArgument {
   kHistory,
   kHistory2,
   kModelInputOut,
+  kLogProbOut,
+  kLogProbReduction,
+  kMinStd,
   kNumStepArguments
 };
 
@@ -293,7 +316,29 @@ bool read_plain(PyObject* x_t, PyObject* model_output, PyObject* packed, Place p
   return read_coefficients(packed, s);
 }
 
-bool read_step(PyObject* const* a, Place place, PyObject* index, Step* s, int64_t* total) {
+// Reads the arguments of a log-probability, whose scale and offset the row computes. False: what is
+// wrong with them is left to Python, or an exception.
+bool read_log_prob(PyObject* const* a, const dlpack::Tensor& like, bool recording, const Step& s, LogProb* out) {
+  const bool mean = PyUnicode_Check(a[kLogProbReduction]) && PyUnicode_CompareWithASCIIString(a[kLogProbReduction], "mean") == 0;
+  *out = {nullptr, {0, 0, -1, mean}};
+  if (a[kLogProbOut] == Py_None) return mean && a[kMinStd] == Py_None;
+  if (!mean && !(PyUnicode_Check(a[kLogProbReduction]) && PyUnicode_CompareWithASCIIString(a[kLogProbReduction], "sum") == 0)) return false;
+  if (a[kMinStd] != Py_None && !PyFloat_CheckExact(a[kMinStd])) return false;
+  const double least = a[kMinStd] == Py_None ? 0 : PyFloat_AsDouble(a[kMinStd]);
+  const double std_dev = std::max(std::fabs(double{s.c.noise}), least);
+  if (!(least >= 0) || (a[kMinStd] != Py_None && least == 0) || std_dev < 0x1p-59 || std_dev > 0x1p59) return false;
+  const void* results;
+  if (!read_per_sample(a[kLogProbOut], like, dlpack::kFloat, 32, s.n_samples, &results)) return false;
+  if (!writable(a[kLogProbOut]) || !without_gradient(a[kLogProbOut], recording)) return false;
+  Reference numbers(PyObject_CallMethodObjArgs(a[kCoefficients], s_scale_and_offset, a[kMinStd], nullptr));
+  if (!numbers.object || !PyTuple_Check(numbers.object) || PyTuple_Size(numbers.object) != 2) return false;
+  out->reduction.scale = static_cast<float>(PyFloat_AsDouble(PyTuple_GetItem(numbers.object, 0)));
+  out->reduction.offset = static_cast<float>(PyFloat_AsDouble(PyTuple_GetItem(numbers.object, 1)));
+  out->results = static_cast<float*>(const_cast<void*>(results));
+  return !PyErr_Occurred();
+}
+
+bool read_step(PyObject* const* a, Place place, PyObject* index, Step* s, int64_t* total, LogProb* log_prob) {
   dlpack::Tensor like, other;
   const void *seeds = nullptr, *thresholds = nullptr;
   const bool recording = is_recording();
@@ -355,6 +400,12 @@ bool read_step(PyObject* const* a, Place place, PyObject* index, Step* s, int64_
     if (!read_tensor(a[kModelInputOut], &like, stride, &s->model_input_out)) return false;
     if (!writable(a[kModelInputOut]) || !without_gradient(a[kModelInputOut], recording)) return false;
   }
+  if (!read_log_prob(a, like, recording, *s, log_prob)) return false;
+  const size_t result_bytes = s->n_samples * sizeof(float);
+  if (!apart(log_prob->results, result_bytes, seeds, s->n_samples * sizeof(int64_t))) return false;
+  if (!apart(log_prob->results, result_bytes, thresholds, s->n_samples * sizeof(float))) return false;
+  for (const Tensor* read : {&s->x_t, &s->model_output, &s->model_output_uncond, &s->noise})
+    if (!apart(log_prob->results, result_bytes, read->data, *total * kItemSize[read->dtype])) return false;
   // The first three may be what is read, element for element. All others share nothing.
   const Tensor* const written[] = {&s->x_prev, &s->x0, &s->model_input_out, &s->history, &s->history_2};
   for (size_t i = 0; i < std::size(written); ++i) {
@@ -363,6 +414,7 @@ bool read_step(PyObject* const* a, Place place, PyObject* index, Step* s, int64_
     const size_t bytes = *total * kItemSize[w.dtype];
     if (!apart(w.data, bytes, seeds, s->n_samples * sizeof(int64_t))) return false;
     if (!apart(w.data, bytes, thresholds, s->n_samples * sizeof(float))) return false;
+    if (!apart(w.data, bytes, log_prob->results, result_bytes)) return false;
     for (const Tensor* read : {&s->x_t, &s->model_output, &s->model_output_uncond, &s->noise})
       if (!(i < 3 ? safe_to_write(w, *read, *total) : apart(w.data, bytes, read->data, *total * kItemSize[read->dtype]))) return false;
     for (size_t j = 0; j < i; ++j)
@@ -387,11 +439,12 @@ PyObject* py_step(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
   }
   Step s{};
   int64_t total = 0;
-  if (is_watched() || !read_step(a, kOnHost, Py_None, &s, &total)) {
+  LogProb log_prob;
+  if (is_watched() || !read_step(a, kOnHost, Py_None, &s, &total, &log_prob)) {
     PyErr_Clear();  // the checks in Python raise the error
     return new_none();
   }
-  run_unlocked(s, thread_count(total, s.seeds != nullptr));
+  run_unlocked(s, thread_count(total, s.seeds || log_prob.results), log_prob);
   if (PyErr_Occurred()) return nullptr;
   Py_INCREF(a[kXPrev]);
   return a[kXPrev];
@@ -406,7 +459,8 @@ PyObject* py_plain(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
   }
   Step s{};
   int64_t total = 0;
-  if (is_watched() || !read_step(a, kAnywhere, a[kNumStepArguments], &s, &total)) {
+  LogProb log_prob;
+  if (is_watched() || !read_step(a, kAnywhere, a[kNumStepArguments], &s, &total, &log_prob)) {
     PyErr_Clear();
     return new_none();
   }
@@ -528,35 +582,43 @@ bool all_given(std::initializer_list<const void*> addresses, int64_t rows, int64
   return false;
 }
 
+// Reads a tensor from (address, stride, dtype); address 0: not given. False: an exception.
+bool read_described(PyObject* described, Tensor* out) {
+  long long address, stride;
+  int dtype;
+  if (!PyArg_ParseTuple(described, "LLi", &address, &stride, &dtype)) return false;
+  if (dtype < kFloat32 || dtype > kBFloat16) {
+    PyErr_Format(PyExc_ValueError, "dtype must be a code of csrc/step.h, got %d", dtype);
+    return false;
+  }
+  *out = {reinterpret_cast<void*>(address), stride, static_cast<DType>(dtype)};
+  return true;
+}
+
 // run(n_samples, n_elements, tensors, guidance_scale, packed, thresholds, seeds, known_seeds,
-// noise_step, noise_stream, threads); tensors is a tuple of (address, stride, dtype) for each of
-// kPerElement; address 0: not given.
+// noise_step, noise_stream, threads, log_prob=0, scale=0, offset=0, mean=False); tensors is a tuple
+// of (address, stride, dtype) for each of kPerElement. log_prob: the address of float32 for each
+// sample's log-probability, with the numbers of a Reduction.
 PyObject* py_run(PyObject*, PyObject* arguments) {
   Step s{};
   long long n_samples, n_elements;
-  int threads;
+  int threads, mean = 0;
   float guidance;
-  unsigned long long thresholds, seeds, known_seeds;
+  unsigned long long thresholds, seeds, known_seeds, results = 0;
   unsigned int noise_step, noise_stream;
   PyObject *packed, *described;
-  if (!PyArg_ParseTuple(arguments, "LLO!fOKKKIIi", &n_samples, &n_elements, &PyTuple_Type, &described, &guidance, &packed, &thresholds, &seeds,
-                        &known_seeds, &noise_step, &noise_stream, &threads))
+  Reduction reduction{0, 0, -1, false};
+  if (!PyArg_ParseTuple(arguments, "LLO!fOKKKIIi|Kffp", &n_samples, &n_elements, &PyTuple_Type, &described, &guidance, &packed, &thresholds, &seeds,
+                        &known_seeds, &noise_step, &noise_stream, &threads, &results, &reduction.scale, &reduction.offset, &mean))
     return nullptr;
+  reduction.mean = mean;
   constexpr size_t n_tensors = std::size(kPerElement);
   if (PyTuple_Size(described) != static_cast<Py_ssize_t>(n_tensors) || !read_coefficients(packed, &s)) {
     PyErr_Format(PyExc_TypeError, "run takes %zu tensors, and packed coefficients of the right type and size", n_tensors);
     return nullptr;
   }
-  for (size_t i = 0; i < n_tensors; ++i) {
-    long long address, stride;
-    int dtype;
-    if (!PyArg_ParseTuple(PyTuple_GetItem(described, i), "LLi", &address, &stride, &dtype)) return nullptr;
-    if (dtype < kFloat32 || dtype > kBFloat16) {
-      PyErr_Format(PyExc_ValueError, "dtype must be a code of csrc/step.h, got %d", dtype);
-      return nullptr;
-    }
-    s.*kPerElement[i] = {reinterpret_cast<void*>(address), stride, static_cast<DType>(dtype)};
-  }
+  for (size_t i = 0; i < n_tensors; ++i)
+    if (!read_described(PyTuple_GetItem(described, i), &(s.*kPerElement[i]))) return nullptr;
   s.n_samples = n_samples;
   s.n_elements = n_elements;
   s.guidance_scale = guidance;
@@ -566,7 +628,59 @@ PyObject* py_run(PyObject*, PyObject* arguments) {
   s.noise_step = noise_step;
   s.noise_stream = noise_stream;
   if (!all_given({s.x_t.data, s.model_output.data, s.x_prev.data}, n_samples, n_elements)) return nullptr;
-  run_unlocked(s, threads);
+  run_unlocked(s, threads, {reinterpret_cast<float*>(results), reduction});
+  return new_none();
+}
+
+// density(n_samples, n_elements, tensors, guidance_scale, packed, scale, offset, sign, mean,
+// results, counts, factors, threads): the log-density or divergence of each sample to results, and
+// how many of its elements count to counts, if that is given; or, with factors, the gradients. The
+// tensors are x_t, model_output, model_output_uncond, x_prev, reference, reference_uncond, mask, and
+// the gradients of the first three, as in run; the last four arguments but one are addresses of
+// float32.
+PyObject* py_density(PyObject*, PyObject* arguments) {
+  Density d{};
+  Step& s = d.step;
+  long long n_samples, n_elements;
+  int threads, mean;
+  float guidance;
+  unsigned long long results, counts, factors;
+  PyObject *packed, *described;
+  Reduction reduction;
+  if (!PyArg_ParseTuple(arguments, "LLO!fOfffpKKKi", &n_samples, &n_elements, &PyTuple_Type, &described, &guidance, &packed, &reduction.scale,
+                        &reduction.offset, &reduction.sign, &mean, &results, &counts, &factors, &threads))
+    return nullptr;
+  reduction.mean = mean;
+  Tensor* const tensors[] = {&s.x_t, &s.model_output, &s.model_output_uncond, &s.x_prev, &d.reference, &d.reference_uncond, &s.mask,
+                             &d.of_x_t, &d.of_model_output, &d.of_uncond};
+  constexpr size_t n_tensors = std::size(tensors);
+  if (PyTuple_Size(described) != static_cast<Py_ssize_t>(n_tensors) || !read_coefficients(packed, &s)) {
+    PyErr_Format(PyExc_TypeError, "density takes %zu tensors, and packed coefficients of the right type and size", n_tensors);
+    return nullptr;
+  }
+  for (size_t i = 0; i < n_tensors; ++i)
+    if (!read_described(PyTuple_GetItem(described, i), tensors[i])) return nullptr;
+  s.n_samples = n_samples;
+  s.n_elements = n_elements;
+  s.guidance_scale = guidance;
+  s.blocks = blocks_of(n_elements);
+  d.factors = reinterpret_cast<const float*>(factors);
+  const void* compared = s.x_prev.data ? s.x_prev.data : d.reference.data;
+  if (!all_given({s.x_t.data, s.model_output.data, compared}, n_samples, n_elements)) return nullptr;
+  if (!factors && !all_given({reinterpret_cast<const void*>(results)}, n_samples, 1)) return nullptr;
+  const auto work = [&] {
+    if (factors) return for_blocks(n_samples, n_elements, threads, [&](Range range) { kernels->density_backward(d, range); });
+    std::vector<BlockSum> sums(n_samples * s.blocks);
+    s.block_sums = sums.data();
+    for_blocks(n_samples, n_elements, threads, [&](Range range) { kernels->density(d, range); });
+    reduce(reduction, sums.data(), n_samples, n_elements, reinterpret_cast<float*>(results), reinterpret_cast<float*>(counts));
+  };
+  if (n_samples * n_elements < kReleaseLock) {
+    work();
+  } else {
+    Unlocked unlocked;
+    work();
+  }
   return new_none();
 }
 
@@ -720,6 +834,7 @@ PyMethodDef methods[] = {
     {"plain", fast_method<py_plain>, METH_FASTCALL, nullptr},
     {"step_to_new", fast_method<py_step_to_new>, METH_FASTCALL, nullptr},
     {"run", method<py_run>, METH_VARARGS, nullptr},
+    {"density", method<py_density>, METH_VARARGS, nullptr},
     {"normals", method<py_normals>, METH_VARARGS, nullptr},
     {"words", method<py_words>, METH_VARARGS, nullptr},
     {"triad", method<py_triad>, METH_VARARGS, nullptr},
@@ -756,6 +871,7 @@ bool import_torch_names() {
   s_packed = PyUnicode_InternFromString("packed");
   s_needs = PyUnicode_InternFromString("needs");
   s_rows = PyUnicode_InternFromString("rows");
+  s_scale_and_offset = PyUnicode_InternFromString("scale_and_offset");
   Reference example(PyObject_CallNoArgs(tensor_type));  // on the CPU, for any default device
   is_negated = method_of(example.object, "is_neg");
   is_inference = method_of(example.object, "is_inference");

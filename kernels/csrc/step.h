@@ -41,6 +41,13 @@ struct Tensor {
   DType dtype;
 };
 
+// What a block of a sample adds to its log-density or divergence: the sum of (x_prev - mean)^2 in the
+// order of docs/LOG_PROB.md, and how many elements count.
+constexpr int64_t kSumBlock = 2048;  // BLOCK of kernels/gaussian.py
+struct BlockSum {
+  float squares, count;
+};
+
 struct Step {
   int64_t n_samples, n_elements;  // samples, elements of each
   Tensor x_t, model_output, model_output_uncond, noise;
@@ -55,6 +62,8 @@ struct Step {
   const int64_t* seeds;     // per-sample 64-bit seed of in-register noise, or null
   const int64_t* known_seeds;  // the same for the noise of known_x0, in the stream kKnownRegion
   uint32_t noise_step, noise_stream;
+  BlockSum* block_sums;  // (n_samples, blocks), or null: ranges are then whole blocks
+  int64_t blocks;        // of a sample
   Coefficients c;
 };
 
@@ -70,6 +79,7 @@ struct Range {
 };
 
 struct Convolution;
+struct Density;
 
 struct Kernels {
   const char* name;
@@ -84,6 +94,10 @@ struct Kernels {
   // the tiles [begin, end) of a convolution; scratch: scratch_floats(c) floats, at a multiple of 64
   // bytes
   void (*convolve)(const Convolution& c, int64_t begin, int64_t end, float* scratch);
+  // the sums of whole blocks of a log-density or divergence
+  void (*density)(const Density&, Range);
+  // its gradients, of any range
+  void (*density_backward)(const Density&, Range);
 };
 
 extern const Kernels kPortable;

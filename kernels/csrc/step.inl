@@ -256,11 +256,13 @@ void choose_guidance(const Step& step, Range range) {
 }
 
 #include "tiles.inl"
+#include "density.inl"
 
 // The state and the model's output have the same type, or the state is float32 and the model's
 // output is half precision.
 void step(const Step& step, Range range) {
   if (step.model_input_out.data) return step_and_model_input(step, range);
+  if (step.block_sums) return step_and_sum(step, range);
   const bool noisy = step.noise.data || step.seeds;
   if (step.mask.data || step.history_2.data || (step.history.data && noisy)) return step_by_tiles(step, range);
   switch (step.x_t.dtype) {

@@ -76,10 +76,10 @@ void copy(const Tensor& from, const Tensor& to, Range tile) {
 }
 
 // x_prev += factor * term. A factor of zero means that there is no such term, whatever it holds.
-void add(float factor, const float* term, float* x_prev) {
+void add(float factor, const float* term, float* x_prev, int64_t n) {
   if (factor == 0) return;
   const F a = Isa::set(factor);
-  for (int64_t i = 0; i < kWideTile; i += Isa::kLanes) Isa::store(x_prev + i, Isa::fma(a, Isa::load(term + i), Isa::load(x_prev + i)));
+  for (int64_t i = 0; i < n; i += Isa::kLanes) Isa::store(x_prev + i, Isa::fma(a, Isa::load(term + i), Isa::load(x_prev + i)));
 }
 
 // x_prev = mask * known + (1 - mask) * x_prev, where known is the clean image at the noise level of
@@ -94,12 +94,13 @@ void blend(const Coefficients& c, const float* mask, const float* known_x0, cons
   }
 }
 
+#include "squares.inl"
+
 // The noise and the image of the known region, blended into a tile of x_prev.
-void inpaint(const Step& step, Range tile, float* x_prev) {
-  alignas(64) float mask[kWideTile] = {}, known_x0[kWideTile] = {}, known_z[kWideTile] = {};
+void inpaint(const Step& step, Range tile, const float* mask, float* x_prev) {
+  alignas(64) float known_x0[kWideTile] = {}, known_z[kWideTile] = {};
   const int64_t n = tile.end - tile.begin;
   const float* known_noise = step.known_noise.data || step.known_seeds ? known_z : nullptr;
-  widen(step.mask, tile, mask);
   widen(step.known_x0, tile, known_x0);
   if (step.known_noise.data) widen(step.known_noise, tile, known_z);
   if (step.known_seeds) normals(step.known_seeds[tile.sample], tile.begin, step.noise_step, kKnownRegion, known_z, n);
@@ -110,58 +111,82 @@ void inpaint(const Step& step, Range tile, float* x_prev) {
 void add_histories(const Step& step, Range tile, float* x_prev) {
   alignas(64) float last[kWideTile] = {};
   widen(step.history, tile, last);
-  add(step.c.history, last, x_prev);
+  add(step.c.history, last, x_prev, tile.end - tile.begin);
   if (!step.history_2.data) return;
   widen(step.history_2, tile, last);
-  add(step.c.history_2, last, x_prev);
+  add(step.c.history_2, last, x_prev, tile.end - tile.begin);
   copy(step.history, step.history_2, tile);
 }
 
-void step_on_tile(const Step& step, Range tile) {
-  alignas(64) float x[kWideTile], m[kWideTile], uncond[kWideTile], z[kWideTile], x_prev[kWideTile], x0[kWideTile];
+// A tile in float32: in the buffer, or where it is, if it is a whole one of that type.
+Tensor widened(const Tensor& tensor, Range tile, float* buffer) {
+  if (!tensor.data) return {};
   const int64_t n = tile.end - tile.begin;
-  Step wide = step;
-  wide.mask = wide.history = wide.history_2 = {};
-  wide.seeds = nullptr;
+  if (tensor.dtype == kFloat32 && n == kWideTile) return {at<float>(tensor, tile), n, kFloat32};
+  widen(tensor, tile, buffer);
+  return {buffer, n, kFloat32};
+}
+
+// The step on a tile with all that its loops read but the noise, and nothing that they write.
+Step widened(const Step& step, Range tile, float* x, float* m, float* uncond) {
+  Step wide{};
+  wide.n_samples = 1;
+  wide.n_elements = tile.end - tile.begin;
+  wide.x_t = widened(step.x_t, tile, x);
+  wide.model_output = widened(step.model_output, tile, m);
+  wide.model_output_uncond = widened(step.model_output_uncond, tile, uncond);
+  wide.guidance_scale = step.guidance_scale;
+  wide.clipped = step.clipped;
   if (step.thresholds) wide.thresholds = step.thresholds + tile.sample;
-  const auto read = [&](const Tensor& tensor, float* buffer, Tensor* out) {
-    *out = {};
-    if (!tensor.data) return;
-    widen(tensor, tile, buffer);
-    *out = {buffer, n, kFloat32};
-  };
-  read(step.x_t, x, &wide.x_t);
-  read(step.model_output, m, &wide.model_output);
-  read(step.model_output_uncond, uncond, &wide.model_output_uncond);
-  read(step.noise, z, &wide.noise);
+  wide.c = step.c;
+  return wide;
+}
+
+// `squares`, where given, receives what the tile adds to the step's log-density.
+void step_on_tile(const Step& step, Range tile, Squares* squares) {
+  alignas(64) float x[kWideTile], m[kWideTile], uncond[kWideTile], z[kWideTile], x_prev[kWideTile], x0[kWideTile];
+  alignas(64) float mask[kWideTile], mean[kWideTile];
+  const int64_t n = tile.end - tile.begin;
+  Step wide = widened(step, tile, x, m, uncond);
+  wide.noise = widened(step.noise, tile, z);
   if (step.seeds) {
     normals(step.seeds[tile.sample], tile.begin, step.noise_step, step.noise_stream, z, n);
     wide.noise = {z, n, kFloat32};
   }
   wide.x_prev = {x_prev, n, kFloat32};
   wide.x0 = step.x0.data || step.history.data ? Tensor{x0, n, kFloat32} : Tensor{};
-  const bool noise_is_last = step.history.data && wide.noise.data;  // the histories are added before the noise
+  const Tensor noise = wide.noise;
+  const bool noise_is_last = noise.data && (step.history.data || squares);  // after the histories, or what is known before it
   if (noise_is_last) wide.noise = {};
   choose_guidance<float, float>(wide, {0, 0, n});
   if (step.history.data) add_histories(step, tile, x_prev);
+  if (squares) std::copy(x_prev, x_prev + n, mean);
   if (noise_is_last) {
-    std::fill(z + n, z + kWideTile, 0.0f);
-    add(step.c.noise, z, x_prev);
+    if (noise.data == z) std::fill(z + n, z + kWideTile, 0.0f);
+    add(step.c.noise, static_cast<const float*>(noise.data), x_prev, n);
   }
-  if (step.mask.data) inpaint(step, tile, x_prev);
+  if (step.mask.data) {
+    widen(step.mask, tile, mask);
+    std::fill(mask + n, mask + kWideTile, 0.0f);
+    inpaint(step, tile, mask, x_prev);
+  }
   narrow(x_prev, step.x_prev, tile);
   if (step.x0.data) narrow(x0, step.x0, tile);
   if (step.history.data) narrow(x0, step.history, tile);
+  if (!squares) return;
+  widen(step.x_prev, tile, x_prev);  // as it is stored
+  squares->add(x_prev, mean, step.mask.data ? mask : nullptr, n);
 }
 
 void step_by_tiles(const Step& step, Range range) {
   for (int64_t begin = range.begin; begin < range.end; begin += kWideTile)
-    step_on_tile(step, {range.sample, begin, std::min(range.end, begin + kWideTile)});
+    step_on_tile(step, {range.sample, begin, std::min(range.end, begin + kWideTile)}, nullptr);
 }
 
 // The model's next input, from x_prev as it is in memory: the bits of a pass of its own.
 
 constexpr int64_t kInputTile = 2048;
+static_assert(kInputTile % kSumBlock == 0);
 
 template <typename State, typename Input>
 void scale_as(float scale, const State* x_prev, Input* model_input, int64_t n) {
@@ -178,15 +203,18 @@ void scale_as(float scale, const State* x_prev, Input* model_input, int64_t n) {
 }
 
 template <typename State>
-void scale_from(const Step& step, Range tile) {
-  const Tensor& to = step.model_input_out;
-  const auto* x_prev = at<const State>(step.x_prev, tile);
+void scale_to(float scale, const State* from, const Tensor& to, Range tile) {
   const int64_t n = tile.end - tile.begin;
   switch (to.dtype) {
-    case kFloat16: return scale_as(step.c.input_scale, x_prev, at<Float16>(to, tile), n);
-    case kBFloat16: return scale_as(step.c.input_scale, x_prev, at<BFloat16>(to, tile), n);
-    default: return scale_as(step.c.input_scale, x_prev, at<float>(to, tile), n);
+    case kFloat16: return scale_as(scale, from, at<Float16>(to, tile), n);
+    case kBFloat16: return scale_as(scale, from, at<BFloat16>(to, tile), n);
+    default: return scale_as(scale, from, at<float>(to, tile), n);
   }
+}
+
+template <typename State>
+void scale_input(const Step& step, Range tile) {
+  scale_to(step.c.input_scale, at<const State>(step.x_prev, tile), step.model_input_out, tile);
 }
 
 void step(const Step& step, Range range);
@@ -198,9 +226,9 @@ void step_and_model_input(const Step& with_input, Range range) {
     const Range tile{range.sample, begin, std::min(range.end, begin + kInputTile)};
     step(without, tile);
     switch (with_input.x_prev.dtype) {
-      case kFloat16: scale_from<Float16>(with_input, tile); break;
-      case kBFloat16: scale_from<BFloat16>(with_input, tile); break;
-      default: scale_from<float>(with_input, tile);
+      case kFloat16: scale_input<Float16>(with_input, tile); break;
+      case kBFloat16: scale_input<BFloat16>(with_input, tile); break;
+      default: scale_input<float>(with_input, tile);
     }
   }
 }

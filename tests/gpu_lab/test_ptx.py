@@ -1391,6 +1391,15 @@ def test_what_is_made_of_unwritten_bits_may_be_thrown_away():
     fails(UnwrittenError, "register %r6", OWN + some.format(4), x)
 
 
+def test_half_of_a_packed_register_may_be_of_nothing():
+    """Triton computes with pairs of float32 of which one is never used."""
+    x = np.zeros(32, np.float32)
+    pair = "mov.b32 %r8, 0f3F800000; mov.b64 %rd2, {%r8, %r9}; add.rn.f32x2 %rd3, %rd2, %rd2; mov.b64 {%r7, %r6}, %rd3;"
+    run(kernel(OWN + pair + "st.global.b32 [%rd1], %r7;", 1), x)
+    assert (x == 2).all()
+    fails(UnwrittenError, "register %r6", OWN + pair + "st.global.b32 [%rd1], %r6;", x)
+
+
 def test_unwritten_shared_memory_may_not_be_read():
     fails(UnwrittenError, "nothing has written them", SLOT.format(0) + "ld.shared.b32 %r5, [%r2];", before=SHARED)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ddim_fast.kernels import cpu_step, dispatch, reference
+from ddim_fast.kernels.coefficients import ONLY_IN_TABLE
 from ddim_fast.kernels.contract import ROW_WIDTH, Column, StepCoefficients, StepInputs, StepTable, check_inputs
 from ddim_fast.kernels.dispatch import BACKENDS, choose, ddim_step, ddim_step_from_table
 from ddim_fast.verify.truth import oracle
@@ -72,7 +73,7 @@ def test_coefficients_are_frozen_hashable_and_travel():
     with pytest.raises(dataclasses.FrozenInstanceError):
         row().clip = 1.0
     used = row(clip=2.0)
-    assert len(used.packed) == 4 * len(Column)  # a flag takes the place of the guidance scale
+    assert len(used.packed) == 4 * (len(Column) - len(ONLY_IN_TABLE) + 1)  # and a flag
     assert StepCoefficients.from_row(used.row(), clipped=True).packed == used.packed
     assert pickle.loads(pickle.dumps(used)) == used
     assert not row().clipped
@@ -807,7 +808,7 @@ def test_normals_without_the_extension_are_the_same():
 
 
 def test_no_backend_lists_every_reason(monkeypatch):
-    monkeypatch.setattr(reference, "unsupported_reasons", lambda inputs: ["it is on holiday", "it is tired"])
+    monkeypatch.setattr(reference, "unsupported_reasons", lambda inputs, more: ["it is on holiday", "it is tired"])
     with pytest.raises(ValueError, match="no backend can run this step") as caught:
         choose(StepInputs(X.double(), X.double(), PLAIN))
     assert "cpu: x_t is torch.float64, it takes float32, float16 and bfloat16" in str(caught.value)

@@ -198,8 +198,11 @@ def test_triad(select, name):
         assert (a[8 + n :] == -77).all()
 
 
+NO_LOG_PROB = (None, "mean", None)
+
+
 def test_step_refuses_a_wrong_number_of_arguments():
-    with pytest.raises(TypeError, match="step takes 15 arguments, got 2"):
+    with pytest.raises(TypeError, match="step takes 18 arguments, got 2"):
         cpu_step.extension.step(1, 2)
 
 
@@ -219,7 +222,7 @@ def test_every_none_that_is_returned_is_counted():
         "triad": lambda: cpu_step.extension.triad(address, address, address, 1.0, 16),
         "normals": lambda: cpu_step.normals(torch.zeros(1, dtype=torch.int64), (16,), 0, 0),
         "run": lambda: ddim_step(x, x, row, noise=x, backend="cpu"),
-        "step": lambda: cpu_step.extension.step(None, x, row, *[None] * 4, 0, 0, None, x, *[None] * 4),
+        "step": lambda: cpu_step.extension.step(None, x, row, *[None] * 4, 0, 0, None, x, *[None] * 5, "mean", None),
         "step_to_new": lambda: cpu_step.plain_step(None, x, {}, 0, (), ()),
         "select": lambda: cpu_step.extension.select(cpu_step.extension.selected()),
     }
@@ -242,7 +245,22 @@ def test_every_none_that_is_returned_is_counted():
 def test_plain_call_declines_what_it_does_not_know():
     """Returns None, raises nothing and leaves no error behind: Python's checks then find the words."""
     x = torch.zeros(2, 3)
-    good = [x, x, StepCoefficients(**NOISY | {"prev_noise": 0.0}), None, None, None, None, 0, 0, None, x, *[None] * 4]
+    good = [
+        x,
+        x,
+        StepCoefficients(**NOISY | {"prev_noise": 0.0}),
+        None,
+        None,
+        None,
+        None,
+        0,
+        0,
+        None,
+        x,
+        *[None] * 5,
+        "mean",
+        None,
+    ]
     assert cpu_step.extension.step(*good) is x
     for i in range(len(good)):
         for bad in (
@@ -265,6 +283,42 @@ def test_plain_call_declines_what_it_does_not_know():
             assert cpu_step.extension.step(*arguments) is None, (i, bad)
 
 
+def test_plain_call_takes_a_log_probability_that_is_apart():
+    x, m, row = torch.ones(2, 3), torch.zeros(2, 3), StepCoefficients(1, 0, 0, 0, 0, 0.5, 0, prev_noise=0.5)
+    quiet = StepCoefficients(1, 0, 0, 0, 0, 0.5, 0, prev_noise=0.0)
+    out, log_prob = torch.zeros(2, 3), torch.full((2,), math.nan)
+
+    def step(log_prob, reduction="mean", min_std=None, row=row, out=out):
+        noise = None if row is quiet else torch.ones(2, 3)
+        return cpu_step.extension.step(
+            x, m, row, None, None, noise, None, 0, 0, None, out, None, None, None, None, log_prob, reduction, min_std
+        )
+
+    one = -0.5 - math.log(0.5) - 0.5 * math.log(2 * math.pi)
+    assert step(log_prob) is out
+    assert log_prob.tolist() == pytest.approx([one, one])
+    assert step(log_prob, "sum") is out
+    assert log_prob.tolist() == pytest.approx([3 * one, 3 * one])
+    assert step(log_prob, "mean", 0.25, quiet) is out
+    assert log_prob.tolist() == pytest.approx([-math.log(0.25) - 0.5 * math.log(2 * math.pi)] * 2)
+    for wrong in (
+        torch.zeros(3),
+        torch.zeros(2).half(),
+        torch.zeros(4)[::2],
+        x[:, 0],
+        log_prob.clone().requires_grad_(),
+    ):
+        assert step(wrong) is None
+    for memory in (x, m, out):
+        assert step(memory.view(-1)[:2]) is None
+    for wrong in ("text", 1, None):
+        assert step(log_prob, wrong) is None
+    for least in ("text", 1, 0.0, -1.0, math.nan, math.inf):
+        assert step(log_prob, "mean", least) is None
+    assert step(log_prob, row=quiet) is None
+    assert step(None, "mean", 0.25) is None
+
+
 def test_plain_call_takes_a_history_that_is_apart():
     x, m, x0 = torch.ones(2, 3), torch.ones(2, 3), torch.zeros(2, 3)
     writes, reads = (StepCoefficients(1, 0, 0, 0, 0, 0.5, 0, 0, prev_history=value) for value in (0.0, 0.25))
@@ -272,7 +326,9 @@ def test_plain_call_takes_a_history_that_is_apart():
     history = torch.full((2, 3), math.nan)
 
     def step(row, history, noise=None):
-        return cpu_step.extension.step(x, m, row, None, None, noise, None, 0, 0, None, x, x0, history, None, None)
+        return cpu_step.extension.step(
+            x, m, row, None, None, noise, None, 0, 0, None, x, x0, history, None, None, *NO_LOG_PROB
+        )
 
     assert step(writes, history) is x
     assert torch.equal(history, torch.ones(2, 3))
@@ -295,7 +351,7 @@ def test_plain_call_takes_a_second_history_and_a_model_input_that_are_apart():
 
     def step(history, history_2, model_input=None, row=reads, seeds=None):
         return cpu_step.extension.step(
-            x, m, row, None, None, None, seeds, 0, 0, None, x, None, history, history_2, model_input
+            x, m, row, None, None, None, seeds, 0, 0, None, x, None, history, history_2, model_input, *NO_LOG_PROB
         )
 
     history, history_2, model_input = torch.full((2, 3), 7.0), torch.full((2, 3), 2.0), torch.zeros(2, 3).half()

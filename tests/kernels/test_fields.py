@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddim_fast.kernels import dispatch, reference, triton_step
-from ddim_fast.kernels.coefficients import ROW_WIDTH, Column, StepCoefficients, StepTable
+from ddim_fast.kernels import dispatch, reference, triton_step, triton_sums
+from ddim_fast.kernels.coefficients import ONLY_IN_TABLE, ROW_WIDTH, Column, StepCoefficients, StepTable
 from ddim_fast.kernels.fields import NUMBERS, PER_ELEMENT, PER_SAMPLE, READ_ONLY, TENSORS, WRITTEN, StepInputs
 
 CSRC = Path(__file__).parents[2] / "kernels" / "csrc"
@@ -37,7 +37,7 @@ def camel_case(name):
 
 def test_columns_are_those_of_the_c_struct():
     declared = re.findall(r"\b\w+(?=[,;])", body("struct Coefficients", source("step.h")))
-    assert [name.upper() for name in declared] == [column.name for column in Column if column != Column.GUIDANCE_SCALE]
+    assert [name.upper() for name in declared] == [column.name for column in Column if column not in ONLY_IN_TABLE]
     assert [int(column) for column in Column] == list(range(len(Column)))
     assert 1 << (len(Column) - 1).bit_length() == ROW_WIDTH  # kernels multiply an index by it
 
@@ -65,11 +65,14 @@ def test_each_column_holds_its_number():
         "GUIDANCE_SCALE": 37,
         "HISTORY_2": 41,
         "INPUT_SCALE": 43,
+        "LOG_PROB_SCALE": 1 / (2 * 19**2),
+        "LOG_PROB_OFFSET": math.log(19) + math.log(2 * math.pi) / 2,
     }
     numbers = row.row(37)
     assert {column.name: numbers[column] for column in Column} == expected
     assert numbers[len(Column) :] == (0,) * (ROW_WIDTH - len(Column))
-    assert struct.unpack("=17fI", row.packed) == (*(expected[n] for n in expected if n != "GUIDANCE_SCALE"), True)
+    others = [column.name for column in ONLY_IN_TABLE]
+    assert struct.unpack("=17fI", row.packed) == (*(expected[n] for n in expected if n not in others), True)
     table = StepTable.of([row], guidance_scale=37)
     assert [float(value) for value in table.prediction(torch.tensor([0]))] == [2, 3, 0.5, 37]
 
@@ -144,11 +147,12 @@ def test_triton_reads_every_tensor():
     names = inspect.signature(triton_step.ddim_step_kernel.fn).parameters
     pointers = {name.removesuffix("_ptr") for name in names if name.endswith("_ptr")}
     strides = {name.removesuffix("_stride") for name in names if name.endswith("_stride")}
-    assert pointers == set(TENSORS) | {"rows", "index"}
+    assert pointers == set(TENSORS) | {"rows", "index", "block_sums"}
     assert strides == set(PER_ELEMENT)
     for column in Column:
         if column is not Column.CLIP_SCALE:  # per-sample bounds are folded into other columns
-            assert getattr(triton_step, column.name).value == column
+            module = triton_sums if column.name.startswith("LOG_PROB") else triton_step
+            assert getattr(module, column.name).value == column
 
 
 def test_the_reference_reads_every_tensor():

@@ -6,6 +6,7 @@ The bits are those of the C++ kernel, and float64 agrees within the table of tol
 
 import copy
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from mutants import MUTANTS
 
 from ddim_fast.gpu_lab.emulated_gpu import emulated_gpu
 from ddim_fast.gpu_lab.ptx.errors import PtxError
-from ddim_fast.kernels import cpu_step, noise, triton_step, triton_thresholds
+from ddim_fast.kernels import cpu_step, gaussian, noise, triton_step, triton_thresholds
 from ddim_fast.kernels.contract import StepCoefficients, StepInputs
 from ddim_fast.kernels.dispatch import ddim_step, ddim_step_from_table
 from ddim_fast.kernels.thresholding import dynamic_thresholds, quantile_of_magnitude
@@ -54,9 +55,11 @@ def check(target, choice):
     inputs, other = case.inputs, twin(case.inputs)
     with emulated_gpu(target) as gpu:
         result = run(inputs)
-    assert len(gpu.launches) == 1
-    assert not gpu.launches[0].execution.contractible  # nothing that the assembler may fuse: the bits are certain
-    assert not gpu.launches[0].execution.approximate
+    several_blocks = math.prod(inputs.x_t.shape[1:]) > gaussian.BLOCK
+    assert len(gpu.launches) == (2 if inputs.log_prob_out is not None and several_blocks else 1)
+    for launch in gpu.launches:
+        assert not launch.execution.contractible  # nothing that the assembler may fuse: the bits are certain
+        assert not launch.execution.approximate
     assert result is inputs.x_prev
     case.check(result)
     assert cpu_step.extension is not None, cpu_step.missing_reason
@@ -71,12 +74,13 @@ def check(target, choice):
             name: getattr(other, name)
             for name in (
                 "model_output_uncond", "guidance_scale", "noise", "seeds", "noise_step", "noise_stream", "thresholds", "mask",
-                "known_x0", "known_noise", "history", "history_2", "model_input_out",
+                "known_x0", "known_noise", "history", "history_2", "model_input_out", "log_prob_out", "log_prob_reduction",
+                "min_std",
             )
         },
     )  # fmt: skip
     assert same_bits(result, other.x_prev), "x_prev is not what C++ gives"
-    for name in ("x0", "history", "model_input_out"):
+    for name in ("x0", "history", "model_input_out", "log_prob_out"):
         assert getattr(inputs, name) is None or same_bits(getattr(inputs, name), getattr(other, name)), (
             f"{name} is not what C++ gives"
         )
@@ -434,7 +438,7 @@ def test_a_tiny_threshold_gives_the_bits_of_cpp():
 _NOISY = {
     "types": (torch.float32, torch.float32), "prediction_type": "epsilon", "clip": "clip", "noise": "seeds", "guidance": True,
     "x0": True, "mask": None, "history": None, "model_input": None,
-    "learned_variance": False, "shape": (4, 501), "place": "aligned", "in_place": False,
+    "learned_variance": False, "shape": (4, 501), "place": "aligned", "in_place": False, "log_prob": None,
 }  # fmt: skip
 _PLAIN = _NOISY | {"clip": None, "noise": None, "guidance": False, "shape": (1, 600)}
 _HALF = _NOISY | {"types": (torch.bfloat16, torch.bfloat16), "noise": None, "shape": (1, 600)}

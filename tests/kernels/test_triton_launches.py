@@ -25,7 +25,7 @@ from ddim_fast.plans.schedules import NoiseSchedule
 
 PLAN = SamplingPlan(NoiseSchedule.linear(), (900, 500, 100, 0), eta=1.0)
 ROW = StepCoefficients(1.1, -0.7, 0.3, 0.9, 0.2, 0.8, 0.6, 0.0)
-NAMES = list(inspect.signature(run_plain).parameters)[:15]
+NAMES = list(inspect.signature(run_plain).parameters)[:18]
 
 
 def same_bits(a, b):
@@ -56,7 +56,12 @@ def arguments(**given):
     """The arguments of a plain step, in order."""
     x = torch.linspace(-2, 2, 1024).view(2, 512)
     values = dict.fromkeys(NAMES) | dict(
-        x_t=x, model_output=x.flip(0).contiguous(), coefficients=ROW, noise_step=0, noise_stream=0
+        x_t=x,
+        model_output=x.flip(0).contiguous(),
+        coefficients=ROW,
+        noise_step=0,
+        noise_stream=0,
+        log_prob_reduction="mean",
     )
     values |= {"x_prev": torch.full_like(values["x_t"], torch.nan)} | given
     return [values[name] for name in NAMES]
@@ -152,6 +157,37 @@ def test_steps_and_streams_of_noise_share_a_launch(prepared):
     assert len(prepared) == 1
 
 
+@pytest.mark.parametrize("n", [512, 2049])  # one block, and two
+def test_log_probabilities_have_launches_of_their_own(prepared, n):
+    x = torch.linspace(-2, 2, 2 * n).view(2, n)
+    row, seeds = dataclasses.replace(ROW, prev_noise=0.5), torch.tensor([3, -4])
+
+    def step(reduction, take):
+        out = torch.full_like(x, torch.nan)
+        log_prob = None if reduction is None else torch.full((2,), torch.nan)
+        inputs = StepInputs(x, x, row, seeds=seeds, x_prev=out, log_prob_out=log_prob)
+        take(inputs if reduction is None else dataclasses.replace(inputs, log_prob_reduction=reduction))
+        return [out] if log_prob is None else [out, log_prob]
+
+    kinds = (None, "mean", "sum")
+    expected = {reduction: step(reduction, cpu_step.run) for reduction in kinds}
+    with emulated_gpu("sm_90"):
+        for reduction in kinds:
+            assert all(map(same_bits, step(reduction, run), expected[reduction]))
+        with only_prepared():
+            for reduction in reversed(kinds):
+                assert all(map(same_bits, step(reduction, run), expected[reduction]))
+    assert len(prepared) == len(kinds)
+
+
+def test_a_step_with_log_probabilities_is_left_to_the_checks(prepared):
+    row = dataclasses.replace(ROW, prev_noise=0.5)
+    values = arguments(coefficients=row, noise=torch.ones(2, 512), log_prob_out=torch.empty(2))
+    assert by_cpp(values) is not None
+    assert run_plain(*values) is None
+    assert not prepared
+
+
 @pytest.mark.parametrize("each", [False, True])
 def test_a_step_by_a_row_of_a_table(prepared, each):
     table, index = PLAN.table("cpu", 1.5), torch.tensor([2, 1] if each else [2])
@@ -190,6 +226,8 @@ NOT_PLAIN = {
     "a scale alone": dict(guidance_scale=2.0),
     "an infinite scale": dict(guidance_scale=float("inf"), model_output_uncond=X),
     "no row": dict(coefficients=None),
+    "an unknown reduction": dict(log_prob_reduction="most"),
+    "a least deviation of nothing": dict(min_std=0.5),
 }
 
 

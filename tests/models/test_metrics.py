@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ddim_fast.models import metrics
 from ddim_fast.models.metrics import (
-    FashionClassifier,
     FeatureStatistics,
+    PictureClassifier,
     class_agreement,
     classifier_features,
     classifier_frechet_distance,
@@ -24,6 +24,7 @@ from ddim_fast.models.metrics import (
     load_classifier,
     load_statistics,
 )
+from ddim_fast.models.shipped import ModelCard
 
 MAXIMUM_FILE_SIZE = 300_000
 GARMENT_LOGITS = [4.112, 3.8699, 4.2483, 3.1426, 3.1602]
@@ -159,7 +160,7 @@ def test_the_statistics_were_taken_with_the_shipped_classifier():
 
 def test_shipped_statistics_describe_sixty_thousand_feature_vectors():
     statistics = load_statistics("fashion")
-    dimension = FashionClassifier.num_features
+    dimension = PictureClassifier.num_features
     assert statistics.count == 60_000
     assert statistics.mean.shape == (dimension,)
     assert statistics.covariance.shape == (dimension, dimension)
@@ -185,7 +186,7 @@ def test_classifier_is_frozen_float32_and_in_evaluation_mode():
 
 def test_classifier_shapes():
     model, images = load_classifier(), random_pictures(3)
-    assert model.features(images).shape == (3, FashionClassifier.num_features)
+    assert model.features(images).shape == (3, PictureClassifier.num_features)
     assert model(images).shape == (3, 10)
     torch.testing.assert_close(model(images), model.head(model.features(images)), rtol=0, atol=0)
 
@@ -275,7 +276,7 @@ def test_class_agreement_counts_the_labels_that_the_classifier_gives():
 
 @pytest.mark.parametrize("load", [load_classifier, load_statistics])
 def test_unknown_name(load):
-    with pytest.raises(ValueError, match=r"name must be one of fashion, got 'imagenet'"):
+    with pytest.raises(ValueError, match=r"name must be one of fashion.*, got 'imagenet'"):
         load("imagenet")
 
 
@@ -362,3 +363,12 @@ def test_distance_refuses_other_lengths_and_negative_variances():
         frechet_distance(centered(torch.eye(2)), centered(torch.eye(3)))
     with pytest.raises(ValueError, match="positive semi-definite, got one with the eigenvalue -1"):
         frechet_distance(centered(torch.diag(torch.tensor([1.0, -1.0]))), centered(torch.eye(2)))
+
+
+def test_a_classifier_of_other_pictures():
+    card = ModelCard("solids", (3, 32, 32), "epsilon", None, ("cube", "cone"))
+    model = PictureClassifier(card).eval()
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert model(images).shape == (2, 2)
+    with pytest.raises(ValueError, match=r"images must be \(N, 3, 32, 32\) float32, got \(3, 1, 28, 28\)"):
+        model(random_pictures(3))

@@ -1,5 +1,6 @@
 // Runs every instruction set on the same random steps, noise and convolutions, and compares the results bit by bit with the portable one.
 // tools/same_bits.sh builds and runs it; csrc/isa_avx512.cpp is compiled over avx512_by_halves.h, so that any x86-64 with AVX2 can run it.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "convolution.h"
+#include "density.h"
 #include "step.h"
 
 using namespace ddim;
@@ -105,6 +107,72 @@ int steps(const Kernels& k) {
   return cases;
 }
 
+// Densities, divergences and their gradients, and the sums of a step.
+int densities(const Kernels& k) {
+  const DType pairs[][2] = {{kFloat32, kFloat32}, {kFloat16, kFloat16}, {kBFloat16, kBFloat16}, {kFloat32, kFloat16}, {kFloat32, kBFloat16}};
+  std::normal_distribution<float> normal;
+  int cases = 0;
+  for (const auto& [state, output] : pairs)
+    for (int option = 0; option < 32; ++option)
+      for (int64_t n : {1, 3, 15, 16, 17, 63, 65, 127, 129, 511, 513, 2047, 2048, 2049, 4100}) {
+        const size_t bytes = static_cast<size_t>(n) * 4 + 64;
+        std::vector<unsigned char> x(bytes), m(bytes), u(bytes), r(bytes), ru(bytes), value(bytes), mask(bytes);
+        for (auto* of_state : {&x, &value}) fill(*of_state, state);
+        for (auto* of_output : {&m, &u, &r, &ru}) fill(*of_output, output);
+        for (size_t i = 0; i < bytes; i += 2) mask[i + 1] = random_bits() % 3 ? 0 : 0x3c;
+        const int64_t seed = static_cast<int64_t>(random_bits());
+        const float factor = normal(random_bits);
+        Density d{};
+        Step& s = d.step;
+        s.n_samples = 1, s.n_elements = n, s.blocks = blocks_of(n);
+        s.x_t = {x.data(), n, state}, s.model_output = {m.data(), n, output};
+        const bool guided = option & 1, clipped = option & 2, divergence = option & 4, stepped = option & 16;
+        if (guided) s.model_output_uncond = {u.data(), n, output};
+        if (option & 8) s.mask = {mask.data(), n, state};
+        s.guidance_scale = 2.5f, s.clipped = clipped;
+        s.c = {0.9f, -0.3f, 0.3f, 0.7f, -0.2f, 0.9f, 0.2f, 0.1f, 0.8f, -0.3f, 1, 0.9f, 0.6f, 0.8f, 0, 0, 1};
+        d.factors = &factor;
+        std::vector<unsigned char> out[2], of_m[2], of_u[2], of_x[2];
+        std::vector<BlockSum> sums[2];
+        for (int i = 0; i < 2; ++i) {
+          const Kernels& kernels = i ? k : kPortable;
+          sums[i].resize(s.blocks), s.block_sums = sums[i].data();
+          out[i].assign(bytes, 0xa5);
+          if (stepped) {
+            Step noisy = s;
+            noisy.seeds = &seed, noisy.x_prev = {out[i].data(), n, state};
+            if (noisy.mask.data) noisy.known_x0 = {value.data(), n, state}, noisy.known_seeds = &seed;
+            kernels.step(noisy, {0, 0, n});
+            continue;
+          }
+          if (divergence) {
+            d.reference = {r.data(), n, output};
+            if (guided) d.reference_uncond = {ru.data(), n, output};
+          } else {
+            s.x_prev = {value.data(), n, state};
+          }
+          kernels.density(d, {0, 0, n});
+          of_m[i].assign(bytes, 0xa5), of_u[i].assign(bytes, 0xa5), of_x[i].assign(bytes, 0xa5);
+          d.of_model_output = {of_m[i].data(), n, output}, d.of_x_t = {of_x[i].data(), n, state};
+          if (guided) d.of_uncond = {of_u[i].data(), n, output};
+          kernels.density_backward(d, {0, 0, n});
+        }
+        const auto alike = [&](const std::vector<unsigned char>* both, DType dtype) {
+          const size_t used = std::min(n * item_size(dtype), both[0].size());
+          if (both[0].empty()) return true;
+          return same(both[0].data(), both[1].data(), n, dtype) && std::memcmp(&both[0][used], &both[1][used], both[0].size() - used) == 0;
+        };
+        const auto* a = reinterpret_cast<const unsigned char*>(sums[0].data());
+        const auto* b = reinterpret_cast<const unsigned char*>(sums[1].data());
+        if (!same(a, b, 2 * s.blocks, kFloat32) || !alike(out, state) || !alike(of_m, output) || !alike(of_u, output) || !alike(of_x, state)) {
+          std::printf("%s: a density differs: state %d, output %d, option %d, n %lld\n", k.name, state, output, option, static_cast<long long>(n));
+          return -1;
+        }
+        ++cases;
+      }
+  return cases;
+}
+
 int noise(const Kernels& k) {
   int cases = 0;
   for (int64_t n : {1, 2, 5, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 5000}) {
@@ -173,8 +241,8 @@ int convolutions(const Kernels& k) {
 
 int main() {
   for (const Kernels* k : {&kAvx2, &kAvx512}) {
-    const int s = steps(*k), z = noise(*k), c = convolutions(*k);
-    if (s < 0 || z < 0 || c < 0) return 1;
-    std::printf("%s: the same bits as portable in %d steps, %d draws of noise and %d convolutions\n", k->name, s, z, c);
+    const int s = steps(*k), d = densities(*k), z = noise(*k), c = convolutions(*k);
+    if (s < 0 || d < 0 || z < 0 || c < 0) return 1;
+    std::printf("%s: the same bits as portable in %d steps, %d densities, %d draws of noise and %d convolutions\n", k->name, s, d, z, c);
   }
 }

@@ -73,7 +73,7 @@ def test_another_schedule(tmp_path):
         ("[1, 2", "must be JSON"),
         ("[1, 2]", '"format": "ddim_fast timesteps"'),
         ('{"format": "other"}', '"format": "ddim_fast timesteps"'),
-        ('{"format": "ddim_fast timesteps", "version": 4}', "must have version 1 or 2 or 3, got 4"),
+        ('{"format": "ddim_fast timesteps", "version": 5}', "must have version 1 or 2 or 3 or 4, got 5"),
         ('{"format": "ddim_fast timesteps", "version": 1}', "is no list of timesteps: 'timesteps'"),
         (
             '{"format": "ddim_fast timesteps", "version": 1, "timesteps": [1, 2], "num_train_timesteps": 10}',

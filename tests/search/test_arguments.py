@@ -33,6 +33,8 @@ MISTAKES = {
     "held_out": NO_COUNT,
     "candidates": st.one_of(NOTHING, WORDS, st.floats(), st.integers(max_value=2), st.booleans()),
     "seed": st.one_of(NOTHING, WORDS, st.none(), st.floats(), st.integers(max_value=-1), st.integers(min_value=2**64 - 1)),
+    "coefficients": st.one_of(NOTHING, WORDS, st.none(), st.integers(), st.just(True)),  # of order 1
+    "fit_iterations": NO_COUNT,
     "device": st.one_of(NOTHING, WORDS, st.none(), st.just("meta")),
 }  # fmt: skip
 

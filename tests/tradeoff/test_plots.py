@@ -9,7 +9,7 @@ from PIL import Image, ImageColor
 from tradeoff.example_studies import ALL, FEW, MANY, PAPER, result, study
 
 from ddim_fast.tradeoff import Cell, plots, svg
-from ddim_fast.tradeoff.marks import COLOURS, SHAPES, Mark, Marks, is_log, points
+from ddim_fast.tradeoff.marks import COLOURS, SHAPES, Mark, Marks, _in_order, is_log, points
 
 
 def test_each_way_to_sample_has_a_mark_of_its_own():
@@ -114,3 +114,9 @@ def test_names_are_no_formulas():
 def test_a_plot_needs_a_metric_of_the_study():
     with pytest.raises(ValueError, match=r"\['frechet'\], got 'recall'"):
         plots.quality_against_time(FEW, "recall")
+
+
+def test_what_begins_with_a_number_is_ordered_by_it_and_words_come_last():
+    etas = ["sigma-hat", "1, analytic variance", "0.5 of the variance", "1", "1e-05", "0"]
+    assert _in_order("eta", etas) == ["0", "1e-05", "0.5 of the variance", "1", "1, analytic variance", "sigma-hat"]
+    assert _in_order("order", ["fitted", "2", "1"]) == ["1", "2", "fitted"]

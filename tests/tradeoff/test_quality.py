@@ -17,7 +17,7 @@ from ddim_fast.models.metrics import (
     load_features,
     sample_distances,
 )
-from ddim_fast.tradeoff import ClosedForm, fashion_judge, judge_of
+from ddim_fast.tradeoff import ClosedForm, judge_of, shipped_judge
 from ddim_fast.tradeoff.quality import ENOUGH, frechet_measure, mean, precision_and_recall, share
 
 LINEAR = NoiseSchedule.linear()
@@ -91,7 +91,7 @@ def test_what_a_judge_tells():
     assert set(judge.measures(samples, None)) == {"frechet", "precision", "recall"}
     assert set(judge.measures(samples[: 2 * ENOUGH - 1], None)) == {"precision", "recall"}  # too few for a covariance
     assert set(judge_of(lambda x: x.flatten(1), None, "no real data").measures(samples, None)) == set()
-    found = fashion_judge().measures(torch.rand(12, 1, 28, 28) * 3 - 1, torch.arange(12) % 10)  # out of range: clamped
+    found = shipped_judge().measures(torch.rand(12, 1, 28, 28) * 3 - 1, torch.arange(12) % 10)  # out of range: clamped
     assert set(found) == {"precision", "recall", "class_agreement"}
     assert load_features().shape == (2000, 64)
 

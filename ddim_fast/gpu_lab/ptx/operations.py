@@ -194,9 +194,30 @@ def _float_operation(
     if sat and element not in ("f32", "f16"):
         raise modifiers.refuse(".sat is modelled for f32 and f16 only")
     function = _with_flush(rules[element], element, ftz, sat)
+    undefined = None
     if kind in PACKED:
-        function = over_elements(function, kind)
-    return _simple(modifiers.finish(operands), kind, function, contractible=contractible, approximate=approximate)
+        function, undefined = over_elements(function, kind), _undefined_elements(element)
+    return _simple(
+        modifiers.finish(operands),
+        kind,
+        function,
+        contractible=contractible,
+        approximate=approximate,
+        undefined=undefined,
+    )
+
+
+def _undefined_elements(element: str) -> Callable:
+    """Return the rule of registers that hold two numbers: one of the result is undefined where the
+    same of a source is in any bit."""
+    unsigned = np.dtype(f"u{TYPE_BYTES[element]}")
+
+    def undefined(values: list[np.ndarray], masks: list[np.ndarray]) -> np.ndarray:
+        parts = [np.ascontiguousarray(mask).view(unsigned) for mask in np.broadcast_arrays(*masks)]
+        some = np.logical_or.reduce([part != 0 for part in parts])
+        return _all_bits(some, element).view(masks[0].dtype)
+
+    return undefined
 
 
 # --- floating point ---

@@ -25,6 +25,7 @@ COMPUTED_IN = {
     torch.bfloat16: torch.float32,
 }
 SCALED_EPS = {torch.float64: 8.0, torch.float32: 4.0}
+SUM_ROUNDINGS = 16
 SHARE_CORRECTLY_ROUNDED = 0.999
 """The share of the elements of a realistic half-precision step; the others are off by one unit in
 the last place."""
@@ -53,6 +54,26 @@ def allowed_error_in_type(dtype: torch.dtype, terms: np.ndarray) -> np.ndarray:
     """Return the largest error allowed where everything is computed in the type itself, half
     precision too."""
     return SCALED_EPS[COMPUTED_IN[dtype]] * torch.finfo(dtype).eps * terms
+
+
+def allowed_density_error(
+    dtype: torch.dtype, deviation: np.ndarray, terms: np.ndarray, scale: float, offset: float
+) -> np.ndarray:
+    """Return the largest error allowed of a sum over the elements of scale * deviation^2 + offset,
+    ``(B,)``.
+
+    The sum has up to ``SUM_ROUNDINGS`` roundings between a square and the result: the levels of a
+    tree, and what is done with its root.
+
+    Args:
+        deviation: x_prev - mean, ``(B, n)``; zeros where an element does not count.
+        terms: the sum of the magnitudes of the mean's terms, ``(B, n)``; zeros as above.
+        scale, offset: 1 / (2 std^2) and log(std) + log(2 pi) / 2; 0 for a divergence.
+    """
+    eps = torch.finfo(COMPUTED_IN[dtype]).eps
+    off = allowed_error(dtype, terms) + eps * np.abs(deviation)
+    of_deviations = (scale * (2 * np.abs(deviation) * off + off**2)).sum(1)
+    return of_deviations + eps * SUM_ROUNDINGS * (scale * deviation**2 + abs(offset)).sum(1)
 
 
 def worst_share(error: np.ndarray, allowed: np.ndarray) -> tuple[float, tuple[int, ...]]:
