@@ -56,7 +56,7 @@ def _count(pointers, row_ptr, sample, strides, begin, end, n, found, DIGIT: tl.c
     """
     shift: tl.constexpr = 24 - 8 * DIGIT
     histogram = tl.zeros((_BINS,), tl.int64)
-    larger = _NONE
+    larger = tl.full((), _NONE, tl.int32)
     for start in range(begin, end, BLOCK_SIZE):
         offsets = start + tl.arange(0, BLOCK_SIZE)
         bits = _load_magnitudes(pointers[0], pointers[1], pointers[2], row_ptr, sample, strides, offsets, n)
@@ -185,7 +185,7 @@ def count_digits_kernel(
     at = workspace_ptr + _HISTOGRAMS + DIGIT * _BINS + tl.arange(0, _BINS)
     tl.atomic_add(at, histogram, mask=histogram > 0, sem="relaxed")
     if DIGIT == 3:
-        tl.atomic_max(workspace_ptr + _LARGER, (_NONE - larger).to(tl.int64), sem="relaxed")
+        tl.atomic_max(workspace_ptr + _LARGER, (tl.full((), _NONE, tl.int32) - larger).to(tl.int64), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["rank", "weight", "maximum"])
@@ -207,7 +207,7 @@ def select_thresholds_kernel(
     row_ptr = rows_ptr + index * ROW_WIDTH
     found, rank = tl.load(workspace_ptr + 6), tl.load(workspace_ptr + 7)
     histogram = tl.load(workspace_ptr + _HISTOGRAMS + 3 * _BINS + tl.arange(0, _BINS))
-    larger = _NONE - tl.load(workspace_ptr + _LARGER)
+    larger = tl.full((), _NONE, tl.int64) - tl.load(workspace_ptr + _LARGER)
     threshold = _finish(histogram, larger, found, rank, weight, tl.load(row_ptr + X0_BOUND), maximum)
     tl.store(thresholds_ptr + sample, threshold)
 
