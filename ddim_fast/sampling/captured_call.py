@@ -94,7 +94,7 @@ class Call:
     @property
     def shape(self) -> Hashable:
         """What tells calls apart for a reader: shapes, dtypes, and which arguments there are."""
-        leaves: list[Hashable] = [
+        leaves: list[Any] = [
             (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in self.leaves
         ]
         return str(self.structure), *leaves
