@@ -89,7 +89,8 @@ class Call:
         """The signature of all calls that differ from this one in Python's numbers alone."""
         structure, *keys = self.signature
         pairs = zip(self.leaves, keys, strict=True)
-        return structure, *(type(leaf) if _is_number(leaf) else key for leaf, key in pairs)
+        kinds: list[Any] = [type(leaf) if _is_number(leaf) else key for leaf, key in pairs]
+        return structure, *kinds
 
     @property
     def shape(self) -> Hashable:
