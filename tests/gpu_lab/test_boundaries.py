@@ -97,6 +97,7 @@ def test_ptx_runs_as_a_package_of_its_own():
 LAB_FLOORS = (
     {"machine_code", "replay"},
     {"compiling", "emulated_gpu", "fake_cuda"},
+    {"recorded_pool"},
     {"torch_internals", "triton_internals"},
     {"ptx"},
 )
