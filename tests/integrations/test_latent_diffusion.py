@@ -368,7 +368,6 @@ def test_on_a_gpu_a_loop_waits_for_nothing_and_a_step_is_one_launch():
     assert all("coefficients.py" in copy or "transfer.py" in copy for copy in steady.copies)
     assert len(steady.copies) <= 2 * 5
     assert steady.own_launches == 5
-    assert steady.own_launches == 5
 
 
 def test_a_subclass_may_replace_the_step():
