@@ -39,12 +39,6 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE) | $(BIN)/p
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,bench,lint]"
 	touch $@
 
-# What building takes, and nothing else.
-.venv-build/.installed: pyproject.toml constraints.txt
-	test -x .venv-build/bin/python || $(PYTHON) -m venv .venv-build
-	.venv-build/bin/pip install --quiet --constraint constraints.txt setuptools ninja
-	touch $@
-
 # The two ends of what pyproject.toml claims: see docs/VERSIONS.md.
 .venv-oldest/.installed: pyproject.toml setup.py constraints-oldest.txt $(NATIVE)
 	test -x .venv-oldest/bin/python || $(PYTHON_OLDEST) -m venv .venv-oldest || \
@@ -136,8 +130,8 @@ sanitize: $(VENV)/.installed ## run the tests of the C++ kernel under AddressSan
 same-bits: ## compare all instruction sets of the C++ kernel bit by bit, AVX-512 emulated by AVX2 (needs only a C++ compiler)
 	tools/same_bits.sh
 
-build-check: .venv-build/.installed ## compile the C++ kernel with gcc, old and new clang, and for aarch64: no warnings allowed
-	tools/build_check.sh .venv-build/bin/python $(COMPILERS)
+build-check: $(VENV)/.installed ## compile the C++ kernel with gcc, old and new clang, and for aarch64: no warnings allowed
+	tools/build_check.sh $(BIN)/python $(COMPILERS)
 
 clean: ## remove everything that was built
-	rm -rf $(VENV) .venv-build .venv-oldest .venv-newest .venv-adapters .venv-robotics build dist out *.egg-info kernels/*.so
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-adapters .venv-robotics build dist out *.egg-info kernels/*.so
