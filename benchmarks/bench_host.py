@@ -61,8 +61,8 @@ class _Silent(Replay):
 
     silent = False
 
-    def capture(self, function):
-        graph = super().capture(function)
+    def capture(self, function, pool=None):
+        graph = super().capture(function, pool)
         replay = graph.replay
         graph.replay = lambda: None if self.silent else replay()
         return graph
