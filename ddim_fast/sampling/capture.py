@@ -1,8 +1,9 @@
 """Graphs that are kept: captured once, replayed by every later call that differs in values only.
 
 A graph bakes in addresses, shapes and every Python number. Everything that changes between calls is
-in static tensors that the captured work reads (``captured``). What is baked in is part of the key under which a
-graph is kept (``graph_key``), so a different value leads to a different graph, never to a stale one.
+in static tensors that the captured work reads (``captured``). What is baked in is part of the key
+under which a graph is kept (``graph_key``), so a different value leads to a different graph, never
+to a stale one.
 """
 
 from __future__ import annotations

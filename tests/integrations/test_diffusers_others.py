@@ -137,8 +137,8 @@ class DDPMWuerstchenScheduler(Case):
         return (math.sqrt(1 / alpha) * (x - (1 - alpha) / math.sqrt(1 - bar) * m) + std_dev * z,)
 
 
-def posterior(config, t, bar, bar_prev, beta, x, m, z):
-    """(x_prev, x0) of equation 7 of the DDPM paper, with noise."""
+def posterior(config, t, bar, bar_prev, alpha, beta, x, m, z):
+    """(x_prev, x0) of equation 7 of the DDPM paper, with noise. Neither alpha nor beta = 1 - alpha has the other's digits."""
     x0 = {
         "epsilon": lambda: (x - math.sqrt(1 - bar) * m) / math.sqrt(bar),
         "sample": lambda: m,
@@ -146,7 +146,7 @@ def posterior(config, t, bar, bar_prev, beta, x, m, z):
     }[config.prediction_type]()
     if config.clip_sample:
         x0 = np.clip(x0, -config.clip_sample_range, config.clip_sample_range)
-    mean = math.sqrt(bar_prev) * beta / (1 - bar) * x0 + math.sqrt(1 - beta) * (1 - bar_prev) / (1 - bar) * x
+    mean = math.sqrt(bar_prev) * beta / (1 - bar) * x0 + math.sqrt(alpha) * (1 - bar_prev) / (1 - bar) * x
     variance = beta if config.variance_type == "fixed_large" else max((1 - bar_prev) / (1 - bar) * beta, 1e-20)
     return mean + (math.sqrt(variance) * z if t > 0 else 0.0), x0
 
@@ -186,8 +186,11 @@ class UnCLIPScheduler(Case):
         config, (t, t_prev) = scheduler.config, stepped(scheduler, index, options)
         t_prev = t - 1 if t_prev is None else t_prev
         bar, bar_prev = (float(scheduler.alphas_cumprod[t]) if t >= 0 else 1.0 for t in (t, t_prev))
-        beta = float(scheduler.betas[t]) if t_prev == t - 1 else 1 - bar / bar_prev
-        return posterior(config, t, bar, bar_prev, beta, x, m, z)
+        alpha, beta = bar / bar_prev, 1 - bar / bar_prev
+        if t_prev == t - 1:
+            beta = float(scheduler.betas[t])
+            alpha = 1 - beta
+        return posterior(config, t, bar, bar_prev, alpha, beta, x, m, z)
 
 
 class DDPMScheduler(Case):
@@ -217,7 +220,7 @@ class DDPMScheduler(Case):
     def update(self, scheduler, index, options, x, m, z):
         t, t_prev = [*scheduler.timesteps.tolist(), -1][index : index + 2]
         bar, bar_prev = (float(scheduler.alphas_cumprod[t]) if t >= 0 else 1.0 for t in (t, t_prev))
-        return posterior(scheduler.config, t, bar, bar_prev, 1 - bar / bar_prev, x, m, z)
+        return posterior(scheduler.config, t, bar, bar_prev, bar / bar_prev, 1 - bar / bar_prev, x, m, z)
 
 
 class CogVideoXDPMScheduler(Case):
