@@ -83,18 +83,20 @@ def assert_same_kinds(expected, got, return_dict, m):
         assert [other is a for other in expected] == [other is b for other in got]
 
 
-def assert_never_further(expected, got, exact, m, rounded=()):
+def assert_never_further(expected, got, exact, m, rounded=(), inputs=None):
     """Compare a step of ours and of the original with float64.
 
     Args:
         exact: [(result, its terms), ...].
         rounded: other exact results, which a step in half precision rounds on its way.
+        inputs: in float64, how large what the truth's terms are made of is; None where numbers cancel
+            before they are terms.
     """
     for values, originals, (e, terms) in zip(outputs(got), outputs(expected), exact, strict=True):
         if values is m or not np.isfinite(to_numpy(originals)).all():
             continue
         if values.dtype == torch.float64:  # the truth is rounded, too, where its numbers cancel
-            terms = terms * 1e4
+            terms = terms * 1e4 if inputs is None else terms + inputs
         allowed = allowed_error(values.dtype, terms) + sum(half_unit(values, other) for other in rounded)
         assert_within(values, e, allowed)
         worst, of_original = (float(np.abs(to_numpy(v) - e).max()) for v in (values, originals))
