@@ -43,6 +43,10 @@ def _originals_second(
     return began + (derivative + (x - x0) / k) / 2 * k, x0
 
 
+def _have_one_dtype(x: Any, m: Any) -> bool:
+    return isinstance(x, Tensor) and isinstance(m, Tensor) and x.dtype == m.dtype
+
+
 class FastHeunDiscreteScheduler(SigmaSteps, HeunDiscreteScheduler):
     """``diffusers.HeunDiscreteScheduler`` with the updates of its two half-steps in the kernel.
 
@@ -102,12 +106,7 @@ class FastHeunDiscreteScheduler(SigmaSteps, HeunDiscreteScheduler):
     def _short_first_half(self, rows: SigmaRows, m: Any, x: Any) -> tuple[Tensor, Tensor] | None:
         """Take a first half of plain tensors of one dtype, if its rows are known."""
         index = self._step_index
-        if (
-            index not in rows.derivatives
-            or not isinstance(x, Tensor)
-            or not isinstance(m, Tensor)
-            or x.dtype != m.dtype
-        ):
+        if index not in rows.derivatives or not _have_one_dtype(x, m):
             return None
         found = plain_step(x, m, rows.plain, index, rows.values, rows.writes, not rows.output_is_x0)
         derivative = None if found is None else plain_step(x, m, rows.derivatives, index, (), (), False)
@@ -119,14 +118,7 @@ class FastHeunDiscreteScheduler(SigmaSteps, HeunDiscreteScheduler):
     def _short_second_half(self, rows: SigmaRows, m: Any, x: Any) -> tuple[Tensor, Tensor] | None:
         """Take a second half of plain tensors of one dtype, after a first half whose rows are known."""
         index, dt = self._step_index, self.dt
-        if (
-            type(index) is not int
-            or index - 1 not in rows.derivatives
-            or not isinstance(x, Tensor)
-            or not isinstance(m, Tensor)
-            or x.dtype != m.dtype
-            or dt is None
-        ):
+        if type(index) is not int or index - 1 not in rows.derivatives or dt is None or not _have_one_dtype(x, m):
             return None
         row = {0: heun_row(rows.sigmas[index], float(dt), *self._prediction())}
         writes_x0 = not rows.output_is_x0
