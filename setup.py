@@ -40,7 +40,10 @@ COMMON_FLAGS = [
     "-Wextra",
 ]
 # Source -> its own flags. Other processors leave out the x86 sources.
-PORTABLE = {"module.cpp": [], "same_objects.cpp": [], "density.cpp": [], "parallel.cpp": [], "isa_portable.cpp": []}
+PORTABLE: dict[str, list[str]] = {
+    f"{name}.cpp": []
+    for name in ("module", "plain_tensors", "density_calls", "density", "same_objects", "parallel", "isa_portable")
+}
 X86 = {"isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"], "isa_avx512.cpp": ["-mavx512f", "-mfma", "-mf16c"]}
 
 REQUIRED = os.environ.get("DDIM_FAST_REQUIRE_EXTENSION", "0") not in ("", "0")

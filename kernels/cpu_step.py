@@ -75,6 +75,19 @@ def _no_step(
 plain_step = _no_step if extension is None else extension.step_to_new
 
 
+def _no_density(*arguments: Any) -> Any:
+    """Compute ``density`` of plain tensors in one call of C++, or decline.
+
+    This is for callers that count microseconds. The arguments are those of ``ddim_log_prob``, and
+    those of the backward pass beside them, in the order of csrc/density_calls.cpp, which says what
+    each call returns. None says that it declines, having done nothing.
+    """
+
+
+plain_density = _no_density if extension is None else extension.density_of_plain
+plain_density_backward = _no_density if extension is None else extension.density_backward_of_plain
+
+
 def unsupported_reasons(inputs: StepInputs, more: Iterable[Tensor] = ()) -> list[str]:
     """Return why this backend cannot run these (valid) inputs; empty if it can."""
     reasons = []

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu_step, reference
 from .coefficients import StepCoefficients
 from .density import DIFFERENTIABLE, DensityInputs, check_density_inputs, new_gradients
 from .dispatch import choose
@@ -62,10 +62,12 @@ def ddim_log_prob(
         TypeError, ValueError: an argument breaks a rule; the step adds no noise and there is no
             ``min_std``; or a gradient is asked for in ``x_prev`` or ``mask``.
     """
-    step = StepInputs(
-        x_t, model_output, coefficients, model_output_uncond=model_output_uncond, guidance_scale=guidance_scale
-    )
-    inputs = DensityInputs(step, x_prev=x_prev, mask=mask, reduction=log_prob_reduction, min_std=min_std)
+    constants = (coefficients, guidance_scale, log_prob_reduction, min_std)
+    if backend is None and not torch.compiler.is_dynamo_compiling():
+        found = _of_plain(constants, x_prev, mask, model_output, model_output_uncond, x_t)
+        if found is not None:
+            return found
+    inputs = _inputs(constants, x_prev, mask, model_output, model_output_uncond, x_t)
     check_density_inputs(inputs, "log_prob_reduction")
     return _evaluate(inputs, backend)
 
@@ -118,6 +120,31 @@ def ddim_kl(
     )
     check_density_inputs(inputs, "reduction")
     return _evaluate(inputs, backend)
+
+
+def _of_plain(constants: tuple[Any, ...], x_prev: Any, mask: Any, *differentiable: Any) -> Tensor | None:
+    """Return the log-probability of plain tensors on the CPU; None, having done nothing, for others
+    and where something is wrong."""
+    found = cpu_step.plain_density(*_in_order(constants, x_prev, mask, *differentiable))
+    if found is None:
+        return None
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
+        return _PlainDensity.apply(found, constants, x_prev, mask, *differentiable)
+    return found[0]
+
+
+def _in_order(constants: tuple[Any, ...], x_prev: Any, mask: Any, model_output: Any, uncond: Any, x_t: Any) -> Any:
+    """Return the arguments of ``cpu_step.plain_density``."""
+    coefficients, guidance_scale, reduction, min_std = constants
+    return x_prev, x_t, model_output, coefficients, uncond, guidance_scale, mask, reduction, min_std
+
+
+def _inputs(
+    constants: tuple[Any, ...], x_prev: Any, mask: Any, model_output: Any, uncond: Any, x_t: Any
+) -> DensityInputs:
+    coefficients, guidance_scale, reduction, min_std = constants
+    step = StepInputs(x_t, model_output, coefficients, model_output_uncond=uncond, guidance_scale=guidance_scale)
+    return DensityInputs(step, x_prev=x_prev, mask=mask, reduction=reduction, min_std=min_std)
 
 
 def _evaluate(inputs: DensityInputs, backend: str | None) -> Tensor:
@@ -188,6 +215,36 @@ class _Density(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             gradients = {name: _Once.apply(found, gradient, *ctx.saved_tensors) for name, found in gradients.items()}
         return None, None, *(gradients.get(name) for name in DIFFERENTIABLE)
+
+
+class _PlainDensity(torch.autograd.Function):
+    """The same of plain tensors, in one call of C++ each way: at small sizes what Python does in
+    ``_Density`` takes several times as long as the kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, found: Any, constants: tuple[Any, ...], *tensors: Tensor | None) -> Tensor:
+        result, ctx.counts = found
+        ctx.constants = constants
+        ctx.save_for_backward(*tensors)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[4:]
+        gradients: list[Tensor | None] = [
+            torch.empty_like(tensor) if want else None for tensor, want in zip(tensors[2:], wanted, strict=True)
+        ]
+        arguments = _in_order(ctx.constants, *tensors)
+        if cpu_step.plain_density_backward(*arguments, gradient, ctx.counts, *gradients) is None:
+            inputs = _inputs(ctx.constants, *tensors)
+            with torch.no_grad():
+                factors = _factors(inputs, gradient, ctx.counts)
+                named = _backward(inputs, factors, wanted, _choose(inputs))
+            gradients = [named.get(name) for name in DIFFERENTIABLE]
+        if torch.is_grad_enabled():  # create_graph=True
+            saved = [tensor for tensor in tensors if tensor is not None]
+            gradients = [None if found is None else _Once.apply(found, gradient, *saved) for found in gradients]
+        return None, None, None, None, *gradients
 
 
 class _Once(torch.autograd.Function):

@@ -7,7 +7,6 @@
 namespace ddim {
 namespace {
 
-constexpr int64_t kThreadElements = 8192;  // with fewer for each, a second thread costs more than it saves
 constexpr int kColumns = 128;
 
 // The sums of a sample's blocks, added in float64: block k to column k mod 128, in order, and the

@@ -20,6 +20,8 @@ struct Density {
   const float* factors;                           // (n_samples): what x_prev - mean is multiplied by in the gradient of the mean
 };
 
+constexpr int64_t kThreadElements = 8192;  // with fewer for each, a second thread costs more than it saves
+
 constexpr int64_t blocks_of(int64_t n_elements) { return (n_elements + kSumBlock - 1) / kSumBlock; }
 
 // Calls work on ranges of whole blocks that make up all samples, on up to `threads` threads.

@@ -7,6 +7,7 @@
 //                  the rows were computed from has changed.
 //   plain(...)     tells of tensors anywhere, as step() asks of those on the CPU, whether they need no other checks.
 //   run(...)       takes addresses and strides that Python has checked.
+//   density calls  are in density_calls.cpp
 //
 // No torch headers: one build serves every Python from 3.10 and every torch.
 #include "python_api.h"
@@ -27,19 +28,17 @@
 
 #include "convolution.h"
 #include "density.h"
-#include "dlpack.h"
+#include "density_calls.h"
 #include "parallel.h"
+#include "plain_tensors.h"
 #include "same_objects.h"
 #include "step.h"
 
 namespace ddim {
 
-PyObject* tensor_type;
-const dlpack::ExchangeApi* exchange = nullptr;  // as long as it is null, step() refuses, and Python checks at its own pace
+const Kernels* kernels = &kPortable;
 
 namespace {
-
-const Kernels* kernels = &kPortable;
 
 #ifdef DDIM_WITH_X86
 // Half-precision conversions. clang has __builtin_cpu_supports("f16c") only since version 15, so
@@ -117,122 +116,11 @@ void run(const Step& s, int threads, const LogProb& log_prob) {
   log_prob.results ? run_and_reduce(s, log_prob, threads) : run_step(s, threads);
 }
 
-// With fewer elements, releasing the interpreter's lock costs more than it gains.
-constexpr int64_t kReleaseLock = 65536;
-
-// Releases the interpreter's lock while it lives.
-class Unlocked {
- public:
-  Unlocked() : state_(PyEval_SaveThread()) {}
-  ~Unlocked() { PyEval_RestoreThread(state_); }
-  Unlocked(const Unlocked&) = delete;
-  Unlocked& operator=(const Unlocked&) = delete;
-
- private:
-  PyThreadState* state_;
-};
-
 void run_unlocked(const Step& s, int threads, const LogProb& log_prob = {}) {
-  if (s.n_samples * s.n_elements < kReleaseLock) return run(s, threads, log_prob);
-  Unlocked unlocked;
-  run(s, threads, log_prob);
+  unlocked_for(s.n_samples * s.n_elements, [&] { run(s, threads, log_prob); });
 }
 
-// ------------------------------------------------------------------------------------------------------ what torch is asked
-PyObject *get_num_threads, *grad_enabled, *inference_mode, *s_requires_grad, *s_packed, *s_needs, *s_rows, *s_scale_and_offset;
-// From kernels/torch_internals.py. The last two are None where torch has no such name.
-PyObject *modes_active, *forward_ad, *forward_ad_level, *write_count;
-PyCFunction is_negated, is_inference;  // torch.Tensor.is_neg and is_inference, called without looking them up
-
-bool has_elements(const dlpack::Tensor& t) {
-  return std::find(t.shape, t.shape + t.ndim, 0) == t.shape + t.ndim;
-}
-
-// Whether there are steps for tensors there: here on the CPU, elsewhere in Triton.
-bool has_steps(const dlpack::Device& where) {
-  return where.type == dlpack::kCpu || where.type == dlpack::kCuda || where.type == dlpack::kRocm;
-}
-
-// Reads a tensor with memory of its own, on the device of another (null: on any that has steps).
-// Zeros that torch knows without memory have none.
-bool read_any(PyObject* object, const dlpack::Tensor* like, dlpack::Tensor* t) {
-  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != tensor_type) return false;
-  if (exchange->tensor_from_object(object, t) != 0) return false;
-  const dlpack::Device& where = t->device;
-  if (like ? where.type != like->device.type || where.id != like->device.id : !has_steps(where)) return false;
-  Reference negated(is_negated(object, nullptr));  // its memory has the other sign
-  return negated.object == Py_False && (t->data || !has_elements(*t));
-}
-
-bool is_on_host(const dlpack::Tensor& t) { return t.device.type == dlpack::kCpu; }
-
-void* address_of(const dlpack::Tensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
-
-// `as_new`: dimensions of size 1, too, have the strides of a new tensor. (They change no place in
-// memory, but the layout that torch gives to results.)
-bool contiguous(const dlpack::Tensor& t, bool as_new = false) {
-  if (!t.strides) return true;
-  int64_t expected = 1;
-  for (int32_t d = t.ndim - 1; d >= 0; --d) {
-    if ((as_new || t.shape[d] != 1) && t.strides[d] != expected) return false;
-    expected *= t.shape[d];
-  }
-  return true;
-}
-
-bool read_dtype(const dlpack::DataType& type, DType* out) {
-  if (type.lanes != 1) return false;
-  if (type.code == dlpack::kFloat && type.bits == 32) return *out = kFloat32, true;
-  if (type.code == dlpack::kFloat && type.bits == 16) return *out = kFloat16, true;
-  if (type.code == dlpack::kBFloat && type.bits == 16) return *out = kBFloat16, true;
-  return false;
-}
-
-// Reads a plain tensor of the shape of `like` (null: of any shape). False: not plain, or an
-// exception.
-bool read_tensor(PyObject* object, const dlpack::Tensor* like, int64_t stride, Tensor* out, dlpack::Tensor* t) {
-  if (!read_any(object, like, t) || !read_dtype(t->dtype, &out->dtype) || !contiguous(*t)) return false;
-  if (like && (t->ndim != like->ndim || !std::equal(t->shape, t->shape + t->ndim, like->shape))) return false;
-  out->data = address_of(*t);
-  out->stride = stride;
-  return true;
-}
-
-bool read_tensor(PyObject* object, const dlpack::Tensor* like, int64_t stride, Tensor* out) {
-  dlpack::Tensor t;
-  return read_tensor(object, like, stride, out, &t);
-}
-
-// Whether torch records gradients. The kernels record none, so a tensor that may require one is
-// left to Python.
-bool is_recording() {
-  Reference enabled(PyObject_CallNoArgs(grad_enabled));
-  return enabled.object != Py_False;
-}
-
-bool without_gradient(PyObject* object, bool recording) {
-  if (!recording) return true;
-  Reference attribute(PyObject_GetAttr(object, s_requires_grad));
-  return attribute.object == Py_False;
-}
-
-// Whether torch allows writing: a tensor made under inference mode may be written there alone.
-bool writable(PyObject* object) {
-  Reference inference(is_inference(object, nullptr));
-  if (inference.object == Py_False) return true;
-  Reference allowed(PyObject_CallNoArgs(inference_mode));
-  return allowed.object == Py_True;
-}
-
-// Reads a plain one-dimensional tensor with an entry for each sample.
-bool read_per_sample(PyObject* object, const dlpack::Tensor& like, uint8_t code, uint8_t bits, int64_t n_samples, const void** out) {
-  dlpack::Tensor t;
-  if (!read_any(object, &like, &t) || t.dtype.code != code || t.dtype.bits != bits || t.dtype.lanes != 1) return false;
-  if (t.ndim != 1 || t.shape[0] != n_samples || !contiguous(t)) return false;
-  *out = address_of(t);
-  return true;
-}
-
+// ------------------------------------------------------------------------------------------------------------- its arguments
 // Reads which rows of a table a step takes: one number, or one for each sample, beside the table.
 bool read_index(PyObject* index, PyObject* table, const dlpack::Tensor& like) {
   dlpack::Tensor t, rows;
@@ -243,35 +131,11 @@ bool read_index(PyObject* index, PyObject* table, const dlpack::Tensor& like) {
   return (one || each) && held.object && read_any(held.object, &like, &rows);
 }
 
-constexpr size_t kItemSize[] = {4, 2, 2};
-
-// Whether two stretches of memory share nothing. Null shares nothing.
-bool apart(const void* a, size_t a_bytes, const void* b, size_t b_bytes) {
-  const auto *x = static_cast<const char*>(a), *y = static_cast<const char*>(b);
-  return !x || !y || x + a_bytes <= y || y + b_bytes <= x;
-}
-
 // Tensors of one shape, contiguous: writing is safe where memory is the same element for element,
 // or not shared at all.
 bool safe_to_write(const Tensor& written, const Tensor& read, int64_t n) {
   if (written.data == read.data) return written.dtype == read.dtype;
   return apart(written.data, n * kItemSize[written.dtype], read.data, n * kItemSize[read.dtype]);
-}
-
-bool read_coefficients(PyObject* packed, Step* s) {
-  if (!PyBytes_Check(packed) || PyBytes_Size(packed) != static_cast<Py_ssize_t>(sizeof(Coefficients) + sizeof(uint32_t))) return false;
-  const char* bytes = PyBytes_AsString(packed);
-  uint32_t clipped;
-  std::memcpy(&s->c, bytes, sizeof s->c);
-  std::memcpy(&clipped, bytes + sizeof s->c, sizeof clipped);
-  s->clipped = clipped != 0;
-  return true;
-}
-
-int thread_count(int64_t n, bool noise) {
-  if (n <= (noise ? kNoiseGrain : kGrain)) return 1;
-  Reference count(PyObject_CallNoArgs(get_num_threads));
-  return count.object ? static_cast<int>(PyLong_AsLong(count.object)) : 1;
 }
 
 // The arguments of step(), in the order of kernels/fields.py (a test compares the names); the
@@ -304,38 +168,23 @@ enum Place { kOnHost, kAnywhere };
 // Reads what every step has. `like`: x_t, whose shape the others share; `other`: model_output.
 bool read_plain(PyObject* x_t, PyObject* model_output, PyObject* packed, Place place, bool recording, Step* s, dlpack::Tensor* like,
                 dlpack::Tensor* other) {
-  if (!exchange || !read_tensor(x_t, nullptr, 0, &s->x_t, like) || like->ndim < 1) return false;
-  if (place == kOnHost && !is_on_host(*like)) return false;
-  s->n_samples = like->shape[0];
-  s->n_elements = 1;
-  for (int32_t d = 1; d < like->ndim; ++d) s->n_elements *= like->shape[d];
-  s->x_t.stride = s->n_elements;
-  if (!read_tensor(model_output, like, s->n_elements, &s->model_output, other)) return false;
-  if (s->model_output.dtype != s->x_t.dtype && s->x_t.dtype != kFloat32) return false;
-  if (!without_gradient(x_t, recording) || !without_gradient(model_output, recording)) return false;
-  return read_coefficients(packed, s);
+  if (!read_prediction(x_t, model_output, packed, s, like, other) || (place == kOnHost && !is_on_host(*like))) return false;
+  return without_gradient(x_t, recording) && without_gradient(model_output, recording);
 }
 
-// Reads the arguments of a log-probability, whose scale and offset the row computes. False: what is
-// wrong with them is left to Python, or an exception.
+// Reads the arguments of a log-probability. False: what is wrong with them is left to Python, or an
+// exception.
 bool read_log_prob(PyObject* const* a, const dlpack::Tensor& like, bool recording, const Step& s, LogProb* out) {
-  const bool mean = PyUnicode_Check(a[kLogProbReduction]) && PyUnicode_CompareWithASCIIString(a[kLogProbReduction], "mean") == 0;
-  *out = {nullptr, {0, 0, -1, mean}};
-  if (a[kLogProbOut] == Py_None) return mean && a[kMinStd] == Py_None;
-  if (!mean && !(PyUnicode_Check(a[kLogProbReduction]) && PyUnicode_CompareWithASCIIString(a[kLogProbReduction], "sum") == 0)) return false;
-  if (a[kMinStd] != Py_None && !PyFloat_CheckExact(a[kMinStd])) return false;
-  const double least = a[kMinStd] == Py_None ? 0 : PyFloat_AsDouble(a[kMinStd]);
-  const double std_dev = std::max(std::fabs(double{s.c.noise}), least);
-  if (!(least >= 0) || (a[kMinStd] != Py_None && least == 0) || std_dev < 0x1p-59 || std_dev > 0x1p59) return false;
+  *out = {nullptr, {0, 0, -1, true}};
+  if (a[kLogProbOut] == Py_None) {
+    return a[kMinStd] == Py_None && PyUnicode_Check(a[kLogProbReduction]) && PyUnicode_CompareWithASCIIString(a[kLogProbReduction], "mean") == 0;
+  }
+  if (!read_reduction(a[kCoefficients], a[kLogProbReduction], a[kMinStd], s, &out->reduction)) return false;
   const void* results;
   if (!read_per_sample(a[kLogProbOut], like, dlpack::kFloat, 32, s.n_samples, &results)) return false;
   if (!writable(a[kLogProbOut]) || !without_gradient(a[kLogProbOut], recording)) return false;
-  Reference numbers(PyObject_CallMethodObjArgs(a[kCoefficients], s_scale_and_offset, a[kMinStd], nullptr));
-  if (!numbers.object || !PyTuple_Check(numbers.object) || PyTuple_Size(numbers.object) != 2) return false;
-  out->reduction.scale = static_cast<float>(PyFloat_AsDouble(PyTuple_GetItem(numbers.object, 0)));
-  out->reduction.offset = static_cast<float>(PyFloat_AsDouble(PyTuple_GetItem(numbers.object, 1)));
   out->results = static_cast<float*>(const_cast<void*>(results));
-  return !PyErr_Occurred();
+  return true;
 }
 
 bool read_step(PyObject* const* a, Place place, PyObject* index, Step* s, int64_t* total, LogProb* log_prob) {
@@ -347,14 +196,8 @@ bool read_step(PyObject* const* a, Place place, PyObject* index, Step* s, int64_
   if (index != Py_None && !read_index(index, a[kCoefficients], like)) return false;
   const int64_t stride = s->n_elements;
   *total = s->n_samples * s->n_elements;
-  if (a[kModelOutputUncond] != Py_None) {
-    if (!read_tensor(a[kModelOutputUncond], &like, stride, &s->model_output_uncond) || !without_gradient(a[kModelOutputUncond], recording)) return false;
-    if (s->model_output_uncond.dtype != s->model_output.dtype) return false;
-    s->guidance_scale = static_cast<float>(PyFloat_AsDouble(a[kGuidanceScale]));
-    if (PyErr_Occurred() || !std::isfinite(s->guidance_scale)) return false;
-  } else if (a[kGuidanceScale] != Py_None) {
-    return false;
-  }
+  if (!read_guidance(a[kModelOutputUncond], a[kGuidanceScale], like, s)) return false;
+  if (a[kModelOutputUncond] != Py_None && !without_gradient(a[kModelOutputUncond], recording)) return false;
   // Noise that the row does not add is checked like any other, and then not read.
   const bool given = a[kNoise] != Py_None, seeded = a[kSeeds] != Py_None, wanted = s->c.noise != 0;
   if ((given && seeded) || (wanted && !given && !seeded)) return false;
@@ -423,15 +266,6 @@ bool read_step(PyObject* const* a, Place place, PyObject* index, Step* s, int64_
   return true;
 }
 
-// Whether a mode of torch looks at every operation, such as make_fx's, or forward-mode derivatives
-// are taken: they would miss this one.
-bool is_watched() {
-  PyObject* level = PyDict_GetItemWithError(forward_ad, forward_ad_level);
-  if (!level || PyLong_AsLong(level) >= 0) return true;
-  Reference count(PyObject_CallNoArgs(modes_active));
-  return !count.object || PyLong_AsLong(count.object) != 0;
-}
-
 PyObject* py_step(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
   if (n_arguments != kNumStepArguments) {
     PyErr_Format(PyExc_TypeError, "step takes %d arguments, got %zd", int{kNumStepArguments}, n_arguments);
@@ -444,7 +278,7 @@ PyObject* py_step(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
     PyErr_Clear();  // the checks in Python raise the error
     return new_none();
   }
-  run_unlocked(s, thread_count(total, s.seeds || log_prob.results), log_prob);
+  run_unlocked(s, thread_count(total, s.seeds || log_prob.results ? kNoiseGrain : kGrain), log_prob);
   if (PyErr_Occurred()) return nullptr;
   Py_INCREF(a[kXPrev]);
   return a[kXPrev];
@@ -466,33 +300,6 @@ PyObject* py_plain(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
   }
   return Py_BuildValue("LL", static_cast<long long>(s.n_samples), static_cast<long long>(s.n_elements));
 }
-
-// A new tensor in the layout of another. It owns its memory: this struct, and the elements after
-// it.
-struct alignas(64) NewTensor {
-  static constexpr int32_t kMostDimensions = 8;
-  dlpack::ManagedTensor managed;
-  int64_t shape[kMostDimensions], strides[kMostDimensions];
-
-  // Null if there is not enough memory, or there are too many dimensions.
-  static NewTensor* like(const dlpack::Tensor& t, size_t bytes) {
-    if (t.ndim > kMostDimensions) return nullptr;
-    void* memory = ::operator new(sizeof(NewTensor) + bytes, std::align_val_t{alignof(NewTensor)}, std::nothrow);
-    if (!memory) return nullptr;
-    auto* result = new (memory) NewTensor;
-    std::copy_n(t.shape, t.ndim, result->shape);
-    std::copy_n(t.strides, t.ndim, result->strides);
-    result->managed = {exchange->version, nullptr, destroy, 0, {result + 1, t.device, t.ndim, t.dtype, result->shape, result->strides, 0}};
-    return result;
-  }
-
-  static void destroy(dlpack::ManagedTensor* managed) { ::operator delete(managed, std::align_val_t{alignof(NewTensor)}); }
-
-  PyObject* to_python() {
-    void* object = nullptr;
-    return exchange->managed_tensor_to_object(&managed, &object) == 0 ? static_cast<PyObject*>(object) : nullptr;
-  }
-};
 
 // The row of timestep t in a dictionary of rows by number, borrowed; t may be in an int64 tensor
 // without dimensions.
@@ -557,7 +364,7 @@ PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) 
     const size_t bytes = s.n_samples * s.n_elements * kItemSize[s.x_t.dtype];
     x_prev = NewTensor::like(like, bytes);
     x0 = x_prev && (wants_x0 || remembered.data) ? NewTensor::like(like, bytes) : nullptr;
-    if (x0 && remembered.data) std::memcpy(x0 + 1, remembered.data, bytes);  // a step replaces its history by its x0
+    if (x0 && remembered.data) std::memcpy(x0->elements(), remembered.data, bytes);  // a step replaces its history by its x0
     usable = x_prev && (x0 || !(wants_x0 || remembered.data));
   }
   if (!usable) {
@@ -566,33 +373,12 @@ PyObject* py_step_to_new(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) 
     return new_none();
   }
   if (s.c.noise == 0) s.noise.data = nullptr;
-  s.x_prev = {x_prev + 1, s.x_t.stride, s.x_t.dtype};
-  if (x0) (remembered.data ? s.history : s.x0) = {x0 + 1, s.x_t.stride, s.x_t.dtype};
-  run_unlocked(s, thread_count(s.n_samples * s.n_elements, false));
+  s.x_prev = {x_prev->elements(), s.x_t.stride, s.x_t.dtype};
+  if (x0) (remembered.data ? s.history : s.x0) = {x0->elements(), s.x_t.stride, s.x_t.dtype};
+  run_unlocked(s, thread_count(s.n_samples * s.n_elements, kGrain));
   if (x0 && !wants_x0) NewTensor::destroy(&std::exchange(x0, nullptr)->managed);
   Reference first(x_prev->to_python()), second(x0 ? x0->to_python() : new_none());
   return first.object && second.object ? PyTuple_Pack(2, first.object, second.object) : nullptr;
-}
-
-// Whether all of these are addresses, for at least one element. False: an exception. Tensors without
-// memory on the CPU, such as those on the device meta, have the address 0.
-bool all_given(std::initializer_list<const void*> addresses, int64_t rows, int64_t columns) {
-  if (rows >= 0 && columns >= 0 && (rows == 0 || columns == 0 || std::find(addresses.begin(), addresses.end(), nullptr) == addresses.end())) return true;
-  PyErr_SetString(PyExc_ValueError, "a kernel must be given memory on the CPU, got a tensor that has none: move it with .cpu()");
-  return false;
-}
-
-// Reads a tensor from (address, stride, dtype); address 0: not given. False: an exception.
-bool read_described(PyObject* described, Tensor* out) {
-  long long address, stride;
-  int dtype;
-  if (!PyArg_ParseTuple(described, "LLi", &address, &stride, &dtype)) return false;
-  if (dtype < kFloat32 || dtype > kBFloat16) {
-    PyErr_Format(PyExc_ValueError, "dtype must be a code of csrc/step.h, got %d", dtype);
-    return false;
-  }
-  *out = {reinterpret_cast<void*>(address), stride, static_cast<DType>(dtype)};
-  return true;
 }
 
 // run(n_samples, n_elements, tensors, guidance_scale, packed, thresholds, seeds, known_seeds,
@@ -629,58 +415,6 @@ PyObject* py_run(PyObject*, PyObject* arguments) {
   s.noise_stream = noise_stream;
   if (!all_given({s.x_t.data, s.model_output.data, s.x_prev.data}, n_samples, n_elements)) return nullptr;
   run_unlocked(s, threads, {reinterpret_cast<float*>(results), reduction});
-  return new_none();
-}
-
-// density(n_samples, n_elements, tensors, guidance_scale, packed, scale, offset, sign, mean,
-// results, counts, factors, threads): the log-density or divergence of each sample to results, and
-// how many of its elements count to counts, if that is given; or, with factors, the gradients. The
-// tensors are x_t, model_output, model_output_uncond, x_prev, reference, reference_uncond, mask, and
-// the gradients of the first three, as in run; the last four arguments but one are addresses of
-// float32.
-PyObject* py_density(PyObject*, PyObject* arguments) {
-  Density d{};
-  Step& s = d.step;
-  long long n_samples, n_elements;
-  int threads, mean;
-  float guidance;
-  unsigned long long results, counts, factors;
-  PyObject *packed, *described;
-  Reduction reduction;
-  if (!PyArg_ParseTuple(arguments, "LLO!fOfffpKKKi", &n_samples, &n_elements, &PyTuple_Type, &described, &guidance, &packed, &reduction.scale,
-                        &reduction.offset, &reduction.sign, &mean, &results, &counts, &factors, &threads))
-    return nullptr;
-  reduction.mean = mean;
-  Tensor* const tensors[] = {&s.x_t, &s.model_output, &s.model_output_uncond, &s.x_prev, &d.reference, &d.reference_uncond, &s.mask,
-                             &d.of_x_t, &d.of_model_output, &d.of_uncond};
-  constexpr size_t n_tensors = std::size(tensors);
-  if (PyTuple_Size(described) != static_cast<Py_ssize_t>(n_tensors) || !read_coefficients(packed, &s)) {
-    PyErr_Format(PyExc_TypeError, "density takes %zu tensors, and packed coefficients of the right type and size", n_tensors);
-    return nullptr;
-  }
-  for (size_t i = 0; i < n_tensors; ++i)
-    if (!read_described(PyTuple_GetItem(described, i), tensors[i])) return nullptr;
-  s.n_samples = n_samples;
-  s.n_elements = n_elements;
-  s.guidance_scale = guidance;
-  s.blocks = blocks_of(n_elements);
-  d.factors = reinterpret_cast<const float*>(factors);
-  const void* compared = s.x_prev.data ? s.x_prev.data : d.reference.data;
-  if (!all_given({s.x_t.data, s.model_output.data, compared}, n_samples, n_elements)) return nullptr;
-  if (!factors && !all_given({reinterpret_cast<const void*>(results)}, n_samples, 1)) return nullptr;
-  const auto work = [&] {
-    if (factors) return for_blocks(n_samples, n_elements, threads, [&](Range range) { kernels->density_backward(d, range); });
-    std::vector<BlockSum> sums(n_samples * s.blocks);
-    s.block_sums = sums.data();
-    for_blocks(n_samples, n_elements, threads, [&](Range range) { kernels->density(d, range); });
-    reduce(reduction, sums.data(), n_samples, n_elements, reinterpret_cast<float*>(results), reinterpret_cast<float*>(counts));
-  };
-  if (n_samples * n_elements < kReleaseLock) {
-    work();
-  } else {
-    Unlocked unlocked;
-    work();
-  }
   return new_none();
 }
 
@@ -835,6 +569,8 @@ PyMethodDef methods[] = {
     {"step_to_new", fast_method<py_step_to_new>, METH_FASTCALL, nullptr},
     {"run", method<py_run>, METH_VARARGS, nullptr},
     {"density", method<py_density>, METH_VARARGS, nullptr},
+    {"density_of_plain", fast_method<py_density_of_plain>, METH_FASTCALL, nullptr},
+    {"density_backward_of_plain", fast_method<py_density_backward_of_plain>, METH_FASTCALL, nullptr},
     {"normals", method<py_normals>, METH_VARARGS, nullptr},
     {"words", method<py_words>, METH_VARARGS, nullptr},
     {"triad", method<py_triad>, METH_VARARGS, nullptr},
@@ -847,42 +583,6 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu_step", "The DDIM step in SIMD C++.", -1, methods, nullptr, nullptr, nullptr, nullptr};
-
-// A method without arguments as a function. Null: it is none in C, or an exception.
-PyCFunction method_of(PyObject* object, const char* name) {
-  Reference method(object ? PyObject_GetAttrString(object, name) : nullptr);
-  return method.object && PyCFunction_GetFlags(method.object) == METH_NOARGS ? PyCFunction_GetFunction(method.object) : nullptr;
-}
-
-bool import_torch_names() {
-  Reference torch(PyImport_ImportModule("torch"));
-  if (!torch.object) return false;
-  tensor_type = PyObject_GetAttrString(torch.object, "Tensor");
-  get_num_threads = PyObject_GetAttrString(torch.object, "get_num_threads");
-  grad_enabled = PyObject_GetAttrString(torch.object, "is_grad_enabled");
-  inference_mode = PyObject_GetAttrString(torch.object, "is_inference_mode_enabled");
-  Reference internals(PyImport_ImportModule("ddim_fast.kernels.torch_internals"));
-  if (!internals.object) return false;
-  modes_active = PyObject_GetAttrString(internals.object, "modes_active");
-  forward_ad = PyObject_GetAttrString(internals.object, "FORWARD_AD");
-  forward_ad_level = PyObject_GetAttrString(internals.object, "FORWARD_AD_LEVEL");
-  write_count = PyObject_GetAttrString(internals.object, "WRITE_COUNT");
-  s_requires_grad = PyUnicode_InternFromString("requires_grad");
-  s_packed = PyUnicode_InternFromString("packed");
-  s_needs = PyUnicode_InternFromString("needs");
-  s_rows = PyUnicode_InternFromString("rows");
-  s_scale_and_offset = PyUnicode_InternFromString("scale_and_offset");
-  Reference example(PyObject_CallNoArgs(tensor_type));  // on the CPU, for any default device
-  is_negated = method_of(example.object, "is_neg");
-  is_inference = method_of(example.object, "is_inference");
-  if (PyErr_Occurred()) return false;
-  Reference capsule(PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__"));
-  const auto* api = static_cast<const dlpack::ExchangeApi*>(
-      capsule.object ? PyCapsule_GetPointer(capsule.object, "dlpack_exchange_api") : nullptr);
-  if (api && api->version.major == 1 && is_negated && is_inference) exchange = api;
-  PyErr_Clear();
-  return true;
-}
 
 PyObject* make_module(PyObject*) {
   kernels = usable_kernels().front();

@@ -100,6 +100,7 @@ struct Kernels {
   void (*density_backward)(const Density&, Range);
 };
 
+extern const Kernels* kernels;  // those in use
 extern const Kernels kPortable;
 #ifdef DDIM_WITH_X86
 extern const Kernels kAvx2;
