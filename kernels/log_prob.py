@@ -174,6 +174,9 @@ def _forward(inputs: DensityInputs, chosen: Any) -> tuple[Tensor, Tensor | None]
 
 def _backward(inputs: DensityInputs, factors: Tensor, wanted: Sequence[bool], chosen: Any) -> dict[str, Tensor]:
     """Return the gradients of ``DIFFERENTIABLE`` that are wanted, by name."""
+    if is_wrapped(factors):  # gradients of several results at once, such as is_grads_batched asks for
+        of_one = _backward(inputs, inputs.step.x_t.new_ones(len(factors), dtype=inputs.dtype), wanted, chosen)
+        return {name: (found.movedim(0, -1) * factors).movedim(-1, 0).to(found.dtype) for name, found in of_one.items()}
     gradients = new_gradients(inputs, wanted)
     chosen.density_backward(inputs, factors, gradients)
     return gradients
@@ -182,12 +185,14 @@ def _backward(inputs: DensityInputs, factors: Tensor, wanted: Sequence[bool], ch
 def _factors(inputs: DensityInputs, gradient: Tensor, counts: Tensor | None) -> Tensor:
     """Return what x_prev - mean (or mean_ref - mean) is multiplied by in the gradient of the mean:
     ``(B,)``."""
-    factor = -2 * inputs.sign * inputs.scale
-    if inputs.reduction == "sum":
-        return gradient * factor
-    if counts is None:
-        return gradient * (factor / max(inputs.n_elements, 1))
-    return gradient * factor / counts.clamp(min=1)
+    factors = gradient * _factor(inputs.sign, inputs.scale, inputs.reduction, inputs.n_elements, counts)
+    return factors / counts.clamp(min=1) if inputs.reduction == "mean" and counts is not None else factors
+
+
+def _factor(sign: float, scale: float, reduction: str, n_elements: int, counts: Tensor | None) -> float:
+    """Return the part of ``_factors`` that is the same for all samples."""
+    factor = -2 * sign * scale
+    return factor / max(n_elements, 1) if reduction == "mean" and counts is None else factor
 
 
 # --- Autograd ---------------------------------------------------------------------------------------------------------
@@ -235,7 +240,10 @@ class _PlainDensity(torch.autograd.Function):
             torch.empty_like(tensor) if want else None for tensor, want in zip(tensors[2:], wanted, strict=True)
         ]
         arguments = _in_order(ctx.constants, *tensors)
-        if cpu_step.plain_density_backward(*arguments, gradient, ctx.counts, *gradients) is None:
+        row, _, reduction, min_std = ctx.constants
+        n_elements = tensors[0].numel() // len(gradient)
+        factor = _factor(-1.0, row.scale_and_offset(min_std)[0], reduction, n_elements, ctx.counts)
+        if cpu_step.plain_density_backward(*arguments, gradient, factor, ctx.counts, *gradients) is None:
             inputs = _inputs(ctx.constants, *tensors)
             with torch.no_grad():
                 factors = _factors(inputs, gradient, ctx.counts)

@@ -59,24 +59,27 @@ def takes_forward_derivatives(tensors: Iterable[Tensor]) -> bool:
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-_is_functorch_wrapped = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
+_functorch = getattr(torch._C, "_functorch", None)
+_is_functorch_wrapped = getattr(_functorch, "is_functorch_wrapped_tensor", None)
+_is_batched_gradient = getattr(_functorch, "is_legacy_batchedtensor", lambda _: False)  # of is_grads_batched
 
 
 def is_wrapped(tensor: Tensor) -> bool:
-    """Return whether a tensor stands for another one inside a torch.func transform.
+    """Return whether a tensor stands for another one, inside a torch.func transform or a batched
+    backward pass.
 
     Saves an exception per such tensor, and tells functionalized tensors, too, which have an address
     that is no memory.
     """
     if _is_functorch_wrapped is not None:
-        return _is_functorch_wrapped(tensor)
+        return _is_functorch_wrapped(tensor) or _is_batched_gradient(tensor)
     try:
         return tensor.data_ptr() == 0 and tensor.numel() > 0 and tensor.device.type != "meta"
     except RuntimeError:
         return True
 
 
-_level = getattr(getattr(torch._C, "_functorch", None), "maybe_get_level", None)
+_level = getattr(_functorch, "maybe_get_level", None)
 
 
 def transform_level(tensor: Tensor) -> int:

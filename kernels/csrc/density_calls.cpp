@@ -40,6 +40,7 @@ enum DensityArgument {
   kMinStd,
   kNumDensityArguments,
   kGradient = kNumDensityArguments,
+  kFactor,
   kCounts,
   kOfModelOutput,
   kOfUncond,
@@ -72,8 +73,8 @@ bool read_gradient(PyObject* object, const dlpack::Tensor& like, const Tensor& o
   return of.data && read_tensor(object, &like, of.stride, out) && out->dtype == of.dtype;
 }
 
-// What x_prev - mean is multiplied by in the gradient of the mean, (n_samples): as _factors of
-// kernels/log_prob.py. False: not plain, or an exception.
+// What x_prev - mean is multiplied by in the gradient of the mean, (n_samples): _factors of
+// kernels/log_prob.py, to the bit. False: not plain, or an exception.
 bool read_factors(PyObject* const* a, const Density& d, const Reduction& r, const dlpack::Tensor& like, std::vector<float>* factors) {
   dlpack::Tensor gradient;
   const int64_t n = d.step.n_samples;
@@ -83,14 +84,12 @@ bool read_factors(PyObject* const* a, const Density& d, const Reduction& r, cons
   const auto* given = static_cast<const float*>(address_of(gradient));
   const void* counts = nullptr;
   if (a[kCounts] != Py_None && !read_per_sample(a[kCounts], like, dlpack::kFloat, 32, n, &counts)) return false;
-  const double factor = -2 * double{r.sign} * double{r.scale};
-  const bool divided = r.mean && !counts;
-  const auto times = static_cast<float>(divided ? factor / static_cast<double>(d.step.n_elements) : factor);
+  const auto factor = static_cast<float>(PyFloat_AsDouble(a[kFactor]));
   for (int64_t i = 0; i < n; ++i) {
-    const float product = given[i * stride] * times;
+    const float product = given[i * stride] * factor;
     factors->push_back(r.mean && counts ? product / std::max(static_cast<const float*>(counts)[i], 1.0f) : product);
   }
-  return true;
+  return !PyErr_Occurred();
 }
 
 bool takes(Py_ssize_t given, int wanted) {
@@ -123,9 +122,10 @@ PyObject* py_density_of_plain(PyObject*, PyObject* const* a, Py_ssize_t n_argume
   return first.object && second.object ? PyTuple_Pack(2, first.object, second.object) : nullptr;
 }
 
-// density_backward_of_plain(the arguments of density_of_plain, gradient, counts, of_model_output,
-// of_uncond, of_x_t): fills the last three, which may be None, and returns True; or None, as above.
-// `gradient` is that of the log-densities, `counts` what density_of_plain returned.
+// density_backward_of_plain(the arguments of density_of_plain, gradient, factor, counts,
+// of_model_output, of_uncond, of_x_t): fills the last three, which may be None, and returns True; or None, as above.
+// `gradient` is that of the log-densities, `factor` see _factors, `counts` what
+// density_of_plain returned.
 PyObject* py_density_backward_of_plain(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
   if (!takes(n_arguments, kNumBackwardArguments)) return nullptr;
   Density d{};
