@@ -561,8 +561,9 @@ def test_textbook_steps(target, prediction_type, state, output):
                 clip=clip,
                 use_clipped_model_output=use_clipped_model_output,
             )
-            assert_near(got, exact, oracle.row_step(row, to_numpy(x), to_numpy(m), noise=to_numpy(z)).terms)
-            shares.append(tolerances.share_correctly_rounded(got, exact))
+            terms = oracle.row_step(row, to_numpy(x), to_numpy(m), noise=to_numpy(z)).terms
+            assert_near(got, exact, terms)
+            shares.append(tolerances.share_correctly_rounded(got, exact, terms))
     if state != torch.float32:
         assert np.mean(shares) >= tolerances.SHARE_CORRECTLY_ROUNDED
 

@@ -59,7 +59,8 @@ def _hold_rounding(context: Context, case: StepCase, x_prev: torch.Tensor) -> No
 def _hold_share(context: Context, dtype: torch.dtype) -> None:
     case, level = _realistic(context, context.setting(), 4, 1 << (18 if context.full else 15), dtype)
     x_prev = context.step(case).x_prev
-    share = share_correctly_rounded(x_prev, truth(context.subject, case, level).exact.x_prev)
+    exact = truth(context.subject, case, level).exact
+    share = share_correctly_rounded(x_prev, exact.x_prev, exact.terms)
     context.measured((1 - share) / (1 - SHARE_CORRECTLY_ROUNDED))
     context.details[f"correctly rounded in {dtype}"] = share
     if not share >= SHARE_CORRECTLY_ROUNDED:

@@ -9,6 +9,7 @@ from verify.right_subjects import INSTALLED, step
 from ddim_fast.verify import Outcome, verify
 from ddim_fast.verify.subjects.adapters import StepFunction
 from ddim_fast.verify.subjects.backends import Backend
+from ddim_fast.verify.truth.tolerances import share_correctly_rounded
 
 CHECKS = ("half-precision", "unbiased-rounding", "float64")
 
@@ -21,6 +22,24 @@ def test_right_samplers_pass(name):
     for seed in range(3):
         report = verify(RIGHT[name], checks=CHECKS, seed=seed, required=(), full=seed == 2)
         assert report.passed, [(r.name, r.message) for r in report.results if r.message]
+
+
+@pytest.mark.parametrize("schedule", ["flow", "flow?shift=3", "flow?shift=7", "edm", "ve", "vp"])
+def test_our_own_steps_pass_on_every_path(schedule):
+    for seed in range(3):
+        report = verify("reference", checks=CHECKS, seed=seed, required=(), schedule=schedule)
+        assert report.passed, [(r.name, r.message) for r in report.results if r.message]
+
+
+def test_either_neighbour_is_right_half_way_and_neither_elsewhere():
+    eps = torch.finfo(torch.float16).eps
+    half_way = torch.tensor([1 + eps / 2, 1 + 3 * eps / 2], dtype=torch.float64).numpy()
+    for rounding in (1e-16, -1e-16, 0.0):  # what float64 cannot tell
+        for got in ([1.0, 1 + eps], [1 + eps, 1 + 2 * eps]):
+            share = share_correctly_rounded(torch.tensor(got).half(), half_way + rounding, half_way)
+            assert share == 1
+    for off, expected in ((1e-13, 0.5), (-1e-13, 0.5)):  # what it can
+        assert share_correctly_rounded(torch.tensor([1.0, 1 + 2 * eps]).half(), half_way + off, half_way) == expected
 
 
 def towards_zero(exact, dtype):
