@@ -66,15 +66,16 @@ class FastFlowMapEulerDiscreteScheduler(SigmaSteps, FlowMapEulerDiscreteSchedule
         nearest = int(off.argmin())
         return nearest if float(off[nearest]) <= 1e-3 else None
 
+    def index_for_timestep(self, timestep: Any) -> int | None:
+        """Return the index of a timestep as the original does, without waiting for a device."""
+        if self.timesteps is not None and not torch.compiler.is_dynamo_compiling():
+            with suppress(LeaveToOriginal):
+                return self._index_of(self._value_of(timestep))
+        return super().index_for_timestep(timestep)  # type: ignore[no-any-return,misc]  # the original
+
     def _init_step_index(self, timestep: Any) -> None:
-        """Find the index of the first step as the original does: 0 for a timestep of no step."""
-        index = None
-        with suppress(LeaveToOriginal):
-            index = None if self.begin_index is not None else self._index_of(self._value_of(timestep)) or 0
-        if index is None:
-            super()._init_step_index(timestep)
-        else:
-            self._step_index = index
+        """Find the index of the first step by the original's own rule: 0 for a timestep of no step."""
+        FlowMapEulerDiscreteScheduler._init_step_index(self, timestep)
 
     def step(
         self,
