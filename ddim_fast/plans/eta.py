@@ -45,33 +45,27 @@ class EtaScale:
     """One meaning of eta.
 
     Attributes:
-        noise: ``noise(level_t, level_prev, eta, level_second)``: the noise of a step.
-            ``level_second`` is the second level of the run, where its first step leads.
-        largest: ``largest(level_t, level_prev, level_second)``: the eta at which the step has no
-            room for more.
+        noise: ``noise(level_t, level_prev, eta)``: the noise of a step.
+        largest: ``largest(level_t, level_prev)``: the eta at which the step has no room for more.
         keeps_marginals: whether the step does, at any eta.
         of: what eta is a part or a level of, in words that follow its number.
         paper_eta: the eta of equation 16 that adds the same noise; None where there is none for all
             steps.
     """
 
-    noise: Callable[[AnyLevel, AnyLevel, float, AnyLevel], StepNoise]
-    largest: Callable[[AnyLevel, AnyLevel, AnyLevel], float]
+    noise: Callable[[AnyLevel, AnyLevel, float], StepNoise]
+    largest: Callable[[AnyLevel, AnyLevel], float]
     keeps_marginals: bool
     of: str
     paper_eta: Callable[[float], float] | None = None
 
 
-def _scaled_std_dev(
-    level_t: AnyLevel, level_prev: AnyLevel, eta: float, level_second: AnyLevel | None = None
-) -> StepNoise:
+def _scaled_std_dev(level_t: AnyLevel, level_prev: AnyLevel, eta: float) -> StepNoise:
     """Scale the standard deviation of DDPM's noise: equation 16 of arXiv 2010.02502."""
     return StepNoise(ddim_variance(level_t, level_prev, eta))
 
 
-def _scaled_variance(
-    level_t: AnyLevel, level_prev: AnyLevel, eta: float, level_second: AnyLevel | None = None
-) -> StepNoise:
+def _scaled_variance(level_t: AnyLevel, level_prev: AnyLevel, eta: float) -> StepNoise:
     """Scale the variance of DDPM's noise, as lecture notes and azula do."""
     return StepNoise(ddpm_variance(level_t, level_prev) * eta)
 
@@ -82,7 +76,7 @@ def _room(level_t: AnyLevel, level_prev: AnyLevel) -> float:
     return noise_variance(level_prev) / variance if variance else math.inf
 
 
-def cps_noise(level_t: AnyLevel, level_prev: AnyLevel, eta: float, level_second: AnyLevel | None = None) -> StepNoise:
+def cps_noise(level_t: AnyLevel, level_prev: AnyLevel, eta: float) -> StepNoise:
     """Return the noise of Coefficients-Preserving Sampling (Wang and Yu 2025, arXiv 2509.05952)::
 
         std_dev  = sigma_prev sin(eta pi / 2)
@@ -98,9 +92,7 @@ def cps_noise(level_t: AnyLevel, level_prev: AnyLevel, eta: float, level_second:
     return StepNoise(noise_variance(level_prev) * math.sin(eta * math.pi / 2) ** 2)
 
 
-def flow_grpo_noise(
-    level_t: AnyLevel, level_prev: AnyLevel, eta: float, level_second: AnyLevel | None = None
-) -> StepNoise:
+def flow_grpo_noise(level_t: AnyLevel, level_prev: AnyLevel, eta: float) -> StepNoise:
     """Return the noise of a step of Flow-GRPO (Liu et al. 2025, arXiv 2505.05470): Euler-Maruyama's
     step of the reverse SDE of flow matching with the diffusion s_t. On the straight path, where
     alpha = 1 - sigma, with dt = sigma_prev - sigma_t, which is negative::
@@ -109,23 +101,22 @@ def flow_grpo_noise(
         std_dev  = s_t sqrt(-dt)
         prev_eps = sigma_prev + s_t^2 dt / (2 sigma_t)
 
-    The noise is right to first order in dt alone: x_prev holds more than its level says, by s_t^2
-    dt^2 / sigma_t + (s_t^2 dt / (2 sigma_t))^2 in its variance.
+    At pure noise, where s_t would be infinite, 1 - sigma_prev takes the place of 1 - sigma_t: the
+    paper's code has 1 - sigma of the run's second level there, which is the same. The noise is
+    right to first order in dt alone: x_prev holds more than its level says, by s_t^2 dt^2 / sigma_t
+    + (s_t^2 dt / (2 sigma_t))^2 in its variance.
 
     Any other path is the straight one times a scale (``as_flow``): x / (alpha + sigma) is on it,
     at the time sigma / (alpha + sigma). This is its step there, scaled back.
 
     Args:
         eta: the paper's noise level a (its code's ``noise_level``, 0.7 by default).
-        level_second: at pure noise, where s_t would be infinite, this level's 1 - sigma takes the
-            place of 1 - sigma_t, as in the paper's code; None: level_prev's.
 
     Raises:
         ValueError: the step leads towards more noise, starts at clean data, or stays at pure noise.
     """
     at_t, target = level_of(level_t), level_of(level_prev)
-    finite = at_t if at_t.alpha > 0 or level_second is None else level_of(level_second)
-    finite = target if finite.alpha == 0 else finite
+    finite = at_t if at_t.alpha > 0 else target
     if at_t.sigma == 0 or finite.alpha == 0 or target.is_noisier_than(at_t):
         raise ValueError(
             f"Flow-GRPO's step leads from noise to less noise, got one from {as_text(level_t)} to {as_text(level_prev)}: "
@@ -144,25 +135,25 @@ def _flow_shares(level: NoiseLevel) -> tuple[float, float]:
     return level.alpha / total, level.sigma / total
 
 
-def _largest_flow_grpo(level_t: AnyLevel, level_prev: AnyLevel, level_second: AnyLevel) -> float:
+def _largest_flow_grpo(level_t: AnyLevel, level_prev: AnyLevel) -> float:
     """Return the eta at which nothing of the predicted noise is kept. Beyond it, the step turns the
     noise around."""
     target = level_of(level_prev).sigma
-    removed = target - (flow_grpo_noise(level_t, level_prev, 1.0, level_second).prev_eps or 0.0)
+    removed = target - (flow_grpo_noise(level_t, level_prev, 1.0).prev_eps or 0.0)
     return math.sqrt(target / removed) if removed else math.inf
 
 
 ETA_SCALES: dict[str, EtaScale] = {
     "std_dev": EtaScale(
         _scaled_std_dev,
-        lambda level_t, level_prev, _: math.sqrt(_room(level_t, level_prev)),
+        lambda level_t, level_prev: math.sqrt(_room(level_t, level_prev)),
         True,
         "of the standard deviation",
         lambda eta: eta,
     ),
     "variance": EtaScale(
         _scaled_variance,
-        lambda level_t, level_prev, _: _room(level_t, level_prev),
+        lambda level_t, level_prev: _room(level_t, level_prev),
         True,
         "of the variance",
         math.sqrt,
@@ -175,7 +166,7 @@ ETA_SCALES: dict[str, EtaScale] = {
     ),
     "cps": EtaScale(
         cps_noise,
-        lambda level_t, level_prev, _: 1.0,
+        lambda level_t, level_prev: 1.0,
         True,
         "of coefficients-preserving sampling",
     ),
@@ -188,21 +179,19 @@ OF_EQUATION_16 = tuple(name for name, scale in ETA_SCALES.items() if scale.paper
 """The conventions whose noise is that of equation 16, at some eta."""
 
 
-def step_noise(
-    eta_scales: str, level_t: AnyLevel, level_prev: AnyLevel, eta: float, level_second: AnyLevel
-) -> StepNoise:
+def step_noise(eta_scales: str, level_t: AnyLevel, level_prev: AnyLevel, eta: float) -> StepNoise:
     """Return the noise of a step of a run. Clean data stays clean: a step that leads to it adds
     none, in any convention."""
     if eta == 0 or noise_variance(level_prev) == 0:
         return StepNoise(0.0)
-    return ETA_SCALES[eta_scales].noise(level_t, level_prev, eta, level_second)
+    return ETA_SCALES[eta_scales].noise(level_t, level_prev, eta)
 
 
-def largest_eta(eta_scales: str, level_t: AnyLevel, level_prev: AnyLevel, level_second: AnyLevel) -> float:
+def largest_eta(eta_scales: str, level_t: AnyLevel, level_prev: AnyLevel) -> float:
     """Return the eta at which a step of a run has no room for more noise."""
     if noise_variance(level_prev) == 0:
         return math.inf
-    return ETA_SCALES[eta_scales].largest(level_t, level_prev, level_second)
+    return ETA_SCALES[eta_scales].largest(level_t, level_prev)
 
 
 def told_apart(eta_scales: str, eta: float) -> tuple[str, float]:

@@ -279,7 +279,7 @@ class SamplingPlan:
     @property
     def _largest_etas(self) -> list[float]:
         """The largest eta of each step."""
-        return [largest_eta(self.eta_scales, *levels, self._levels[0][1]) for levels in self._levels]
+        return [largest_eta(self.eta_scales, *levels) for levels in self._levels]
 
     @cached_property
     def _levels(self) -> tuple[tuple[AnyLevel, AnyLevel], ...]:
@@ -317,7 +317,7 @@ class SamplingPlan:
         return float(np.float32(self.schedule.input_scale(t)))
 
     def _step(self, index: int, t: float, t_prev: float, level_t: AnyLevel, level_prev: AnyLevel) -> PlannedStep:
-        noise = step_noise(self.eta_scales, level_t, level_prev, self.etas[index], self._levels[0][1])
+        noise = step_noise(self.eta_scales, level_t, level_prev, self.etas[index])
         variance, std_dev_t = noise.variance, math.sqrt(noise.variance)
         if self.sigma_hat and noise_variance(level_prev) > 0:  # clean data stays clean
             std_dev_t = math.sqrt(forward_variance(level_t, level_prev))

@@ -120,7 +120,7 @@ def test_steps_of_discrete_timesteps_are_those_of_their_levels():
         plan = SamplingPlan(schedule, (900, 500, 100), "epsilon", 0.3, eta_scales)
         for step in plan.steps[:-1]:
             levels = [NoiseLevel.of_alpha_bar(level) for level in (step.level_t, step.level_prev)]
-            row = ddim_coefficients(*levels, "epsilon", **scale.noise(*levels, 0.3, levels[1])._asdict())
+            row = ddim_coefficients(*levels, "epsilon", **scale.noise(*levels, 0.3)._asdict())
             np.testing.assert_allclose(
                 dataclasses.astuple(step.coefficients)[:8], dataclasses.astuple(row)[:8], rtol=1e-12
             )
@@ -361,7 +361,7 @@ def test_any_step_has_finite_noise_that_grows_with_eta(eta, logits, scale, eta_s
         (scale / (1 + math.exp(-logit)), scale / (1 + math.exp(logit))) for logit in sorted(logits)
     )
     levels = NoiseLevel(alpha, sigma), NoiseLevel(alpha_prev, sigma_prev)
-    found = [ETA_SCALES[eta_scales].noise(*levels, value, levels[1]) for value in (0.0, eta / 2, eta)]
+    found = [ETA_SCALES[eta_scales].noise(*levels, value) for value in (0.0, eta / 2, eta)]
     variances = [noise.variance for noise in found]
     assert variances[0] == 0
     assert variances == sorted(variances)

@@ -105,7 +105,7 @@ class Backend(Subject):
             "from ddim_fast.plans.levels import NoiseLevel",
             "",
             f"level_t, level_prev = {level.level_t!r}, {level.level_prev!r}",
-            f"noise = ETA_SCALES[{self.eta_scales!r}].noise(level_t, level_prev, {setting.eta!r}, level_prev)",
+            f"noise = ETA_SCALES[{self.eta_scales!r}].noise(level_t, level_prev, {setting.eta!r})",
             f"prediction = {_prediction_as_code(setting)}",
             "row = ddim_coefficients(level_t, level_prev, prediction, **noise._asdict(),",
             f"    clip_sample_range={setting.clip_sample_range!r},",
@@ -146,7 +146,7 @@ def _prediction_as_code(setting: Setting) -> str:
 
 @lru_cache(maxsize=256)
 def _coefficients(level_t: AnyLevel, level_prev: AnyLevel, setting: Setting, eta_scales: str) -> StepCoefficients:
-    noise = ETA_SCALES[eta_scales].noise(level_t, level_prev, setting.eta, level_prev)
+    noise = ETA_SCALES[eta_scales].noise(level_t, level_prev, setting.eta)
     return ddim_coefficients(
         level_t,
         level_prev,
