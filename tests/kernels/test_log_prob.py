@@ -660,8 +660,12 @@ def test_a_sample_in_which_nothing_counts_has_log_probability_0(target):
 
 def test_the_examples_of_the_page_run_and_say_the_truth():
     names = {}
-    for example in examples("LOG_PROB.md"):
-        example.run(names)
+    step, rollout = examples("LOG_PROB.md")
+    step.run(names)
     assert torch.equal(names["ratio"], torch.ones(4))
     assert names["model_output"].grad.isfinite().all()
     assert (names["divergence"] > 0).all()
+    rollout.run(names)
+    assert names["rollout"].noisy_steps == (1, 2, 3, 4)
+    assert names["rollout"].states.shape == (5, 8, 4, 16, 16)
+    assert all(weight.grad.isfinite().all() and weight.grad.any() for weight in names["network"].parameters())
