@@ -359,7 +359,9 @@ def test_a_replay_of_a_model_that_changed_is_refused():
     light = sampler().rollout(model, SHAPE, seed=0, keep_states=False)
     with torch.no_grad():
         model.conv.bias.add_(1e-3)
-    with pytest.raises(ValueError, match=r"the model as it was .* differ by up to .*: replay before training"):
+    with pytest.raises(
+        ValueError, match=r"the model as it was .* differ by up to .*: replay in the same batch, before"
+    ):
         light.replay(model)
 
 
