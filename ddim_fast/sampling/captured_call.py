@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..kernels.torch_internals import tree_flatten, tree_unflatten, write_count
 from .captured import Captured
 from .cuda_graphs import CaptureError, GraphBackend, MemoryPool
-from .graph_key import leaf_key
+from .graph_key import first_places, leaf_key
 from .model_state import PLAIN
-from .static_tensors import fill, static_like
+from .static_tensors import fill_leaves, static_leaves
 
 
 class Call:
@@ -67,7 +67,8 @@ class Call:
 
     @cached_property
     def signature(self) -> tuple[Hashable, ...]:
-        """What its graph bakes in of its arguments: structure, then each piece.
+        """What its graph bakes in of its arguments: structure and which tensors are one, then each
+        piece.
 
         Raises:
             TypeError: a piece is neither a tensor on the device nor a plain value.
@@ -77,7 +78,7 @@ class Call:
             keys = [leaf_key(leaf, "arguments", self.device) for leaf in self.leaves]
         except TypeError:
             keys = [leaf_key(leaf, name, self.device) for name, leaf in self.named_leaves]
-        return (str(self.structure), *keys)
+        return ((str(self.structure), first_places(self.leaves)), *keys)
 
     @cached_property
     def numbers(self) -> dict[str, Any]:
@@ -138,7 +139,7 @@ class CapturedCall(Captured):
         self._function, self._structure = call.function, call.structure
         # Ordinary tensors, so that calls inside and outside of inference mode can share them.
         with torch.inference_mode(False), torch.no_grad():
-            self._leaves = [static_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in call.leaves]
+            self._leaves = static_leaves(call.leaves)
         self._outputs: list[Any] = []
         self._output_structure: Any = None
         self.load(call)
@@ -149,9 +150,7 @@ class CapturedCall(Captured):
         """Copy the arguments of another call with the same key into the static ones, after the call
         before, whatever its stream."""
         self._wait()
-        for static, new in zip(self._leaves, work.leaves, strict=True):
-            if isinstance(static, Tensor):
-                fill(static, new)
+        fill_leaves(self._leaves, work.leaves)
 
     def static_tensors(self) -> list[Tensor]:
         """Return the arguments and outputs that the graph works on."""
@@ -160,18 +159,12 @@ class CapturedCall(Captured):
     def _run(self) -> None:
         args, kwargs = tree_unflatten(self._leaves, self._structure)
         outputs, _ = tree_flatten(self._function(*args, **kwargs))
-        for static, output in zip(self._outputs, outputs, strict=True):
-            if isinstance(output, Tensor):
-                fill(static, output)
+        fill_leaves(self._outputs, outputs)
 
     def _keep_outputs(self, outputs: list[Any], structure: Any) -> None:
-        """Make the tensors for the outputs; one for those that are one."""
-        made: dict[int, Tensor] = {}
+        """Make the tensors for the outputs."""
         with torch.inference_mode(False), torch.no_grad():
-            for output in outputs:
-                if isinstance(output, Tensor) and id(output) not in made:
-                    made[id(output)] = static_like(output)
-        self._outputs = [made.get(id(output), output) for output in outputs]
+            self._outputs = static_leaves(outputs)
         self._output_structure = structure
 
     def _checked(self, call: Call) -> Callable[[], None]:
@@ -215,13 +208,10 @@ class CapturedCall(Captured):
         of guidance, multistep schedulers those of earlier steps.
         """
         self._graph.replay()
-        copies: dict[int, Tensor] = {}
         with torch.no_grad():
-            for output in self._outputs:
-                if isinstance(output, Tensor) and id(output) not in copies:
-                    copies[id(output)] = copy = static_like(output)
-                    fill(copy, output)
-        return tree_unflatten([copies.get(id(output), output) for output in self._outputs], self._output_structure)
+            copies = static_leaves(self._outputs)
+            fill_leaves(copies, self._outputs)
+        return tree_unflatten(copies, self._output_structure)
 
 
 def _names_of(call: Call) -> str:

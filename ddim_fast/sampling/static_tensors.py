@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,9 +23,29 @@ def static_like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
 
 
+def static_leaves(leaves: Iterable[Any]) -> list[Any]:
+    """Return leaves with a new tensor in place of each tensor: one for those that are one object."""
+    made: dict[int, Tensor] = {}
+    result = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and id(leaf) not in made:
+            made[id(leaf)] = static_like(leaf)
+        result.append(made.get(id(leaf), leaf))
+    return result
+
+
 def fill(static: Tensor, tensor: Tensor) -> None:
     """Copy the values of a tensor into one that ``static_like`` made for such a tensor."""
     _each_once(static).copy_(_each_once(tensor))
+
+
+def fill_leaves(static: Iterable[Any], leaves: Iterable[Any]) -> None:
+    """Copy the values of leaves into those that ``static_leaves`` made, each once."""
+    filled = set()
+    for into, leaf in zip(static, leaves, strict=True):
+        if isinstance(into, Tensor) and id(into) not in filled:
+            fill(into, leaf)
+            filled.add(id(into))
 
 
 def _each_once(tensor: Tensor) -> Tensor:

@@ -77,6 +77,30 @@ def test_each_signature_has_one_graph_and_every_value_is_followed():
     assert module.forward.stats().misses == len(CALLS)
 
 
+class Attends(nn.Module):
+    """Self-attention where its arguments are one, as ``nn.MultiheadAttention`` asks."""
+
+    def forward(self, x, context, more=()):
+        return {"own": x @ x.mT, "first": more[0] is more[-1] if more else None} if context is x else x + context
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_arguments_that_are_one_tensor_are_one_for_the_module_too(order):
+    module = Attends()
+    graphed(module)
+    for seed in range(2):
+        x, other = x_of(seed), x_of(seed)
+        calls = [(x, x), (x, other), (x, x, [other, other]), (x, x, [other, x_of(9)]), (x, x, [x, x])]
+        for call in calls[:: -1 if order else 1]:
+            check(module, *call)
+    assert (module.forward.stats().graphs, module.forward.stats().misses) == (5, 5)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    graphed(attention)
+    x = x_of(0, (2, 5, 8))
+    for call in ((x, x.clone(), x.clone()), (x, x, x)):
+        check(attention, *call)
+
+
 @settings(max_examples=25)
 @given(
     st.lists(st.sampled_from([0, 1, 2, 3, 127, 128, 129]), min_size=1, max_size=3),
