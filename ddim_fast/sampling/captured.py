@@ -152,7 +152,7 @@ class Captured:
         self._backend.warm_up(first if is_compiled else calls.record, WARM_UP_CALLS - 1)
         difference = calls.difference()
         if difference is not None:
-            raise UnsteadyModelError(_changes(difference))
+            raise unsteady(difference)
         if vouch and calls.draws:
             raise DoubtError("the model draws random numbers")
         if self.state is None or before is None or after_first is None:
@@ -169,7 +169,7 @@ class Captured:
         before, self.state = self.state, ModelState(model, vouch_on)
         difference = self.state.difference(before)
         if difference is not None:
-            raise UnsteadyModelError(_changes(f"{difference} changed"))
+            raise unsteady(f"{difference} changed")
 
     def load(self, work: Any) -> None:
         """Copy the values of work with the same key into the static tensors, after the run before,
@@ -231,8 +231,9 @@ def _no_cache_of_autocast() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
-def _changes(what: str) -> str:
-    return (
+def unsteady(what: str) -> UnsteadyModelError:
+    """Return the error of a model that does something else in each call."""
+    return UnsteadyModelError(
         f"a captured step replays one call of the model for all, so each must do the same, got {what}: run it "
         "without graphs, or keep in tensors that are changed in place what differs between calls"
     )

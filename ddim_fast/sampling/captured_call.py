@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.torch_internals import tree_flatten, tree_unflatten, write_count
-from .captured import Captured
+from .captured import Captured, unsteady
 from .cuda_graphs import CaptureError, GraphBackend, MemoryPool
 from .graph_key import first_places, leaf_key
-from .model_state import PLAIN
-from .static_tensors import fill_leaves, static_leaves
+from .model_state import PLAIN, plain_key, same_device
+from .static_tensors import fill_leaves, is_plain, static_leaves
 
 
 class Call:
-    """A call of a module's forward, with its arguments.
+    """A call of a module's forward, with its arguments, in the mode of gradients that it is made in.
 
     Args:
         function: computes it without a graph.
@@ -44,6 +44,7 @@ class Call:
         self.model, self.function, self._names, self._context = model, function, names, context
         self._on_refusal = on_refusal
         self.captures = 0
+        self.grad_enabled = torch.is_grad_enabled()
         self.leaves, self.structure = tree_flatten((args, dict(kwargs)))
 
     @cached_property
@@ -107,7 +108,7 @@ class Call:
         Raises:
             TypeError: an argument is neither a tensor on the device nor a plain value.
         """
-        return self.signature, self._context
+        return self.signature, self._context, self.grad_enabled
 
     def capture(self, graphs: GraphBackend, vouch: bool = False, pool: MemoryPool | None = None) -> CapturedCall:
         """Capture it."""
@@ -131,17 +132,20 @@ class CapturedCall(Captured):
 
     Raises:
         CaptureError: the module cannot be captured, does something else in each call, changes its
-            arguments, or returns something that is neither a tensor nor a plain value.
+            arguments, or returns something that is neither a tensor of its device without gradients
+            nor a plain value.
     """
 
     def __init__(self, call: Call, graphs: GraphBackend, vouch: bool = False, pool: MemoryPool | None = None):
         super().__init__(graphs, pool)
-        self._function, self._structure = call.function, call.structure
+        self._function, self._structure, self._grad_enabled = call.function, call.structure, call.grad_enabled
         # Ordinary tensors, so that calls inside and outside of inference mode can share them.
         with torch.inference_mode(False), torch.no_grad():
             self._leaves = static_leaves(call.leaves)
         self._outputs: list[Any] = []
         self._output_structure: Any = None
+        self._output_keys: list[Hashable] = []  # of each call of the function
+        self._output_strides: list[Any] = []
         self.load(call)
         self._capture(call.model, call.device, self._checked(call), self._run, vouch)
 
@@ -158,11 +162,42 @@ class CapturedCall(Captured):
 
     def _run(self) -> None:
         args, kwargs = tree_unflatten(self._leaves, self._structure)
-        outputs, _ = tree_flatten(self._function(*args, **kwargs))
+        outputs, _ = self._computed(args, kwargs)
+        # The first call may complete the module. A module that asks who looks on may return other
+        # strides here than in the calls that were watched.
+        keys, strides = self._output_keys[1:], self._output_strides[1:-1]
+        if any(key != keys[0] for key in keys) or any(each != strides[0] for each in strides):
+            raise unsteady("other outputs in the next call: their structure, layouts or plain values")
         fill_leaves(self._outputs, outputs)
 
-    def _keep_outputs(self, outputs: list[Any], structure: Any) -> None:
-        """Make the tensors for the outputs."""
+    def _computed(self, args: Any, kwargs: Any) -> tuple[list[Any], Any]:
+        """Call the function; return the pieces and the structure of its output."""
+        with torch.set_grad_enabled(self._grad_enabled):
+            outputs, structure = tree_flatten(self._function(*args, **kwargs))
+        self._output_keys.append((str(structure), first_places(outputs), *map(_output_key, outputs)))
+        self._output_strides.append([each.stride() for each in outputs if _is_known(each) and isinstance(each, Tensor)])
+        return outputs, structure
+
+    def _keep_outputs(self, outputs: list[Any], structure: Any, device: torch.device) -> None:
+        """Make the tensors for the outputs, if a replay can fill them: in the layout of the first
+        call, at which nobody looked on, unless that was another."""
+        if self._output_keys[-1] == self._output_keys[0] and len(self._output_keys) > 1:
+            return
+        for output in outputs:
+            if not _is_known(output):
+                raise CaptureError(
+                    "a captured call returns plain, dense tensors and plain values, in containers that torch knows, got a "
+                    f"{type(output).__qualname__}: run it without graphs"
+                )
+            if isinstance(output, Tensor) and not same_device(output.device, device):
+                raise CaptureError(
+                    f"a captured call returns tensors on the device of its arguments, {device}, got one on {output.device}: "
+                    "run it without graphs"
+                )
+            if isinstance(output, Tensor) and output.requires_grad and (self._grad_enabled or not output.is_leaf):
+                raise CaptureError(
+                    "a replay records no gradients, got a call whose output requires some: call it under torch.no_grad()"
+                )
         with torch.inference_mode(False), torch.no_grad():
             self._outputs = static_leaves(outputs)
         self._output_structure = structure
@@ -174,7 +209,7 @@ class CapturedCall(Captured):
             args, kwargs = tree_unflatten(self._leaves, self._structure)
             given = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
             counts = list(map(write_count, given))
-            outputs, output_structure = tree_flatten(self._function(*args, **kwargs))
+            outputs, output_structure = self._computed(args, kwargs)
             leaves, structure = tree_flatten((args, kwargs))
             is_same = len(leaves) == len(self._leaves) and all(
                 a is b for a, b in zip(leaves, self._leaves, strict=True)
@@ -191,13 +226,7 @@ class CapturedCall(Captured):
                     f"a captured call leaves its arguments as they are, got one that writes to {', '.join(changed)}: run it "
                     "without graphs"
                 )
-            for output in outputs:
-                if not isinstance(output, (Tensor, *PLAIN)):
-                    raise CaptureError(
-                        "a captured call returns tensors and plain values, in containers that torch knows, got a "
-                        f"{type(output).__qualname__}: run it without graphs"
-                    )
-            self._keep_outputs(outputs, output_structure)
+            self._keep_outputs(outputs, output_structure, call.device)
 
         return checked
 
@@ -231,6 +260,16 @@ def _pieces(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         leaves, _ = tree_flatten(value)
         for n, leaf in enumerate(leaves):
             yield (name if leaf is value else f"{name}[{n}]"), leaf
+
+
+def _is_known(output: Any) -> bool:
+    return is_plain(output) if isinstance(output, Tensor) else isinstance(output, PLAIN)
+
+
+def _output_key(output: Any) -> Hashable:
+    if isinstance(output, Tensor):
+        return type(output), output.layout, output.shape, output.dtype, output.device
+    return plain_key(output) if isinstance(output, PLAIN) else type(output)
 
 
 def _is_number(leaf: Any) -> bool:

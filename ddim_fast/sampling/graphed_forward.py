@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import layout
 from ..kernels.torch_internals import compiled_by, takes_forward_derivatives
 from ..utils.warn import warn_caller
 from .capture import GraphCache
@@ -20,6 +19,7 @@ from .captured import InUseError, is_capturing
 from .captured_call import Call
 from .cuda_graphs import CaptureError
 from .forward_slot import KeptForward, what_is_below
+from .static_tensors import is_plain
 
 UNUSED_GRAPHS = 4
 """How many captures in a row that differ in Python's numbers alone may be of no use to a second
@@ -141,10 +141,9 @@ class GraphedForward(KeptForward):
             return "a replay records no gradients, got a call that requires some: call it under torch.no_grad()"
         if takes_forward_derivatives(call.tensors):
             return "a replay records no gradients, got a call in which forward-mode derivatives are taken"
-        if any(map(_is_special, call.tensors)):
-            name, leaf = next(
-                pair for pair in call.named_leaves if isinstance(pair[1], Tensor) and _is_special(pair[1])
-            )
+        if not all(map(is_plain, call.tensors)):
+            named = ((name, leaf) for name, leaf in call.named_leaves if isinstance(leaf, Tensor))
+            name, leaf = next((name, leaf) for name, leaf in named if not is_plain(leaf))
             return (
                 f"arguments must be plain, dense tensors, got {name} of type {type(leaf).__qualname__}, {leaf.layout}"
             )
@@ -229,10 +228,6 @@ class _UnusedGraphs:
                 f"{shown}, and no graph that was used twice"
             )
         return self._reasons[call.signature_without_numbers]
-
-
-def _is_special(tensor: Tensor) -> bool:
-    return tensor.layout != torch.strided or tensor.is_nested or layout.is_wrapper(tensor)
 
 
 def _is_recorded() -> bool:

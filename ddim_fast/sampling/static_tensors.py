@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import layout
 from ..kernels.contract import overlaps_itself
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether ``static_like`` makes a tensor of the same kind: dense, of no subclass."""
+    return tensor.layout == torch.strided and not tensor.is_nested and not layout.is_wrapper(tensor)
 
 
 def static_like(tensor: Tensor) -> Tensor:
