@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..kernels.torch_internals import caches_parametrizations
 from ..models.protocol import Model
 from .contents import Contents
 from .cuda_graphs import (
@@ -121,6 +122,11 @@ class Captured:
         Raises:
             CaptureError: the model cannot be captured, or does something else in each call.
         """
+        if caches_parametrizations():
+            raise CaptureError(
+                "a captured step computes its weights itself, got a call inside torch.nn.utils.parametrize.cached(), which frees "
+                "them when it ends: make the call outside of it, or run it without graphs"
+            )
         before = None if trusted or not isinstance(model, nn.Module) else ModelState(model).contents()
         try:
             with _begun(), _no_cache_of_autocast(), torch.no_grad():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..kernels.torch_internals import caches_parametrizations, kernel_settings
 from .model_state import PLAIN, ModelState, plain_key, same_device
 
 if TYPE_CHECKING:
@@ -24,16 +25,8 @@ def graph_key(work: Work[Any], state: ModelState | None) -> Hashable:
 
 def _settings(device_type: str) -> Hashable:
     """Return what decides which kernels torch chooses, and in which dtype it computes."""
-    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-    chosen = [
-        getattr(backend, "fp32_precision", None) for backend in (cuda.matmul, cudnn, getattr(cudnn, "conv", None))
-    ]
-    if chosen[0] is None:  # torch before 2.9
-        chosen = [cuda.matmul.allow_tf32, cudnn.allow_tf32]
-    attention = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled())
-    autocast = (torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
-    deterministic = (cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled())
-    return (*chosen, *attention, cuda.cudnn_sdp_enabled(), *autocast, *deterministic, torch.get_default_dtype())
+    autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    return kernel_settings(), autocast, caches_parametrizations()
 
 
 def tensor_key(tensor: Tensor | None) -> Hashable:

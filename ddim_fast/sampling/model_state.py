@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..kernels import layout
 from ..kernels.same_objects import Snapshot
-from ..kernels.torch_internals import MODULE_PARTS, compiled_by, flattened, write_count
+from ..kernels.torch_internals import GLOBAL_HOOKS, MODULE_PARTS, compiled_by, flattened, write_count
 from .contents import Contents
 from .cuda_graphs import CaptureError
 from .forward_slot import what_replaces_forward
@@ -80,7 +80,7 @@ class ModelState:
         self._places: list[Tensor] = []
         self._place_names: list[str] = []
         try:
-            self.key = Key((id(model), self._visit(model)))
+            self.key = Key((id(model), (self._visit(model), *self._named([("all modules' hooks", GLOBAL_HOOKS)]))))
         except RecursionError:
             self._doubt("is nested too deeply to be looked through")
             self.key = Key((id(model), None))
@@ -286,7 +286,7 @@ class ModelState:
                 return self._known_by_id(tensor), self._named(self._attributes(tensor).items())
             self._places.append(tensor)
             self._place_names.append(".".join(self._where))
-            rest = None if not layout.is_wrapper(tensor) else self._named(self._attributes(tensor).items())
+            rest = self._named(self._attributes(tensor).items())
             return kind, address, tensor.dtype, tuple(tensor.shape), tensor.stride(), rest
         tensors, rest = inner
         self._made_here += [*tensors.values(), rest]

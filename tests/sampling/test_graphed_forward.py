@@ -9,8 +9,10 @@ from graphed import RETURNS, SHAPE, Net, cache_of, check, graphed, same, x_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
 
 import ddim_fast as df
+from ddim_fast.sampling.cuda_graphs import CaptureError
 from ddim_fast.sampling.static_tensors import fill, static_like
 
 # --- eager's bits, a graph a signature --------------------------------------------------------------------------------------------
@@ -216,6 +218,117 @@ def test_settings_around_a_call_have_graphs_of_their_own(name):
     assert module.forward.stats().graphs == 2
     assert module.forward.stats().misses == 2
     assert torch.is_autocast_cache_enabled()
+
+
+CUDA = torch.backends.cuda
+SWITCHED = {
+    "matmul.fp32_precision": ("tf32", "ieee"),
+    "matmul.allow_fp16_reduced_precision_reduction": (False, True),
+    "matmul.allow_bf16_reduced_precision_reduction": (False, True),
+    "matmul.allow_fp16_accumulation": (True, False),
+    "cudnn.enabled": (False, True),
+    "cudnn.benchmark": (True, False),
+    "cudnn.deterministic": (True, False),
+    "cudnn.conv.fp32_precision": ("ieee", "tf32"),
+    "flash": (CUDA.enable_flash_sdp, CUDA.flash_sdp_enabled),
+    "memory-efficient": (CUDA.enable_mem_efficient_sdp, CUDA.mem_efficient_sdp_enabled),
+    "math": (CUDA.enable_math_sdp, CUDA.math_sdp_enabled),
+    "cudnn's attention": (CUDA.enable_cudnn_sdp, CUDA.cudnn_sdp_enabled),
+    "reductions of attention": (CUDA.allow_fp16_bf16_reduction_math_sdp, CUDA.fp16_bf16_reduction_math_sdp_allowed),
+    "deterministic": (torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled),
+}
+
+
+def switch_of(name):
+    """Return what switches a setting: to another value, or back."""
+    one, other = SWITCHED[name]
+    if callable(one):
+        before = other()
+        return lambda to: one(to != before)
+    *path, attribute = name.split(".")
+    owner = torch.backends if path[0] == "cudnn" else CUDA
+    for part in path:
+        owner = getattr(owner, part)
+    before = getattr(owner, attribute)
+    return lambda to: setattr(owner, attribute, (one if before != one else other) if to else before)
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_settings_that_choose_kernels_have_graphs_of_their_own(name):
+    module, switch = Net(), switch_of(name)
+    forward = graphed(module)
+    try:
+        for to in (False, True, False, True):
+            switch(to)
+            check(module, x_of())
+    finally:
+        switch(False)
+    assert (forward.stats().graphs, forward.stats().hits) == (2, 2)
+
+
+def test_the_order_of_attention_kernels_has_graphs_of_its_own():
+    module, backends = Net(), [torch.nn.attention.SDPBackend.MATH, torch.nn.attention.SDPBackend.FLASH_ATTENTION]
+    forward = graphed(module)
+    for order in (backends, backends[::-1], backends):
+        with torch.nn.attention.sdpa_kernel(order, set_priority=True):
+            check(module, x_of())
+    assert (forward.stats().graphs, forward.stats().hits) == (2, 1)
+
+
+def test_hooks_of_all_modules_are_part_of_the_state():
+    module = Net()
+    forward = graphed(module, vouched=True)
+    before, factor = check(module, x_of(), graphs=1), 2
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: output * factor if isinstance(module, nn.Conv2d) else None
+    )
+    try:
+        assert not torch.equal(check(module, x_of(), graphs=2), before)
+        strict = graphed(Net(), strict=True)
+        with (
+            torch.no_grad(),
+            pytest.raises(CaptureError, match=r"all modules' hooks\.\d+ holds the function .*closes over"),
+        ):
+            strict.module(x_of())
+    finally:
+        hook.remove()
+    assert torch.equal(check(module, x_of(), graphs=2), before)
+    assert forward.stats().hits == 1
+
+
+def test_attributes_of_a_weight_are_part_of_the_state():
+    class Scaled(Net):
+        def forward(self, x):
+            return super().forward(x) * getattr(self.conv.weight, "scale", 1.0)
+
+    module = Scaled()
+    graphed(module)
+    for n, scale in enumerate((2.0, 3.0), 2):
+        check(module, x_of(), graphs=n - 1)
+        module.conv.weight.scale = scale
+        check(module, x_of(), graphs=n)
+    del module.conv.weight.scale
+    check(module, x_of(), graphs=3)
+
+
+class Doubles(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+def test_weights_that_are_computed_once_for_several_calls_are_not_baked_in():
+    module = Net()
+    parametrize.register_parametrization(module.conv, "weight", Doubles())
+    forward = graphed(module)
+    with torch.no_grad(), parametrize.cached(), pytest.warns(UserWarning, match=r"parametrize.cached\(\), which frees"):
+        module(x_of())
+    check(module, x_of(), graphs=1)
+    with torch.no_grad(), parametrize.cached():
+        same(module(x_of(1)), forward.eager(x_of(1)))
+    check(module, x_of(1), graphs=1)
+    s = df.DDIMSampler(df.NoiseSchedule.linear(), 3, graphs=cache_of())
+    with parametrize.cached(), pytest.raises(CaptureError, match="a captured step computes its weights itself"):
+        s.sample(Base(), SHAPE, seed=0, capture="step")
 
 
 @pytest.mark.parametrize("mode", ["step", "loop"])
