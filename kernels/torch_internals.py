@@ -46,6 +46,22 @@ Saves the dispatcher for the steps that no mode looks at. There is no public way
 name, every step goes through the dispatcher, the slow way that is right with and without modes.
 """
 
+_infrastructure_mode: Callable[[Any], Any] = getattr(torch._C, "_get_dispatch_mode", lambda key: None)
+_keys_of_modes = getattr(torch._C, "_TorchDispatchModeKey", None)
+
+
+def operators_are_watched() -> bool:
+    """Return whether somebody traces or counts the operators that are called: make_fx, a counter of
+    FLOPs. Fake tensors, which have a mode of their own, are nobody's look.
+
+    There is no public way to ask: without the names, any mode is somebody.
+    """
+    if not modes_active():
+        return False
+    fake, proxy = getattr(_keys_of_modes, "FAKE", None), getattr(_keys_of_modes, "PROXY", None)
+    return _infrastructure_mode(fake) is None or _infrastructure_mode(proxy) is not None
+
+
 FORWARD_AD: dict[str, Any] = vars(forward_ad)
 FORWARD_AD_LEVEL: str | None = "_current_level" if isinstance(FORWARD_AD.get("_current_level"), int) else None
 """The key in ``FORWARD_AD`` of the level of forward-mode derivatives: -1 where none are taken.

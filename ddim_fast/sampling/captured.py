@@ -193,8 +193,10 @@ class Captured:
 
     def finish(self) -> None:
         """End a run: the host is done, the device may not be."""
-        self._fence = self._backend.fence(self.static_tensors())
-        self.busy = False
+        try:
+            self._fence = self._backend.fence(self.static_tensors())
+        finally:
+            self.busy = False
 
     @property
     def nbytes(self) -> int:

@@ -96,8 +96,8 @@ class CapturedRun:
         try:
             if self._captured is None:
                 raise RuntimeError("a captured run can be used until it is closed, got one that was: capture it again")
-            self._captured.load(job)
             try:
+                self._captured.load(job)
                 yield self._captured
             finally:
                 self._captured.finish()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.torch_internals import compiled_by, takes_forward_derivatives
+from ..kernels.torch_internals import compiled_by, operators_are_watched, takes_forward_derivatives
 from ..utils.warn import warn_caller
 from .capture import GraphCache
 from .captured import InUseError, is_capturing
@@ -113,9 +113,12 @@ class GraphedForward(KeptForward):
             return self.run(*args, **kwargs)
         with self._graphs.use(call, optional=True, vouch=not self._vouched) as captured:
             with self._lock:
-                self._unused.note(call)
+                if captured is not None or call.captures:
+                    self._unused.note(call)
                 if captured is not None:
                     self._counts["misses" if call.captures else "hits"] += 1
+            if call.captures and not self.is_open:  # another thread restored it meanwhile
+                self._graphs.discard(self.module)
             if captured is not None:
                 return captured.replay()
         return self.run(*args, **kwargs)
@@ -231,8 +234,12 @@ class _UnusedGraphs:
 
 
 def _is_recorded() -> bool:
-    """Return whether somebody else traces or captures what is called now."""
-    return torch.jit.is_tracing() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    """Return whether somebody else traces, watches or captures what is called now."""
+    return (
+        torch.jit.is_tracing()
+        or operators_are_watched()
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def _positional_names(function: Callable[..., Any]) -> tuple[str, ...]:

@@ -259,6 +259,45 @@ def test_wrong_arguments_are_refused_before_anything_is_replaced():
     assert "forward" not in vars(pipe.controlnet)
 
 
+class Closed(nn.Module):
+    """It takes no attribute any more."""
+
+    def __setattr__(self, name, value):
+        if name == "forward":
+            raise AttributeError("this module is closed")
+        super().__setattr__(name, value)
+
+
+def test_either_all_denoisers_get_graphs_or_none():
+    parts = {"unet": nn.Linear(2, 2), "transformer": nn.Linear(2, 2), "controlnet": Closed()}
+    pipe = type("Pipe", (), {"components": parts})()
+    with pytest.raises(AttributeError, match="this module is closed"):
+        graph_denoiser(pipe, graphs=cache())
+    assert not any("forward" in vars(part) for part in parts.values())
+
+
+def test_all_denoisers_are_restored_whatever_one_of_them_raises(monkeypatch):
+    parts = {"unet": nn.Linear(2, 2), "transformer": nn.Linear(2, 2), "controlnet": nn.Linear(2, 2)}
+    graphs = cache()
+    graphed = graph_denoiser(type("Pipe", (), {"components": parts})(), graphs=graphs)
+    discard = graphs.discard
+
+    def fails(module):
+        discard(module)
+        if module is parts["transformer"]:
+            raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(graphs, "discard", fails)
+    for module in parts.values():
+        with torch.no_grad():
+            module(torch.ones(1, 2))
+    assert len(graphs) == 3
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        graphed.restore()
+    assert len(graphs) == 0
+    assert not any("forward" in vars(part) for part in parts.values())
+
+
 def test_on_a_cpu_the_pipeline_goes_on_and_says_why_once():
     pipe, call = text_to_image()
     expected = run(pipe, call)

@@ -528,3 +528,20 @@ def test_a_number_that_cannot_be_captured_is_not_tried_for_ever():
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         module(x_of(), 77.0)
+
+
+def test_a_number_that_cannot_be_captured_is_no_more_worth_a_try_for_being_given_twice():
+    class Told(Base):
+        def forward(self, x, t):
+            COUNTS["calls"] += 1
+            return self.conv(x) * torch.tensor([t], dtype=torch.float64)
+
+    module = Told()
+    graphed(module)
+    COUNTS.clear()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for n in range(20):
+            module(x_of(), float(n))
+            module(x_of(), float(n))
+    assert COUNTS["calls"] == 2 * 20 + 4 * UNUSED_GRAPHS

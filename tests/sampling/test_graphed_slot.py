@@ -13,9 +13,12 @@ import torch
 from graph_models import Base, Logged
 from graphed import SHAPE, Net, cache_of, check, graphed, x_of
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import ddim_fast as df
 from ddim_fast.sampling.forward_slot import KeptForward
+from ddim_fast.sampling.graphed_forward import ForwardStats
 from ddim_fast.sampling.model_state import ModelState
 
 # --- threads, streams, memory ---------------------------------------------------------------------------------------------------------
@@ -99,6 +102,43 @@ def test_a_full_memory_frees_idle_graphs_and_is_no_lasting_failure():
     assert forward.stats().misses == 3
 
 
+def test_a_graph_that_a_run_ended_badly_with_is_not_in_use_for_ever(monkeypatch):
+    backend, module = Logged(), Net()
+    forward = graphed(module, cache_of(backend))
+    check(module, x_of())
+
+    def fails(tensors):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(backend, "fence", fails)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="the device is gone"):
+        module(x_of())
+    monkeypatch.undo()
+    check(module, x_of(1), graphs=1)
+    assert forward.stats().fallbacks == {}
+
+
+def test_what_is_restored_while_another_thread_captures_keeps_no_graph():
+    module, cache = Slow(), cache_of()
+    forward = graphed(module, cache)
+    EVENTS[module] = began, may_end = threading.Event(), threading.Event()
+    got = []
+
+    def call():
+        with torch.no_grad():
+            got.append(module(x_of()))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert began.wait(60)
+    forward.restore()
+    may_end.set()
+    thread.join()
+    with torch.no_grad():
+        assert torch.equal(got[0], module(x_of()))
+    assert (len(cache), cache.stats().nbytes) == (0, 0)
+
+
 def test_graphs_stay_within_their_number_and_bytes():
     module = Net()
     forward = graphed(module, cache_of(maxsize=2))
@@ -172,6 +212,23 @@ def test_what_somebody_else_captures_gets_the_eager_call(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     check(module, x_of(), graphs=0)
     assert forward.stats().fallbacks == {}
+
+
+def test_who_watches_operators_sees_those_of_the_eager_forward():
+    module = Net()
+    forward = graphed(module)
+    check(module, x_of(), graphs=1)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as expected:
+            forward.eager(x_of())
+        with FlopCounterMode(display=False) as counted:
+            module(x_of())
+        assert counted.get_total_flops() == expected.get_total_flops() > 0
+        traced = make_fx(lambda x: module(x))(x_of())
+        assert torch.equal(traced(x_of(1)), forward.eager(x_of(1)))
+        traced = make_fx(lambda x: module(x), tracing_mode="fake", _allow_non_fake_inputs=True)(x_of())
+        assert torch.equal(traced(x_of(1)), forward.eager(x_of(1)))
+    assert forward.stats() == ForwardStats(1, forward.stats().nbytes, 0, 1)
 
 
 def test_torch_compile_sees_the_eager_forward():
