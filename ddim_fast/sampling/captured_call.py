@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..kernels.torch_internals import tree_flatten, tree_unflatten, write_count
 from .captured import Captured, unsteady
+from .contents import Contents
 from .cuda_graphs import CaptureError, GraphBackend, MemoryPool
 from .graph_key import first_places, leaf_key
 from .model_state import PLAIN, plain_key, same_device
@@ -208,7 +209,7 @@ class CapturedCall(Captured):
         def checked() -> None:
             args, kwargs = tree_unflatten(self._leaves, self._structure)
             given = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
-            counts = list(map(write_count, given))
+            counts, contents = list(map(write_count, given)), Contents((), (), (), given)
             outputs, output_structure = self._computed(args, kwargs)
             leaves, structure = tree_flatten((args, kwargs))
             is_same = len(leaves) == len(self._leaves) and all(
@@ -220,7 +221,11 @@ class CapturedCall(Captured):
                     f"{_names_of(call)}: run it without graphs"
                 )
             names = [name for name, leaf in call.named_leaves if isinstance(leaf, Tensor)]
-            changed = [name for name, a, b in zip(names, counts, map(write_count, given), strict=True) if a != b]
+            changed = [
+                name
+                for name, tensor, count in zip(names, given, counts, strict=True)
+                if write_count(tensor) != count or contents.is_changed(tensor)
+            ]
             if changed:
                 raise CaptureError(
                     f"a captured call leaves its arguments as they are, got one that writes to {', '.join(changed)}: run it "

@@ -268,6 +268,26 @@ class Closed(nn.Module):
         super().__setattr__(name, value)
 
 
+class Scaled(nn.Linear):
+    scale = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+def test_a_shallow_copy_has_the_originals_forward_until_it_gets_graphs_of_its_own():
+    module, x = Scaled(2, 2), torch.ones(1, 2)
+    with graph_denoiser(module, graphs=cache()), torch.no_grad():
+        expected, other = module(x), copy.copy(module)
+        other.scale = 2.0
+        assert torch.equal(other(x), expected)
+        with graph_denoiser(other, graphs=cache()) as graphed:
+            assert torch.equal(other(x), 2 * expected)
+            assert torch.equal(module(x), expected)
+            assert graphed.stats()["Scaled"].misses == 1
+        assert torch.equal(other(x), 2 * expected)
+
+
 def test_either_all_denoisers_get_graphs_or_none():
     parts = {"unet": nn.Linear(2, 2), "transformer": nn.Linear(2, 2), "controlnet": Closed()}
     pipe = type("Pipe", (), {"components": parts})()

@@ -317,9 +317,11 @@ def test_of_the_memory_of_a_module_so_much_is_put_back_smallest_first(monkeypatc
 
 
 class Writes(Base):
-    def forward(self, x, kept=None, named=None):
+    def forward(self, x, kept=None, named=None, uncounted=None):
         if kept is not None:
             kept.append(x) if isinstance(kept, list) else kept.add_(1)
+        if uncounted is not None:
+            uncounted.data.add_(1)
         if named is not None:
             named.pop("scale")
         return self.conv(x)
@@ -330,6 +332,7 @@ class Writes(Base):
     [
         (lambda: {"kept": [torch.ones(2)]}, "changes a list or dictionary among x, kept"),
         (lambda: {"kept": torch.ones(2)}, "writes to kept"),
+        (lambda: {"uncounted": torch.ones(2)}, "writes to uncounted"),
         (lambda: {"named": {"scale": 1.0}}, "changes a list or dictionary among x, named"),
     ],
 )

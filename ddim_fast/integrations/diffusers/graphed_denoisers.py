@@ -60,7 +60,7 @@ def graph_denoiser(
     modules = denoisers_of(pipe, wanted)
     for name, module in modules.items():
         forward = vars(module).get("forward")
-        if isinstance(forward, GraphedForward) and forward.is_open:
+        if isinstance(forward, GraphedForward) and forward.is_open and forward.module is module:
             raise ValueError(
                 f"a denoiser gets graphs once, got {name}, which has some: restore() what graph_denoiser returned, or "
                 f"{name}.forward.restore()"
