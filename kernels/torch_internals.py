@@ -50,16 +50,23 @@ _infrastructure_mode: Callable[[Any], Any] = getattr(torch._C, "_get_dispatch_mo
 _keys_of_modes = getattr(torch._C, "_TorchDispatchModeKey", None)
 
 
+def are_fake() -> bool:
+    """Return whether tensors are fake, without values, since FakeTensorMode is on.
+
+    There is no public way to ask: without the names, all have values.
+    """
+    return bool(modes_active()) and _infrastructure_mode(getattr(_keys_of_modes, "FAKE", None)) is not None
+
+
 def operators_are_watched() -> bool:
     """Return whether somebody traces or counts the operators that are called: make_fx, a counter of
-    FLOPs. Fake tensors, which have a mode of their own, are nobody's look.
+    FLOPs. The mode of fake tensors is nobody.
 
     There is no public way to ask: without the names, any mode is somebody.
     """
     if not modes_active():
         return False
-    fake, proxy = getattr(_keys_of_modes, "FAKE", None), getattr(_keys_of_modes, "PROXY", None)
-    return _infrastructure_mode(fake) is None or _infrastructure_mode(proxy) is not None
+    return not are_fake() or _infrastructure_mode(getattr(_keys_of_modes, "PROXY", None)) is not None
 
 
 FORWARD_AD: dict[str, Any] = vars(forward_ad)

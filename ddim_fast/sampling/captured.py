@@ -93,11 +93,12 @@ class Captured:
 
     Attributes:
         busy: whether it is in use.
+        is_kept: whether a cache keeps it.
         state: the model's, as later calls will find it; None for a callable that is no module.
     """
 
     def __init__(self, graphs: GraphBackend, pool: MemoryPool | None = None):
-        self.busy = False
+        self.busy = self.is_kept = False
         self.state: ModelState | None = None
         self._backend = graphs
         self._pool = pool

@@ -16,7 +16,7 @@ from .contents import Contents
 from .cuda_graphs import CaptureError, GraphBackend, MemoryPool
 from .graph_key import first_places, leaf_key
 from .model_state import PLAIN, plain_key, same_device
-from .static_tensors import fill_leaves, is_plain, static_leaves
+from .static_tensors import copies_of, fill_leaves, is_plain, static_leaves
 
 
 class Call:
@@ -28,6 +28,13 @@ class Call:
         context: what else its graph bakes in.
         on_refusal: called with this, the reason and the error, if there is one, where it is done
             without a graph.
+
+    Attributes:
+        leaves, structure: its arguments, and the containers that hold them.
+        tensors: those among its arguments.
+        device: that of its first tensor that is not on the host.
+        grad_enabled: whether gradients are enabled around it.
+        captures: how often it was captured.
     """
 
     is_brief = True
@@ -47,17 +54,9 @@ class Call:
         self.captures = 0
         self.grad_enabled = torch.is_grad_enabled()
         self.leaves, self.structure = tree_flatten((args, dict(kwargs)))
-
-    @cached_property
-    def tensors(self) -> list[Tensor]:
-        """The tensors among its arguments."""
-        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
-
-    @cached_property
-    def device(self) -> torch.device:
-        """The device of its first tensor that is not on the host."""
-        devices = [tensor.device for tensor in self.tensors]
-        return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+        self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+        devices = [tensor.device for tensor in self.tensors if tensor.device.type != "cpu"]
+        self.device = devices[0] if devices else torch.device("cpu")
 
     @cached_property
     def named_leaves(self) -> list[tuple[str, Any]]:
@@ -147,13 +146,13 @@ class CapturedCall(Captured):
         self._output_structure: Any = None
         self._output_keys: list[Hashable] = []  # of each call of the function
         self._output_strides: list[Any] = []
-        self.load(call)
+        with torch.no_grad():
+            self.load(call)
         self._capture(call.model, call.device, self._checked(call), self._run, vouch)
 
-    @torch.no_grad()
     def load(self, work: Call) -> None:
         """Copy the arguments of another call with the same key into the static ones, after the call
-        before, whatever its stream."""
+        before, whatever its stream. Whoever calls it has switched gradients off."""
         self._wait()
         fill_leaves(self._leaves, work.leaves)
 
@@ -239,13 +238,11 @@ class CapturedCall(Captured):
         """Replay, and return what the call returns, in memory of its own.
 
         A replay fills the same memory again, and callers keep what they got: pipelines both outputs
-        of guidance, multistep schedulers those of earlier steps.
+        of guidance, multistep schedulers those of earlier steps. Whoever calls it has switched
+        gradients off.
         """
         self._graph.replay()
-        with torch.no_grad():
-            copies = static_leaves(self._outputs)
-            fill_leaves(copies, self._outputs)
-        return tree_unflatten(copies, self._output_structure)
+        return tree_unflatten(copies_of(self._outputs), self._output_structure)
 
 
 def _names_of(call: Call) -> str:

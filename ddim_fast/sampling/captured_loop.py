@@ -76,15 +76,15 @@ class Job:
         them."""
         return [tree_flatten(each) if each else _NOTHING for each in self.conditionings]
 
-    @cached_property
+    @property
     def leaves(self) -> list[Any]:
         """All tensors and values of the conditioning."""
         return [leaf for leaves, _ in self.flattened for leaf in leaves]
 
-    @cached_property
+    @property
     def structure(self) -> Hashable:
         """The containers, and which of the tensors of one call are one."""
-        return tuple(each is _NOTHING or (str(each[1]), first_places(each[0])) for each in self.flattened)
+        return tuple([each is _NOTHING or (str(each[1]), first_places(each[0])) for each in self.flattened])
 
     @cached_property
     def table(self) -> StepTable:
@@ -104,14 +104,14 @@ class Job:
         return (
             self.mode,
             capacity(self.mode, plan.num_inference_steps),
-            *map(tensor_key, _tensors_of(loop)),
+            *[None if tensor is None else tensor_key(tensor) for tensor in _tensors_of(loop)],
             len(loop.calls),
             loop.thresholding,
             loop.normals,
             (plan.steps[0].coefficients.clipped, plan.adds_noise, loop.mask is not None and plan.adds_known_noise),
             loop.guidance_rescale,
             self.structure,
-            tuple(leaf_key(leaf, "conditioning", self.device) for leaf in self.leaves),
+            *[leaf_key(leaf, "conditioning", self.device) for leaf in self.leaves],
         )
 
     def capture(self, graphs: GraphBackend, vouch: bool = False, pool: MemoryPool | None = None) -> CapturedLoop:
@@ -154,7 +154,8 @@ class CapturedLoop(Captured):
         # Ordinary tensors, so that calls inside and outside of inference mode can share them.
         with torch.inference_mode(False), torch.no_grad():
             self._allocate(job)
-        self.load(job)
+        with torch.no_grad():
+            self.load(job)
         whole = self._all_steps if job.mode == "loop" else self._one_step
         self._capture(job.model, job.device, self._first_step, whole, vouch, trusted)
 
@@ -184,21 +185,17 @@ class CapturedLoop(Captured):
             None if loop.thresholding is None else thresholds_workspace(loop.x_t),
         )
         p = self._position
+        self._loaded_from = [(name, tensors[name]) for name in LOADED if tensors[name] is not None]
         held = [getattr(self.loop, name) for name in (*LOADED, *SCRATCH)]
         held += [*self._leaves, p.table.rows, p.index, p.timesteps, p.t, p.thresholds, p.workspace]
         self._static = self._held = [tensor for tensor in held if isinstance(tensor, Tensor)]
 
     def load(self, job: Job) -> None:
         """Copy the values of another job with the same key into the static tensors, after the run
-        before, whatever its stream."""
+        before, whatever its stream. Whoever calls it has switched gradients off."""
         self._wait()
-        with torch.no_grad():
-            self._copy(job)
-
-    def _copy(self, job: Job) -> None:
-        for name in LOADED:
-            if (static := getattr(self.loop, name)) is not None:
-                static.copy_(getattr(job.loop, name))
+        for name, static in self._loaded_from:
+            static.copy_(getattr(job.loop, name))
         self.loop.generator = job.loop.generator
         self._load_plan(job)
         self._position.index.zero_()

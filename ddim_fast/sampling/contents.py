@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import layout
+from ..kernels.torch_internals import are_fake
 
 MOST_BYTES = 1 << 26
 """Of the memory that is copied, smallest first: statistics and counters are small, and weights are
@@ -40,7 +41,8 @@ class Contents:
         self._sets = [(each, set(each)) for each in sets]
         self._memories: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         room = MOST_BYTES
-        plain = (each for each in tensors if not isinstance(each, nn.Parameter) and _has_memory(each))
+        written = () if are_fake() else tensors
+        plain = (each for each in written if not isinstance(each, nn.Parameter) and _has_memory(each))
         for storage in sorted((each.untyped_storage() for each in plain), key=torch.UntypedStorage.nbytes):
             if storage.data_ptr() not in self._memories and storage.nbytes() <= room:
                 room -= storage.nbytes()

@@ -29,16 +29,16 @@ def _settings(device_type: str) -> Hashable:
     return kernel_settings(), autocast, caches_parametrizations()
 
 
-def tensor_key(tensor: Tensor | None) -> Hashable:
+def tensor_key(tensor: Tensor) -> Hashable:
     """Return what a graph bakes in of a tensor whose values are copied in."""
-    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def first_places(leaves: Iterable[Any]) -> tuple[int, ...]:
     """Return for each tensor the place of the first that is the same object: which of a call's
     arguments are one, as Python's ``is`` tells its model."""
     seen: dict[int, int] = {}
-    return tuple(seen.setdefault(id(leaf), n) for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    return tuple([seen.setdefault(id(leaf), n) for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)])
 
 
 def leaf_key(leaf: Any, name: str, device: torch.device) -> Hashable:

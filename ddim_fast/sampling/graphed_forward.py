@@ -6,6 +6,7 @@ import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,9 @@ from .static_tensors import is_plain
 UNUSED_GRAPHS = 4
 """How many captures in a row that differ in Python's numbers alone may be of no use to a second
 call, before calls with yet other numbers do without."""
+
+
+_AS_IT_IS = nullcontext()  # switching gradients off takes as long as loading an argument
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,8 @@ class GraphedForward(KeptForward):
         if obstacle is not None:
             self._refused(call, obstacle, None)
             return self.run(*args, **kwargs)
-        with self._graphs.use(call, optional=True, vouch=not self._vouched) as captured:
+        without_gradients = torch.no_grad() if call.grad_enabled else _AS_IT_IS
+        with without_gradients, self._graphs.use(call, optional=True, vouch=not self._vouched) as captured:
             with self._lock:
                 if captured is not None or call.captures:
                     self._unused.note(call)
@@ -219,6 +224,8 @@ class _UnusedGraphs:
 
     def reason(self, call: Call) -> str | None:
         """Return why a call is not worth a capture; None if it may be."""
+        if not self._families:
+            return None
         family = self._families.get(call.signature_without_numbers, [])
         if len(family) < UNUSED_GRAPHS or call.numbers in family or call.signature in self._useful:
             return None

@@ -54,6 +54,19 @@ def fill_leaves(static: Iterable[Any], leaves: Iterable[Any]) -> None:
             filled.add(id(into))
 
 
+def copies_of(static: Iterable[Any]) -> list[Any]:
+    """Return leaves that ``static_leaves`` made with a new copy in place of each tensor."""
+    made: dict[int, Tensor] = {}
+    result = []
+    for leaf in static:
+        if isinstance(leaf, Tensor) and id(leaf) not in made:
+            new = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+            fill(new, leaf)
+            made[id(leaf)] = new
+        result.append(made.get(id(leaf), leaf))
+    return result
+
+
 def _each_once(tensor: Tensor) -> Tensor:
     """Return the view without the repetitions of expanded dimensions."""
     for dimension, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):

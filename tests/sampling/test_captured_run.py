@@ -160,7 +160,7 @@ def test_a_call_that_fails_while_its_values_are_loaded_is_waited_for(monkeypatch
         def fails(loop, job):
             raise RuntimeError("the copy failed")
 
-        monkeypatch.setattr(CapturedLoop, "_copy", fails)
+        monkeypatch.setattr(CapturedLoop, "_load_plan", fails)
         with pytest.raises(RuntimeError, match="the copy failed"):
             captured.sample(seed=0)
         monkeypatch.undo()

@@ -231,6 +231,17 @@ def test_who_watches_operators_sees_those_of_the_eager_forward():
     assert forward.stats() == ForwardStats(1, forward.stats().nbytes, 0, 1)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of what it traces with
+def test_a_trace_of_torchscript_sees_the_eager_forward():
+    module = Net()
+    forward = graphed(module)
+    check(module, x_of(), graphs=1)
+    with torch.no_grad():
+        traced = torch.jit.trace(module, x_of(), check_trace=False)
+        assert torch.equal(traced(x_of(1)), forward.eager(x_of(1)))
+    assert forward.stats().hits == 0
+
+
 def test_torch_compile_sees_the_eager_forward():
     module = Base()
     forward = graphed(module)
@@ -328,9 +339,11 @@ def test_hooks_that_came_after_are_stood_aside_for_and_taken_away_in_any_order()
     with torch.no_grad():
         module(x_of())
     unhooked(module)  # brings back what was restored, which does nothing
+    before = forward.stats()
     with torch.no_grad():
         assert torch.equal(module(x_of()), Net()(x_of()))
-    assert forward.stats().graphs == 0
+    assert forward.stats() == before
+    assert before.graphs == 0
     assert ModelState(module).doubt is None
     again = graphed(module)
     check(module, x_of(), graphs=1)
