@@ -1,7 +1,5 @@
 """Calls of a module with graphs that run without one: what is refused, why, and as if nobody had tried."""
 
-import collections
-import contextlib
 import types
 import warnings
 
@@ -13,81 +11,10 @@ from torch import nn
 
 import ddim_fast as df
 from ddim_fast.gpu_lab.fake_cuda import FakeGraphs, fake_cuda
-from ddim_fast.sampling import capture, contents
+from ddim_fast.sampling import capture
 from ddim_fast.sampling.capture import GraphCache
 from ddim_fast.sampling.cuda_graphs import CaptureError
 from ddim_fast.sampling.graphed_forward import UNUSED_GRAPHS
-
-# --- gradients --------------------------------------------------------------------------------------------------------------------------
-
-
-def test_where_gradients_are_taken_a_call_is_eager_and_without_any_it_is_a_replay():
-    module = Net()
-    forward = graphed(module)
-    with pytest.warns(
-        UserWarning, match=r"net without CUDA graphs, for x \(2, 3, 8, 8\) float32: a replay records no gradients"
-    ):
-        output = module(x_of())
-    output.sum().backward()
-    assert module.conv.weight.grad.abs().sum() > 0
-    module.requires_grad_(False)
-    with pytest.warns(UserWarning, match="a replay records no gradients"):
-        assert module(x_of().requires_grad_(), scale=2.0).requires_grad
-    got = module(x_of())  # gradients are on, and nobody asks for any
-    assert not got.requires_grad
-    with torch.no_grad():
-        assert not module(x_of().requires_grad_()).requires_grad
-    assert forward.stats().graphs == 2  # with gradients enabled, and without
-    assert torch.equal(got, forward.eager(x_of()))
-
-
-class ByMode(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = [nn.Conv2d(3, 3, 1)]  # of which ``parameters()`` knows nothing
-
-    def forward(self, x, how="branches"):
-        if how == "branches":
-            return x * 2 if torch.is_grad_enabled() else x * 3
-        with torch.enable_grad() if how == "enables" else contextlib.nullcontext():
-            return self.layers[0](x)
-
-
-def test_a_module_sees_whether_gradients_are_enabled():
-    module = ByMode()
-    graphed(module)
-    for seed in range(2):
-        for enabled in (True, False):
-            with torch.set_grad_enabled(enabled):
-                same(module(x_of(seed)), x_of(seed) * (2 if enabled else 3))
-        with torch.inference_mode():
-            assert torch.equal(module(x_of(seed)), x_of(seed) * 3)
-    assert (module.forward.stats().graphs, module.forward.stats().hits) == (2, 4)
-
-
-@pytest.mark.parametrize(("how", "enabled"), [("plain", True), ("enables", False)])
-def test_gradients_of_what_no_parameter_shows_are_not_lost(how, enabled):
-    module = ByMode()
-    graphed(module)
-    with (
-        torch.set_grad_enabled(enabled),
-        pytest.warns(UserWarning, match="records no gradients, got a call whose output requires some"),
-    ):
-        output = module(x_of(), how=how)
-    output.sum().backward()
-    assert module.layers[0].weight.grad.abs().sum() > 0
-    with torch.no_grad():
-        check(module, x_of(), how="plain", graphs=1)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, of itself
-def test_forward_mode_derivatives_are_left_to_eager():
-    module = Net().requires_grad_(False)
-    graphed(module)
-    with pytest.warns(UserWarning, match="forward-mode derivatives"):
-        _, derivative = torch.func.jvp(module, (x_of(),), (torch.ones(SHAPE),))
-    assert derivative.abs().sum() > 0
-
 
 # --- what is refused ------------------------------------------------------------------------------------------------------------------
 
@@ -210,112 +137,6 @@ def test_a_module_that_writes_to_its_buffers_is_refused():
     check(module, x_of(), graphs=1)
 
 
-class Counts(Base):
-    """It changes in each call, in one of the ways that there are."""
-
-    def __init__(self, how):
-        super().__init__()
-        self.how, self.number, self.items, self.queue = how, 0, [], collections.deque(maxlen=2)
-        self.members, self.entries, self.latest = set(), collections.OrderedDict(a=1, b=2), None
-        self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("counts", torch.zeros(1).expand(3))
-
-    def forward(self, x):
-        self.number += 1
-        self.latest = x * self.number
-        self.items.append(self.number)
-        self.queue.append(self.number)
-        self.members.add(self.number)
-        self.entries.move_to_end("a")
-        self.entries[f"call {self.number}"] = self.entries.pop("b", 0)
-        self.count += 1
-        self.counts[:1] += 1
-        if self.how == "waits" and self.count.item() < 0:
-            return x
-        return self.latest * self.count + self.counts[2] + len(self.items) + len(self.entries)
-
-
-def held(module):
-    parts = module.number, module.items, module.queue, module.members, list(module.entries.items())
-    return *parts, module.latest, module.count, module.counts
-
-
-@pytest.mark.parametrize("vouched", [False, True])
-@pytest.mark.parametrize("how", ["changes", "waits"])
-def test_a_module_that_is_refused_is_as_if_nobody_had_tried(how, vouched):
-    module, alone = Counts(how), Counts(how)
-    graphed(module, vouched=vouched)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for seed in range(3):
-            same(module(x_of(seed)), alone(x_of(seed)))
-            same(held(module), held(alone))
-    assert module.forward.stats().graphs == 0
-
-
-@pytest.mark.parametrize("interval", [2, 3, 4, 5])
-def test_a_step_cache_is_not_moved_by_calls_that_were_tried(interval):
-    module, alone = StepCache(interval), StepCache(interval)
-    graphed(module)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for seed in range(6):
-            same(module(x_of(seed), None), alone(x_of(seed), None))
-
-
-def test_batch_statistics_move_once_a_call():
-    module, alone = nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.BatchNorm2d(3))
-    forward = graphed(module)
-    with torch.no_grad(), pytest.warns(UserWarning, match=r"0\.running_mean is written to in each call"):
-        same(module(x_of()), alone(x_of()))
-    same(module.state_dict(), alone.state_dict())
-    forward.restore()
-    module, alone = nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.BatchNorm2d(3))
-    forward = graphed(module, vouched=True)  # captured, and warming up leaves no trace
-    for seed in range(3):
-        with torch.no_grad():
-            same(module(x_of(seed)), alone(x_of(seed)))
-        same(module.state_dict(), alone.state_dict())
-    assert forward.stats().graphs == 1
-
-
-class Fitted(Base):
-    """Its first call fits it to its argument."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale, self.is_fitted = nn.Parameter(torch.ones(()), requires_grad=False), False
-        self.register_buffer("shift", torch.zeros(()))
-
-    def forward(self, x):
-        if not self.is_fitted:
-            self.scale.copy_(x.std())
-            self.shift.copy_(x.mean())
-            self.is_fitted = True
-        return (x - self.shift) / self.scale
-
-
-def test_what_the_first_call_makes_of_a_module_stays():
-    module, alone = Fitted(), Fitted()
-    graphed(module)
-    with torch.no_grad():
-        for seed in range(3):
-            same(module(x_of(seed)), alone(x_of(seed)))
-    assert module.forward.stats().graphs == 1
-
-
-def test_of_the_memory_of_a_module_so_much_is_put_back_smallest_first(monkeypatch):
-    small, large, weight = torch.zeros(2), torch.zeros(4), nn.Parameter(torch.zeros(1), requires_grad=False)
-    monkeypatch.setattr(contents, "MOST_BYTES", small.nbytes + large.nbytes - 1)
-    before = contents.Contents(
-        [], [], [], [large, weight, small, small[1:], torch.zeros(0), torch.zeros(2, device="meta")]
-    )
-    for tensor in (small, large, weight):
-        tensor += 1
-    before.put_back()
-    assert (small.sum(), large.sum(), weight.sum()) == (0, 4, 1)
-
-
 class Writes(Base):
     def forward(self, x, kept=None, named=None, uncounted=None):
         if kept is not None:
@@ -347,73 +168,15 @@ def test_arguments_that_a_call_changes_are_changed_once_by_an_eager_call(make, r
     same(got, expected)
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
 class Odd(Base):
     def forward(self, x, what=None, how="item"):
         if how == "item":
             return x * x.abs().max().item()
         return {"object": types.SimpleNamespace(sample=x), "raises": None}[how] if how == "object" else x[100]
-
-
-class Subclass(torch.Tensor):
-    pass
-
-
-NUMBERS = {"calls": 0}
-
-
-class Returns(Base):
-    """What it returns differs from call to call, or is nothing that a replay fills."""
-
-    def forward(self, x, what):
-        NUMBERS["calls"] += 1
-        y = self.conv(x)
-        return {
-            "a number": lambda: (y, NUMBERS["calls"]),
-            "a structure": lambda: (y, [y]) if NUMBERS["calls"] % 2 else (y, (y,)),
-            "a layout": lambda: y.mT if NUMBERS["calls"] % 2 else y,
-            "one tensor": lambda: (y, y) if NUMBERS["calls"] % 2 else (y, y[:]),
-            "a subclass": lambda: y.as_subclass(Subclass),
-            "a sparse tensor": lambda: y.to_sparse(),
-        }[what]()
-
-
-@pytest.mark.parametrize(
-    ("what", "reason"),
-    [
-        *(
-            (what, "got .* in (one call and|the next call)")
-            for what in ("a number", "a structure", "a layout", "one tensor")
-        ),
-        ("a subclass", "returns plain, dense tensors and plain values, .* got a Subclass"),
-        ("a sparse tensor", "returns plain, dense tensors and plain values, .* got a Tensor"),
-    ],
-)
-def test_outputs_that_a_replay_would_not_return_are_refused(what, reason):
-    module = Returns()
-    forward = graphed(module)
-    NUMBERS["calls"] = 0
-    with torch.no_grad(), pytest.warns(UserWarning, match=reason):
-        got = module(x_of(), what)
-    NUMBERS["calls"] -= 1
-    with torch.no_grad():
-        expected = forward.eager(x_of(), what)
-    assert type(got) is type(expected)
-    assert str(got) == str(expected)
-    assert forward.stats().graphs == 0
-
-
-class OnTheHost(nn.Module):
-    def forward(self, x):
-        return x * 2, torch.zeros(2, device="cpu")
-
-
-def test_a_tensor_on_the_host_is_not_returned_by_a_replay():
-    with fake_cuda() as device:
-        module = OnTheHost()
-        forward = graphed(module, GraphCache(backend=lambda where: FakeGraphs(device)))
-        with torch.no_grad(), pytest.warns(UserWarning, match="on the device of its arguments, cuda.*, got one on cpu"):
-            module(torch.empty(SHAPE, device="cuda"))
-        assert forward.stats().graphs == 0
 
 
 @pytest.mark.parametrize(
