@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import layout
 from ..kernels.torch_internals import are_fake
+from .static_tensors import is_plain
 
 MOST_BYTES = 1 << 26
 """Of the memory that is copied, smallest first: statistics and counters are small, and weights are
@@ -80,7 +80,7 @@ class Contents:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    return not layout.is_wrapper(tensor) and tensor.device.type != "meta" and tensor.untyped_storage().data_ptr() != 0
+    return is_plain(tensor) and tensor.device.type != "meta" and tensor.untyped_storage().data_ptr() != 0
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

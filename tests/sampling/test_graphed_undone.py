@@ -110,7 +110,10 @@ def test_of_the_memory_of_a_module_so_much_is_put_back_smallest_first(monkeypatc
     small, large, weight = torch.zeros(2), torch.zeros(4), nn.Parameter(torch.zeros(1), requires_grad=False)
     monkeypatch.setattr(contents, "MOST_BYTES", small.nbytes + large.nbytes - 1)
     before = contents.Contents(
-        [], [], [], [large, weight, small, small[1:], torch.zeros(0), torch.zeros(2, device="meta")]
+        [],
+        [],
+        [],
+        [large, weight, small, small[1:], torch.zeros(0), torch.zeros(0).to_sparse(), torch.zeros(2, device="meta")],
     )
     for tensor in (small, large, weight):
         tensor += 1
