@@ -3,7 +3,7 @@ returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -44,7 +44,7 @@ class Call:
         model: nn.Module,
         function: Callable[..., Any],
         args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        kwargs: dict[str, Any],
         names: Sequence[str] = (),
         context: Hashable = None,
         on_refusal: Callable[[Call, str, Exception | None], None] = lambda call, reason, error: None,
@@ -53,7 +53,7 @@ class Call:
         self._on_refusal = on_refusal
         self.captures = 0
         self.grad_enabled = torch.is_grad_enabled()
-        self.leaves, self.structure = tree_flatten((args, dict(kwargs)))
+        self.leaves, self.structure = tree_flatten((args, kwargs))
         self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
         devices = [tensor.device for tensor in self.tensors if tensor.device.type != "cpu"]
         self.device = devices[0] if devices else torch.device("cpu")
@@ -152,7 +152,7 @@ class CapturedCall(Captured):
 
     def load(self, work: Call) -> None:
         """Copy the arguments of another call with the same key into the static ones, after the call
-        before, whatever its stream. Whoever calls it has switched gradients off."""
+        before, whatever its stream. None of them requires gradients, or gradients are off."""
         self._wait()
         fill_leaves(self._leaves, work.leaves)
 
@@ -238,8 +238,7 @@ class CapturedCall(Captured):
         """Replay, and return what the call returns, in memory of its own.
 
         A replay fills the same memory again, and callers keep what they got: pipelines both outputs
-        of guidance, multistep schedulers those of earlier steps. Whoever calls it has switched
-        gradients off.
+        of guidance, multistep schedulers those of earlier steps.
         """
         self._graph.replay()
         return tree_unflatten(copies_of(self._outputs), self._output_structure)
@@ -271,7 +270,7 @@ def _is_known(output: Any) -> bool:
 def _output_key(output: Any) -> Hashable:
     if isinstance(output, Tensor):
         return type(output), output.layout, output.shape, output.dtype, output.device
-    return plain_key(output) if isinstance(output, PLAIN) else type(output)
+    return plain_key(output) if isinstance(output, PLAIN) else (type(output),)
 
 
 def _is_number(leaf: Any) -> bool:

@@ -6,7 +6,6 @@ import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +24,6 @@ from .static_tensors import is_plain
 UNUSED_GRAPHS = 4
 """How many captures in a row that differ in Python's numbers alone may be of no use to a second
 call, before calls with yet other numbers do without."""
-
-
-_AS_IT_IS = nullcontext()  # switching gradients off takes as long as loading an argument
 
 
 @dataclass(frozen=True)
@@ -115,8 +111,7 @@ class GraphedForward(KeptForward):
         if obstacle is not None:
             self._refused(call, obstacle, None)
             return self.run(*args, **kwargs)
-        without_gradients = torch.no_grad() if call.grad_enabled else _AS_IT_IS
-        with without_gradients, self._graphs.use(call, optional=True, vouch=not self._vouched) as captured:
+        with self._graphs.use(call, optional=True, vouch=not self._vouched) as captured:
             with self._lock:
                 if captured is not None or call.captures:
                     self._unused.note(call)

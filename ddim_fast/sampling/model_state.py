@@ -80,7 +80,7 @@ class ModelState:
         self._places: list[Tensor] = []
         self._place_names: list[str] = []
         try:
-            self.key = Key((id(model), (self._visit(model), *self._named([("all modules' hooks", GLOBAL_HOOKS)]))))
+            self.key = Key((id(model), (self._visit(model), self._named([("all modules' hooks", GLOBAL_HOOKS)]))))
         except RecursionError:
             self._doubt("is nested too deeply to be looked through")
             self.key = Key((id(model), None))

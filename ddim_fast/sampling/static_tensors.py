@@ -46,12 +46,10 @@ def fill(static: Tensor, tensor: Tensor) -> None:
 
 
 def fill_leaves(static: Iterable[Any], leaves: Iterable[Any]) -> None:
-    """Copy the values of leaves into those that ``static_leaves`` made, each once."""
-    filled = set()
+    """Copy the values of leaves into those that ``static_leaves`` made."""
     for into, leaf in zip(static, leaves, strict=True):
-        if isinstance(into, Tensor) and id(into) not in filled:
+        if isinstance(into, Tensor):
             fill(into, leaf)
-            filled.add(id(into))
 
 
 def copies_of(static: Iterable[Any]) -> list[Any]:

@@ -288,6 +288,31 @@ def test_a_shallow_copy_has_the_originals_forward_until_it_gets_graphs_of_its_ow
         assert torch.equal(other(x), 2 * expected)
 
 
+def test_what_was_restored_below_a_hook_gets_graphs_again():
+    module, x = Scaled(2, 2), torch.ones(1, 2)
+    graphed, old = graph_denoiser(module, graphs=cache()), module.forward
+    module.forward = lambda x: old(x)
+    graphed.restore()
+    module.forward = old  # as hooks do that are taken away
+    with graph_denoiser(module, graphs=cache()) as again, torch.no_grad():
+        module(x)
+        assert again.stats()["Scaled"].misses == 1
+    assert "forward" not in vars(module)
+
+
+def test_a_timestep_is_moved_where_the_module_moves_it():
+    (unet,) = denoisers_of(text_to_image()[0]).values()
+    arranged, sample = timestep_on_device(unet), torch.empty(1, device="meta")
+    for timestep in (7, True, torch.tensor(7), torch.tensor(7.0)):
+        (_, moved), _ = arranged((sample, timestep), {})
+        _, kwargs = arranged((sample,), {"timestep": timestep})
+        for got in (moved, kwargs["timestep"]):
+            assert got.device.type == "meta"
+            assert got.dtype == (timestep.dtype if isinstance(timestep, torch.Tensor) else torch.int64)
+    for timestep in (7.0, None, torch.tensor([7]), torch.empty((), device="meta")):
+        assert arranged((sample, timestep), {})[0][1] is timestep
+
+
 def test_either_all_denoisers_get_graphs_or_none():
     parts = {"unet": nn.Linear(2, 2), "transformer": nn.Linear(2, 2), "controlnet": Closed()}
     pipe = type("Pipe", (), {"components": parts})()

@@ -123,6 +123,13 @@ def test_a_static_tensor_has_the_layout_and_the_values(sizes, order, part, expan
     assert static.data_ptr() != tensor.data_ptr() or tensor.numel() == 0
 
 
+def test_what_is_expanded_to_nothing_is_nothing():
+    tensor = torch.ones(1).expand(0)
+    static = static_like(tensor)
+    fill(static, tensor)
+    same(static, tensor)
+
+
 def test_where_elements_share_memory_otherwise_a_static_tensor_is_dense():
     tensor = torch.arange(5.0).as_strided((3, 3), (1, 1))
     static = static_like(tensor)

@@ -11,7 +11,7 @@ from torch import nn
 
 import ddim_fast as df
 from ddim_fast.gpu_lab.fake_cuda import FakeGraphs, fake_cuda
-from ddim_fast.sampling import capture
+from ddim_fast.sampling import capture, contents
 from ddim_fast.sampling.capture import GraphCache
 from ddim_fast.sampling.cuda_graphs import CaptureError
 from ddim_fast.sampling.graphed_forward import UNUSED_GRAPHS
@@ -138,9 +138,11 @@ def test_a_module_that_writes_to_its_buffers_is_refused():
 
 
 class Writes(Base):
-    def forward(self, x, kept=None, named=None, uncounted=None):
+    def forward(self, x, kept=None, named=None, uncounted=None, others=None):
         if kept is not None:
             kept.append(x) if isinstance(kept, list) else kept.add_(1)
+        if others is not None:
+            others[0] = others[0] * 2
         if uncounted is not None:
             uncounted.data.add_(1)
         if named is not None:
@@ -154,6 +156,7 @@ class Writes(Base):
         (lambda: {"kept": [torch.ones(2)]}, "changes a list or dictionary among x, kept"),
         (lambda: {"kept": torch.ones(2)}, "writes to kept"),
         (lambda: {"uncounted": torch.ones(2)}, "writes to uncounted"),
+        (lambda: {"others": [torch.ones(2)]}, "changes a list or dictionary among x, others"),
         (lambda: {"named": {"scale": 1.0}}, "changes a list or dictionary among x, named"),
     ],
 )
@@ -170,6 +173,15 @@ def test_arguments_that_a_call_changes_are_changed_once_by_an_eager_call(make, r
 
 class Subclass(torch.Tensor):
     pass
+
+
+def test_writes_to_large_arguments_are_counted(monkeypatch):
+    monkeypatch.setattr(contents, "MOST_BYTES", 0)
+    module, kept = Writes(), torch.ones(2)
+    graphed(module)
+    with torch.no_grad(), pytest.warns(UserWarning, match="writes to kept"):
+        module(x_of(), kept=kept)
+    assert kept.tolist() == [2, 2]
 
 
 class Odd(Base):
@@ -238,6 +250,8 @@ def test_a_number_on_the_host_beside_tensors_on_the_device_is_refused():
         graphed(module, cache)
         with torch.no_grad(), pytest.warns(UserWarning, match=reason):
             module(torch.empty(SHAPE, device="cuda"), torch.ones((), device="cpu"))
+        with torch.no_grad(), pytest.warns(UserWarning, match=reason):
+            module(scale=torch.ones((), device="cpu"), x=torch.empty(SHAPE, device="cuda"))
         s = df.DDIMSampler(df.NoiseSchedule.linear(), 3, graphs=cache)
         call = dict(shape=SHAPE, seed=0, device="cuda", conditioning={"scale": torch.ones((), device="cpu")})
         with pytest.raises(TypeError, match="conditioning of a captured graph must be on the device of the samples"):
@@ -263,8 +277,13 @@ def test_a_number_that_differs_in_each_call_is_given_up_and_named_once():
     assert COUNTS["calls"] == 1 + 2 * 20  # eager calls: of the module, and of the check
     assert forward.stats().misses == UNUSED_GRAPHS
     check(module, x_of(), scale=1.0)  # what is there is used
+    assert forward.stats().hits == 1
     check(module, x_of(0, (1, 3, 8, 8)), scale=1.0)  # and other calls go on
     assert forward.stats().misses == UNUSED_GRAPHS + 1
+    for n in range(UNUSED_GRAPHS):  # one was of use, so others are tried; it goes on when these are given up
+        check(module, x_of(), scale=50.0 + n)
+    check(module, x_of(), scale=1.0)
+    assert (forward.stats().misses, forward.stats().hits) == (2 * UNUSED_GRAPHS + 1, 2)
 
 
 def test_numbers_whose_graphs_are_used_again_are_not_given_up():

@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 import torch
-from graph_models import Base, StepCache
-from graphed import graphed, same, x_of
+from graph_models import Base, Logged, StepCache
+from graphed import cache_of, graphed, same, x_of
 from torch import nn
 
 from ddim_fast.sampling import contents
@@ -53,6 +53,22 @@ def test_a_module_that_is_refused_is_as_if_nobody_had_tried(how, vouched):
             same(module(x_of(seed)), alone(x_of(seed)))
             same(held(module), held(alone))
     assert module.forward.stats().graphs == 0
+
+
+class Numbered(Base):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.conv(x)
+
+
+def test_a_graph_of_a_module_that_changed_meanwhile_is_freed():
+    backend, module = Logged(), Numbered()
+    graphed(module, cache_of(backend))
+    with torch.no_grad(), pytest.warns(UserWarning, match="calls changed"):
+        module(x_of())
+    assert (backend.log, module.calls) == (["reset"], 1)
 
 
 @pytest.mark.parametrize("interval", [2, 3, 4, 5])
