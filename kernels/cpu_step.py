@@ -233,6 +233,7 @@ def normals(seeds: Tensor, shape: tuple[int, ...], step: int, stream: int) -> Te
     if extension is None:
         return torch.from_numpy(standard_normals(np.asarray(seeds), n_elements, step, stream)).view(-1, *shape)
     seeds = seeds.contiguous()
-    z = torch.empty((len(seeds), *shape), dtype=torch.float32, device="cpu")
-    extension.normals(seeds.data_ptr(), len(seeds), n_elements, step, stream, z.data_ptr(), torch.get_num_threads())
+    count = seeds.shape[0]
+    z = torch.empty((count, *shape), dtype=torch.float32, device="cpu")
+    extension.normals(seeds.data_ptr(), count, n_elements, step, stream, z.data_ptr(), torch.get_num_threads())
     return z

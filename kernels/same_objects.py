@@ -88,7 +88,7 @@ class Snapshot:
     def _are_where_they_were(self) -> bool:
         if self._plain and cpu_step.extension.layouts(self._plain) != self._layouts:
             return False
-        return all(map(eq, _layouts_of(self._others), self._other_layouts))
+        return not self._others or all(map(eq, _layouts_of(self._others), self._other_layouts))
 
 
 def _is_read_by_cpp(tensor: Tensor) -> bool:

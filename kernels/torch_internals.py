@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+from torch.nn.utils import parametrize
 
 __all__ = [
     "FORWARD_AD", "FORWARD_AD_LEVEL", "WRITE_COUNT", "default_store", "forward_hooks", "increment_version", "is_wrapped", "modes_active",
@@ -42,6 +45,29 @@ modes_active: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack",
 Saves the dispatcher for the steps that no mode looks at. There is no public way to ask: without the
 name, every step goes through the dispatcher, the slow way that is right with and without modes.
 """
+
+_infrastructure_mode: Callable[[Any], Any] = getattr(torch._C, "_get_dispatch_mode", lambda key: None)
+_keys_of_modes = getattr(torch._C, "_TorchDispatchModeKey", None)
+
+
+def are_fake() -> bool:
+    """Return whether tensors are fake, without values, since FakeTensorMode is on.
+
+    There is no public way to ask: without the names, all have values.
+    """
+    return bool(modes_active()) and _infrastructure_mode(getattr(_keys_of_modes, "FAKE", None)) is not None
+
+
+def operators_are_watched() -> bool:
+    """Return whether somebody traces or counts the operators that are called: make_fx, a counter of
+    FLOPs. The mode of fake tensors is nobody.
+
+    There is no public way to ask: without the names, any mode is somebody.
+    """
+    if not modes_active():
+        return False
+    return not are_fake() or _infrastructure_mode(getattr(_keys_of_modes, "PROXY", None)) is not None
+
 
 FORWARD_AD: dict[str, Any] = vars(forward_ad)
 FORWARD_AD_LEVEL: str | None = "_current_level" if isinstance(FORWARD_AD.get("_current_level"), int) else None
@@ -193,7 +219,75 @@ def clear_library_workspaces() -> None:
         clear()
 
 
+# ---- settings ------------------------------------------------------------------------------------
+
+_cuda, _cudnn, _matmul = torch.backends.cuda, torch.backends.cudnn, torch.backends.cuda.matmul
+_PUBLIC: dict[str, Callable[[], Any] | None] = {
+    "_get_flash_sdp_enabled": _cuda.flash_sdp_enabled,
+    "_get_mem_efficient_sdp_enabled": _cuda.mem_efficient_sdp_enabled,
+    "_get_math_sdp_enabled": _cuda.math_sdp_enabled,
+    "_get_cudnn_sdp_enabled": _cuda.cudnn_sdp_enabled,
+    "_get_math_sdp_allow_fp16_bf16_reduction": _cuda.fp16_bf16_reduction_math_sdp_allowed,
+    "_get_rocm_fa_preferred_backend": _cuda.preferred_rocm_fa_library,
+    "_get_blas_preferred_backend": _cuda.preferred_blas_library,
+    "_get_linalg_preferred_backend": _cuda.preferred_linalg_library,
+    "_get_cublas_allow_fp16_reduced_precision_reduction": lambda: _matmul.allow_fp16_reduced_precision_reduction,
+    "_get_cublas_allow_bf16_reduced_precision_reduction": lambda: _matmul.allow_bf16_reduced_precision_reduction,
+    "_get_cublas_allow_fp16_accumulation": lambda: _matmul.allow_fp16_accumulation,
+    "_get_cudnn_enabled": lambda: _cudnn.enabled,
+    "_get_cudnn_benchmark": lambda: _cudnn.benchmark,
+    "_get_cudnn_deterministic": lambda: _cudnn.deterministic,
+    "_get_deterministic_algorithms": torch.are_deterministic_algorithms_enabled,
+    "_get_sdp_priority_order": None,  # set by torch.nn.attention.sdpa_kernel(set_priority=True)
+}
+
+
+def _reader(name: str, public: Callable[[], Any] | None) -> Callable[[], Any]:
+    found = getattr(torch._C, name, public)
+    if name == "_get_sdp_priority_order" and found is not None:
+        return lambda: tuple(found())
+    return (lambda: None) if found is None else found
+
+
+def _precisions() -> list[Callable[[], Any]]:
+    read = getattr(torch._C, "_get_fp32_precision_getter", None)
+    if read is None:
+        return [lambda: _matmul.allow_tf32, lambda: _cudnn.allow_tf32]
+    return [partial(read, "cuda", operation) for operation in ("matmul", "conv", "rnn")]
+
+
+_SETTINGS = (torch.get_default_dtype, *_precisions(), *(_reader(*pair) for pair in _PUBLIC.items()))
+
+
+def kernel_settings() -> tuple[Any, ...]:
+    """Return torch's settings that decide which kernels an operator takes on CUDA, and how exact they
+    are, apart from autocast.
+
+    The private names save several calls for each setting. There is no public way to ask for the
+    order in which kernels of attention are tried.
+    """
+    return tuple([read() for read in _SETTINGS])
+
+
+def caches_parametrizations() -> bool:
+    """Return whether weights are computed once and freed later, by
+    torch.nn.utils.parametrize.cached().
+
+    There is no public way to ask: without the name, they are taken for lasting.
+    """
+    return bool(getattr(parametrize, "_cache_enabled", False))
+
+
 # ---- modules -------------------------------------------------------------------------------------
+
+
+GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple(
+    getattr(nn_module, name, {}) for name in ("_global_forward_pre_hooks", "_global_forward_hooks")
+)
+"""The hooks of all modules, which torch.nn.modules.module.register_module_forward_hook adds.
+
+There is no public way to ask: without the names, they go unnoticed.
+"""
 
 
 def forward_hooks(module: nn.Module) -> list[Any]:

@@ -121,7 +121,7 @@ class GraphCache:
             if captured is not None:
                 with self._lock:
                     captured.finish()
-                    if captured not in self:  # it was given up while it was in use
+                    if not captured.is_kept:  # it was given up while it was in use
                         self._pools.release(captured)
 
     def _get(self, work: Work[C], state: ModelState | None, vouch: bool = False, key: Hashable = None) -> C:
@@ -153,6 +153,7 @@ class GraphCache:
             if key in self._captured:
                 return
             self._captured[key] = (work.model, fresh)
+            fresh.is_kept = True
             if fresh.state is not None:
                 self._states[id(work.model)] = fresh.state
             while len(self._captured) > 1 and (len(self._captured) > self.maxsize or self._is_over_budget()):
@@ -230,9 +231,6 @@ class GraphCache:
             kept = [captured for owner, captured in self._captured.values() if owner is model]
             return len(kept), sum(captured.nbytes for captured in kept)
 
-    def __contains__(self, captured: object) -> bool:
-        return any(captured is kept for _, kept in self._captured.values())
-
     def __repr__(self) -> str:
         s = self.stats()
         return (
@@ -270,6 +268,7 @@ class GraphCache:
 
     def _evict(self, key: Hashable) -> None:
         model, captured = self._captured.pop(key)
+        captured.is_kept = False
         if all(owner is not model for owner, _ in self._captured.values()):
             self._states.pop(id(model), None)
         self._stats = replace(self._stats, evictions=self._stats.evictions + 1)

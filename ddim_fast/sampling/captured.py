@@ -15,7 +15,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..kernels.torch_internals import caches_parametrizations
 from ..models.protocol import Model
+from .contents import Contents
 from .cuda_graphs import (
     WARM_UP_CALLS,
     CapturedGraph,
@@ -91,11 +93,12 @@ class Captured:
 
     Attributes:
         busy: whether it is in use.
+        is_kept: whether a cache keeps it.
         state: the model's, as later calls will find it; None for a callable that is no module.
     """
 
     def __init__(self, graphs: GraphBackend, pool: MemoryPool | None = None):
-        self.busy = False
+        self.busy = self.is_kept = False
         self.state: ModelState | None = None
         self._backend = graphs
         self._pool = pool
@@ -111,7 +114,7 @@ class Captured:
         vouch: bool,
         trusted: bool = False,
     ) -> None:
-        """Warm up by ``first`` and capture ``whole``.
+        """Warm up by ``first`` and capture ``whole``. After an error the model is as it was.
 
         Args:
             vouch: whether a model is refused for which ``capture="auto"`` cannot vouch.
@@ -120,33 +123,51 @@ class Captured:
         Raises:
             CaptureError: the model cannot be captured, or does something else in each call.
         """
-        with _begun(), _no_cache_of_autocast(), torch.no_grad():
-            if trusted:
-                self._backend.warm_up(first)
-            else:
-                self._warm_up(model, device, first, vouch)
-            self._graph = self._backend.capture(whole, self._pool)
+        if caches_parametrizations():
+            raise CaptureError(
+                "a captured step computes its weights itself, got a call inside torch.nn.utils.parametrize.cached(), which frees "
+                "them when it ends: make the call outside of it, or run it without graphs"
+            )
+        before = None if trusted or not isinstance(model, nn.Module) else ModelState(model).contents()
         try:
-            self._check_unchanged(model, device if vouch else None)
-        except CaptureError:
-            self._graph.reset()
+            with _begun(), _no_cache_of_autocast(), torch.no_grad():
+                if trusted:
+                    self._backend.warm_up(first)
+                else:
+                    self._warm_up(model, device, first, vouch, before)
+                self._graph = self._backend.capture(whole, self._pool)
+            try:
+                self._check_unchanged(model, device if vouch else None)
+            except CaptureError:
+                self._graph.reset()
+                raise
+        except BaseException:
+            if before is not None:
+                before.put_back()
             raise
 
-    def _warm_up(self, model: Model, device: torch.device, first: Callable[[], Any], vouch: bool) -> None:
-        """Run ``first`` a few times, and check that each call of the model does the same."""
+    def _warm_up(
+        self, model: Model, device: torch.device, first: Callable[[], Any], vouch: bool, before: Contents | None
+    ) -> None:
+        """Run ``first`` a few times, and check that each call of the model does the same. What each
+        of them writes to is then as it was before."""
         self._backend.warm_up(first, 1)
         self.state = ModelState(model) if isinstance(model, nn.Module) else None
-        calls, writes = Calls(first, device), None if self.state is None else self.state.writes()
+        after_first = None if self.state is None else (self.state.writes(), self.state.contents())
+        calls = Calls(first, device)
         is_compiled = self.state is not None and self.state.is_compiled  # under a watch it would run uncompiled
         self._backend.warm_up(first if is_compiled else calls.record, WARM_UP_CALLS - 1)
         difference = calls.difference()
         if difference is not None:
-            raise UnsteadyModelError(_changes(difference))
+            raise unsteady(difference)
         if vouch and calls.draws:
             raise DoubtError("the model draws random numbers")
-        written = None if self.state is None or writes is None else self.state.written_since(writes)
-        if vouch and written is not None:
-            raise DoubtError(f"{written} is written to in each call, and warming up is several")
+        if self.state is None or before is None or after_first is None:
+            return
+        written = self.state.written_since(*after_first)
+        if vouch and written:
+            raise DoubtError(f"{next(iter(written))} is written to in each call, and warming up is several")
+        before.put_back_tensors(written.values())
 
     def _check_unchanged(self, model: Model, vouch_on: torch.device | None) -> None:
         """Check that the model is as it was after its first call, which may have completed it."""
@@ -155,7 +176,7 @@ class Captured:
         before, self.state = self.state, ModelState(model, vouch_on)
         difference = self.state.difference(before)
         if difference is not None:
-            raise UnsteadyModelError(_changes(f"{difference} changed"))
+            raise unsteady(f"{difference} changed")
 
     def load(self, work: Any) -> None:
         """Copy the values of work with the same key into the static tensors, after the run before,
@@ -173,8 +194,10 @@ class Captured:
 
     def finish(self) -> None:
         """End a run: the host is done, the device may not be."""
-        self._fence = self._backend.fence(self.static_tensors())
-        self.busy = False
+        try:
+            self._fence = self._backend.fence(self.static_tensors())
+        finally:
+            self.busy = False
 
     @property
     def nbytes(self) -> int:
@@ -217,8 +240,9 @@ def _no_cache_of_autocast() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
-def _changes(what: str) -> str:
-    return (
+def unsteady(what: str) -> UnsteadyModelError:
+    """Return the error of a model that does something else in each call."""
+    return UnsteadyModelError(
         f"a captured step replays one call of the model for all, so each must do the same, got {what}: run it "
         "without graphs, or keep in tensors that are changed in place what differs between calls"
     )

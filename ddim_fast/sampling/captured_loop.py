@@ -28,9 +28,9 @@ from ..utils.transfer import to_device
 from ..utils.warn import warn_caller
 from .captured import Captured
 from .cuda_graphs import GraphBackend, MemoryPool
-from .graph_key import leaf_key, tensor_key
+from .graph_key import first_places, leaf_key, tensor_key
 from .loop import Loop, Position, Timing, begins_steps, model_calls, model_times
-from .static_tensors import fill, static_like
+from .static_tensors import fill_leaves, static_leaves
 
 LOADED = ("x_t", "seeds", "mask", "known_x0", "model_input")  # tensors of a Loop that are copied in for each call
 SCRATCH = (
@@ -44,6 +44,7 @@ SCRATCH = (
 )  # tensors that the steps fill
 _PLANS = 8
 """How many plans a graph keeps on its device, beside the one that it runs."""
+_NOTHING: tuple[list[Any], Any] = tree_flatten({})
 _tensors_of = attrgetter(*LOADED, *SCRATCH)
 
 
@@ -73,20 +74,20 @@ class Job:
         return self.loop.x_t.device
 
     @cached_property
+    def flattened(self) -> list[tuple[list[Any], Any]]:
+        """The conditioning of each model call: its tensors and values, and the containers that hold
+        them."""
+        return [tree_flatten(each) if each else _NOTHING for each in self.conditionings]
+
+    @property
     def leaves(self) -> list[Any]:
-        """The conditioning's tensors and values, without the containers that hold them."""
-        return self._flattened[0]
+        """All tensors and values of the conditioning."""
+        return [leaf for leaves, _ in self.flattened for leaf in leaves]
 
-    @cached_property
-    def structure(self) -> str:
-        """The containers, without the tensors and values."""
-        return str(self._flattened[1])
-
-    @cached_property
-    def _flattened(self) -> tuple[list[Any], Any]:
-        if not any(self.conditionings):
-            return [], len(self.conditionings)
-        return tree_flatten(list(self.conditionings))
+    @property
+    def structure(self) -> Hashable:
+        """The containers, and which of the tensors of one call are one."""
+        return tuple([each is _NOTHING or (str(each[1]), first_places(each[0])) for each in self.flattened])
 
     @cached_property
     def table(self) -> StepTable:
@@ -108,7 +109,7 @@ class Job:
         return (
             self.mode,
             capacity(self.mode, plan.num_inference_steps),
-            *map(tensor_key, _tensors_of(loop)),
+            *[None if tensor is None else tensor_key(tensor) for tensor in _tensors_of(loop)],
             len(loop.calls),
             loop.thresholding,
             loop.normals,
@@ -116,7 +117,7 @@ class Job:
             loop.guidance_rescale,
             loop.density,
             self.structure,
-            tuple(leaf_key(leaf, "conditioning", self.device) for leaf in self.leaves),
+            *[leaf_key(leaf, "conditioning", self.device) for leaf in self.leaves],
         )
 
     def capture(self, graphs: GraphBackend, vouch: bool = False, pool: MemoryPool | None = None) -> CapturedLoop:
@@ -159,16 +160,17 @@ class CapturedLoop(Captured):
         # Ordinary tensors, so that calls inside and outside of inference mode can share them.
         with torch.inference_mode(False), torch.no_grad():
             self._allocate(job)
-        self.load(job)
+        with torch.no_grad():
+            self.load(job)
         whole = self._all_steps if job.mode == "loop" else self._one_step
         self._capture(job.model, job.device, self._first_step, whole, vouch, trusted)
 
     def _allocate(self, job: Job) -> None:
         loop, device, mode = job.loop, job.device, job.mode
         self._steps = job.plan.num_inference_steps  # of the plan that is loaded
-        self._leaves, structure = tree_flatten(list(job.conditionings))
-        self._leaves = [static_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        conditionings = tree_unflatten(self._leaves, structure)
+        parts = [(static_leaves(leaves), structure) for leaves, structure in job.flattened]
+        self._leaves = [leaf for leaves, _ in parts for leaf in leaves]
+        conditionings = [tree_unflatten(leaves, structure) for leaves, structure in parts]
         tensors: dict[str, Any] = {name: _like(getattr(loop, name)) for name in (*LOADED, *SCRATCH)}
         self.loop = replace(
             loop,
@@ -189,27 +191,21 @@ class CapturedLoop(Captured):
             None if loop.thresholding is None else thresholds_workspace(loop.x_t),
         )
         p = self._position
+        self._loaded_from = [(name, tensors[name]) for name in LOADED if tensors[name] is not None]
         held = [getattr(self.loop, name) for name in (*LOADED, *SCRATCH)]
         held += [*self._leaves, p.table.rows, p.index, p.timesteps, p.t, p.thresholds, p.workspace]
         self._static = self._held = [tensor for tensor in held if isinstance(tensor, Tensor)]
 
     def load(self, job: Job) -> None:
         """Copy the values of another job with the same key into the static tensors, after the run
-        before, whatever its stream."""
+        before, whatever its stream. Whoever calls it has switched gradients off."""
         self._wait()
-        with torch.no_grad():
-            self._copy(job)
-
-    def _copy(self, job: Job) -> None:
-        for name in LOADED:
-            if (static := getattr(self.loop, name)) is not None:
-                static.copy_(getattr(job.loop, name))
+        for name, static in self._loaded_from:
+            static.copy_(getattr(job.loop, name))
         self.loop.generator = job.loop.generator
         self._load_plan(job)
         self._position.index.zero_()
-        for static, new in zip(self._leaves, job.leaves, strict=True):
-            if isinstance(static, Tensor):
-                fill(static, new)
+        fill_leaves(self._leaves, job.leaves)
 
     def _load_plan(self, job: Job) -> None:
         """Copy the steps of the job into the static tensors, unless they are there. Only a plan that

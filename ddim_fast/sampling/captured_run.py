@@ -82,8 +82,8 @@ class CapturedRun:
         job = prepare(self._plan, self._model, self._shape, options, self._graphs)
         if job.key() != self._key:
             raise ValueError(
-                "a captured run takes new values of what it was captured with, got another shape, dtype, option or plain value among "
-                f"{', '.join(changes) or 'what torch was set to'}: capture another run for it"
+                "a captured run takes new values of what it was captured with, got another shape, dtype, option or plain value, or one "
+                f"tensor in other places, among {', '.join(changes) or 'what torch was set to'}: capture another run for it"
             )
         return take_steps(job, self._using(job), steps_shown(self._plan, options), options)
 
@@ -96,8 +96,8 @@ class CapturedRun:
         try:
             if self._captured is None:
                 raise RuntimeError("a captured run can be used until it is closed, got one that was: capture it again")
-            self._captured.load(job)
             try:
+                self._captured.load(job)
                 yield self._captured
             finally:
                 self._captured.finish()

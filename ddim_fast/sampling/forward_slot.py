@@ -64,11 +64,9 @@ class KeptForward:
 
 
 def what_is_below(module: nn.Module) -> Any:
-    """Return what is in the slot, without those that compute the same; None if nothing is."""
+    """Return what is in the slot, or below what computes the same; None if nothing is."""
     found = vars(module).get("forward")
-    while isinstance(found, KeptForward):
-        found = found.replaced
-    return found
+    return found.replaced if isinstance(found, KeptForward) else found
 
 
 def what_replaces_forward(module: nn.Module) -> Any:

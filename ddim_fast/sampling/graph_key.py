@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.torch_internals import caches_parametrizations, kernel_settings
 from .model_state import PLAIN, ModelState, plain_key, same_device
 
 if TYPE_CHECKING:
@@ -24,21 +25,20 @@ def graph_key(work: Work[Any], state: ModelState | None) -> Hashable:
 
 def _settings(device_type: str) -> Hashable:
     """Return what decides which kernels torch chooses, and in which dtype it computes."""
-    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-    chosen = [
-        getattr(backend, "fp32_precision", None) for backend in (cuda.matmul, cudnn, getattr(cudnn, "conv", None))
-    ]
-    if chosen[0] is None:  # torch before 2.9
-        chosen = [cuda.matmul.allow_tf32, cudnn.allow_tf32]
-    attention = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled())
-    autocast = (torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
-    deterministic = (cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled())
-    return (*chosen, *attention, cuda.cudnn_sdp_enabled(), *autocast, *deterministic, torch.get_default_dtype())
+    autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    return kernel_settings(), autocast, caches_parametrizations()
 
 
-def tensor_key(tensor: Tensor | None) -> Hashable:
+def tensor_key(tensor: Tensor) -> Hashable:
     """Return what a graph bakes in of a tensor whose values are copied in."""
-    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def first_places(leaves: Iterable[Any]) -> tuple[int, ...]:
+    """Return for each tensor the place of the first that is the same object: which of a call's
+    arguments are one, as Python's ``is`` tells its model."""
+    seen: dict[int, int] = {}
+    return tuple([seen.setdefault(id(leaf), n) for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)])
 
 
 def leaf_key(leaf: Any, name: str, device: torch.device) -> Hashable:

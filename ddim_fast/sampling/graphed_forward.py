@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import layout
-from ..kernels.torch_internals import compiled_by, takes_forward_derivatives
+from ..kernels.torch_internals import compiled_by, operators_are_watched, takes_forward_derivatives
 from ..utils.warn import warn_caller
 from .capture import GraphCache
 from .captured import InUseError, is_capturing
 from .captured_call import Call
 from .cuda_graphs import CaptureError
 from .forward_slot import KeptForward, what_is_below
+from .static_tensors import is_plain
 
 UNUSED_GRAPHS = 4
 """How many captures in a row that differ in Python's numbers alone may be of no use to a second
@@ -113,9 +113,12 @@ class GraphedForward(KeptForward):
             return self.run(*args, **kwargs)
         with self._graphs.use(call, optional=True, vouch=not self._vouched) as captured:
             with self._lock:
-                self._unused.note(call)
+                if captured is not None or call.captures:
+                    self._unused.note(call)
                 if captured is not None:
                     self._counts["misses" if call.captures else "hits"] += 1
+            if call.captures and not self.is_open:  # another thread restored it meanwhile
+                self._graphs.discard(self.module)
             if captured is not None:
                 return captured.replay()
         return self.run(*args, **kwargs)
@@ -141,10 +144,9 @@ class GraphedForward(KeptForward):
             return "a replay records no gradients, got a call that requires some: call it under torch.no_grad()"
         if takes_forward_derivatives(call.tensors):
             return "a replay records no gradients, got a call in which forward-mode derivatives are taken"
-        if any(map(_is_special, call.tensors)):
-            name, leaf = next(
-                pair for pair in call.named_leaves if isinstance(pair[1], Tensor) and _is_special(pair[1])
-            )
+        if not all(map(is_plain, call.tensors)):
+            named = ((name, leaf) for name, leaf in call.named_leaves if isinstance(leaf, Tensor))
+            name, leaf = next((name, leaf) for name, leaf in named if not is_plain(leaf))
             return (
                 f"arguments must be plain, dense tensors, got {name} of type {type(leaf).__qualname__}, {leaf.layout}"
             )
@@ -217,6 +219,8 @@ class _UnusedGraphs:
 
     def reason(self, call: Call) -> str | None:
         """Return why a call is not worth a capture; None if it may be."""
+        if not self._families:
+            return None
         family = self._families.get(call.signature_without_numbers, [])
         if len(family) < UNUSED_GRAPHS or call.numbers in family or call.signature in self._useful:
             return None
@@ -231,13 +235,13 @@ class _UnusedGraphs:
         return self._reasons[call.signature_without_numbers]
 
 
-def _is_special(tensor: Tensor) -> bool:
-    return tensor.layout != torch.strided or tensor.is_nested or layout.is_wrapper(tensor)
-
-
 def _is_recorded() -> bool:
-    """Return whether somebody else traces or captures what is called now."""
-    return torch.jit.is_tracing() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    """Return whether somebody else traces, watches or captures what is called now."""
+    return (
+        torch.jit.is_tracing()
+        or operators_are_watched()
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def _positional_names(function: Callable[..., Any]) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ def guidance_scales(guidance_scale: GuidanceScale | None, timesteps: Sequence[fl
 
 def check_rescale(guidance_rescale: float, guidance_scale: GuidanceScale | None) -> None:
     """Raise TypeError or ValueError unless phi is a number in [0, 1], 0 without guidance."""
-    if not isinstance(guidance_rescale, Real):
+    if not isinstance(guidance_rescale, (float, Real)):  # to ask for a Real takes as long as the rest
         raise TypeError(f"guidance_rescale must be a number in [0, 1], got {guidance_rescale!r}")
     if not 0 <= guidance_rescale <= 1:
         raise ValueError(f"guidance_rescale must be in [0, 1], got {guidance_rescale}")

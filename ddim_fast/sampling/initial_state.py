@@ -47,7 +47,7 @@ def _check_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
     if shape is None:
         raise ValueError("shape is needed where no x_T is given, got None: for instance shape=(16, 3, 32, 32)")
     try:
-        shape = tuple(as_index(size) for size in shape)
+        shape = tuple(map(as_index, shape))
     except TypeError:
         raise TypeError(f"shape must be integers (batch, channels, ...), got {shape!r}") from None
     if len(shape) < 2 or min(shape) < 0:

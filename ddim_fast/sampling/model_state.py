@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from ..kernels import layout
 from ..kernels.same_objects import Snapshot
-from ..kernels.torch_internals import MODULE_PARTS, compiled_by, flattened, write_count
+from ..kernels.torch_internals import GLOBAL_HOOKS, MODULE_PARTS, compiled_by, flattened, write_count
+from .contents import Contents
 from .cuda_graphs import CaptureError
 from .forward_slot import what_replaces_forward
 
@@ -79,7 +80,7 @@ class ModelState:
         self._places: list[Tensor] = []
         self._place_names: list[str] = []
         try:
-            self.key = Key((id(model), self._visit(model)))
+            self.key = Key((id(model), (self._visit(model), self._named([("all modules' hooks", GLOBAL_HOOKS)]))))
         except RecursionError:
             self._doubt("is nested too deeply to be looked through")
             self.key = Key((id(model), None))
@@ -110,10 +111,16 @@ class ModelState:
         """Return how often each tensor has been written in place; None where nothing counts."""
         return list(map(write_count, self._places))
 
-    def written_since(self, writes: list[int | None]) -> str | None:
-        """Return the name of a tensor that was written in place since ``writes``; None if none was."""
-        pairs = zip(self._place_names, writes, self.writes(), strict=True)
-        return next((name for name, before, after in pairs if before != after), None)
+    def written_since(self, writes: list[int | None], contents: Contents) -> dict[str, Tensor]:
+        """Return the tensors that were written in place since ``writes`` and ``contents``, by their
+        names. Not all operators count what they write: batch statistics are known by their values."""
+        found = zip(self._place_names, self._places, writes, self.writes(), strict=True)
+        return {name: each for name, each, before, after in found if before != after or contents.is_changed(each)}
+
+    def contents(self) -> Contents:
+        """Return what its containers hold now, and its tensors."""
+        lists = [each for each in self._iterables if isinstance(each, (list, deque))]
+        return Contents(self._dicts, lists, self._sets, self._places)
 
     def difference(self, other: ModelState) -> str | None:
         """Return the name of something that differs from another state of the module; None if
@@ -279,7 +286,7 @@ class ModelState:
                 return self._known_by_id(tensor), self._named(self._attributes(tensor).items())
             self._places.append(tensor)
             self._place_names.append(".".join(self._where))
-            rest = None if not layout.is_wrapper(tensor) else self._named(self._attributes(tensor).items())
+            rest = self._named(self._attributes(tensor).items())
             return kind, address, tensor.dtype, tuple(tensor.shape), tensor.stride(), rest
         tensors, rest = inner
         self._made_here += [*tensors.values(), rest]

@@ -183,9 +183,10 @@ def _start(mode: str, request: Request, options: Options, keeps_log_prob: bool =
         blend_known_region(x_t, r.mask, r.known_x0, level, seeds, noise.generator, backend)
     watched = options.observation.wants_states
 
-    def like_x_t(wanted: bool, dtype: torch.dtype = r.dtype) -> Tensor | None:
-        return torch.empty_like(x_t, dtype=dtype) if wanted else None
+    def like_x_t(dtype: torch.dtype = r.dtype) -> Tensor:
+        return torch.empty_like(x_t, dtype=dtype)
 
+    scales_input = r.model_dtype != r.dtype or r.plan.scales_input
     loop = Loop(
         x_t=x_t,
         calls=model_calls(r.model, r.conditionings),
@@ -194,18 +195,18 @@ def _start(mode: str, request: Request, options: Options, keeps_log_prob: bool =
         thresholding=r.plan.thresholding,
         seeds=seeds if r.adds_noise or r.adds_known_noise else None,
         generator=noise.generator,
-        noise=like_x_t(noise.generator is not None and r.adds_noise),
-        model_input=like_x_t(r.model_dtype != r.dtype or r.plan.scales_input, r.model_dtype),
-        x_seen=like_x_t(watched),
-        x0=like_x_t(watched),
+        noise=like_x_t() if noise.generator is not None and r.adds_noise else None,
+        model_input=like_x_t(r.model_dtype) if scales_input else None,
+        x_seen=like_x_t() if watched else None,
+        x0=like_x_t() if watched else None,
         normals=noise.normals,
         guidance_rescale=0.0 if r.scales is None else float(options.guidance.guidance_rescale),
         classifier=r.classifier,
         mask=r.mask,
         known_x0=r.known_x0,
-        known_noise=like_x_t(noise.generator is not None and r.adds_known_noise),
-        history=like_x_t(r.plan.order > 1),
-        history_2=like_x_t(r.plan.order > 2),
+        known_noise=like_x_t() if noise.generator is not None and r.adds_known_noise else None,
+        history=like_x_t() if r.plan.order > 1 else None,
+        history_2=like_x_t() if r.plan.order > 2 else None,
         log_prob=torch.empty(len(x_t), dtype=torch.float32, device=r.device) if keeps_log_prob else None,
         density=options.density,
     )
@@ -236,13 +237,13 @@ def take_steps(
     observation, execution = options.observation, options.execution
     timing = Timing() if observation.timing is None else observation.timing
     trajectory = Trajectory()
-    with using as captured:
+    with torch.no_grad(), using as captured:
         loop = job.loop if captured is None else captured.loop
         watched = observation.progress or observation.wants_states or record is not None
         if captured is None:
             loop.begin = begins_steps(job.model)
             timesteps = model_times(job.plan, loop.x_t.device, loop.shape[0])
-        with torch.no_grad(), bar as steps:
+        with bar as steps:
             if captured is not None and not (watched or captured.draws_noise):
                 captured.replay_all(timing)
                 steps = ()

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..kernels import layout
 from ..kernels.contract import overlaps_itself
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether ``static_like`` makes a tensor of the same kind: dense, of no subclass."""
+    return tensor.layout == torch.strided and not tensor.is_nested and not layout.is_wrapper(tensor)
 
 
 def static_like(tensor: Tensor) -> Tensor:
@@ -20,9 +29,40 @@ def static_like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
 
 
+def static_leaves(leaves: Iterable[Any]) -> list[Any]:
+    """Return leaves with a new tensor in place of each tensor: one for those that are one object."""
+    made: dict[int, Tensor] = {}
+    result = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and id(leaf) not in made:
+            made[id(leaf)] = static_like(leaf)
+        result.append(made.get(id(leaf), leaf))
+    return result
+
+
 def fill(static: Tensor, tensor: Tensor) -> None:
     """Copy the values of a tensor into one that ``static_like`` made for such a tensor."""
     _each_once(static).copy_(_each_once(tensor))
+
+
+def fill_leaves(static: Iterable[Any], leaves: Iterable[Any]) -> None:
+    """Copy the values of leaves into those that ``static_leaves`` made."""
+    for into, leaf in zip(static, leaves, strict=True):
+        if isinstance(into, Tensor):
+            fill(into, leaf)
+
+
+def copies_of(static: Iterable[Any]) -> list[Any]:
+    """Return leaves that ``static_leaves`` made with a new copy in place of each tensor."""
+    made: dict[int, Tensor] = {}
+    result = []
+    for leaf in static:
+        if isinstance(leaf, Tensor) and id(leaf) not in made:
+            new = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+            fill(new, leaf)
+            made[id(leaf)] = new
+        result.append(made.get(id(leaf), leaf))
+    return result
 
 
 def _each_once(tensor: Tensor) -> Tensor:

@@ -259,6 +259,90 @@ def test_wrong_arguments_are_refused_before_anything_is_replaced():
     assert "forward" not in vars(pipe.controlnet)
 
 
+class Closed(nn.Module):
+    """It takes no attribute any more."""
+
+    def __setattr__(self, name, value):
+        if name == "forward":
+            raise AttributeError("this module is closed")
+        super().__setattr__(name, value)
+
+
+class Scaled(nn.Linear):
+    scale = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+def test_a_shallow_copy_has_the_originals_forward_until_it_gets_graphs_of_its_own():
+    module, x = Scaled(2, 2), torch.ones(1, 2)
+    with graph_denoiser(module, graphs=cache()), torch.no_grad():
+        expected, other = module(x), copy.copy(module)
+        other.scale = 2.0
+        assert torch.equal(other(x), expected)
+        with graph_denoiser(other, graphs=cache()) as graphed:
+            assert torch.equal(other(x), 2 * expected)
+            assert torch.equal(module(x), expected)
+            assert graphed.stats()["Scaled"].misses == 1
+        assert torch.equal(other(x), 2 * expected)
+
+
+def test_what_was_restored_below_a_hook_gets_graphs_again():
+    module, x = Scaled(2, 2), torch.ones(1, 2)
+    graphed, old = graph_denoiser(module, graphs=cache()), module.forward
+    module.forward = lambda x: old(x)
+    graphed.restore()
+    module.forward = old  # as hooks do that are taken away
+    with graph_denoiser(module, graphs=cache()) as again, torch.no_grad():
+        module(x)
+        assert again.stats()["Scaled"].misses == 1
+    assert "forward" not in vars(module)
+
+
+def test_a_timestep_is_moved_where_the_module_moves_it():
+    (unet,) = denoisers_of(text_to_image()[0]).values()
+    arranged, sample = timestep_on_device(unet), torch.empty(1, device="meta")
+    for timestep in (7, True, torch.tensor(7), torch.tensor(7.0)):
+        (_, moved), _ = arranged((sample, timestep), {})
+        _, kwargs = arranged((sample,), {"timestep": timestep})
+        for got in (moved, kwargs["timestep"]):
+            assert got.device.type == "meta"
+            assert got.dtype == (timestep.dtype if isinstance(timestep, torch.Tensor) else torch.int64)
+    for timestep in (7.0, None, torch.tensor([7]), torch.empty((), device="meta")):
+        assert arranged((sample, timestep), {})[0][1] is timestep
+
+
+def test_either_all_denoisers_get_graphs_or_none():
+    parts = {"unet": nn.Linear(2, 2), "transformer": nn.Linear(2, 2), "controlnet": Closed()}
+    pipe = type("Pipe", (), {"components": parts})()
+    with pytest.raises(AttributeError, match="this module is closed"):
+        graph_denoiser(pipe, graphs=cache())
+    assert not any("forward" in vars(part) for part in parts.values())
+
+
+def test_all_denoisers_are_restored_whatever_one_of_them_raises(monkeypatch):
+    parts = {"unet": nn.Linear(2, 2), "transformer": nn.Linear(2, 2), "controlnet": nn.Linear(2, 2)}
+    graphs = cache()
+    graphed = graph_denoiser(type("Pipe", (), {"components": parts})(), graphs=graphs)
+    discard = graphs.discard
+
+    def fails(module):
+        discard(module)
+        if module is parts["transformer"]:
+            raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(graphs, "discard", fails)
+    for module in parts.values():
+        with torch.no_grad():
+            module(torch.ones(1, 2))
+    assert len(graphs) == 3
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        graphed.restore()
+    assert len(graphs) == 0
+    assert not any("forward" in vars(part) for part in parts.values())
+
+
 def test_on_a_cpu_the_pipeline_goes_on_and_says_why_once():
     pipe, call = text_to_image()
     expected = run(pipe, call)

@@ -384,6 +384,22 @@ def test_a_changed_model_is_captured_anew(cache, name):
     assert len(cache) == 2
 
 
+@pytest.mark.parametrize("mode", ["step", "loop"])
+def test_conditioning_that_is_one_tensor_is_one_for_the_model_too(cache, mode):
+    class Attends(Net):
+        def forward(self, x, t, first, second):
+            return torch.tanh(x) * (2.0 if first is second else 3.0) * first.mean()
+
+    s, model, a, b = sampler(cache), Attends(), torch.ones(2), torch.ones(2)
+    for first, second in ((a, b), (a, a), (b, a), (b, b)):
+        options = dict(shape=SHAPE, seed=0, conditioning={"first": first, "second": second}, guidance_scale=2.0)
+        # That a tensor is given to both calls is no matter.
+        options["unconditional_conditioning"] = {"first": a, "second": torch.ones(2)}
+        expected = s.sample(model, **options, capture="off")
+        assert torch.equal(s.sample(model, **options, capture=mode), expected)
+    assert cache.stats().misses == 2
+
+
 def test_thresholds_are_part_of_the_key(cache):
     model = Net()
     for ratio, maximum in [(0.9, 1.0), (0.5, 1.0), (0.5, 1.5)]:

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from graph_models import Logged
 from torch import nn
 
 import ddim_fast as df
 from ddim_fast.gpu_lab import Replay
 from ddim_fast.gpu_lab.fake_cuda import FakeGraphs, fake_cuda
 from ddim_fast.sampling.capture import GraphCache
+from ddim_fast.sampling.captured_loop import CapturedLoop
 
 SHAPE = (2, 3, 8, 8)
 
@@ -145,3 +147,22 @@ def test_it_waits_for_nothing_on_a_device():
         steady = captured._captured._graph.steady
     assert steady.syncs == steady.copies == steady.others == []
     assert steady.region().own_launches == {"ddim_fast::ddim_step_kernel": 1}
+
+
+def test_a_call_that_fails_while_its_values_are_loaded_is_waited_for(monkeypatch):
+    backend = Logged()
+    graphs = GraphCache(backend=lambda device: backend, device_types=("cpu",))
+    s = df.DDIMSampler(df.NoiseSchedule.linear(), 3, graphs=graphs)
+    with s.capture(Net(), SHAPE) as captured:
+        captured.sample(seed=0)
+        del backend.log[:]
+
+        def fails(loop, job):
+            raise RuntimeError("the copy failed")
+
+        monkeypatch.setattr(CapturedLoop, "_load_plan", fails)
+        with pytest.raises(RuntimeError, match="the copy failed"):
+            captured.sample(seed=0)
+        monkeypatch.undo()
+        assert backend.log == ["first waits for first", "fence on first of 8 tensors"]
+        captured.sample(seed=0)

@@ -106,7 +106,7 @@ def timestep_on_device(module: nn.Module) -> Callable[[tuple, dict[str, Any]], t
 def _moved(timestep: Any, sample: Any) -> Any:
     if not isinstance(sample, Tensor):
         return timestep
-    if isinstance(timestep, int) and not isinstance(timestep, bool):
+    if isinstance(timestep, int):
         return torch.tensor(timestep, dtype=torch.int64, device="cpu").to(sample.device)
     if isinstance(timestep, Tensor) and timestep.ndim == 0 and timestep.device.type == "cpu":
         return timestep.to(sample.device)

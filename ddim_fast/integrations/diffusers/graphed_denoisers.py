@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -59,7 +60,7 @@ def graph_denoiser(
     modules = denoisers_of(pipe, wanted)
     for name, module in modules.items():
         forward = vars(module).get("forward")
-        if isinstance(forward, GraphedForward) and forward.is_open:
+        if isinstance(forward, GraphedForward) and forward.is_open and forward.module is module:
             raise ValueError(
                 f"a denoiser gets graphs once, got {name}, which has some: restore() what graph_denoiser returned, or "
                 f"{name}.forward.restore()"
@@ -99,8 +100,12 @@ class GraphedDenoisers:
             if module not in own:
                 arranged, context = timestep_on_device(module), internals.attention_backend
                 own[module] = GraphedForward(module, graphs, name, strict, vouched, arranged, context)
-                own[module].put_in_place()
             self._forwards[name] = own[module]
+        with ExitStack() as undo:
+            for forward in own.values():
+                undo.callback(forward.restore)
+                forward.put_in_place()
+            undo.pop_all()  # all are in place
 
     def stats(self) -> dict[str, ForwardStats]:
         """Return what each denoiser's graphs are and did: their number and bytes, calls that were
@@ -119,8 +124,9 @@ class GraphedDenoisers:
 
         Hooks that replaced a forward afterwards stay where they are.
         """
-        for forward in self._forwards.values():
-            forward.restore()
+        with ExitStack() as each:  # to the end, whatever one of them raises
+            for forward in self._forwards.values():
+                each.callback(forward.restore)
 
     def __enter__(self) -> Self:
         return self

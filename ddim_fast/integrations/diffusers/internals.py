@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from torch import Tensor
-
 from ...kernels.torch_internals import WRITE_COUNT
 
 COUNTS_WRITES = WRITE_COUNT is not None
@@ -26,16 +24,6 @@ def config_entry(scheduler: Any) -> tuple[dict[str, Any], str, Any] | None:
     attributes = vars(scheduler)
     config = scheduler.config
     return (attributes, "_internal_dict", config) if attributes.get("_internal_dict") is config else None
-
-
-def share_storage(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are views of one piece of memory.
-
-    Waits for no device, and works for tensors without values, whose addresses torch does not tell.
-    """
-    storages = one.untyped_storage(), other.untyped_storage()
-    first, second = (getattr(storage, "_cdata", None) or storage.data_ptr() for storage in storages)
-    return first == second
 
 
 def scales_up(scheduler: Any) -> bool:

@@ -14,10 +14,10 @@ from torch import Tensor
 from ...kernels.contract import StepCoefficients
 from ...kernels.cpu_step import plain_step
 from ...kernels.dispatch import ddim_step, ddim_step_from_table
+from ...kernels.torch_internals import shares_storage
 from ..arguments import LeaveToOriginal
 from ..host_copy import HostCopy
 from ..original_results import HALF_PRECISION, kinds_of_results, step_of_kinds
-from . import internals
 from .arguments import check_kernel_tensors
 from .output import step_output
 from .sigma_rows import SigmaRows
@@ -154,7 +154,7 @@ class SigmaSteps:
         if timestep.dtype != timesteps.dtype or timestep.device != timesteps.device:
             return None
         copy = self._host_copies.get("timesteps")
-        if copy is None or not copy.is_of(timesteps) or not internals.share_storage(timestep, timesteps):
+        if copy is None or not copy.is_of(timesteps) or not shares_storage(timestep, timesteps):
             return None
         place, left = divmod(int(timestep.storage_offset() - timesteps.storage_offset()), max(timesteps.stride(0), 1))
         return None if left or not 0 <= place < len(copy.values) else copy.values[place]
