@@ -155,6 +155,9 @@ def report_of(subject: Subject, results: Sequence[CheckResult], **more: Any) -> 
     conventions = {"eta scales": subject.eta_scales, "arithmetic": subject.arithmetic}
     if not subject.ends_clean:
         conventions["last step"] = "to alpha_bar_0, not to clean data"
+    if "log_prob" in subject.features:
+        least = f", with a standard deviation of at least {subject.min_std}" if subject.min_std else ""
+        conventions["log-probability"] = f"{subject.log_prob_reduction} over the elements{least}"
     if subject.paths != (Setting(),):
         conventions["paths"] = ", ".join(path.name for path in subject.paths)
     return Report(subject.name, tuple(results), tuple(sorted(subject.features)), conventions, **more)
