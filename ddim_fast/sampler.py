@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .models.protocol import Model
 from .plans.choice import TimestepsArgument, choose_timesteps, read_if_file
 from .plans.clipping import Clipping
+from .plans.eta import PAPER
 from .plans.history_weights import HistoryWeights
 from .plans.path import NoisePath
 from .plans.plan import SamplingPlan
@@ -55,7 +56,8 @@ class DDIMSampler:
             continuous time, such as ``FlowSchedule`` or ``EDMSchedule``.
         num_inference_steps: S, how many timesteps to visit; 50 if neither it nor ``timesteps`` is
             given.
-        eta: 0 is deterministic DDIM; 1 adds the noise of DDPM.
+        eta: how much noise steps add: 0 is deterministic DDIM; 1 adds the noise of DDPM. One
+            number, or one for each step: 0 for those without noise.
         timesteps: instead of a number: an explicit list; a respacing string such as "ddim50" or
             "10,15,20"; or a file that ``ddim-fast search`` wrote (a path that ends in .json, or a
             ``TimestepList``).
@@ -80,7 +82,9 @@ class DDIMSampler:
         history_weights: the weights of the x0 that earlier steps predicted, a pair for each step,
             in place of those of an order: see ``SamplingPlan``. None: what the file of timesteps
             says, unless ``order`` is given, which asks for the textbook's.
-        eta_scales, sigma_hat, set_alpha_to_one: see ``SamplingPlan``.
+        eta_scales: what eta means: "std_dev", "variance", "flow_grpo" or "cps", see
+            ``SamplingPlan``.
+        sigma_hat, set_alpha_to_one: see ``SamplingPlan``.
         clip_sample: clip the predicted x0 to [-clip_sample_range, clip_sample_range]. None: if the
             model states a range.
         clip_sample_range: half the width of the range of clean samples. None: the model's, or else
@@ -98,7 +102,7 @@ class DDIMSampler:
 
     schedule: NoisePath
     num_inference_steps: int
-    eta: float
+    eta: float | tuple[float, ...]
     timesteps: tuple[float, ...]
     model_timesteps: tuple[float, ...]
     timestep_spacing: str
@@ -126,7 +130,7 @@ class DDIMSampler:
         self,
         schedule: NoisePath,
         num_inference_steps: int | None = None,
-        eta: float = 0.0,
+        eta: float | Sequence[float] = 0.0,
         *,
         timesteps: TimestepsArgument = None,
         model_timesteps: Sequence[float] | None = None,
@@ -136,7 +140,7 @@ class DDIMSampler:
         order: int | None = None,
         analytic_variance: bool | Sequence[float] = False,
         history_weights: Sequence[Sequence[float]] | None = None,
-        eta_scales: str = "std_dev",
+        eta_scales: str = PAPER,
         sigma_hat: bool = False,
         set_alpha_to_one: bool = True,
         clip_sample: bool | None = None,
@@ -184,7 +188,7 @@ class DDIMSampler:
             schedule,
             chosen.timesteps,
             prediction_type=early_type,
-            eta=eta,
+            eta=eta,  # type: ignore[arg-type]  # it checks
             eta_scales=eta_scales,
             sigma_hat=sigma_hat,
             set_alpha_to_one=set_alpha_to_one,
@@ -196,6 +200,7 @@ class DDIMSampler:
             thresholding=clipping.threshold,
             history_weights=chosen.history_weights,
         )
+        given["eta"] = plan.eta
         if chosen.rows is not None:
             check_rows(chosen.rows, plan, name_of_file)
         self.__dict__.update(
@@ -298,6 +303,7 @@ class DDIMSampler:
         return self.replace(
             num_inference_steps=None,
             timesteps=last.timesteps,
+            eta=last.eta,
             model_timesteps=last.model_timesteps,
             order=self.order if last.history_weights is None else None,
             analytic_variance=last.eps_residual or False,

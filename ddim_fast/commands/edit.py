@@ -73,7 +73,7 @@ def img2img(run: Run, paths: tuple[Path, ...], strength: float) -> None:
         )
 
     images = torch.cat([part.samples for part in run.in_batches(len(x0), draw)])
-    title = f"{run.model_name}: strength {strength:g}, {sampler.num_inference_steps} steps, eta {run.eta:g}, seed {run.seed}"
+    title = f"{run.model_name}: strength {strength:g}, {sampler.num_inference_steps} steps, eta {run.eta_text}, seed {run.seed}"
     _write_pairs(run, x0, images, names, title, labels)
 
 
@@ -139,7 +139,7 @@ def inpaint(run: Run, paths: tuple[Path, ...], keep: str, strength: float) -> No
         )
 
     images = torch.cat([part.samples for part in run.in_batches(len(x0), draw)])
-    title = f"{run.model_name}: {keep} kept, {sampler.num_inference_steps} steps, eta {run.eta:g}, seed {run.seed}"
+    title = f"{run.model_name}: {keep} kept, {sampler.num_inference_steps} steps, eta {run.eta_text}, seed {run.seed}"
     shown = x0 * mask.to(x0) - (1 - mask.to(x0))  # the regenerated part in black
     _write_pairs(run, shown, images, names, title, labels)
 

@@ -23,8 +23,8 @@ from ..kernels.noise import sample_seeds
 from ..models.flow_view import as_flow
 from ..models.loading import load_model
 from ..models.shipped import SHIPPED
-from ..plans.coefficients import ETA_SCALES
 from ..plans.continuous import CONTINUOUS_SPACINGS, FlowSchedule
+from ..plans.eta import ETA_SCALES, PAPER
 from ..plans.named import ALL_SCHEDULES, schedule_from_text
 from ..plans.path import NoisePath
 from ..plans.schedules import NoiseSchedule
@@ -36,6 +36,7 @@ from ..utils import pictures
 from ..utils.checks import check_memory, usable_device
 from ..utils.files import npz_array, safetensors_tensor
 from ..utils.import_string import exits_refused, import_string
+from .lists import NumberOrList
 
 FRAMES = 60  # the most frames in an animation
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -54,8 +55,8 @@ class Run:
     guidance: float = 1.0
     steps: int | None = None
     timesteps: str | None = None
-    eta: float = 0.0
-    eta_scales: str = "std_dev"
+    eta: float | tuple[float, ...] = 0.0
+    eta_scales: str = PAPER
     sigma_hat: bool = False
     order: int | None = None
     analytic_variance: bool = False
@@ -140,6 +141,11 @@ class Run:
     @property
     def where(self) -> torch.device:
         return next(iter(self.model.parameters()), torch.empty(0, dtype=torch.float32, device="cpu")).device
+
+    @property
+    def eta_text(self) -> str:
+        """eta as it was typed."""
+        return ",".join(f"{eta:g}" for eta in (self.eta if isinstance(self.eta, tuple) else (self.eta,)))
 
     def noise_schedule(self) -> NoisePath:
         """Return the noise schedule of --schedule, or else the model's."""
@@ -385,14 +391,19 @@ _OF_A_MODEL = (
 
 noise_options = (
     click.option(
-        "--eta", type=float, default=0.0, show_default=True, help="0: deterministic DDIM. 1: as much noise as DDPM."
+        "--eta",
+        type=NumberOrList(),
+        default=0.0,
+        show_default=True,
+        help="0: deterministic DDIM. 1: as much noise as DDPM. Or one number for each step: 0,0.7,0.7,0.",
     ),
     click.option(
         "--eta-scales",
         type=click.Choice(ETA_SCALES),
-        default="std_dev",
+        default=PAPER,
         show_default=True,
-        help="What eta multiplies; the paper's is std_dev.",
+        help="What eta means: it scales the std_dev (the paper) or the variance of DDPM's noise; or it is the noise "
+        "level of Flow-GRPO's or Coefficients-Preserving Sampling's (cps).",
     ),
     click.option(
         "--order",

@@ -63,7 +63,7 @@ def sample(run: Run, count: int, trajectory: Path | None) -> None:
     order = "" if sampler.order == 1 else f"order {sampler.order}, "
     if sampler.history_weights is not None:
         order = "fitted coefficients, "
-    how = f"{sampler.num_inference_steps} steps, {order}eta {run.eta:g}, seed {run.seed}"
+    how = f"{sampler.num_inference_steps} steps, {order}eta {run.eta_text}, seed {run.seed}"
     how += f", guidance {run.guidance:g}" if run.guidance != 1 else ""
     title, names, columns = f"{run.model_name}: {how}", run.names(labels, count), run.columns(count)
     written = run.write(torch.cat([part.samples for part in parts]), names, title, columns, labels)

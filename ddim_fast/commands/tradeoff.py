@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -13,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ..models.shipped import SHIPPED
 from ..plans.continuous import CONTINUOUS_SPACINGS, ContinuousSchedule
+from ..plans.eta import ETA_SCALES, PAPER
 from ..plans.files import read_timesteps
 from ..plans.timesteps import SPACINGS
 from ..tradeoff import (
@@ -32,36 +31,12 @@ from ..tradeoff.measure import CONVERGED
 from ..tradeoff.study import calls_to_do, run_study, settings_of
 from ..utils.files import npz_array
 from ..utils.import_string import import_string
+from .lists import ListOf
 from .options import Run, conditioning_rule, takes_model
 
 PAPER_COUNT_AT_1000 = 400
 CLOSED_FORM = "closed-form"
 QUICK_CONVERGED = Cell(60, "log_snr", order=2)
-
-
-class _List(click.ParamType):
-    """A list of values separated by commas."""
-
-    name = "LIST"
-
-    def __init__(self, kind: Callable[[str], Any], choices: Sequence[str] | None = None):
-        self._kind, self._choices = kind, choices
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        if isinstance(value, tuple):
-            return value
-        words = [word.strip() for word in value.split(",") if word.strip()]
-        wrong = [word for word in words if self._choices is not None and word not in self._choices]
-        if wrong or not words:
-            self.fail(
-                f"must be one or more of {', '.join(self._choices or ('...',))}, separated by commas, got {value!r}",
-                param,
-                ctx,
-            )
-        try:
-            return tuple(self._kind(word) for word in words)
-        except ValueError:
-            self.fail(f"must be numbers separated by commas, got {value!r}", param, ctx)
 
 
 @click.command()
@@ -75,24 +50,24 @@ class _List(click.ParamType):
 )
 @click.option("--quick", is_flag=True, help="Measure few cells with few samples, in three minutes.")
 @click.option("-n", "--count", type=click.IntRange(2), default=None, help="Samples per cell.  [default: 1000]")
-@click.option("--steps", type=_List(int), default=None, help="Numbers of steps.  [default: 5,10,20,50]")
+@click.option("--steps", type=ListOf(int), default=None, help="Numbers of steps.  [default: 5,10,20,50]")
 @click.option(
     "--spacings",
-    type=_List(str, sorted({*SPACINGS, *CONTINUOUS_SPACINGS})),
+    type=ListOf(str, sorted({*SPACINGS, *CONTINUOUS_SPACINGS})),
     default=None,
     help=f"Timestep spacings, of {', '.join(SPACINGS)}; in continuous time of {', '.join(CONTINUOUS_SPACINGS)}.  "
     "[default: leading,trailing,log_snr; uniform,beta,log_snr]",
 )
-@click.option("--etas", type=_List(float), default=None, help="Values of eta.  [default: 0,1]")
+@click.option("--etas", type=ListOf(float), default=None, help="Values of eta.  [default: 0,1]")
 @click.option(
     "--eta-scales",
-    type=_List(str, ("std_dev", "variance")),
-    default=("std_dev",),
-    help="What eta multiplies: std_dev (the paper), variance, or both.  [default: std_dev]",
+    type=ListOf(str, tuple(ETA_SCALES)),
+    default=(PAPER,),
+    help=f"What eta means, of {', '.join(ETA_SCALES)}.  [default: {PAPER}, the paper's]",
 )
 @click.option("--sigma-hat", is_flag=True, help="Also measure the paper's larger DDPM noise.")
 @click.option(
-    "--orders", type=_List(int, ("1", "2")), default=None, help="1 is DDIM, 2 is multistep DDIM.  [default: 1,2]"
+    "--orders", type=ListOf(int, ("1", "2")), default=None, help="1 is DDIM, 2 is multistep DDIM.  [default: 1,2]"
 )
 @click.option(
     "--timesteps",

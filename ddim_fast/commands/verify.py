@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from ..kernels.dispatch import BACKENDS
-from ..plans.coefficients import ETA_SCALES
+from ..plans.eta import OF_EQUATION_16
 from ..utils.checks import usable_device
 
 NEEDED = ("scipy", "rich", "jinja2")
@@ -89,7 +89,7 @@ class _Request:
 )
 @click.option(
     "--eta-scales",
-    type=click.Choice(ETA_SCALES),
+    type=click.Choice(OF_EQUATION_16),
     help="What the subject's eta multiplies; the paper's is std_dev.  [default: what the subject states]",
 )
 @click.option(

@@ -162,11 +162,6 @@ def previous_x_prediction(alpha_bar_t: float, alpha_bar_before: float) -> Predic
     return Prediction(x0_x, x0_m, eps_x + eps_0 * x0_x, eps_0 * x0_m)
 
 
-ETA_SCALES = ("std_dev", "variance")
-"""What eta multiplies: the standard deviation of the noise (the paper, equation 16), or its
-variance (eta_variance = eta_paper^2)."""
-
-
 def ddpm_variance(level_t: AnyLevel, level_prev: AnyLevel, beta: float | None = None) -> float:
     """Return the variance of a step at eta = 1: sigma_prev^2 (1 - (alpha_t sigma_prev / (alpha_prev
     sigma_t))^2).
@@ -206,10 +201,10 @@ def forward_variance(level_t: AnyLevel, level_prev: AnyLevel) -> float:
     return (sigma_t - kept) * (sigma_t + kept)
 
 
-def ddim_variance(level_t: AnyLevel, level_prev: AnyLevel, eta: float, eta_scales: str = "std_dev") -> float:
-    """Return the variance of a step, std_dev_t^2: equation 16 of the DDIM paper, or with eta
-    scaling the variance."""
-    return ddpm_variance(level_t, level_prev) * (eta**2 if eta_scales == "std_dev" else eta)
+def ddim_variance(level_t: AnyLevel, level_prev: AnyLevel, eta: float) -> float:
+    """Return the variance of a step, std_dev_t^2: equation 16 of the DDIM paper. (``eta.ETA_SCALES``
+    has other meanings of eta.)"""
+    return ddpm_variance(level_t, level_prev) * eta**2
 
 
 def analytic_variance(level_t: AnyLevel, level_prev: AnyLevel, variance: float, eps_residual: float) -> float:
@@ -285,6 +280,7 @@ def ddim_coefficients(
     prediction: str | Prediction = "epsilon",
     *,
     variance: float = 0.0,
+    prev_eps: float | None = None,
     std_dev_added: float | None = None,
     clip_sample_range: float | None = None,
     use_clipped_model_output: bool = False,
@@ -296,6 +292,8 @@ def ddim_coefficients(
         prediction: a key of ``PREDICTION_TYPES``, or what the model's output means.
         variance: std_dev_t^2, the variance that the direction term leaves to the noise: see
             ``ddim_variance``.
+        prev_eps: the coefficient of eps, if it is not what keeps the marginals,
+            sqrt(sigma_prev^2 - variance): see ``eta.StepNoise``.
         std_dev_added: the standard deviation of the noise that is added, if it is not std_dev_t
             (sigma-hat, a temperature).
         clip_sample_range: x0 is clipped to [-range, range]; None for no clipping.
@@ -309,6 +307,9 @@ def ddim_coefficients(
     eps_x, eps_m, eps_0 = at_t.eps_x, at_t.eps_m, 0.0
     if use_clipped_model_output and level_of(level_t).sigma > 0:
         eps_m, (eps_x, eps_0) = 0.0, _eps_of_x0(level_of(level_t))
+    if prev_eps is None:
+        # The largest variance leaves nothing to eps; rounding must not make that negative.
+        prev_eps = math.sqrt(max(noise_variance(level_prev) - variance, 0.0)) if variance else target.sigma
     return StepCoefficients(
         at_t.x0_x,
         at_t.x0_m,
@@ -316,8 +317,7 @@ def ddim_coefficients(
         eps_m,
         eps_0,
         prev_x0=target.alpha,
-        # The largest variance leaves nothing to eps; rounding must not make that negative.
-        prev_eps=math.sqrt(max(noise_variance(level_prev) - variance, 0.0)) if variance else target.sigma,
+        prev_eps=prev_eps,
         prev_noise=math.sqrt(variance) if std_dev_added is None else std_dev_added,
         clip=math.inf if clip_sample_range is None else float(clip_sample_range),
         known_x0=target.alpha,

@@ -20,19 +20,16 @@ from ..kernels.contract import StepCoefficients, StepTable
 from ..utils.checks import check_choice
 from .clipping import Thresholding
 from .coefficients import (
-    ETA_SCALES,
     PREDICTION_TYPES,
     Prediction,
     analytic_variance,
-    check_eta,
     ddim_coefficients,
-    ddim_variance,
-    ddpm_variance,
     forward_variance,
     history_coefficients,
     multistep_coefficients,
     noise_variance,
 )
+from .eta import ETA_SCALES, PAPER, explicit_eta, largest_eta, step_noise, told_apart
 from .history_weights import explicit_history_weights, histories_read, last_history_weights
 from .levels import CLEAN, AnyLevel, NoiseLevel
 from .path import NoisePath
@@ -84,8 +81,13 @@ class SamplingPlan:
         timesteps: which timesteps to visit, strictly decreasing, as the functions of
             ``plans.timesteps`` or the schedule's own ``select`` return them.
         prediction_type: what the model predicts, a key of ``PREDICTION_TYPES``.
-        eta: 0 is deterministic DDIM, 1 adds as much noise as DDPM.
-        eta_scales: what eta multiplies, "std_dev" (the paper) or "variance".
+        eta: 0 is deterministic DDIM, 1 adds as much noise as DDPM. One number, or one for each
+            step: 0 for those without noise.
+        eta_scales: what eta means, a key of ``eta.ETA_SCALES``. "std_dev" (the paper): it scales the
+            standard deviation of DDPM's noise; "variance": its variance. "cps": the noise level of
+            Coefficients-Preserving Sampling (arXiv 2509.05952), std_dev = sigma_prev sin(eta pi / 2).
+            "flow_grpo": the noise level of Flow-GRPO's SDE (arXiv 2505.05470), which keeps the
+            marginals to first order alone, and needs order 1.
         sigma_hat: add the paper's larger DDPM noise, sqrt(1 - alpha_bar_t / alpha_bar_prev), with
             the direction term of eta = 1 (appendix D.3). Needs eta = 1.
         set_alpha_to_one: the last step goes to alpha_bar = 1 (clean data); otherwise to
@@ -119,8 +121,8 @@ class SamplingPlan:
     schedule: NoisePath
     timesteps: tuple[float, ...]
     prediction_type: str = "epsilon"
-    eta: float = 0.0
-    eta_scales: str = "std_dev"
+    eta: float | tuple[float, ...] = 0.0
+    eta_scales: str = PAPER
     sigma_hat: bool = False
     set_alpha_to_one: bool = True
     clip_sample_range: float | None = None
@@ -134,15 +136,16 @@ class SamplingPlan:
     def __post_init__(self) -> None:
         check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
         check_choice("eta_scales", self.eta_scales, ETA_SCALES)
-        check_eta(self.eta)
         if any(later >= earlier for earlier, later in pairwise(self.timesteps)) or not self.timesteps:
             raise ValueError(f"timesteps must be at least one, and strictly decreasing, got {self.timesteps}")
+        object.__setattr__(self, "eta", explicit_eta(self.eta, len(self.timesteps)))
         if not self.model_timesteps:
             object.__setattr__(self, "model_timesteps", self.timesteps)
         elif self.model_timesteps != self.timesteps:
             self.schedule.check_model_timesteps(self.model_timesteps, len(self.timesteps))
-        if self.sigma_hat and self.eta != 1:
-            raise ValueError(f"sigma_hat is DDPM's larger noise and needs eta = 1, got eta = {self.eta}")
+        if self.sigma_hat and (self.eta != 1 or told_apart(self.eta_scales, 1) != (PAPER, 1)):
+            of = "" if self.eta != 1 else f" of eta_scales={self.eta_scales!r}"
+            raise ValueError(f"sigma_hat is DDPM's larger noise and needs eta = 1, got eta = {self.eta}{of}")
         if self.clip_sample_range is not None and not 0 < self.clip_sample_range < math.inf:
             raise ValueError(
                 f"clip_sample_range must be positive and finite (None: no clipping), got {self.clip_sample_range}"
@@ -169,13 +172,30 @@ class SamplingPlan:
                 f"eta = {self.eta}: use order=2, or eta=0"
             )
         self._check_eps_residual()
-        if self.eta > self.largest_eta * (1 + 1e-9):
-            # Rounded down, so that the value named is one that is accepted.
-            raise ValueError(
-                "a step cannot add more noise than its target holds: with these timesteps, eta may be at most "
-                f"{math.floor(self.largest_eta * 1e6) / 1e6}, got {self.eta}"
-            )
+        self._check_eta_scales()
+        self._check_largest_eta()
         self.steps  # noqa: B018  (computed now, so that errors come here)
+
+    def _check_eta_scales(self) -> None:
+        if self.eta == 0 or ETA_SCALES[self.eta_scales].keeps_marginals:
+            return
+        if self.order != 1 or self.eps_residual is not None:
+            beside = f"order={self.order}" if self.order != 1 else f"eps_residual={self.eps_residual}"
+            raise ValueError(
+                f"eta_scales={self.eta_scales!r} is a step of order 1 with its own noise, got {beside} beside it: "
+                "leave that out, or use another eta_scales"
+            )
+
+    def _check_largest_eta(self) -> None:
+        for index, (eta, largest) in enumerate(zip(self.etas, self._largest_etas, strict=True)):
+            if eta > largest * (1 + 1e-9):
+                # Rounded down, so that the value named is one that is accepted.
+                most = self.largest_eta if self.eta == eta else largest
+                name = "eta" if self.eta == eta else f"eta[{index}]"
+                raise ValueError(
+                    f"a step cannot add more noise than its target holds: with these timesteps, {name} may be at most "
+                    f"{math.floor(most * 1e6) / 1e6}, got {eta}"
+                )
 
     def _check_eps_residual(self) -> None:
         values = self.eps_residual
@@ -210,6 +230,11 @@ class SamplingPlan:
     @property
     def num_inference_steps(self) -> int:
         return len(self.timesteps)
+
+    @cached_property
+    def etas(self) -> tuple[float, ...]:
+        """eta of each step."""
+        return self.eta if isinstance(self.eta, tuple) else (self.eta,) * len(self.timesteps)
 
     @cached_property
     def adds_noise(self) -> bool:
@@ -247,14 +272,14 @@ class SamplingPlan:
 
     @property
     def largest_eta(self) -> float:
-        """The eta at which the noise of some step takes up all the variance of its target, 1 -
-        alpha_bar_prev."""
-        rooms = []
-        for level_t, level_prev in self._levels:
-            if variance := ddpm_variance(level_t, level_prev):
-                rooms.append(noise_variance(level_prev) / variance)
-        most = min(rooms, default=math.inf)
-        return math.sqrt(most) if self.eta_scales == "std_dev" else most
+        """The eta at which some step has no room for more: its noise takes up all the variance of
+        its target, 1 - alpha_bar_prev, or nothing of what is predicted of it is kept."""
+        return min(self._largest_etas)
+
+    @property
+    def _largest_etas(self) -> list[float]:
+        """The largest eta of each step."""
+        return [largest_eta(self.eta_scales, *levels) for levels in self._levels]
 
     @cached_property
     def _levels(self) -> tuple[tuple[AnyLevel, AnyLevel], ...]:
@@ -292,8 +317,8 @@ class SamplingPlan:
         return float(np.float32(self.schedule.input_scale(t)))
 
     def _step(self, index: int, t: float, t_prev: float, level_t: AnyLevel, level_prev: AnyLevel) -> PlannedStep:
-        variance = ddim_variance(level_t, level_prev, self.eta, self.eta_scales)
-        std_dev_t = math.sqrt(variance)
+        noise = step_noise(self.eta_scales, level_t, level_prev, self.etas[index])
+        variance, std_dev_t = noise.variance, math.sqrt(noise.variance)
         if self.sigma_hat and noise_variance(level_prev) > 0:  # clean data stays clean
             std_dev_t = math.sqrt(forward_variance(level_t, level_prev))
         if self.eps_residual is not None:
@@ -315,7 +340,7 @@ class SamplingPlan:
                 level_t,
                 level_prev,
                 prediction,
-                variance=variance,
+                **noise._asdict(),
                 std_dev_added=std_dev_t,
                 clip_sample_range=self.clip_sample_range,
                 use_clipped_model_output=self.use_clipped_model_output,
@@ -345,6 +370,7 @@ def _last_steps(plan: SamplingPlan, count: int) -> SamplingPlan:
     return replace(
         plan,
         timesteps=plan.timesteps[-count:],
+        eta=plan.etas[-count:],
         model_timesteps=plan.model_timesteps[-count:],
         eps_residual=None if plan.eps_residual is None else plan.eps_residual[-count:],
         history_weights=None if plan.history_weights is None else last_history_weights(plan.history_weights, count),

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..plans.eta import ETA_SCALES, PAPER, told_apart
 from ..plans.files import TimestepList
 from ..plans.history_weights import HistoryWeights, weights_of_rows
 from ..plans.path import NoisePath
 from ..sampler import DDIMSampler
+from ..utils.checks import check_choice
 
 PAPER_STEPS = (10, 20, 50, 100, 1000)
 PAPER_ETAS = (0.0, 0.2, 0.5, 1.0)
@@ -36,7 +38,7 @@ class Cell:
     num_inference_steps: int
     timestep_spacing: str = "leading"
     eta: float = 0.0
-    eta_scales: str = "std_dev"
+    eta_scales: str = PAPER
     sigma_hat: bool = False
     order: int = 1
     timesteps: tuple[float, ...] | None = None
@@ -45,11 +47,14 @@ class Cell:
     analytic_variance: tuple[float, ...] | None = None
     history_weights: HistoryWeights | None = None
 
+    def __post_init__(self) -> None:
+        check_choice("eta_scales", self.eta_scales, ETA_SCALES)
+
     @property
     def key(self) -> str:
         """A readable name, also used for files; unique within a table."""
         eta = "sigma-hat" if self.sigma_hat else f"eta{self.eta:g}"
-        scales = "" if self.eta_scales == "std_dev" else f"-{self.eta_scales}"
+        scales = "" if self.eta_scales == PAPER else f"-{self.eta_scales}"
         scales += "" if self.analytic_variance is None else "-analytic"
         order = "" if self.order == 1 else f"-order{self.order}"
         if self.history_weights is not None:
@@ -109,7 +114,7 @@ def grid(
     spacings: Sequence[str] = ("leading",),
     etas: Sequence[float] = (0.0,),
     *,
-    eta_scales: Sequence[str] = ("std_dev",),
+    eta_scales: Sequence[str] = (PAPER,),
     sigma_hat: bool = False,
     orders: Sequence[int] = (1,),
     searched: Mapping[str, TimestepList] | None = None,
@@ -151,16 +156,24 @@ def grid(
     for cell, residual in lists:
         cell = replace(cell, count=(count_at or {}).get(cell.num_inference_steps))
         for eta in etas:
-            # Both conventions agree at 0 and 1.
-            for scales in eta_scales[:1] if eta in (0, 1) else eta_scales:
+            for scales in _different(eta_scales, eta):
                 with_eta = replace(cell, eta=eta, eta_scales=scales)
                 several = eta == 0 and cell.num_inference_steps > 1
                 cells += [replace(with_eta, order=order) for order in orders if order == 1 or several]
-                if residual is not None and eta > 0:
+                if residual is not None and eta > 0 and ETA_SCALES[scales].keeps_marginals:
                     cells.append(replace(with_eta, analytic_variance=residual))
         if sigma_hat:
             cells.append(replace(cell, eta=1.0, sigma_hat=True))
     return sorted(dict.fromkeys(cells), key=lambda cell: cell.num_inference_steps)
+
+
+def _different(eta_scales: Sequence[str], eta: float) -> list[str]:
+    """Return the conventions that differ at this eta, the first of those that agree: at 0 all do, at
+    1 those of equation 16."""
+    found: dict[tuple[str, float], str] = {}
+    for name in eta_scales:
+        found.setdefault(told_apart(name, eta), name)
+    return list(found.values())
 
 
 def _residual(name: str, found: TimestepList) -> tuple[float, ...]:

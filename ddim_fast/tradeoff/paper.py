@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
+from ..plans.eta import PAPER, told_apart
 from .cells import PAPER_ETAS, PAPER_STEPS, Cell
 from .results import CellResult, Measure, Metric, Study, overlap
 
@@ -150,7 +151,11 @@ def _place(cell: Cell) -> tuple[Row, int] | None:
     """Return a cell's row and column in the table; None if it is not part of it."""
     row = SIGMA_HAT if cell.sigma_hat else cell.eta
     own = (cell.timesteps, cell.model_timesteps, cell.analytic_variance, cell.history_weights)
-    plain = cell.order == 1 and own == (None, None, None, None) and (cell.eta_scales == "std_dev" or cell.eta in (0, 1))
+    plain = (
+        cell.order == 1
+        and own == (None, None, None, None)
+        and told_apart(cell.eta_scales, cell.eta) == (PAPER, cell.eta)
+    )
     return (
         (row, cell.num_inference_steps) if plain and row in ROWS and cell.num_inference_steps in PAPER_STEPS else None
     )

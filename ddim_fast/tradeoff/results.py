@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ..plans.eta import ETA_SCALES, PAPER, told_apart
 from ..utils.files import read_json_object
 from .cells import Cell
 
@@ -328,7 +329,8 @@ def eta_text(cell: Cell) -> str:
     "sigma-hat"."""
     if cell.sigma_hat:
         return "sigma-hat"
-    scaled = "" if cell.eta_scales == "std_dev" or cell.eta in (0, 1) else " of the variance"
+    plain = told_apart(cell.eta_scales, cell.eta) == (PAPER, cell.eta)
+    scaled = "" if plain else f" {ETA_SCALES[cell.eta_scales].of}"
     analytic = "" if cell.analytic_variance is None else ", analytic variance"
     return f"{cell.eta:g}{scaled}{analytic}"
 

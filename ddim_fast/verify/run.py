@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..plans.coefficients import ETA_SCALES
+from ..plans.eta import OF_EQUATION_16
 from ..plans.named import schedule_from_text
 from ..utils.checks import check_choice, check_integer, refuse
 from .checks import (
@@ -32,6 +32,7 @@ from .subjects.subject import ARITHMETIC, Subject
 from .truth.cases import PREDICTION_TYPES, Setting
 from .truth.paths import PATHS, path_of
 
+_OF_THE_PAPER = "the checks hold a sampler against equation 16 of the DDIM paper"
 REQUIRED = ("observed-update",)
 """The checks that must have run by default: they apply to steps and to whole samplers."""
 
@@ -61,8 +62,8 @@ def verify(
         device: of the tensors.
         required: checks that must have run for the report to pass; ``checks`` by default, or
             ``REQUIRED``.
-        eta_scales: what the subject's eta multiplies, "std_dev" or "variance"; as the subject says
-            by default.
+        eta_scales: what the subject's eta multiplies, one of ``plans.eta.OF_EQUATION_16``; as the
+            subject says by default.
         arithmetic: how exact the subject must be, a key of ``subject.ARITHMETIC``; as the subject
             says by default.
         schedule: the noise path that the subject is verified on, "flow?shift=3" or "edm" with its
@@ -117,7 +118,7 @@ def prepared_subject(
         ValueError, TypeError: a convention is unknown, or as ``subject_of`` raises.
     """
     if eta_scales is not None:
-        check_choice("eta_scales", eta_scales, ETA_SCALES)
+        check_choice("eta_scales", eta_scales, OF_EQUATION_16, _OF_THE_PAPER)
     if arithmetic is not None:
         check_choice("arithmetic", arithmetic, ARITHMETIC)
     subject = subject_of(value, device)
@@ -127,6 +128,7 @@ def prepared_subject(
         subject = copy.copy(subject)
         subject.eta_scales = eta_scales or subject.eta_scales
         subject.arithmetic = arithmetic or subject.arithmetic
+    check_choice("eta_scales", subject.eta_scales, OF_EQUATION_16, _OF_THE_PAPER)
     return subject
 
 

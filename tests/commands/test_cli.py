@@ -59,6 +59,16 @@ def test_same_seed_same_pictures_whatever_the_batch_size_and_threads(tmp_path):
     assert (a - load_file(tmp_path / "c.safetensors")["samples"]).abs().max() > 0.1
 
 
+def test_a_list_of_etas_is_one_for_each_step(tmp_path):
+    output = run("sample", "--steps", 2, "-n", 1, "--eta", "0.7,0", "--eta-scales", "cps", "--save", tmp_path / "a.npz",
+                 "--out", tmp_path / "a.png")  # fmt: skip
+    assert "2 steps" in output
+    run("sample", "--steps", 2, "-n", 1, "--eta", "0.7", "--eta-scales", "cps", "--save", tmp_path / "b.npz",
+        "--out", tmp_path / "b.png")  # fmt: skip
+    a, b = (load(tmp_path / name)["samples"] for name in ("a.npz", "b.npz"))
+    np.testing.assert_array_equal(a, b)  # the last step has no noise anyway
+
+
 def test_class_by_name_and_by_number(tmp_path):
     for name in ("sneaker", "7"):
         sample(tmp_path, "--class", name, "--save", tmp_path / "s.npz")
@@ -84,6 +94,8 @@ def test_timesteps_instead_of_steps(tmp_path, timesteps, steps):
         (["--timesteps", "ddim3"], ["3 entries", "2"]),
         (["--eta", "-1"], ["eta", "-1"]),
         (["--eta", "9"], ["eta may be at most", "9"]),
+        (["--eta", "0,0.5,0"], ["one for each of the 2 steps", "0.5"]),
+        (["--eta", "2,0", "--eta-scales", "cps"], ["eta[0]", "2"]),
         (["--eta", "0.5", "--sigma-hat"], ["sigma_hat", "0.5"]),
         (["--eta", "0.5", "--order", "3"], ["order=3", "eta = 0.5", "use order=2"]),
         (["--guidance", "nan"], ["guidance_scale", "nan"]),
@@ -96,6 +108,19 @@ def test_refuses_with_a_message_and_writes_nothing(tmp_path, monkeypatch, argume
         assert word in output
     assert "Traceback" not in output
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--eta", "0,x"], ["numbers separated by commas", "0,x"]),
+        (["--eta", ","], ["separated by commas", "','"]),
+        (["--eta-scales", "sde"], ["std_dev", "variance", "flow_grpo", "cps", "sde"]),
+    ],
+)
+def test_options_of_noise_say_what_they_take(arguments, words):
+    output = run("sample", "--steps", 2, "-n", 1, *arguments, code=2)
+    assert all(word in output for word in words)
 
 
 def test_order_2_is_the_samplers(tmp_path):

@@ -236,6 +236,7 @@ def test_a_subject_that_cannot_be_had(folder, subject, words):
         (["--timeout", "0"], ["--timeout"]),
         (["--seed", "-1"], ["--seed"]),
         (["--eta-scales", "sigma"], ["std_dev"]),
+        (["--eta-scales", "cps"], ["std_dev"]),
         (["a", "b"], ["unexpected extra argument"]),
     ],
     ids=lambda value: "-".join(value[:2]).strip("-") if isinstance(value, list) else None,

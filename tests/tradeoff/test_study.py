@@ -26,7 +26,7 @@ from ddim_fast.tradeoff import (
     run_study,
     settings_of,
 )
-from ddim_fast.tradeoff.results import describe
+from ddim_fast.tradeoff.results import describe, eta_text
 from ddim_fast.tradeoff.study import calls_to_do
 
 LINEAR = NoiseSchedule.linear()
@@ -74,6 +74,26 @@ def test_a_grid_has_each_combination_once():
     assert [Cell.from_dict(json.loads(json.dumps(cell.as_dict()))) for cell in searched] == searched
     assert searched[0].sampler(LINEAR, {}).plan().model_timesteps == (800, 90)
     assert len(searched) == 3
+
+
+def test_conventions_of_eta_are_cells_where_they_differ():
+    cells = grid((5,), ("leading",), (0.0, 0.5, 1.0), eta_scales=("cps", "std_dev", "variance", "flow_grpo"))
+    assert [(cell.eta, cell.eta_scales) for cell in cells] == [
+        (0.0, "cps"),
+        *((0.5, name) for name in ("cps", "std_dev", "variance", "flow_grpo")),
+        *((1.0, name) for name in ("cps", "std_dev", "flow_grpo")),
+    ]
+    assert [eta_text(cell) for cell in cells] == [
+        "0", "0.5 of coefficients-preserving sampling", "0.5", "0.5 of the variance", "0.5 of Flow-GRPO",
+        "1 of coefficients-preserving sampling", "1", "1 of Flow-GRPO",
+    ]  # fmt: skip
+    assert len({cell.key for cell in cells}) == len(cells)
+    assert [Cell.from_dict(json.loads(json.dumps(cell.as_dict()))) for cell in cells] == cells
+    residual = {"mine": TimestepList((900, 100), 1000, eps_residual=(0.1, 0.2))}
+    analytic = grid((), (), (0.5,), eta_scales=("cps", "flow_grpo"), searched=residual, analytic_variance=True)
+    assert [cell.eta_scales for cell in analytic if cell.analytic_variance is not None] == ["cps"]
+    with pytest.raises(ValueError, match="eta_scales must be one of std_dev, variance, flow_grpo, cps, got 'sigma'"):
+        Cell(5, eta_scales="sigma")
 
 
 def test_an_analytic_variance_is_a_cell_beside_etas_own():

@@ -243,6 +243,7 @@ def test_the_seed_and_the_conventions_reach_the_checks(checks, pytest_in):
         ),
         (["--ddim-device", "nowhere"], "mine:ddim_step", "--ddim-device nowhere cannot be used here"),
         (["--ddim-eta-scales", "nothing"], "mine:ddim_step", "eta_scales must be one of"),
+        (["--ddim-eta-scales", "cps"], "mine:ddim_step", "got 'cps': the checks hold a sampler against equation 16"),
         (["--ddim-schedule", "nothing"], "mine:ddim_step", "name must be one of"),
         (["--ddim-check", "right"], None, "--ddim-check needs --ddim-subject: give both, or neither"),
         (["--ddim-full"], None, "--ddim-full needs --ddim-subject"),

@@ -15,7 +15,8 @@ from ...kernels.density import DensityInputs, check_density_inputs
 from ...kernels.dispatch import BACKENDS, ddim_step
 from ...kernels.log_prob import ddim_log_prob
 from ...kernels.noise import sample_seeds
-from ...plans.coefficients import ddim_coefficients, ddim_variance
+from ...plans.coefficients import ddim_coefficients
+from ...plans.eta import ETA_SCALES
 from ...plans.levels import AnyLevel, NoiseLevel
 from ...plans.named import make_schedule, schedule_from_text
 from ...plans.path import NoisePath
@@ -120,14 +121,15 @@ class Backend(Subject):
         setting = case.setting
         lines = [
             "from ddim_fast import ddim_step",
-            "from ddim_fast.plans.coefficients import ddim_coefficients, ddim_variance, edm_prediction",
+            "from ddim_fast.plans.coefficients import ddim_coefficients, edm_prediction",
+            "from ddim_fast.plans.eta import ETA_SCALES",
             "from ddim_fast.plans.levels import NoiseLevel",
             "",
             f"level_t, level_prev = {level.level_t!r}, {level.level_prev!r}",
-            f"variance = ddim_variance(level_t, level_prev, {setting.eta!r}, {self.eta_scales!r})",
+            f"noise = ETA_SCALES[{self.eta_scales!r}].noise(level_t, level_prev, {setting.eta!r})",
             f"prediction = {_prediction_as_code(setting)}",
-            "row = ddim_coefficients(level_t, level_prev, prediction, variance=variance,",
-            f"    std_dev_added=variance**0.5, clip_sample_range={setting.clip_sample_range!r},",
+            "row = ddim_coefficients(level_t, level_prev, prediction, **noise._asdict(),",
+            f"    clip_sample_range={setting.clip_sample_range!r},",
             f"    use_clipped_model_output={setting.use_clipped_model_output!r})",
             f"x_prev = ddim_step(x_t, model_output, row, noise=noise, backend={self.backend!r}, **more)",
         ]
@@ -165,13 +167,12 @@ def _prediction_as_code(setting: Setting) -> str:
 
 @lru_cache(maxsize=256)
 def _coefficients(level_t: AnyLevel, level_prev: AnyLevel, setting: Setting, eta_scales: str) -> StepCoefficients:
-    variance = ddim_variance(level_t, level_prev, setting.eta, eta_scales)
+    noise = ETA_SCALES[eta_scales].noise(level_t, level_prev, setting.eta)
     return ddim_coefficients(
         level_t,
         level_prev,
         _schedule_of(setting).prediction(setting.prediction_type, level_t),
-        variance=variance,
-        std_dev_added=variance**0.5,
+        **noise._asdict(),
         clip_sample_range=setting.clip_sample_range,
         use_clipped_model_output=setting.use_clipped_model_output,
     )
