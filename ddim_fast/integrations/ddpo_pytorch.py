@@ -16,7 +16,7 @@ from torch import Tensor
 from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import DISCRETE_PREDICTIONS, check_eta, ddim_coefficients, variance_with_room
 from ..utils.checks import check_choice, refuse
-from .scored_steps import Rows, check_given, check_pair, drawn, log_prob_of, numbers_of
+from .scored_steps import Rows, check_given, check_pair, drawn, log_prob_of, numbers_of, one_or_each
 
 
 def ddim_step_with_logprob(
@@ -36,7 +36,8 @@ def ddim_step_with_logprob(
         model_output: ``(B, ...)``.
         timestep: one, or one for each sample, ``(B,)``.
         sample: x_t, ``(B, ...)``.
-        eta: above 0: a step without noise has no density.
+        eta: 1 adds as much noise as DDPM. A step without noise has no density: at 0 a step can be
+            drawn, with the log-probability NaN.
         use_clipped_model_output: derive eps again from the clipped x0.
         generator: draws the noise as diffusers does, ``randn_tensor`` of the model's output.
         prev_sample: the x_prev that was sampled, instead of drawing one: a constant.
@@ -47,17 +48,18 @@ def ddim_step_with_logprob(
         are recorded it has those of ``model_output`` and ``sample``.
 
     Raises:
-        TypeError, ValueError: an argument breaks a rule, or a step adds no noise. Nothing has been
-            drawn.
+        TypeError, ValueError: an argument breaks a rule; or a step adds no noise, and eta is above 0
+            or ``prev_sample`` given. Nothing has been drawn.
     """
     _check_scheduler(self)
     check_pair(model_output, sample)
     check_eta(eta)
-    timesteps = numbers_of("timestep", timestep, sample)
+    timesteps = one_or_each(numbers_of("timestep", timestep, sample))
     if prev_sample is not None:
         check_given("prev_sample", prev_sample, sample, generator)
     rows = [_row_at(self, t, float(eta), bool(use_clipped_model_output)) for t in timesteps]
-    _check_density(rows, timesteps, eta)
+    if eta > 0 or prev_sample is not None:
+        _check_density(rows, timesteps, eta)
     if prev_sample is not None:
         return prev_sample.to(sample.dtype), log_prob_of(prev_sample, sample, model_output, rows)
     m = model_output

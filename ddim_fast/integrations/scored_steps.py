@@ -7,6 +7,7 @@ each sample is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,25 +25,31 @@ Rows = Sequence[StepCoefficients]
 
 
 def numbers_of(name: str, timestep: Any, sample: Tensor) -> list[Any]:
-    """Return the timesteps of a step on the host: one, or one for each sample.
+    """Return the timesteps of a step on the host: one, or one for each sample. (``one_or_each`` tells
+    whether the samples are at one step.)
 
     Raises:
         TypeError: it is neither a number nor a tensor.
         ValueError: it is a tensor of another shape.
     """
     if isinstance(timestep, Tensor):
-        if timestep.numel() != 1 and timestep.shape != sample.shape[:1]:
+        if timestep.numel() != 1 and (timestep.shape != sample.shape[:1] or not len(timestep)):
             refuse(f"{name} must be one, or one for each of the {len(sample)} samples", tuple(timestep.shape))
         found = timestep.reshape(-1).tolist()
     elif isinstance(timestep, (list, tuple)):
         found = [one.item() if isinstance(one, Tensor) else one for one in timestep]
-        if len(found) not in (1, len(sample)):
+        if len(found) != 1 and len(found) != (len(sample) or 1):
             refuse(f"{name} must be one, or one for each of the {len(sample)} samples", found)
     else:
         found = [timestep.item() if hasattr(timestep, "item") else timestep]
     if any(isinstance(one, bool) or not isinstance(one, (int, float)) for one in found):
         refuse(f"{name} must be a number, or a tensor of numbers", timestep, kind=TypeError)
-    return found[:1] if len(set(found)) == 1 else found
+    return found
+
+
+def one_or_each(timesteps: list[Any]) -> list[Any]:
+    """Return the one timestep that all samples are at, or that of each."""
+    return timesteps[:1] if len(set(timesteps)) == 1 else timesteps
 
 
 def check_pair(model_output: Any, sample: Any) -> None:
@@ -73,14 +80,20 @@ def check_given(name: str, given: Any, sample: Tensor, generator: Any) -> None:
 
 
 def drawn(
-    sample: Tensor, model_output: Tensor, rows: Rows, draw: Callable[[], Tensor], **outputs: Any
+    sample: Tensor,
+    model_output: Tensor,
+    rows: Rows,
+    draw: Callable[[], Tensor],
+    min_std: float | None = None,
+    **outputs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return (x_prev, log_prob) of a step that draws its noise: x_prev in the dtype of ``sample``, and
-    the mean over the elements, ``(B,)``, of the x_prev that is stored.
+    the mean over the elements, ``(B,)``, of the x_prev that is stored; NaN where a step has no
+    density.
 
     Args:
-        rows: all of them have a density.
         draw: returns the noise; called once, after every check.
+        min_std: the least standard deviation that log_prob is taken with.
         outputs: further tensors of ``ddim_step`` that the step fills, in the dtype that it computes
             in.
     """
@@ -88,12 +101,12 @@ def drawn(
     x_t, m, noise = sample.to(dtype), readable(model_output, dtype), draw().to(dtype)
     if len(rows) > 1:
         parts = [
-            _drawn(x_t[i : i + 1], m[i : i + 1], row, noise[i : i + 1], sample.dtype, _sample_of(outputs, i))
+            _drawn(x_t[i : i + 1], m[i : i + 1], row, noise[i : i + 1], sample.dtype, min_std, _sample_of(outputs, i))
             for i, row in enumerate(rows)
         ]
         x_prev, log_prob = (torch.cat(part) for part in zip(*parts, strict=True))
         return x_prev, log_prob
-    return _drawn(x_t, m, rows[0], noise, sample.dtype, outputs)
+    return _drawn(x_t, m, rows[0], noise, sample.dtype, min_std, outputs)
 
 
 def _sample_of(outputs: dict[str, Any], i: int) -> dict[str, Any]:
@@ -101,13 +114,23 @@ def _sample_of(outputs: dict[str, Any], i: int) -> dict[str, Any]:
 
 
 def _drawn(
-    x_t: Tensor, m: Tensor, row: StepCoefficients, noise: Tensor, stored: torch.dtype, outputs: dict[str, Any]
+    x_t: Tensor,
+    m: Tensor,
+    row: StepCoefficients,
+    noise: Tensor,
+    stored: torch.dtype,
+    min_std: float | None,
+    outputs: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
+    result = torch.promote_types(x_t.dtype, torch.float32)
+    if not row.has_density(min_std):
+        x_prev = ddim_step(x_t, m, row, noise=noise, **outputs).to(stored)
+        return x_prev, x_t.new_full((len(x_t),), math.nan, dtype=result)
     if x_t.dtype == stored != torch.float64:  # in the step's own pass
-        log_prob = x_t.new_empty(len(x_t), dtype=torch.float32)
-        return ddim_step(x_t, m, row, noise=noise, log_prob_out=log_prob, **outputs), log_prob
+        log_prob = x_t.new_empty(len(x_t), dtype=result)
+        return ddim_step(x_t, m, row, noise=noise, log_prob_out=log_prob, min_std=min_std, **outputs), log_prob
     x_prev = ddim_step(x_t, m, row, noise=noise, **outputs).to(stored)
-    return x_prev, ddim_log_prob(x_prev.detach().to(x_t.dtype), x_t, m, row)
+    return x_prev, ddim_log_prob(x_prev.detach().to(x_t.dtype), x_t, m, row, min_std=min_std)
 
 
 def log_prob_of(given: Tensor, sample: Tensor, model_output: Tensor, rows: Rows, **options: Any) -> Tensor:

@@ -180,6 +180,18 @@ def test_timesteps_may_be_numbers_and_a_batch_may_be_empty():
     assert none[1].shape == (0,)
 
 
+def test_at_eta_0_a_step_is_ddims_and_has_no_log_probability():
+    scheduler = scheduler_of()
+    x_t, m = tensors((2, 129))
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    x_prev, log_prob = ddim_step_with_logprob(scheduler, m, scheduler.timesteps[3], x_t, generator=generators[0])
+    expected = scheduler.step(m, scheduler.timesteps[3], x_t).prev_sample
+    torch.testing.assert_close(x_prev, expected, rtol=1e-5, atol=1e-6)
+    assert log_prob.isnan().all()
+    randn_tensor(m.shape, generator=generators[1])  # the original draws, and multiplies by 0
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
 def test_a_scheduler_that_is_set_again_has_other_rows():
     scheduler = scheduler_of(50)
     x_t, m = tensors((2, 129))
@@ -192,7 +204,11 @@ def test_a_scheduler_that_is_set_again_has_other_rows():
 
 
 REFUSED = {
-    "no density": ({"eta": 0.0}, ValueError, ["needs noise, got eta = 0.0 at timestep 981", "eta above 0"]),
+    "no density": (
+        {"eta": 0.0, "prev_sample": torch.zeros(2, 129), "generator": None},
+        ValueError,
+        ["needs noise, got eta = 0.0 at timestep 981", "eta above 0"],
+    ),
     "no density at timestep 0": ({"timestep": 0}, ValueError, ["at timestep 0", "steps_offset=1"]),
     "one of several": ({"timestep": torch.tensor([981, 0])}, ValueError, ["at timestep 0"]),
     "negative eta": ({"eta": -1.0}, ValueError, ["eta must be a finite number"]),
