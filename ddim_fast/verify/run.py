@@ -128,7 +128,8 @@ def prepared_subject(
         subject = copy.copy(subject)
         subject.eta_scales = eta_scales or subject.eta_scales
         subject.arithmetic = arithmetic or subject.arithmetic
-    check_choice("eta_scales", subject.eta_scales, OF_EQUATION_16, _OF_THE_PAPER)
+    if "eta" in subject.features:
+        check_choice("eta_scales", subject.eta_scales, OF_EQUATION_16, _OF_THE_PAPER)
     return subject
 
 

@@ -14,11 +14,12 @@ from ..subjects.subject import Subject
 from ..truth.cases import Level, Setting, StepCase
 from ..truth.density import HALF_LOG_2_PI, REDUCTIONS, Gaussian, flat, gaussian
 from ..truth.tolerances import density_error, to_numpy, worst_share
-from .base import CheckFailedError, Context
+from .base import CheckFailedError, Context, NotApplicableError
 from .judge import column_errors, row_of, truth
 from .update import random_step, settings_of
 
-HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.bfloat16, torch.float16)
+"""The shorter one first: its errors are larger, and its numbers near 1 are those of the other, too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,10 +84,21 @@ def density_of(context: Context, case: StepCase) -> Density | None:
     return Density(case, subject, level, exact, flat(truth(subject, wide, level).allowed), std_error)
 
 
-def stochastic_settings(context: Context, *etas: float) -> Iterator[Setting]:
-    """Yield the settings of ``settings_of`` at these etas, or at another that the subject takes."""
+def stochastic_etas(context: Context, *etas: float) -> list[float]:
+    """Return those of these etas at which the subject adds noise, or the ones that it takes.
+
+    Raises:
+        NotApplicableError: it adds none.
+    """
     wanted = [eta for eta in context.etas(*etas) if eta > 0] or [eta for eta in context.subject.etas if eta > 0]
-    for eta in wanted[:1] if context.few else wanted:
+    if not wanted:
+        raise NotApplicableError("the subject takes no eta")
+    return wanted[:1] if context.few else wanted
+
+
+def stochastic_settings(context: Context, *etas: float) -> Iterator[Setting]:
+    """Yield the settings of ``settings_of`` with noise: at these etas, see ``stochastic_etas``."""
+    for eta in stochastic_etas(context, *etas):
         settings = list(settings_of(context, eta))
         yield from (settings[0], settings[-1]) if context.few else settings
 
@@ -280,7 +292,7 @@ def _of_the_row(context: Context, density: Density, x_prev: np.ndarray) -> Itera
 
 def _half_precision(density: Density, got: np.ndarray) -> str:
     """Return whether log-probabilities have the digits of half precision alone."""
-    for dtype in reversed(HALF):  # the shorter one first: its numbers near 1 are those of the other, too
+    for dtype in HALF:
         rounded = torch.from_numpy(got).to(dtype).double().numpy()
         if np.array_equal(rounded, got) and density.allowed(density.exact.mean).max() < torch.finfo(dtype).eps:
             return f"All of them are numbers of {dtype}: they are added in it, or rounded to it. Add in float32."

@@ -122,19 +122,26 @@ def paper_eta(subject: Subject, setting: Setting) -> float:
 
 
 def column_errors(subject: Subject, setting: Setting, level: Level) -> dict[str, float]:
-    """Return how far each column of a row may be off in float32, see ``coefficient_spread``."""
+    """Return how far each column of a row may be off in float32, see ``coefficient_spread``; of noise
+    that is not that of equation 16, eight roundings of its columns."""
     eps = torch.finfo(torch.float32).eps
     levels = level.level_t, level.level_prev
     off = _level_eps(subject, level.t, level.level_t), _level_eps(subject, level.t_prev, level.level_prev)
-    return coefficient_spread(
+    other = subject.eta_scales in oracle.OTHER_NOISE
+    found = coefficient_spread(
         setting.prediction_type,
         *levels,
-        paper_eta(subject, setting),
+        0.0 if other else paper_eta(subject, setting),
         setting.use_clipped_model_output,
         eps,
         off,
         setting.sigma_data,
     )
+    if other:
+        row = row_of(subject, setting, level)
+        found |= {"prev_noise": 8 * eps * row["prev_noise"]}
+        found["prev_eps"] += 8 * eps * (abs(row["prev_eps"]) + oracle.alpha_sigma(level.level_prev).sigma)
+    return found
 
 
 def _level_eps(subject: Subject, t: float, level: oracle.AnyLevel) -> float:

@@ -24,6 +24,7 @@ from .densities import (
     drawn_by_hand,
     hold,
     hold_form,
+    stochastic_etas,
     stochastic_settings,
     stochastic_step,
     stochastic_steps,
@@ -57,7 +58,7 @@ def _density(context: Context, case: StepCase) -> Density:
     "a given one.",
     source=f"equation 12 of arXiv 2010.02502: x_prev ~ N(mean, std_dev_t^2); {PAPERS}",
     tolerance=TOLERANCE,
-    needs="step eta log_prob",
+    needs="step log_prob",
 )
 def log_prob(context: Context) -> None:
     for setting, shape in _with_sizes(context):
@@ -80,10 +81,10 @@ HALF_WIDTH, POINTS, SUMMED = 8.0, 257, 1e-5
     proves="In one dimension the integral of exp(log-probability) over x_prev is 1: no constant of the density is missing.",
     source="the definition of a density; the trapezoidal rule, whose error for a Gaussian falls faster than any power of the grid",
     tolerance=f"what each log-probability may be off, and {SUMMED} for the grid, which is rounded to float32",
-    needs="step eta log_prob given_x_prev",
+    needs="step log_prob given_x_prev",
 )
 def integral(context: Context) -> None:
-    for setting in context.settings(eta=(context.etas(1.0) or context.etas(*context.subject.etas))[-1]):
+    for setting in context.settings(eta=stochastic_etas(context, 1.0)[0]):
         for index in stochastic_steps(context, setting):
             one = stochastic_step(context, setting, index, (1, 1))
             exact = _density(context, one).exact
@@ -132,7 +133,7 @@ def _integral(values: np.ndarray, points: np.ndarray) -> float:
     proves="The log-probability is the reduction that it is named after: the mean over a sample's elements, or their sum.",
     source="the joint density of independent elements is the product of theirs; DDPO, DPPO and Flow-GRPO take the mean",
     tolerance=TOLERANCE,
-    needs="step eta log_prob given_x_prev",
+    needs="step log_prob given_x_prev",
 )
 def reduction(context: Context) -> None:
     for setting in stochastic_settings(context, 1.0):
@@ -201,7 +202,7 @@ def _both(context: Context, case: StepCase, x_prev: Tensor) -> None:
     "exactly 1 as long as nothing is trained.",
     source="section 4.3 of arXiv 2305.13301: the importance ratio of the parameters that drew the samples is 1",
     tolerance="none: every bit, in half precision, too",
-    needs="step eta log_prob given_x_prev",
+    needs="step log_prob given_x_prev",
 )
 def ratio(context: Context) -> None:
     dtypes = (torch.float32, *(HALF if context.offers("half") else ()))
@@ -243,7 +244,7 @@ def _no_ratio_of_one(context: Context, case: StepCase, old: Tensor, new: Tensor)
     "there is none by x_prev.",
     source=f"finite differences of the density in float64; {PAPERS}",
     tolerance=f"{TOLERANCE}; elements whose x0 is within 0.001 of its bound are left out",
-    needs="step eta log_prob given_x_prev log_prob_gradient",
+    needs="step log_prob given_x_prev log_prob_gradient",
 )
 def gradient(context: Context) -> None:
     for setting in stochastic_settings(context, 1.0, 0.5):
@@ -261,7 +262,7 @@ def gradient(context: Context) -> None:
     "density's, not 0.",
     source="the policy gradient, section 4.3 of arXiv 2305.13301: the gradient of log p(x_prev | x_t) at the x_prev that was drawn",
     tolerance=f"{TOLERANCE}; elements whose x0 is within 0.001 of its bound are left out",
-    needs="step eta log_prob log_prob_gradient",
+    needs="step log_prob log_prob_gradient",
 )
 def constant(context: Context) -> None:
     for setting in stochastic_settings(context, 1.0):
@@ -358,7 +359,7 @@ def _hold_constant(context: Context, case: StepCase, x_prev: Tensor) -> None:
     proves="Of float16 and bfloat16 samples, the log-probability is that of the x_prev that is stored, computed in float32.",
     source="docs/LOG_PROB.md: training loads the x_prev that was stored; a ratio is clipped at 1e-4 to 0.2",
     tolerance=f"{TOLERANCE}: no allowance for half precision",
-    needs="step eta log_prob half",
+    needs="step log_prob half",
 )
 def half_precision(context: Context) -> None:
     for dtype in HALF:
@@ -378,7 +379,7 @@ def half_precision(context: Context) -> None:
     "not infinite, NaN or a number.",
     source="equation 16 of arXiv 2010.02502: std_dev_t = 0 at eta = 0 and at alpha_bar_prev = 1",
     tolerance="none",
-    needs="step eta log_prob",
+    needs="step log_prob",
 )
 def no_noise(context: Context) -> None:
     if context.subject.min_std:

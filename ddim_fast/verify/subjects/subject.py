@@ -73,7 +73,9 @@ class Subject:
         name: its name in reports.
         features: keys of ``FEATURES``.
         arithmetic: a key of ``ARITHMETIC``.
-        eta_scales: what its eta multiplies: "std_dev" (the paper's), or "variance".
+        eta_scales: what its eta multiplies: "std_dev" (the paper's), or "variance". Of a subject
+            with other noise, which does not offer "eta": "flow_grpo" or "cps"; its log-probabilities
+            are checked at ``etas``.
         ends_clean: whether its last step goes to clean data; False where it goes to alpha_bar_0
             (``set_alpha_to_one=False``).
         spacings: the values of ``Setting.timestep_spacing`` that it takes; empty where it has a
