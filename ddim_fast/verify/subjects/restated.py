@@ -37,6 +37,11 @@ def _mean_over_elements(each: Tensor) -> Tensor:
     return each.mean(dim=tuple(range(1, each.ndim)))
 
 
+def _mean_of_log_density(x_prev: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    squares = (x_prev.detach() - mean) ** 2
+    return _mean_over_elements(-squares / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi))
+
+
 class DDPO(DiffusersOffset):
     """``ddim_step_with_logprob`` of DDPO, on ``DDIMScheduler`` as Stable Diffusion configures it.
 
@@ -62,8 +67,7 @@ class DDPO(DiffusersOffset):
         return self._log_prob(x_prev, *self._gaussian(case))
 
     def _log_prob(self, x_prev: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        squares = (x_prev.detach() - mean) ** 2
-        return _mean_over_elements(-squares / (2 * std**2) - std.log() - torch.tensor(2 * math.pi).sqrt().log())
+        return _mean_of_log_density(x_prev, mean, std)
 
     def _gaussian(self, case: StepCase) -> tuple[Tensor, Tensor]:
         """Return the mean and the standard deviation, both like the samples."""
@@ -118,8 +122,7 @@ class FlowGRPO(SigmaScheduler):
         return self._log_prob(x_prev, *self._gaussian(case))
 
     def _log_prob(self, x_prev: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        squares = (x_prev.detach() - mean) ** 2
-        return _mean_over_elements(-squares / (2 * std**2) - std.log() - torch.tensor(2 * math.pi).sqrt().log())
+        return _mean_of_log_density(x_prev, mean, std)
 
     def _gaussian(self, case: StepCase) -> tuple[Tensor, Tensor]:
         x, v = case.x_t.float(), case.model_output.float()

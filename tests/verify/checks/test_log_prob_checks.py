@@ -132,7 +132,7 @@ TOLD = [
     (broken.NoGradient, "log-prob-gradient", "got none"),
     (broken.OtherEtaInDensity, "log-prob", 'declare it: eta_scales = "variance"'),
     (broken.AddedInBFloat16, "log-prob-half", "numbers of torch.bfloat16"),
-    (broken.ResultInHalfPrecision, "log-prob-half", "must be float32 or float64, got torch.float16"),
+    (broken.ResultInHalfPrecision, "log-prob-half", "must be float32 or float64, got torch.bfloat16"),
     (broken.StaleRow, "log-prob", "that of the previous step's row"),
     (broken.UnclippedDensity, "log-prob", "x0 is not clipped in it"),
     (broken.InfiniteDensity, "log-prob-no-noise", "must be refused with an error"),
