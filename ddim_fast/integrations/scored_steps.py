@@ -150,3 +150,12 @@ def log_prob_of(given: Tensor, sample: Tensor, model_output: Tensor, rows: Rows,
             [ddim_log_prob(x_prev[i], x_t[i], m[i], row, **options) for i, row in zip(parts, rows, strict=True)]
         )
     return ddim_log_prob(x_prev, x_t, m, rows[0], **options)
+
+
+def log_prob_of_elements(
+    given: Tensor, sample: Tensor, model_output: Tensor, row: StepCoefficients, min_std: float | None
+) -> Tensor:
+    """Return the log-density of each element of a given x_prev, in the shape of ``sample``: of samples
+    of one element each."""
+    parts = (tensor.reshape(-1, 1) for tensor in (given.detach(), sample, model_output))
+    return ddim_log_prob(*parts, row, min_std=min_std).reshape(sample.shape)
