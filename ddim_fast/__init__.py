@@ -31,6 +31,7 @@ from .plans.timesteps import explicit_timesteps, respaced_timesteps, select_time
 from .sampler import DDIMSampler
 from .sampling.editing import slerp
 from .sampling.loop import Timing, Trajectory
+from .sampling.rollout import Rollout
 
 __all__ = [
     "ContinuousSchedule",
@@ -43,6 +44,7 @@ __all__ = [
     "NoiseSchedule",
     "NoiseStream",
     "PlannedStep",
+    "Rollout",
     "SamplingPlan",
     "StepCoefficients",
     "StepTable",

@@ -21,7 +21,7 @@ from .plans.history_weights import HistoryWeights
 from .plans.path import NoisePath
 from .plans.plan import SamplingPlan
 from .plans.rows import check_rows
-from .sampling import editing, inversion, parallel, run
+from .sampling import editing, inversion, parallel, rollout, run
 from .sampling.capture import GRAPHS, GraphCache
 from .sampling.captured_run import CapturedRun
 from .sampling.guidance import GuidanceScale
@@ -32,11 +32,13 @@ from .sampling.options import (
     InvertKeywords,
     ParallelKeywords,
     ReconstructKeywords,
+    RolloutKeywords,
     SampleKeywords,
     options_of,
     shows_keywords,
 )
 from .sampling.parallel import ParallelStatistics
+from .sampling.rollout import Rollout
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -443,6 +445,46 @@ class DDIMSampler:
         """
         keywords = options_of("capture", SampleKeywords, options)
         return CapturedRun(self.plan(model), model, shape, keywords, self.graphs)
+
+    @shows_keywords(RolloutKeywords)
+    def rollout(
+        self,
+        model: Model,
+        shape: Sequence[int] | None = None,
+        *,
+        noisy_steps: Sequence[int] | None = None,
+        keep_states: bool = True,
+        **options: Unpack[RolloutKeywords],
+    ) -> Rollout:
+        """Draw samples with all that reinforcement learning on the steps needs: states,
+        log-probabilities, and the log-probability of a step under the model being trained.
+
+        The log-probabilities are taken in each step's own pass over memory. Memory beside what
+        ``sample`` takes: one state, as large as the samples, where a noisy step starts or ends, so N
+        + 1 for N noisy steps in a row; and 4 N B bytes of log-probabilities.
+
+        Args:
+            noisy_steps: the numbers of the steps with noise, increasing; the others are
+                deterministic. None: every step that adds noise with the sampler's eta: all but the
+                last, which leads to clean data.
+            keep_states: False keeps no states: ``Rollout.replay`` runs again from the seeds.
+            generator: as for ``sample``, where the states are kept.
+            log_prob_reduction, min_std: see ``ddim_step``. With ``min_std``, steps that add no noise
+                may be among ``noisy_steps``.
+            options: those of ``sample``. On a CUDA device a graph of one step is replayed:
+                ``capture="loop"`` is refused, since states are copied between steps.
+
+        Returns:
+            A ``Rollout``.
+
+        Raises:
+            TypeError, ValueError: as ``sample``; or no step adds noise, one of ``noisy_steps`` does
+                not, or the sampler has order 2 or dynamic thresholding.
+        """
+        keywords = options_of("rollout", RolloutKeywords, options)
+        return rollout.rollout(
+            self.plan(model), model, shape, keywords, self.graphs, noisy_steps=noisy_steps, keep_states=keep_states
+        )
 
     @shows_keywords(EditKeywords)
     def img2img(

@@ -272,7 +272,8 @@ class StepTable:
         reads_history: whether some row reads the x0 of the previous step: then every step needs
             ``history``.
         reads_history_2: the same of the step before it, and ``history_2``.
-        all_have_density: whether every row has a density, which ``log_prob_out`` needs.
+        all_have_density: whether every row has a density, which ``log_prob_out`` needs; those that
+            ``of`` was told to skip aside.
         min_std: the least standard deviation of the densities, or None.
     """
 
@@ -313,6 +314,7 @@ class StepTable:
         device: torch.device | str = "cpu",
         guidance_scale: float | Sequence[float] | None = None,
         min_std: float | None = None,
+        skip_quiet: bool = False,
     ) -> StepTable:
         """Return the table of these steps, copied to ``device``.
 
@@ -322,6 +324,8 @@ class StepTable:
             min_std: the least standard deviation that ``log_prob_out`` of
                 ``ddim_step_from_table`` is taken with. None for the steps' own, which then must all
                 be above 0 where log-probabilities are asked for.
+            skip_quiet: whether steps without a density may be among them: their log-probability
+                is then 0. For steps that all samples take together.
 
         Raises:
             TypeError: something is not a ``StepCoefficients``.
@@ -356,7 +360,7 @@ class StepTable:
             guided=guidance_scale is not None,
             reads_history=any(step.reads_history for step in steps),
             reads_history_2=any(step.reads_history_2 for step in steps),
-            all_have_density=all(step.has_density(min_std) for step in steps),
+            all_have_density=skip_quiet or all(step.has_density(min_std) for step in steps),
             min_std=min_std,
         )
 

@@ -247,7 +247,8 @@ def _check_log_prob(inputs: StepInputs) -> None:
     elif not inputs.coefficients.all_have_density:
         raise ValueError(
             "log_prob_out needs a table whose steps all add noise, got one with steps that add none and no min_std: "
-            "leave those steps out of the table, or make it with min_std, the least standard deviation of the densities"
+            "leave those steps out of the table, or make it with min_std, the least standard deviation of the densities, "
+            "or with skip_quiet"
         )
 
 

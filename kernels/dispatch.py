@@ -289,9 +289,14 @@ def run_from_table(inputs: StepInputs) -> Tensor:
     found = [table.coefficients(row) for row in rows]
     if inputs.row_per_sample:
         all_coefficients, scales = zip(*found, strict=True)
+        if inputs.log_prob_out is not None and not all(row.has_density(table.min_std) for row in all_coefficients):
+            raise ValueError(
+                "log_prob_out of samples with rows of their own needs rows that have a density, got a table that skips some: "
+                "make it without skip_quiet"
+            )
         return run_per_sample(inputs, all_coefficients, scales, [inputs.noise_step + row for row in rows])
     coefficients, guidance_scale = found[0]
-    return run(
+    return _run_row(
         replace(
             inputs,
             coefficients=coefficients,
@@ -300,6 +305,18 @@ def run_from_table(inputs: StepInputs) -> Tensor:
             noise_step=(inputs.noise_step + rows[0]) & 0xFFFFFFFF,
         )
     )
+
+
+def _run_row(inputs: StepInputs) -> Tensor:
+    """Do ``run`` for a row of a table whose steps are checked to have a density, or to be skipped
+    (``StepTable.of``): then the log-probability is 0."""
+    log_prob, row = inputs.log_prob_out, inputs.coefficients
+    assert isinstance(row, StepCoefficients)
+    if log_prob is None or row.has_density(inputs.min_std):
+        return run(inputs)
+    x_prev = run(replace(inputs, log_prob_out=None, min_std=None))
+    log_prob.zero_()
+    return x_prev
 
 
 def run_per_sample(

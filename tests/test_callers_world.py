@@ -61,6 +61,12 @@ def numbers(values):
     return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
+def trained(model, sampler, run):
+    """The log-probability of a replayed step of half of a batch."""
+    rollout = sampler.rollout(model, SHAPE, keep_states=False, min_std=0.1, **run).replay(model)
+    return rollout.select([1]).log_prob(model, 0)
+
+
 def calls(make=Net):
     """What people call, each with its name; ``make()`` returns a model."""
     plain = DDIMSampler(LINEAR, 3)
@@ -88,6 +94,8 @@ def calls(make=Net):
         "invert": lambda: plain.invert(make(), x0, iterations=3, tolerance=1e-5),
         "reconstruct": lambda: reconstruction_error(x0, plain.reconstruct(make(), x0)),
         "sample_parallel": lambda: noisy.sample_parallel(make(), SHAPE, **run),
+        "rollout": lambda: plain.replace(eta=1.0).rollout(make(), SHAPE, noisy_steps=[1], **run).states,
+        "rollout, log_prob": lambda: trained(make(), plain.replace(eta=1.0), run).detach(),
         "optimize": lambda: plain.sample(plain.optimize(make(), SHAPE, compile=False, tolerance=0), SHAPE, seed=0),
         "table": lambda: plain.plan().table().rows,
         "add_noise": lambda: LINEAR.add_noise(x0, start, 50),

@@ -214,6 +214,21 @@ def test_a_multistep_form_is_captured(cache):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("noisy_steps", [None, [0, 3]])
+@pytest.mark.parametrize("guidance", [None, 3.0])
+def test_a_rollout_is_captured(model, cache, guidance, noisy_steps):
+    s = df.DDIMSampler(df.NoiseSchedule.linear(), 6, 0.8, eta_scales="cps", graphs=cache)
+    labels = {"class_labels": torch.arange(4, device="cuda")}
+    call = dict(seed=0, device="cuda", conditioning=labels, guidance_scale=guidance, noisy_steps=noisy_steps)
+    eager, *others = (s.rollout(model, SHAPE, capture=mode, **call) for mode in ("off", "step", "auto"))
+    for captured in (*others, others[0].replay(model)):
+        for name in ("samples", "states", "log_probs"):
+            assert torch.equal(getattr(captured, name), getattr(eager, name)), name
+    assert len(cache) == 1
+    for index in range(len(eager)):
+        assert torch.equal(eager.log_prob(model, index).detach(), eager.log_probs[index])
+
+
 @pytest.mark.parametrize("guidance_rescale", [0.0, 0.7])
 def test_inpainting_with_a_scale_for_each_step_is_captured(cache, guidance_rescale):
     model = df.load_model("fashion", "cuda")

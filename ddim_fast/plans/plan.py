@@ -8,7 +8,7 @@ nothing else: schedule, prediction type, eta and clipping end here.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -143,8 +143,9 @@ class SamplingPlan:
             object.__setattr__(self, "model_timesteps", self.timesteps)
         elif self.model_timesteps != self.timesteps:
             self.schedule.check_model_timesteps(self.model_timesteps, len(self.timesteps))
-        if self.sigma_hat and (self.eta != 1 or told_apart(self.eta_scales, 1) != (PAPER, 1)):
-            of = "" if self.eta != 1 else f" of eta_scales={self.eta_scales!r}"
+        is_ddpm = self.eta != 0 and all(eta in (0, 1) for eta in self.etas)  # in each step with noise
+        if self.sigma_hat and not (is_ddpm and told_apart(self.eta_scales, 1) == (PAPER, 1)):
+            of = f" of eta_scales={self.eta_scales!r}" if is_ddpm else ""
             raise ValueError(f"sigma_hat is DDPM's larger noise and needs eta = 1, got eta = {self.eta}{of}")
         if self.clip_sample_range is not None and not 0 < self.clip_sample_range < math.inf:
             raise ValueError(
@@ -301,15 +302,25 @@ class SamplingPlan:
         """Return the plan of the last ``count`` of these steps alone."""
         return self if count == len(self.timesteps) else _last_steps(self, count)
 
+    def with_noise_in(self, steps: Collection[int]) -> SamplingPlan:
+        """Return this plan with noise in these of its steps alone, by their numbers: the others are
+        deterministic."""
+        etas = tuple(eta if index in steps else 0.0 for index, eta in enumerate(self.etas))
+        residual = self.eps_residual
+        if residual is not None:
+            residual = tuple(value if index in steps else 0.0 for index, value in enumerate(residual))
+        return replace(self, eta=etas, eps_residual=residual, sigma_hat=self.sigma_hat and any(etas))
+
     def table(
         self,
         device: torch.device | str = "cpu",
         guidance_scale: float | Sequence[float] | None = None,
         min_std: float | None = None,
+        skip_quiet: bool = False,
     ) -> StepTable:
         """Return all steps as one table in device memory, for ``ddim_step_from_table``; see
         ``StepTable.of``."""
-        return StepTable.of([step.coefficients for step in self.steps], device, guidance_scale, min_std)
+        return StepTable.of([step.coefficients for step in self.steps], device, guidance_scale, min_std, skip_quiet)
 
     def _input_scale(self, t: float) -> float:
         """Return what x_t is multiplied by for the model, in the float32 that kernels and tables
@@ -319,7 +330,7 @@ class SamplingPlan:
     def _step(self, index: int, t: float, t_prev: float, level_t: AnyLevel, level_prev: AnyLevel) -> PlannedStep:
         noise = step_noise(self.eta_scales, level_t, level_prev, self.etas[index])
         variance, std_dev_t = noise.variance, math.sqrt(noise.variance)
-        if self.sigma_hat and noise_variance(level_prev) > 0:  # clean data stays clean
+        if self.sigma_hat and self.etas[index] and noise_variance(level_prev) > 0:  # clean data stays clean
             std_dev_t = math.sqrt(forward_variance(level_t, level_prev))
         if self.eps_residual is not None:
             std_dev_t = math.sqrt(analytic_variance(level_t, level_prev, variance, self.eps_residual[index]))

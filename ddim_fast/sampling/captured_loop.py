@@ -40,13 +40,14 @@ SCRATCH = (
     "x0",
     "history",
     "history_2",
+    "log_prob",
 )  # tensors that the steps fill
 _PLANS = 8
 """How many plans a graph keeps on its device, beside the one that it runs."""
 _tensors_of = attrgetter(*LOADED, *SCRATCH)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """One call of ``sample``: what is to be computed, in tensors that were allocated for this call.
 
@@ -54,6 +55,7 @@ class Job:
         mode: "loop" or "step"; "off" for a run that is not captured.
         loop: its tensors hold x_T; its calls use the caller's conditioning.
         conditionings: that of each model call.
+        seeds: ``(B,)`` int64, of the samples; None where no noise comes from seeds.
     """
 
     mode: str
@@ -61,6 +63,7 @@ class Job:
     plan: SamplingPlan
     loop: Loop
     conditionings: Sequence[Mapping[str, Any]]
+    seeds: Tensor | None = None
 
     is_brief = False
 
@@ -88,10 +91,12 @@ class Job:
     @cached_property
     def table(self) -> StepTable:
         """The steps of the plan, on the host, each with its guidance scale."""
-        table = self.plan.table("cpu", self.loop.guidance_scales)
+        loop = self.loop
+        density = {} if loop.log_prob is None else {"min_std": loop.density.min_std, "skip_quiet": True}
+        table = self.plan.table("cpu", loop.guidance_scales, **density)
         # If the guided output is rescaled, the step gets that one output, and the scale is looked
         # up before it.
-        return replace(table, guided=table.guided and not self.loop.guidance_rescale)
+        return replace(table, guided=table.guided and not loop.guidance_rescale)
 
     def key(self) -> Hashable:
         """Return what a graph bakes in of this call, apart from its model.
@@ -109,6 +114,7 @@ class Job:
             loop.normals,
             (plan.steps[0].coefficients.clipped, plan.adds_noise, loop.mask is not None and plan.adds_known_noise),
             loop.guidance_rescale,
+            loop.density,
             self.structure,
             tuple(leaf_key(leaf, "conditioning", self.device) for leaf in self.leaves),
         )

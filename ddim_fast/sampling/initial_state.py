@@ -104,6 +104,20 @@ def repeat_conditioning(
     return tree_map_only(Tensor, repeat, _keywords(name, conditioning))
 
 
+def part_of_conditioning(
+    conditioning: Mapping[str, Any] | None, batch_size: int, samples: slice | Tensor
+) -> dict[str, Any] | None:
+    """Return the conditioning of some samples of a batch: of tensors with ``batch_size`` rows, those
+    rows."""
+    if conditioning is None:
+        return None
+
+    def part(tensor: Tensor) -> Tensor:
+        return tensor[samples] if tensor.ndim > 0 and len(tensor) == batch_size else tensor
+
+    return tree_map_only(Tensor, part, dict(conditioning))
+
+
 def check_generator(generator: object, device: torch.device) -> None:
     """Raise TypeError or ValueError unless ``generator`` is None, or one that draws on ``device``."""
     if generator is None:

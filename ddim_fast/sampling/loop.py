@@ -46,6 +46,14 @@ class Timing:
     steps: int = 0
 
 
+@dataclass(frozen=True)
+class Density:
+    """How the log-probability of a step is taken, see ``ddim_step``."""
+
+    log_prob_reduction: str = "mean"
+    min_std: float | None = None
+
+
 @dataclass(eq=False)
 class Trajectory:
     """Every state of a run. It is equal to itself alone.
@@ -116,6 +124,8 @@ class Loop:
             noise.
         history, history_2: like ``x_t``: the x0 of the step before, and of the one before that, for
             a multistep form. The first steps do not read them.
+        log_prob: ``(B,)`` float32: the log-probability of the last step, where it has one.
+        density: how it is taken.
     """
 
     x_t: Tensor
@@ -137,6 +147,8 @@ class Loop:
     known_noise: Tensor | None = None
     history: Tensor | None = None
     history_2: Tensor | None = None
+    log_prob: Tensor | None = None
+    density: Density = Density()
 
     @property
     def shape(self) -> torch.Size:
@@ -155,13 +167,7 @@ class Loop:
         with."""
         started = time.perf_counter()
         x_t = self.x_t
-        model_output, uncond = self.predict(t)
-        scale = None if uncond is None or self.guidance_scales is None else self.guidance_scales[step.index]
-        if uncond is not None and scale is not None and (self.guidance_rescale or self.classifier is not None):
-            model_output = guided_output(model_output, uncond, scale, self.guidance_rescale, x_t.dtype)
-            uncond = scale = None
-        if self.classifier is not None:
-            model_output = self.classifier.shifted(model_output, x_t, step.index)
+        model_output, uncond, scale = self.steered(step.index, t)
         called = time.perf_counter()
         thresholds = None
         if self.thresholding is not None:
@@ -171,6 +177,7 @@ class Loop:
         self.draw_noise(step)
         adds_noise = step.coefficients.adds_noise
         makes_noise = adds_noise or (self.mask is not None and step.coefficients.adds_known_noise)
+        has_log_prob = self.log_prob is not None and step.coefficients.has_density(self.density.min_std)
         # If the caller watches what the model saw, the two buffers are swapped instead of copied.
         self.x_t = ddim_step(
             x_t,
@@ -192,6 +199,9 @@ class Loop:
             history=self.history,
             history_2=self.history_2,
             model_input_out=self.model_input,
+            log_prob_out=self.log_prob if has_log_prob else None,
+            log_prob_reduction=self.density.log_prob_reduction,
+            min_std=self.density.min_std if has_log_prob else None,
             backend=backend,
         )
         if self.x_seen is not None:
@@ -247,6 +257,8 @@ class Loop:
             history=self.history,
             history_2=self.history_2,
             model_input_out=self.model_input,
+            log_prob_out=self.log_prob,
+            log_prob_reduction=self.density.log_prob_reduction,
         )
         p.index.add_(1)
 
@@ -263,6 +275,22 @@ class Loop:
         if self.model_input is not None:
             wide = torch.promote_types(self.x_t.dtype, torch.float32)
             self.model_input.copy_(self.x_t.to(wide) * input_scale)
+
+    def steered(self, step: int, t: Tensor) -> tuple[Tensor, Tensor | None, float | None]:
+        """Return the model's outputs for x_t at this step, and the guidance scale that is left to the
+        step's kernel: ``(output, unconditional, scale)``, the last two None where there is none.
+
+        Args:
+            t: ``(B,)``: what the model is told.
+        """
+        model_output, uncond = self.predict(t)
+        scale = None if uncond is None or self.guidance_scales is None else self.guidance_scales[step]
+        if uncond is not None and scale is not None and (self.guidance_rescale or self.classifier is not None):
+            model_output = guided_output(model_output, uncond, scale, self.guidance_rescale, self.x_t.dtype)
+            uncond = scale = None
+        if self.classifier is not None:
+            model_output = self.classifier.shifted(model_output, self.x_t, step)
+        return model_output, uncond, scale
 
     def predict(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the model's output for x_t, and with guidance its unconditional output; ``t``

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .guidance import GuidanceScale
-from .loop import Timing
+from .loop import Density, Timing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -93,6 +93,7 @@ class Options:
     known_region: KnownRegion = KnownRegion()
     execution: Execution = Execution()
     observation: Observation = Observation()
+    density: Density = Density()  # noqa: RUF009 (it is frozen)
 
     def replace(self, **keywords: Any) -> Self:
         """Return these options with other values for some of the flat keywords."""
@@ -110,6 +111,7 @@ _GROUP_OF = {
         "known_region": KnownRegion,
         "execution": Execution,
         "observation": Observation,
+        "density": Density,
     }.items()
     for option in fields(record)
 }
@@ -154,8 +156,8 @@ class ParallelKeywords(ConditioningKeywords, total=False):
     backend: str | None
 
 
-class InpaintKeywords(ConditioningKeywords, total=False):
-    """Keywords of ``inpaint``: those of ``sample``, without what the known picture says itself."""
+class RunKeywords(ConditioningKeywords, total=False):
+    """Keywords of every method that takes steps one after the other."""
 
     seed: int | None
     seeds: Sequence[int] | Tensor | None
@@ -164,11 +166,28 @@ class InpaintKeywords(ConditioningKeywords, total=False):
     cond_fn: Callable[..., Tensor] | None
     model_dtype: torch.dtype | None
     progress: bool
-    callback: Callback | None
     timing: Timing | None
     backend: str | None
     normals: str
     capture: str
+
+
+class RolloutKeywords(RunKeywords, total=False):
+    """Keywords of ``rollout``: those of ``sample`` for a whole run, and the density's."""
+
+    x_T: Tensor | None
+    mask: Tensor | None
+    known_x0: Tensor | None
+    device: str | torch.device
+    dtype: torch.dtype
+    log_prob_reduction: str
+    min_std: float | None
+
+
+class InpaintKeywords(RunKeywords, total=False):
+    """Keywords of ``inpaint``: those of ``sample``, without what the known picture says itself."""
+
+    callback: Callback | None
     reuse_output: bool
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -53,9 +53,20 @@ def sample(
     return take_steps(job, using, steps_shown(plan, options), options)
 
 
-def prepare(plan: SamplingPlan, model: Model, shape: Sequence[int] | None, options: Options, graphs: GraphCache) -> Job:
+def prepare(
+    plan: SamplingPlan,
+    model: Model,
+    shape: Sequence[int] | None,
+    options: Options,
+    graphs: GraphCache,
+    recorded_by: str | None = None,
+) -> Job:
     """Check the options of a run, choose its mode ("loop", "step" or "off"), draw x_T and make its
     tensors.
+
+    Args:
+        recorded_by: what keeps states and log-probabilities between steps, in words; None for
+            nothing.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule.
@@ -65,12 +76,13 @@ def prepare(plan: SamplingPlan, model: Model, shape: Sequence[int] | None, optio
             "inpainting replaces the known region after each step, and so leaves the trajectory that a higher order extrapolates, got a "
             f"mask and a sampler with order={plan.order}: make one with order=1"
         )
-    request = _check(plan, model, shape, options)
-    return _start(_mode(request, options, graphs), request, options)
+    request = check(plan, model, shape, options)
+    mode = _mode(request, options, graphs, recorded_by)
+    return _start(mode, request, options, keeps_log_prob=recorded_by is not None)
 
 
 @dataclass(slots=True, eq=False)
-class _Request:
+class Request:
     """A run whose options have been checked; nothing has been drawn or computed yet."""
 
     plan: SamplingPlan
@@ -88,8 +100,12 @@ class _Request:
     adds_known_noise: bool
 
 
-def _check(plan: SamplingPlan, model: Model, shape: Sequence[int] | None, options: Options) -> _Request:
-    """Check the options of a run, and resolve what they leave open."""
+def check(plan: SamplingPlan, model: Model, shape: Sequence[int] | None, options: Options) -> Request:
+    """Check the options of a run, and resolve what they leave open.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule.
+    """
     guidance, execution = options.guidance, options.execution
     mask, known_x0 = known_region(options.known_region.mask, options.known_region.known_x0)
     shape, device, dtype = place(shape, execution.device, execution.dtype, x_T=options.noise.x_T, known_x0=known_x0)
@@ -102,7 +118,7 @@ def _check(plan: SamplingPlan, model: Model, shape: Sequence[int] | None, option
     check_rescale(guidance.guidance_rescale, guidance.guidance_scale)
     scales = guidance_scales(guidance.guidance_scale, plan.timesteps)
     conditionings = conditionings_of(model, guidance.conditioning, scales, guidance.unconditional_conditioning)
-    return _Request(
+    return Request(
         plan=plan,
         model=model,
         shape=shape,
@@ -128,7 +144,7 @@ def _check_observation(observation: Observation) -> None:
         refuse("timing must be a Timing, to which seconds are added", timing, kind=TypeError)
 
 
-def _mode(request: _Request, options: Options, graphs: GraphCache) -> str:
+def _mode(request: Request, options: Options, graphs: GraphCache, recorded_by: str | None) -> str:
     """Choose whether and how the steps are captured."""
     return choose_mode(
         options.execution.capture,
@@ -136,13 +152,13 @@ def _mode(request: _Request, options: Options, graphs: GraphCache) -> str:
         request.device,
         request.dtype,
         options.execution.backend,
-        _work_between_steps(request, options),
+        recorded_by or _work_between_steps(request, options),
         request.model,
         None if request.classifier is None else "cond_fn takes gradients, which a captured step does not",
     )
 
 
-def _work_between_steps(request: _Request, options: Options) -> str | None:
+def _work_between_steps(request: Request, options: Options) -> str | None:
     """Return what the host has to do between two steps, in words; None for nothing."""
     if options.observation.callback is not None:
         return "a callback"
@@ -154,7 +170,7 @@ def _work_between_steps(request: _Request, options: Options) -> str | None:
     return "noise from a generator" if draws else None
 
 
-def _start(mode: str, request: _Request, options: Options) -> Job:
+def _start(mode: str, request: Request, options: Options, keeps_log_prob: bool = False) -> Job:
     """Draw x_T, and make the tensors of the run."""
     r, noise = request, options.noise
     # Expanding one seed into one for each sample takes as long as several small steps.
@@ -190,9 +206,11 @@ def _start(mode: str, request: _Request, options: Options) -> Job:
         known_noise=like_x_t(noise.generator is not None and r.adds_known_noise),
         history=like_x_t(r.plan.order > 1),
         history_2=like_x_t(r.plan.order > 2),
+        log_prob=torch.empty(len(x_t), dtype=torch.float32, device=r.device) if keeps_log_prob else None,
+        density=options.density,
     )
     loop.prepare_input(r.plan.steps[0].input_scale)
-    return Job(mode, r.model, r.plan, loop, r.conditionings)
+    return Job(mode, r.model, r.plan, loop, r.conditionings, seeds)
 
 
 def steps_shown(plan: SamplingPlan, options: Options) -> AbstractContextManager[Iterable[PlannedStep]]:
@@ -208,14 +226,19 @@ def take_steps(
     using: AbstractContextManager[CapturedLoop | None],
     bar: AbstractContextManager[Iterable[PlannedStep]],
     options: Options,
+    record: Callable[[Loop, int], None] | None = None,
 ) -> Tensor | Trajectory:
-    """Take all steps of a job, by the captured loop that ``using`` gives, or one by one."""
+    """Take all steps of a job, by the captured loop that ``using`` gives, or one by one.
+
+    Args:
+        record: called as ``record(loop, steps_taken)`` before the first step and after each.
+    """
     observation, execution = options.observation, options.execution
     timing = Timing() if observation.timing is None else observation.timing
     trajectory = Trajectory()
     with using as captured:
         loop = job.loop if captured is None else captured.loop
-        watched = observation.progress or observation.wants_states
+        watched = observation.progress or observation.wants_states or record is not None
         if captured is None:
             loop.begin = begins_steps(job.model)
             timesteps = model_times(job.plan, loop.x_t.device, loop.shape[0])
@@ -223,11 +246,15 @@ def take_steps(
             if captured is not None and not (watched or captured.draws_noise):
                 captured.replay_all(timing)
                 steps = ()
+            if record is not None:
+                record(loop, 0)
             for step in steps:
                 if captured is not None:
                     captured.replay_step(step, timing)
                 else:
                     loop.planned_step(step, timesteps[step.index], timing, execution.backend)
+                if record is not None:
+                    record(loop, step.index + 1)
                 if observation.wants_states and _is_stopped(observation, step, loop, trajectory):
                     break
         # A captured loop owns its tensors: the next call overwrites them.

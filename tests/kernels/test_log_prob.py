@@ -592,6 +592,21 @@ def test_a_table_with_quiet_steps_is_refused_unless_it_has_a_least_deviation():
         StepTable.of(rows, min_std=-1.0)
 
 
+def test_a_table_may_skip_quiet_steps():
+    """Their log-probability is 0, whatever was there; that of the others is as it was."""
+    seeds, rows = torch.tensor([1, 2]), [QUIET, NOISY]
+    table, log_prob = StepTable.of(rows, skip_quiet=True), torch.full((2,), 7.0)
+    x_prev = ddim_step_from_table(X, X, table, torch.tensor([0]), seeds=seeds, log_prob_out=log_prob)
+    assert torch.equal(log_prob, torch.zeros(2))
+    assert same_bits(x_prev, ddim_step(X, X, QUIET))
+    ddim_step_from_table(X, X, table, torch.tensor([1]), seeds=seeds, log_prob_out=log_prob)
+    expected = torch.empty(2)
+    ddim_step(X, X, NOISY, seeds=seeds, noise_step=1, log_prob_out=expected)
+    assert same_bits(log_prob, expected)
+    with pytest.raises(ValueError, match=r"rows of their own .*: make it without skip_quiet"):
+        ddim_step_from_table(X, X, table, torch.tensor([0, 1]), seeds=seeds, log_prob_out=log_prob)
+
+
 @per_target
 def test_a_floor_is_the_deviation_of_a_quiet_step(target):
     case = make(shape=(2, 130), min_std=0.25)
@@ -645,8 +660,12 @@ def test_a_sample_in_which_nothing_counts_has_log_probability_0(target):
 
 def test_the_examples_of_the_page_run_and_say_the_truth():
     names = {}
-    for example in examples("LOG_PROB.md"):
-        example.run(names)
+    step, rollout = examples("LOG_PROB.md")
+    step.run(names)
     assert torch.equal(names["ratio"], torch.ones(4))
     assert names["model_output"].grad.isfinite().all()
     assert (names["divergence"] > 0).all()
+    rollout.run(names)
+    assert names["rollout"].noisy_steps == (1, 2, 3, 4)
+    assert names["rollout"].states.shape == (5, 8, 4, 16, 16)
+    assert all(weight.grad.isfinite().all() and weight.grad.any() for weight in names["network"].parameters())

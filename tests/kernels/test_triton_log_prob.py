@@ -9,6 +9,7 @@ from density_cases import PAIRS, B, F, H, make, same_bits
 import ddim_fast as df
 from ddim_fast.gpu_lab.emulated_gpu import emulated_gpu
 from ddim_fast.kernels import cpu_step, gaussian, triton_backend
+from ddim_fast.kernels.coefficients import StepTable
 from ddim_fast.kernels.density import DensityInputs, new_gradients
 from ddim_fast.kernels.fields import StepInputs
 
@@ -81,6 +82,19 @@ def test_a_row_for_each_sample_of_several_blocks():
         x_prev, df.ddim_step_from_table(case.x_t, case.m, table, index, seeds=seeds, log_prob_out=expected)
     )
     assert same_bits(got, expected)
+
+
+def test_a_row_that_its_table_skips():
+    """Its log-probability is 0, and x_prev has the bits of a step without one."""
+    rows = [step.coefficients for step in df.SamplingPlan(df.NoiseSchedule.linear(), (900, 500), eta=1.0).steps]
+    case, seeds, got = make(shape=(2, 130)), torch.tensor([1, 2]), torch.full((2,), 7.0)
+    inputs = StepInputs(
+        case.x_t, case.m, StepTable.of(rows, skip_quiet=True), torch.tensor([1]), seeds=seeds, log_prob_out=got
+    )
+    with emulated_gpu("sm_90"):
+        x_prev = triton_backend.run(inputs)
+    assert torch.equal(got, torch.zeros(2))
+    assert same_bits(x_prev, df.ddim_step(case.x_t, case.m, rows[1]))
 
 
 def test_the_cases_have_every_pair_of_dtypes_and_every_target():

@@ -7,7 +7,7 @@ import pytest
 
 from ddim_fast import DDIMSampler
 from ddim_fast.sampling import options
-from ddim_fast.sampling.options import Options, SampleKeywords, options_of
+from ddim_fast.sampling.options import Options, RolloutKeywords, SampleKeywords, options_of
 
 METHODS = {
     "sample": options.SampleKeywords,
@@ -17,14 +17,17 @@ METHODS = {
     "invert": options.InvertKeywords,
     "reconstruct": options.ReconstructKeywords,
     "sample_parallel": options.ParallelKeywords,
+    "rollout": options.RolloutKeywords,
 }
 RECORDS = [type(option.default) for option in fields(Options)]
 
 
-def test_every_option_is_a_field_of_one_record_and_a_keyword_of_sample():
+def test_every_option_is_a_field_of_one_record_and_a_keyword_of_sample_or_of_rollout():
     names = [option.name for record in RECORDS for option in fields(record)]
     assert len(names) == len(set(names))
-    assert {*names} == SampleKeywords.__optional_keys__ | {"return_trajectory"}
+    of_rollout = RolloutKeywords.__optional_keys__ - SampleKeywords.__optional_keys__
+    assert of_rollout == {"log_prob_reduction", "min_std"}
+    assert {*names} == SampleKeywords.__optional_keys__ | of_rollout | {"return_trajectory"}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -19,6 +19,10 @@ samples: Tensor = sampler.sample(model, shape=(2, 1, 28, 28), seed=0)
 edited: Tensor | df.Trajectory = sampler.img2img(model, samples, strength=0.5, seed=1)
 trajectory: df.Trajectory = sampler.sample(model, samples.shape, seed=0, return_trajectory=True)
 
+window: df.DDIMSampler = sampler.replace(eta=(0.0, 0.5, 0.5, 0.0))
+rollout: df.Rollout = window.rollout(model, shape=(2, 1, 28, 28), seed=0, min_std=0.1)
+ratio: Tensor = torch.exp(rollout.log_prob(model, 0) - rollout.log_probs[0])
+
 plan: df.SamplingPlan = sampler.plan(model)
 x_t = torch.randn(2, 1, 28, 28)
 for step in plan.steps:
