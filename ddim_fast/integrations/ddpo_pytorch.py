@@ -67,7 +67,7 @@ def ddim_step_with_logprob(
 
 
 def _check_scheduler(scheduler: Any) -> None:
-    if not isinstance(scheduler, DDIMScheduler):
+    if not issubclass(type(scheduler), DDIMScheduler):
         refuse("the scheduler must be diffusers' DDIMScheduler", type(scheduler), kind=TypeError)
     if scheduler.num_inference_steps is None:
         raise ValueError("a step needs the number of steps, got None: call scheduler.set_timesteps first")

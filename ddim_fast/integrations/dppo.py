@@ -11,7 +11,7 @@ docs/drop_ins/log_probs.md lists every difference.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -211,7 +211,8 @@ class _Evaluated(NamedTuple):
 _on_host: WeakKeyDictionary[Any, tuple[HostCopy, ...]] = WeakKeyDictionary()
 
 
-class _Steps(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Steps:
     """The steps of a model, by their index from the noisiest.
 
     Attributes:

@@ -158,7 +158,7 @@ def _per_sample(values: tuple[float, ...], count: int, sample: Tensor) -> Tensor
 
 
 def _check_scheduler(scheduler: Any) -> None:
-    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if not issubclass(type(scheduler), FlowMatchEulerDiscreteScheduler):
         refuse("the scheduler must be diffusers' FlowMatchEulerDiscreteScheduler", type(scheduler), kind=TypeError)
     if len(scheduler.sigmas) != len(scheduler.timesteps) + 1:
         raise ValueError("a step needs the sigmas of a run, got those of training: call scheduler.set_timesteps first")

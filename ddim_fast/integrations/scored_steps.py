@@ -157,5 +157,5 @@ def log_prob_of_elements(
 ) -> Tensor:
     """Return the log-density of each element of a given x_prev, in the shape of ``sample``: of samples
     of one element each."""
-    parts = (tensor.reshape(-1, 1) for tensor in (given.detach(), sample, model_output))
-    return ddim_log_prob(*parts, row, min_std=min_std).reshape(sample.shape)
+    x_prev, x_t, m = (tensor.reshape(-1, 1) for tensor in (given.detach(), sample, model_output))
+    return ddim_log_prob(x_prev, x_t, m, row, min_std=min_std).reshape(sample.shape)
