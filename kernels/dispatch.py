@@ -229,7 +229,8 @@ def ddim_step_from_table(
         )  # fmt: skip
         if result is not None:
             if not _is_inference_mode():
-                increment_version([t for t in (out, x0_out, history, history_2, model_input_out) if t is not None])
+                written = [out, x0_out, history, history_2, model_input_out, log_prob_out]
+                increment_version([tensor for tensor in written if tensor is not None])
             return result
     inputs = StepInputs(
         x_t=x_t,

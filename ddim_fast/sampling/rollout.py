@@ -176,7 +176,7 @@ class Rollout:
             off = (again.samples - self.samples).abs().max().item()
             raise ValueError(
                 f"a replay needs the model as it was in the rollout, got samples that differ by up to {off:.3g}: "
-                "replay before training changes the weights, or keep the states"
+                "replay in the same batch, before training changes the weights, or keep the states"
             )
         return again
 

@@ -106,6 +106,8 @@ class Search:
             refuse("sampler_options must be a dict of the sampler's arguments", options, kind=TypeError)
         if unknown := [name for name in options if name not in known]:
             refuse(f"sampler_options must be among {', '.join(sorted(known))}", unknown[0], "leave it out")
+        if np.ndim(options.get("eta", 0.0)) > 0:
+            refuse("sampler_options must have one eta for all steps, in which the plans differ", options["eta"])
 
     def _check_counts(self) -> None:
         for name in ("count", "refine_count", "held_out"):

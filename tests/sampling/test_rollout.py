@@ -3,6 +3,7 @@ formula in float64, and the same bits come from a model that has not changed: ea
 replayed from seeds."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -46,7 +47,11 @@ def model():
 
 @pytest.fixture
 def cache():
-    return GraphCache(maxsize=8, backend=lambda device: RecordedGraphs(), device_types=("cpu",))
+    return GraphCache(maxsize=8, backend=recorded, device_types=("cpu",))
+
+
+def recorded(device):
+    return RecordedGraphs()
 
 
 SAMPLERS = {
@@ -359,7 +364,9 @@ def test_a_replay_of_a_model_that_changed_is_refused():
     light = sampler().rollout(model, SHAPE, seed=0, keep_states=False)
     with torch.no_grad():
         model.conv.bias.add_(1e-3)
-    with pytest.raises(ValueError, match=r"the model as it was .* differ by up to .*: replay before training"):
+    with pytest.raises(
+        ValueError, match=r"the model as it was .* differ by up to .*: replay in the same batch, before"
+    ):
         light.replay(model)
 
 
@@ -510,6 +517,15 @@ def test_nothing_global_changes(model):
     with torch.no_grad():
         assert not rollout.log_prob(model, 0).requires_grad
         assert not torch.is_grad_enabled()
+
+
+def test_a_rollout_can_be_sent_to_another_process(cache, model):
+    rollout = sampler(cache=cache).rollout(model, SHAPE, seed=0, conditioning=COND, capture="step")
+    there = pickle.loads(pickle.dumps(rollout))
+    assert_same(there, rollout)
+    assert_ratio_of_one(there, model)
+    assert_same(there.replay(model), rollout)
+    assert rollout != there  # equal to itself alone
 
 
 def test_memory_is_what_is_stated(model):

@@ -26,7 +26,7 @@ MISTAKES = {
     "guidance_scale": st.one_of(
         st.binary(max_size=2), st.builds(object), WORDS, st.sampled_from([float("nan"), float("inf"), [1.0, 2.0], "2"])
     ),
-    "sampler_options": st.one_of(NOTHING, WORDS, st.none(), st.integers(), st.sampled_from([{1: 2}, {"eat": 1}])),
+    "sampler_options": st.one_of(NOTHING, WORDS, st.none(), st.integers(), st.sampled_from([{1: 2}, {"eat": 1}, {"eta": [0.0, 1.0, 0.0]}])),
     "count": NO_COUNT,
     "refine_count": NO_COUNT,
     "refine_runs": st.one_of(NOTHING, WORDS, st.none(), st.floats(), st.integers(max_value=-1), st.booleans()),
