@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
+
 from ..utils.checks import check_number
 
 REDUCTIONS = ("mean", "sum")
@@ -38,6 +40,12 @@ def scale_and_offset(prev_noise: float, min_std: float | None) -> tuple[float, f
     """Return (scale, offset) of the formulas above; the step has a density."""
     std = std_of_density(prev_noise, min_std)
     return 0.5 / (std * std), math.log(std) + 0.5 * math.log(2 * math.pi)
+
+
+def mean_square(log_prob: Tensor, scale: float | Tensor, offset: float | Tensor) -> Tensor:
+    """Return the mean of (x_prev - mean)^2 that a log-probability holds beside its constants, where it
+    is a mean over the elements, ``(B,)``."""
+    return (log_prob + offset) / -scale
 
 
 def check_min_std(min_std: float | None) -> None:

@@ -325,6 +325,19 @@ def ddim_coefficients(
     )
 
 
+def mean_as_x0(row: StepCoefficients) -> StepCoefficients:
+    """Return the row of the same step whose x0 is its mean, x_prev = x0 + prev_noise z: then
+    ``x0_out`` of ``ddim_step`` receives the mean, in the step's own pass.
+
+    Raises:
+        ValueError: the row clips x0, so that the mean is not linear in x_t and the model's output.
+    """
+    if row.clipped:
+        raise ValueError(f"the mean of a step is its x0 where nothing is clipped, got clip = {row.clip}")
+    of_x_t, of_output = row.folded
+    return replace(row, x0_x=of_x_t, x0_m=of_output, eps_x=0.0, eps_m=0.0, eps_0=0.0, prev_x0=1.0, prev_eps=0.0)
+
+
 def ddpm_posterior_coefficients(
     level_t: AnyLevel,
     level_prev: AnyLevel,

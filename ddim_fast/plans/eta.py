@@ -128,6 +128,13 @@ def flow_grpo_noise(level_t: AnyLevel, level_prev: AnyLevel, eta: float) -> Step
     return StepNoise(scale * scale * diffusion * -dt, target.sigma + scale * diffusion * dt / (2 * noisy))
 
 
+def flow_grpo_diffusion(level_t: AnyLevel, level_prev: AnyLevel, eta: float) -> float:
+    """Return s_t of ``flow_grpo_noise``, the diffusion, for a step on the straight path that does not
+    stay where it is. (Times sqrt(-dt) it is the standard deviation of the step's noise.)"""
+    dt = level_of(level_prev).sigma - level_of(level_t).sigma
+    return math.sqrt(flow_grpo_noise(level_t, level_prev, eta).variance / -dt)
+
+
 def _flow_shares(level: NoiseLevel) -> tuple[float, float]:
     """Return (1 - sigma, sigma) of the level on the straight path with the same signal-to-noise
     ratio."""

@@ -128,7 +128,8 @@ def prepared_subject(
         subject = copy.copy(subject)
         subject.eta_scales = eta_scales or subject.eta_scales
         subject.arithmetic = arithmetic or subject.arithmetic
-    check_choice("eta_scales", subject.eta_scales, OF_EQUATION_16, _OF_THE_PAPER)
+    if "eta" in subject.features:
+        check_choice("eta_scales", subject.eta_scales, OF_EQUATION_16, _OF_THE_PAPER)
     return subject
 
 
@@ -157,6 +158,9 @@ def report_of(subject: Subject, results: Sequence[CheckResult], **more: Any) -> 
     conventions = {"eta scales": subject.eta_scales, "arithmetic": subject.arithmetic}
     if not subject.ends_clean:
         conventions["last step"] = "to alpha_bar_0, not to clean data"
+    if "log_prob" in subject.features:
+        least = f", with a standard deviation of at least {subject.min_std}" if subject.min_std else ""
+        conventions["log-probability"] = f"{subject.log_prob_reduction} over the elements{least}"
     if subject.paths != (Setting(),):
         conventions["paths"] = ", ".join(path.name for path in subject.paths)
     return Report(subject.name, tuple(results), tuple(sorted(subject.features)), conventions, **more)

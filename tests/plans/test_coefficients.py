@@ -1,13 +1,17 @@
 """Rows of coefficients from noise levels: the forms that a sampling plan does not use."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from ddim_fast.kernels.dispatch import ddim_step
 from ddim_fast.plans.coefficients import (
     ddim_coefficients,
     inversion_coefficients,
+    mean_as_x0,
     noising_coefficients,
     previous_x_prediction,
 )
@@ -69,3 +73,15 @@ def test_a_temperature_scales_only_what_is_added():
     row = ddim_coefficients(0.3, 0.7, variance=0.1, std_dev_added=0.2)
     assert row.prev_noise == 0.2
     assert row.prev_eps == pytest.approx(math.sqrt(1 - 0.7 - 0.1))
+
+
+def test_the_mean_may_stand_in_the_place_of_x0():
+    row = ddim_coefficients(0.5, 0.7, "v_prediction", variance=0.1)
+    same = mean_as_x0(row)
+    x, m, z = (torch.from_numpy(np.random.default_rng(i).standard_normal((2, 129))).float() for i in range(3))
+    mean = torch.empty_like(x)
+    got = ddim_step(x, m, same, noise=z, x0_out=mean)
+    assert torch.equal(got, ddim_step(x, m, row, noise=z))
+    assert torch.equal(mean, ddim_step(x, m, replace(row, prev_noise=0.0)))
+    with pytest.raises(ValueError, match=r"nothing is clipped, got clip = 1\.0"):
+        mean_as_x0(ddim_coefficients(0.5, 0.7, clip_sample_range=1.0))

@@ -152,6 +152,29 @@ class Textbook(Subject):
         result = self.store(x_prev, case.dtype)
         return StepResult(case.x_t.copy_(result) if case.in_place else result, self.store(x0, case.dtype))
 
+    def distribution(self, case):
+        """The mean and the standard deviation of x_prev."""
+        level = self.level(case)
+        std = self.std_dev(case.setting.eta, level.alpha_bar_t, level.alpha_bar_prev)
+        return self.combined(*self.predicted(case, level), level.alpha_bar_prev, std), std
+
+    def log_density(self, deviation, std):
+        return -0.5 * (deviation / std) ** 2 - math.log(std) - 0.5 * math.log(2 * math.pi)
+
+    def reduced(self, each, reduction, dtype):
+        return (each.sum(1) if reduction == "sum" else each.mean(1)).float()
+
+    def sampled(self, x_prev):
+        return x_prev.detach()
+
+    def log_prob(self, case, x_prev):
+        mean, std = self.distribution(case)
+        if std == 0:
+            raise ValueError("no noise, no density")
+        each = self.log_density(self.sampled(x_prev).double() - mean, std)
+        each = each.reshape(len(mean), math.prod(mean.shape[1:]))
+        return self.reduced(each, case.more.get("log_prob_reduction", "mean"), case.dtype)
+
     def invert(self, setting, model, x0):
         found = x0.double()
         for level in reversed(self.levels(setting)):

@@ -1,8 +1,8 @@
 """The checks. Each module registers its own with ``base.check``; ``CHECKS`` has all of them by
 name.
 
-``judge`` holds a step against the oracle, ``compare`` two results of a subject against each other,
-``runs`` and ``noise`` what the checks of whole runs share.
+``judge`` holds a step against the oracle, ``densities`` a log-probability, ``compare`` two results of
+a subject against each other, ``runs`` and ``noise`` what the checks of whole runs share.
 """
 
 from . import (  # noqa: F401 (they register themselves)
@@ -10,6 +10,7 @@ from . import (  # noqa: F401 (they register themselves)
     flow,
     golden,
     levels,
+    log_prob,
     marginals,
     memory,
     model_input,

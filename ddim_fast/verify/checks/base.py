@@ -183,6 +183,23 @@ class Context:
         with _as_subject_raised(f"step {case.index} of {case.setting}"):
             return self.subject.step(case)
 
+    def step_with_log_prob(self, case: StepCase) -> tuple[Tensor, Tensor]:
+        """Call ``Subject.step_with_log_prob``; return x_prev and its log-probability.
+
+        Raises:
+            SubjectRaisedError: the subject has returned None, too.
+        """
+        with _as_subject_raised(f"the log-probability of step {case.index} of {case.setting}"):
+            x_prev, log_prob = self.subject.step_with_log_prob(case)
+            if log_prob is None:
+                raise ValueError("this step has no log-probability: it is None")
+        return x_prev, log_prob
+
+    def log_prob(self, case: StepCase, x_prev: Tensor) -> Tensor:
+        """Call ``Subject.log_prob``."""
+        with _as_subject_raised(f"the log-probability of a given x_prev under step {case.index} of {case.setting}"):
+            return self.subject.log_prob(case, x_prev)
+
     def levels(self, setting: Setting) -> tuple[Level, ...]:
         """Call ``Subject.levels``."""
         with _as_subject_raised(f"the timesteps of {setting}"):

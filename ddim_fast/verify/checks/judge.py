@@ -89,7 +89,7 @@ def truth(subject: Subject, before: StepCase, level: Level) -> Truth:
     dtype = before.dtype
     if subject.arithmetic == "exact":
         return Truth(exact, allowed_error(dtype, exact.terms), allowed_error(dtype, exact.x0_terms))
-    spread = _spread(subject, before, level)
+    spread = column_errors(subject, before.setting, level)
     off = spread_of_result(row, spread, x, m, z, exact)
     terms = exact.long_terms
     if isinstance(level.level_t, oracle.NoiseLevel):  # Euler's form, x_t + (s - t) dx/dt, rounds at the scale of x_t
@@ -102,14 +102,14 @@ def truth(subject: Subject, before: StepCase, level: Level) -> Truth:
     )
 
 
-def row_of(subject: Subject, setting: Setting, level: Level) -> dict[str, float]:
-    """Return the row of a step, in the subject's convention of eta."""
+def row_of(subject: Subject, setting: Setting, level: Level, eta_scales: str | None = None) -> dict[str, float]:
+    """Return the row of a step, in the subject's convention of eta, or in another."""
     return oracle.textbook_row(
         setting.prediction_type,
         level.level_t,
         level.level_prev,
         eta=setting.eta,
-        eta_scales=subject.eta_scales,
+        eta_scales=eta_scales or subject.eta_scales,
         sigma_data=setting.sigma_data,
         clip=math.inf if setting.clip_sample_range is None else setting.clip_sample_range,
         use_clipped_model_output=setting.use_clipped_model_output,
@@ -121,21 +121,27 @@ def paper_eta(subject: Subject, setting: Setting) -> float:
     return setting.eta if subject.eta_scales == "std_dev" else math.sqrt(setting.eta)
 
 
-def _spread(subject: Subject, case: StepCase, level: Level) -> dict[str, float]:
-    """Return how far each column may be off in float32, see ``coefficient_spread``."""
-    setting = case.setting
+def column_errors(subject: Subject, setting: Setting, level: Level) -> dict[str, float]:
+    """Return how far each column of a row may be off in float32, see ``coefficient_spread``; of noise
+    that is not that of equation 16, eight roundings of its columns."""
     eps = torch.finfo(torch.float32).eps
     levels = level.level_t, level.level_prev
     off = _level_eps(subject, level.t, level.level_t), _level_eps(subject, level.t_prev, level.level_prev)
-    return coefficient_spread(
+    other = subject.eta_scales in oracle.OTHER_NOISE
+    found = coefficient_spread(
         setting.prediction_type,
         *levels,
-        paper_eta(subject, setting),
+        0.0 if other else paper_eta(subject, setting),
         setting.use_clipped_model_output,
         eps,
         off,
         setting.sigma_data,
     )
+    if other:
+        row = row_of(subject, setting, level)
+        found |= {"prev_noise": 8 * eps * row["prev_noise"]}
+        found["prev_eps"] += 8 * eps * (abs(row["prev_eps"]) + oracle.alpha_sigma(level.level_prev).sigma)
+    return found
 
 
 def _level_eps(subject: Subject, t: float, level: oracle.AnyLevel) -> float:

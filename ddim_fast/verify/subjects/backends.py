@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ...kernels import triton_backend
 from ...kernels.contract import StepCoefficients, StepInputs, check_inputs
+from ...kernels.density import DensityInputs, check_density_inputs
 from ...kernels.dispatch import BACKENDS, ddim_step
+from ...kernels.log_prob import ddim_log_prob
 from ...kernels.noise import sample_seeds
 from ...plans.coefficients import ddim_coefficients
 from ...plans.eta import ETA_SCALES
@@ -23,7 +25,7 @@ from ...plans.schedules import NoiseSchedule
 from ...sampler import DDIMSampler
 from ...utils.checks import check_choice
 from ..truth import oracle
-from ..truth.cases import Level, Model, Setting, StepCase, StepResult
+from ..truth.cases import Level, Model, ScoredStep, Setting, StepCase, StepResult
 from .subject import FEATURES, Subject
 
 PATHS = (
@@ -79,6 +81,25 @@ class Backend(Subject):
 
     def _step(self, *args: Any, **options: Any) -> Tensor:
         return ddim_step(*args, **options, backend=self.backend)
+
+    def step_with_log_prob(self, case: StepCase) -> ScoredStep:
+        noise: dict[str, Any] = {"noise": case.noise}
+        if case.noise is None:
+            noise = {"seeds": case.source, "noise_step": case.index}
+        log_prob = case.x_t.new_empty(len(case.x_t), dtype=torch.float32)
+        row = self.coefficients(case.setting, case.index)
+        step = self._step
+        if case.model_output.requires_grad:  # gradients of a step are the reference's, whichever backend is asked for
+            step = ddim_step
+        x_prev = step(case.x_t, case.model_output, row, **noise, **case.more, log_prob_out=log_prob)
+        return ScoredStep(x_prev, log_prob)
+
+    def log_prob(self, case: StepCase, x_prev: Tensor) -> Tensor:
+        row = self.coefficients(case.setting, case.index)
+        return self._log_prob(x_prev, case.x_t, case.model_output, row, **case.more)
+
+    def _log_prob(self, *args: Any, **options: Any) -> Tensor:
+        return ddim_log_prob(*args, **options, backend=self.backend)
 
     def source(self, seed: int, batch_size: int) -> Tensor:
         return torch.from_numpy(sample_seeds(seed, batch_size))
@@ -190,7 +211,7 @@ class EmulatedTriton(Backend):
     """The Triton backend without a GPU: compiled for one, its PTX executed on the CPU (see
     ``emulated_gpu``)."""
 
-    features = Backend.features - {"invert"}
+    features = Backend.features - {"invert", "log_prob_gradient"}
 
     slow = True
 
@@ -209,6 +230,22 @@ class EmulatedTriton(Backend):
         check_inputs(inputs)
         with emulated_gpu(self.target):
             return triton_backend.run(inputs)
+
+    def _log_prob(
+        self,
+        x_prev: Tensor,
+        x_t: Tensor,
+        model_output: Tensor,
+        coefficients: StepCoefficients,
+        log_prob_reduction: str = "mean",
+    ) -> Tensor:
+        from ...gpu_lab.emulated_gpu import emulated_gpu
+
+        step = StepInputs(x_t, model_output, coefficients)
+        inputs = DensityInputs(step, x_prev=x_prev, reduction=log_prob_reduction)
+        check_density_inputs(inputs, "log_prob_reduction")
+        with emulated_gpu(self.target):
+            return triton_backend.density(inputs)
 
     def sample(self, setting: Setting, model: Model, x_T: Tensor, source: Tensor) -> Tensor:
         return Subject.sample(self, setting, model, x_T, source)

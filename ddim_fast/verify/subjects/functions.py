@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..truth.cases import Level, Model, Setting, StepCase, StepResult, nearest
+from ..truth.cases import Level, Model, ScoredStep, Setting, StepCase, StepResult, nearest
 from ..truth.oracle import alpha_sigma
 from .subject import Subject
 
@@ -35,6 +35,10 @@ class StepFunction(Subject):
     another. It may also take ``eta``, ``noise``, ``generator``, ``prediction_type``, ``clip_sample_range``,
     ``use_clipped_model_output`` and ``out``, which are passed by name. Without ``noise`` and
     ``generator``, it draws its noise from torch's global generator.
+
+    One that takes ``x_prev`` returns (x_prev, log_prob), ``(B,)``: of the x_prev that is given, or
+    where none is, of the one that it draws; None where it has no density. It may take
+    ``log_prob_reduction``, "mean" or "sum".
     """
 
     LEVELS: tuple[tuple[tuple[str, ...], Setting], ...] = (
@@ -66,6 +70,8 @@ class StepFunction(Subject):
             "clip_sample_range": {"clip", "clip_range"},
             "use_clipped_model_output": {"use_clipped_model_output"},
             "out": {"in_place"},
+            "x_prev": {"log_prob", "given_x_prev", "log_prob_gradient"},
+            "log_prob_reduction": {"log_prob_reduction"},
         }
         for parameter, offered in by_parameter.items():
             features |= offered if parameter in self._takes else set()
@@ -82,7 +88,18 @@ class StepFunction(Subject):
 
     def step(self, case: StepCase) -> StepResult:
         result = self.function(**self._arguments(case))
+        if "x_prev" in self._takes:
+            return StepResult(result[0])
         return StepResult(*result[:2]) if isinstance(result, tuple) else StepResult(result)
+
+    def step_with_log_prob(self, case: StepCase) -> ScoredStep:
+        return ScoredStep(*self.function(**self._arguments(case))[:2])
+
+    def log_prob(self, case: StepCase, x_prev: Tensor) -> Tensor:
+        offered = self._arguments(case) | {"x_prev": x_prev}
+        return self.function(**{name: value for name, value in offered.items() if name not in ("noise", "generator")})[
+            1
+        ]
 
     def source(self, seed: int, batch_size: int) -> Any:
         if "generator" in self._takes:
@@ -109,6 +126,7 @@ class StepFunction(Subject):
             "clip_sample_range": setting.clip_sample_range,
             "use_clipped_model_output": setting.use_clipped_model_output,
             "out": case.x_t if case.in_place else None,
+            "log_prob_reduction": case.more.get("log_prob_reduction", self.log_prob_reduction),
         }
         return {name: value for name, value in offered.items() if name in self._takes}
 

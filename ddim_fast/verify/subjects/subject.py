@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..truth.cases import Level, Model, Observed, Setting, StepCase, StepResult, unscaled
+from ..truth.cases import Level, Model, Observed, ScoredStep, Setting, StepCase, StepResult, unscaled
 
 FEATURES = {
     "step": "makes single steps, in any order",
@@ -42,6 +42,10 @@ FEATURES = {
     "guidance": "applies classifier-free guidance in the step",
     "thresholds": "can scale x0 by a threshold for each sample",
     "inpainting": "can blend in a known region in the step",
+    "log_prob": "returns the log-probability of the x_prev that a step draws",
+    "given_x_prev": "returns the log-probability of an x_prev that is given",
+    "log_prob_gradient": "has the gradient of these log-probabilities by the model's output",
+    "log_prob_reduction": "takes the reduction of a log-probability over the elements: their mean, or their sum",
     "float64": "computes in double precision",
     "half": "takes float16 and bfloat16",
     "invert": "finds the noise that leads to a sample",
@@ -69,7 +73,9 @@ class Subject:
         name: its name in reports.
         features: keys of ``FEATURES``.
         arithmetic: a key of ``ARITHMETIC``.
-        eta_scales: what its eta multiplies: "std_dev" (the paper's), or "variance".
+        eta_scales: what its eta multiplies: "std_dev" (the paper's), or "variance". Of a subject
+            with other noise, which does not offer "eta": "flow_grpo" or "cps"; its log-probabilities
+            are checked at ``etas``.
         ends_clean: whether its last step goes to clean data; False where it goes to alpha_bar_0
             (``set_alpha_to_one=False``).
         spacings: the values of ``Setting.timestep_spacing`` that it takes; empty where it has a
@@ -87,6 +93,9 @@ class Subject:
         slow: whether a step takes 10 ms or more: the quick set then makes fewer steps.
         own_alphas_cumprod: whether it uses a table of its own in float32, which ``levels`` does not
             give exactly.
+        log_prob_reduction: what its log-probabilities are over the elements of a sample: their
+            "mean", or their "sum".
+        min_std: the least standard deviation that they are taken with; 0 for the step's own.
     """
 
     name = "subject"
@@ -103,6 +112,8 @@ class Subject:
     steps_offset = 0
     slow = False
     own_alphas_cumprod = False
+    log_prob_reduction = "mean"
+    min_std = 0.0
 
     def levels(self, setting: Setting) -> tuple[Level, ...]:
         """Return the steps of a setting: the timesteps that the subject chooses, with its own
@@ -124,6 +135,17 @@ class Subject:
 
     def step(self, case: StepCase) -> StepResult:
         """Make one step. Needed for the feature "step"."""
+        raise NotImplementedError
+
+    def step_with_log_prob(self, case: StepCase) -> ScoredStep:
+        """Make one step, and return the log-probability of the x_prev that it draws, too: by ``step``
+        and ``log_prob``, unless overridden."""
+        x_prev = self.step(case).x_prev
+        return ScoredStep(x_prev, self.log_prob(case, x_prev))
+
+    def log_prob(self, case: StepCase, x_prev: Tensor) -> Tensor:
+        """Return the log-probability of a given x_prev under one step, ``(B,)``. Needed for the
+        feature "given_x_prev"."""
         raise NotImplementedError
 
     def source(self, seed: int, batch_size: int) -> Any:

@@ -255,8 +255,8 @@ class StepCase:
         source: the source of noise for other subjects, made by ``Subject.source``.
         in_place: write the result over ``x_t``.
         more: arguments that few subjects have, by the names of ``ddim_step``:
-            ``model_output_uncond``, ``guidance_scale``, ``thresholds``, ``mask``, ``known_x0`` and
-            ``known_noise``.
+            ``model_output_uncond``, ``guidance_scale``, ``thresholds``, ``mask``, ``known_x0``,
+            ``known_noise`` and ``log_prob_reduction``.
     """
 
     setting: Setting
@@ -286,6 +286,14 @@ class StepResult(NamedTuple):
 
     x_prev: Tensor
     x0: Tensor | None = None
+
+
+class ScoredStep(NamedTuple):
+    """A step with its log-probability: x_prev, as it is stored, and ``log_prob``, ``(B,)``, or None
+    where the step has no density."""
+
+    x_prev: Tensor
+    log_prob: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -187,6 +187,32 @@ def std_dev(alpha_bar_t: AnyLevel, alpha_bar_prev: AnyLevel, eta: float, eta_sca
     return eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t)) * math.sqrt(1 - alpha_bar_t / alpha_bar_prev)
 
 
+def _flow_grpo_noise(level_t: AnyLevel, level_prev: AnyLevel, noise_level: float) -> tuple[float, float]:
+    """Return (std, coefficient of eps) of a step of Flow-GRPO, equation 9 of arXiv 2505.05470, on the
+    straight path: x + (v + g (x + (1 - sigma) v)) dt + s sqrt(-dt) z, with s^2 = noise_level^2 sigma
+    / (1 - sigma) and g = s^2 / (2 sigma).
+
+    x + v dt is the straight path's point at sigma_prev, and x + (1 - sigma) v is eps. At sigma = 1 the
+    paper's code divides by 1 - sigma of the next level.
+    """
+    (_, sigma), (_, sigma_prev) = alpha_sigma(level_t), alpha_sigma(level_prev)
+    length = sigma - sigma_prev
+    squared = noise_level**2 * sigma / (1 - (sigma_prev if sigma == 1 else sigma))
+    return math.sqrt(squared * length), sigma_prev - squared / (2 * sigma) * length
+
+
+def _cps_noise(level_t: AnyLevel, level_prev: AnyLevel, noise_level: float) -> tuple[float, float]:
+    """Return the same of Coefficients-Preserving Sampling, equation 14 of arXiv 2509.05952: sines and
+    cosines of the noise of x_prev."""
+    sigma = alpha_sigma(level_prev).sigma
+    return sigma * math.sin(noise_level * math.pi / 2), sigma * math.cos(noise_level * math.pi / 2)
+
+
+OTHER_NOISE = {"flow_grpo": _flow_grpo_noise, "cps": _cps_noise}
+"""By name: noise that is not eta times that of equation 16. ``textbook_row`` takes these names for
+``eta_scales``, too."""
+
+
 def guide(cond: np.ndarray, uncond: np.ndarray, scale: float) -> np.ndarray:
     """Return the guided model output as most code writes it: (1 - w) * uncond + w * cond."""
     return (1 - scale) * uncond + scale * cond
@@ -312,7 +338,8 @@ def textbook_row(
     clip: float = math.inf,
     use_clipped_model_output: bool = False,
 ) -> dict[str, float]:
-    """Return the coefficients of the step of ``textbook_step``, by the names of a row's columns.
+    """Return the coefficients of the step of ``textbook_step``, by the names of a row's columns; with
+    the noise of ``OTHER_NOISE``, too.
 
     Raises:
         KeyError: the prediction type is unknown.
@@ -333,7 +360,11 @@ def textbook_row(
     eps_0 = 0.0
     if use_clipped_model_output:
         eps_x, eps_m, eps_0 = 1 / spread, 0.0, -signal / spread
-    std_dev_t = std_dev(alpha_bar_t, alpha_bar_prev, eta, eta_scales)
+    if eta_scales in OTHER_NOISE:
+        std_dev_t, direction = OTHER_NOISE[eta_scales](alpha_bar_t, alpha_bar_prev, eta)
+    else:
+        std_dev_t = std_dev(alpha_bar_t, alpha_bar_prev, eta, eta_scales)
+        direction = _direction(alpha_bar_prev, std_dev_t)
     return {
         "x0_x": x0_x,
         "x0_m": x0_m,
@@ -341,7 +372,7 @@ def textbook_row(
         "eps_m": eps_m,
         "eps_0": eps_0,
         "prev_x0": known_x0,
-        "prev_eps": _direction(alpha_bar_prev, std_dev_t),
+        "prev_eps": direction,
         "prev_noise": std_dev_t,
         "clip": clip,
         "known_x0": known_x0,

@@ -70,10 +70,53 @@ def allowed_density_error(
         terms: the sum of the magnitudes of the mean's terms, ``(B, n)``; zeros as above.
         scale, offset: 1 / (2 std^2) and log(std) + log(2 pi) / 2; 0 for a divergence.
     """
-    eps = torch.finfo(COMPUTED_IN[dtype]).eps
-    off = allowed_error(dtype, terms) + eps * np.abs(deviation)
+    return density_error(COMPUTED_IN[dtype], deviation, allowed_error(dtype, terms), scale, offset)
+
+
+def density_error(
+    computed_in: torch.dtype,
+    deviation: np.ndarray,
+    mean_error: np.ndarray,
+    scale: float,
+    offset: float,
+    std_error: float = 0.0,
+) -> np.ndarray:
+    """Return ``allowed_density_error`` where the mean may be off by ``mean_error``, ``(B, n)``, and
+    the standard deviation by a relative ``std_error``."""
+    eps = torch.finfo(computed_in).eps
+    off = mean_error + eps * np.abs(deviation)
     of_deviations = (scale * (2 * np.abs(deviation) * off + off**2)).sum(1)
-    return of_deviations + eps * SUM_ROUNDINGS * (scale * deviation**2 + abs(offset)).sum(1)
+    rounded = of_deviations + eps * SUM_ROUNDINGS * (scale * deviation**2 + abs(offset)).sum(1)
+    if std_error == 0:
+        return rounded
+    if std_error >= 1:
+        return np.full(len(deviation), np.inf)
+    of_scale = (1 - std_error) ** -2
+    return of_scale * rounded + ((of_scale - 1) * scale * deviation**2 - math.log1p(-std_error)).sum(1)
+
+
+def density_gradient_error(
+    computed_in: torch.dtype,
+    deviation: np.ndarray,
+    mean_error: np.ndarray,
+    factor: np.ndarray,
+    std_error: float = 0.0,
+    slope_error: float = 0.0,
+) -> np.ndarray:
+    """Return the largest error allowed of factor * (x_prev - mean), the gradient of a log-density,
+    ``(B, n)``.
+
+    Args:
+        deviation, mean_error, std_error: those of ``density_error``.
+        factor: the weight of the element, over the variance, times the slope of the mean; ``(B,
+            n)``.
+        slope_error: the relative error of that slope.
+    """
+    if std_error >= 1:
+        return np.full(deviation.shape, np.inf)
+    eps = torch.finfo(computed_in).eps
+    of_factor = (1 + slope_error + SUM_ROUNDINGS * eps) / (1 - std_error) ** 2
+    return np.abs(factor) * (of_factor * (mean_error + eps * np.abs(deviation)) + (of_factor - 1) * np.abs(deviation))
 
 
 def worst_share(error: np.ndarray, allowed: np.ndarray) -> tuple[float, tuple[int, ...]]:

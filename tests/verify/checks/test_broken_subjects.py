@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from verify.broken_log_probs import gaussian_step
 from verify.broken_paths import TextbookPath
 from verify.broken_subjects import BROKEN
 from verify.broken_subjects import RIGHT as OTHERS
@@ -11,8 +12,9 @@ from verify.broken_subjects import RIGHT as OTHERS
 from ddim_fast.verify.checks import CHECKS
 from ddim_fast.verify.reports.report import Outcome
 from ddim_fast.verify.run import choose_checks, run_check
+from ddim_fast.verify.subjects.adapters import StepFunction
 
-RIGHT = OTHERS | {"on every path": TextbookPath}
+RIGHT = OTHERS | {"on every path": TextbookPath, "with log-probabilities": lambda: StepFunction(gaussian_step)}
 QUICK = [one.name for one in choose_checks(None, full=False)]
 PAIRS = [(one, name) for one in BROKEN for name in one.caught_by]
 

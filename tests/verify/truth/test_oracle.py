@@ -1,6 +1,7 @@
 """The oracle: its independence, its inverses, and the old names of its keywords."""
 
 import ast
+import math
 from pathlib import Path
 
 import numpy as np
@@ -100,3 +101,23 @@ def test_a_pair_that_is_variance_preserving_is_its_alpha_bar(level_s):
     )
     rows = [oracle.textbook_row("v_prediction", *levels, eta=0.7) for levels in ((pair_t, pair_s), (0.3, level_s))]
     assert rows[0] == pytest.approx(rows[1], rel=1e-13, abs=1e-15)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 0.8, 0.3])
+def test_flow_grpos_noise_is_its_sde_and_cps_that_of_its_paper(sigma):
+    """Euler-Maruyama's step in x and v; and x0 and x1 with the sine and the cosine."""
+    x, v, z, level, sigma_prev = 0.3, -1.1, 0.7, 0.6, 0.75 * sigma
+    at = oracle.NoiseLevel(1 - sigma, sigma), oracle.NoiseLevel(1 - sigma_prev, sigma_prev)
+    dt = sigma_prev - sigma
+    diffusion = level * math.sqrt(sigma / (1 - (sigma_prev if sigma == 1 else sigma)))
+    drift = v + diffusion**2 / (2 * sigma) * (x + (1 - sigma) * v)
+    x0, x1 = x - sigma * v, x + (1 - sigma) * v
+    sine, cosine = math.sin(level * math.pi / 2), math.cos(level * math.pi / 2)
+    expected = {
+        "flow_grpo": x + drift * dt + diffusion * math.sqrt(-dt) * z,
+        "cps": (1 - sigma_prev) * x0 + sigma_prev * (cosine * x1 + sine * z),
+    }
+    for eta_scales, wanted in expected.items():
+        row = oracle.textbook_row("flow", *at, eta=level, eta_scales=eta_scales)
+        got = oracle.row_step(row, np.array([x]), np.array([v]), noise=np.array([z])).x_prev
+        np.testing.assert_allclose(got, wanted, rtol=1e-13)
