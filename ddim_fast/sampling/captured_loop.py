@@ -92,8 +92,8 @@ class Job:
     def table(self) -> StepTable:
         """The steps of the plan, on the host, each with its guidance scale."""
         loop = self.loop
-        density = {} if loop.log_prob is None else {"min_std": loop.density.min_std, "skip_quiet": True}
-        table = self.plan.table("cpu", loop.guidance_scales, **density)
+        keeps_log_prob = loop.log_prob is not None
+        table = self.plan.table("cpu", loop.guidance_scales, loop.density.min_std, skip_quiet=keeps_log_prob)
         # If the guided output is rescaled, the step gets that one output, and the scale is looked
         # up before it.
         return replace(table, guided=table.guided and not loop.guidance_rescale)
