@@ -34,10 +34,9 @@ from ddim_fast.models.metrics import load_classifier
 from ddim_fast.utils.pictures import grid
 
 Reward = Callable[[Tensor], Tensor]
-STEPS = 10
-NOISY_STEPS = range(5)
-"""The class of a picture is settled in the first steps. The others are deterministic, and cost no
-training."""
+ETA = (1.0,) * 5 + (0.0,) * 5
+"""Of each step. The class of a picture is settled in the first ones. The others are deterministic,
+and cost no training."""
 CLIP = 1e-4
 """How far a ratio of mean densities may leave 1 before its gradient is cut off: that of DDPO."""
 HELD_OUT = 1_000_000
@@ -107,7 +106,7 @@ def train(reward: Reward, seed: int, args: argparse.Namespace) -> dict[str, Any]
     """Train for ``args.minutes`` of processor time; return the rewards, and write pictures of before and after."""
     torch.manual_seed(seed)
     model = load_shipped_model("fashion")
-    sampler = df.DDIMSampler(model.schedule, STEPS, eta=1.0)
+    sampler = df.DDIMSampler(model.schedule, len(ETA), eta=ETA)
     before = draw(sampler, model, args.held_out)
     optimizer = torch.optim.Adam(add_low_rank(model, args.rank), lr=args.lr)
     rewards: list[Mean] = []
@@ -116,9 +115,7 @@ def train(reward: Reward, seed: int, args: argparse.Namespace) -> dict[str, Any]
         while (seconds := time.process_time() - started) < 60 * args.minutes and len(rewards) != args.iterations:
             bar.update(round(seconds) - bar.n)
             seeds = torch.randint(HELD_OUT, (args.batch_size,))
-            rollout = sampler.rollout(
-                model, (args.batch_size, *model.sample_shape), seeds=seeds, noisy_steps=NOISY_STEPS
-            )
+            rollout = sampler.rollout(model, (args.batch_size, *model.sample_shape), seeds=seeds)
             with torch.no_grad():
                 found = reward(rollout.samples)
             advantages = (found - found.mean()) / (found.std() + 1e-4)

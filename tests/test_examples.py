@@ -61,10 +61,10 @@ def test_ddpo_refuses_a_class_that_is_none(tmp_path):
 def test_an_update_makes_what_was_rewarded_more_likely():
     torch.manual_seed(0)
     model = df.models.load_shipped_model()
-    sampler = df.DDIMSampler(model.schedule, ddpo.STEPS, eta=1.0)
+    sampler = df.DDIMSampler(model.schedule, len(ddpo.ETA), eta=ddpo.ETA)
     parameters = ddpo.add_low_rank(model, rank=4)
     assert not any(p.requires_grad for name, p in model.named_parameters() if "parametrizations" not in name)
-    rollout = sampler.rollout(model, (2, *model.sample_shape), seeds=torch.arange(2), noisy_steps=ddpo.NOISY_STEPS)
+    rollout = sampler.rollout(model, (2, *model.sample_shape), seeds=torch.arange(2))
     assert torch.equal(torch.stack([rollout.log_prob(model, i) for i in range(len(rollout))]), rollout.log_probs)
     # Small enough that the objective is nearly linear.
     ddpo.update(rollout, model, torch.tensor([1.0, -1.0]), torch.optim.SGD(parameters, lr=1e-2))

@@ -304,7 +304,9 @@ def test_each_step_has_its_own_eta(eta_scales):
     assert plan.last_steps(1).eta == 0
 
 
-@pytest.mark.parametrize("as_given", [list, tuple, np.array, lambda etas: np.array(etas, np.float32)], ids=str)
+@pytest.mark.parametrize(
+    "as_given", [list, tuple, np.array, np.float32], ids=["list", "tuple", "float64 array", "float32 array"]
+)
 def test_etas_may_come_as_a_list_or_an_array(as_given):
     etas = [0.0, 0.5, 0.25]
     given = as_given(etas)
