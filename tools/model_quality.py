@@ -10,15 +10,17 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 import ddim_fast as df
+from ddim_fast.models import SHIPPED
 from ddim_fast.models.metrics import class_agreement, classifier_frechet_distance
 
 
 @click.command(help=__doc__.split("\n\n")[0])
+@click.option("--model", "name", type=click.Choice(list(SHIPPED)), default="fashion", show_default=True)
 @click.option("--steps", multiple=True, type=int, default=(20, 50), show_default=True)
 @click.option("--pictures", default=1000, show_default=True)
 @click.option("--weights", type=click.Path(exists=True), help="A different weights file for the same network.")
-def main(steps: tuple[int, ...], pictures: int, weights: str | None) -> None:
-    model = df.load_model("fashion")
+def main(name: str, steps: tuple[int, ...], pictures: int, weights: str | None) -> None:
+    model = df.load_model(name)
     if weights is not None:
         model.unet.load_state_dict({name: tensor.float() for name, tensor in load_file(weights).items()})
     labels = torch.arange(pictures) % model.num_classes
@@ -38,12 +40,12 @@ def main(steps: tuple[int, ...], pictures: int, weights: str | None) -> None:
             ]
         ).clamp(-1, 1)
         click.echo(
-            f"{count} steps, {pictures} pictures: classifier Frechet distance {classifier_frechet_distance(images):.3f}, "
-            f"class agreement {class_agreement(images, labels):.1%}"
+            f"{count} steps, {pictures} pictures: classifier Frechet distance {classifier_frechet_distance(images, name):.3f}, "
+            f"class agreement {class_agreement(images, labels, name):.1%}"
         )
-        of_class = [class_agreement(images[labels == k], labels[labels == k]) for k in range(model.num_classes)]
+        of_class = [class_agreement(images[labels == k], labels[labels == k], name) for k in range(model.num_classes)]
         click.echo(
-            "  " + ", ".join(f"{name} {share:.0%}" for name, share in zip(model.class_names, of_class, strict=True))
+            "  " + ", ".join(f"{kind} {share:.0%}" for kind, share in zip(model.class_names, of_class, strict=True))
         )
 
 

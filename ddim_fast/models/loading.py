@@ -91,9 +91,9 @@ def load_model(
     """Load the model that ships with the package, or one from a file or directory.
 
     Args:
-        name: "fashion": pictures of clothes, 28 x 28, ten classes (docs/MODEL_CARD.md); or a path,
-            see ``load_model_from``.
-        dtype: of the weights. None: float32 for the model that ships, else as stored.
+        name: "fashion": pictures of clothes, 28 x 28, ten classes; "scenes": solids on a floor, 32
+            x 32 in colour, six classes (docs/MODEL_CARD.md); or a path, see ``load_model_from``.
+        dtype: of the weights. None: float32 for models that ship, else as stored.
         trust_pickle, variant: see ``load_model_from``.
 
     Raises:

@@ -53,7 +53,14 @@ FASHION = ModelCard(
         "Ankle boot",
     ),
 )
-SHIPPED = {"fashion": FASHION}
+SCENES = ModelCard(
+    name="scenes",
+    sample_shape=(3, 32, 32),
+    prediction_type="v_prediction",
+    clip_sample_range=None,
+    class_names=("Sphere", "Cylinder", "Cube", "Octahedron", "Pyramid", "Cone"),
+)
+SHIPPED = {card.name: card for card in (FASHION, SCENES)}
 
 
 class ShippedModel(nn.Module):
@@ -85,11 +92,12 @@ class ShippedModel(nn.Module):
 def load_shipped_model(
     name: str = "fashion", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> ShippedModel:
-    """Load the model that ships with the package, in eval mode, its weights frozen.
+    """Load a model that ships with the package, in eval mode, its weights frozen.
 
     Args:
-        name: "fashion": pictures of clothes, 28 x 28, ten classes, trained on Fashion-MNIST (model
-            card: docs/MODEL_CARD.md).
+        name: "fashion": pictures of clothes, 28 x 28, ten classes, trained on Fashion-MNIST; or
+            "scenes": pictures of solids on a floor, 32 x 32 in colour, six classes (model cards:
+            docs/MODEL_CARD.md).
 
     Raises:
         ValueError: there is no such model.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +26,8 @@ from ddim_fast.models.metrics import (
     load_classifier,
     load_statistics,
 )
-from ddim_fast.models.shipped import ModelCard
+from ddim_fast.models.shipped import SHIPPED, ModelCard, load_shipped_model
+from ddim_fast.sampler import DDIMSampler
 
 MAXIMUM_FILE_SIZE = 300_000
 GARMENT_LOGITS = [4.112, 3.8699, 4.2483, 3.1426, 3.1602]
@@ -147,21 +150,28 @@ def test_feature_statistics_are_frozen():
 # The shipped files
 
 
-@pytest.mark.parametrize("kind", ["classifier", "statistics"])
-def test_shipped_files_are_small(kind):
-    assert (metrics.WEIGHTS_DIRECTORY / f"fashion_{kind}.safetensors").stat().st_size <= MAXIMUM_FILE_SIZE
+PICTURES = {"fashion": 60_000, "scenes": 39_600}
+"""By model: how many training pictures its statistics describe."""
 
 
-def test_the_statistics_were_taken_with_the_shipped_classifier():
-    digest = hashlib.sha256((metrics.WEIGHTS_DIRECTORY / "fashion_classifier.safetensors").read_bytes()).hexdigest()
-    with safe_open(metrics.WEIGHTS_DIRECTORY / "fashion_statistics.safetensors", "pt") as file:
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("kind", ["classifier", "statistics", "features"])
+def test_shipped_files_are_small(kind, name):
+    assert (metrics.WEIGHTS_DIRECTORY / f"{name}_{kind}.safetensors").stat().st_size <= MAXIMUM_FILE_SIZE
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_statistics_were_taken_with_the_shipped_classifier(name):
+    digest = hashlib.sha256((metrics.WEIGHTS_DIRECTORY / f"{name}_classifier.safetensors").read_bytes()).hexdigest()
+    with safe_open(metrics.WEIGHTS_DIRECTORY / f"{name}_statistics.safetensors", "pt") as file:
         assert file.metadata()["classifier_sha256"] == digest
 
 
-def test_shipped_statistics_describe_sixty_thousand_feature_vectors():
-    statistics = load_statistics("fashion")
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_statistics_describe_all_training_pictures(name):
+    statistics = load_statistics(name)
     dimension = PictureClassifier.num_features
-    assert statistics.count == 60_000
+    assert statistics.count == PICTURES[name]
     assert statistics.mean.shape == (dimension,)
     assert statistics.covariance.shape == (dimension, dimension)
     assert (statistics.mean >= 0).all()  # averages of activations after a ReLU
@@ -233,6 +243,27 @@ def test_classifier_knows_garments_drawn_with_a_few_rectangles():
     """Fails for pictures scaled another way, permuted labels or untrained weights."""
     images, labels = garments()
     assert class_agreement(images, labels) == 1.0
+
+
+def test_the_classifier_of_scenes_knows_scenes_that_it_never_saw(monkeypatch):
+    """Rendered anew, from another seed than its training data."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "training"))
+    scenes = importlib.import_module("scenes")
+    assert SHIPPED["scenes"].class_names == scenes.KINDS
+    rendered, labels = scenes.render(96, seed=12345)
+    pictures = rendered.float() / 127.5 - 1
+    assert class_agreement(pictures, labels, "scenes") > 0.6
+    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    near, far = (classifier_frechet_distance(some, "scenes") for some in (pictures, noise))
+    assert near < far / 10
+
+
+def test_the_model_of_scenes_draws_what_its_classifier_sees():
+    model, labels = load_shipped_model("scenes"), torch.arange(24) % 6
+    pictures = DDIMSampler(model.schedule, 10).sample(
+        model, (24, *model.sample_shape), seed=0, conditioning={"class_labels": labels}
+    )
+    assert class_agreement(pictures, labels, "scenes") > 0.5  # one in six by chance
 
 
 def test_features_are_those_that_the_published_distances_were_measured_with():

@@ -17,6 +17,8 @@ from ddim_fast.models.unet import SmallUNet, timestep_embedding
 from ddim_fast.plans.schedules import NoiseSchedule
 from ddim_fast.sampler import DDIMSampler
 
+SHAPES = {"fashion": ((1, 28, 28), 10), "scenes": ((3, 32, 32), 6)}
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -30,23 +32,34 @@ def pictures(count, seed=0):
 # --- Loading ----------------------------------------------------------------------------------------------------------
 
 
-def test_it_is_in_eval_mode_and_frozen(model):
+def test_every_model_is_tested():
+    assert SHAPES.keys() == SHIPPED.keys()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_it_is_in_eval_mode_and_frozen(name):
+    model = load_shipped_model(name)
     assert isinstance(model, ShippedModel)
     assert not any(module.training for module in model.modules())
     parameters = list(model.parameters())
     assert parameters
     assert not any(p.requires_grad for p in parameters)
     assert all(p.dtype == torch.float32 and p.device.type == "cpu" and p.isfinite().all() for p in parameters)
-    assert not model(pictures(1), torch.tensor([3])).requires_grad
+    assert not model(torch.zeros(1, *model.sample_shape), torch.tensor([3])).requires_grad
 
 
-def test_it_says_what_the_sampler_needs_to_know(model):
-    card = SHIPPED["fashion"]
+@pytest.mark.parametrize("name", SHIPPED)
+def test_it_says_what_the_sampler_needs_to_know(name):
+    card, model, (shape, classes) = SHIPPED[name], load_shipped_model(name), SHAPES[name]
     assert model.prediction_type == card.prediction_type == "v_prediction"
     assert model.clip_sample_range is card.clip_sample_range is None
-    assert tuple(model.sample_shape) == (1, 28, 28)
-    assert model.num_classes == len(model.class_names) == len(set(model.class_names)) == 10
+    assert tuple(model.sample_shape) == shape
+    assert model.num_classes == len(model.class_names) == len(set(model.class_names)) == classes
+    assert model.unet.num_classes == classes
     assert model.schedule == NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000))
+    samples = DDIMSampler(model.schedule, 3).sample(model, (2, *shape), seed=0)
+    assert samples.shape == (2, *shape)
+    assert samples.isfinite().all()
 
 
 def test_loading_twice_gives_two_models_with_the_same_output(model):
@@ -70,8 +83,9 @@ def test_an_unknown_model_is_refused(name):
         load_shipped_model(name)
 
 
-def test_the_weights_are_small_and_match_the_network(model):
-    path = WEIGHTS / "fashion.safetensors"
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_weights_are_small_and_match_the_network(name):
+    path, model = WEIGHTS / f"{name}.safetensors", load_shipped_model(name)
     assert path.stat().st_size < 5_000_000
     parameters = sum(p.numel() for p in model.parameters())
     assert path.stat().st_size >= 2 * parameters  # they are all there, in half precision at least
