@@ -1,4 +1,4 @@
-"""Train a small class-conditional U-Net: the shipped model, or one of pictures of scenes.
+"""Train a small class-conditional U-Net, one of the models that ship.
 
 It uses v-prediction, linear betas and T = 1000.
 
@@ -7,7 +7,8 @@ It uses v-prediction, linear betas and T = 1000.
 
 Training stops after ``--minutes``, when the learning rate reaches zero. A checkpoint is written
 every minute; a restarted run resumes from it. With it the averaged weights are written to
-``OUT/DATASET.safetensors`` in float16, the format of ``ddim_fast/weights``.
+``OUT/DATASET.safetensors`` in float16, the format of ``ddim_fast/weights``. ``--start-from`` begins
+with such weights.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from data_sets import DATASETS
 from optimizer import Muon, split_parameters
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddim_fast.models.unet import SmallUNet
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="default: where the dataset is expected")
+    parser.add_argument("--start-from", type=Path, help="weights to go on from, a file like those that are written")
     parser.add_argument("--minutes", type=float, default=120.0, help="training time, over all resumed runs")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
@@ -94,6 +96,8 @@ def main() -> None:
     images, labels = dataset.load_split("train", args.data or dataset.path)
     test_images, test_labels = dataset.load_split("test", args.data or dataset.path)
     model = SmallUNet(**dataset.unet).to(memory_format=torch.channels_last)
+    if args.start_from is not None:
+        model.load_state_dict({name: tensor.float() for name, tensor in load_file(args.start_from).items()})
     average = copy.deepcopy(model).requires_grad_(False)
     muon_weights, others = split_parameters(model, ("stem", "conv_out", "label_embedding", "time_mlp"))
     if args.optimizer == "adamw":
