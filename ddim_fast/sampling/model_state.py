@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..kernels import layout
 from ..kernels.same_objects import Snapshot
-from ..kernels.torch_internals import GLOBAL_HOOKS, MODULE_PARTS, compiled_by, flattened, write_count
+from ..kernels.torch_internals import GLOBAL_HOOKS, MODULE_PARTS, are_fake, compiled_by, flattened, write_count
 from .contents import Contents
 from .cuda_graphs import CaptureError
 from .forward_slot import what_replaces_forward
@@ -286,7 +286,8 @@ class ModelState:
                 return self._known_by_id(tensor), self._named(self._attributes(tensor).items())
             self._places.append(tensor)
             self._place_names.append(".".join(self._where))
-            rest = self._named(self._attributes(tensor).items())
+            # A fake tensor's attributes are its mode's.
+            rest = None if are_fake() else self._named(self._attributes(tensor).items())
             return kind, address, tensor.dtype, tuple(tensor.shape), tensor.stride(), rest
         tensors, rest = inner
         self._made_here += [*tensors.values(), rest]
