@@ -211,7 +211,8 @@ class EmulatedTriton(Backend):
     """The Triton backend without a GPU: compiled for one, its PTX executed on the CPU (see
     ``emulated_gpu``)."""
 
-    features = Backend.features - {"invert", "log_prob_gradient"}
+    # Its runs are loops of single steps, which hand no history on.
+    features = Backend.features - {"invert", "log_prob_gradient", "orders"}
 
     slow = True
 

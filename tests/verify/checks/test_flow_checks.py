@@ -34,6 +34,15 @@ def test_right_samplers_pass(name):
         assert report.passed, [(r.name, r.message) for r in report.results if r.message]
 
 
+@pytest.mark.parametrize(
+    ("backend", "schedule"),
+    [*(("cpu", path) for path in ("flow?shift=3", "edm", "ve", "vp")), ("triton", "flow?shift=3")],
+)
+def test_our_own_runs_pass_on_every_path(backend, schedule):
+    report = verify(backend, checks=CHECKS, seed=0, required=(), schedule=schedule)
+    assert report.passed, [(r.name, r.message) for r in report.results if r.message]
+
+
 # --- Runs that break one thing ----------------------------------------------------------------------------------------
 
 
