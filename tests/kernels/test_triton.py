@@ -32,6 +32,8 @@ from ddim_fast.kernels.triton_backend import run, unsupported_reasons
 from ddim_fast.plans.plan import SamplingPlan
 from ddim_fast.plans.schedules import NoiseSchedule
 
+pytestmark = pytest.mark.usefixtures("nan_memory")  # an output that nobody wrote must not look right
+
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 per_target = pytest.mark.parametrize("target", TARGETS)
 CHOICES = covering(triton_cases.OPTIONS, seed=1)

@@ -13,6 +13,8 @@ from ddim_fast.kernels.coefficients import StepTable
 from ddim_fast.kernels.density import DensityInputs, new_gradients
 from ddim_fast.kernels.fields import StepInputs
 
+pytestmark = pytest.mark.usefixtures("nan_memory")  # an output that nobody wrote must not look right
+
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 # Together: every pair of dtypes, one block and several, the small tile and the large one, each target.
 CASES = [

@@ -903,7 +903,9 @@ def test_compiled_modules_and_callables_are_models():
 def test_one_function_loads_what_ships_and_what_does_not(tmp_path):
     assert isinstance(ddim_fast.load_model(), ddim_fast.models.shipped.ShippedModel)
     assert ddim_fast.load_model("fashion", dtype=torch.float16).unet is not None
-    with pytest.raises(FileNotFoundError, match=r"one of those that ship \(fashion, scenes\), or the path .*, got 'hat'"):
+    with pytest.raises(
+        FileNotFoundError, match=r"one of those that ship \(fashion, scenes\), or the path .*, got 'hat'"
+    ):
         ddim_fast.load_model("hat")
     with pytest.raises(ValueError, match="a directory must be diffusers'"):
         ddim_fast.load_model(tmp_path)
