@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,13 +31,7 @@ def static_like(tensor: Tensor) -> Tensor:
 
 def static_leaves(leaves: Iterable[Any]) -> list[Any]:
     """Return leaves with a new tensor in place of each tensor: one for those that are one object."""
-    made: dict[int, Tensor] = {}
-    result = []
-    for leaf in leaves:
-        if isinstance(leaf, Tensor) and id(leaf) not in made:
-            made[id(leaf)] = static_like(leaf)
-        result.append(made.get(id(leaf), leaf))
-    return result
+    return _each_object(static_like, leaves)
 
 
 def fill(static: Tensor, tensor: Tensor) -> None:
@@ -54,13 +48,22 @@ def fill_leaves(static: Iterable[Any], leaves: Iterable[Any]) -> None:
 
 def copies_of(static: Iterable[Any]) -> list[Any]:
     """Return leaves that ``static_leaves`` made with a new copy in place of each tensor."""
+    return _each_object(_copy_of, static)
+
+
+def _copy_of(static: Tensor) -> Tensor:
+    new = torch.empty_strided(static.shape, static.stride(), dtype=static.dtype, device=static.device)
+    fill(new, static)
+    return new
+
+
+def _each_object(make: Callable[[Tensor], Tensor], leaves: Iterable[Any]) -> list[Any]:
+    """Return leaves with what is made of each tensor in its place, once for each object."""
     made: dict[int, Tensor] = {}
     result = []
-    for leaf in static:
+    for leaf in leaves:
         if isinstance(leaf, Tensor) and id(leaf) not in made:
-            new = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
-            fill(new, leaf)
-            made[id(leaf)] = new
+            made[id(leaf)] = make(leaf)
         result.append(made.get(id(leaf), leaf))
     return result
 
