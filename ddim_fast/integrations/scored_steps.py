@@ -58,10 +58,14 @@ def check_pair(model_output: Any, sample: Any) -> None:
         if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point or tensor.ndim == 0:
             kind = (tensor.dtype, tuple(tensor.shape)) if isinstance(tensor, Tensor) else type(tensor)
             refuse(f"{name} must be a floating-point tensor (B, ...)", kind, kind=TypeError)
-    if model_output.shape != sample.shape or model_output.device != sample.device:
+    _check_like_sample("model_output", model_output, sample)
+
+
+def _check_like_sample(name: str, tensor: Tensor, sample: Tensor) -> None:
+    if tensor.shape != sample.shape or tensor.device != sample.device:
         refuse(
-            f"model_output must have the shape and device of sample, {tuple(sample.shape)} on {sample.device}",
-            (tuple(model_output.shape), str(model_output.device)),
+            f"{name} must have the shape and device of sample, {tuple(sample.shape)} on {sample.device}",
+            (tuple(tensor.shape), str(tensor.device)),
         )
 
 
@@ -70,11 +74,7 @@ def check_given(name: str, given: Any, sample: Tensor, generator: Any) -> None:
     and there is no generator beside it."""
     if not isinstance(given, Tensor) or not given.dtype.is_floating_point:
         refuse(f"{name} must be a floating-point tensor", type(given), kind=TypeError)
-    if given.shape != sample.shape or given.device != sample.device:
-        refuse(
-            f"{name} must have the shape and device of sample, {tuple(sample.shape)} on {sample.device}",
-            (tuple(given.shape), str(given.device)),
-        )
+    _check_like_sample(name, given, sample)
     if generator is not None:
         raise ValueError(f"x_prev is drawn or given, got both generator and {name}: pass one of them")
 
@@ -139,11 +139,9 @@ def log_prob_of(given: Tensor, sample: Tensor, model_output: Tensor, rows: Rows,
     Args:
         options: of ``ddim_log_prob``.
     """
-    dtype = torch.promote_types(sample.dtype, model_output.dtype)
-    x_prev = given.detach()
-    if torch.promote_types(x_prev.dtype, dtype) != dtype:  # wider than the samples: it is read as it is
-        dtype = torch.promote_types(x_prev.dtype, dtype)
-    x_prev, x_t, m = x_prev.to(dtype), sample.to(dtype), readable(model_output, dtype)
+    # One that is wider than the samples is read as it is.
+    dtype = torch.promote_types(given.dtype, torch.promote_types(sample.dtype, model_output.dtype))
+    x_prev, x_t, m = given.detach().to(dtype), sample.to(dtype), readable(model_output, dtype)
     if len(rows) > 1:
         parts = [slice(i, i + 1) for i in range(len(rows))]
         return torch.cat(

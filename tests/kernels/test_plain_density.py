@@ -14,7 +14,6 @@ pytestmark = [
     pytest.mark.usefixtures("nan_memory"),
     pytest.mark.skipif(cpu_step.extension is None, reason="the C++ extension is missing"),
 ]
-DIFFERENTIABLE = ("m", "x_t")
 
 
 @pytest.fixture

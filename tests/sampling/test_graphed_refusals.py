@@ -296,12 +296,15 @@ def test_numbers_whose_graphs_are_used_again_are_not_given_up():
     assert forward.stats().graphs == 2
 
 
-def test_a_number_that_cannot_be_captured_is_not_tried_for_ever():
-    class Told(Base):
-        def forward(self, x, t):
-            COUNTS["calls"] += 1
-            return self.conv(x) * torch.tensor([t], dtype=torch.float64)
+class Told(Base):
+    """A module that cannot be captured: it makes a tensor of the number that it is told."""
 
+    def forward(self, x, t):
+        COUNTS["calls"] += 1
+        return self.conv(x) * torch.tensor([t], dtype=torch.float64)
+
+
+def test_a_number_that_cannot_be_captured_is_not_tried_for_ever():
     module = Told()
     graphed(module)
     COUNTS.clear()
@@ -316,11 +319,6 @@ def test_a_number_that_cannot_be_captured_is_not_tried_for_ever():
 
 
 def test_a_number_that_cannot_be_captured_is_no_more_worth_a_try_for_being_given_twice():
-    class Told(Base):
-        def forward(self, x, t):
-            COUNTS["calls"] += 1
-            return self.conv(x) * torch.tensor([t], dtype=torch.float64)
-
     module = Told()
     graphed(module)
     COUNTS.clear()

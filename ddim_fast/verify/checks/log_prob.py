@@ -63,12 +63,16 @@ def _density(context: Context, case: StepCase) -> Density:
 def log_prob(context: Context) -> None:
     for setting, shape in _with_sizes(context):
         for index in stochastic_steps(context, setting):
-            case = stochastic_step(context, setting, index, shape)
-            density = _density(context, case)
-            hold(context, density, *context.step_with_log_prob(case.copied()))
-            if context.offers("given_x_prev"):
-                x_prev = drawn_by_hand(context, density)
-                hold(context, density, x_prev, context.log_prob(case, x_prev), "Of a given x_prev,")
+            _hold_drawn_and_given(context, stochastic_step(context, setting, index, shape))
+
+
+def _hold_drawn_and_given(context: Context, case: StepCase) -> None:
+    """Check the log-probability of the x_prev that the subject draws, and of a given one."""
+    density = _density(context, case)
+    hold(context, density, *context.step_with_log_prob(case.copied()))
+    if context.offers("given_x_prev"):
+        x_prev = drawn_by_hand(context, density)
+        hold(context, density, x_prev, context.log_prob(case, x_prev), "Of a given x_prev,")
 
 
 # --- What needs no formula --------------------------------------------------------------------------------------------
@@ -365,12 +369,8 @@ def half_precision(context: Context) -> None:
     for dtype in HALF:
         for setting in stochastic_settings(context, 1.0):
             for index in stochastic_steps(context, setting):
-                case = stochastic_step(context, setting, index, (3, 129) if context.few else (3, 2100), dtype)
-                density = _density(context, case)
-                hold(context, density, *context.step_with_log_prob(case.copied()))
-                if context.offers("given_x_prev"):
-                    x_prev = drawn_by_hand(context, density)
-                    hold(context, density, x_prev, context.log_prob(case, x_prev), "Of a given x_prev,")
+                shape = (3, 129) if context.few else (3, 2100)
+                _hold_drawn_and_given(context, stochastic_step(context, setting, index, shape, dtype))
 
 
 @check(
