@@ -443,7 +443,7 @@ def _read_scheduler(file: Path) -> dict[str, Any]:
     _check_settings(config, file, dict.fromkeys(numbers, check_number))
     return {
         "prediction_type": config.prediction_type,
-        "schedule": _schedule(config, file),
+        "schedule": schedule_of_config(config, str(file)),
         "clip_sample_range": float(config.get("clip_sample_range", 1.0)) if clips else None,
         "sampler_options": options,
     }
@@ -456,8 +456,17 @@ def _check_settings(config: Mapping[str, Any], file: Path, checks: Mapping[str, 
                 check(f"{name} in {file}", config[name])
 
 
-def _schedule(config: Mapping[str, Any], file: Path) -> NoiseSchedule:
-    """Return the noise schedule, from betas in float64; diffusers computes them in float32."""
+def schedule_of_config(config: Mapping[str, Any], where: str) -> NoiseSchedule:
+    """Return the noise schedule of a diffusers scheduler for betas, computed in float64; diffusers
+    computes it in float32.
+
+    Args:
+        config: the scheduler's, complete.
+        where: what to call it in errors.
+
+    Raises:
+        ValueError: its betas are unknown or out of range.
+    """
     try:
         if config["trained_betas"] is not None:
             schedule = NoiseSchedule.from_betas(config["trained_betas"], "trained_betas")
@@ -467,16 +476,16 @@ def _schedule(config: Mapping[str, Any], file: Path) -> NoiseSchedule:
         elif config["beta_schedule"] == "squaredcos_cap_v2":
             schedule = NoiseSchedule.cosine(config["num_train_timesteps"])
         else:
-            raise _unknown_betas(config, file)
+            raise _unknown_betas(config, where)
         return schedule.rescale_zero_terminal_snr() if config.get("rescale_betas_zero_snr") else schedule
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} must give a noise schedule: {error}") from error
+        raise ValueError(f"{where} must give a noise schedule: {error}") from error
 
 
-def _unknown_betas(config: Mapping[str, Any], file: Path) -> ValueError:
+def _unknown_betas(config: Mapping[str, Any], where: object) -> ValueError:
     return ValueError(
         "beta_schedule must be linear, scaled_linear, sigmoid or squaredcos_cap_v2, or trained_betas given, got "
-        f"beta_schedule = {config.get('beta_schedule')!r} in {file}"
+        f"beta_schedule = {config.get('beta_schedule')!r} in {where}"
     )
 
 
