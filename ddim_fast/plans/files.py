@@ -129,9 +129,9 @@ class TimestepList:
             return VERSION_WITH_COEFFICIENTS
         return VERSION if self.num_train_timesteps is not None else VERSION_IN_CONTINUOUS_TIME
 
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the file."""
-        content = {
+    def content(self) -> dict[str, Any]:
+        """Return what a file of it holds, as JSON."""
+        return {
             "format": FORMAT,
             "version": self._version,
             "timesteps": list(self.timesteps),
@@ -145,11 +145,56 @@ class TimestepList:
                 if self.coefficients is None
                 else {"prediction_type": self.prediction_type, "coefficients": [list(row) for row in self.coefficients]}
             ),
-            "provenance": self.provenance,
+            "provenance": dict(self.provenance),
         }
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the file."""
         # Lists of numbers on a line each, for people.
-        lines = ",\n".join(f' "{name}": {_one_line(value)}' for name, value in content.items())
+        lines = ",\n".join(f' "{name}": {_one_line(value)}' for name, value in self.content().items())
         Path(path).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+
+    @classmethod
+    def of_content(cls, found: Any, name: str) -> TimestepList:
+        """Return the list with the content of a file.
+
+        Args:
+            name: what to call it in errors, such as the file's path.
+
+        Raises:
+            ValueError: it is no such content; the message says what is wrong with it.
+        """
+        if not isinstance(found, Mapping) or found.get("format") != FORMAT:
+            raise ValueError(
+                f'{name} must be an object with "format": "{FORMAT}", as ddim-fast search writes it, got {str(found)[:80]}'
+            )
+        if found.get("version") not in READABLE:
+            raise ValueError(
+                f"{name} must have version {' or '.join(map(str, READABLE))}, got {found.get('version')!r}: "
+                "make it again with this ddim_fast, or update ddim_fast"
+            )
+        provenance, digest = found.get("provenance", {}), found.get("schedule_sha256")
+        if not isinstance(provenance, Mapping):
+            refuse(f"provenance in {name} must be an object", provenance)
+        if not isinstance(digest, (str, type(None))):
+            refuse(f"schedule_sha256 in {name} must be a text", digest)
+        try:
+            result = cls(
+                tuple(found["timesteps"]),
+                found["num_train_timesteps"],
+                digest,
+                found.get("order", 1),
+                _numbers(found.get("eps_residual")),
+                provenance,
+                found.get("model_timesteps"),
+                found.get("coefficients"),
+                found.get("prediction_type"),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{name} is no list of timesteps: {error}") from None
+        if result.order not in (1, 2) and result.coefficients is None:
+            raise ValueError(f"{name} must have order 1 or 2, got {result.order!r}")
+        return result
 
 
 def read_timesteps(path: str | os.PathLike[str]) -> TimestepList:
@@ -163,37 +208,7 @@ def read_timesteps(path: str | os.PathLike[str]) -> TimestepList:
         found = read_json(Path(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file of timesteps {path}: make one with ddim-fast search") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(
-            f'{path} must be an object with "format": "{FORMAT}", as ddim-fast search writes it, got {str(found)[:80]}'
-        )
-    if found.get("version") not in READABLE:
-        raise ValueError(
-            f"{path} must have version {' or '.join(map(str, READABLE))}, got {found.get('version')!r}: "
-            "make it again with this ddim_fast, or update ddim_fast"
-        )
-    provenance, digest = found.get("provenance", {}), found.get("schedule_sha256")
-    if not isinstance(provenance, dict):
-        refuse(f"provenance in {path} must be an object", provenance)
-    if not isinstance(digest, (str, type(None))):
-        refuse(f"schedule_sha256 in {path} must be a text", digest)
-    try:
-        result = TimestepList(
-            tuple(found["timesteps"]),
-            found["num_train_timesteps"],
-            digest,
-            found.get("order", 1),
-            _numbers(found.get("eps_residual")),
-            provenance,
-            found.get("model_timesteps"),
-            found.get("coefficients"),
-            found.get("prediction_type"),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no list of timesteps: {error}") from None
-    if result.order not in (1, 2) and result.coefficients is None:
-        raise ValueError(f"{path} must have order 1 or 2, got {result.order!r}")
-    return result
+    return TimestepList.of_content(found, str(path))
 
 
 def _one_line(value: Any) -> str:
