@@ -185,6 +185,7 @@ class DDIMSampler:
             given["history_weights"] = chosen.history_weights
         # All but what a model may decide; checked now, with a prediction type that cannot fail at
         # zero SNR.
+        _check_fitted_type(chosen.prediction_type, prediction_type or chosen.prediction_type)
         early_type = prediction_type or chosen.prediction_type or "v_prediction"
         plan = SamplingPlan(
             schedule,
@@ -289,11 +290,7 @@ class DDIMSampler:
                 "sampler: leave it out"
             )
         prediction_type = self.prediction_type or stated or self._fitted_type or self.schedule.default_prediction_type
-        if self._fitted_type not in (None, prediction_type):
-            raise ValueError(
-                f"the coefficients in timesteps are for a model with prediction_type {self._fitted_type!r}, got {prediction_type!r}: "
-                "search again with this model, or pass an order to use the timesteps alone"
-            )
+        _check_fitted_type(self._fitted_type, prediction_type)
         clip_range = self._clipping.half_range(getattr(model, "clip_sample_range", None))
         if (prediction_type, clip_range) == (self._plan.prediction_type, self._plan.clip_sample_range):
             return self._plan
@@ -761,6 +758,14 @@ class DDIMSampler:
         }
         options = options_of("optimize", SampleKeywords, keywords)
         return optimize(self.plan(model), model, shape, options, self.graphs, compile=compile, tolerance=tolerance)
+
+
+def _check_fitted_type(fitted: str | None, prediction_type: str | None) -> None:
+    if fitted not in (None, prediction_type):
+        raise ValueError(
+            f"the coefficients in timesteps are for a model with prediction_type {fitted!r}, got {prediction_type!r}: "
+            "search again with this model, or pass an order to use the timesteps alone"
+        )
 
 
 def _early_range(clipping: Clipping) -> float | None:

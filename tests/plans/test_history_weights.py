@@ -132,7 +132,7 @@ def test_another_model_or_schedule_is_refused():
     found = fitted()
     with pytest.raises(ValueError, match="prediction_type 'v_prediction', got 'epsilon': search again with this model"):
         DDIMSampler(LINEAR, timesteps=found).sample(ClosedForm(LINEAR), (2, 1), seed=0)
-    with pytest.raises(ValueError, match=r"consistent coefficients: .* step 0 from t = 999 needs .* for epsilon"):
+    with pytest.raises(ValueError, match="prediction_type 'v_prediction', got 'epsilon': search again with this model"):
         DDIMSampler(LINEAR, timesteps=found, prediction_type="epsilon")
     with pytest.raises(ValueError, match="those of one noise schedule, got another one of the same length: search"):
         DDIMSampler(NoiseSchedule.cosine(), timesteps=found)
