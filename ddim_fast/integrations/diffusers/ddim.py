@@ -24,6 +24,9 @@ class FastDDIMScheduler(SamplingSteps, DDIMScheduler):
         philox_noise: where eta > 0, make the noise of each sample in the kernel, from the seed of
             its generator (the noise standard: the same in any batch), instead of drawing it from
             the generator.
+        solver: a file that ``ddim-fast search`` wrote, or its content: timesteps, model timesteps
+            and coefficients fitted to the model. ``set_timesteps`` takes its number of steps then.
+            The config keeps the content.
 
     All other arguments are the original's.
     """
@@ -31,6 +34,9 @@ class FastDDIMScheduler(SamplingSteps, DDIMScheduler):
     _output_kind = DDIMSchedulerOutput
 
     @add_config_fields(DDIMScheduler)
-    def __init__(self, *args: Any, explicit_pairs: bool = False, philox_noise: bool = False, **kwargs: Any):
+    def __init__(
+        self, *args: Any, explicit_pairs: bool = False, philox_noise: bool = False, solver: Any = None, **kwargs: Any
+    ):
         check_flags(explicit_pairs=explicit_pairs, philox_noise=philox_noise)
         super().__init__(*args, **kwargs)
+        self._keep_solver(solver)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -135,11 +135,13 @@ class FusedSteps(SchedulerRows):
         sample: Tensor,
         noise: NoiseArguments | None,
         writes_x0: bool = True,
+        histories: Mapping[str, Tensor] | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
         """Take the step in one launch, after those of dynamic thresholding.
 
         Args:
+            histories: what a multistep row reads and replaces, by the names of ``ddim_step``.
             writes_x0: return x0; the model's output in its place otherwise.
             options: those that ``_originals_results`` takes beside the configuration's.
         """
@@ -158,7 +160,10 @@ class FusedSteps(SchedulerRows):
         # Where the model predicts x0 and nothing clips it, its output is x0.
         predicts_x0 = self._returns_x0 and self.config.prediction_type == "sample"
         is_x0 = not writes_x0 or (predicts_x0 and not row.clipped)
-        arguments = {} if noise is None else noise()  # last, after every check: it may draw from a generator
+        arguments = {
+            **(histories or {}),
+            **({} if noise is None else noise()),
+        }  # last, after every check: it may draw from a generator
         x0_kind, kind = _kinds_of_results(
             self._originals_results,
             sample,

@@ -39,9 +39,12 @@ class FastDDIMParallelScheduler(SamplingSteps, DDIMParallelScheduler):
     _output_kind = DDIMParallelSchedulerOutput
 
     @add_config_fields(DDIMParallelScheduler)
-    def __init__(self, *args: Any, explicit_pairs: bool = False, philox_noise: bool = False, **kwargs: Any):
+    def __init__(
+        self, *args: Any, explicit_pairs: bool = False, philox_noise: bool = False, solver: Any = None, **kwargs: Any
+    ):
         check_flags(explicit_pairs=explicit_pairs, philox_noise=philox_noise)
         super().__init__(*args, **kwargs)
+        self._keep_solver(solver)
 
     def batch_step_no_noise(
         self,
@@ -56,6 +59,8 @@ class FastDDIMParallelScheduler(SamplingSteps, DDIMParallelScheduler):
         It always ends at alpha_bar = 1.
         """
         try:
+            if self._solver is not None:
+                raise LeaveToOriginal("a step of each sample's own timestep must be between timesteps, not of a solver")
             if eta != 0 or self.num_inference_steps is None or self.config.thresholding:
                 raise LeaveToOriginal(f"batch_step_no_noise needs eta = 0 and no thresholding, got eta={eta!r:.40}")
             t = batch_of_timesteps(timesteps, sample, model_output, len(self.alphas_cumprod))
