@@ -71,9 +71,7 @@ class Study:
 
         def run():
             generator = torch.Generator().manual_seed(SEED)
-            return pipeline(
-                len(self.labels), generator, num_inference_steps=PIPELINE_STEPS, output_type="pt"
-            ).images
+            return pipeline(len(self.labels), generator, num_inference_steps=PIPELINE_STEPS, output_type="pt").images
 
         return run
 
