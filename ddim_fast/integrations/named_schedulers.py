@@ -92,7 +92,7 @@ def configured(
     if clip_sample_range is not None:
         config["clip_sample_range"] = clip_sample_range
     config |= settings or {}
-    config = {name: value for name, value in config.items() if name in named.fields} | named.options
+    config = {name: value for name, value in config.items() if name in named.fields} | dict(named.options)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its defaults, which are not ours to choose
@@ -132,7 +132,7 @@ def _of_flow(named: NamedScheduler, path: FlowSchedule, prediction_type: str) ->
         raise _unfit(
             named, f"on flow matching's path the model must predict flow, and its predictions are {prediction_type}"
         )
-    common = {"num_train_timesteps": path.num_train_timesteps}
+    common: dict[str, Any] = {"num_train_timesteps": path.num_train_timesteps}
     if path.shift_terminal is not None:
         common["shift_terminal"] = path.shift_terminal
         if "shift_terminal" not in named.fields:

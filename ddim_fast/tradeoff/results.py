@@ -14,6 +14,8 @@ from ..plans.eta import ETA_SCALES, PAPER, told_apart
 from ..utils.files import read_json_object
 from .cells import Cell
 
+THEIRS = "theirs"
+"""The eta and the order of another library's scheduler, which has its own."""
 STUDY_VERSION = 1
 """The version of the JSON format."""
 
@@ -110,12 +112,14 @@ class CellResult:
     Args:
         count: the number of samples.
         quality: the metrics that apply, by their name in ``METRICS``.
-        model_ms, update_ms: milliseconds per sample in the model and in the update, in the fastest
-            batch.
+        model_ms, update_ms: milliseconds per sample in the model and in everything else, medians
+            over batches.
         calls: model calls per sample, guidance included.
         peak_megabytes: peak memory while sampling, minus the memory in use before; NaN if unknown.
         pictures: a PNG grid of the first samples in the study's directory; None if samples are not
             images.
+        batch_ms: milliseconds per sample of each whole batch, in order; empty if unknown.
+        measured_at: when the run that measured it began, UTC; cells of one run are timed in turn.
     """
 
     cell: Cell
@@ -126,6 +130,8 @@ class CellResult:
     calls: int
     peak_megabytes: float = math.nan
     pictures: str | None = None
+    batch_ms: tuple[float, ...] = ()
+    measured_at: str = ""
 
     @property
     def milliseconds(self) -> float:
@@ -137,8 +143,13 @@ class CellResult:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> CellResult:
         quality = {name: Measure(_number(m["value"]), _number(m["error"])) for name, m in fields["quality"].items()}
-        peak = _number(fields["peak_megabytes"])
-        return cls(**{**fields, "cell": Cell.from_dict(fields["cell"]), "quality": quality, "peak_megabytes": peak})
+        read = {
+            "cell": Cell.from_dict(fields["cell"]),
+            "quality": quality,
+            "peak_megabytes": _number(fields["peak_megabytes"]),
+            "batch_ms": tuple(map(float, fields.get("batch_ms", ()))),
+        }
+        return cls(**{**fields, **read})
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,7 @@ class Study:
     settings: dict[str, Any]
     results: tuple[CellResult, ...]
     notes: tuple[str, ...] = ()
-    made_at: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
+    made_at: str = field(default_factory=lambda: now())
 
     @property
     def metrics(self) -> list[Metric]:
@@ -296,27 +307,38 @@ class Recommendation:
         )
 
 
+def now() -> str:
+    """Return the time, UTC."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def describe(cell: Cell, beside: Cell | None = None) -> str:
     """Describe a cell in words: "20 steps with log_snr spacing, eta 0.5 and order=2".
 
     Args:
         beside: a cell just described; what both share is not repeated, except the steps.
     """
+    steps = "1 step" if cell.num_inference_steps == 1 else f"{cell.num_inference_steps} steps"
+    if cell.scheduler is not None:
+        return f"{steps} of {cell.timestep_spacing}"
     known = ("eta 0", "order=1") if beside is None else way_of(beside)
     parts = [part for part in way_of(cell) if part not in known]
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-    steps = "1 step" if cell.num_inference_steps == 1 else f"{cell.num_inference_steps} steps"
     return f"{steps} with {listed}" if listed else steps
 
 
 def way_of(cell: Cell) -> tuple[str, ...]:
     """Return everything about a cell except its number of steps, in words."""
+    if cell.scheduler is not None:
+        return (cell.timestep_spacing,)
     spacing = f"{cell.timestep_spacing} spacing" if cell.timesteps is None else f"the timesteps {cell.timestep_spacing}"
     return spacing, "sigma-hat" if cell.sigma_hat else f"eta {eta_text(cell)}", _order_in_words(cell)
 
 
 def order_text(cell: Cell) -> str:
-    """Return the order of a cell's steps: "1", "2", "3", or "fitted"."""
+    """Return the order of a cell's steps: "1", "2", "3", "fitted", or that of another scheduler."""
+    if cell.scheduler is not None:
+        return THEIRS
     return str(cell.order) if cell.history_weights is None else "fitted"
 
 
@@ -327,6 +349,8 @@ def _order_in_words(cell: Cell) -> str:
 def eta_text(cell: Cell) -> str:
     """Describe the noise of a cell: "0.5", "0.5 of the variance", "1, analytic variance", or
     "sigma-hat"."""
+    if cell.scheduler is not None:
+        return THEIRS
     if cell.sigma_hat:
         return "sigma-hat"
     plain = told_apart(cell.eta_scales, cell.eta) == (PAPER, cell.eta)
