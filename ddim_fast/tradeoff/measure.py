@@ -336,7 +336,7 @@ def reconstruction(subject: Subject, cell: Cell, samples: Tensor) -> Measure:
 
 
 def other_cells(
-    subject: Subject, text: str, steps: Sequence[int], count_at: Mapping[int, int] | None = None
+    subject: Subject, text: str, steps: Sequence[int], count_at: Mapping[int, int | None] | None = None
 ) -> list[Cell]:
     """Return cells of another library's scheduler, rehearsed with each number of steps.
 

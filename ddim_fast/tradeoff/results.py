@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -35,6 +35,7 @@ class Metric:
     Args:
         better: "lower" or "higher".
         enough: the value beyond which better ones are not worth extra time; None if there is none.
+        raced: whether the time to reach a value of it is reported.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Metric:
     better: str
     meaning: str
     enough: float | None = None
+    raced: bool = False
 
     def is_enough(self, value: float) -> bool:
         return self.enough is not None and self.cost(value) <= self.cost(self.enough)
@@ -60,6 +62,7 @@ METRICS = {
             "lower",
             "between Gaussians fitted to features of the samples and of real data (squared 2-Wasserstein distance). Not FID unless the "
             "features are Inception's",
+            raced=True,
         ),
         Metric(
             "distance",
@@ -68,12 +71,14 @@ METRICS = {
             "root-mean-square difference to the converged sample from the same noise, over a sample's elements, mean over samples; "
             "deterministic cells only. For samples in [-1, 1], differences below 0.02 are barely visible",
             enough=0.02,
+            raced=True,
         ),
         Metric(
             "wasserstein",
             "Wasserstein distance",
             "lower",
             "exact 2-Wasserstein distance between the samples and the data distribution, which is known in closed form",
+            raced=True,
         ),
         Metric(
             "precision",
@@ -160,6 +165,7 @@ class Study:
         model: the model's name.
         settings: everything that determines the results, as JSON.
         notes: remarks for the reader, a sentence each.
+        targets: values of metrics to reach in the least time, in place of plain DDIM's.
     """
 
     model: str
@@ -167,6 +173,7 @@ class Study:
     results: tuple[CellResult, ...]
     notes: tuple[str, ...] = ()
     made_at: str = field(default_factory=lambda: now())
+    targets: dict[str, float] = field(default_factory=dict)
 
     @property
     def metrics(self) -> list[Metric]:
@@ -191,13 +198,17 @@ class Study:
             [] if best is None else [r for r in self.with_metric(name) if overlap(r.quality[name], best.quality[name])]
         )
 
-    def pareto_front(self, name: str) -> list[CellResult]:
+    def pareto_front(self, name: str, by: Callable[[CellResult], float] | None = None) -> list[CellResult]:
         """Return the cells that no other beats in both time and quality, fastest first.
 
         Of cells equal in both, only the first is kept.
+
+        Args:
+            by: what takes the place of time, such as model calls; None for milliseconds.
         """
+        by = by or (lambda result: result.milliseconds)
         front: list[CellResult] = []
-        for result in sorted(self.with_metric(name), key=lambda r: (r.milliseconds, _cost(r, name))):
+        for result in sorted(self.with_metric(name), key=lambda r: (by(r), _cost(r, name))):
             if not front or _cost(result, name) < _cost(front[-1], name):
                 front.append(result)
         return front
@@ -246,6 +257,7 @@ class Study:
                 "made_at": self.made_at,
                 "settings": self.settings,
                 "notes": list(self.notes),
+                "targets": self.targets,
                 "results": [result.as_dict() for result in self.results],
             }
         )
@@ -253,7 +265,8 @@ class Study:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Study:
         results = tuple(CellResult.from_dict(result) for result in fields["results"])
-        return cls(fields["model"], fields["settings"], results, tuple(fields["notes"]), fields["made_at"])
+        targets = {METRICS[name].name: float(value) for name, value in fields.get("targets", {}).items()}
+        return cls(fields["model"], fields["settings"], results, tuple(fields["notes"]), fields["made_at"], targets)
 
 
 @dataclass(frozen=True)
@@ -368,8 +381,9 @@ def overlap(a: Measure, b: Measure) -> bool:
     return abs(a.value - b.value) <= sum(errors)
 
 
-def json_text(study: Study) -> str:
-    return json.dumps(study.as_dict(), indent=1, allow_nan=False) + "\n"
+def json_text(study: Study, **more: Any) -> str:
+    """Return a study as JSON, with what follows from it in ``more``, which is not read back."""
+    return json.dumps(study.as_dict() | _plain(more), indent=1, allow_nan=False) + "\n"
 
 
 def write_json(study: Study, path: Path) -> None:
