@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -15,6 +17,7 @@ from ..plans.eta import ETA_SCALES, PAPER
 from ..plans.files import read_timesteps
 from ..plans.timesteps import SPACINGS
 from ..tradeoff import (
+    METRICS,
     Cell,
     CellResult,
     ClosedForm,
@@ -24,13 +27,17 @@ from ..tradeoff import (
     Subject,
     grid,
     judge_of,
+    other_cells,
     paper_table,
     shipped_judge,
 )
 from ..tradeoff.measure import CONVERGED
+from ..tradeoff.race import summary
 from ..tradeoff.study import calls_to_do, run_study, settings_of
+from ..utils.checks import check_choice, check_number, refuse
 from ..utils.files import npz_array
 from ..utils.import_string import import_string
+from ..utils.open_page import open_page
 from .lists import ListOf
 from .options import Run, conditioning_rule, takes_model
 
@@ -75,7 +82,25 @@ QUICK_CONVERGED = Cell(60, "log_snr", order=2)
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE.json",
-    help="Also measure a list from ddim-fast search; may be repeated.",
+    help="Also measure a list or a solver from ddim-fast search, named by its file; may be repeated.",
+)
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="MODULE:CLASS",
+    help="Also measure this scheduler, with as many steps, from the same noise: diffusers:UniPCMultistepScheduler, or with options "
+    "'diffusers:DPMSolverMultistepScheduler?use_karras_sigmas=true&solver_order=3'; may be repeated.",
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="METRIC=VALUE",
+    help=f"The quality to reach in the least time, of {', '.join(name for name, metric in METRICS.items() if metric.raced)}; may be "
+    "repeated.  [default: what plain DDIM has in 50 steps, or in the most that are measured]",
+)
+@click.option(
+    "--open", "opens", is_flag=True, help="Open the report in the browser; without a display print its place."
 )
 @click.option(
     "--analytic-variance", is_flag=True, help="Also measure these lists with Analytic-DPM's noise where eta is not 0."
@@ -115,6 +140,9 @@ def tradeoff(
     sigma_hat: bool,
     orders: tuple[int, ...] | None,
     files: tuple[Path, ...],
+    against: tuple[str, ...],
+    targets: tuple[str, ...],
+    opens: bool,
     analytic_variance: bool,
     paper: bool,
     seed: int,
@@ -133,6 +161,9 @@ def tradeoff(
       ddim-fast tradeoff --quick --out study
       ddim-fast tradeoff --model path/to/pipeline --steps 10,20,30 --orders 1,2 --out study
       ddim-fast tradeoff --timesteps ten.json --steps 10,20,50 --out study
+      ddim-fast tradeoff --quick --against diffusers:UniPCMultistepScheduler \
+        --against diffusers:DPMSolverMultistepScheduler --open --out race
+      ddim-fast tradeoff --target frechet=0.06 --target distance=0.02 --out study
       ddim-fast tradeoff --paper-table -n 2000 --out table1
       ddim-fast tradeoff --model closed-form --out exact
     """
@@ -146,6 +177,7 @@ def tradeoff(
         )
     if paper and analytic_variance:
         raise ValueError("--paper-table must not be combined with --analytic-variance, got both: leave one of them out")
+    aims = _targets(targets)
     truth = ClosedForm() if run.model_name == CLOSED_FORM else None
     if truth is not None:
         run.use(truth)
@@ -174,12 +206,32 @@ def tradeoff(
         truth=truth,
         reconstructed=0 if quick or paper else 32,
     )
+    counts = {cell.num_inference_steps: cell.count for cell in cells if cell.timesteps is None}
+    for text in against:
+        cells += other_cells(subject, text, sorted(counts), counts)
     converged = None if paper else (QUICK_CONVERGED if quick else CONVERGED)
-    study = _measure(run, subject, cells, out, converged)
+    study = replace(_measure(run, subject, cells, out, converged), targets=aims)
     written = write_report(study, out)
-    if (recommended := study.recommendation()) is not None:
-        run.say(str(recommended))
+    for line in summary(study):
+        run.say(line)
     run.say(f"{len(study.results)} cells -> {written[0]}, and {len(written) - 1} more files")
+    if opens and not open_page(written[0]):
+        click.echo(f"no display to open it on: {written[0].resolve()}")
+
+
+def _targets(texts: tuple[str, ...]) -> dict[str, float]:
+    """Return the values of --target by metric."""
+    found: dict[str, float] = {}
+    names = [name for name, metric in METRICS.items() if metric.raced]
+    for text in texts:
+        name, _, value = text.partition("=")
+        check_choice("the metric of --target", name, names, "for instance --target frechet=0.06")
+        try:
+            number = float(value)
+        except ValueError:
+            refuse("--target must be METRIC=VALUE, with a number", text, "for instance --target frechet=0.06")
+        found[name] = check_number(f"--target {name}", number, at_least=0)
+    return found
 
 
 def _measure(run: Run, subject: Subject, cells: list[Cell], out: Path, converged: Cell | None) -> Study:
@@ -209,9 +261,9 @@ def _cells(
     if isinstance(run.noise_schedule(), ContinuousSchedule):
         usual = ("uniform", "beta", "log_snr")
     searched = {}
-    for path in files:
-        searched[path.stem] = read_timesteps(path)
-        searched[path.stem].for_schedule(run.noise_schedule(), str(path))  # check that it fits the model
+    for name, path in _named(files, run.noise_schedule().spacings).items():
+        searched[name] = read_timesteps(path)
+        searched[name].for_schedule(run.noise_schedule(), str(path))  # check that it fits the model
     if quick and not any((steps, spacings, etas, orders)):
         cells = grid((5, 10, 20, 50), usual[:1], searched=searched)
         if analytic_variance:
@@ -232,6 +284,16 @@ def _cells(
         searched=searched,
         analytic_variance=analytic_variance,
     )
+
+
+def _named(files: tuple[Path, ...], taken: Sequence[str]) -> dict[str, Path]:
+    """Return the files by their names without ending; where two share one, or a spacing has it, by
+    their paths."""
+    stems = [path.stem for path in dict.fromkeys(files)]
+    return {
+        path.stem if stems.count(path.stem) == 1 and path.stem not in taken else str(path): path
+        for path in dict.fromkeys(files)
+    }
 
 
 def _judge(run: Run, features: str | None, real: Path | None) -> Judge | None:

@@ -119,7 +119,8 @@ def verify(context: click.Context, quick: bool, **options: Any) -> None:
                               runs here. triton needs no GPU: its machine code
                               is executed on the CPU.
       MODULE:ATTRIBUTE        imported from this folder or an installed package:
-        a scheduler             a class or object with set_timesteps and step
+        a scheduler             a class or object with set_timesteps and step;
+                                a class may have options: Class?name=value&...
         a step                  step(x_t, model_output, alpha_bar_t,
                                      alpha_bar_prev, ...)
                                 or with t, t_prev or sigma_t, sigma_prev

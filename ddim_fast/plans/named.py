@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable
 from typing import Any
 
 from ..utils.checks import check_choice
+from ..utils.named_options import split_options
 from .continuous import CONTINUOUS_SCHEDULES
 from .path import NoisePath
 from .schedules import SCHEDULES
@@ -51,16 +51,5 @@ def schedule_from_text(text: str) -> NoisePath:
     Raises:
         TypeError, ValueError: as ``make_schedule``; or an argument is not written as name=value.
     """
-    name, _, query = text.partition("?")
-    arguments = {}
-    for pair in query.split("&") if query else ():
-        key, found, value = pair.partition("=")
-        if not found or not key:
-            raise ValueError(
-                f"a schedule's arguments must be name=value, joined by &, got {pair!r}: for instance flow?shift=3"
-            )
-        try:
-            arguments[key] = json.loads(value)
-        except json.JSONDecodeError:
-            raise ValueError(f"an argument of a schedule must be a number, true or false, got {pair!r}") from None
+    name, arguments = split_options(text, "a schedule", "flow?shift=3")
     return make_schedule(name, **arguments)

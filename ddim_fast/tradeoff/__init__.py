@@ -9,7 +9,7 @@ On the command line: ``ddim-fast tradeoff``.
 
 from .cells import Cell, grid, paper_table
 from .closed_form import ClosedForm
-from .measure import Subject, draw, measure
+from .measure import Subject, draw, measure, other_cells
 from .quality import Judge, judge_of, shipped_judge
 from .results import METRICS, CellResult, Measure, Metric, Recommendation, Study, read_json, write_json
 from .study import StudyDirectory, run_study, settings_of
@@ -30,6 +30,7 @@ __all__ = [
     "grid",
     "judge_of",
     "measure",
+    "other_cells",
     "paper_table",
     "read_json",
     "run_study",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,13 +20,17 @@ PAPER_ETAS = (0.0, 0.2, 0.5, 1.0)
 """The columns and rows of table 1 of the DDIM paper, whose last row is sigma-hat."""
 
 
+_LONGEST_NAME = 120
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One way to sample, as arguments of ``DDIMSampler``.
+    """One way to sample: arguments of ``DDIMSampler``, or another library's scheduler.
 
     Args:
         num_inference_steps: the number of steps, S.
-        timestep_spacing: one of the schedule's ``spacings``; with ``timesteps``, a name for the list.
+        timestep_spacing: one of the schedule's ``spacings``; with ``timesteps`` or ``scheduler``, a
+            name for the list or for the scheduler.
         timesteps, model_timesteps: an explicit list, such as a searched one, and the timesteps
             given to the model if they differ.
         eta, eta_scales, sigma_hat, order: see ``DDIMSampler``.
@@ -33,6 +39,10 @@ class Cell:
             of the analytic variance computed from it, instead of eta's.
         history_weights: the weights of earlier predictions, as fitted to a model, in place of the
             textbook's of ``order``.
+        scheduler: a scheduler in place of ours, ``module:Class?option=value``, see
+            ``others.other_cells``; then eta, order and lists do not apply.
+        calls: the predictions that it asks the model for.
+        draws_noise: whether it draws random numbers on its way.
     """
 
     num_inference_steps: int
@@ -46,6 +56,9 @@ class Cell:
     model_timesteps: tuple[float, ...] | None = None
     analytic_variance: tuple[float, ...] | None = None
     history_weights: HistoryWeights | None = None
+    scheduler: str | None = None
+    calls: int | None = None
+    draws_noise: bool = False
 
     def __post_init__(self) -> None:
         check_choice("eta_scales", self.eta_scales, ETA_SCALES)
@@ -53,17 +66,25 @@ class Cell:
     @property
     def key(self) -> str:
         """A readable name, also used for files; unique within a table."""
+        spacing = _file_name(self.timestep_spacing)
+        if self.scheduler is not None:
+            return f"{_file_name(self.scheduler)}-{self.num_inference_steps}"
         eta = "sigma-hat" if self.sigma_hat else f"eta{self.eta:g}"
         scales = "" if self.eta_scales == PAPER else f"-{self.eta_scales}"
         scales += "" if self.analytic_variance is None else "-analytic"
         order = "" if self.order == 1 else f"-order{self.order}"
         if self.history_weights is not None:
             order = "-fitted"
-        return f"{self.timestep_spacing}-{self.num_inference_steps}-{eta}{scales}{order}"
+        return f"{spacing}-{self.num_inference_steps}-{eta}{scales}{order}"
 
     @property
     def deterministic(self) -> bool:
-        return self.eta == 0
+        return self.eta == 0 and not self.draws_noise
+
+    @property
+    def predictions(self) -> int:
+        """How often the model predicts for a sample: once a step, unless ``calls`` says otherwise."""
+        return self.num_inference_steps if self.calls is None else self.calls
 
     def sampler(self, schedule: NoisePath, options: Mapping[str, Any]) -> DDIMSampler:
         """Return the sampler of this cell.
@@ -99,6 +120,14 @@ class Cell:
     def from_dict(cls, fields: Mapping[str, Any]) -> Cell:
         given: dict[str, Any] = {name: _exchanged(value, list, tuple) for name, value in fields.items()}
         return cls(**given)
+
+
+def _file_name(name: str) -> str:
+    """Return a name as a part of a file's: unchanged if it can be one, or else with a digest of it."""
+    plain = re.sub(r"[^\w.,+=-]+", "_", name, flags=re.ASCII)
+    if plain == name and len(name) <= _LONGEST_NAME:
+        return name
+    return f"{plain[:_LONGEST_NAME]}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
 def _exchanged(value: Any, old: type[Any], new: type[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Plots of a study as PNG files, drawn by matplotlib: quality against time and against steps."""
+"""Plots of a study as PNG files, drawn by matplotlib: quality against time and against calls."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..utils.html import capital, plain_text
-from .marks import COLOURS, SHAPES, Mark, Marks, Point, is_log, points
+from .marks import COLOURS, HORIZONTALS, SHAPES, Horizontal, Mark, Marks, Point, is_log, points
 from .results import METRICS, CellResult, Study, way_of
 
 if TYPE_CHECKING:
@@ -28,21 +28,19 @@ def quality_against_time(study: Study, metric: str) -> bytes:
         ImportError: matplotlib is missing.
         ValueError: the study has no such metric.
     """
-    return _plot(study, metric, "milliseconds a sample", lambda result: result.milliseconds, _front)
+    return _plot(study, metric, HORIZONTALS["time"], _front)
 
 
-def quality_against_steps(study: Study, metric: str) -> bytes:
-    """Return a PNG plot of a metric against the number of steps.
+def quality_against_calls(study: Study, metric: str) -> bytes:
+    """Return a PNG plot of a metric against the number of model calls.
 
     It has error bars, and a line for each way to sample.
     """
-    return _plot(study, metric, "steps", lambda result: result.cell.num_inference_steps, _ways)
+    return _plot(study, metric, HORIZONTALS["calls"], _ways)
 
 
-def _plot(
-    study: Study, metric: str, x_title: str, x: Callable[[CellResult], float], draw_lines: Callable[..., None]
-) -> bytes:
-    drawn = points(study, metric, x)
+def _plot(study: Study, metric: str, horizontal: Horizontal, draw_lines: Callable[..., None]) -> bytes:
+    drawn, x = points(study, metric, horizontal), horizontal.of
     if not drawn:
         raise ValueError(f"metric must be one that the study has: {[m.name for m in study.metrics]}, got {metric!r}")
     try:
@@ -63,7 +61,7 @@ def _plot(
         axes.set(
             xscale="log" if is_log([p.x for p in drawn]) else "linear",
             yscale="log" if is_log([p.measure.value for p in drawn]) else "linear",
-            xlabel=x_title,
+            xlabel=horizontal.title,
             ylabel=f"{capital(METRICS[metric].title)} ({METRICS[metric].better} is better)",
         )
         _keep_values_in_sight(axes, [p.measure.value for p in drawn])
@@ -73,6 +71,8 @@ def _plot(
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(which="both", colors=_QUIET)
+        if draw_lines is _front:
+            _label(axes, study, metric, x)
         axes.set_title(_short(study.model), loc="left", fontsize=11, color=_INK)
         _legend(axes, study)
         file = io.BytesIO()
@@ -87,6 +87,7 @@ def _draw(axes: Axes, point: Point) -> None:
         point.x,
         point.measure.value,
         point.measure.error if math.isfinite(point.measure.error) else None,
+        None if point.reach is None else [[max(0.0, point.x - point.reach[0])], [max(0.0, point.reach[1] - point.x)]],
         ecolor=style["color"],
         elinewidth=1,
         capsize=2.5,
@@ -111,16 +112,25 @@ def _style(mark: Mark) -> dict[str, Any]:
 def _front(axes: Axes, study: Study, metric: str, x: Callable[[CellResult], float]) -> None:
     front = study.pareto_front(metric)
     axes.plot([x(r) for r in front], [r.quality[metric].value for r in front], color=_QUIET, linewidth=1.2, zorder=1)
-    for result in front:
-        axes.annotate(
-            str(result.cell.num_inference_steps),
-            (x(result), result.quality[metric].value),
-            xytext=(0, -15 if METRICS[metric].better == "lower" else 9),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-            color=_QUIET,
-        )
+
+
+def _label(axes: Axes, study: Study, metric: str, x: Callable[[CellResult], float]) -> None:
+    """Write the model calls beside the points of the front, where they overlap no other label."""
+    placed: list[Any] = []
+    for result in reversed(study.pareto_front(metric)):
+        point = (x(result), result.quality[metric].value)
+        at = axes.transData.transform(point)
+        if all(abs(at[0] - other[0]) > 32 or abs(at[1] - other[1]) > 20 for other in placed):
+            placed.append(at)
+            axes.annotate(
+                str(result.calls),
+                point,
+                xytext=(0, -15 if METRICS[metric].better == "lower" else 9),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                color=_QUIET,
+            )
 
 
 def _ways(axes: Axes, study: Study, metric: str, x: Callable[[CellResult], float]) -> None:
@@ -162,7 +172,7 @@ def _legend(axes: Axes, study: Study) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], linestyle="", label=f"{name} {_short(entry.value)}", **_style(entry.mark))
+        Line2D([], [], linestyle="", label=_short(f"{name} {entry.value}", 30), **_style(entry.mark))
         for name, entries in Marks(study).legend().items()
         for entry in entries
     ]

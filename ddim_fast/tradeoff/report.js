@@ -28,7 +28,7 @@
   // --- Filter ---
   const selects = [...document.querySelectorAll("[data-filter]")];
   const frontOnly = document.getElementById("front-only");
-  const radios = [...document.querySelectorAll(".metrics input")];
+  const radios = [...document.querySelectorAll(".metrics input[name='metric']")];
   const points = [...document.querySelectorAll(".point")];
   const status = document.getElementById("status");
   const metric = () => radios.find((radio) => radio.checked)?.value;
@@ -55,6 +55,8 @@
   // Browsers may fill a form again as it was before.
   document.querySelector(".filters").reset();
   if (radios.length) radios[0].checked = true;
+  const axis = document.querySelector(".metrics input[name='axis']");
+  if (axis) axis.checked = true;
 
   // --- One cell, and its neighbours in the table ---
   const viewer = document.getElementById("viewer");

@@ -15,11 +15,13 @@ from typing import Any
 from PIL import Image
 
 from ..utils.atomic_files import write_atomically
-from ..utils.html import plain_text, render_page
+from ..utils.html import capital, plain_text, render_page
 from . import plots, svg
 from .cells import Cell
-from .marks import COLOURS, Marks, points
+from .marks import COLOURS, HORIZONTALS, Marks, points
+from .numbers import measure_text, number_text
 from .paper import PAPER_FIDS, PAPER_SOURCE, PAPER_STEPS, ROWS, paper_table_of, row_text
+from .race import Race, as_data, races, reached_text
 from .results import (
     CellResult,
     Measure,
@@ -33,10 +35,11 @@ from .results import (
     way_of,
 )
 from .study import PICTURES
+from .timing import remarks, spread_text
 
 _IN_A_ROW = 10
 """Samples in a row of a cell's sample grid."""
-_WIDE, _NARROW = (900, 460), (366, 380)
+_SIZES = {"wide": (900, 460), "narrow": (366, 380)}
 """Sizes of a plot on a desktop and on a phone, so that text keeps its size on both."""
 _MOST_SMALL = 12  # characters of a digest on the page; the JSON has all of them
 
@@ -69,12 +72,12 @@ def write_report(study: Study, directory: Path) -> list[Path]:
     """
     contents = {
         "report.html": html_text(study, directory).encode(),
-        "study.json": json_text(study).encode(),
+        "study.json": json_text(study, time_to_quality=[as_data(race) for race in races(study)]).encode(),
         "cells.csv": csv_text(study).encode(),
     }
     for metric in study.metrics:
         contents[f"quality-against-time-{metric.name}.png"] = plots.quality_against_time(study, metric.name)
-        contents[f"quality-against-steps-{metric.name}.png"] = plots.quality_against_steps(study, metric.name)
+        contents[f"quality-against-calls-{metric.name}.png"] = plots.quality_against_calls(study, metric.name)
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         write_atomically(directory / name, content)
@@ -105,17 +108,19 @@ def _csv_row(result: CellResult, fronts: Mapping[str, list[CellResult]]) -> dict
         "steps": cell.num_inference_steps,
         "spacing": plain_text(cell.timestep_spacing),
         "timesteps": "" if cell.timesteps is None else " ".join(map(str, cell.timesteps)),
-        "eta": cell.eta,
+        "eta": cell.eta if cell.scheduler is None else "",
         "eta_scales": cell.eta_scales,
         "sigma_hat": cell.sigma_hat,
         "order": order_text(cell),
         "model_timesteps": "" if cell.model_timesteps is None else " ".join(map(str, cell.model_timesteps)),
         "analytic_variance": cell.analytic_variance is not None,
+        "scheduler": plain_text(cell.scheduler or ""),
         "samples": result.count,
         "calls": result.calls,
         "milliseconds": result.milliseconds,
         "model_ms": result.model_ms,
         "update_ms": result.update_ms,
+        "batch_ms": " ".join(map(repr, result.batch_ms)),
         "peak_megabytes": result.peak_megabytes,
     }
     for name, front in fronts.items():
@@ -153,6 +158,7 @@ class _Row:
     result: CellResult
     words: str
     eta: str
+    order: str
     quality: dict[str, _Quality | None]
     picture: str | None
 
@@ -160,7 +166,7 @@ class _Row:
 @dataclass(frozen=True)
 class _MetricPlot:
     metric: Metric
-    sizes: dict[str, svg.Plot]
+    sizes: dict[str, dict[str, svg.Plot]]
     recommendation: Recommendation | None
 
 
@@ -176,6 +182,7 @@ def html_text(study: Study, directory: Path) -> str:
     pictures = [_picture(directory, result.pictures) for result in study.results]
     rows = _rows(study, pictures)
     environment = _flat(study.settings.get("environment", {}))
+    found, marks = races(study), Marks(study)
     by_id = {id(row.result): row for row in rows}
     return render_page(
         __package__,
@@ -184,16 +191,22 @@ def html_text(study: Study, directory: Path) -> str:
             "number": number_text,
             "measure": measure_text,
             "path": svg.path_of,
+            "spread": spread_text,
             "colour": lambda mark: COLOURS[mark.colour],
         },
         study=study,
-        headline=_headline(study),
+        headline=_headline(study, found),
+        races=found,
+        reached=reached_text,
+        horizontals=HORIZONTALS,
+        remarks=remarks(study),
         metrics=study.metrics,
         rows=rows,
         row_of=lambda result: by_id[id(result)],
         choices=_choices(rows),
         plots=[_metric_plot(study, metric) for metric in study.metrics],
-        legend=Marks(study).legend(),
+        legend=marks.legend(),
+        mark_of=marks.of,
         strips=_strips(study, rows, pictures),
         paper=paper_table_of(study),
         paper_steps=PAPER_STEPS,
@@ -208,30 +221,9 @@ def html_text(study: Study, directory: Path) -> str:
     )
 
 
-def number_text(value: float) -> str:
-    """Format a number with three digits and no exponent."""
-    if not math.isfinite(value):
-        return "\N{EM DASH}"
-    return f"{value:,.{_decimals(value, 3)}f}"
-
-
-def measure_text(measure: Measure | None) -> str:
-    """Format a value and its standard error, both to the error's second digit."""
-    if measure is None:
-        return "\N{EM DASH}"
-    if not math.isfinite(measure.value):
-        return "not finite"
-    if not (math.isfinite(measure.error) and measure.error > 0):
-        return number_text(measure.value)
-    decimals = _decimals(measure.error, 2)
-    return f"{measure.value:,.{decimals}f} ± {measure.error:,.{decimals}f}"
-
-
-def _decimals(value: float, digits: int) -> int:
-    return 0 if value == 0 else min(max(digits - 1 - math.floor(math.log10(abs(value))), 0), 9)
-
-
-def _headline(study: Study) -> str:
+def _headline(study: Study, found: list[Race]) -> str:
+    if found:
+        return capital(str(found[0]))
     recommendation = study.recommendation()
     if recommendation is not None:
         return str(recommendation)
@@ -262,6 +254,7 @@ def _rows(study: Study, pictures: list[bytes | None]) -> list[_Row]:
             result,
             describe(result.cell),
             eta_text(result.cell),
+            order_text(result.cell),
             {name: quality(result, name) for name in about},
             None if picture is None else _data_uri(picture),
         )
@@ -274,16 +267,18 @@ def _choices(rows: list[_Row]) -> dict[str, list[str]]:
     values = {
         "spacing": [row.result.cell.timestep_spacing for row in rows],
         "eta": [row.eta for row in rows],
-        "order": [order_text(row.result.cell) for row in rows],
+        "order": [row.order for row in rows],
         "steps": [str(row.result.cell.num_inference_steps) for row in rows],
     }
     return {name: list(dict.fromkeys(found)) for name, found in values.items() if len(set(found)) > 1}
 
 
 def _metric_plot(study: Study, metric: Metric) -> _MetricPlot:
-    drawn, front = points(study, metric.name, lambda result: result.milliseconds), study.pareto_front(metric.name)
     below = metric.better == "lower"
-    sizes = {name: svg.plot(drawn, front, *size, below) for name, size in {"wide": _WIDE, "narrow": _NARROW}.items()}
+    sizes = {}
+    for name, horizontal in HORIZONTALS.items():
+        drawn, front = points(study, metric.name, horizontal), study.pareto_front(metric.name, horizontal.of)
+        sizes[name] = {size: svg.plot(drawn, front, *area, below) for size, area in _SIZES.items()}
     return _MetricPlot(metric, sizes, study.recommendation(metric.name))
 
 

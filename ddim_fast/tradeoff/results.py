@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,6 +14,8 @@ from ..plans.eta import ETA_SCALES, PAPER, told_apart
 from ..utils.files import read_json_object
 from .cells import Cell
 
+THEIRS = "theirs"
+"""The eta and the order of another library's scheduler, which has its own."""
 STUDY_VERSION = 1
 """The version of the JSON format."""
 
@@ -33,6 +35,7 @@ class Metric:
     Args:
         better: "lower" or "higher".
         enough: the value beyond which better ones are not worth extra time; None if there is none.
+        raced: whether the time to reach a value of it is reported.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Metric:
     better: str
     meaning: str
     enough: float | None = None
+    raced: bool = False
 
     def is_enough(self, value: float) -> bool:
         return self.enough is not None and self.cost(value) <= self.cost(self.enough)
@@ -58,6 +62,7 @@ METRICS = {
             "lower",
             "between Gaussians fitted to features of the samples and of real data (squared 2-Wasserstein distance). Not FID unless the "
             "features are Inception's",
+            raced=True,
         ),
         Metric(
             "distance",
@@ -66,12 +71,14 @@ METRICS = {
             "root-mean-square difference to the converged sample from the same noise, over a sample's elements, mean over samples; "
             "deterministic cells only. For samples in [-1, 1], differences below 0.02 are barely visible",
             enough=0.02,
+            raced=True,
         ),
         Metric(
             "wasserstein",
             "Wasserstein distance",
             "lower",
             "exact 2-Wasserstein distance between the samples and the data distribution, which is known in closed form",
+            raced=True,
         ),
         Metric(
             "precision",
@@ -110,12 +117,14 @@ class CellResult:
     Args:
         count: the number of samples.
         quality: the metrics that apply, by their name in ``METRICS``.
-        model_ms, update_ms: milliseconds per sample in the model and in the update, in the fastest
-            batch.
+        model_ms, update_ms: milliseconds per sample in the model and in everything else, medians
+            over batches.
         calls: model calls per sample, guidance included.
         peak_megabytes: peak memory while sampling, minus the memory in use before; NaN if unknown.
         pictures: a PNG grid of the first samples in the study's directory; None if samples are not
             images.
+        batch_ms: milliseconds per sample of each whole batch, in order; empty if unknown.
+        measured_at: when the run that measured it began, UTC; cells of one run are timed in turn.
     """
 
     cell: Cell
@@ -126,6 +135,8 @@ class CellResult:
     calls: int
     peak_megabytes: float = math.nan
     pictures: str | None = None
+    batch_ms: tuple[float, ...] = ()
+    measured_at: str = ""
 
     @property
     def milliseconds(self) -> float:
@@ -137,8 +148,13 @@ class CellResult:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> CellResult:
         quality = {name: Measure(_number(m["value"]), _number(m["error"])) for name, m in fields["quality"].items()}
-        peak = _number(fields["peak_megabytes"])
-        return cls(**{**fields, "cell": Cell.from_dict(fields["cell"]), "quality": quality, "peak_megabytes": peak})
+        read = {
+            "cell": Cell.from_dict(fields["cell"]),
+            "quality": quality,
+            "peak_megabytes": _number(fields["peak_megabytes"]),
+            "batch_ms": tuple(map(float, fields.get("batch_ms", ()))),
+        }
+        return cls(**{**fields, **read})
 
 
 @dataclass(frozen=True)
@@ -149,13 +165,15 @@ class Study:
         model: the model's name.
         settings: everything that determines the results, as JSON.
         notes: remarks for the reader, a sentence each.
+        targets: values of metrics to reach in the least time, in place of plain DDIM's.
     """
 
     model: str
     settings: dict[str, Any]
     results: tuple[CellResult, ...]
     notes: tuple[str, ...] = ()
-    made_at: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"))
+    made_at: str = field(default_factory=lambda: now())
+    targets: dict[str, float] = field(default_factory=dict)
 
     @property
     def metrics(self) -> list[Metric]:
@@ -180,13 +198,17 @@ class Study:
             [] if best is None else [r for r in self.with_metric(name) if overlap(r.quality[name], best.quality[name])]
         )
 
-    def pareto_front(self, name: str) -> list[CellResult]:
+    def pareto_front(self, name: str, by: Callable[[CellResult], float] | None = None) -> list[CellResult]:
         """Return the cells that no other beats in both time and quality, fastest first.
 
         Of cells equal in both, only the first is kept.
+
+        Args:
+            by: what takes the place of time, such as model calls; None for milliseconds.
         """
+        by = by or (lambda result: result.milliseconds)
         front: list[CellResult] = []
-        for result in sorted(self.with_metric(name), key=lambda r: (r.milliseconds, _cost(r, name))):
+        for result in sorted(self.with_metric(name), key=lambda r: (by(r), _cost(r, name))):
             if not front or _cost(result, name) < _cost(front[-1], name):
                 front.append(result)
         return front
@@ -235,6 +257,7 @@ class Study:
                 "made_at": self.made_at,
                 "settings": self.settings,
                 "notes": list(self.notes),
+                "targets": self.targets,
                 "results": [result.as_dict() for result in self.results],
             }
         )
@@ -242,7 +265,8 @@ class Study:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Study:
         results = tuple(CellResult.from_dict(result) for result in fields["results"])
-        return cls(fields["model"], fields["settings"], results, tuple(fields["notes"]), fields["made_at"])
+        targets = {METRICS[name].name: float(value) for name, value in fields.get("targets", {}).items()}
+        return cls(fields["model"], fields["settings"], results, tuple(fields["notes"]), fields["made_at"], targets)
 
 
 @dataclass(frozen=True)
@@ -296,27 +320,38 @@ class Recommendation:
         )
 
 
+def now() -> str:
+    """Return the time, UTC."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def describe(cell: Cell, beside: Cell | None = None) -> str:
     """Describe a cell in words: "20 steps with log_snr spacing, eta 0.5 and order=2".
 
     Args:
         beside: a cell just described; what both share is not repeated, except the steps.
     """
+    steps = "1 step" if cell.num_inference_steps == 1 else f"{cell.num_inference_steps} steps"
+    if cell.scheduler is not None:
+        return f"{steps} of {cell.timestep_spacing}"
     known = ("eta 0", "order=1") if beside is None else way_of(beside)
     parts = [part for part in way_of(cell) if part not in known]
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-    steps = "1 step" if cell.num_inference_steps == 1 else f"{cell.num_inference_steps} steps"
     return f"{steps} with {listed}" if listed else steps
 
 
 def way_of(cell: Cell) -> tuple[str, ...]:
     """Return everything about a cell except its number of steps, in words."""
+    if cell.scheduler is not None:
+        return (cell.timestep_spacing,)
     spacing = f"{cell.timestep_spacing} spacing" if cell.timesteps is None else f"the timesteps {cell.timestep_spacing}"
     return spacing, "sigma-hat" if cell.sigma_hat else f"eta {eta_text(cell)}", _order_in_words(cell)
 
 
 def order_text(cell: Cell) -> str:
-    """Return the order of a cell's steps: "1", "2", "3", or "fitted"."""
+    """Return the order of a cell's steps: "1", "2", "3", "fitted", or that of another scheduler."""
+    if cell.scheduler is not None:
+        return THEIRS
     return str(cell.order) if cell.history_weights is None else "fitted"
 
 
@@ -327,6 +362,8 @@ def _order_in_words(cell: Cell) -> str:
 def eta_text(cell: Cell) -> str:
     """Describe the noise of a cell: "0.5", "0.5 of the variance", "1, analytic variance", or
     "sigma-hat"."""
+    if cell.scheduler is not None:
+        return THEIRS
     if cell.sigma_hat:
         return "sigma-hat"
     plain = told_apart(cell.eta_scales, cell.eta) == (PAPER, cell.eta)
@@ -344,8 +381,9 @@ def overlap(a: Measure, b: Measure) -> bool:
     return abs(a.value - b.value) <= sum(errors)
 
 
-def json_text(study: Study) -> str:
-    return json.dumps(study.as_dict(), indent=1, allow_nan=False) + "\n"
+def json_text(study: Study, **more: Any) -> str:
+    """Return a study as JSON, with what follows from it in ``more``, which is not read back."""
+    return json.dumps(study.as_dict() | _plain(more), indent=1, allow_nan=False) + "\n"
 
 
 def write_json(study: Study, path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,8 +22,8 @@ from ..utils import pictures
 from ..utils.atomic_files import own_directory, write_atomically
 from ..utils.files import read_json_object, safetensors_tensor
 from .cells import Cell
-from .measure import CONVERGED, Progress, Subject, draw, measure
-from .results import CellResult, Study
+from .measure import CONVERGED, Batch, Progress, Subject, draw, draw_batch, firsts, judged
+from .results import CellResult, Study, now
 
 PICTURES = 30
 """The number of samples in each cell's sample grid."""
@@ -55,7 +57,7 @@ class StudyDirectory:
     """The directory of a study.
 
     It holds ``settings.json``, ``cells/KEY.json``, ``cells/KEY.png`` and
-    ``converged.safetensors``.
+    ``converged.safetensors``, and until a cell is judged its batches, ``cells/KEY.*.safetensors``.
 
     Raises:
         ValueError: it holds a study with other settings; the message lists the differences.
@@ -95,6 +97,36 @@ class StudyDirectory:
     def picture_path(self, cell: Cell) -> Path:
         return self.path / "cells" / f"{cell.key}.png"
 
+    # --- Batches of cells that are not judged yet ---
+
+    def _batch_path(self, cell: Cell, first: int) -> Path:
+        digest = hashlib.sha256(json.dumps(cell.as_dict(), sort_keys=True).encode()).hexdigest()[:8]
+        return self.path / "cells" / f"{cell.key}.{digest}.{first}.safetensors"
+
+    def keep_batch(self, cell: Cell, first: int, batch: Batch) -> None:
+        numbers = [batch.calls, batch.model_seconds, batch.update_seconds, batch.peak_megabytes]
+        took = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        write_atomically(self._batch_path(cell, first), save({"samples": batch.samples.contiguous(), "took": took}))
+
+    def batch(self, cell: Cell, first: int) -> Batch | None:
+        """Return the batch of a cell that begins with sample ``first``; None if it was not drawn."""
+        path = self._batch_path(cell, first)
+        if not path.exists():
+            return None
+        took = safetensors_tensor(path, "took").tolist()
+        if len(took) != 4:
+            raise ValueError(
+                f"{path} must say what a batch took in 4 numbers, got {len(took)}: remove it, and it is drawn again"
+            )
+        return Batch(safetensors_tensor(path, "samples"), int(took[0]), *took[1:])
+
+    def forget_batches(self, cell: Cell) -> None:
+        """Remove what was drawn of a cell, once its result is there."""
+        for path in (self.path / "cells").glob(
+            f"{glob.escape(self._batch_path(cell, 0).name.removesuffix('0.safetensors'))}*.safetensors"
+        ):
+            path.unlink(missing_ok=True)
+
     def converged(self, make: Callable[[], Tensor]) -> Tensor:
         """Return the converged samples on disk, or else those of ``make``, and write them."""
         path = self.path / "converged.safetensors"
@@ -127,25 +159,46 @@ def run_study(
     """
     cells = list(cells)
     for cell in cells:  # report invalid cells before any work
-        subject.sampler(cell).plan(subject.model)
+        subject.check(cell)
     converged = None
     if converged_cell is not None and any(cell.deterministic for cell in cells):
-        converged = directory.converged(lambda: draw(subject, converged_cell, converged_count, progress).samples)
+        converged = directory.converged(lambda: draw(subject, converged_cell, converged_count, progress))
+    draw_in_turn(subject, [cell for cell in cells if directory.result(cell) is None], directory, progress)
+    measured_at = now()
     results = []
     for cell in cells:
         result = directory.result(cell)
         if result is None:
-            result, samples = measure(subject, cell, converged, progress)
+            batches = [directory.batch(cell, first) for first in firsts(subject, cell)]
+            result, samples = judged(subject, cell, [batch for batch in batches if batch is not None], converged)
             if (sheet := _sheet(samples)) is not None:
                 path = directory.picture_path(cell)
                 png = io.BytesIO()
                 sheet.save(png, "PNG")
                 write_atomically(path, png.getvalue())
                 result = replace(result, pictures=str(path.relative_to(directory.path)))
+            result = replace(result, measured_at=measured_at)
             directory.save(result)
+        directory.forget_batches(cell)
         results.append(result)
         done(result)
     return Study(model_name, directory.settings, tuple(results), tuple(notes))
+
+
+def draw_in_turn(
+    subject: Subject, cells: Sequence[Cell], directory: StudyDirectory, progress: Progress = lambda calls: None
+) -> None:
+    """Draw the first batch of every cell, then the second, and so on, each kept on disk.
+
+    So a time in which the machine is slower is one for all cells. Each round begins with another
+    cell, so that none always comes after the same one.
+    """
+    rounds = max((len(firsts(subject, cell)) for cell in cells), default=0)
+    for number in range(rounds):
+        for cell in [*cells[number % len(cells) :], *cells[: number % len(cells)]]:
+            beginnings = firsts(subject, cell)
+            if number < len(beginnings) and directory.batch(cell, beginnings[number]) is None:
+                directory.keep_batch(cell, beginnings[number], draw_batch(subject, cell, beginnings[number], progress))
 
 
 def calls_to_do(
@@ -157,7 +210,12 @@ def calls_to_do(
 ) -> int:
     """Return the model calls, counted per sample, that ``run_study`` would make."""
     cells = list(cells)
-    calls = sum(subject.calls(cell) for cell in cells if directory.result(cell) is None)
+    calls = 0
+    for cell in cells:
+        if directory.result(cell) is None:
+            calls += subject.calls(cell)
+            drawn = (directory.batch(cell, first) for first in firsts(subject, cell))
+            calls -= sum(len(batch.samples) * batch.calls for batch in drawn if batch is not None)
     there = (directory.path / "converged.safetensors").exists()
     if converged_cell is not None and not there and any(cell.deterministic for cell in cells):
         calls += (converged_count or subject.count) * converged_cell.num_inference_steps * subject.calls_per_step

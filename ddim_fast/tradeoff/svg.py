@@ -72,8 +72,8 @@ def axis(values: Sequence[float], start: float, end: float, margin: float = 0.07
 
 @dataclass(frozen=True)
 class Dot:
-    """A point at its coordinates. Its error bar reaches from ``top`` to ``bottom``; None if it has
-    none."""
+    """A point at its coordinates. Its error bars reach from ``top`` to ``bottom`` and from ``left``
+    to ``right``; None if it has none."""
 
     point: Point
     x: float
@@ -81,6 +81,8 @@ class Dot:
     top: float | None
     bottom: float | None
     on_front: bool
+    left: float | None = None
+    right: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,11 @@ def plot(points: Sequence[Point], front: Sequence[CellResult], width: int, heigh
 
     Args:
         front: the results that the line connects.
-        labels_below: write the numbers of steps below the front, the side without points if lower
+        labels_below: write the numbers of calls below the front, the side without points if lower
             is better; otherwise above.
     """
     left, right, top, bottom = 58.0, width - 14.0, 24.0, height - 46.0
-    horizontal = axis([p.x for p in points], left, right)
+    horizontal = axis([x for p in points for x in (p.x, *(p.reach or ()))], left, right)
     vertical = axis([value for p in points for value in _reach(p)], bottom, top)
     dots = []
     for p in points:
@@ -118,7 +120,8 @@ def plot(points: Sequence[Point], front: Sequence[CellResult], width: int, heigh
             vertical.place(p.measure.value + sign * p.measure.error) if known else None for sign in (1, -1)
         )
         is_on = any(p.result is one for one in front)
-        dots.append(Dot(p, horizontal.place(p.x), vertical.place(p.measure.value), top_end, bottom_end, is_on))
+        ends = (None, None) if p.reach is None else (horizontal.place(p.reach[0]), horizontal.place(p.reach[1]))
+        dots.append(Dot(p, horizontal.place(p.x), vertical.place(p.measure.value), top_end, bottom_end, is_on, *ends))
     on_front = sorted((dot for dot in dots if dot.on_front), key=lambda dot: dot.x)
     return Plot(
         width,

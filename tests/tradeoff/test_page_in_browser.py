@@ -6,8 +6,9 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
-from tradeoff.example_studies import ALL, EVIL, HOSTILE, MANY, NO_METRICS, ONE, with_pictures
+from tradeoff.example_studies import ALL, EVIL, HOSTILE, MANY, NO_METRICS, ONE, RACE, with_pictures
 
+from ddim_fast.tradeoff.race import races
 from ddim_fast.tradeoff.report import html_text, measure_text
 from ddim_fast.tradeoff.results import describe
 
@@ -206,3 +207,57 @@ def test_without_scripts_metrics_switch_and_pictures_are_there(browser, tmp_path
         assert visible(browser, "dialog") == []
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_a_switch_shows_quality_against_calls(browser, tmp_path):
+    load(browser, tmp_path, RACE)
+    shown = ".metrics figure .against-{} svg"
+    assert [len(visible(browser, shown.format(axis))) for axis in ("time", "calls")] == [1, 0]
+    click(browser, "label[for='axis-calls']")
+    assert [len(visible(browser, shown.format(axis))) for axis in ("time", "calls")] == [0, 1]
+    click(browser, "label[for='metric-distance']")
+    assert [len(visible(browser, shown.format(axis))) for axis in ("time", "calls")] == [0, 1]
+    assert browser.find_element(By.ID, "front-of").text == "Distance to converged"
+    show_at(browser, 1700, "light")
+    assert [len(visible(browser, shown.format(axis))) for axis in ("time", "calls")] == [1, 1]
+    assert visible(browser, ".axis-label") == []
+    assert_fits(browser)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_races_fit_and_lead_to_their_cells(browser, tmp_path, width):
+    load(browser, tmp_path, RACE, width)
+    inner = browser.execute_script(
+        "return [...document.querySelectorAll('.races .scroll')].map((e) => e.scrollWidth - e.clientWidth)"
+    )
+    assert inner == [0, 0]
+    for race in races(RACE):
+        rows = browser.find_elements(By.CSS_SELECTOR, f"[data-race='{race.metric.name}'] tbody tr")
+        assert [
+            row.find_element(By.CSS_SELECTOR, "a span").text.split("\n")[0].removesuffix(" baseline") for row in rows
+        ] == [entry.name for entry in race.entries]
+    link = browser.find_element(By.CSS_SELECTOR, "[data-race] a")
+    best = races(RACE)[0].entries[0].fastest
+    assert link.get_attribute("href").endswith(f"#row-{1 + next(i for i, r in enumerate(RACE.results) if r is best)}")
+
+
+def test_no_labels_of_a_chart_overlap(browser, tmp_path):
+    load(browser, tmp_path, RACE, 1700)
+    for svg in visible(browser, ".metrics figure svg"):
+        boxes = browser.execute_script(
+            "return [...arguments[0].querySelectorAll('text')].map((e) => { const b = e.getBoundingClientRect(); "
+            "return [b.left, b.right, b.top, b.bottom, e.textContent]; })",
+            svg,
+        )
+        assert len(boxes) > 10
+        for i, a in enumerate(boxes):
+            for b in boxes[:i]:
+                assert a[0] >= b[1] or b[0] >= a[1] or a[2] >= b[3] or b[2] >= a[3], (a, b)
+
+
+def test_others_are_filtered_by_their_names(browser, tmp_path):
+    load(browser, tmp_path, RACE)
+    choose(browser, "order", "theirs")
+    assert cells(browser) == [i for i, r in enumerate(RACE.results, 1) if r.cell.scheduler]
+    choose(browser, "spacing", "HeunDiscrete")
+    assert len(cells(browser)) == 4

@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
-from tradeoff.example_studies import ALL, FEW, MANY, PAPER, result, study
+from tradeoff.example_studies import ALL, FEW, MANY, PAPER, RACE, result, study
 
 from ddim_fast.tradeoff import Cell, plots, svg
-from ddim_fast.tradeoff.marks import COLOURS, SHAPES, Mark, Marks, _in_order, is_log, points
+from ddim_fast.tradeoff.marks import COLOURS, HORIZONTALS, SHAPES, Mark, Marks, _in_order, is_log, points
+from ddim_fast.tradeoff.results import way_of
 
 
 def test_each_way_to_sample_has_a_mark_of_its_own():
@@ -27,6 +28,25 @@ def test_colour_is_what_differs():
     assert Marks(FEW).legend() == {}
     orders = study(result(Cell(10), 1.0), result(Cell(10, order=2), 2.0))
     assert [e.mark for e in Marks(orders).legend()["order"]] == [Mark(0, 0, True), Mark(1, 0, False)]
+
+
+def test_everybody_has_a_mark_of_their_own():
+    marks = Marks(RACE)
+    ways = {way_of(r.cell): marks.of(r.cell) for r in RACE.results}
+    assert len({*ways.values()}) == len(ways) == 9
+    assert {e.value: e.mark for e in marks.legend()["others"]} == {
+        name: marks.of(r.cell) for r in RACE.results if r.cell.scheduler for name in way_of(r.cell)
+    }
+    alone = study(*(r for r in RACE.results if r.cell.scheduler or way_of(r.cell) == way_of(Cell(5))))
+    assert [e.value for e in Marks(alone).legend()["spacing"]] == ["leading"]
+    many = study(*(result(Cell(1, f"S{i}", scheduler=f"x:S{i}"), 1.0) for i in range(30)), result(Cell(1), 2.0))
+    assert len({Marks(many).of(r.cell) for r in many.results}) == 31
+
+
+def test_times_reach_over_the_quartiles_of_their_batches():
+    drawn = points(RACE, "frechet", HORIZONTALS["time"])
+    assert all(p.reach[0] <= p.x <= p.reach[1] for p in drawn)
+    assert all(p.reach is None for p in points(RACE, "frechet", HORIZONTALS["calls"]))
 
 
 def test_many_names_take_colours_again():
@@ -62,12 +82,14 @@ def test_axes_hold_all_values_and_have_ticks_at_round_numbers(values):
         assert len({tick.text for tick in ticks}) == len(ticks)
 
 
-@pytest.mark.parametrize("name", ["many", "paper", "one", "few", "diverged", "wasserstein"])
+@pytest.mark.parametrize("name", ["many", "paper", "one", "few", "diverged", "wasserstein", "race"])
 @pytest.mark.parametrize("size", [(900, 460), (366, 380)])
-def test_svg_is_where_its_numbers_are(name, size):
+@pytest.mark.parametrize("horizontal", HORIZONTALS)
+def test_svg_is_where_its_numbers_are(name, size, horizontal):
+    by = HORIZONTALS[horizontal].of
     for metric in ALL[name].metrics:
-        drawn = points(ALL[name], metric.name, lambda r: r.milliseconds)
-        plot = svg.plot(drawn, ALL[name].pareto_front(metric.name), *size, metric.better == "lower")
+        drawn = points(ALL[name], metric.name, HORIZONTALS[horizontal])
+        plot = svg.plot(drawn, ALL[name].pareto_front(metric.name, by), *size, metric.better == "lower")
         by_quality = sorted(plot.dots, key=lambda dot: dot.point.measure.value)
         assert [dot.y for dot in by_quality] == sorted((dot.y for dot in plot.dots), reverse=True)
         by_time = sorted(plot.dots, key=lambda dot: dot.point.x)
@@ -75,26 +97,28 @@ def test_svg_is_where_its_numbers_are(name, size):
         for dot in plot.dots:
             assert plot.left <= dot.x <= plot.right
             assert plot.top <= dot.y <= plot.bottom
+            if dot.left is not None:
+                assert plot.left <= dot.left <= dot.right <= plot.right
             if dot.top is None:
                 assert not dot.point.measure.error > 0
             else:
                 assert plot.top <= dot.top <= dot.y <= dot.bottom <= plot.bottom
         on_line = [tuple(map(float, pair.split(","))) for pair in plot.line.split()]
         assert on_line == sorted((dot.x, dot.y) for dot in plot.dots if dot.on_front)
-        assert len(on_line) == len(ALL[name].pareto_front(metric.name))
+        assert len(on_line) == len(ALL[name].pareto_front(metric.name, by))
         assert plot.labels
         assert all(0 < y <= plot.bottom and abs(y - dot.y) > 10 for dot, y in plot.labels)
 
 
 def test_an_error_bar_longer_than_its_value_stays_within():
     shown = study(result(Cell(10), 1.0, 50.0), result(Cell(20), 100.0, 1.0))
-    plot = svg.plot(points(shown, "frechet", lambda r: r.milliseconds), [], 900, 460, True)
+    plot = svg.plot(points(shown, "frechet", HORIZONTALS["time"]), [], 900, 460, True)
     assert all(math.isfinite(dot.bottom) and dot.bottom <= plot.bottom for dot in plot.dots)
     assert all(float(tick.text) > 0 for tick in plot.y_ticks)  # the axis is logarithmic all the same
 
 
-@pytest.mark.parametrize("draw", [plots.quality_against_time, plots.quality_against_steps])
-@pytest.mark.parametrize("name", ["many", "paper", "one", "diverged", "hostile"])
+@pytest.mark.parametrize("draw", [plots.quality_against_time, plots.quality_against_calls])
+@pytest.mark.parametrize("name", ["many", "paper", "one", "diverged", "hostile", "race"])
 def test_png_has_the_colours_of_the_page(draw, name):
     image = np.asarray(Image.open(io.BytesIO(draw(ALL[name], "frechet"))).convert("RGB"))
     marks = Marks(ALL[name])

@@ -21,6 +21,7 @@ from tradeoff.example_studies import (
     MANY,
     NO_METRICS,
     ONE,
+    RACE,
     result,
     study,
     with_pictures,
@@ -28,6 +29,8 @@ from tradeoff.example_studies import (
 
 from ddim_fast.tradeoff import Cell, Measure, read_json
 from ddim_fast.tradeoff import report as report_module
+from ddim_fast.tradeoff.numbers import range_text
+from ddim_fast.tradeoff.race import races, reached_text
 from ddim_fast.tradeoff.report import csv_text, html_text, measure_text, number_text, write_report
 from ddim_fast.tradeoff.results import describe
 from ddim_fast.utils.html import plain_text
@@ -63,9 +66,14 @@ def test_page_says_everything_and_needs_nothing_else(name, tmp_path):
     assert not re.search(r"url\(|@import|https?:", text)
 
 
-def test_headline_is_the_first_metrics_recommendation(tmp_path):
-    found = re.search(r'<p class="headline">(.*?)</p>', html_text(MANY, tmp_path))[1]
-    assert found.replace("\u00a0", " ") == str(MANY.recommendation())
+def headline(shown, tmp_path):
+    found = re.search(r'<p class="headline">(.*?)</p>', html_text(shown, tmp_path))[1]
+    return found.replace("\u00a0", " ")
+
+
+def test_headline_is_the_first_race_or_else_the_first_recommendation(tmp_path):
+    assert headline(RACE, tmp_path) == str(races(RACE)[0])
+    assert headline(FEW, tmp_path) == str(FEW.recommendation())
     assert "no quality" in html_text(NO_METRICS, tmp_path)
     assert "Nothing was measured" in html_text(study(), tmp_path)
 
@@ -91,6 +99,32 @@ def test_table_marks_the_front_the_best_and_what_error_allows(tmp_path):
     signs = [re.findall(r'<abbr title="(.*?)"', row) for row in rows]
     front, best, close = "on the front", "the best", "within error of the best"
     assert signs == [[front], [front, close], [front, best], [close]]
+
+
+def test_races_are_tables_with_a_row_for_each_contender(tmp_path):
+    text = html_text(RACE, tmp_path)
+    for race in races(RACE):
+        table = re.search(rf'<table class="race" data-race="{race.metric.name}">.*?</table>', text, re.S)[0]
+        rows = [" ".join(Page(row).text.split()) for row in re.findall("<tr.*?</tr>", table, re.S)[1:]]
+        assert len(rows) == len(race.entries)
+        for row, entry in zip(rows, race.entries, strict=True):
+            assert row.startswith(entry.name)
+            if entry.fastest is None:
+                assert row.endswith(reached_text(entry, race.metric))
+            else:
+                assert str(entry.ratio) in row
+                assert row.endswith(f" {entry.fastest.calls} {entry.fastest.cell.num_inference_steps}")
+    assert "data-race" not in html_text(FEW, tmp_path)
+
+
+def test_times_have_their_spread_and_a_busy_machine_is_told(tmp_path):
+    assert re.search(
+        r'data-label="Milliseconds a sample"[^>]*>2.52 <small>2.5 to 3.8</small>', html_text(RACE, tmp_path)
+    )
+    slow = replace(RACE.results[0], model_ms=2 * RACE.results[0].model_ms)
+    text = Page(html_text(replace(RACE, results=(slow, *RACE.results[1:])), tmp_path)).text
+    assert "disagree in the time that the model took" in text
+    assert "disagree in the time that the model took" not in Page(html_text(RACE, tmp_path)).text
 
 
 def test_pictures_are_within_the_page(tmp_path):
@@ -251,6 +285,22 @@ def test_numbers_have_the_digits_that_errors_allow(measure, text):
     assert measure_text(measure) == text
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [
+        (0.19, 0.2412, "0.190 to 0.241"),
+        (80.0, 95.4, "80 to 95"),
+        (25.0, 25.0000001, "25.0"),
+        (0.4, 0.4, "0.400"),
+        (2.0, math.inf, "2.00 or more"),
+        (1500.0, 2500.0, "1,500 to 2,500"),
+        (0.0, 0.0, "0"),
+    ],
+)
+def test_intervals_have_the_digits_that_their_width_allows(low, high, text):
+    assert range_text(low, high) == text
+
+
 def test_every_size_of_a_number_can_be_written():
     assert [number_text(x) for x in (math.nan, 1e-12, 0.00123, 1234567.0)] == [
         "—",
@@ -272,6 +322,10 @@ def test_csv_is_read_back(name):
         cell = found.cell
         assert None not in row
         assert "nan" not in row.values()
+        assert row["scheduler"] == (cell.scheduler or "")
+        if cell.scheduler:
+            assert (row["spacing"], row["eta"], row["order"]) == (cell.timestep_spacing, "", "theirs")
+            continue
         timesteps = tuple(map(int, row["timesteps"].split())) or None
         sigma_hat = bool(int(row["sigma_hat"]))
         read = Cell(
@@ -306,7 +360,7 @@ def test_csv_of_nothing_has_its_columns():
 def test_files(name, tmp_path):
     directory = tmp_path / "new"
     files = write_report(ALL[name], directory)
-    kinds = [f"quality-against-{kind}-{metric.name}.png" for metric in ALL[name].metrics for kind in ("time", "steps")]
+    kinds = [f"quality-against-{kind}-{metric.name}.png" for metric in ALL[name].metrics for kind in ("time", "calls")]
     assert [path.name for path in files] == ["report.html", "study.json", "cells.csv", *kinds]
     assert sorted(directory.iterdir()) == sorted(files)
     assert repr(read_json(directory / "study.json").metrics) == repr(ALL[name].metrics)
@@ -347,6 +401,6 @@ def test_every_study_has_a_plot_of_each_metric(tmp_path):
         text = html_text(shown, tmp_path)
         assert re.findall(r'<figure data-metric="(\w+)"', text) == [metric.name for metric in shown.metrics], name
         points = sum(len(shown.with_metric(metric.name)) for metric in shown.metrics)
-        assert text.count('<a class="point') == 2 * points, name
-    assert html_text(DIVERGED, tmp_path).count('<a class="point') == 4
+        assert text.count('<a class="point') == 4 * points, name
+    assert html_text(DIVERGED, tmp_path).count('<a class="point') == 8
     assert "not finite" in html_text(DIVERGED, tmp_path)

@@ -26,6 +26,7 @@ from ddim_fast.tradeoff import (
     run_study,
     settings_of,
 )
+from ddim_fast.tradeoff import study as study_module
 from ddim_fast.tradeoff.results import describe, eta_text
 from ddim_fast.tradeoff.study import calls_to_do
 
@@ -39,6 +40,10 @@ def closed_form(**changes):
     return Subject(truth, LINEAR, (1,), **{**options, **changes})
 
 
+class PowerCut(Exception):  # noqa: N818 (no error, but a stand-in for one)
+    pass
+
+
 class Pictures(nn.Module):
     """A denoiser of flat pictures whose grey is the label's."""
 
@@ -47,9 +52,11 @@ class Pictures(nn.Module):
     def __init__(self):
         super().__init__()
         self.grey = nn.Parameter(torch.linspace(-0.5, 0.5, 4))
-        self.calls = 0
+        self.calls, self.fails_at = 0, None
 
     def forward(self, x, t, class_labels):
+        if self.calls == self.fails_at:
+            raise PowerCut
         self.calls += len(x)
         return self.grey[class_labels].view(-1, 1, 1, 1).expand_as(x) + 0 * x
 
@@ -223,25 +230,39 @@ def test_damaged_files_are_named(tmp_path, name, content):
 def test_it_goes_on_where_it_was(tmp_path):
     whole, model = study(tmp_path / "whole", CELLS)
     assert model.calls == 10 * (2 + 4 + 3 + 40)
+    # The converged samples, the first round of batches of 4, and of the second that of the second cell.
+    kept = 10 * 40 + 4 * (2 + 4 + 3) + 4 * 4
 
-    class Broken(Exception):  # noqa: N818 (no error, but a stand-in for a power cut)
-        pass
-
-    def break_off(result):
-        if result.cell == CELLS[1]:
-            raise Broken
-
-    with pytest.raises(Broken):
-        study(tmp_path / "parts", CELLS, done=break_off)
+    model = Pictures()
+    model.fails_at = kept
+    with pytest.raises(PowerCut):
+        study(tmp_path / "parts", CELLS, model=model)
     rest, model = study(tmp_path / "parts", CELLS)
-    assert model.calls == 10 * 3
+    assert model.calls == 10 * (2 + 4 + 3 + 40) - kept
     assert [r.quality for r in rest.results] == [r.quality for r in whole.results]
+    assert not list((tmp_path / "parts" / "cells").glob("*.safetensors"))
     again, model = study(tmp_path / "parts", CELLS)
     assert model.calls == 0
     assert [r.as_dict() for r in again.results] == [r.as_dict() for r in rest.results]
     more, model = study(tmp_path / "parts", [*CELLS, Cell(5)])
     assert model.calls == 50
     assert len(more.results) == 4
+
+
+def test_cells_are_drawn_in_turn_and_each_whole_batch_is_timed(tmp_path, monkeypatch):
+    order, real = [], study_module.draw_batch
+    monkeypatch.setattr(
+        study_module,
+        "draw_batch",
+        lambda s, cell, *rest: order.append((CELLS.index(cell), rest[0])) or real(s, cell, *rest),
+    )
+    found, _ = study(tmp_path, CELLS)
+    assert order == [(0, 0), (1, 0), (2, 0), (1, 4), (2, 4), (0, 4), (2, 8), (0, 8), (1, 8)]
+    for result in found.results:
+        assert len(result.batch_ms) == 2  # the third is of two samples
+        assert result.milliseconds > 0
+        assert min(result.batch_ms) - 1e-9 <= result.milliseconds <= max(result.batch_ms) + 1e-9
+    assert len({result.measured_at for result in found.results}) == 1
 
 
 def test_pictures_are_kept(tmp_path):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
+from ...integrations.named_schedulers import NamedScheduler, is_scheduler, named_scheduler
 from ...kernels.dispatch import BACKENDS
 from ...utils.checks import refuse
 from ...utils.import_string import import_string
@@ -26,10 +27,6 @@ class Adapter(NamedTuple):
     make: Callable[[Any, str | None], Subject]
 
 
-def _is_scheduler(value: Any) -> bool:
-    return callable(getattr(value, "set_timesteps", None)) and callable(getattr(value, "step", None))
-
-
 def _is_step(value: Any) -> bool:
     names = parameters(value) if callable(value) else ()
     return StepFunction.path_by_parameters(names) is not None
@@ -39,11 +36,11 @@ def _is_sampler(value: Any) -> bool:
     return callable(value) and parameters(value)[:1] == ("model",)
 
 
-def _scheduler(value: Any, name: str | None) -> Subject:
+def _scheduler(value: Any, name: str | None, options: Mapping[str, Any] | None = None) -> Subject:
     make = value if inspect.isclass(value) else type(value)
     kind = Scheduler if sigma_form(make) is None else SigmaScheduler
     if make is value:
-        return kind(value, name=name)
+        return kind(value, dict(options or {}), name=name)
     given = {k: v for k, v in dict(getattr(value, "config", {})).items() if not k.startswith("_")}
     varied = kind(make).config(Setting()) if kind is Scheduler else ()
     return kind(make, {k: v for k, v in given.items() if k not in varied})
@@ -52,7 +49,12 @@ def _scheduler(value: Any, name: str | None) -> Subject:
 ADAPTERS = (
     Adapter("a Subject of ddim_fast.verify", lambda v: isinstance(v, Subject), lambda v, name: v),
     Adapter("a subclass of it", lambda v: inspect.isclass(v) and issubclass(v, Subject), lambda v, name: v()),
-    Adapter("a scheduler: a class, or an object, with set_timesteps and step", _is_scheduler, _scheduler),
+    Adapter("a scheduler: a class, or an object, with set_timesteps and step", is_scheduler, _scheduler),
+    Adapter(
+        "a scheduler with options: module:Class?option=value&option=value",
+        lambda v: isinstance(v, NamedScheduler),
+        lambda v, name: _scheduler(v.make, name, v.options),
+    ),
     Adapter(
         "a step: step(x_t, model_output, alpha_bar_t, alpha_bar_prev, ...), or with t, t_prev or sigma_t, sigma_prev",
         _is_step,
@@ -90,7 +92,7 @@ def _imported(name: str) -> Any:
             f"a subject must be a backend ({', '.join(BACKENDS)}) or module:attribute, such as diffusers:DDIMScheduler",
             name,
         )
-    return import_string(name, "the subject")
+    return named_scheduler(name, "the subject") if "?" in name else import_string(name, "the subject")
 
 
 __all__ = ["ADAPTERS", "FEATURES", "SamplerFunction", "Scheduler", "SigmaScheduler", "StepFunction", "subject_of"]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ...utils.random_state import global_generator
 from ..truth.cases import CLEAN, Level, Model, Setting, StepCase, StepResult
 from .schedulers import Scheduler, SigmaForm, SigmaScheduler
 from .subject import Subject
@@ -33,22 +34,6 @@ def library(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"this subject needs {package} ({error}): pip install {package}") from error
-
-
-@contextmanager
-def global_generator(source: torch.Generator | None) -> Iterator[None]:
-    """Draw from ``source`` where a library draws from torch's global generator; restore the global
-    generator's state afterwards."""
-    if source is None:
-        yield
-        return
-    before = torch.get_rng_state()
-    torch.set_rng_state(source.get_state())
-    try:
-        yield
-    finally:
-        source.set_state(torch.get_rng_state())
-        torch.set_rng_state(before)
 
 
 # --- diffusers --------------------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ class Scheduler(Subject):
         return options
 
     def code(self, case: StepCase) -> str:
-        module, _, attribute = self.name.partition(":")
+        module, _, attribute = self.name.partition("?")[0].partition(":")
         options = {k: v for k, v in self._options(case).items() if k not in ("variance_noise", "generator")}
         arguments = "".join(f", {name}={value!r}" for name, value in options.items())
         arguments += ", variance_noise=noise" if case.noise is not None else ""
@@ -254,7 +254,7 @@ class SigmaScheduler(Scheduler):
         return x_t
 
     def code(self, case: StepCase) -> str:
-        module, _, attribute = self.name.partition(":")
+        module, _, attribute = self.name.partition("?")[0].partition(":")
         return "\n".join(
             [
                 f"from {module} import {attribute}",

@@ -93,16 +93,6 @@ def test_a_library_that_is_missing_is_named(package, monkeypatch):
             kind()
 
 
-def test_the_global_generator_goes_on_from_the_source_and_is_given_back():
-    source, twin = (torch.Generator().manual_seed(5) for _ in range(2))
-    before = torch.get_rng_state()
-    with in_the_wild.global_generator(source):
-        drawn = torch.randn(3)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(drawn, torch.randn(3, generator=twin))
-    assert torch.equal(torch.randn(3, generator=source), torch.randn(3, generator=twin))
-
-
 def test_only_the_first_draw_is_replaced():
     x_T = torch.ones(2)
     with in_the_wild.StartFrom(x_T):

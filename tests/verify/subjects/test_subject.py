@@ -10,7 +10,7 @@ import torch
 from ddim_fast.verify import Outcome, Subject, verify
 from ddim_fast.verify.subjects.adapters import subject_of
 from ddim_fast.verify.truth import oracle
-from ddim_fast.verify.truth.cases import StepResult
+from ddim_fast.verify.truth.cases import Setting, StepResult
 
 
 class OfVersion01(Subject):
@@ -145,3 +145,21 @@ def test_a_scheduler_object_brings_its_shift():
     report = verify(diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0), checks=("model-input", "whole-run"))
     assert report.passed
     assert report.conventions["paths"] == "flow?shift=7.0&time_scale=1000 (flow)"
+
+
+def test_a_scheduler_is_configured_by_its_name():
+    found = subject_of("diffusers:DDIMScheduler?set_alpha_to_one=false&timestep_spacing=trailing")
+    assert not found.ends_clean
+    assert found.spacings == ()
+    config = found.config(Setting())
+    assert (config["set_alpha_to_one"], config["timestep_spacing"]) == (False, "trailing")
+    shifted = subject_of("diffusers:FlowMatchEulerDiscreteScheduler?shift=5")
+    assert shifted.paths[0].schedule == "flow?shift=5.0&time_scale=1000"
+    assert "diffusers:DDIMScheduler takes beta_end, " in _refused("diffusers:DDIMScheduler?eta=1", ValueError)
+    assert "must be a class with set_timesteps and step" in _refused("math:sin?a=1", TypeError)
+
+
+def _refused(name, kind):
+    with pytest.raises(kind) as caught:
+        subject_of(name)
+    return str(caught.value)
