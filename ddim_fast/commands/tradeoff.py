@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import click
@@ -210,13 +212,22 @@ def tradeoff(
     for text in against:
         cells += other_cells(subject, text, sorted(counts), counts)
     converged = None if paper else (QUICK_CONVERGED if quick else CONVERGED)
-    study = replace(_measure(run, subject, cells, out, converged), targets=aims)
+    study = replace(_measure(run, subject, cells, out, converged), targets=aims, notes=_libraries(against))
     written = write_report(study, out)
     for line in summary(study):
         run.say(line)
     run.say(f"{len(study.results)} cells -> {written[0]}, and {len(written) - 1} more files")
     if opens and not open_page(written[0]):
         click.echo(f"no display to open it on: {written[0].resolve()}")
+
+
+def _libraries(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return a note of the versions of the libraries whose schedulers take part."""
+    found = []
+    for library in dict.fromkeys(name.partition(":")[0].partition(".")[0] for name in names):
+        with suppress(PackageNotFoundError):  # a file of the user's
+            found.append(f"{library} {version(library)}")
+    return (f"Other libraries' schedulers are those of {', '.join(found)}.",) if found else ()
 
 
 def _targets(texts: tuple[str, ...]) -> dict[str, float]:
