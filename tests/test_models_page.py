@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from monai.inferers import DiffusionInferer
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDIMScheduler
-from page_examples import DOCS, NETWORKS, examples
+from page_examples import DOCS, examples
+from readers import networks
 
 EXAMPLES = examples("MODELS.md")
 DROPPED_IN = [example for example in EXAMPLES if "fast_scheduler(" in example.code]
@@ -80,7 +81,7 @@ def latent_diffusion():
     }
 
 
-GIVEN = {f.__name__: f for f in (monai, diffusion_policy, flow_policy, latent_diffusion)} | {"edm": NETWORKS.copy}
+GIVEN = {f.__name__: f for f in (monai, diffusion_policy, flow_policy, latent_diffusion)} | {"edm": networks}
 
 
 def given(example):
