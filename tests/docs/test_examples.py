@@ -7,6 +7,7 @@ import warnings
 import click
 import pytest
 import torch
+from page_commands import check_commands
 from page_examples import DOCS, ROOT, SHELL, check_shell, parse
 
 PAGES = ["../README.md", *sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))]
