@@ -1,7 +1,7 @@
-"""Draw the pictures of README.md: a grid from the model that ships, and a chart of docs/benchmarks.json.
+"""Draw the pictures of README.md and docs/METHOD.md from the model that ships, and a chart of docs/benchmarks.json.
 
 \b
-python tools/pictures.py                # docs/images/grid.png, docs/images/chart.svg
+python tools/pictures.py                # docs/images/*.png, docs/images/chart.svg
 """
 
 import json
@@ -23,19 +23,71 @@ BLUE, GREY = "#2563a8", "#9aa3ad"
 # --- The grid ---------------------------------------------------------------------------------------------------------
 
 
-def picture_grid() -> Image.Image:
+def picture_grid(rows: int = ROWS) -> Image.Image:
     """Draw the first samples of ``make sample``, a column for each class."""
     model = df.load_model("fashion")
     classes = len(model.class_names)
     sampler = df.DDIMSampler(model.schedule, num_inference_steps=STEPS)
     samples = sampler.sample(
         model,
-        (ROWS * classes, 1, 28, 28),
+        (rows * classes, 1, 28, 28),
         seed=0,
-        conditioning={"class_labels": torch.arange(ROWS * classes) % classes},
+        conditioning={"class_labels": torch.arange(rows * classes) % classes},
     )
     return grid(samples, columns=classes, scale=2)
 
+
+# --- The method -------------------------------------------------------------------------------------------------------
+
+
+def forward_process() -> Image.Image:
+    """One clean picture at timesteps from 0 to 999."""
+    model = df.load_model("fashion")
+    x0 = _one(model, "Trouser", steps=50)
+    timesteps = torch.tensor([0, 50, 100, 200, 300, 450, 650, 999])
+    noise = torch.from_numpy(df.standard_normals(df.sample_seeds(1, 1), 28 * 28, 0, 0)).view(1, 1, 28, 28)
+    shape = (len(timesteps), -1, -1, -1)
+    noisy = model.schedule.add_noise(x0.expand(shape), noise.expand(shape), timesteps)
+    return grid(noisy, columns=len(timesteps), scale=2)
+
+
+def steps() -> Image.Image:
+    """Ten steps: the states, and the clean picture that each predicts."""
+    model = df.load_model("fashion")
+    run = _one(model, "Shirt", steps=10, return_trajectory=True)
+    return grid(torch.cat([*run.x_t[:-1], *run.x0]), columns=len(run.x0), scale=2)
+
+
+def eta() -> Image.Image:
+    """The same start with six seeds for the noise: eta = 0, 0.5 of the standard deviation, 0.5 of the variance, 1."""
+    model = df.load_model("fashion")
+    start = torch.from_numpy(df.standard_normals(df.sample_seeds(3, 1), 28 * 28, 0, 0)).view(1, 1, 28, 28)
+    rows = []
+    for value, scales in ((0.0, "std_dev"), (0.5, "std_dev"), (0.5, "variance"), (1.0, "std_dev")):
+        sampler = df.DDIMSampler(model.schedule, 50, eta=value, eta_scales=scales, timestep_spacing="trailing")
+        labels = torch.full((6,), model.class_names.index("Coat"))
+        rows.append(
+            sampler.sample(
+                model, x_T=start.expand(6, -1, -1, -1), seeds=range(6), conditioning={"class_labels": labels}
+            )
+        )
+    return grid(torch.cat(rows), columns=6, scale=2)
+
+
+def _one(model, label: str, steps: int, **options):
+    """Sample one picture of a class."""
+    sampler = df.DDIMSampler(model.schedule, steps, timestep_spacing="trailing")
+    labels = torch.tensor([model.class_names.index(label)])
+    return sampler.sample(model, (1, 1, 28, 28), seed=0, conditioning={"class_labels": labels}, **options)
+
+
+PICTURES: dict[str, Callable[[], Image.Image]] = {
+    "grid": picture_grid,
+    "forward": forward_process,
+    "steps": steps,
+    "eta": eta,
+}
+"""The pictures, by the names of their files."""
 
 # --- The chart --------------------------------------------------------------------------------------------------------
 
@@ -91,9 +143,10 @@ def chart(name: str, path: Path) -> None:
 @click.option("--chart", "name", type=click.Choice(sorted(CHARTS)), default="step", show_default=True)
 def main(name: str) -> None:
     IMAGES.mkdir(exist_ok=True)
-    picture_grid().save(IMAGES / "grid.png", optimize=True)
+    for file, draw in PICTURES.items():
+        draw().save(IMAGES / f"{file}.png", optimize=True)
     chart(name, IMAGES / "chart.svg")
-    click.echo(f"wrote {IMAGES / 'grid.png'} and {IMAGES / 'chart.svg'}")
+    click.echo(f"wrote {', '.join(PICTURES)} and chart to {IMAGES}")
 
 
 if __name__ == "__main__":
