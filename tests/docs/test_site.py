@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pages import assert_fits, show_at
 
 import ddim_fast as df
 
@@ -45,6 +46,16 @@ def test_formulas_are_mathml_and_every_page_is_in_the_navigation(site):
         name = page.relative_to(site).as_posix()
         if name not in ("genindex.html", "search.html", "index.html", "py-modindex.html"):
             assert f'href="{name}"' in index, name
+
+
+@pytest.mark.docs
+@pytest.mark.browser
+def test_pages_fit_a_phone_and_a_desk(site, browser):
+    for width in (390, 1280):
+        show_at(browser, width, "light")
+        for name in ("index", "METHOD", "MODELS", "reference", "BENCHMARKS", "notebooks/start"):
+            browser.get((site / f"{name}.html").as_uri())
+            assert_fits(browser)
 
 
 @pytest.mark.docs
