@@ -73,7 +73,12 @@ html_math_renderer = "mathml"
 html_use_index = False
 html_copy_source = html_show_sourcelink = False
 
-FROM_ROOT = {"index": "README.md", "contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
+FROM_ROOT = {
+    "index": "README.md",
+    "contributing": "CONTRIBUTING.md",
+    "changelog": "CHANGELOG.md",
+    "security": "SECURITY.md",
+}
 """Pages whose text stands in the repository's root."""
 
 

@@ -35,7 +35,15 @@ def check_python(words):
     """A script is there, and names every option; ``-m`` names a module that is known here."""
     program, *rest = words
     if program == "-m":
-        assert rest[0] in ("venv", "pip", "ddim_fast", "ddim_fast.gpu_lab.machine_code", "pytest", "build"), rest
+        assert rest[0] in (
+            "venv",
+            "pip",
+            "ddim_fast",
+            "ddim_fast.gpu_lab.machine_code",
+            "pytest",
+            "build",
+            "cibuildwheel",
+        ), rest
         return
     source = (ROOT / program).read_text()
     for option in (word for word in rest if word.startswith("--")):
