@@ -24,7 +24,7 @@ def check_ddim_fast(words):
     assert command is not None, f"ddim-fast has no command {name}"
     try:
         command.make_context(name, rest, parent=click.Context(main, info_name="ddim-fast"))
-    except click.exceptions.Exit:  # --help and --list
+    except click.exceptions.Exit:  # what --help and --list say is printed
         pass
     except click.BadParameter as error:
         if "does not exist" not in error.message:  # which files the reader has

@@ -7,7 +7,7 @@ import warnings
 import click
 import pytest
 import torch
-from page_commands import check_commands
+from page_commands import PROGRAMS, check_commands
 from page_examples import DOCS, ROOT, SHELL, check_shell, parse
 
 PAGES = ["../README.md", *sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))]
@@ -56,6 +56,19 @@ def test_every_block_runs_from_top_to_bottom(page):
 def test_a_page_that_is_not_run_here_is_run_there(page):
     source = (ROOT / "tests" / BESIDE_AN_ORACLE[page]).read_text()
     assert f'"{page}"' in source
+
+
+WITHIN_TEXT = re.compile(rf"`((?:{'|'.join(name for name in PROGRAMS if len(name) > 2)}) [^`]+)`")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_within_the_text_exist(page):
+    text = re.sub(r"^```.*?^```$", "", (DOCS / page).read_text(), flags=re.M | re.S)
+    for command in WITHIN_TEXT.findall(text):
+        try:
+            check_commands(" ".join(command.split()))
+        except (click.MissingParameter, click.BadOptionUsage) as error:  # a part of one
+            assert "issing parameter" in str(error) or "requires an argument" in str(error)
 
 
 @pytest.mark.parametrize("page", PAGES)
