@@ -162,14 +162,14 @@ def test_the_script_of_another_ninja_is_never_called(tree, tmp_path):
 
 
 def test_the_oldest_versions_that_are_tested_are_the_ones_that_are_claimed():
-    claimed = re.findall(r'"([a-z0-9_-]+)>=([0-9.]+)"', (ROOT / "pyproject.toml").read_text())
+    the_rest = re.sub(
+        r"\ndocs = \[.*?\n\]", "", (ROOT / "pyproject.toml").read_text(), flags=re.S
+    )  # makes the site: one version
+    claimed = re.findall(r'"([a-z0-9_-]+)>=([0-9.]+)"', the_rest)
     pinned = dict(re.findall(r"^([a-z0-9_-]+)==([0-9.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.M))
     assert len(claimed) > 20
-    of_the_site = re.findall(
-        r'"([a-z0-9_-]+)>=', (ROOT / "pyproject.toml").read_text().split("docs = [")[1].split("]")[0]
-    )
     for name, lowest in claimed:
-        if name in ("mypy", "ruff", *of_the_site):  # check the sources or make the site, and run on one version
+        if name in ("mypy", "ruff"):  # check the sources, and run on one version
             continue
         assert f"{pinned[name]}.".startswith(f"{lowest}."), (name, lowest, pinned[name])
 
