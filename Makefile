@@ -25,7 +25,7 @@ endif
 NATIVE := $(wildcard kernels/csrc/*)
 SAMPLE := --steps 20 -n 60 --seed 0
 
-.PHONY: help sample verify test test-slow test-oldest test-newest test-adapters test-robotics gpu gpu-rehearsal predict bench bench-compare lint types wheel-check sanitize \
+.PHONY: help sample verify test test-slow test-oldest test-newest test-adapters test-robotics gpu gpu-rehearsal predict bench bench-compare docs lint types wheel-check sanitize \
   same-bits build-check clean
 
 help: ## list the targets
@@ -36,7 +36,7 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(NATIVE) | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt $(TORCH_SOURCE) torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,bench,lint]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,bench,lint,docs]"
 	touch $@
 
 # The two ends of what pyproject.toml claims: see docs/VERSIONS.md.
@@ -120,6 +120,9 @@ lint: $(VENV)/.installed types ## check style, formatting and types
 
 types: $(VENV)/.installed ## check the types of the package and of a user's script with mypy
 	tools/check_types.sh $(BIN)
+
+docs: $(VENV)/.installed ## build these pages and the reference as a site, strictly: out/docs/index.html
+	$(BIN)/python -m sphinx -W --keep-going -q docs $(OUT)/docs
 
 wheel-check: $(VENV)/.installed ## build the sdist and the wheel, and use the wheel outside the repository
 	tools/check_wheel.sh $(BIN)/python

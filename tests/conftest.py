@@ -1,9 +1,10 @@
 """What the tests share: one thread unless a test asks for more, memory full of NaN until it is written, restored switches, a browser.
 
-Tests marked ``browser`` run where Chromium and its driver are. Elsewhere they are deselected, which pytest's last line tells, and not
-skipped; with DDIM_FAST_REQUIRE_BROWSER=1 they run everywhere, and fail without one.
+Tests marked ``browser`` run where Chromium and its driver are, those marked ``docs`` where the extra docs is installed. Elsewhere they
+are deselected, which pytest's last line tells, and not skipped; with DDIM_FAST_REQUIRE_BROWSER=1 they run everywhere, and fail without one.
 """
 
+import importlib.util
 import os
 import shutil
 
@@ -62,13 +63,16 @@ BROWSER_FLAGS = (
 
 
 def pytest_collection_modifyitems(config, items):
-    if os.environ.get("DDIM_FAST_REQUIRE_BROWSER") == "1" or (
-        shutil.which("chromium") and shutil.which("chromedriver")
-    ):
-        return
-    without = [item for item in items if item.get_closest_marker("browser")]
-    config.hook.pytest_deselected(items=without)
-    items[:] = [item for item in items if item not in without]
+    required = os.environ.get("DDIM_FAST_REQUIRE_BROWSER") == "1"
+    there = {
+        "browser": required or (shutil.which("chromium") and shutil.which("chromedriver")),
+        "docs": importlib.util.find_spec("sphinx") and importlib.util.find_spec("nbclient"),
+    }
+    missing = [marker for marker, found in there.items() if not found]
+    without = [item for item in items if any(item.get_closest_marker(marker) for marker in missing)]
+    if without:
+        config.hook.pytest_deselected(items=without)
+        items[:] = [item for item in items if item not in without]
 
 
 @pytest.fixture(scope="module")

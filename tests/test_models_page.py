@@ -1,6 +1,9 @@
 """The examples of docs/MODELS.md run as written, with a tiny random model of each family, and draw the original's pictures."""
 
+import atexit
 import re
+import shutil
+import tempfile
 import warnings
 from types import SimpleNamespace
 
@@ -12,7 +15,8 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from monai.inferers import DiffusionInferer
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDIMScheduler
-from page_examples import DOCS, NETWORKS, examples
+from page_examples import DOCS, examples
+from readers import networks
 
 EXAMPLES = examples("MODELS.md")
 DROPPED_IN = [example for example in EXAMPLES if "fast_scheduler(" in example.code]
@@ -80,7 +84,14 @@ def latent_diffusion():
     }
 
 
-GIVEN = {f.__name__: f for f in (monai, diffusion_policy, flow_policy, latent_diffusion)} | {"edm": NETWORKS.copy}
+def directory():
+    where = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, where)
+    tiny_pipelines.unconditional()[0].save_pretrained(where)
+    return {"directory": where}
+
+
+GIVEN = {f.__name__: f for f in (monai, diffusion_policy, flow_policy, latent_diffusion, directory)} | {"edm": networks}
 
 
 def given(example):
@@ -141,7 +152,9 @@ def test_the_actions_are_those_of_the_loop_of_lerobot(example):
 
 
 @pytest.mark.parametrize(
-    "example", [e for e in EXAMPLES if e.given in ("edm", "", "latent_diffusion")], ids=lambda example: example.given
+    "example",
+    [e for e in EXAMPLES if e.given in ("edm", "", "latent_diffusion", "directory")],
+    ids=lambda example: example.given,
 )
 def test_the_others_run(example):
     found = outcome(example)["images"]
@@ -151,7 +164,7 @@ def test_the_others_run(example):
 
 def test_no_example_is_left_out_and_every_family_of_the_table_has_one():
     assert len(DROPPED_IN) == 10
-    assert len(EXAMPLES) == 15
+    assert len(EXAMPLES) == 19
     page = (DOCS / "MODELS.md").read_text()
     headings = {
         re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^## (.*)$", page, re.MULTILINE)

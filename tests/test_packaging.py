@@ -162,7 +162,10 @@ def test_the_script_of_another_ninja_is_never_called(tree, tmp_path):
 
 
 def test_the_oldest_versions_that_are_tested_are_the_ones_that_are_claimed():
-    claimed = re.findall(r'"([a-z0-9_-]+)>=([0-9.]+)"', (ROOT / "pyproject.toml").read_text())
+    the_rest = re.sub(
+        r"\ndocs = \[.*?\n\]", "", (ROOT / "pyproject.toml").read_text(), flags=re.S
+    )  # makes the site: one version
+    claimed = re.findall(r'"([a-z0-9_-]+)>=([0-9.]+)"', the_rest)
     pinned = dict(re.findall(r"^([a-z0-9_-]+)==([0-9.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.M))
     assert len(claimed) > 20
     for name, lowest in claimed:

@@ -224,6 +224,8 @@ as well."""
 _ORIGINALS = {f"Fast{name}": name for name in SCHEDULERS[:3]}
 """Our drop-ins, by whose names a pipeline is saved that uses them."""
 _SAMPLER_OPTIONS = ("timestep_spacing", "steps_offset", "set_alpha_to_one")
+_WHICH = "docs/MODELS.md, Which model do I have?, says what to write for which model"
+"""The remedy where a model is of another kind than can be loaded here."""
 _THRESHOLDING_OPTIONS = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
 
 
@@ -233,7 +235,7 @@ def _load_diffusers(path: Path, dtype: torch.dtype | None, trust_pickle: bool, v
         if missing := [part for part in ("unet", "scheduler") if part not in index]:
             parts = ", ".join(key for key in index if not key.startswith("_")) or "nothing"
             raise ValueError(
-                f"a pipeline must have a unet and a scheduler, got one in {path} without {missing[0]}: {parts}"
+                f"a pipeline must have a unet and a scheduler, got one in {path} without {missing[0]}: {parts}. {_WHICH}"
             )
         stated = _read_scheduler(path / "scheduler" / "scheduler_config.json")
         return _load_unet(path / "unet", dtype, trust_pickle, variant, stated)
@@ -241,7 +243,7 @@ def _load_diffusers(path: Path, dtype: torch.dtype | None, trust_pickle: bool, v
         return _load_unet(path, dtype, trust_pickle, variant, {})
     raise ValueError(
         f"a directory must be diffusers', with a model_index.json (a pipeline) or a config.json (a model), got {path}: "
-        "name the directory that save_pretrained wrote"
+        f"name the directory that save_pretrained wrote. {_WHICH}"
     )
 
 
@@ -251,7 +253,9 @@ def _load_unet(
     config = _read_json(path / "config.json")
     name = config.get("_class_name")
     if name not in UNETS:
-        raise ValueError(f"a diffusers model must be one of {', '.join(UNETS)}, got _class_name = {name!r} in {path}")
+        raise ValueError(
+            f"a diffusers model must be one of {', '.join(UNETS)}, got _class_name = {name!r} in {path}. {_WHICH}"
+        )
     if config.get("quantization_config") is not None:
         raise ValueError(
             f"a model's weights must not be quantized, got a quantization_config in {path}: load it with diffusers, and use the "
@@ -422,7 +426,7 @@ def _read_scheduler(file: Path) -> dict[str, Any]:
     if name not in SCHEDULERS:
         raise ValueError(
             f"a scheduler must be one for betas, which DDIM can replace ({', '.join(SCHEDULERS)}), got _class_name = {name!r} "
-            f"in {file}"
+            f"in {file}. {_WHICH}"
         )
     _check_settings(stored, file, _CHECKS)
     # By diffusers, for its defaults of what the file leaves out.

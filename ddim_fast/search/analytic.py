@@ -14,7 +14,7 @@ from .runs import Runs
 
 @torch.no_grad()
 def measure_eps_residual(runs: Runs, plan: SamplingPlan, x0: Tensor) -> tuple[float, ...]:
-    """Return E |eps - eps(x_t, t)|^2 per element at each timestep of a plan, for
+    """Return ``E |eps - eps(x_t, t)|^2`` per element at each timestep of a plan, for
     ``DDIMSampler(analytic_variance=...)``.
 
     The mean is over ``x0`` with the noise of ``runs`` added.

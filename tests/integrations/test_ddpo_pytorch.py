@@ -9,7 +9,6 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from page_examples import examples
 
 from ddim_fast.integrations.ddpo_pytorch import ddim_step_with_logprob
 from ddim_fast.verify.truth import density, oracle, tolerances
@@ -202,12 +201,6 @@ def test_a_scheduler_that_is_set_again_has_other_rows():
         scheduler.alphas_cumprod = scheduler.alphas_cumprod if levels is None else levels
         _, log_prob = ddim_step_with_logprob(scheduler, m, 501, x_t, **call)
         assert_near(log_prob, *exact([row_of(scheduler, 501, 1.0)], x_t, m, call["prev_sample"]))
-
-
-def test_the_examples_of_the_page_run():
-    names = {}
-    for example in examples("drop_ins/log_probs.md"):
-        example.run(names)
 
 
 REFUSED = {

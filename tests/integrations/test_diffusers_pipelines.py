@@ -17,7 +17,6 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
-from page_examples import examples
 from PIL import Image
 from tiny_pipelines import SIZE, picture, stable_diffusion, stable_diffusion_parts, unconditional
 
@@ -162,13 +161,3 @@ def test_a_pipeline_that_was_saved_with_version_0_1_loads(parts, tmp_path, kind)
     again.save_pretrained(tmp_path / "again")
     saved = json.loads((tmp_path / "again" / "model_index.json").read_text())
     assert saved["scheduler"] == ["ddim_fast.integrations.diffusers", kind.__name__]
-
-
-def test_the_examples_of_the_documentation_run_top_to_bottom():
-    names = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for example in examples("drop_ins/diffusers.md"):
-            example.run(names)
-    assert names["images"].shape == (1, 16, 16, 3)
-    assert type(names["pipe"].scheduler) is names["FastDDIMScheduler"]

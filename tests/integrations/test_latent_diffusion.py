@@ -12,11 +12,10 @@ from hypothesis import example
 from hypothesis import strategies as st
 from layouts import Defaults, assert_alike, assert_laid_out_alike, draw, kinds, laid_out, modelled, shapes, sweep
 from mistakes import mistakes
-from page_examples import examples
 from twins import twins
 
 from ddim_fast.gpu_lab.fake_cuda import fake_cuda
-from ddim_fast.integrations import latent_diffusion, original_results
+from ddim_fast.integrations import original_results
 from ddim_fast.integrations.latent_diffusion import DDIMSampler, make_ddim_timesteps
 
 T = 60
@@ -1026,10 +1025,3 @@ def test_arguments_are_the_originals_in_order():
     }
     for method, arguments in names.items():
         assert list(inspect.signature(getattr(DDIMSampler, method)).parameters) == ["self", *arguments.split()]
-
-
-def test_the_example_in_the_docs_runs():
-    (example,) = examples("drop_ins/latent_diffusion.md")
-    namespace = {}
-    example.run(namespace)
-    assert namespace["DDIMSampler"] is latent_diffusion.DDIMSampler

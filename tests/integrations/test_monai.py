@@ -13,7 +13,6 @@ from monai.inferers import DiffusionInferer
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, PNDMScheduler, RFlowScheduler
 from outcomes import half_unit, outcome, same_error
-from page_examples import examples
 from twins import twins
 
 from ddim_fast.integrations.monai import FastDDIMScheduler, FastDDPMScheduler, FastRFlowScheduler, fast_scheduler
@@ -411,11 +410,3 @@ def test_inside_torch_compile():
     explicit.set_timesteps(5)
     step = torch.compile(lambda m, x: explicit.step(m, 999, x)[0], backend="eager")
     assert torch.equal(step(m, x), explicit.step(m, 999, x)[0])
-
-
-def test_the_examples_of_the_documentation_run_top_to_bottom():
-    names = {}
-    for example in examples("drop_ins/monai.md"):
-        example.run(names)
-    assert names["images"].shape == (2, 1, 16, 16)
-    assert names["images"].isfinite().all()

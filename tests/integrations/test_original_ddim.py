@@ -11,7 +11,6 @@ import torch
 from hypothesis import strategies as st
 from layouts import assert_laid_out_alike, default_dtype, draw, kinds, modelled, shapes, sweep
 from mistakes import mistakes
-from page_examples import examples
 
 from ddim_fast.integrations import original_results
 from ddim_fast.integrations.original_ddim import compute_alpha, ddpm_steps, generalized_steps
@@ -303,8 +302,3 @@ def test_what_the_model_returns_is_checked(sampler, wrong):
     model, error, message = WRONG_OUTPUTS[wrong]
     with pytest.raises(error, match=f"the output of model must be.*{message}"):
         sampler(torch.ones(SHAPE), [0, 7], model, BETAS)
-
-
-def test_the_example_in_the_docs_runs():
-    (example,) = examples("drop_ins/original_ddim.md")
-    example.run({})

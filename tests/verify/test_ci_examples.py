@@ -36,7 +36,7 @@ COMMANDS = [line for step in STEPS for line in lines_of(step.get("run", ""))]
 ENTRY = HOOKS["repos"][0]["hooks"][0]["entry"]
 OF_DDIM_FAST = [line for line in [*COMMANDS, ENTRY] if line.startswith("ddim-fast")]
 OF_PYTEST = [line for line in COMMANDS if line.startswith("pytest")]
-QUOTED = [line for block in re.findall(r"```\n(.*?)```", PAGE, re.S) for line in lines_of(block)]
+QUOTED = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.S) for line in lines_of(block)]
 
 
 # --- Shape ------------------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_each_quoted_command_is_one(line):
 
 
 def test_the_page_quotes_the_examples():
-    heart = PAGE.split("Its main lines:")[1].split("```")[1]
+    heart = PAGE.split("Its main lines:")[1].split("```sh")[1].split("```")[0]
     assert set(lines_of(heart)) <= set(COMMANDS)
     assert ENTRY in QUOTED
 
