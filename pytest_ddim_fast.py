@@ -3,9 +3,8 @@ tests of your own.
 
 pytest --ddim-subject diffusers:DDIMScheduler
 
-It is outside the package because pytest imports it in every run wherever ddim_fast is installed,
-and importing the package would import torch. It imports nothing of ddim_fast before an option or a
-fixture needs it. PYTEST_DONT_REWRITE
+It is outside the package because pytest imports it in every run wherever ddim_fast is installed. It
+imports nothing of ddim_fast before an option or a fixture needs it. PYTEST_DONT_REWRITE
 """
 
 from __future__ import annotations

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
-import torch
-from torch import Tensor
 
-from ..kernels.dispatch import normals
-from ..kernels.noise import NoiseStream, sample_seeds
-from ..sampling.inversion import reconstruction_error
-from .options import Run, noise_options, read_samples, takes_run
+from .options import noise_options, takes_run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .run import Run
 
 _PICTURES = click.argument(
     "paths",
@@ -30,6 +29,8 @@ def _read(run: Run, paths: tuple[Path, ...]) -> tuple[Tensor, list[str], list[in
 
     Labels are None without --class.
     """
+    from .files import read_samples
+
     x0, names = read_samples(paths, run.sample_shape)
     labels = None if run.class_name is None else run.labels(len(x0))
     return x0.to(run.where), names, labels
@@ -37,6 +38,8 @@ def _read(run: Run, paths: tuple[Path, ...]) -> tuple[Tensor, list[str], list[in
 
 def _write_pairs(run: Run, before: Tensor, after: Tensor, names: list[str], title: str, labels=None) -> None:
     """Write a grid of each picture beside its result."""
+    import torch
+
     both = torch.stack([before.cpu(), after.cpu()], 1).flatten(0, 1)
     under = [text for name in names for text in (name, "->")]
     columns = 2 * min(len(names), max(1, round(len(names) ** 0.5)))
@@ -72,7 +75,7 @@ def img2img(run: Run, paths: tuple[Path, ...], strength: float) -> None:
             **run.options(labels, seeds, part),
         )
 
-    images = torch.cat([part.samples for part in run.in_batches(len(x0), draw)])
+    images = run.samples_in_batches(len(x0), draw)
     title = f"{run.model_name}: strength {strength:g}, {sampler.num_inference_steps} steps, eta {run.eta_text}, seed {run.seed}"
     _write_pairs(run, x0, images, names, title, labels)
 
@@ -89,6 +92,11 @@ _KEPT = {
 
 def _mask(keep: str, sample_shape: tuple[int, ...]) -> Tensor:
     """Return the mask ``(H, W)``: 1 where the picture is kept."""
+    import numpy as np
+    import torch
+
+    from .files import read_samples
+
     _, height, width = sample_shape
     if keep in _KEPT:
         y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
@@ -138,7 +146,7 @@ def inpaint(run: Run, paths: tuple[Path, ...], keep: str, strength: float) -> No
             **run.options(labels, seeds, part),
         )
 
-    images = torch.cat([part.samples for part in run.in_batches(len(x0), draw)])
+    images = run.samples_in_batches(len(x0), draw)
     title = f"{run.model_name}: {keep} kept, {sampler.num_inference_steps} steps, eta {run.eta_text}, seed {run.seed}"
     shown = x0 * mask.to(x0) - (1 - mask.to(x0))  # the regenerated part in black
     _write_pairs(run, shown, images, names, title, labels)
@@ -163,6 +171,11 @@ def interpolate(run: Run, from_seed: int, to_seed: int, frames: int, rows: int) 
     Example:
       ddim-fast interpolate --from-seed 3 --to-seed 8 --frames 9 -n 10
     """
+    import torch
+
+    from ..kernels.dispatch import normals
+    from ..kernels.noise import NoiseStream, sample_seeds
+
     run.prepare()
     run.check_memory("--rows times --frames", rows * frames)
     labels, sampler = run.labels(rows), run.sampler()
@@ -183,7 +196,7 @@ def interpolate(run: Run, from_seed: int, to_seed: int, frames: int, rows: int) 
         backend=run.backend,
         progress=not run.quiet,
     )
-    assert isinstance(samples, Tensor)  # no trajectory was asked for
+    assert isinstance(samples, torch.Tensor)  # no trajectory was asked for
     images = samples.view(frames, rows, *run.sample_shape).transpose(0, 1).flatten(0, 1).cpu()
     title = f"{run.model_name}: from seed {from_seed} to seed {to_seed}, {sampler.num_inference_steps} steps"
     written = run.write(images, [f"{weight:.2f}" for weight in weights] * rows, title, frames)
@@ -212,6 +225,10 @@ def reconstruct(run: Run, paths: tuple[Path, ...], iterations: int) -> None:
       ddim-fast sample --class Bag -n 4 --save bags.npz
       ddim-fast reconstruct bags.npz --class Bag --steps 50 --iterations 5
     """
+    from torch import Tensor
+
+    from ..sampling.inversion import reconstruction_error
+
     run.prepare()
     x0, names, labels = _read(run, paths)
     sampler = run.sampler(clip_sample=False)
@@ -226,7 +243,7 @@ def reconstruct(run: Run, paths: tuple[Path, ...], iterations: int) -> None:
         assert isinstance(x_T, Tensor)  # no trajectory was asked for
         return sampler.sample(run.model, x_T=x_T, seed=0, progress=not run.quiet, **options)
 
-    images = torch.cat([part.samples for part in run.in_batches(len(x0), draw)])
+    images = run.samples_in_batches(len(x0), draw)
     error = reconstruction_error(x0.cpu(), images).mean()
     title = f"{run.model_name}: {sampler.num_inference_steps} steps, {iterations} iterations, mean squared error {error:.2e}"
     _write_pairs(run, x0, images, names, title, labels)

@@ -7,23 +7,20 @@ import shlex
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import torch
-from tqdm.auto import tqdm
 
-from ..generation import Conditioning, Generated, Table, check_set, join_npz
-from ..generation import generate as generate_set
-from ..generation.directory import MANIFEST, GenerationError, parts_of, read_manifest
-from ..generation.formats import FORMATS
-from ..generation.run import COMPUTE_BATCH_SIZE, SHARD_SIZE
-from ..generation.settings import file_digest
-from ..models.shipped import SHIPPED
-from ..utils.checks import usable_device
-from .options import Run, conditioning_rule, noise_options, takes_run
+from .choices import COMPUTE_BATCH_SIZE, FORMATS, SHARD_SIZE, SHIPPED
+from .options import noise_options, takes_run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..generation import Conditioning, Generated
+    from .run import Run
 
 _INTERRUPTED = 130
-_NOT_HERE = ("out", "save", "threads")  # common options that this command redefines or omits
 
 
 @click.command()
@@ -47,7 +44,7 @@ _NOT_HERE = ("out", "save", "threads")  # common options that this command redef
     ),
     click.option(
         "--format",
-        type=click.Choice(list(FORMATS)),
+        type=click.Choice(FORMATS),
         default="safetensors",
         show_default=True,
         help="safetensors: raw samples. npz: uint8 images for FID tools. webdataset: tar files of PNG.",
@@ -103,6 +100,7 @@ _NOT_HERE = ("out", "save", "threads")  # common options that this command redef
         help="Time after which an idle process redoes another's unfinished slice.  [default: 1.5 times its slowest]",
     ),
     click.option("--no-space-check", is_flag=True, help="Start even if the disk may be too small."),
+    without=("out", "save", "threads"),
 )
 def generate(
     run: Run,
@@ -130,6 +128,10 @@ def generate(
       torchrun --nproc-per-node 4 -m ddim_fast generate -n 1000000 --out DIR --resume
       ddim-fast generate --check DIR --join samples.npz
     """
+    from ..generation import GenerationError
+    from ..generation import generate as generate_set
+    from ..generation.directory import MANIFEST
+
     if checked is not None:
         _check(checked, joined, run)
         return
@@ -176,11 +178,11 @@ def generate(
         _report(run, done, count)
 
 
-# Remove the common options that do not apply here.
-generate.params = [parameter for parameter in generate.params if parameter.name not in _NOT_HERE]
+def _model(run: Run) -> nn.Module:
+    import torch
 
+    from ..utils.checks import usable_device
 
-def _model(run: Run):
     device = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -192,12 +194,17 @@ def _model(run: Run):
 
 def _model_id(run: Run) -> str | None:
     """Return an archive's file digest: its weights alone do not identify its program."""
+    from ..generation.settings import file_digest
+
     return (
         file_digest(Path(run.model_name)) if os.path.isfile(run.model_name) and run.model_name not in SHIPPED else None
     )
 
 
 def _conditioning(run: Run, table: Path | None, count: int | None) -> tuple[Conditioning | None, int]:
+    from ..generation import Table
+    from .run import conditioning_rule
+
     if table is not None:
         if run.class_name is not None:
             raise ValueError(
@@ -230,6 +237,11 @@ def _report(run: Run, done: Generated, count: int) -> None:
 
 
 def _check(path: Path, joined: Path | None, run: Run) -> None:
+    from tqdm.auto import tqdm
+
+    from ..generation import check_set, join_npz
+    from ..generation.directory import parts_of, read_manifest
+
     manifest = read_manifest(path)
     _, slices = parts_of(path, manifest)
     with tqdm(total=slices.count, desc="checking", unit="sample", disable=run.quiet) as bar:

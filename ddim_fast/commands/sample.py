@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import numpy as np
-import torch
 
-from ..sampling.loop import Timing, Trajectory
-from ..utils import pictures
-from .options import FRAMES, Run, check_output, noise_options, takes_run
+from .options import noise_options, takes_run
+
+if TYPE_CHECKING:
+    from ..sampling.loop import Timing, Trajectory
+    from .run import Run
+
+FRAMES = 60
+"""The most frames in an animation."""
 
 
 @click.command()
@@ -40,6 +44,11 @@ def sample(run: Run, count: int, trajectory: Path | None) -> None:
       ddim-fast sample --class Sneaker -n 16 --guidance 2 --trajectory sneakers.gif
       ddim-fast sample --model path/to/pipeline --timesteps "10,15,20" --save samples.npz
     """
+    import torch
+
+    from ..sampling.loop import Timing
+    from .files import check_output
+
     check_output(trajectory, (".gif",))
     run.prepare()
     sampler = run.sampler()
@@ -84,6 +93,11 @@ def _where_time_went(timing: Timing) -> str:
 
 
 def _save_trajectory(parts: list[Trajectory], names: list[str], title: str, columns: int | None, path: Path) -> None:
+    import numpy as np
+    import torch
+
+    from ..utils import pictures
+
     steps = len(parts[0].x0)
     chosen = np.unique(np.linspace(0, steps - 1, min(steps, FRAMES)).round().astype(int))
     frames = [

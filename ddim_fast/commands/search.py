@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from tqdm.auto import tqdm
 
-from ..search import FITTED, FittedSolver, Found, Search, search_timesteps
-from .options import Run, check_output, conditioning_rule, takes_model
+from .options import takes_model
+
+if TYPE_CHECKING:
+    from ..search import FittedSolver, Found
+    from .run import Run
 
 EFFORTS = {
     # name: samples for the cost table, for the refinement, for the held-out score; full sampling
@@ -89,6 +92,12 @@ def search(
       ddim-fast search --steps 8 --coefficients --out eight.json
       ddim-fast search --steps 8 --model path/to/pipeline --guidance 3 --effort thorough
     """
+    from tqdm.auto import tqdm
+
+    from ..search import Search, search_timesteps
+    from .files import check_output
+    from .run import conditioning_rule
+
     check_output(out, (".json",))
     run.load()
     count, refine_count, held_out, refine_runs = EFFORTS[effort]
@@ -134,6 +143,8 @@ def _table(found: Found) -> str:
 
 def _gain(found: Found, fitted: FittedSolver) -> str:
     """Return in words what the fit gained on held-out noise, and on its own."""
+    from ..search import FITTED
+
     score, before = found.score(FITTED), found.score("searched")
     gained, own = 1 - score.held_out / before.held_out, 1 - score.seen / before.seen
     if not fitted.gained:

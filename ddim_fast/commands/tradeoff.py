@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import numpy as np
-import torch
-from tqdm.auto import tqdm
 
-from ..models.shipped import SHIPPED
-from ..plans.continuous import CONTINUOUS_SPACINGS, ContinuousSchedule
-from ..plans.eta import ETA_SCALES, PAPER
-from ..plans.files import read_timesteps
-from ..plans.timesteps import SPACINGS
-from ..tradeoff import (
-    Cell,
-    CellResult,
-    ClosedForm,
-    Judge,
-    Study,
-    StudyDirectory,
-    Subject,
-    grid,
-    judge_of,
-    paper_table,
-    shipped_judge,
-)
-from ..tradeoff.measure import CONVERGED
-from ..tradeoff.study import calls_to_do, run_study, settings_of
-from ..utils.files import npz_array
-from ..utils.import_string import import_string
+from .choices import CONTINUOUS_SPACINGS, ETA_SCALES, PAPER, SHIPPED, SPACINGS
 from .lists import ListOf
-from .options import Run, conditioning_rule, takes_model
+from .options import takes_model
+
+if TYPE_CHECKING:
+    from ..tradeoff import Cell, CellResult, Judge, Study, Subject
+    from .run import Run
 
 PAPER_COUNT_AT_1000 = 400
 CLOSED_FORM = "closed-form"
-QUICK_CONVERGED = Cell(60, "log_snr", order=2)
 
 
 @click.command()
@@ -61,7 +41,7 @@ QUICK_CONVERGED = Cell(60, "log_snr", order=2)
 @click.option("--etas", type=ListOf(float), default=None, help="Values of eta.  [default: 0,1]")
 @click.option(
     "--eta-scales",
-    type=ListOf(str, tuple(ETA_SCALES)),
+    type=ListOf(str, ETA_SCALES),
     default=(PAPER,),
     help=f"What eta means, of {', '.join(ETA_SCALES)}.  [default: {PAPER}, the paper's]",
 )
@@ -136,7 +116,10 @@ def tradeoff(
       ddim-fast tradeoff --paper-table -n 2000 --out table1
       ddim-fast tradeoff --model closed-form --out exact
     """
+    from ..tradeoff import Cell, ClosedForm, Subject, paper_table
+    from ..tradeoff.measure import CONVERGED
     from ..tradeoff.report import check_libraries, write_report
+    from .run import conditioning_rule
 
     check_libraries()
 
@@ -174,7 +157,7 @@ def tradeoff(
         truth=truth,
         reconstructed=0 if quick or paper else 32,
     )
-    converged = None if paper else (QUICK_CONVERGED if quick else CONVERGED)
+    converged = None if paper else (Cell(60, "log_snr", order=2) if quick else CONVERGED)
     study = _measure(run, subject, cells, out, converged)
     written = write_report(study, out)
     if (recommended := study.recommendation()) is not None:
@@ -184,6 +167,11 @@ def tradeoff(
 
 def _measure(run: Run, subject: Subject, cells: list[Cell], out: Path, converged: Cell | None) -> Study:
     """Measure all cells that an earlier run has not measured, with a progress bar."""
+    from tqdm.auto import tqdm
+
+    from ..tradeoff import StudyDirectory
+    from ..tradeoff.study import calls_to_do, run_study, settings_of
+
     directory = StudyDirectory(out, settings_of(subject))
     total = calls_to_do(subject, cells, directory, converged)
     with tqdm(total=total, desc="measuring", unit="call", unit_scale=True, disable=run.quiet) as bar:
@@ -201,6 +189,10 @@ def _cells(
     quick, steps, spacings, etas, eta_scales, sigma_hat, orders, files, analytic_variance, run: Run
 ) -> list[Cell]:
     """Return the requested cells; with --quick alone, a small representative grid."""
+    from ..plans.continuous import ContinuousSchedule
+    from ..plans.files import read_timesteps
+    from ..tradeoff import grid
+
     if analytic_variance and not (files and any(etas or (0.0, 1.0))):
         raise ValueError(
             "--analytic-variance needs a list from ddim-fast search and noise: give --timesteps FILE.json, and an eta above 0"
@@ -235,6 +227,13 @@ def _cells(
 
 
 def _judge(run: Run, features: str | None, real: Path | None) -> Judge | None:
+    import numpy as np
+    import torch
+
+    from ..tradeoff import judge_of, shipped_judge
+    from ..utils.files import npz_array
+    from ..utils.import_string import import_string
+
     if features is not None and real is not None:
         extractor = import_string(features, "the feature extractor")
         if not callable(extractor):

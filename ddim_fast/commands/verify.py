@@ -16,9 +16,7 @@ from typing import Any
 
 import click
 
-from ..kernels.dispatch import BACKENDS
-from ..plans.eta import OF_EQUATION_16
-from ..utils.checks import usable_device
+from .choices import BACKENDS, OF_EQUATION_16
 
 NEEDED = ("scipy", "rich", "jinja2")
 _REPORT = click.Path(path_type=Path)
@@ -171,6 +169,7 @@ def _verify(request: _Request) -> int:
     if request.list_:
         _list_checks()
         return 0
+    from ..utils.checks import usable_device
     from ..verify.isolate import SubjectRefusedError
 
     try:
