@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from ..utils.extras import missing
 from .choices import BACKENDS, OF_EQUATION_16
 
 NEEDED = ("scipy", "rich", "jinja2")
@@ -164,8 +165,8 @@ def verify(context: click.Context, quick: bool, **options: Any) -> None:
 
 def _verify(request: _Request) -> int:
     """Validate all options, run the checks, and return the exit code."""
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise _CouldNotRunError(f"verify needs {', '.join(missing)}, not installed: pip install 'ddim-fast[verify]'")
+    if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise _CouldNotRunError(missing("verify", lacking, "verify"))
     if request.list_:
         _list_checks()
         return 0

@@ -332,7 +332,7 @@ def test_wrong_words(tmp_path, words, said):
 def test_a_missing_library_is_told_before_any_work(tmp_path, monkeypatch, library):
     monkeypatch.setitem(sys.modules, library, None)
     output = run("tradeoff", "--model", "closed-form", "--out", tmp_path / "x", code=1)
-    assert f'needs {library}, which is missing: pip install "ddim_fast[tradeoff]"' in output
+    assert f'needs {library}, not installed: pip install ".[tradeoff]"' in output
     assert not (tmp_path / "x").exists()
 
 
