@@ -29,3 +29,9 @@ FORMATS = ("safetensors", "npz", "webdataset")
 """Of ``generation.formats``."""
 SHARD_SIZE, COMPUTE_BATCH_SIZE = 512, 16
 """Of ``generation.run``."""
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow", "score", "edm")
+"""Of ``plans.coefficients``."""
+
+CLOSED_FORM = "closed-form"
+"""The model of ``tradeoff.ClosedForm``, by name."""

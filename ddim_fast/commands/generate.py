@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import os
-import shlex
-import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from .choices import COMPUTE_BATCH_SIZE, FORMATS, SHARD_SIZE, SHIPPED
+from .interruption import same_command
 from .options import noise_options, takes_run
+from .outputs import counted
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..generation import Conditioning, Generated
     from .run import Run
-
-_INTERRUPTED = 130
 
 
 @click.command()
@@ -139,8 +136,7 @@ def generate(
         raise ValueError(f"--join needs --check DIR, got --join {joined} alone: add --check DIR")
     run.use(_model(run))
     conditioning, count = _conditioning(run, table, count)
-    # When a process dies, torchrun sends SIGTERM to the others: they stop as on Ctrl-C.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run.left = f"all shards written so far are complete. {_how_to_resume()}"
     try:
         done = generate_set(
             run.model,
@@ -164,16 +160,11 @@ def generate(
             check_space=not no_space_check,
             progress=not run.quiet,
         )
-    except KeyboardInterrupt:
-        click.echo(f"stopped; all shards written so far are complete. {_how_to_resume()}", err=True)
-        sys.exit(_INTERRUPTED)
     except OSError as error:
         begun = f"\n{_how_to_resume()}" if (directory / MANIFEST).is_file() else ""
         raise click.ClickException(f"{error}{begun}") from error
     except GenerationError as error:
         raise click.ClickException(str(error)) from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if done.rank == 0:
         _report(run, done, count)
 
@@ -218,21 +209,20 @@ def _conditioning(run: Run, table: Path | None, count: int | None) -> tuple[Cond
 
 
 def _how_to_resume() -> str:
-    words = ["ddim-fast", *sys.argv[1:]]
-    command = shlex.join(words if "--resume" in words else [*words, "--resume"])
     started = "" if os.environ.get("WORLD_SIZE", "1") == "1" else ", under torchrun with any number of processes"
-    return f"Resume with: {command}{started}"
+    return f"Resume with: {same_command('--resume')}{started}"
 
 
 def _report(run: Run, done: Generated, count: int) -> None:
     found = f", {done.found} already there" if done.found else ""
     run.say(
-        f"{count} samples in {done.shards} files: {done.made} drawn in {done.seconds:.1f} s "
+        f"{counted(count, 'sample')} in {counted(done.shards, 'file')}: {done.made} drawn in {done.seconds:.1f} s "
         f"({done.made / done.seconds:.1f} samples/s){found} -> {done.out}"
     )
     if done.non_finite:
         click.echo(
-            f"warning: {done.non_finite} samples contain NaN or infinity; the manifest lists their files", err=True
+            f"warning: {counted(done.non_finite, 'sample')} with NaN or infinity; the manifest lists their files",
+            err=True,
         )
 
 
@@ -248,6 +238,6 @@ def _check(path: Path, joined: Path | None, run: Run) -> None:
         problems = check_set(path, bar.update)
     if problems:
         raise click.ClickException(f"{path} is not complete:\n  " + "\n  ".join(problems))
-    run.say(f"{path} is complete: {slices.count} samples in {len(manifest['shards'])} files")
+    run.say(f"{path} is complete: {counted(slices.count, 'sample')} in {counted(len(manifest['shards']), 'file')}")
     if joined is not None:
         run.say(f"joined into {join_npz(path, joined)}")

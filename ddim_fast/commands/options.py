@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,11 +14,14 @@ from .choices import (
     CONTINUOUS_SPACINGS,
     ETA_SCALES,
     PAPER,
+    PREDICTION_TYPES,
     SCHEDULES,
     SHIPPED,
     SPACINGS,
 )
-from .lists import NumberOrList
+from .interruption import interruption
+from .lists import ListOf, NumberOrList
+from .outputs import NUMBER_SUFFIXES, PICTURE_SUFFIXES, OutputFile
 
 _OPTIONS = {
     "model_name": click.option(
@@ -29,7 +31,8 @@ _OPTIONS = {
         show_default=True,
         metavar="NAME|PATH",
         help=f"The shipped model ({', '.join(SHIPPED)}), a diffusers directory, a TorchScript or torch.export archive, or "
-        "module:attribute: a torch module with an attribute sample_shape, or a function that returns one.",
+        "module:attribute: a torch module or a function of x and t, with an attribute sample_shape or --shape, or a function that "
+        "returns one. With --prompt, the diffusers directory of a Stable Diffusion (1, 2, XL).",
     ),
     "trust_pickle": click.option(
         "--trust-pickle",
@@ -41,6 +44,29 @@ _OPTIONS = {
         default=None,
         metavar="NAME",
         help='Which weights of a diffusers directory: "fp16" for diffusion_pytorch_model.fp16.safetensors.',
+    ),
+    "prompts": click.option(
+        "--prompt",
+        "prompts",
+        multiple=True,
+        metavar="TEXT",
+        help="What a text-to-image pipeline draws; may be repeated.",
+    ),
+    "negative_prompt": click.option(
+        "--negative-prompt", default=None, metavar="TEXT", help="What --guidance leads away from, with --prompt."
+    ),
+    "shape": click.option(
+        "--shape",
+        type=ListOf(int),
+        default=None,
+        metavar="C,H,W",
+        help="Shape of a sample, for a model that does not tell it.",
+    ),
+    "prediction_type": click.option(
+        "--prediction-type",
+        type=click.Choice(PREDICTION_TYPES),
+        default=None,
+        help="What the model predicts.  [default: what it tells, or epsilon; in continuous time flow]",
     ),
     "class_name": click.option(
         "--class", "class_name", default=None, metavar="NAME", help="Use only this class: a name or number."
@@ -107,14 +133,14 @@ _OPTIONS = {
     ),
     "out": click.option(
         "--out",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=OutputFile(PICTURE_SUFFIXES),
         default="grid.png",
         show_default=True,
         help="The labelled grid (PNG, JPEG, WebP).",
     ),
     "save": click.option(
         "--save",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=OutputFile(NUMBER_SUFFIXES),
         default=None,
         metavar="FILE",
         help="Also write the raw samples: .npz or .safetensors.",
@@ -126,6 +152,10 @@ _OF_A_MODEL = (
     "model_name",
     "trust_pickle",
     "variant",
+    "prompts",
+    "negative_prompt",
+    "shape",
+    "prediction_type",
     "class_name",
     "guidance",
     "schedule",
@@ -206,7 +236,8 @@ def _gathered(options: Sequence[Callable], names: set[str]) -> Callable:
             from .run import Run
 
             run = Run(**{name: given.pop(name) for name in list(given) if name in names})
-            command(run, **given)
+            with interruption(lambda: run.left):
+                command(run, **given)
 
         for option in reversed(options):
             with_run = option(with_run)

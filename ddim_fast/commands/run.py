@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..generation.conditioning import Conditioning, EveryClass, OneClass
+from ..kernels import dispatch
+from ..kernels.contract import StepCoefficients, StepInputs
 from ..kernels.noise import sample_seeds
 from ..models.flow_view import as_flow
-from ..models.loading import load_model
 from ..plans.continuous import FlowSchedule
 from ..plans.eta import PAPER
 from ..plans.named import schedule_from_text
@@ -26,9 +27,11 @@ from ..plans.schedules import NoiseSchedule
 from ..sampler import DDIMSampler
 from ..sampling.loop import Trajectory
 from ..utils import pictures
-from ..utils.checks import check_memory, usable_device
-from ..utils.import_string import exits_refused, import_string
-from .files import NUMBER_SUFFIXES, PICTURE_SUFFIXES, check_output, save_samples
+from ..utils.checks import check_memory, check_sample_shape, refuse, usable_device
+from .files import read_samples, save_samples
+from .interruption import NOTHING
+from .models import named_model
+from .outputs import whole_file
 
 
 @dataclass
@@ -58,15 +61,15 @@ class Run:
     save: Path | None = None
     trust_pickle: bool = False
     variant: str | None = None
+    prompts: tuple[str, ...] = ()
+    negative_prompt: str | None = None
+    shape: tuple[int, ...] | None = None
+    prediction_type: str | None = None
     quiet: bool = False
     model: nn.Module = field(init=False)
     path: NoisePath | None = field(init=False, default=None)
-
-    def prepare(self) -> None:
-        """Check that the output files can be written, then load the model."""
-        check_output(self.out, PICTURE_SUFFIXES)
-        check_output(self.save, NUMBER_SUFFIXES)
-        self.load()
+    left: str = field(init=False, default=NOTHING)
+    _device: torch.device = field(init=False, default=torch.device("cpu"))
 
     def load(self) -> None:
         """Load the model onto the requested device."""
@@ -75,19 +78,26 @@ class Run:
         self.use(self.model_on(usable_device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))))
 
     def model_on(self, device: torch.device) -> nn.Module:
-        """Return the model of --model on this device.
+        """Return the model of --model on this device, with the shape of --shape.
 
         Raises:
-            ValueError: it does not tell the shape of its samples.
+            ValueError: it has no shape of its samples.
         """
-        if ":" in self.model_name and not os.path.exists(self.model_name):
-            model = _own_model(self.model_name).to(device)
-        else:
-            model = load_model(self.model_name, device, trust_pickle=self.trust_pickle, variant=self.variant)
+        self._device = device
+        model = named_model(
+            self.model_name,
+            device,
+            trust_pickle=self.trust_pickle,
+            variant=self.variant,
+            prompts=self.prompts,
+            negative_prompt=self.negative_prompt,
+        )
+        if self.shape is not None:
+            model.sample_shape = check_sample_shape("--shape", self.shape)  # type: ignore[assignment]
         if getattr(model, "sample_shape", None) is None:
             raise ValueError(
-                f"the command line needs a model that has the shape of its samples, got {self.model_name}: give it an attribute "
-                "sample_shape = (C, H, W), or use the Python API"
+                f"the command line needs the shape of a model's samples, got none from {self.model_name}: pass --shape 3,32,32, or "
+                "give the model or function an attribute sample_shape = (3, 32, 32)"
             )
         return model
 
@@ -107,12 +117,14 @@ class Run:
         if isinstance(path, FlowSchedule) and isinstance(trained, FlowSchedule):
             path = replace(path, time_scale=trained.time_scale)
             trained = path  # which times are visited is for the sampler to choose
-        if path is not None and trained not in (None, path) and not self.quiet:
-            click.echo(
-                f"note: the {self.model_name} model was trained with another schedule; with {self.schedule} its samples will be wrong",
-                err=True,
+        if path is not None and trained not in (None, path):
+            self.note(
+                f"the {self.model_name} model was trained with another schedule; with {self.schedule} its samples will be wrong"
             )
         self.model, self.path = model, path
+        if self.backend is not None:  # before any progress is shown
+            x = torch.zeros(1, 4, dtype=torch.float32, device=self.where)
+            dispatch.choose(StepInputs(x, x, StepCoefficients(1, 0, 0, 1, 0, 1, 0, 0)), self.backend)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -120,12 +132,56 @@ class Run:
         return tuple(getattr(self.model, "sample_shape", ()))
 
     @property
+    def picture_shape(self) -> tuple[int, ...]:
+        """The shape of a sample that is decoded, (C, H, W): that of the sample where nothing
+        decodes it."""
+        return tuple(getattr(self.model, "picture_shape", self.sample_shape))
+
+    @property
+    def draws_pictures(self) -> bool:
+        return len(self.picture_shape) == 3 and self.picture_shape[0] in (1, 3)
+
+    def check_pictures(self, of_pictures: Mapping[str, object] = MappingProxyType({})) -> None:
+        """Say what is written of samples that are no pictures.
+
+        Args:
+            of_pictures: options that need pictures, None where they are not given.
+
+        Raises:
+            ValueError: nothing would be, or such an option is given.
+        """
+        if self.draws_pictures:
+            return
+        if given := [name for name, value in of_pictures.items() if value is not None]:
+            refuse(f"{given[0]} is for samples that are pictures, (1 or 3, H, W)", self.picture_shape, "leave it out")
+        if self.save is None:
+            refuse(
+                "samples that are drawn must be pictures, (1 or 3, H, W)",
+                self.picture_shape,
+                "add --save FILE.npz or FILE.safetensors, which take any shape",
+            )
+        self.note(f"samples of shape {self.picture_shape} are no pictures: {self.out} is not written")
+
+    def to_pictures(self, samples: Tensor) -> Tensor:
+        """Return samples as pictures (B, *picture_shape), decoded where they are latents."""
+        if not hasattr(self.model, "decode") or not len(samples):
+            return samples
+        return torch.cat([self.model.decode(part.to(self.where)).cpu() for part in samples.split(1)])
+
+    def read(self, paths: tuple[Path, ...]) -> tuple[Tensor, list[str]]:
+        """Return the samples in files, on the model's device, and their names; pictures are encoded
+        where samples are latents."""
+        encode = getattr(self.model, "encode", None)
+        return read_samples(paths, self.sample_shape, self.picture_shape, encode, self.where, self.note)
+
+    @property
     def class_names(self) -> tuple[str, ...] | None:
         return getattr(self.model, "class_names", None)
 
     @property
     def where(self) -> torch.device:
-        return next(iter(self.model.parameters()), torch.empty(0, dtype=torch.float32, device="cpu")).device
+        tensors = (tensor for kind in (self.model.parameters, self.model.buffers) for tensor in kind())
+        return next((tensor.device for tensor in tensors), self._device)
 
     @property
     def eta_text(self) -> str:
@@ -142,7 +198,8 @@ class Run:
 
     def sampler_options(self) -> dict[str, Any]:
         """Return the model's own sampling settings, as arguments of ``DDIMSampler``."""
-        return dict(getattr(self.model, "sampler_options", {}))
+        options = dict(getattr(self.model, "sampler_options", {}))
+        return options if self.prediction_type is None else {**options, "prediction_type": self.prediction_type}
 
     def sampler(self, **more: Any) -> DDIMSampler:
         """Return the sampler; options left out are the model's, or the sampler's defaults."""
@@ -164,14 +221,17 @@ class Run:
                 **options,
                 **more,
             )
-        for warning in () if self.quiet else caught:
-            click.echo(f"note: {warning.message}", err=True)
+        for warning in caught:
+            self.note(str(warning.message))
         return sampler
 
     def check_memory(self, name: str, count: int, kept: int = 1, grids: int = 1) -> None:
         """Raise ValueError where ``count`` samples do not fit into memory, each ``kept`` times as
         floats, and in so many grids."""
-        each = 4 * kept * math.prod(self.sample_shape) + grids * pictures.grid_bytes(self.sample_shape)
+        shape = self.picture_shape
+        each = 4 * kept * math.prod(self.sample_shape) + (
+            grids * pictures.grid_bytes(shape) if self.draws_pictures else 0
+        )
         check_memory(name, count, count * each, "take fewer, or write them with ddim-fast generate")
 
     def labels(self, count: int) -> list[int] | None:
@@ -201,9 +261,17 @@ class Run:
         return [str(i) for i in range(count)] if labels is None or names is None else [names[label] for label in labels]
 
     def columns(self, count: int) -> int | None:
-        """Return one column per class if classes are drawn in turn, else None."""
+        """Return the columns of a grid in which each has one class, if classes are drawn in turn,
+        else None."""
         classes = len(self.class_names or ())
-        return classes if classes and self.class_name is None and count >= classes else None
+        if not classes or self.class_name is not None or count < classes:
+            return None
+        return classes * max(1, round(math.sqrt(count) / classes))
+
+    def whole_rows(self, most: int = 64) -> int:
+        """Return how many pictures fill whole rows."""
+        columns = self.columns(most) or math.isqrt(most)
+        return most // columns * columns
 
     def conditioning(self, labels: list[int] | None, part: slice = slice(None)) -> dict[str, Tensor] | None:
         return (
@@ -244,35 +312,38 @@ class Run:
 
     def write(
         self,
-        images: Tensor,
+        samples: Tensor,
         names: list[str],
         title: str,
         columns: int | None,
         labels: list[int] | None = None,
-        samples: Tensor | None = None,
+        drawn: Tensor | None = None,
     ) -> list[Path]:
-        """Write the grid of images and, with --save, the samples. None: the images themselves."""
-        pictures.grid(images, names, title, columns=columns).save(self.out)
-        if self.save is None:
-            return [self.out]
-        save_samples(images if samples is None else samples, labels, self.save)
-        return [self.out, self.save]
+        """Write the grid of samples (or of the pictures ``drawn``) and, with --save, the samples."""
+        written: list[Path] = []
+        if self.draws_pictures:
+            images = self.to_pictures(samples) if drawn is None else drawn
+            self.draw(images, names, title, columns)
+            written.append(self.out)
+            self.left = f"{self.out} was written, and nothing else"
+        if self.save is not None:
+            save_samples(samples, labels, self.save)
+            written.append(self.save)
+        return written
+
+    def draw(self, images: Tensor, names: list[str], title: str, columns: int | None) -> None:
+        """Write the grid of pictures (B, *picture_shape)."""
+        with whole_file(self.out) as file:
+            pictures.grid(images, names, title, columns=columns).save(file)
+
+    def note(self, text: str) -> None:
+        """Say on stderr what may not be what was meant."""
+        if not self.quiet:
+            click.echo(f"note: {text}", err=True)
 
     def say(self, text: str) -> None:
         if not self.quiet:
             click.echo(text)
-
-
-def _own_model(name: str) -> nn.Module:
-    """Import ``module:attribute``: a module, or a function that returns one."""
-    value = import_string(name, "the model")
-    with exits_refused(name, "the model"):
-        model = value if isinstance(value, nn.Module) or not callable(value) else value()
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"--model module:attribute must be a torch.nn.Module, or return one, got {type(model).__name__} from {name}"
-        )
-    return model.eval().requires_grad_(False)
 
 
 def _shifted(schedule: NoisePath | None, shift: float) -> NoisePath:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .options import takes_model
+from .outputs import OutputFile
 
 if TYPE_CHECKING:
     from ..search import FittedSolver, Found
@@ -56,7 +57,7 @@ EFFORTS = {
 )
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OutputFile((".json",)),
     default="timesteps.json",
     show_default=True,
     help="The file for the list and its provenance.",
@@ -95,10 +96,8 @@ def search(
     from tqdm.auto import tqdm
 
     from ..search import Search, search_timesteps
-    from .files import check_output
     from .run import conditioning_rule
 
-    check_output(out, (".json",))
     run.load()
     count, refine_count, held_out, refine_runs = EFFORTS[effort]
     wanted = Search(

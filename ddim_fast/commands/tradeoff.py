@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from .run import Run
 
 PAPER_COUNT_AT_1000 = 400
-CLOSED_FORM = "closed-form"
 
 
 @click.command()
@@ -129,11 +128,8 @@ def tradeoff(
         )
     if paper and analytic_variance:
         raise ValueError("--paper-table must not be combined with --analytic-variance, got both: leave one of them out")
-    truth = ClosedForm() if run.model_name == CLOSED_FORM else None
-    if truth is not None:
-        run.use(truth)
-    else:
-        run.load()
+    run.load()
+    truth = run.model if isinstance(run.model, ClosedForm) else None
     count = count or (200 if quick else 1000)
     run.check_memory("-n", count, grids=0)
     judge = _judge(run, features, real)

@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from ..utils.atomic_files import check_writable
 from ..utils.extras import missing
 from .choices import BACKENDS, OF_EQUATION_16
 
@@ -254,11 +255,9 @@ def _chosen_checks(request: _Request) -> tuple[list[Any], tuple[str, ...]]:
 
 
 def _check_outputs(request: _Request) -> None:
-    from ..verify.reports.write import check_writable
-
     paths = [path for path in (request.junit, request.json, request.html) if path is not None]
     for path in paths:
-        check_writable(path)
+        check_writable("a report", path)
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError("each report needs its own file, got one name twice: rename one")
 

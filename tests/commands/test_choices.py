@@ -5,7 +5,7 @@ from ddim_fast.generation import formats
 from ddim_fast.generation import run as generation
 from ddim_fast.kernels import dispatch
 from ddim_fast.models import shipped
-from ddim_fast.plans import continuous, eta, named, timesteps
+from ddim_fast.plans import coefficients, continuous, eta, named, timesteps
 from ddim_fast.sampling import capture_mode
 
 EXPECTED = {
@@ -17,11 +17,17 @@ EXPECTED = {
     "SCHEDULES": named.ALL_SCHEDULES,
     "ETA_SCALES": eta.ETA_SCALES,
     "OF_EQUATION_16": eta.OF_EQUATION_16,
+    "PREDICTION_TYPES": coefficients.PREDICTION_TYPES,
     "FORMATS": formats.FORMATS,
 }
-NUMBERS = {"PAPER": eta.PAPER, "SHARD_SIZE": generation.SHARD_SIZE, "COMPUTE_BATCH_SIZE": generation.COMPUTE_BATCH_SIZE}
+OTHERS = {
+    "CLOSED_FORM": "closed-form",
+    "PAPER": eta.PAPER,
+    "SHARD_SIZE": generation.SHARD_SIZE,
+    "COMPUTE_BATCH_SIZE": generation.COMPUTE_BATCH_SIZE,
+}
 
 
 def test_every_choice_is_the_librarys():
-    expected = {name: tuple(table) for name, table in EXPECTED.items()} | NUMBERS
+    expected = {name: tuple(table) for name, table in EXPECTED.items()} | OTHERS
     assert {name: value for name, value in vars(choices).items() if name.isupper()} == expected

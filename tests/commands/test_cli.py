@@ -87,7 +87,7 @@ def test_timesteps_instead_of_steps(tmp_path, timesteps, steps):
     [
         (["--class", "hat"], ["Ankle boot", "'hat'"]),
         (["--out", "grid.xyz"], [".png", "grid.xyz"]),
-        (["--out", "no-such-folder/grid.png"], ["no-such-folder", "does not exist"]),
+        (["--out", "no-such-folder/grid.png"], ["the folder of --out must exist", "no-such-folder", "create it first"]),
         (["--save", "s.csv"], [".npz", "s.csv"]),
         (["--trajectory", "t.mp4"], [".gif", "t.mp4"]),
         (["--steps", "1001"], ["1000", "1001"]),

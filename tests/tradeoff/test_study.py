@@ -409,7 +409,7 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
     run(
         "sample", "--model", "own_grey_model:Grey", "--timesteps", "three.json", "-n", 2, "--out", "grid.png", "--quiet"
     )
-    assert "must be a torch.nn.Module, or return one, got int" in run(
+    assert "a function of x and t, or what returns one, got int" in run(
         "search", "--model", "own_grey_model:nothing", "--steps", 3, code=1
     )
     assert "cannot be imported" in run("search", "--model", "own_grey_model:Other", "--steps", 3, code=1)
