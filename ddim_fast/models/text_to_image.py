@@ -148,10 +148,12 @@ def load_text_to_image(
             local_files_only=True,
             use_safetensors=None if trust_pickle else True,
             variant=variant,
-            torch_dtype=torch.float32,
             low_cpu_mem_usage=diffusers.utils.is_accelerate_available(),
             **{name: value for name, value in unused.items() if name in known},
         ).to(device)
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.float()  # newer versions load what is stored
         with torch.no_grad():
             embeddings, pooled = _encoded(pipeline, prompts, negative_prompt)
     except Exception as error:
