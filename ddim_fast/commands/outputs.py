@@ -64,6 +64,14 @@ def whole_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def duration(seconds: float) -> str:
+    """Return a time in words: "2 seconds", "3 minutes", "1 day"."""
+    for unit, length in (("day", 86_400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            return counted(round(seconds / length), unit)
+    return counted(max(1, round(seconds)), "second")
+
+
 def counted(count: int, what: str) -> str:
     """Return "1 picture" or "3 pictures"."""
     return f"{count} {what}" if count == 1 else f"{count} {what}s"

@@ -168,6 +168,7 @@ def _measure(run: Run, subject: Subject, cells: list[Cell], out: Path, converged
     from ..tradeoff import StudyDirectory
     from ..tradeoff.study import calls_to_do, run_study, settings_of
 
+    run.left = f"run the same command again: the cells that were measured are in {out}"
     directory = StudyDirectory(out, settings_of(subject))
     total = calls_to_do(subject, cells, directory, converged)
     with tqdm(total=total, desc="measuring", unit="call", unit_scale=True, disable=run.quiet) as bar:
