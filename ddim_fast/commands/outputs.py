@@ -24,7 +24,7 @@ class OutputFile(click.Path):
         self._suffixes = suffixes
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = Path(super().convert(value, param, ctx))
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
         if ctx is None or not ctx.resilient_parsing:
             name = "the file" if param is None else param.opts[0]
             if path.suffix.lower() not in self._suffixes:
@@ -40,7 +40,7 @@ class OutputDirectory(click.Path):
         super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = Path(super().convert(value, param, ctx))
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
         if ctx is None or not ctx.resilient_parsing:
             name = "the directory" if param is None else param.opts[0]
             if path.exists() and (not path.is_dir() or any(path.iterdir())):

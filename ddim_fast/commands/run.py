@@ -164,9 +164,10 @@ class Run:
 
     def to_pictures(self, samples: Tensor) -> Tensor:
         """Return samples as pictures (B, *picture_shape), decoded where they are latents."""
-        if not hasattr(self.model, "decode") or not len(samples):
+        decode = getattr(self.model, "decode", None)
+        if decode is None:
             return samples
-        return torch.cat([self.model.decode(part.to(self.where)).cpu() for part in samples.split(1)])
+        return torch.cat([decode(part.to(self.where)).cpu() for part in samples.split(1)])
 
     def read(self, paths: tuple[Path, ...]) -> tuple[Tensor, list[str]]:
         """Return the samples in files, on the model's device, and their names; pictures are encoded

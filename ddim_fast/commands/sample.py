@@ -91,7 +91,7 @@ def sample(run: Run, count: int | None, files: Path | None, trajectory: Path | N
 
     def draw(part: slice) -> Tensor | Trajectory:
         def show(step: int, t: Any, x_t: Tensor, x0: Tensor) -> None:
-            if (step + 1) % preview == 0 and step + 1 < sampler.num_inference_steps:
+            if preview is not None and (step + 1) % preview == 0 and step + 1 < sampler.num_inference_steps:
                 images = torch.cat([*finished, run.to_pictures(x0.cpu())])
                 run.draw(images, names, f"{title}, after step {step + 1}", columns)
                 run.left = f"{run.out} shows the predicted x0 after step {step + 1}"

@@ -35,6 +35,7 @@ class TextToImage(LoadedModel):
         picture_shape: (C, H, W) of a decoded sample.
     """
 
+    vae: Any
     embeddings: Tensor
     pooled: Tensor | None
     sizes: Tensor | None
@@ -61,7 +62,7 @@ class TextToImage(LoadedModel):
             )
         self.vae = vae
         self.class_names, self.num_classes = tuple(prompts), len(prompts)
-        config = vae.config
+        config = self.vae.config
         scale = 2 ** (len(config.block_out_channels) - 1)
         _, height, width = model.sample_shape
         self.picture_shape = (config.out_channels, scale * height, scale * width)
@@ -71,10 +72,10 @@ class TextToImage(LoadedModel):
         sizes = torch.tensor([*whole, 0, 0, *whole], dtype=embeddings.dtype, device=embeddings.device)
         self.register_buffer("sizes", None if pooled is None else sizes)
 
-    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, **conditioning: Any) -> Tensor:
         if class_labels is None:
             class_labels = torch.full((len(x),), self.num_classes, dtype=torch.int64, device=x.device)
-        more: dict[str, Any] = {}
+        more = dict(conditioning)
         if self.pooled is not None and self.sizes is not None:
             time_ids = self.sizes.expand(len(x), -1)
             more["added_cond_kwargs"] = {"text_embeds": self.pooled[class_labels], "time_ids": time_ids}
