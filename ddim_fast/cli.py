@@ -37,7 +37,7 @@ def main() -> None:
 
     \b
     Start here:
-      ddim-fast sample                     64 pictures from the model that ships with the package
+      ddim-fast sample                     60 pictures from the model that ships with the package
       ddim-fast sample --steps 10 --eta 1  fewer steps, with DDPM's noise
       ddim-fast interpolate                from one sample to another
       ddim-fast generate -n 50000          a set of samples as files, by any number of processes

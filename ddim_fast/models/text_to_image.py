@@ -6,6 +6,7 @@ grid, a set of any size or a search, samples prompts.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
 from collections.abc import Mapping, Sequence
@@ -136,6 +137,11 @@ def load_text_to_image(
     """
     prompts = [check_text("a prompt", prompt) for prompt in prompts]
     path = Path(path)
+    if lacking := [name for name in ("diffusers", "transformers") if importlib.util.find_spec(name) is None]:
+        raise ImportError(
+            f"a text-to-image pipeline is loaded by diffusers and transformers, got no {' and no '.join(lacking)}: "
+            f"pip install {' '.join(lacking)}"
+        )
     kind = _checked_kind(path)
     diffusers = diffusers_module()
     model = load_model_from(path, device=device, trust_pickle=trust_pickle, variant=variant)
