@@ -3,9 +3,8 @@ tests of your own.
 
 pytest --ddim-subject diffusers:DDIMScheduler
 
-It is outside the package because pytest imports it in every run wherever ddim_fast is installed,
-and importing the package would import torch. It imports nothing of ddim_fast before an option or a
-fixture needs it. PYTEST_DONT_REWRITE
+It is outside the package because pytest imports it in every run wherever ddim_fast is installed. It
+imports nothing of ddim_fast before an option or a fixture needs it. PYTEST_DONT_REWRITE
 """
 
 from __future__ import annotations
@@ -89,7 +88,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _asked_for(config: pytest.Config) -> Verification:
     if importlib.util.find_spec("scipy") is None:
-        raise pytest.UsageError("ddim_fast: the checks need scipy, not installed here: pip install 'ddim-fast[verify]'")
+        from ddim_fast.utils.extras import missing
+
+        raise pytest.UsageError(missing("ddim_fast: --ddim-subject", ["scipy"], "verify"))
     from ddim_fast.utils.checks import check_integer
     from ddim_fast.verify.run import choose_checks, prepared_subject
 

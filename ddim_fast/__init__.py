@@ -7,67 +7,35 @@ sampler = df.DDIMSampler(df.NoiseSchedule.linear(), num_inference_steps=50, eta=
 images = sampler.sample(model, shape=(64, 1, 28, 28), seed=0)
 """
 
-from . import _moved
-from ._version import __version__
-from .kernels.contract import StepCoefficients, StepTable
-from .kernels.dispatch import ddim_step, ddim_step_from_table
-from .kernels.log_prob import ddim_kl, ddim_log_prob
-from .kernels.noise import NoiseStream, sample_seeds, standard_normals
-from .models.flow_view import as_flow, flow_times
-from .models.loading import LoadedModel, load_model, load_model_from
-from .plans.continuous import (
-    ContinuousSchedule,
-    CosineSchedule,
-    EDMSchedule,
-    FlowSchedule,
-    VESchedule,
-    VPSchedule,
-)
-from .plans.levels import NoiseLevel
-from .plans.named import make_schedule
-from .plans.plan import PlannedStep, SamplingPlan
-from .plans.schedules import NoiseSchedule
-from .plans.timesteps import explicit_timesteps, respaced_timesteps, select_timesteps
-from .sampler import DDIMSampler
-from .sampling.editing import slerp
-from .sampling.loop import Timing, Trajectory
-from .sampling.rollout import Rollout
+from __future__ import annotations
 
-__all__ = [
-    "ContinuousSchedule",
-    "CosineSchedule",
-    "DDIMSampler",
-    "EDMSchedule",
-    "FlowSchedule",
-    "LoadedModel",
-    "NoiseLevel",
-    "NoiseSchedule",
-    "NoiseStream",
-    "PlannedStep",
-    "Rollout",
-    "SamplingPlan",
-    "StepCoefficients",
-    "StepTable",
-    "Timing",
-    "Trajectory",
-    "VESchedule",
-    "VPSchedule",
-    "__version__",
-    "as_flow",
-    "ddim_kl",
-    "ddim_log_prob",
-    "ddim_step",
-    "ddim_step_from_table",
-    "explicit_timesteps",
-    "flow_times",
-    "load_model",
-    "load_model_from",
-    "make_schedule",
-    "respaced_timesteps",
-    "sample_seeds",
-    "select_timesteps",
-    "slerp",
-    "standard_normals",
-]
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from . import _moved
+from ._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from ._public import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names, and torch with them, when the first one is asked for (PEP 562):
+    ``ddim-fast --help`` asks for none."""
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    public = importlib.import_module("._public", __name__)
+    globals().update({one: getattr(public, one) for one in ("__all__", *public.__all__)})
+    if name not in globals():  # neither public, nor a module that the import has brought
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *importlib.import_module("._public", __name__).__all__})
+
 
 _moved.install()
+if "torch" in sys.modules:  # nothing is saved by waiting
+    __getattr__("__all__")

@@ -8,6 +8,7 @@ from ._version import __version__
 from .commands.edit import img2img, inpaint, interpolate, reconstruct
 from .commands.generate import generate
 from .commands.info import info
+from .commands.interruption import interruption
 from .commands.sample import sample
 from .commands.search import search
 from .commands.tradeoff import tradeoff
@@ -21,7 +22,10 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context):
         try:
-            return super().invoke(ctx)
+            with interruption():  # while a command is still imported
+                return super().invoke(ctx)
+        except BrokenPipeError:  # click's: whatever reads the output has closed it
+            raise
         except (ValueError, TypeError, ImportError, OSError) as error:
             raise click.ClickException(str(error)) from error
 
@@ -33,7 +37,7 @@ def main() -> None:
 
     \b
     Start here:
-      ddim-fast sample                     64 pictures from the model that ships with the package
+      ddim-fast sample                     60 pictures from the model that ships with the package
       ddim-fast sample --steps 10 --eta 1  fewer steps, with DDPM's noise
       ddim-fast interpolate                from one sample to another
       ddim-fast generate -n 50000          a set of samples as files, by any number of processes

@@ -21,7 +21,9 @@ from ddim_fast.generation import EveryClass, directory, generate
 
 SHAPE, CLASSES, COUNT, SHARD = (1, 6, 6), 3, 200, 32
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["ddim_fast.cli"])  # what takes seconds to import
+forkserver.set_forkserver_preload(
+    ["ddim_fast.cli", "ddim_fast.commands.run", "ddim_fast.generation"]
+)  # what takes seconds to import
 
 
 class Crowd(nn.Module):

@@ -141,16 +141,53 @@ def test_private_names_of_other_libraries_stand_in_their_files_alone():
     assert not found, "\n".join(["private names outside of the files made for them:", *sorted(found)])
 
 
+def loaded_after(code: str) -> list[str]:
+    """The modules that a new Python has loaded after ``code``."""
+    words = [sys.executable, "-c", f"{code}\nimport sys; print('loaded:', *sorted(sys.modules))"]
+    ran = subprocess.run(words, capture_output=True, text=True, check=True)
+    return ran.stdout.split("loaded:")[1].split()
+
+
 NOT_LOADED = ("gpu_lab", "verify", "search", "tradeoff", "generation", "commands", "integrations", "sampling.optimize")
 
 
 def test_importing_the_package_loads_no_more_than_sampling_needs():
-    code = "import sys, ddim_fast; print(*sorted(sys.modules))"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = ran.stdout.split()
+    loaded = loaded_after("import torch, ddim_fast; torch.ops.ddim_fast.step_")  # beside torch, at once
     rooms_loaded = [name for name in loaded for room in NOT_LOADED if name.startswith(f"{PACKAGE}.{room}")]
     assert not rooms_loaded
     assert not {"click", "matplotlib", "scipy", "triton", "diffusers"} & {*loaded}
+
+
+OF_SECONDS = {"torch", "numpy", "scipy", "tqdm", "PIL", "safetensors"}
+"""What the first name of the package loads, and the command line must not, to say what its options are."""
+HELP = """
+from click.testing import CliRunner
+from ddim_fast.cli import main
+for words in ([], *([name] for name in main.commands)):
+    said = CliRunner().invoke(main, [*words, "--help"])
+    assert said.exit_code == 0 and "Usage:" in said.output, said
+    said = CliRunner().invoke(main, [*words, "--no-such-option"])
+    assert said.exit_code == 2 and "No such option" in said.output, said
+assert CliRunner().invoke(main, ["--version"]).exit_code == 0
+"""
+
+
+def test_help_and_usage_errors_of_every_command_load_nothing_that_takes_seconds():
+    assert not OF_SECONDS & {*loaded_after(HELP)}
+
+
+FIRST_NAME = """
+import sys
+import ddim_fast as df
+assert df.__version__ and df.__doc__ and not hasattr(df, "__wrapped__") and "torch" not in sys.modules
+assert df.plans.timesteps.SPACINGS and {"slerp", "DDIMSampler"} <= {*dir(df)} and not hasattr(df, "no_such_name")
+from ddim_fast import *
+assert slerp is df.slerp and ddim_step is df.ddim_step
+"""
+
+
+def test_the_package_loads_its_names_when_the_first_is_asked_for():
+    assert "torch" in loaded_after(FIRST_NAME)
 
 
 MAKERS = {

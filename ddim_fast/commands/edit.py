@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
-import torch
-from torch import Tensor
 
-from ..kernels.dispatch import normals
-from ..kernels.noise import NoiseStream, sample_seeds
-from ..sampling.inversion import reconstruction_error
-from .options import Run, noise_options, read_samples, takes_run
+from .options import noise_options, takes_run
+from .outputs import counted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .run import Run
 
 _PICTURES = click.argument(
     "paths",
@@ -26,22 +26,34 @@ _STRENGTH = "how much is regenerated, in (0, 1]: the share of the steps to run"
 
 
 def _read(run: Run, paths: tuple[Path, ...]) -> tuple[Tensor, list[str], list[int] | None]:
-    """Read the pictures onto the model's device; return them, their names, and their labels.
+    """Load the model; return the samples in files on its device, their names, and their labels.
 
-    Labels are None without --class.
+    Labels are None without --class and --prompt.
     """
-    x0, names = read_samples(paths, run.sample_shape)
-    labels = None if run.class_name is None else run.labels(len(x0))
-    return x0.to(run.where), names, labels
+    run.load()
+    run.check_pictures()
+    x0, names = run.read(paths)
+    labels = run.labels(len(x0)) if run.class_name is not None or run.prompts else None
+    return x0, names, labels
 
 
-def _write_pairs(run: Run, before: Tensor, after: Tensor, names: list[str], title: str, labels=None) -> None:
-    """Write a grid of each picture beside its result."""
-    both = torch.stack([before.cpu(), after.cpu()], 1).flatten(0, 1)
+def _write_pairs(
+    run: Run, before: Tensor, after: Tensor, names: list[str], title: str, labels=None, kept: Tensor | None = None
+) -> None:
+    """Write a grid of each picture, black where it is not ``kept``, beside its result."""
+    import torch
+
+    drawn = None
+    if run.draws_pictures:
+        shown, result = run.to_pictures(before).cpu(), run.to_pictures(after).cpu()
+        if kept is not None:
+            mask = torch.nn.functional.interpolate(kept.cpu()[None, None], shown.shape[2:])
+            shown = shown * mask - (1 - mask)
+        drawn = torch.stack([shown, result], 1).flatten(0, 1)
     under = [text for name in names for text in (name, "->")]
     columns = 2 * min(len(names), max(1, round(len(names) ** 0.5)))
-    written = run.write(both, under, title, columns, labels, samples=after)
-    run.say(f"{len(names)} pictures: {title} -> {', '.join(map(str, written))}")
+    written = run.write(after, under, title, columns, labels, drawn)
+    run.say(f"{counted(len(names), 'picture')}: {title} -> {', '.join(map(str, written))}")
 
 
 @click.command()
@@ -60,7 +72,6 @@ def img2img(run: Run, paths: tuple[Path, ...], strength: float) -> None:
       ddim-fast sample --class Sneaker -n 4 --save sneakers.npz
       ddim-fast img2img sneakers.npz --class "Ankle boot" --strength 0.7
     """
-    run.prepare()
     x0, names, labels = _read(run, paths)
     sampler, seeds = run.sampler(), run.seeds(len(x0))
 
@@ -72,7 +83,7 @@ def img2img(run: Run, paths: tuple[Path, ...], strength: float) -> None:
             **run.options(labels, seeds, part),
         )
 
-    images = torch.cat([part.samples for part in run.in_batches(len(x0), draw)])
+    images = run.samples_in_batches(len(x0), draw)
     title = f"{run.model_name}: strength {strength:g}, {sampler.num_inference_steps} steps, eta {run.eta_text}, seed {run.seed}"
     _write_pairs(run, x0, images, names, title, labels)
 
@@ -87,17 +98,25 @@ _KEPT = {
 }
 
 
-def _mask(keep: str, sample_shape: tuple[int, ...]) -> Tensor:
-    """Return the mask ``(H, W)``: 1 where the picture is kept."""
-    _, height, width = sample_shape
+def _mask(run: Run, keep: str) -> Tensor:
+    """Return the mask ``(H, W)``: 1 where the sample is kept."""
+    import numpy as np
+    import torch
+
+    from ..utils.checks import refuse
+    from .files import read_picture
+
+    if len(run.sample_shape) != 3:
+        refuse("--keep is for samples (C, H, W)", run.sample_shape, "use DDIMSampler.inpaint, whose mask has any shape")
+    _, height, width = run.sample_shape
     if keep in _KEPT:
         y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
         return torch.from_numpy(_KEPT[keep](y, x).astype(np.float32))
     path = Path(keep)
     if not path.is_file():
         raise ValueError(f"--keep must be one of {', '.join(_KEPT)}, or an image file, got {keep!r}")
-    (mask,), _ = read_samples((path,), (1, height, width))
-    return (mask[0] + 1) / 2
+    note = run.note if run.picture_shape == run.sample_shape else lambda text: None  # a mask of latents is smaller
+    return (read_picture(path, (1, height, width), note)[0, 0] + 1) / 2
 
 
 @click.command()
@@ -124,9 +143,8 @@ def inpaint(run: Run, paths: tuple[Path, ...], keep: str, strength: float) -> No
       ddim-fast sample --class Sneaker -n 4 --save sneakers.npz
       ddim-fast inpaint sneakers.npz --keep left --class Sneaker
     """
-    run.prepare()
     x0, names, labels = _read(run, paths)
-    mask = _mask(keep, run.sample_shape)
+    mask = _mask(run, keep)
     sampler, seeds = run.sampler(), run.seeds(len(x0))
 
     def draw(part: slice):
@@ -138,10 +156,9 @@ def inpaint(run: Run, paths: tuple[Path, ...], keep: str, strength: float) -> No
             **run.options(labels, seeds, part),
         )
 
-    images = torch.cat([part.samples for part in run.in_batches(len(x0), draw)])
+    images = run.samples_in_batches(len(x0), draw)
     title = f"{run.model_name}: {keep} kept, {sampler.num_inference_steps} steps, eta {run.eta_text}, seed {run.seed}"
-    shown = x0 * mask.to(x0) - (1 - mask.to(x0))  # the regenerated part in black
-    _write_pairs(run, shown, images, names, title, labels)
+    _write_pairs(run, x0, images, names, title, labels, mask)
 
 
 @click.command()
@@ -163,7 +180,13 @@ def interpolate(run: Run, from_seed: int, to_seed: int, frames: int, rows: int) 
     Example:
       ddim-fast interpolate --from-seed 3 --to-seed 8 --frames 9 -n 10
     """
-    run.prepare()
+    import torch
+
+    from ..kernels.dispatch import normals
+    from ..kernels.noise import NoiseStream, sample_seeds
+
+    run.load()
+    run.check_pictures()
     run.check_memory("--rows times --frames", rows * frames)
     labels, sampler = run.labels(rows), run.sampler()
     weights = torch.linspace(0, 1, frames, dtype=torch.float32, device="cpu").tolist()
@@ -183,11 +206,11 @@ def interpolate(run: Run, from_seed: int, to_seed: int, frames: int, rows: int) 
         backend=run.backend,
         progress=not run.quiet,
     )
-    assert isinstance(samples, Tensor)  # no trajectory was asked for
+    assert isinstance(samples, torch.Tensor)  # no trajectory was asked for
     images = samples.view(frames, rows, *run.sample_shape).transpose(0, 1).flatten(0, 1).cpu()
     title = f"{run.model_name}: from seed {from_seed} to seed {to_seed}, {sampler.num_inference_steps} steps"
     written = run.write(images, [f"{weight:.2f}" for weight in weights] * rows, title, frames)
-    run.say(f"{rows} rows of {frames} pictures -> {', '.join(map(str, written))}")
+    run.say(f"{counted(rows, 'row')} of {frames} pictures -> {', '.join(map(str, written))}")
 
 
 @click.command()
@@ -212,7 +235,10 @@ def reconstruct(run: Run, paths: tuple[Path, ...], iterations: int) -> None:
       ddim-fast sample --class Bag -n 4 --save bags.npz
       ddim-fast reconstruct bags.npz --class Bag --steps 50 --iterations 5
     """
-    run.prepare()
+    from torch import Tensor
+
+    from ..sampling.inversion import reconstruction_error
+
     x0, names, labels = _read(run, paths)
     sampler = run.sampler(clip_sample=False)
 
@@ -226,7 +252,7 @@ def reconstruct(run: Run, paths: tuple[Path, ...], iterations: int) -> None:
         assert isinstance(x_T, Tensor)  # no trajectory was asked for
         return sampler.sample(run.model, x_T=x_T, seed=0, progress=not run.quiet, **options)
 
-    images = torch.cat([part.samples for part in run.in_batches(len(x0), draw)])
+    images = run.samples_in_batches(len(x0), draw)
     error = reconstruction_error(x0.cpu(), images).mean()
     title = f"{run.model_name}: {sampler.num_inference_steps} steps, {iterations} iterations, mean squared error {error:.2e}"
     _write_pairs(run, x0, images, names, title, labels)

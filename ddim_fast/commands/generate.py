@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import os
-import shlex
-import signal
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import torch
-from tqdm.auto import tqdm
 
-from ..generation import Conditioning, Generated, Table, check_set, join_npz
-from ..generation import generate as generate_set
-from ..generation.directory import MANIFEST, GenerationError, parts_of, read_manifest
-from ..generation.formats import FORMATS
-from ..generation.run import COMPUTE_BATCH_SIZE, SHARD_SIZE
-from ..generation.settings import file_digest
-from ..models.shipped import SHIPPED
-from ..utils.checks import usable_device
-from .options import Run, conditioning_rule, noise_options, takes_run
+from .choices import COMPUTE_BATCH_SIZE, FORMATS, SHARD_SIZE, SHIPPED
+from .interruption import same_command
+from .options import noise_options, takes_run
+from .outputs import counted
 
-_INTERRUPTED = 130
-_NOT_HERE = ("out", "save", "threads")  # common options that this command redefines or omits
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..generation import Conditioning, Generated
+    from .run import Run
 
 
 @click.command()
@@ -47,7 +41,7 @@ _NOT_HERE = ("out", "save", "threads")  # common options that this command redef
     ),
     click.option(
         "--format",
-        type=click.Choice(list(FORMATS)),
+        type=click.Choice(FORMATS),
         default="safetensors",
         show_default=True,
         help="safetensors: raw samples. npz: uint8 images for FID tools. webdataset: tar files of PNG.",
@@ -103,6 +97,7 @@ _NOT_HERE = ("out", "save", "threads")  # common options that this command redef
         help="Time after which an idle process redoes another's unfinished slice.  [default: 1.5 times its slowest]",
     ),
     click.option("--no-space-check", is_flag=True, help="Start even if the disk may be too small."),
+    without=("out", "save", "threads"),
 )
 def generate(
     run: Run,
@@ -130,6 +125,10 @@ def generate(
       torchrun --nproc-per-node 4 -m ddim_fast generate -n 1000000 --out DIR --resume
       ddim-fast generate --check DIR --join samples.npz
     """
+    from ..generation import GenerationError
+    from ..generation import generate as generate_set
+    from ..generation.directory import MANIFEST
+
     if checked is not None:
         _check(checked, joined, run)
         return
@@ -137,8 +136,7 @@ def generate(
         raise ValueError(f"--join needs --check DIR, got --join {joined} alone: add --check DIR")
     run.use(_model(run))
     conditioning, count = _conditioning(run, table, count)
-    # When a process dies, torchrun sends SIGTERM to the others: they stop as on Ctrl-C.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run.left = f"all shards written so far are complete. {_how_to_resume()}"
     try:
         done = generate_set(
             run.model,
@@ -162,25 +160,20 @@ def generate(
             check_space=not no_space_check,
             progress=not run.quiet,
         )
-    except KeyboardInterrupt:
-        click.echo(f"stopped; all shards written so far are complete. {_how_to_resume()}", err=True)
-        sys.exit(_INTERRUPTED)
     except OSError as error:
         begun = f"\n{_how_to_resume()}" if (directory / MANIFEST).is_file() else ""
         raise click.ClickException(f"{error}{begun}") from error
     except GenerationError as error:
         raise click.ClickException(str(error)) from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if done.rank == 0:
         _report(run, done, count)
 
 
-# Remove the common options that do not apply here.
-generate.params = [parameter for parameter in generate.params if parameter.name not in _NOT_HERE]
+def _model(run: Run) -> nn.Module:
+    import torch
 
+    from ..utils.checks import usable_device
 
-def _model(run: Run):
     device = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -192,12 +185,17 @@ def _model(run: Run):
 
 def _model_id(run: Run) -> str | None:
     """Return an archive's file digest: its weights alone do not identify its program."""
+    from ..generation.settings import file_digest
+
     return (
         file_digest(Path(run.model_name)) if os.path.isfile(run.model_name) and run.model_name not in SHIPPED else None
     )
 
 
 def _conditioning(run: Run, table: Path | None, count: int | None) -> tuple[Conditioning | None, int]:
+    from ..generation import Table
+    from .run import conditioning_rule
+
     if table is not None:
         if run.class_name is not None:
             raise ValueError(
@@ -211,31 +209,35 @@ def _conditioning(run: Run, table: Path | None, count: int | None) -> tuple[Cond
 
 
 def _how_to_resume() -> str:
-    words = ["ddim-fast", *sys.argv[1:]]
-    command = shlex.join(words if "--resume" in words else [*words, "--resume"])
     started = "" if os.environ.get("WORLD_SIZE", "1") == "1" else ", under torchrun with any number of processes"
-    return f"Resume with: {command}{started}"
+    return f"Resume with: {same_command('--resume')}{started}"
 
 
 def _report(run: Run, done: Generated, count: int) -> None:
     found = f", {done.found} already there" if done.found else ""
     run.say(
-        f"{count} samples in {done.shards} files: {done.made} drawn in {done.seconds:.1f} s "
+        f"{counted(count, 'sample')} in {counted(done.shards, 'file')}: {done.made} drawn in {done.seconds:.1f} s "
         f"({done.made / done.seconds:.1f} samples/s){found} -> {done.out}"
     )
     if done.non_finite:
         click.echo(
-            f"warning: {done.non_finite} samples contain NaN or infinity; the manifest lists their files", err=True
+            f"warning: {counted(done.non_finite, 'sample')} with NaN or infinity; the manifest lists their files",
+            err=True,
         )
 
 
 def _check(path: Path, joined: Path | None, run: Run) -> None:
+    from tqdm.auto import tqdm
+
+    from ..generation import check_set, join_npz
+    from ..generation.directory import parts_of, read_manifest
+
     manifest = read_manifest(path)
     _, slices = parts_of(path, manifest)
     with tqdm(total=slices.count, desc="checking", unit="sample", disable=run.quiet) as bar:
         problems = check_set(path, bar.update)
     if problems:
         raise click.ClickException(f"{path} is not complete:\n  " + "\n  ".join(problems))
-    run.say(f"{path} is complete: {slices.count} samples in {len(manifest['shards'])} files")
+    run.say(f"{path} is complete: {counted(slices.count, 'sample')} in {counted(len(manifest['shards']), 'file')}")
     if joined is not None:
         run.say(f"joined into {join_npz(path, joined)}")

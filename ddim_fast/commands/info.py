@@ -6,18 +6,20 @@ import os
 import platform
 
 import click
-import numpy as np
-import torch
 
 from .._version import __version__
-from ..kernels import cpu_step, dispatch
-from ..kernels.contract import StepCoefficients, StepInputs
-from ..kernels.noise import NOISE_STANDARD_VERSION
 
 
 @click.command()
 def info() -> None:
     """Print versions, usable backends (and why others are not), and the instruction set."""
+    import numpy as np
+    import torch
+
+    from ..kernels import cpu_step, dispatch
+    from ..kernels.contract import StepCoefficients, StepInputs
+    from ..kernels.noise import NOISE_STANDARD_VERSION
+
     click.echo(f"ddim_fast {__version__}, noise standard {NOISE_STANDARD_VERSION}")
     click.echo(f"torch {torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}")
     click.echo(

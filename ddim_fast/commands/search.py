@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from tqdm.auto import tqdm
 
-from ..search import FITTED, FittedSolver, Found, Search, search_timesteps
-from .options import Run, check_output, conditioning_rule, takes_model
+from .options import takes_model
+from .outputs import OutputFile, duration
+
+if TYPE_CHECKING:
+    from ..search import FittedSolver, Found, Search
+    from .run import Run
 
 EFFORTS = {
     # name: samples for the cost table, for the refinement, for the held-out score; full sampling
@@ -53,7 +58,7 @@ EFFORTS = {
 )
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OutputFile((".json",)),
     default="timesteps.json",
     show_default=True,
     help="The file for the list and its provenance.",
@@ -80,7 +85,7 @@ def search(
 
     With --coefficients the file is a whole solver: a row of numbers for each step, fitted so that
     its runs end where converged ones do. Fewer steps then reach as far. A search that was
-    interrupted goes on where it was, from FILE.json.partial.
+    interrupted (Ctrl-C, a crash) goes on where it was, from FILE.json.partial.
 
     \b
     Examples:
@@ -89,7 +94,11 @@ def search(
       ddim-fast search --steps 8 --coefficients --out eight.json
       ddim-fast search --steps 8 --model path/to/pipeline --guidance 3 --effort thorough
     """
-    check_output(out, (".json",))
+    from tqdm.auto import tqdm
+
+    from ..search import Search, search_timesteps
+    from .run import conditioning_rule
+
     run.load()
     count, refine_count, held_out, refine_runs = EFFORTS[effort]
     wanted = Search(
@@ -110,9 +119,16 @@ def search(
         coefficients=coefficients,
         device=run.where,
     )
+    partial = out.with_name(out.name + ".partial")
+    if not run.quiet:
+        run.say(_beforehand(wanted, partial))
     with tqdm(total=wanted.calls(), desc="searching", unit="call", disable=run.quiet) as bar:
-        partial = out.with_name(out.name + ".partial")
-        found = search_timesteps(wanted, bar.update, lambda text: bar.set_postfix_str(text), partial)
+        try:
+            found = search_timesteps(wanted, bar.update, lambda text: bar.set_postfix_str(text), partial)
+        except KeyboardInterrupt:
+            if partial.exists():
+                run.left = f"run the same command again: it goes on from what was found so far, in {partial}"
+            raise
         bar.total = bar.n  # the refinement may not use its whole budget
     found.best.write(out)
     run.say(_table(found))
@@ -121,6 +137,20 @@ def search(
     if found.best.model_timesteps is not None:
         run.say(f"model timesteps {list(found.best.model_timesteps)}")
     run.say(f"{list(found.timesteps)} -> {out}")
+
+
+def _beforehand(wanted: Search, partial: Path) -> str:
+    """Return in words how many model calls the search makes, and how long they take by two of them."""
+    calls: list[int] = []
+    plan, runs = wanted.converging_plan(), wanted.runs(min(64, wanted.refine_count), wanted.seed, calls.append)
+    for _ in range(2):  # the first warms up
+        calls.clear()
+        started = time.perf_counter()
+        runs.predict(runs.first_state(plan).x_t, plan.steps[0])
+        seconds = (time.perf_counter() - started) / sum(calls)
+    most = wanted.calls()
+    going_on = f"going on from {partial}" if partial.exists() else f"Ctrl-C keeps what is found, in {partial}"
+    return f"at most {most:,} model calls of one sample, about {duration(most * seconds)}; {going_on}"
 
 
 def _table(found: Found) -> str:
@@ -134,6 +164,8 @@ def _table(found: Found) -> str:
 
 def _gain(found: Found, fitted: FittedSolver) -> str:
     """Return in words what the fit gained on held-out noise, and on its own."""
+    from ..search import FITTED
+
     score, before = found.score(FITTED), found.score("searched")
     gained, own = 1 - score.held_out / before.held_out, 1 - score.seen / before.seen
     if not fitted.gained:

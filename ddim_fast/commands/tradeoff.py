@@ -7,45 +7,19 @@ from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import numpy as np
-import torch
-from tqdm.auto import tqdm
 
-from ..models.shipped import SHIPPED
-from ..plans.continuous import CONTINUOUS_SPACINGS, ContinuousSchedule
-from ..plans.eta import ETA_SCALES, PAPER
-from ..plans.files import read_timesteps
-from ..plans.timesteps import SPACINGS
-from ..tradeoff import (
-    METRICS,
-    Cell,
-    CellResult,
-    ClosedForm,
-    Judge,
-    Study,
-    StudyDirectory,
-    Subject,
-    grid,
-    judge_of,
-    other_cells,
-    paper_table,
-    shipped_judge,
-)
-from ..tradeoff.measure import CONVERGED
-from ..tradeoff.race import summary
-from ..tradeoff.study import calls_to_do, run_study, settings_of
-from ..utils.checks import check_choice, check_number, refuse
-from ..utils.files import npz_array
-from ..utils.import_string import import_string
-from ..utils.open_page import open_page
+from .choices import CONTINUOUS_SPACINGS, ETA_SCALES, PAPER, RACED_METRICS, SHIPPED, SPACINGS
 from .lists import ListOf
-from .options import Run, conditioning_rule, takes_model
+from .options import takes_model
+
+if TYPE_CHECKING:
+    from ..tradeoff import Cell, CellResult, Judge, Study, Subject
+    from .run import Run
 
 PAPER_COUNT_AT_1000 = 400
-CLOSED_FORM = "closed-form"
-QUICK_CONVERGED = Cell(60, "log_snr", order=2)
 
 
 @click.command()
@@ -70,7 +44,7 @@ QUICK_CONVERGED = Cell(60, "log_snr", order=2)
 @click.option("--etas", type=ListOf(float), default=None, help="Values of eta.  [default: 0,1]")
 @click.option(
     "--eta-scales",
-    type=ListOf(str, tuple(ETA_SCALES)),
+    type=ListOf(str, ETA_SCALES),
     default=(PAPER,),
     help=f"What eta means, of {', '.join(ETA_SCALES)}.  [default: {PAPER}, the paper's]",
 )
@@ -98,7 +72,7 @@ QUICK_CONVERGED = Cell(60, "log_snr", order=2)
     "targets",
     multiple=True,
     metavar="METRIC=VALUE",
-    help=f"The quality to reach in the least time, of {', '.join(name for name, metric in METRICS.items() if metric.raced)}; may be "
+    help=f"The quality to reach in the least time, of {', '.join(RACED_METRICS)}; may be "
     "repeated.  [default: what plain DDIM has in 50 steps, or in the most that are measured]",
 )
 @click.option(
@@ -169,7 +143,12 @@ def tradeoff(
       ddim-fast tradeoff --paper-table -n 2000 --out table1
       ddim-fast tradeoff --model closed-form --out exact
     """
+    from ..tradeoff import Cell, ClosedForm, Subject, other_cells, paper_table
+    from ..tradeoff.measure import CONVERGED
+    from ..tradeoff.race import summary
     from ..tradeoff.report import check_libraries, write_report
+    from ..utils.open_page import open_page
+    from .run import conditioning_rule
 
     check_libraries()
 
@@ -180,11 +159,8 @@ def tradeoff(
     if paper and analytic_variance:
         raise ValueError("--paper-table must not be combined with --analytic-variance, got both: leave one of them out")
     aims = _targets(targets)
-    truth = ClosedForm() if run.model_name == CLOSED_FORM else None
-    if truth is not None:
-        run.use(truth)
-    else:
-        run.load()
+    run.load()
+    truth = run.model if isinstance(run.model, ClosedForm) else None
     count = count or (200 if quick else 1000)
     run.check_memory("-n", count, grids=0)
     judge = _judge(run, features, real)
@@ -211,7 +187,7 @@ def tradeoff(
     counts = {cell.num_inference_steps: cell.count for cell in cells if cell.timesteps is None}
     for text in against:
         cells += other_cells(subject, text, sorted(counts), counts)
-    converged = None if paper else (QUICK_CONVERGED if quick else CONVERGED)
+    converged = None if paper else (Cell(60, "log_snr", order=2) if quick else CONVERGED)
     study = replace(_measure(run, subject, cells, out, converged), targets=aims, notes=_libraries(against))
     written = write_report(study, out)
     for line in summary(study):
@@ -232,11 +208,12 @@ def _libraries(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _targets(texts: tuple[str, ...]) -> dict[str, float]:
     """Return the values of --target by metric."""
+    from ..utils.checks import check_choice, check_number, refuse
+
     found: dict[str, float] = {}
-    names = [name for name, metric in METRICS.items() if metric.raced]
     for text in texts:
         name, _, value = text.partition("=")
-        check_choice("the metric of --target", name, names, "for instance --target frechet=0.06")
+        check_choice("the metric of --target", name, RACED_METRICS, "for instance --target frechet=0.06")
         try:
             number = float(value)
         except ValueError:
@@ -247,6 +224,12 @@ def _targets(texts: tuple[str, ...]) -> dict[str, float]:
 
 def _measure(run: Run, subject: Subject, cells: list[Cell], out: Path, converged: Cell | None) -> Study:
     """Measure all cells that an earlier run has not measured, with a progress bar."""
+    from tqdm.auto import tqdm
+
+    from ..tradeoff import StudyDirectory
+    from ..tradeoff.study import calls_to_do, run_study, settings_of
+
+    run.left = f"run the same command again: the cells that were measured are in {out}"
     directory = StudyDirectory(out, settings_of(subject))
     total = calls_to_do(subject, cells, directory, converged)
     with tqdm(total=total, desc="measuring", unit="call", unit_scale=True, disable=run.quiet) as bar:
@@ -264,6 +247,10 @@ def _cells(
     quick, steps, spacings, etas, eta_scales, sigma_hat, orders, files, analytic_variance, run: Run
 ) -> list[Cell]:
     """Return the requested cells; with --quick alone, a small representative grid."""
+    from ..plans.continuous import ContinuousSchedule
+    from ..plans.files import read_timesteps
+    from ..tradeoff import grid
+
     if analytic_variance and not (files and any(etas or (0.0, 1.0))):
         raise ValueError(
             "--analytic-variance needs a list from ddim-fast search and noise: give --timesteps FILE.json, and an eta above 0"
@@ -308,6 +295,13 @@ def _named(files: tuple[Path, ...], taken: Sequence[str]) -> dict[str, Path]:
 
 
 def _judge(run: Run, features: str | None, real: Path | None) -> Judge | None:
+    import numpy as np
+    import torch
+
+    from ..tradeoff import judge_of, shipped_judge
+    from ..utils.files import npz_array
+    from ..utils.import_string import import_string
+
     if features is not None and real is not None:
         extractor = import_string(features, "the feature extractor")
         if not callable(extractor):

@@ -16,9 +16,9 @@ from typing import Any
 
 import click
 
-from ..kernels.dispatch import BACKENDS
-from ..plans.eta import OF_EQUATION_16
-from ..utils.checks import usable_device
+from ..utils.atomic_files import check_writable
+from ..utils.extras import missing
+from .choices import BACKENDS, OF_EQUATION_16
 
 NEEDED = ("scipy", "rich", "jinja2")
 _REPORT = click.Path(path_type=Path)
@@ -167,11 +167,12 @@ def verify(context: click.Context, quick: bool, **options: Any) -> None:
 
 def _verify(request: _Request) -> int:
     """Validate all options, run the checks, and return the exit code."""
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise _CouldNotRunError(f"verify needs {', '.join(missing)}, not installed: pip install 'ddim-fast[verify]'")
+    if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise _CouldNotRunError(missing("verify", lacking, "verify"))
     if request.list_:
         _list_checks()
         return 0
+    from ..utils.checks import usable_device
     from ..verify.isolate import SubjectRefusedError
 
     try:
@@ -255,11 +256,9 @@ def _chosen_checks(request: _Request) -> tuple[list[Any], tuple[str, ...]]:
 
 
 def _check_outputs(request: _Request) -> None:
-    from ..verify.reports.write import check_writable
-
     paths = [path for path in (request.junit, request.json, request.html) if path is not None]
     for path in paths:
-        check_writable(path)
+        check_writable("a report", path)
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError("each report needs its own file, got one name twice: rename one")
 

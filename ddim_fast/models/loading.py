@@ -6,6 +6,7 @@ as it is.
 
 from __future__ import annotations
 
+import difflib
 import io
 import os
 import re
@@ -104,10 +105,12 @@ def load_model(
         _check_variant(variant, None)
         return load_shipped_model(name, device, torch.float32 if dtype is None else dtype)
     if not os.path.exists(name):
+        alike = difflib.get_close_matches(str(name), SHIPPED, 1)
+        meant = f"did you mean {alike[0]!r}? Otherwise " if alike else ""
         raise FileNotFoundError(
             f"a model must be one of those that ship ({', '.join(SHIPPED)}), or the path of a local file or directory, got "
-            f"{str(name)!r}, which does not exist: download a model from a hub first, for instance with "
-            "huggingface_hub.snapshot_download"
+            f"{str(name)!r}, which does not exist: {meant}download a model from a hub first, for instance "
+            "with huggingface_hub.snapshot_download"
         )
     return load_model_from(name, device=device, dtype=dtype, trust_pickle=trust_pickle, variant=variant)
 
@@ -263,7 +266,7 @@ def _load_unet(
         )
     sample_shape = _sample_shape(config, path)
     use_safetensors = _has_safetensors(path, trust_pickle, variant)
-    diffusers = _diffusers()
+    diffusers = diffusers_module()
     try:
         with torch.device("cpu"):  # diffusers makes a network on the caller's default device, in its default dtype
             network, found = getattr(diffusers, name).from_pretrained(
@@ -431,7 +434,7 @@ def _read_scheduler(file: Path) -> dict[str, Any]:
     _check_settings(stored, file, _CHECKS)
     # By diffusers, for its defaults of what the file leaves out.
     try:
-        config = getattr(_diffusers(), name).from_config({**stored, "_class_name": name}).config
+        config = getattr(diffusers_module(), name).from_config({**stored, "_class_name": name}).config
     except NotImplementedError:  # not every scheduler has every schedule
         raise _unknown_betas(stored, file) from None
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -493,7 +496,8 @@ def _unknown_betas(config: Mapping[str, Any], where: object) -> ValueError:
     )
 
 
-def _diffusers() -> Any:
+def diffusers_module() -> Any:
+    """Return diffusers, or raise ImportError with the command that installs it."""
     try:
         import diffusers
     except ImportError as error:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..utils.atomic_files import write_atomically
 from ..utils.checks import check_choice, check_number, refuse
 from ..utils.files import read_json
 from .coefficients import PREDICTION_TYPES
@@ -152,7 +153,7 @@ class TimestepList:
         """Write the file."""
         # Lists of numbers on a line each, for people.
         lines = ",\n".join(f' "{name}": {_one_line(value)}' for name, value in self.content().items())
-        Path(path).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+        write_atomically(Path(path).resolve(), f"{{\n{lines}\n}}\n".encode())
 
     @classmethod
     def of_content(cls, found: Any, name: str) -> TimestepList:

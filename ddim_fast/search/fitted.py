@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,6 +29,7 @@ NOT_NEARER = 0.99
 """A fitted solver is kept where its distance on the validation noise is at most this share of the
 textbook's, so that noise of the search does not become a file of coefficients."""
 _FORMAT = "ddim_fast search"
+_SECONDS_BETWEEN_WRITES = 5.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Checkpoint:
     def __init__(self, path: Path | None, search: Search):
         self.path, self.settings = path, "" if path is None else _digest(search)
         self.content: dict[str, Any] = {}
+        self._written = time.monotonic()
         if path is None or not path.exists():
             return
         found = read_json(path)
@@ -74,9 +77,27 @@ class Checkpoint:
         self.content = found
 
     def save(self, **more: Any) -> None:
-        self.content |= {"format": _FORMAT, "search": self.settings, **more}
+        self.content |= more
+        self.write()
+
+    def write(self) -> None:
         if self.path is not None:
-            write_atomically(self.path, json.dumps(self.content, indent=1).encode())
+            content = {"format": _FORMAT, "search": self.settings, **self.content}
+            write_atomically(self.path, json.dumps(content, indent=1).encode())
+        self._written = time.monotonic()
+
+    @property
+    def known(self) -> dict[Candidate, float]:
+        """The distances of the candidates that were run."""
+        tried = self.content.get("tried", ())
+        return {Candidate(tuple(visited), tuple(told)): distance for visited, told, distance in tried}
+
+    def add(self, candidate: Candidate, distance: float) -> None:
+        """Keep the distance of a candidate: in the file within seconds."""
+        tried = self.content.setdefault("tried", [])
+        tried.append([list(candidate.timesteps), list(candidate.model_timesteps), distance])
+        if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
+            self.write()
 
     def remove(self) -> None:
         if self.path is not None:

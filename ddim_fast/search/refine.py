@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,8 @@ class Refinement:
         num_train_timesteps: T.
         budget: the number of steps that may be run: S for a whole run, S - k for one that differs
             from step k on.
+        known: distances that an interrupted search has found, which are not run again.
+        found: called with each candidate that was run, and its distance.
     """
 
     runs: Runs
@@ -62,11 +64,13 @@ class Refinement:
     num_train_timesteps: int
     budget: int
     progress: Callable[[int], Any] = lambda steps: None
+    known: Mapping[Candidate, float] = field(default_factory=dict)
+    found: Callable[[Candidate, float], Any] = lambda candidate, distance: None
     _best: Candidate | None = None
     distance: float = float("inf")
     spent: int = 0
     tried: dict[Candidate, float] = field(default_factory=dict)
-    _states: list[State] = field(default_factory=list)
+    _states: list[State] | None = None
 
     @property
     def best(self) -> Candidate:
@@ -86,10 +90,15 @@ class Refinement:
         steps = len(candidate.timesteps) - first
         if self.spent + steps > self.budget and self._best is not None:
             return False
-        states = self.runs.run(self.plan_of(candidate), first, self._states if first else None)
+        states, distance = None, self.known.get(candidate)
+        if distance is None:
+            if first and self._states is None:  # the best is one that is known
+                self._states = self.runs.run(self.plan_of(self.best))
+            states = self.runs.run(self.plan_of(candidate), first, self._states if first else None)
+            distance = sample_distances(states[-1].x_t, self.converged).mean().item()
+            self.found(candidate, distance)
         self.spent += steps
         self.progress(steps)
-        distance = sample_distances(states[-1].x_t, self.converged).mean().item()
         self.tried[candidate] = distance
         if not distance < self.distance:
             return False

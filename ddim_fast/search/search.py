@@ -86,6 +86,15 @@ def search_timesteps(
         ValueError: the file is of another search.
     """
     kept = Checkpoint(checkpoint, search)
+    try:
+        return _found(search, kept, progress, say)
+    except BaseException:  # Ctrl-C, too
+        if kept.content:
+            kept.write()
+        raise
+
+
+def _found(search: Search, kept: Checkpoint, progress: Progress, say: Callable[[str], Any]) -> Found:
     runs = search.runs(search.refine_count, search.seed, progress)
     converged = search.converged(runs)
     lists, seen, began = _lists(search, runs, converged, kept, progress, say)
@@ -122,8 +131,12 @@ def _lists(
         saved = kept.content["lists"]
         lists = {name: Candidate(tuple(visited), tuple(told)) for name, (visited, told) in saved.items()}
         return lists, dict(kept.content["seen"]), kept.content["began"]
-    found = _by_dynamic_programming(search, progress, say)
-    refinement = Refinement(runs, search.plan_of, converged, search.num_timesteps, budget=10**9)
+    if "dynamic" not in kept.content:
+        kept.save(dynamic=list(_by_dynamic_programming(search, progress, say).timesteps))
+    found = Candidate(tuple(kept.content["dynamic"]))
+    refinement = Refinement(
+        runs, search.plan_of, converged, search.num_timesteps, budget=10**9, known=kept.known, found=kept.add
+    )
     lists = {"dynamic programming": found, **search.closed_forms()}
     for candidate in lists.values():
         refinement.offer(candidate)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..utils.extras import missing
 from ..utils.html import capital, plain_text
 from .marks import COLOURS, HORIZONTALS, SHAPES, Horizontal, Mark, Marks, Point, is_log, points
 from .results import METRICS, CellResult, Study, way_of
@@ -47,9 +48,7 @@ def _plot(study: Study, metric: str, horizontal: Horizontal, draw_lines: Callabl
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            'plots are drawn by matplotlib, which is missing: pip install "ddim_fast[tradeoff]"'
-        ) from error
+        raise ImportError(missing("the plot of a study", ["matplotlib"], "tradeoff")) from error
 
     # Names may contain dollar signs and must not be parsed as formulas.
     with rc_context({"text.parse_math": False, "axes.edgecolor": _QUIET, "axes.labelcolor": _INK, "font.size": 10}):

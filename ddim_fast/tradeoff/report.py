@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from ..utils.atomic_files import write_atomically
+from ..utils.extras import missing
 from ..utils.html import capital, plain_text, render_page
 from . import plots, svg
 from .cells import Cell
@@ -50,9 +51,7 @@ def check_libraries() -> None:
         try:
             import_module(name)
         except ImportError:
-            raise ImportError(
-                f'the report of a study needs {name}, which is missing: pip install "ddim_fast[tradeoff]"'
-            ) from None
+            raise ImportError(missing("the report of a study", [name], "tradeoff")) from None
 
 
 def write_report(study: Study, directory: Path) -> list[Path]:

@@ -42,6 +42,27 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def check_writable(what: str, path: Path) -> None:
+    """Raise ValueError if a file with this name could not be written. No file remains.
+
+    Args:
+        what: what the file is, in words, for the error.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{what} must be a file, got {path}: choose another name")
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder of {what} must exist, got {path}: create it first")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"{what} must be writable, got {path}, which is read-only: choose another name")
+    beside = name_beside(path)
+    try:
+        beside.open("x").close()
+        beside.unlink()
+    except OSError as error:
+        raise ValueError(f"{what} must be writable, got {path} ({error.strerror}): choose another folder") from error
+
+
 def name_beside(path: Path) -> Path:
     """Return a name in the same folder that no process uses, nor has left behind: another each
     time, since in containers every process may have the same number."""

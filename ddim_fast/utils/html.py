@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
 
+from .extras import missing
+
 # Characters that XML forbids. Text from elsewhere may contain them.
 _NOT_TEXT = re.compile("[^\t\n\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -41,7 +43,7 @@ def render_page(package: str, extra: str, filters: Mapping[str, Callable[..., An
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup
     except ImportError as error:
-        raise ImportError(f'pages are made by jinja2, which is missing: pip install "ddim_fast[{extra}]"') from error
+        raise ImportError(missing("a page", ["jinja2"], extra)) from error
 
     def read(name: str) -> str:
         return resources.files(package).joinpath(name).read_text("utf-8")

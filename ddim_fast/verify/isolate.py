@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from ..utils.checks import check_integer, check_number
+from ..utils.extras import missing
 from .checks import CHECKS, Check
 from .reports.report import CheckResult, Outcome, Report
 from .run import prepared_subject, report_of, result_of, run_check
@@ -274,8 +275,8 @@ def _send(pipe: Connection, result: CheckResult) -> None:
 def _reasons_against(subject: Any, device: str) -> list[str]:
     """Return why a backend cannot run here; nothing for other subjects."""
     if isinstance(subject, EmulatedTriton):
-        missing = importlib.util.find_spec("triton") is None
-        return ["triton is not installed: pip install 'ddim-fast[triton]'"] if missing else []
+        found = importlib.util.find_spec("triton") is not None
+        return [] if found else [missing("the emulated GPU", ["triton"], "triton")]
     if not isinstance(subject, Backend):
         return []
     return reasons_against(subject.backend, device)

@@ -1,5 +1,6 @@
 """The command line: what it writes, what it says, and what it refuses before computing anything."""
 
+import importlib
 import sys
 import types
 
@@ -86,7 +87,7 @@ def test_timesteps_instead_of_steps(tmp_path, timesteps, steps):
     [
         (["--class", "hat"], ["Ankle boot", "'hat'"]),
         (["--out", "grid.xyz"], [".png", "grid.xyz"]),
-        (["--out", "no-such-folder/grid.png"], ["no-such-folder", "does not exist"]),
+        (["--out", "no-such-folder/grid.png"], ["the folder of --out must exist", "no-such-folder", "create it first"]),
         (["--save", "s.csv"], [".npz", "s.csv"]),
         (["--trajectory", "t.mp4"], [".gif", "t.mp4"]),
         (["--steps", "1001"], ["1000", "1001"]),
@@ -330,7 +331,8 @@ def test_a_set_of_a_model_of_ones_own(tmp_path, monkeypatch):
 def test_more_samples_than_fit_into_memory_are_refused_at_once(tmp_path, monkeypatch, words, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ddim_fast.utils.checks._memory", lambda: 2 * 10**9)
-    for module in ("ddim_fast.kernels.noise", "ddim_fast.commands.options"):
+    importlib.import_module("ddim_fast.tradeoff")  # or it would import, and keep, what is patched here
+    for module in ("ddim_fast.kernels.noise", "ddim_fast.commands.run"):
         monkeypatch.setattr(f"{module}.sample_seeds", None)
     monkeypatch.setitem(sys.modules, "own_model", types.SimpleNamespace(tiny=_Tiny))
     output = run(*words, code=1)

@@ -136,9 +136,9 @@ def test_a_model_of_ones_own(tmp_path):
     [
         (["img2img", "PICTURES", "--strength", 0], "strength must be in (0, 1]"),
         (["img2img", "PICTURES", "--strength", 0.1], "strength must leave a step"),
-        (["img2img", "PICTURES", "--out", "x.bmp"], "the file name must end in .png"),
+        (["img2img", "PICTURES", "--out", "x.bmp"], "--out must end in .png"),
         (["inpaint", "PICTURES", "--keep", "middle"], "--keep must be one of left, right"),
-        (["reconstruct", "PICTURES", "--save", "x.txt"], "the file name must end in .npz or .safetensors"),
+        (["reconstruct", "PICTURES", "--save", "x.txt"], "--save must end in .npz or .safetensors"),
         (["img2img", "PICTURES", "--model", "nowhere"], "got 'nowhere', which does not exist"),
         (["interpolate", "--schedule", "cosine", "--steps", 5000], "num_inference_steps"),
         (["img2img", "PICTURES", "--class", "hat"], "--class must be one of T-shirt/top"),

@@ -256,7 +256,7 @@ def test_missing_libraries_are_named_with_the_command_that_installs_them(folder,
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "rich" else object())
     said = verify("cpu", code=2)
     assert "rich" in said
-    assert "pip install 'ddim-fast[verify]'" in said
+    assert 'needs rich, not installed: pip install ".[verify]"' in said
 
 
 # --- Its own errors ---------------------------------------------------------------------------------------------------

@@ -746,7 +746,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, name):
         os.kill(processes.ranks[0].pid, getattr(signal, name))
         assert processes.wait() == [130]
         said = processes.errors()
-    assert "stopped; all shards written so far are complete" in said
+    assert "stopped: all shards written so far are complete" in said
     assert f"Resume with: ddim-fast generate -n 96 --steps 2 --shard-size 16 --class Bag --out {out} --resume" in said
     there = files(out)
     assert check_set(out) == [f"the set is not finished. {AGAIN}"]

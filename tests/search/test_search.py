@@ -13,9 +13,10 @@ from ddim_fast.generation.conditioning import EveryClass
 from ddim_fast.models.metrics import sample_distances
 from ddim_fast.plans.continuous import CONTINUOUS_SPACINGS
 from ddim_fast.plans.files import read_timesteps
-from ddim_fast.search import Search, search_timesteps
+from ddim_fast.search import Search, fitted, search_timesteps
 from ddim_fast.search.analytic import measure_eps_residual
 from ddim_fast.search.costs import cost_table, reference
+from ddim_fast.search.fitted import Checkpoint
 from ddim_fast.search.refine import Candidate, Refinement
 from ddim_fast.search.runs import Runs, State, after
 from ddim_fast.search.search import ONE_LIST
@@ -70,6 +71,57 @@ def test_the_same_search_finds_the_same():
     a, b = (search_timesteps(search(refine_runs=10)) for _ in range(2))
     assert a.scores == b.scores
     assert a.best.eps_residual == b.best.eps_residual
+
+
+class Interrupted(ClosedForm):
+    """A model that is interrupted after so many calls; what a search knows of it stays the same."""
+
+    calls, allowed = 0, math.inf
+
+    def forward(self, x, t):
+        type(self).calls += 1
+        if self.calls > self.allowed:
+            raise KeyboardInterrupt
+        return super().forward(x, t)
+
+
+def test_a_search_that_is_interrupted_anywhere_finds_the_same(tmp_path):
+    path = tmp_path / "five.json.partial"
+    counted = type("Interrupted", (Interrupted,), {})
+    wanted = search(refine_runs=6, candidates=12, num_inference_steps=3)
+    wanted.model = counted(LINEAR)
+    whole = search_timesteps(wanted)
+    needed, parts = counted.calls, 0
+    first = len(wanted.converging_plan().steps) + len(wanted.converging_plan().steps)  # converged, and the costs
+    counted.allowed = first + 20
+    while True:
+        counted.calls = 0
+        try:
+            again = search_timesteps(wanted, checkpoint=path)
+            break
+        except KeyboardInterrupt:
+            parts += 1
+            assert path.exists()
+            content = json.loads(path.read_text())
+            tried = [str(one) for one in content.get("tried", ())]
+            assert content["dynamic"]
+            assert len(tried) == len({*tried})  # none is run again
+            counted.allowed += 15
+    assert parts >= 2
+    assert tried
+    assert counted.calls < needed - len(wanted.converging_plan().steps) + 10  # the costs are not measured again
+    assert again.scores == whole.scores
+    assert again.timesteps == whole.timesteps
+    assert not path.exists()
+
+
+def test_what_a_search_has_tried_is_in_its_file_within_seconds(tmp_path, monkeypatch):
+    kept = Checkpoint(tmp_path / "partial", search())
+    kept.add(Candidate((9, 5)), 0.25)
+    assert not kept.path.exists()
+    monkeypatch.setattr(fitted, "_SECONDS_BETWEEN_WRITES", -1.0)
+    kept.add(Candidate((9, 4), (8, 4)), 0.125)
+    assert Checkpoint(kept.path, search()).known == {Candidate((9, 5)): 0.25, Candidate((9, 4), (8, 4)): 0.125}
 
 
 def test_progress_is_told_of_every_call():

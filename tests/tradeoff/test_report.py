@@ -383,7 +383,7 @@ def test_what_is_missing_is_named_before_anything_is_written(package, tmp_path, 
         return actual(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=rf'{package}.*pip install "ddim_fast\[tradeoff\]"'):
+    with pytest.raises(ImportError, match=rf'{package}.*pip install "\.\[tradeoff\]"'):
         write_report(ONE, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -353,7 +353,7 @@ def test_wrong_words(tmp_path, words, said):
 def test_a_missing_library_is_told_before_any_work(tmp_path, monkeypatch, library):
     monkeypatch.setitem(sys.modules, library, None)
     output = run("tradeoff", "--model", "closed-form", "--out", tmp_path / "x", code=1)
-    assert f'needs {library}, which is missing: pip install "ddim_fast[tradeoff]"' in output
+    assert f'needs {library}, not installed: pip install ".[tradeoff]"' in output
     assert not (tmp_path / "x").exists()
 
 
@@ -430,7 +430,7 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
     run(
         "sample", "--model", "own_grey_model:Grey", "--timesteps", "three.json", "-n", 2, "--out", "grid.png", "--quiet"
     )
-    assert "must be a torch.nn.Module, or return one, got int" in run(
+    assert "a function of x and t, or what returns one, got int" in run(
         "search", "--model", "own_grey_model:nothing", "--steps", 3, code=1
     )
     assert "cannot be imported" in run("search", "--model", "own_grey_model:Other", "--steps", 3, code=1)

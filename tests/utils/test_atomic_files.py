@@ -1,10 +1,11 @@
 """Files that exist complete or not at all, and only under the name that was given."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from ddim_fast.utils.atomic_files import name_beside, own_directory, write_atomically
+from ddim_fast.utils.atomic_files import check_writable, name_beside, own_directory, write_atomically
 
 
 def test_what_another_process_of_the_same_number_left_behind_is_in_nobodys_way(tmp_path):
@@ -49,3 +50,23 @@ def test_a_link_is_no_directory_of_its_own(tmp_path, target):
     own_directory(tmp_path / "a" / "b")
     own_directory(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path, monkeypatch):
+    for path, words in {
+        tmp_path: "a report must be a file",
+        tmp_path / "none" / "r.json": "folder of a report must exist",
+        Path("/proc/r.json"): "a report must be writable",
+        Path("/dev/null"): "a report must be a file",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            check_writable("a report", path)
+    check_writable("a report", tmp_path / "r.json")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "old.json").write_text("old")
+    check_writable("a report", tmp_path / "old.json")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # what root, who runs tests, never sees
+    with pytest.raises(ValueError, match="which is read-only"):
+        check_writable("a report", tmp_path / "old.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
+    assert (tmp_path / "old.json").read_text() == "old"

@@ -263,7 +263,7 @@ def test_missing_libraries_are_a_usage_error(pytest_in, monkeypatch):
     )
     result = pytest_in()
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["ERROR: *need scipy, not installed here: pip install 'ddim-fast[[]verify[]]'"])
+    result.stderr.fnmatch_lines(['ERROR: *needs scipy, not installed: pip install ".[[]verify[]]"*'])
 
 
 # --- What it costs ----------------------------------------------------------------------------------------------------

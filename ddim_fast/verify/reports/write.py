@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from ...utils.atomic_files import name_beside, write_atomically
+from ...utils.atomic_files import write_atomically
 from ...utils.html import plain_text
 from .report import CheckResult, Outcome, Report
 
@@ -196,21 +196,6 @@ def _said(case: ElementTree.Element, tag: str, kind: str, message: str, text: st
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
-
-
-def check_writable(path: Path) -> None:
-    """Raise ValueError if ``write_text`` could not write a file with this name. No file remains."""
-    path = path.resolve()
-    if path.exists() and not path.is_file():
-        raise ValueError(f"a report must be a file, got {path}: choose another name")
-    if not path.parent.is_dir():
-        raise ValueError(f"the folder of a report must exist, got {path}: create it first")
-    beside = name_beside(path)
-    try:
-        beside.open("x").close()
-        beside.unlink()
-    except OSError as error:
-        raise ValueError(f"a report must be writable, got {path} ({error.strerror}): choose another folder") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -149,19 +149,6 @@ def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link.json", "report.json"]
 
 
-def test_what_cannot_be_written_is_known_before(tmp_path):
-    for path, words in {
-        tmp_path: "must be a file",
-        tmp_path / "none" / "r.json": "folder of a report must exist",
-        Path("/proc/r.json"): "must be writable",
-        Path("/dev/null"): "must be a file",
-    }.items():
-        with pytest.raises(ValueError, match=words):
-            write.check_writable(path)
-    write.check_writable(tmp_path / "r.json")
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("worst", [0.0, 1.0, 2.7e3, math.inf, math.nan])
 def test_every_size_of_an_error_can_be_written(worst):
     report = replace(EVERY_OUTCOME, results=(result("update", Outcome.FAILED, "off", worst=worst),))
