@@ -1,6 +1,6 @@
 """Measure what a fitted solver does where it was not fitted: with other noise, guidance and classes.
 
-    python tools/solver_transfer.py measure fashion docs/transfer.json
+    python tools/solver_transfer.py fashion docs/transfer.json
     python tools/tradeoff_tables.py write
 
 Each number is the distance to converged samples (root mean square, mean over samples) from the same
@@ -92,16 +92,11 @@ def measure_of(distances: Tensor) -> dict[str, float]:
     return {"value": distances.mean().item(), "error": (distances.std() / len(distances) ** 0.5).item()}
 
 
-@click.group(help=__doc__.split("\n\n")[0])
-def main() -> None: ...
-
-
-@main.command()
+@click.command(help=__doc__.split("\n\n")[0])
 @click.argument("name")
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
-def measure(name: str, out: Path, threads: int) -> None:
-    """Measure every solver of the model NAME in every setting."""
+def main(name: str, out: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     model = df.load_model(name)
     solvers = {
