@@ -163,6 +163,8 @@ def test_a_summary_has_each_contender_in_a_line():
     assert "  EulerAncestralDiscrete: has no distance to converged" in lines
     assert lines[-1] == str(RACE.recommendation())
     assert summary(study()) == []
+    slow = replace(RACE, results=(replace(RACE.results[0], model_ms=99.0), *RACE.results[1:]))
+    assert summary(slow)[-2:-1] == remarks(slow)
     assert summary(MANY)
 
 
