@@ -89,6 +89,7 @@ def test_other_numbers_of_samples_do_not_race():
 def test_quality_within_its_error_opens_the_interval():
     race = race_of(two(), "frechet")
     assert (race.entries[0].ratio.low, race.entries[0].ratio.high, race.entries[0].reached) == (0.4, 0.4, 1.0)
+    assert entries(race)["leading spacing"].reached == 1.0  # the target is its own quality, whatever its error
     near = [result(Cell(50), 5.0), result(Cell(10, "quad"), 5.05, 0.1), result(Cell(20, "quad"), 4.0, 0.1)]
     entry = entries(race_of(study(*near), "frechet"))["quad spacing"]
     assert (entry.ratio.value, entry.ratio.low, entry.ratio.high) == (0.4, 0.2, 0.4)
