@@ -16,6 +16,7 @@ import numpy as np
 from ..utils.html import plain_text
 from .numbers import number_text, range_text
 from .results import METRICS, CellResult, Metric, Study, describe, way_of
+from .timing import remarks
 
 USUAL_STEPS = 50
 """Of plain DDIM, whose quality is the target unless one is given."""
@@ -251,10 +252,12 @@ def reached_text(entry: Entry, metric: Metric) -> str:
 
 
 def summary(study: Study) -> list[str]:
-    """Return the results of a study in lines for a terminal: each race, and the recommendation."""
+    """Return the results of a study in lines for a terminal: each race, what its times are worth, and
+    the recommendation."""
     lines = []
     for race in races(study):
         lines += [str(race), *_table(race), ""]
+    lines += remarks(study) if lines else []
     if (recommended := study.recommendation()) is not None:
         lines.append(str(recommended))
     return [plain_text(line) for line in lines]

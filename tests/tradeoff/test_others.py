@@ -101,6 +101,11 @@ def test_one_that_is_ddim_gives_our_samples():
     (cell,) = other_cells(subject, ddim, (8,))
     ours = Cell(8, "trailing")
     torch.testing.assert_close(draw(subject, cell), draw(subject, ours), rtol=0, atol=1e-4)
+    (cell,) = other_cells(subject, "diffusers:EulerDiscreteScheduler?timestep_spacing=trailing", (8,))
+    torch.testing.assert_close(draw(subject, cell), draw(subject, ours), rtol=0, atol=1e-3)
+    edm = Subject(Raw(), EDMSchedule(sigma_max=40.0), (2, 4, 4), count=6, batch_size=4)
+    (cell,) = other_cells(edm, "diffusers:EDMEulerScheduler", (6,))
+    torch.testing.assert_close(draw(edm, cell), draw(edm, Cell(6, "karras")), rtol=1e-3, atol=1e-3)
     flow = Subject(Flow(), FlowSchedule(time_scale=1000.0), (2, 4, 4), count=6, batch_size=4)
     (cell,) = other_cells(flow, "diffusers:FlowMatchEulerDiscreteScheduler", (4,))
     torch.testing.assert_close(draw(flow, cell), draw(flow, Cell(4, "linspace")), rtol=0, atol=1e-4)
@@ -114,6 +119,15 @@ class Flow(nn.Module):
     def forward(self, x, t):
         assert t.dtype is torch.float32
         return 0.3 * x + (t.view(-1, 1, 1, 1) / 1000) ** 2
+
+
+class Raw(nn.Module):
+    """EDM's raw network, which is told log(sigma) / 4."""
+
+    prediction_type = "edm"
+
+    def forward(self, x, t):
+        return 0.3 * x + 0.1 * t.view(-1, 1, 1, 1)
 
 
 class Guided(nn.Module):

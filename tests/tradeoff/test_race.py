@@ -89,6 +89,7 @@ def test_other_numbers_of_samples_do_not_race():
 def test_quality_within_its_error_opens_the_interval():
     race = race_of(two(), "frechet")
     assert (race.entries[0].ratio.low, race.entries[0].ratio.high, race.entries[0].reached) == (0.4, 0.4, 1.0)
+    assert entries(race)["leading spacing"].reached == 1.0  # the target is its own quality, whatever its error
     near = [result(Cell(50), 5.0), result(Cell(10, "quad"), 5.05, 0.1), result(Cell(20, "quad"), 4.0, 0.1)]
     entry = entries(race_of(study(*near), "frechet"))["quad spacing"]
     assert (entry.ratio.value, entry.ratio.low, entry.ratio.high) == (0.4, 0.2, 0.4)
@@ -163,6 +164,8 @@ def test_a_summary_has_each_contender_in_a_line():
     assert "  EulerAncestralDiscrete: has no distance to converged" in lines
     assert lines[-1] == str(RACE.recommendation())
     assert summary(study()) == []
+    slow = replace(RACE, results=(replace(RACE.results[0], model_ms=99.0), *RACE.results[1:]))
+    assert summary(slow)[-2:-1] == remarks(slow)
     assert summary(MANY)
 
 
