@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -63,6 +63,8 @@ def read_samples(
         else:
             found = read_picture(path, picture_shape, note).to(device)
             found = found if encode is None else encode(found)
+        if not len(found):
+            raise ValueError(f"a file must hold samples, got none in {path}: save some with --save")
         if tuple(found.shape[1:]) != tuple(sample_shape):
             raise ValueError(
                 f"samples must be (B, {', '.join(map(str, sample_shape))}) for this model, got {tuple(found.shape)} in {path}"
@@ -89,11 +91,11 @@ def read_picture(path: Path, shape: tuple[int, ...], note: Callable[[str], None]
             f"pictures are for models of samples (1 or 3, H, W), got {path} for one of {shape}: pass samples as .npz or .safetensors"
         )
     channels, height, width = shape
-    with (
-        reading(path, f"a picture ({', '.join(pictures.FORMATS)})") as file,
-        Image.open(file, formats=pictures.FORMATS) as image,
-    ):
-        found = image.size
+    with reading(path, f"a picture ({', '.join(pictures.FORMATS)})") as file:
+        try:
+            found = Image.open(file, formats=pictures.FORMATS).size
+        except UnidentifiedImageError:  # Pillow's message names an object of Python
+            raise ValueError("its first bytes are of no such format") from None
     if found != (width, height):
         squashed = "" if found[0] * height == found[1] * width else ", which changes its proportions: crop it first"
         note(f"{path} is resized from {found[0]} x {found[1]} pixels to {width} x {height}{squashed}")

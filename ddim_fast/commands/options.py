@@ -236,7 +236,7 @@ def _gathered(options: Sequence[Callable], names: set[str]) -> Callable:
             from .run import Run
 
             run = Run(**{name: given.pop(name) for name in list(given) if name in names})
-            with interruption(lambda: run.left):
+            with run.notes_of_warnings(), interruption(lambda: run.left):
                 command(run, **given)
 
         for option in reversed(options):

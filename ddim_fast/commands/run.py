@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -69,6 +70,7 @@ class Run:
     model: nn.Module = field(init=False)
     path: NoisePath | None = field(init=False, default=None)
     left: str = field(init=False, default=NOTHING)
+    _noted: set[str] = field(init=False, default_factory=set)
     _device: torch.device = field(init=False, default=torch.device("cpu"))
 
     def load(self) -> None:
@@ -208,23 +210,18 @@ class Run:
         if self.spacing is not None:
             options["timestep_spacing"] = self.spacing
         schedule, timesteps = self.noise_schedule(), parse_timesteps(self.timesteps)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            sampler = DDIMSampler(
-                schedule,
-                self.steps,
-                self.eta,
-                timesteps=timesteps,
-                eta_scales=self.eta_scales,
-                sigma_hat=self.sigma_hat,
-                order=self.order,
-                analytic_variance=self.analytic_variance,
-                **options,
-                **more,
-            )
-        for warning in caught:
-            self.note(str(warning.message))
-        return sampler
+        return DDIMSampler(
+            schedule,
+            self.steps,
+            self.eta,
+            timesteps=timesteps,
+            eta_scales=self.eta_scales,
+            sigma_hat=self.sigma_hat,
+            order=self.order,
+            analytic_variance=self.analytic_variance,
+            **options,
+            **more,
+        )
 
     def check_memory(self, name: str, count: int, kept: int = 1, grids: int = 1) -> None:
         """Raise ValueError where ``count`` samples do not fit into memory, each ``kept`` times as
@@ -338,9 +335,19 @@ class Run:
             pictures.grid(images, names, title, columns=columns).save(file)
 
     def note(self, text: str) -> None:
-        """Say on stderr what may not be what was meant."""
-        if not self.quiet:
+        """Say on stderr, once, what may not be what was meant."""
+        if not self.quiet and text not in self._noted:
+            self._noted.add(text)
             click.echo(f"note: {text}", err=True)
+
+    @contextmanager
+    def notes_of_warnings(self) -> Iterator[None]:
+        """Make notes of the warnings that a user of the library is meant to see, without a line of
+        its code."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *more, **others: self.note(str(message))
+            yield
 
     def say(self, text: str) -> None:
         if not self.quiet:

@@ -14,6 +14,7 @@ from .outputs import OutputDirectory, OutputFile, counted, whole_file
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..sampler import DDIMSampler
     from ..sampling.loop import Timing, Trajectory
     from .run import Run
 
@@ -80,12 +81,7 @@ def sample(run: Run, count: int | None, files: Path | None, trajectory: Path | N
     steps = 0 if trajectory is None else sampler.num_inference_steps
     run.check_memory("-n", count, 1 + 2 * steps, 1 + min(steps, FRAMES))
     labels = run.labels(count)
-    order = "" if sampler.order == 1 else f"order {sampler.order}, "
-    if sampler.history_weights is not None:
-        order = "fitted coefficients, "
-    how = f"{counted(sampler.num_inference_steps, 'step')}, {order}eta {run.eta_text}, seed {run.seed}"
-    how += f", guidance {run.guidance:g}" if run.guidance != 1 else ""
-    title, names, columns = f"{run.model_name}: {how}", run.names(labels, count), run.columns(count)
+    title, names, columns = _title(run, sampler), run.names(labels, count), run.columns(count)
     timing, started, seeds = Timing(), time.perf_counter(), run.seeds(count)
     finished: list[Tensor] = []
 
@@ -124,6 +120,15 @@ def sample(run: Run, count: int | None, files: Path | None, trajectory: Path | N
         f"{counted(count, 'picture')} in {seconds:.2f} s: {count / seconds:.1f} images/s, "
         f"{counted(sampler.num_inference_steps, 'step')}; {_where_time_went(timing)} -> {', '.join(map(str, written))}"
     )
+
+
+def _title(run: Run, sampler: DDIMSampler) -> str:
+    order = "" if sampler.order == 1 else f"order {sampler.order}, "
+    if sampler.history_weights is not None:
+        order = "fitted coefficients, "
+    guidance = f", guidance {run.guidance:g}" if run.guidance != 1 else ""
+    steps = counted(sampler.num_inference_steps, "step")
+    return f"{run.model_name}: {steps}, {order}eta {run.eta_text}, seed {run.seed}{guidance}"
 
 
 def _where_time_went(timing: Timing) -> str:

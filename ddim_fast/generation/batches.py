@@ -66,6 +66,8 @@ class Samples:
         compute_batch_size: samples in a model call.
         batch_size: samples in a call of the sampler: a multiple of it.
         options: further arguments of ``sampler.sample``.
+        decode: makes of samples ``(B, *shape)`` what is written, each of ``written_shape``; None:
+            the samples are written.
     """
 
     sampler: DDIMSampler
@@ -78,6 +80,8 @@ class Samples:
     device: torch.device
     dtype: torch.dtype
     options: Mapping[str, Any]
+    written_shape: tuple[int, ...]
+    decode: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         self._fixed = FixedBatch(self.model, self.compute_batch_size).eval()
@@ -88,14 +92,14 @@ class Samples:
         size = self.compute_batch_size
         if part.first % size:
             raise ValueError(f"a slice must begin at a multiple of {size}, got {part.first}")
-        found = torch.empty((part.count, *self.shape), dtype=self.dtype, device="cpu")
+        found = torch.empty((part.count, *self.written_shape), dtype=self.dtype, device="cpu")
         end = part.first + -(-part.count // size) * size
         for first in range(part.first, end, self.batch_size):
             if not is_wanted():
                 return None
             batch = self._draw(first, min(self.batch_size, end - first))
             place = found[first - part.first : first - part.first + len(batch)]
-            place.copy_(batch[: len(place)])
+            place.copy_(batch[: len(place)] if self.decode is None else self.decode(batch[: len(place)]))
         return found
 
     def _draw(self, first: int, count: int) -> Tensor:

@@ -144,13 +144,14 @@ def generate(
     path = check_path("out", out)
     if model_id is not None:
         check_text("model_id", model_id, "leave it out for the SHA-256 of the model's structure and weights")
-    shape = _shape(model, shape, format)
+    shape = _shape(model, shape)
+    decode, written_shape = _written(model, shape, format)
     slices = Slices(int(count), int(shard_size))
     check_dtype("dtype", dtype)
     check_memory(
         "shard_size",
         shard_size,
-        max(compute_batch_size, min(count, shard_size)) * math.prod(shape) * dtype.itemsize,
+        max(compute_batch_size, min(count, shard_size)) * math.prod(written_shape) * dtype.itemsize,
         "take a smaller one",
     )
     _check_conditioning(model, conditioning, count, format, compute_batch_size)
@@ -185,11 +186,14 @@ def generate(
         "backend": backend,
         "capture": capture,
     }
-    samples = Samples(sampler, model, shape, seed, compute_batch_size, batch_size, conditioning, device, dtype, options)
+    samples = Samples(
+        sampler, model, shape, seed, compute_batch_size, batch_size, conditioning, device, dtype, options,
+        written_shape, decode,
+    )  # fmt: skip
     directory = SetDirectory(path, FORMATS[format].suffix)
 
     def begin() -> None:
-        needed = partial(_space_needed, directory, slices, shape, dtype, format)
+        needed = partial(_space_needed, directory, slices, written_shape, dtype, format)
         directory.begin(settings, resume, needed if check_space else None)
 
     done = None
@@ -357,18 +361,31 @@ def _check_arguments(
         )
 
 
-def _shape(model: Model, shape: Sequence[int] | None, format: str) -> tuple[int, ...]:
+def _shape(model: Model, shape: Sequence[int] | None) -> tuple[int, ...]:
     wanted: Sequence[int] | None = getattr(model, "sample_shape", None) if shape is None else shape
     if wanted is None:
         raise ValueError(
             "shape must be given for a model without sample_shape, got None: for instance shape=(3, 32, 32)"
         )
-    found = check_sample_shape("shape", wanted)
-    if FORMATS[format].pictures and (len(found) != 3 or found[0] not in (1, 3)):
+    return check_sample_shape("shape", wanted)
+
+
+def _written(
+    model: Model, shape: tuple[int, ...], format: str
+) -> tuple[Callable[[Tensor], Tensor] | None, tuple[int, ...]]:
+    """Return what makes of samples what a format takes, or None, and the shape that is written."""
+    if not FORMATS[format].pictures:
+        return None, shape
+    decode = getattr(model, "decode", None)
+    if decode is not None and shape == tuple(getattr(model, "sample_shape", ())):
+        shape = tuple(getattr(model, "picture_shape", shape))
+    else:
+        decode = None
+    if len(shape) != 3 or shape[0] not in (1, 3):
         raise ValueError(
-            f"format {format!r} is for pictures, (1 or 3, H, W), got samples {found}: take format='safetensors'"
+            f"format {format!r} is for pictures, (1 or 3, H, W), got samples {shape}: take format='safetensors'"
         )
-    return found
+    return decode, shape
 
 
 def _check_conditioning(

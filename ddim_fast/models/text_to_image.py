@@ -91,6 +91,7 @@ class TextToImage(LoadedModel):
     def decode(self, latents: Tensor) -> Tensor:
         """Return the pictures ``(B, *picture_shape)``, about in [-1, 1], of latents ``(B,
         *sample_shape)``, one at a time: a picture takes far more memory than its latents."""
+        latents = latents.to(self.embeddings.dtype)
         shift, scale = self._range_of_latents(latents)
         return torch.cat([self.vae.decode(one[None], return_dict=False)[0] for one in latents * scale + shift])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,15 +168,35 @@ def _second(names: Iterable[str]) -> str | None:
 def npz_array(path: Path, name: str) -> np.ndarray:
     """Read one array of numbers from an ``.npz`` file."""
     with reading(path, "a NumPy .npz file") as file:
+        if not zipfile.is_zipfile(file):  # NumPy would offer to unpickle it
+            file.seek(0)
+            begin = file.read(6)
+            raise ValueError(
+                "it is empty"
+                if not begin
+                else "it holds a bare array"
+                if begin == b"\x93NUMPY"
+                else "it is no whole zip archive"
+            )
+        file.seek(0)
         archive = np.load(file, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it holds a bare array")
         if name not in archive.files:
             raise _FoundError(f"{path} must hold an array called {name}, got {', '.join(archive.files) or 'none'}")
-        array = archive[name]
+        if (array := _array(archive, name)) is None:
+            raise _FoundError(f"{name} in {path} must be numbers, got Python objects, which could run code")
         if array.dtype.kind not in "biuf":
             raise _FoundError(f"{name} in {path} must be numbers, got dtype {array.dtype}")
         return array
+
+
+def _array(archive: Any, name: str) -> np.ndarray | None:
+    """Return an array of an archive; None where it holds Python objects."""
+    try:
+        return archive[name]
+    except ValueError as error:
+        if "allow_pickle" in str(error):
+            return None
+        raise
 
 
 def safetensors_tensor(path: Path, name: str) -> Tensor:

@@ -3,6 +3,7 @@
 import importlib
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -346,3 +347,19 @@ def test_one_step_that_leaves_noise_has_a_note(tmp_path):
     assert run(*arguments, "--spacing", "leading").count(note) == 1
     assert note not in run(*arguments, "--spacing", "leading", "--quiet")
     assert "note" not in run(*arguments, "--spacing", "trailing")
+
+
+def test_a_warning_is_a_note_said_once_without_a_line_of_code(tmp_path, monkeypatch):
+    class Warns(_Tiny):
+        def forward(self, x, t):
+            warnings.warn("the model wonders", stacklevel=1)
+            return super().forward(x, t)
+
+    monkeypatch.setitem(sys.modules, "own_model", types.SimpleNamespace(tiny=Warns))
+    words = ("sample", "--model", "own_model:tiny", "--steps", 3, "-n", 1, "--out", tmp_path / "grid.png")
+    shown = warnings.showwarning
+    output = run(*words)
+    assert output.count("note: the model wonders\n") == 1
+    assert "UserWarning" not in output
+    assert "note" not in run(*words, "--quiet")
+    assert warnings.showwarning is shown

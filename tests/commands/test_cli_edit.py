@@ -161,8 +161,19 @@ def test_files_that_hold_no_pictures(sneakers, tmp_path):
     assert "samples must be (B, 1, 28, 28) for this model, got (1, 1, 8, 8)" in run(
         "img2img", tmp_path / "small.npz", code=1
     )
-    (tmp_path / "text.png").write_text("no picture")
-    assert "cannot identify image file" in run("img2img", tmp_path / "text.png", code=1)
+    for text in ("", "no picture"):
+        (tmp_path / "text.png").write_text(text)
+        output = run("img2img", tmp_path / "text.png", code=1)
+        assert "must be a picture (PNG, " in output
+        assert "and is none, or damaged: its first bytes are of no such format" in output
+    np.savez(tmp_path / "none.npz", samples=np.zeros((0, 1, 28, 28)))
+    assert "a file must hold samples, got none in" in run("img2img", tmp_path / "none.npz", code=1)
+    np.savez(tmp_path / "objects.npz", samples=np.array([{}], dtype=object))
+    assert "must be numbers, got Python objects" in run("img2img", tmp_path / "objects.npz", code=1)
+    for content, said in {b"": "it is empty", b"\x89PNG\r\n": "it is no whole zip archive"}.items():
+        (tmp_path / "wrong.npz").write_bytes(content)
+        output = run("img2img", tmp_path / "wrong.npz", code=1)
+        assert f"must be a NumPy .npz file, and is none, or damaged: {said}" in output
     assert "does not exist" in run("img2img", tmp_path / "missing.png", code=2)
 
 

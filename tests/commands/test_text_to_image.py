@@ -10,6 +10,7 @@ import torch
 from commands.test_cli import load, run
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ddim_fast import DDIMSampler, sample_seeds
@@ -114,6 +115,12 @@ def test_a_set_of_prompts_is_made_and_resumed_with_the_same_prompts_only(stable_
     words = ("generate", "--model", stable_diffusion[0], "--steps", 2, "-n", 3, "--out", tmp_path / "set", "--quiet")
     run(*words, "--prompt", "a b", "--prompt", "c")
     run(*words, "--prompt", "a b", "--prompt", "c", "--resume")
+    latents = load_file(tmp_path / "set" / "samples-000000.safetensors")["samples"]
+    assert latents.shape == (3, 4, 8, 8)
+    run(*words[:-2], tmp_path / "pictures", "--quiet", "--prompt", "a b", "--prompt", "c", "--format", "npz")
+    decoded = load_text_to_image(stable_diffusion[0], ["a b", "c"]).decode(latents)
+    written = load(tmp_path / "pictures" / "samples-000000.npz")["arr_0"]
+    assert np.array_equal(written, pictures.to_uint8(decoded))
     assert "model" in run(*words, "--prompt", "a b", "--prompt", "d", "--resume", code=1)
 
 
