@@ -367,7 +367,8 @@ class DDIMSampler:
         Args:
             model: any callable, see ``models.Model``. Called under ``torch.no_grad()``.
             shape: ``(B, C, ...)``. May be left out where ``x_T`` or ``known_x0`` is given, whose
-                device and dtype the samples then have.
+                device and dtype the samples then have; and where the model has a ``sample_shape``,
+                ``(C, ...)``: then B is the number of ``seeds``, or else 1.
             seed: one number for the run; sample i gets its own seed from it (``sample_seeds``).
             seeds: instead: one 64-bit seed per sample. A sample depends on its own seed alone.
             generator: instead: noise from this ``torch.Generator``, by torch's own randn. With none
@@ -713,7 +714,7 @@ class DDIMSampler:
     def optimize(
         self,
         model: nn.Module,
-        shape: Sequence[int],
+        shape: Sequence[int] | None = None,
         *,
         conditioning: Mapping[str, Any] | None = None,
         guidance_scale: GuidanceScale | None = None,
@@ -736,6 +737,7 @@ class DDIMSampler:
         Args:
             model: a module; see ``models.Model``.
             shape: ``(B, C, ...)`` of the batches to be sampled. Others work, as slowly as before.
+                None: one sample of the model's ``sample_shape``.
             conditioning, guidance_scale, unconditional_conditioning: as for ``sample``; their
                 values do not matter, their shapes do.
             compile: False leaves torch.compile out.

@@ -54,7 +54,7 @@ class CapturedRun:
         self._plan, self._model, self._graphs = plan, model, graphs
         self._in_use = threading.Lock()
         job = prepare(plan, model, shape, options, graphs)
-        self._shape = tuple(job.loop.shape)
+        self._shape = job.loop.shape
         self._mode, self._key = job.mode, job.key()
         self._captured: CapturedLoop | None = graphs.capture_apart(job)
 
@@ -127,4 +127,4 @@ class CapturedRun:
 
     def __repr__(self) -> str:
         state = "closed" if self._captured is None else f"one graph for {'a step' if self._mode == 'step' else 'all'}"
-        return f"CapturedRun(shape={self._shape}, {self._plan.num_inference_steps} steps, {state})"
+        return f"CapturedRun(shape={tuple(self._shape)}, {self._plan.num_inference_steps} steps, {state})"

@@ -128,7 +128,7 @@ def reduced_convolutions() -> Iterator[None]:
 def optimize(
     plan: SamplingPlan,
     model: nn.Module,
-    shape: Sequence[int],
+    shape: Sequence[int] | None,
     options: Options,
     graphs: GraphCache,
     *,
@@ -145,7 +145,7 @@ def optimize(
             f"optimize needs an nn.Module, whose weights it can lay out differently, got {type(model).__name__}: wrap it in one"
         )
     check_number("tolerance", tolerance, at_least=0)
-    shape, device, _ = place(shape, options.execution.device, torch.float32)
+    shape, device, _ = place(model, shape, options.execution.device, torch.float32)
     return _Trial(plan, model, shape, options, graphs, device, tolerance).run(compile)
 
 

@@ -79,7 +79,7 @@ def sample_parallel(
             f"max_iterations={max_iterations} may end a run with a guess of the clean samples, which a window of all "
             f"{len(plan.steps)} steps has, got window={window}: leave one of them out"
         )
-    shape, device, dtype = place(shape, execution.device, execution.dtype, x_T=noise.x_T)
+    shape, device, dtype = place(model, shape, execution.device, execution.dtype, noise.seeds, x_T=noise.x_T)
     check_dtype("dtype", dtype)
     scales = guidance_scales(guidance.guidance_scale, plan.timesteps)
     conditionings = conditionings_of(model, guidance.conditioning, scales, guidance.unconditional_conditioning)

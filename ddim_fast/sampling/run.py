@@ -108,7 +108,15 @@ def check(plan: SamplingPlan, model: Model, shape: Sequence[int] | None, options
     """
     guidance, execution = options.guidance, options.execution
     mask, known_x0 = known_region(options.known_region.mask, options.known_region.known_x0)
-    shape, device, dtype = place(shape, execution.device, execution.dtype, x_T=options.noise.x_T, known_x0=known_x0)
+    shape, device, dtype = place(
+        model,
+        shape,
+        execution.device,
+        execution.dtype,
+        options.noise.seeds,
+        x_T=options.noise.x_T,
+        known_x0=known_x0,
+    )
     model_dtype = dtype if execution.model_dtype is None else execution.model_dtype
     check_dtype("dtype", dtype)
     check_dtype("model_dtype", model_dtype)
