@@ -16,7 +16,7 @@ from ..plans.plan import SamplingPlan
 from ..utils.checks import check_alike, check_samples
 from ..utils.devices import widened
 from .capture import GraphCache
-from .initial_state import check_batched, noised, repeat_conditioning, seeds_of_samples
+from .initial_state import check_batched, noised, repeat_conditioning, seeds_of_samples, warn_of_levels
 from .loop import Trajectory
 from .options import Options
 from .run import sample
@@ -28,6 +28,8 @@ def img2img(
     """Regenerate pictures from rough ones: see ``DDIMSampler.img2img``."""
     check_samples("x0", x0)
     check_batched(model, "x0", x0.shape)
+    if options.known_region.known_x0 is None:  # which is looked at where it is used
+        warn_of_levels(x0)
     shorter = plan.last_steps(steps_of_strength(strength, plan.num_inference_steps))
     noise = options.noise
     seeds = seeds_of_samples(noise.seed, noise.seeds, noise.generator, len(x0))

@@ -19,10 +19,14 @@ from ..plans.coefficients import known_region_coefficients, noising_coefficients
 from ..plans.levels import AnyLevel
 from ..utils.checks import as_index, check_alike, check_sample_shape, check_samples, refuse, usable_device
 from ..utils.transfer import to_device
+from ..utils.warn import warn_caller
 
 BEFORE_THE_FIRST_STEP = (1 << 32) - 1
 """Step -1 of the noise standard's stream KNOWN_REGION: the noise of the known region at x_T, before
 any step."""
+
+_NO_SAMPLE = 32
+"""More than this, and nothing below 0, is no scale of samples but that of pictures of 8 bits."""
 
 
 def place(
@@ -233,6 +237,19 @@ def noised(x0: Tensor, level: AnyLevel, seeds: Tensor | None, generator: torch.G
     return ddim_step(x0, x0, row, noise=noise, seeds=seeds, noise_stream=NoiseStream.INITIAL)
 
 
+def warn_of_levels(x0: Tensor) -> None:
+    """Warn where clean samples look like pictures of 8 bits, 0 to 255. (On the CPU only: elsewhere
+    the host would wait for the device.)"""
+    if x0.device.type != "cpu" or not x0.numel():
+        return
+    low, high = (float(bound) for bound in x0.detach().aminmax())
+    if low >= 0 and high > _NO_SAMPLE:
+        warn_caller(
+            f"clean samples (x0) must be as the model's are, most often in [-1, 1], got {low:g} to {high:g}: pictures of 8 bits "
+            "are x0 / 127.5 - 1"
+        )
+
+
 def known_region(mask: Tensor | None, known_x0: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Return the mask like ``known_x0``, and ``known_x0``, both contiguous; or neither.
 
@@ -246,6 +263,7 @@ def known_region(mask: Tensor | None, known_x0: Tensor | None) -> tuple[Tensor |
         have, lack = ("known_x0", "mask") if mask is None else ("mask", "known_x0")
         raise ValueError(f"inpainting needs both mask and known_x0, got only {have}: pass {lack}, too, or neither")
     check_samples("known_x0", known_x0)
+    warn_of_levels(known_x0)
     if not isinstance(mask, Tensor) or mask.is_complex() or mask.layout != torch.strided:
         raise TypeError(f"mask must be a real tensor, dense, 1 where the picture is known, got {mask!r:.80}")
     mask = mask.detach()

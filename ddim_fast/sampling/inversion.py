@@ -23,7 +23,7 @@ from ..utils.checks import check_alike, check_integer, check_number, check_sampl
 from ..utils.devices import widened
 from .capture import GraphCache
 from .guidance import guidance_scales
-from .initial_state import check_batched, conditionings_of
+from .initial_state import check_batched, conditionings_of, warn_of_levels
 from .loop import Loop, Trajectory, begins_steps, model_calls, model_times
 from .options import Options
 from .run import sample
@@ -50,6 +50,7 @@ def invert(
     _check_iterations(iterations, tolerance)
     check_samples("x0", x0)
     check_batched(model, "x0", x0.shape)
+    warn_of_levels(x0)
     scales = guidance_scales(guidance.guidance_scale, plan.timesteps)
     conditionings = conditionings_of(model, guidance.conditioning, scales, guidance.unconditional_conditioning)
     x_prev = x0.detach().clone(memory_format=torch.contiguous_format)

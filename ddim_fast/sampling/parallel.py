@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -200,7 +199,7 @@ class _Window:
 def _scaled(call: ModelCall, scales: Tensor) -> ModelCall:
     """Return a call that is given each sample times its scale, rounded once to its dtype."""
 
-    def scaled(x: Tensor, t: Tensor) -> Any:
+    def scaled(x: Tensor, t: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         return call((x.to(wide) * scales.view(-1, *[1] * (x.ndim - 1))).to(x.dtype), t)
 
