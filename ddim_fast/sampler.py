@@ -404,6 +404,9 @@ class DDIMSampler:
             return_trajectory: return every state as a ``Trajectory`` instead of the samples.
             timing: a ``Timing``, to which the seconds spent in the model and in the update are
                 added.
+            check_finite: look for NaN and infinity in the samples at the end, and warn; a second run
+                from the same noise then finds the step (except where a generator drew it). None:
+                where the samples are on the CPU, since the host would wait for a GPU.
             backend: of the update, a name in ``kernels.dispatch.BACKENDS``.
             normals: how seeds become the noise of steps: "exact", the same bits everywhere; or
                 "fast" (see ``ddim_step``).
@@ -618,8 +621,8 @@ class DDIMSampler:
                 is a simplified Newton step. Each is one pass over memory.
             tolerance: end the iterations of a step when no element of the batch changed by more.
                 The host waits for each iteration to know.
-            conditioning, guidance_scale, unconditional_conditioning, progress, backend: as for
-                ``sample``.
+            conditioning, guidance_scale, unconditional_conditioning, progress, backend,
+                check_finite: as for ``sample``.
             return_trajectory: return every state as a ``Trajectory`` from x0 to x_T; its ``x0`` are
                 predicted from the last guess of x_t.
 
@@ -705,6 +708,7 @@ class DDIMSampler:
             model,
             shape,
             options_of("sample_parallel", ParallelKeywords, options),
+            self.graphs,
             window=window,
             tolerance=tolerance,
             max_iterations=max_iterations,
@@ -760,6 +764,7 @@ class DDIMSampler:
             "guidance_scale": guidance_scale,
             "unconditional_conditioning": unconditional_conditioning,
             "device": device,
+            "check_finite": False,
         }
         options = options_of("optimize", SampleKeywords, keywords)
         return optimize(self.plan(model), model, shape, options, self.graphs, compile=compile, tolerance=tolerance)

@@ -15,7 +15,7 @@ from .capture import GraphCache
 from .captured_loop import CapturedLoop, Job
 from .loop import Trajectory
 from .options import Options, ReplayKeywords, check_names, shows_keywords
-from .run import prepare, steps_shown, take_steps
+from .run import prepare, steps_shown, take_steps, warn_of_result
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -85,7 +85,10 @@ class CapturedRun:
                 "a captured run takes new values of what it was captured with, got another shape, dtype, option or plain value, or one "
                 f"tensor in other places, among {', '.join(changes) or 'what torch was set to'}: capture another run for it"
             )
-        return take_steps(job, self._using(job), steps_shown(self._plan, options), options)
+        result = take_steps(job, self._using(job), steps_shown(self._plan, options), options)
+        if options.observation.check_finite:  # nothing is checked unasked
+            warn_of_result(result, job, self._model, options, self._graphs)
+        return result
 
     @contextmanager
     def _using(self, job: Job) -> Iterator[CapturedLoop]:

@@ -77,6 +77,7 @@ class Observation:
     callback: Callback | None = None
     return_trajectory: bool = False
     timing: Timing | None = None
+    check_finite: bool | None = None
 
     @property
     def wants_states(self) -> bool:
@@ -134,6 +135,7 @@ class InvertKeywords(ConditioningKeywords, total=False):
     """Keywords of ``invert``."""
 
     progress: bool
+    check_finite: bool | None
     backend: str | None
 
 
@@ -141,6 +143,7 @@ class ReconstructKeywords(ConditioningKeywords, total=False):
     """Keywords of ``reconstruct``."""
 
     progress: bool
+    check_finite: bool | None
     backend: str | None
 
 
@@ -153,6 +156,7 @@ class ParallelKeywords(ConditioningKeywords, total=False):
     device: str | torch.device
     dtype: torch.dtype
     progress: bool
+    check_finite: bool | None
     backend: str | None
 
 
@@ -167,6 +171,7 @@ class RunKeywords(ConditioningKeywords, total=False):
     model_dtype: torch.dtype | None
     progress: bool
     timing: Timing | None
+    check_finite: bool | None
     backend: str | None
     normals: str
     capture: str

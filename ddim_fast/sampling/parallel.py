@@ -26,10 +26,13 @@ from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_dtype, check_integer, check_number
 from ..utils.devices import widest_dtype
 from ..utils.transfer import to_device
+from .capture import GraphCache
+from .captured_loop import Job
 from .guidance import guidance_scales
 from .initial_state import conditionings_of, initial_state, place, repeat_conditioning, seeds_of_samples
 from .loop import Loop, ModelCall, Timing, begins_steps, input_scales, model_calls, model_times
 from .options import Options
+from .run import warn_of_result
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def sample_parallel(
     model: Model,
     shape: Sequence[int] | None,
     options: Options,
+    graphs: GraphCache,
     *,
     window: int | None = None,
     tolerance: float = 1e-3,
@@ -118,6 +122,7 @@ def sample_parallel(
             bar.update(run.iterate(count, calls[count]))
             iterations, evaluations = iterations + 1, evaluations + count
     samples = guesses[last - run.first].clone()
+    warn_of_result(samples, Job("off", model, plan, loop, conditionings, seeds), model, options, graphs)
     statistics = ParallelStatistics(iterations, evaluations, converged=run.first == last)
     return samples, statistics
 

@@ -19,6 +19,7 @@ from ..utils.transfer import to_device
 from .capture import GraphCache
 from .capture_mode import choose_mode
 from .captured_loop import CapturedLoop, Job
+from .finite import Look, warn_unless_finite
 from .guidance import ClassifierGuidance, check_rescale, classifier_guidance, guidance_scales
 from .initial_state import (
     blend_known_region,
@@ -50,7 +51,30 @@ def sample(
     """
     job = prepare(plan, model, shape, options, graphs)
     using = nullcontext() if job.mode == "off" else graphs.use(job, optional=options.execution.capture == "auto")
-    return take_steps(job, using, steps_shown(plan, options), options)
+    result = take_steps(job, using, steps_shown(plan, options), options)
+    warn_of_result(result, job, model, options, graphs)
+    return result
+
+
+def warn_of_result(result: Tensor | Trajectory, job: Job, model: Model, options: Options, graphs: GraphCache) -> None:
+    """Warn where the samples of a run are not finite, and name the step by running again."""
+    samples = result if isinstance(result, Tensor) else result.samples
+
+    def run_again(look: Look) -> Tensor:
+        watched = options.replace(
+            **dict.fromkeys(("seed", "timing"), None),
+            **dict.fromkeys(("progress", "return_trajectory", "check_finite", "reuse_output"), False),
+            seeds=job.seeds,
+            callback=look,
+            capture="off",
+        )
+        again = sample(job.plan, model, tuple(samples.shape), watched, graphs)
+        assert isinstance(again, Tensor)  # no trajectory was asked for
+        return again
+
+    # What a generator drew cannot be drawn again.
+    repeats = None if options.noise.generator is not None else run_again
+    warn_unless_finite(samples, options.observation.check_finite, repeats, job.plan.num_inference_steps)
 
 
 def prepare(
@@ -146,6 +170,8 @@ def check(plan: SamplingPlan, model: Model, shape: Sequence[int] | None, options
 def _check_observation(observation: Observation) -> None:
     """Check what the caller watches a run with."""
     callback, timing = observation.callback, observation.timing
+    if observation.check_finite is not None and not isinstance(observation.check_finite, bool):
+        refuse("check_finite must be True, False or None", observation.check_finite, kind=TypeError)
     if callback is not None and not callable(callback):
         refuse("callback must be callable as callback(step, t, x_t, x0)", callback, kind=TypeError)
     if timing is not None and not isinstance(timing, Timing):
