@@ -51,7 +51,7 @@ def test_optimize_takes_the_models_shape_too():
 
 def test_what_wraps_a_model_passes_its_shape_on():
     assert SAMPLER.sample(torch.compile(Net(), backend="eager"), seed=0).shape == (1, *ONE)
-    flow = as_flow(Net(), LINEAR, prediction_type="epsilon")
+    flow = as_flow(Net(), LINEAR, prediction_type="v_prediction")
     assert DDIMSampler(FlowSchedule(), 2).sample(flow, seed=0).shape == (1, *ONE)
 
 
