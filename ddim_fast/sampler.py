@@ -21,6 +21,7 @@ from .plans.history_weights import HistoryWeights
 from .plans.path import NoisePath
 from .plans.plan import SamplingPlan
 from .plans.rows import check_rows
+from .plans.words import EtaScales, PredictionType, Spacing
 from .sampling import editing, inversion, parallel, rollout, run
 from .sampling.capture import GRAPHS, GraphCache
 from .sampling.captured_run import CapturedRun
@@ -136,13 +137,13 @@ class DDIMSampler:
         *,
         timesteps: TimestepsArgument = None,
         model_timesteps: Sequence[float] | None = None,
-        timestep_spacing: str | None = None,
+        timestep_spacing: Spacing | None = None,
         steps_offset: int = 0,
-        prediction_type: str | None = None,
+        prediction_type: PredictionType | None = None,
         order: int | None = None,
         analytic_variance: bool | Sequence[float] = False,
         history_weights: Sequence[Sequence[float]] | None = None,
-        eta_scales: str = PAPER,
+        eta_scales: EtaScales = PAPER,
         sigma_hat: bool = False,
         set_alpha_to_one: bool = True,
         clip_sample: bool | None = None,
@@ -490,6 +491,39 @@ class DDIMSampler:
             self.plan(model), model, shape, keywords, self.graphs, noisy_steps=noisy_steps, keep_states=keep_states
         )
 
+    @overload
+    def img2img(
+        self,
+        model: Model,
+        x0: Tensor,
+        strength: float,
+        *,
+        return_trajectory: Literal[False] = False,
+        **options: Unpack[EditKeywords],
+    ) -> Tensor: ...
+
+    @overload
+    def img2img(
+        self,
+        model: Model,
+        x0: Tensor,
+        strength: float,
+        *,
+        return_trajectory: Literal[True],
+        **options: Unpack[EditKeywords],
+    ) -> Trajectory: ...
+
+    @overload
+    def img2img(
+        self,
+        model: Model,
+        x0: Tensor,
+        strength: float,
+        *,
+        return_trajectory: bool,
+        **options: Unpack[EditKeywords],
+    ) -> Tensor | Trajectory: ...
+
     @shows_keywords(EditKeywords)
     def img2img(
         self,
@@ -519,6 +553,42 @@ class DDIMSampler:
         editing.check_left_out("img2img", "x0", options)
         keywords = options_of("img2img", EditKeywords, options, return_trajectory)
         return editing.img2img(self.plan(model), model, x0, strength, keywords, self.graphs)
+
+    @overload
+    def inpaint(
+        self,
+        model: Model,
+        x0: Tensor,
+        mask: Tensor,
+        *,
+        strength: float = 1.0,
+        return_trajectory: Literal[False] = False,
+        **options: Unpack[InpaintKeywords],
+    ) -> Tensor: ...
+
+    @overload
+    def inpaint(
+        self,
+        model: Model,
+        x0: Tensor,
+        mask: Tensor,
+        *,
+        strength: float = 1.0,
+        return_trajectory: Literal[True],
+        **options: Unpack[InpaintKeywords],
+    ) -> Trajectory: ...
+
+    @overload
+    def inpaint(
+        self,
+        model: Model,
+        x0: Tensor,
+        mask: Tensor,
+        *,
+        strength: float = 1.0,
+        return_trajectory: bool,
+        **options: Unpack[InpaintKeywords],
+    ) -> Tensor | Trajectory: ...
 
     @shows_keywords(InpaintKeywords)
     def inpaint(
@@ -557,6 +627,42 @@ class DDIMSampler:
         keywords = options_of("inpaint", InpaintKeywords, options, return_trajectory)
         return editing.inpaint(self.plan(model), model, x0, mask, strength, keywords, self.graphs)
 
+    @overload
+    def interpolate(
+        self,
+        model: Model,
+        x_T_first: Tensor,
+        x_T_last: Tensor,
+        weights: Sequence[float],
+        *,
+        return_trajectory: Literal[False] = False,
+        **options: Unpack[EditKeywords],
+    ) -> Tensor: ...
+
+    @overload
+    def interpolate(
+        self,
+        model: Model,
+        x_T_first: Tensor,
+        x_T_last: Tensor,
+        weights: Sequence[float],
+        *,
+        return_trajectory: Literal[True],
+        **options: Unpack[EditKeywords],
+    ) -> Trajectory: ...
+
+    @overload
+    def interpolate(
+        self,
+        model: Model,
+        x_T_first: Tensor,
+        x_T_last: Tensor,
+        weights: Sequence[float],
+        *,
+        return_trajectory: bool,
+        **options: Unpack[EditKeywords],
+    ) -> Tensor | Trajectory: ...
+
     @shows_keywords(EditKeywords)
     def interpolate(
         self,
@@ -590,6 +696,42 @@ class DDIMSampler:
         editing.check_left_out("interpolate", "x_T_first and x_T_last", options)
         keywords = options_of("interpolate", EditKeywords, options, return_trajectory)
         return editing.interpolate(self.plan(model), model, x_T_first, x_T_last, weights, keywords, self.graphs)
+
+    @overload
+    def invert(
+        self,
+        model: Model,
+        x0: Tensor,
+        *,
+        iterations: int = 1,
+        tolerance: float | None = None,
+        return_trajectory: Literal[False] = False,
+        **options: Unpack[InvertKeywords],
+    ) -> Tensor: ...
+
+    @overload
+    def invert(
+        self,
+        model: Model,
+        x0: Tensor,
+        *,
+        iterations: int = 1,
+        tolerance: float | None = None,
+        return_trajectory: Literal[True],
+        **options: Unpack[InvertKeywords],
+    ) -> Trajectory: ...
+
+    @overload
+    def invert(
+        self,
+        model: Model,
+        x0: Tensor,
+        *,
+        iterations: int = 1,
+        tolerance: float | None = None,
+        return_trajectory: bool,
+        **options: Unpack[InvertKeywords],
+    ) -> Tensor | Trajectory: ...
 
     @shows_keywords(InvertKeywords)
     def invert(
@@ -657,6 +799,45 @@ class DDIMSampler:
         keywords = options_of("reconstruct", ReconstructKeywords, options)
         plan = self._unclipped().plan(model)
         return inversion.reconstruct(plan, model, x0, keywords, self.graphs, iterations=iterations, tolerance=tolerance)
+
+    @overload
+    def sample_parallel(
+        self,
+        model: Model,
+        shape: Sequence[int] | None = None,
+        *,
+        window: int | None = None,
+        tolerance: float = 1e-3,
+        max_iterations: int | None = None,
+        return_statistics: Literal[False] = False,
+        **options: Unpack[ParallelKeywords],
+    ) -> Tensor: ...
+
+    @overload
+    def sample_parallel(
+        self,
+        model: Model,
+        shape: Sequence[int] | None = None,
+        *,
+        window: int | None = None,
+        tolerance: float = 1e-3,
+        max_iterations: int | None = None,
+        return_statistics: Literal[True],
+        **options: Unpack[ParallelKeywords],
+    ) -> tuple[Tensor, ParallelStatistics]: ...
+
+    @overload
+    def sample_parallel(
+        self,
+        model: Model,
+        shape: Sequence[int] | None = None,
+        *,
+        window: int | None = None,
+        tolerance: float = 1e-3,
+        max_iterations: int | None = None,
+        return_statistics: bool,
+        **options: Unpack[ParallelKeywords],
+    ) -> Tensor | tuple[Tensor, ParallelStatistics]: ...
 
     @shows_keywords(ParallelKeywords)
     def sample_parallel(

@@ -107,6 +107,7 @@ def reconstruct(
 ) -> Tensor:
     """Invert samples and sample them again by an unclipped plan: see ``DDIMSampler.reconstruct``."""
     x_T = invert(plan, model, x0, options, iterations=iterations, tolerance=tolerance)
+    assert isinstance(x_T, Tensor)  # no trajectory was asked for
     if is_looked_at(x_T, options.observation.check_finite) and not is_finite(x_T):
         options = options.replace(check_finite=False)  # it has been said
     # A seed from which nothing is made, so that torch's own generator is left alone.
