@@ -7,6 +7,9 @@ sampler = df.DDIMSampler(df.NoiseSchedule.linear(), num_inference_steps=50, eta=
 images = sampler.sample(model, shape=(64, 1, 28, 28), seed=0)
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import _moved
 from ._version import __version__
 from .kernels.contract import StepCoefficients, StepTable
@@ -32,6 +35,12 @@ from .sampler import DDIMSampler
 from .sampling.editing import slerp
 from .sampling.loop import Timing, Trajectory
 from .sampling.rollout import Rollout
+
+if TYPE_CHECKING:
+    from .utils.pictures import save_animation, save_grid, show, to_pil, to_uint8
+
+_OF_PICTURES = ("save_animation", "save_grid", "show", "to_pil", "to_uint8")
+"""What is imported when it is first used: Pillow takes a while, and sampling needs none."""
 
 __all__ = [
     "ContinuousSchedule",
@@ -65,9 +74,26 @@ __all__ = [
     "make_schedule",
     "respaced_timesteps",
     "sample_seeds",
+    "save_animation",
+    "save_grid",
     "select_timesteps",
+    "show",
     "slerp",
     "standard_normals",
+    "to_pil",
+    "to_uint8",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_PICTURES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(".utils.pictures", __name__), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 _moved.install()
