@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..utils.brief import brief_fields
 from ..utils.checks import check_choice, check_number, refuse
 from ..utils.files import read_json
 from .coefficients import PREDICTION_TYPES
@@ -62,6 +63,8 @@ class TimestepList:
     model_timesteps: tuple[float, ...] | None = None
     coefficients: Rows | None = None
     prediction_type: str | None = None
+
+    __repr__ = brief_fields
 
     def __post_init__(self) -> None:
         total, given = self.num_train_timesteps, self.timesteps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
@@ -127,6 +127,12 @@ class CapturedRun:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a captured run is memory of one device and process, which is neither copied nor pickled, got {self!r}: capture "
+            "another with sampler.capture(...)"
+        )
 
     def __repr__(self) -> str:
         state = "closed" if self._captured is None else f"one graph for {'a step' if self._mode == 'step' else 'all'}"

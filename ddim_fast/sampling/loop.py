@@ -25,6 +25,7 @@ from ..kernels.torch_internals import makes_own_graphs, shares_storage
 from ..models.protocol import Model, output_tensor
 from ..plans.clipping import Thresholding
 from ..plans.plan import PlannedStep, SamplingPlan
+from ..utils.brief import brief_fields
 from ..utils.transfer import to_device
 from .guidance import ClassifierGuidance, guided_output
 from .model_errors import explain
@@ -68,6 +69,8 @@ class Trajectory:
     timesteps: list[float] = field(default_factory=list)
     x_t: list[Tensor] = field(default_factory=list)
     x0: list[Tensor] = field(default_factory=list)
+
+    __repr__ = brief_fields
 
     @property
     def samples(self) -> Tensor:

@@ -103,6 +103,9 @@ class OptimizedModel(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("model"), name)
 
+    def extra_repr(self) -> str:
+        return f"for {self.shape}" + ("" if self.gain is None else f": {self.gain}")
+
     def forward(self, x: Tensor, t: Tensor, **conditioning: Any) -> Any:
         if tuple(x.shape) != self.shape:
             return self.model(x, t, **conditioning)
