@@ -25,8 +25,7 @@ def is_finite(x: Tensor) -> bool:
 
 def is_looked_at(samples: Tensor, asked: bool | None) -> bool:
     """Return whether a caller who asked so wants to know of NaN and infinity."""
-    wanted = samples.device.type == "cpu" if asked is None else asked
-    return wanted and not torch.compiler.is_compiling()
+    return (asked or (asked is None and samples.device.type == "cpu")) and not torch.compiler.is_compiling()
 
 
 def warn_unless_finite(

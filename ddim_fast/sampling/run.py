@@ -19,7 +19,7 @@ from ..utils.transfer import to_device
 from .capture import GraphCache
 from .capture_mode import choose_mode
 from .captured_loop import CapturedLoop, Job
-from .finite import Look, warn_unless_finite
+from .finite import Look, is_looked_at, warn_unless_finite
 from .guidance import ClassifierGuidance, check_rescale, classifier_guidance, guidance_scales
 from .initial_state import (
     blend_known_region,
@@ -59,6 +59,9 @@ def sample(
 def warn_of_result(result: Tensor | Trajectory, job: Job, model: Model, options: Options, graphs: GraphCache) -> None:
     """Warn where the samples of a run are not finite, and name the step by running again."""
     samples = result if isinstance(result, Tensor) else result.samples
+    asked = options.observation.check_finite
+    if not is_looked_at(samples, asked):
+        return
 
     def run_again(look: Look) -> Tensor:
         watched = options.replace(
@@ -74,7 +77,7 @@ def warn_of_result(result: Tensor | Trajectory, job: Job, model: Model, options:
 
     # What a generator drew cannot be drawn again.
     repeats = None if options.noise.generator is not None else run_again
-    warn_unless_finite(samples, options.observation.check_finite, repeats, job.plan.num_inference_steps)
+    warn_unless_finite(samples, asked, repeats, job.plan.num_inference_steps)
 
 
 def prepare(
