@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.checks import refuse
 from ..utils.warn import warn_caller
 
 Look = Callable[[int, Any, Tensor, Tensor], bool]
@@ -23,9 +24,19 @@ def is_finite(x: Tensor) -> bool:
     return math.isfinite(x.sum(dtype=wide).item()) or bool(x.isfinite().all())
 
 
+def check_asked(check_finite: object) -> None:
+    """Raise TypeError unless it is one of the values of the option."""
+    if check_finite is not None and not isinstance(check_finite, bool):
+        refuse("check_finite must be True, False or None", check_finite, kind=TypeError)
+
+
 def is_looked_at(samples: Tensor, asked: bool | None) -> bool:
-    """Return whether a caller who asked so wants to know of NaN and infinity."""
-    return (asked or (asked is None and samples.device.type == "cpu")) and not torch.compiler.is_compiling()
+    """Return whether a caller who asked so wants to know of NaN and infinity.
+
+    Unasked, a tensor of a subclass is left alone: a fake one has no numbers.
+    """
+    unasked = asked is None and samples.device.type == "cpu" and type(samples) is Tensor
+    return (asked or unasked) and not torch.compiler.is_compiling()
 
 
 def warn_unless_finite(

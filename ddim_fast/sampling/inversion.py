@@ -22,7 +22,7 @@ from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_alike, check_integer, check_number, check_samples
 from ..utils.devices import widened
 from .capture import GraphCache
-from .finite import Look, is_finite, is_looked_at, warn_unless_finite
+from .finite import Look, check_asked, is_finite, is_looked_at, warn_unless_finite
 from .guidance import guidance_scales
 from .initial_state import check_batched, conditionings_of, warn_of_levels
 from .loop import Loop, Trajectory, begins_steps, model_calls, model_times
@@ -49,6 +49,7 @@ def invert(
             "make a sampler with order=1"
         )
     _check_iterations(iterations, tolerance)
+    check_asked(observation.check_finite)
     check_samples("x0", x0)
     check_batched(model, "x0", x0.shape)
     warn_of_levels(x0)

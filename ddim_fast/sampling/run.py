@@ -19,7 +19,7 @@ from ..utils.transfer import to_device
 from .capture import GraphCache
 from .capture_mode import choose_mode
 from .captured_loop import CapturedLoop, Job
-from .finite import Look, is_looked_at, warn_unless_finite
+from .finite import Look, check_asked, is_looked_at, warn_unless_finite
 from .guidance import ClassifierGuidance, check_rescale, classifier_guidance, guidance_scales
 from .initial_state import (
     blend_known_region,
@@ -173,8 +173,7 @@ def check(plan: SamplingPlan, model: Model, shape: Sequence[int] | None, options
 def _check_observation(observation: Observation) -> None:
     """Check what the caller watches a run with."""
     callback, timing = observation.callback, observation.timing
-    if observation.check_finite is not None and not isinstance(observation.check_finite, bool):
-        refuse("check_finite must be True, False or None", observation.check_finite, kind=TypeError)
+    check_asked(observation.check_finite)
     if callback is not None and not callable(callback):
         refuse("callback must be callable as callback(step, t, x_t, x0)", callback, kind=TypeError)
     if timing is not None and not isinstance(timing, Timing):

@@ -117,10 +117,11 @@ def test_the_second_run_is_not_seen_by_the_callers_callback_and_draws_nothing():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("value", [1, "yes", 0.0])
-def test_check_finite_is_checked(value):
+def test_check_finite_is_checked(name, value):
     with pytest.raises(TypeError, match=r"^check_finite must be True, False or None, got "):
-        SAMPLER.sample(Failing(-1), SHAPE, seed=0, check_finite=value)
+        CALLS[name](lambda x, t: pytest.fail("called"), check_finite=value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
