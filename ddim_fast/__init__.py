@@ -85,11 +85,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _OF_PICTURES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(".utils.pictures", __name__), name)
-    return found
+if not TYPE_CHECKING:  # type checkers would take any name for one of the package's
+
+    def __getattr__(name: str) -> Any:
+        if name not in _OF_PICTURES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = globals()[name] = getattr(import_module(".utils.pictures", __name__), name)
+        return found
 
 
 def __dir__() -> list[str]:

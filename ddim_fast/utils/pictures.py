@@ -261,7 +261,8 @@ def save_animation(
     >>> df.save_animation(trajectory.x0, "sampling.gif")
 
     Args:
-        frames: images of one size; or samples ``(B, C, H, W)`` in [-1, 1], each drawn as a grid.
+        frames: images; or samples ``(B, C, H, W)`` in [-1, 1], each drawn as a grid. Smaller ones
+            stand on a white sheet of the largest size.
         path: its suffix is the format: .gif, .webp (lossless), .png (APNG), or .mp4, which needs
             imageio-ffmpeg.
         milliseconds: of each frame, at least 1; the last one is shown for ``last_milliseconds``.
@@ -280,8 +281,8 @@ def save_animation(
     for i, image in enumerate(drawn):
         if not isinstance(image, Image.Image):
             refuse(f"frames[{i}] must be an image of Pillow, or samples", type(image).__name__, kind=TypeError)
-        if image.size != drawn[0].size:
-            refuse(f"frames[{i}] must have the size of the first, {drawn[0].size}", image.size)
+    size = (max(image.width for image in drawn), max(image.height for image in drawn))
+    drawn = [image if image.size == size else _on_sheet(image, size) for image in drawn]
     if path.suffix.lower() == _VIDEO:
         _write_video(drawn, path, milliseconds, last_milliseconds)
         return
@@ -294,7 +295,8 @@ def save_animation(
 def _write_video(frames: Sequence[Image.Image], path: Path, milliseconds: int, last_milliseconds: int) -> None:
     """Write H.264, whose sizes are even, at a constant rate: the last frame is repeated."""
     ffmpeg = _extra("imageio_ffmpeg", "imageio-ffmpeg", "an MP4")
-    size = tuple(n + n % 2 for n in frames[0].size)
+    width, height = frames[0].size
+    size = (width + width % 2, height + height % 2)
     temporary = name_beside(path)
     writer = ffmpeg.write_frames(
         str(temporary), size, fps=1000 / milliseconds, macro_block_size=2, quality=8, output_params=["-f", "mp4"]
@@ -302,14 +304,19 @@ def _write_video(frames: Sequence[Image.Image], path: Path, milliseconds: int, l
     try:
         writer.send(None)
         for frame in [*frames, *[frames[-1]] * (round(last_milliseconds / milliseconds) - 1)]:
-            even = Image.new("RGB", size, _BACKGROUND)
-            even.paste(frame)
-            writer.send(even.tobytes())
+            writer.send(_on_sheet(frame, size).tobytes())
         writer.close()
         temporary.replace(path)
     finally:
         writer.close()
         temporary.unlink(missing_ok=True)
+
+
+def _on_sheet(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return the image at the left upper corner of a white sheet."""
+    sheet = Image.new("RGB", size, _BACKGROUND)
+    sheet.paste(image)
+    return sheet
 
 
 def _writable(path: str | Path, formats: Mapping[str, Any], what: str) -> Path:

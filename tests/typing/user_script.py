@@ -62,3 +62,4 @@ for step in plan.steps:
 
 shipped = df.load_model("fashion")
 pictures: Tensor = sampler.sample(shipped, seeds=[3])
+levels = df.to_uint8(pictures)
