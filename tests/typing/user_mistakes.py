@@ -21,7 +21,7 @@ sampler = df.DDIMSampler(df.NoiseSchedule.linear(), 4)
 df.DDIMSampler(df.NoiseSchedule.linear(), timestep_spacing="leadng")  # type: ignore[arg-type]
 df.DDIMSampler(df.NoiseSchedule.linear(), prediction_type="eps")  # type: ignore[arg-type]
 df.DDIMSampler(df.NoiseSchedule.linear(), eta_scales="std")  # type: ignore[arg-type]
-df.no_such_name  # type: ignore[attr-defined]
+unknown = df.no_such_name  # type: ignore[attr-defined]
 df.make_schedule("linaer")  # type: ignore[arg-type]
 df.select_timesteps(10, 1000, "ddim")  # type: ignore[arg-type]
 sampler.sample(of_one, (1, 1, 8, 8))  # type: ignore[call-overload]
