@@ -24,6 +24,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
@@ -153,6 +154,19 @@ class Wheel(bdist_wheel):
             warn_without_extension()
 
 
+class Editable(editable_wheel):
+    """The command of ``pip install --editable``: a line in a .pth file, which type checkers and
+    editors follow, and not an import hook, which they do not run.
+
+    The link ddim_fast/kernels makes that enough. Where it is missing, as in an sdist, it is a hook.
+    """
+
+    def finalize_options(self) -> None:
+        if (ROOT / "ddim_fast/kernels").is_dir():
+            self.distribution.package_dir = {"": "."}
+        super().finalize_options()
+
+
 def warn_without_extension() -> None:
     """Say on stderr that what was built has no extension."""
     reason = "a free-threaded Python cannot load it" if FREE_THREADED else "it did not compile: see above"
@@ -172,7 +186,7 @@ if FREE_THREADED and REQUIRED:
 setup(
     version=re.search(r'__version__ = "(.+)"', (ROOT / "ddim_fast/_version.py").read_text()).group(1),
     # The folder kernels/ is installed as ddim_fast.kernels.
-    packages=[*find_packages(include=["ddim_fast", "ddim_fast.*"]), "ddim_fast.kernels"],
+    packages=sorted({*find_packages(include=["ddim_fast", "ddim_fast.*"]), "ddim_fast.kernels"}),
     py_modules=["pytest_ddim_fast"],  # outside the package: see there
     package_dir={"ddim_fast": "ddim_fast", "ddim_fast.kernels": "kernels"},
     include_package_data=False,  # the sources of the kernel stay in the sdist
@@ -192,6 +206,6 @@ setup(
             optional=not REQUIRED,
         )
     ],
-    cmdclass={"build_ext": BuildWithNinja, "bdist_wheel": Wheel},
+    cmdclass={"build_ext": BuildWithNinja, "bdist_wheel": Wheel, "editable_wheel": Editable},
     options={} if FREE_THREADED else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

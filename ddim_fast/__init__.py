@@ -18,18 +18,20 @@ from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from ._public import *  # noqa: F403
+else:  # type checkers would take any name for one of the package's
 
-
-def __getattr__(name: str) -> Any:
-    """Import the public names, and torch with them, when the first one is asked for (PEP 562):
-    ``ddim-fast --help`` asks for none."""
-    if name.startswith("__") and name != "__all__":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    public = importlib.import_module("._public", __name__)
-    globals().update({one: getattr(public, one) for one in ("__all__", *public.__all__)})
-    if name not in globals():  # neither public, nor a module that the import has brought
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals()[name]
+    def __getattr__(name: str) -> Any:
+        """Import the public names, and torch with them, when the first one is asked for (PEP 562):
+        ``ddim-fast --help`` asks for none."""
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        public = importlib.import_module("._public", __name__)
+        globals().update({one: value for one, value in vars(public).items() if one in ("__all__", *public.__all__)})
+        if name in public.LATER:
+            globals()[name] = getattr(public, name)
+        if name not in globals():  # neither public, nor a module that the import has brought
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,8 @@
 """Everything that ``import ddim_fast as df`` offers, by its name."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
 from .kernels.contract import StepCoefficients, StepTable
 from .kernels.dispatch import ddim_step, ddim_step_from_table
@@ -24,6 +27,19 @@ from .sampler import DDIMSampler
 from .sampling.editing import slerp
 from .sampling.loop import Timing, Trajectory
 from .sampling.rollout import Rollout
+
+if TYPE_CHECKING:
+    from .utils.pictures import save_animation, save_grid, show, to_pil, to_uint8
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name not in LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(".utils.pictures", __package__), name)
+
+
+LATER = ("save_animation", "save_grid", "show", "to_pil", "to_uint8")
+"""What is imported when it is first used: Pillow takes a while, and sampling needs none."""
 
 __all__ = [
     "ContinuousSchedule",
@@ -57,7 +73,12 @@ __all__ = [
     "make_schedule",
     "respaced_timesteps",
     "sample_seeds",
+    "save_animation",
+    "save_grid",
     "select_timesteps",
+    "show",
     "slerp",
     "standard_normals",
+    "to_pil",
+    "to_uint8",
 ]

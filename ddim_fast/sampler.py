@@ -21,6 +21,7 @@ from .plans.history_weights import HistoryWeights
 from .plans.path import NoisePath
 from .plans.plan import SamplingPlan
 from .plans.rows import check_rows
+from .plans.words import EtaScales, PredictionType, Spacing
 from .sampling import editing, inversion, parallel, rollout, run
 from .sampling.capture import GRAPHS, GraphCache
 from .sampling.captured_run import CapturedRun
@@ -136,13 +137,13 @@ class DDIMSampler:
         *,
         timesteps: TimestepsArgument = None,
         model_timesteps: Sequence[float] | None = None,
-        timestep_spacing: str | None = None,
+        timestep_spacing: Spacing | None = None,
         steps_offset: int = 0,
-        prediction_type: str | None = None,
+        prediction_type: PredictionType | None = None,
         order: int | None = None,
         analytic_variance: bool | Sequence[float] = False,
         history_weights: Sequence[Sequence[float]] | None = None,
-        eta_scales: str = PAPER,
+        eta_scales: EtaScales = PAPER,
         sigma_hat: bool = False,
         set_alpha_to_one: bool = True,
         clip_sample: bool | None = None,
@@ -364,7 +365,8 @@ class DDIMSampler:
         Args:
             model: any callable, see ``models.Model``. Called under ``torch.no_grad()``.
             shape: ``(B, C, ...)``. May be left out where ``x_T`` or ``known_x0`` is given, whose
-                device and dtype the samples then have.
+                device and dtype the samples then have; and where the model has a ``sample_shape``,
+                ``(C, ...)``: then B is the number of ``seeds``, or else 1.
             seed: one number for the run; sample i gets its own seed from it (``sample_seeds``).
             seeds: instead: one 64-bit seed per sample. A sample depends on its own seed alone.
             generator: instead: noise from this ``torch.Generator``, by torch's own randn. With none
@@ -400,6 +402,9 @@ class DDIMSampler:
             return_trajectory: return every state as a ``Trajectory`` instead of the samples.
             timing: a ``Timing``, to which the seconds spent in the model and in the update are
                 added.
+            check_finite: look for NaN and infinity in the samples at the end, and warn; a second run
+                from the same noise then finds the step (except where a generator drew it). None:
+                where the samples are on the CPU, since the host would wait for a GPU.
             backend: of the update, a name in ``kernels.dispatch.BACKENDS``.
             normals: how seeds become the noise of steps: "exact", the same bits everywhere; or
                 "fast" (see ``ddim_step``).
@@ -483,6 +488,39 @@ class DDIMSampler:
             self.plan(model), model, shape, keywords, self.graphs, noisy_steps=noisy_steps, keep_states=keep_states
         )
 
+    @overload
+    def img2img(
+        self,
+        model: Model,
+        x0: Tensor,
+        strength: float,
+        *,
+        return_trajectory: Literal[False] = False,
+        **options: Unpack[EditKeywords],
+    ) -> Tensor: ...
+
+    @overload
+    def img2img(
+        self,
+        model: Model,
+        x0: Tensor,
+        strength: float,
+        *,
+        return_trajectory: Literal[True],
+        **options: Unpack[EditKeywords],
+    ) -> Trajectory: ...
+
+    @overload
+    def img2img(
+        self,
+        model: Model,
+        x0: Tensor,
+        strength: float,
+        *,
+        return_trajectory: bool,
+        **options: Unpack[EditKeywords],
+    ) -> Tensor | Trajectory: ...
+
     @shows_keywords(EditKeywords)
     def img2img(
         self,
@@ -512,6 +550,42 @@ class DDIMSampler:
         editing.check_left_out("img2img", "x0", options)
         keywords = options_of("img2img", EditKeywords, options, return_trajectory)
         return editing.img2img(self.plan(model), model, x0, strength, keywords, self.graphs)
+
+    @overload
+    def inpaint(
+        self,
+        model: Model,
+        x0: Tensor,
+        mask: Tensor,
+        *,
+        strength: float = 1.0,
+        return_trajectory: Literal[False] = False,
+        **options: Unpack[InpaintKeywords],
+    ) -> Tensor: ...
+
+    @overload
+    def inpaint(
+        self,
+        model: Model,
+        x0: Tensor,
+        mask: Tensor,
+        *,
+        strength: float = 1.0,
+        return_trajectory: Literal[True],
+        **options: Unpack[InpaintKeywords],
+    ) -> Trajectory: ...
+
+    @overload
+    def inpaint(
+        self,
+        model: Model,
+        x0: Tensor,
+        mask: Tensor,
+        *,
+        strength: float = 1.0,
+        return_trajectory: bool,
+        **options: Unpack[InpaintKeywords],
+    ) -> Tensor | Trajectory: ...
 
     @shows_keywords(InpaintKeywords)
     def inpaint(
@@ -550,6 +624,42 @@ class DDIMSampler:
         keywords = options_of("inpaint", InpaintKeywords, options, return_trajectory)
         return editing.inpaint(self.plan(model), model, x0, mask, strength, keywords, self.graphs)
 
+    @overload
+    def interpolate(
+        self,
+        model: Model,
+        x_T_first: Tensor,
+        x_T_last: Tensor,
+        weights: Sequence[float],
+        *,
+        return_trajectory: Literal[False] = False,
+        **options: Unpack[EditKeywords],
+    ) -> Tensor: ...
+
+    @overload
+    def interpolate(
+        self,
+        model: Model,
+        x_T_first: Tensor,
+        x_T_last: Tensor,
+        weights: Sequence[float],
+        *,
+        return_trajectory: Literal[True],
+        **options: Unpack[EditKeywords],
+    ) -> Trajectory: ...
+
+    @overload
+    def interpolate(
+        self,
+        model: Model,
+        x_T_first: Tensor,
+        x_T_last: Tensor,
+        weights: Sequence[float],
+        *,
+        return_trajectory: bool,
+        **options: Unpack[EditKeywords],
+    ) -> Tensor | Trajectory: ...
+
     @shows_keywords(EditKeywords)
     def interpolate(
         self,
@@ -584,6 +694,42 @@ class DDIMSampler:
         keywords = options_of("interpolate", EditKeywords, options, return_trajectory)
         return editing.interpolate(self.plan(model), model, x_T_first, x_T_last, weights, keywords, self.graphs)
 
+    @overload
+    def invert(
+        self,
+        model: Model,
+        x0: Tensor,
+        *,
+        iterations: int = 1,
+        tolerance: float | None = None,
+        return_trajectory: Literal[False] = False,
+        **options: Unpack[InvertKeywords],
+    ) -> Tensor: ...
+
+    @overload
+    def invert(
+        self,
+        model: Model,
+        x0: Tensor,
+        *,
+        iterations: int = 1,
+        tolerance: float | None = None,
+        return_trajectory: Literal[True],
+        **options: Unpack[InvertKeywords],
+    ) -> Trajectory: ...
+
+    @overload
+    def invert(
+        self,
+        model: Model,
+        x0: Tensor,
+        *,
+        iterations: int = 1,
+        tolerance: float | None = None,
+        return_trajectory: bool,
+        **options: Unpack[InvertKeywords],
+    ) -> Tensor | Trajectory: ...
+
     @shows_keywords(InvertKeywords)
     def invert(
         self,
@@ -614,8 +760,8 @@ class DDIMSampler:
                 is a simplified Newton step. Each is one pass over memory.
             tolerance: end the iterations of a step when no element of the batch changed by more.
                 The host waits for each iteration to know.
-            conditioning, guidance_scale, unconditional_conditioning, progress, backend: as for
-                ``sample``.
+            conditioning, guidance_scale, unconditional_conditioning, progress, backend,
+                check_finite: as for ``sample``.
             return_trajectory: return every state as a ``Trajectory`` from x0 to x_T; its ``x0`` are
                 predicted from the last guess of x_t.
 
@@ -650,6 +796,45 @@ class DDIMSampler:
         keywords = options_of("reconstruct", ReconstructKeywords, options)
         plan = self._unclipped().plan(model)
         return inversion.reconstruct(plan, model, x0, keywords, self.graphs, iterations=iterations, tolerance=tolerance)
+
+    @overload
+    def sample_parallel(
+        self,
+        model: Model,
+        shape: Sequence[int] | None = None,
+        *,
+        window: int | None = None,
+        tolerance: float = 1e-3,
+        max_iterations: int | None = None,
+        return_statistics: Literal[False] = False,
+        **options: Unpack[ParallelKeywords],
+    ) -> Tensor: ...
+
+    @overload
+    def sample_parallel(
+        self,
+        model: Model,
+        shape: Sequence[int] | None = None,
+        *,
+        window: int | None = None,
+        tolerance: float = 1e-3,
+        max_iterations: int | None = None,
+        return_statistics: Literal[True],
+        **options: Unpack[ParallelKeywords],
+    ) -> tuple[Tensor, ParallelStatistics]: ...
+
+    @overload
+    def sample_parallel(
+        self,
+        model: Model,
+        shape: Sequence[int] | None = None,
+        *,
+        window: int | None = None,
+        tolerance: float = 1e-3,
+        max_iterations: int | None = None,
+        return_statistics: bool,
+        **options: Unpack[ParallelKeywords],
+    ) -> Tensor | tuple[Tensor, ParallelStatistics]: ...
 
     @shows_keywords(ParallelKeywords)
     def sample_parallel(
@@ -701,6 +886,7 @@ class DDIMSampler:
             model,
             shape,
             options_of("sample_parallel", ParallelKeywords, options),
+            self.graphs,
             window=window,
             tolerance=tolerance,
             max_iterations=max_iterations,
@@ -710,7 +896,7 @@ class DDIMSampler:
     def optimize(
         self,
         model: nn.Module,
-        shape: Sequence[int],
+        shape: Sequence[int] | None = None,
         *,
         conditioning: Mapping[str, Any] | None = None,
         guidance_scale: GuidanceScale | None = None,
@@ -733,6 +919,7 @@ class DDIMSampler:
         Args:
             model: a module; see ``models.Model``.
             shape: ``(B, C, ...)`` of the batches to be sampled. Others work, as slowly as before.
+                None: one sample of the model's ``sample_shape``.
             conditioning, guidance_scale, unconditional_conditioning: as for ``sample``; their
                 values do not matter, their shapes do.
             compile: False leaves torch.compile out.
@@ -755,6 +942,7 @@ class DDIMSampler:
             "guidance_scale": guidance_scale,
             "unconditional_conditioning": unconditional_conditioning,
             "device": device,
+            "check_finite": False,
         }
         options = options_of("optimize", SampleKeywords, keywords)
         return optimize(self.plan(model), model, shape, options, self.graphs, compile=compile, tolerance=tolerance)

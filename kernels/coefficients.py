@@ -14,6 +14,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from ..utils.brief import brief_fields
 from ..utils.transfer import to_device
 from .gaussian import check_min_std, has_density, scale_and_offset
 
@@ -286,6 +287,8 @@ class StepTable:
     reads_history_2: bool = False
     all_have_density: bool = False
     min_std: float | None = None
+
+    __repr__ = brief_fields
 
     def __post_init__(self) -> None:
         rows = self.rows

@@ -12,7 +12,22 @@ import torch
 from layouts import default_dtype
 from torch import nn
 
-from ddim_fast import DDIMSampler, NoiseSchedule, load_model, sample_seeds, slerp, standard_normals
+from ddim_fast import (
+    CosineSchedule,
+    DDIMSampler,
+    EDMSchedule,
+    FlowSchedule,
+    LoadedModel,
+    NoiseSchedule,
+    Timing,
+    VESchedule,
+    VPSchedule,
+    as_flow,
+    load_model,
+    sample_seeds,
+    slerp,
+    standard_normals,
+)
 from ddim_fast.kernels import dispatch
 from ddim_fast.models.metrics import load_statistics
 from ddim_fast.plans.files import TimestepList
@@ -22,6 +37,7 @@ from ddim_fast.search import Search, search_timesteps
 
 LINEAR = NoiseSchedule.linear(100)
 SHAPE = (2, 2, 4, 4)
+EFFORT = {"num_inference_steps": 2, "count": 2, "refine_count": 2, "refine_runs": 2, "held_out": 2, "candidates": 4}
 
 
 class Net(nn.Module):
@@ -76,7 +92,6 @@ def calls(make=Net):
     seeds = [1, 2]
     start = dispatch.normals(torch.from_numpy(sample_seeds(0, 2)), SHAPE[1:], 0, 1)
     run = {"seed": 0, "guidance_scale": 2.0}
-    effort = {"num_inference_steps": 2, "count": 2, "refine_count": 2, "refine_runs": 2, "held_out": 2, "candidates": 4}
     generator = torch.Generator("cpu").manual_seed(0)
     return {
         "sample": lambda: plain.sample(make(), SHAPE, seed=0),
@@ -103,7 +118,7 @@ def calls(make=Net):
         "the model that ships": lambda: load_model()(
             start[:, :1, :1, :1].expand(2, 1, 28, 28), mask[:, 0, 0, 0].long()
         ),
-        "search": lambda: numbers(search_timesteps(Search(make(), LINEAR, SHAPE[1:], **effort)).timesteps),
+        "search": lambda: numbers(search_timesteps(Search(make(), LINEAR, SHAPE[1:], **EFFORT)).timesteps),
     }
 
 
@@ -168,6 +183,10 @@ def held():
     trajectory = sampler.sample(model, SHAPE, seed=0, return_trajectory=True)
     chosen = TimestepList((7, 3, 1), 100, provenance={"method": "by hand"}, model_timesteps=(6, 3, 2))
 
+    flow = as_flow(load_model())
+    found = search_timesteps(Search(model, LINEAR, SHAPE[1:], **EFFORT))
+    rollout = sampler.rollout(model, SHAPE, seed=0)
+
     def drawn(sampler):
         return sampler.sample(model, SHAPE, seed=0)
 
@@ -189,6 +208,25 @@ def held():
         "optimized model": (optimized, lambda model: sampler.sample(model, SHAPE, seed=0)),
         "the model that ships": (load_model(), lambda model: model.unet.state_dict()["time_mlp.0.weight"]),
         "search": (Search(model, LINEAR, SHAPE[1:], 2), lambda search: numbers(search.candidate_timesteps)),
+        "result of a search": (found, lambda found: numbers(found.timesteps)),
+        "rollout": (rollout, lambda rollout: rollout.log_prob(model, 1).detach()),
+        "rollout without states": (
+            sampler.rollout(model, SHAPE, seed=0, keep_states=False),
+            lambda rollout: rollout.replay(model).states,
+        ),
+        "loaded model": (LoadedModel(model, sample_shape=SHAPE[1:]), lambda model: sampler.sample(model, seed=0)),
+        "flow model": (flow, lambda model: model(torch.zeros(1, 1, 28, 28), torch.tensor([0.5])).detach()),
+        "statistics": (load_statistics(), lambda statistics: statistics.covariance),
+        "gain": (optimized.gain, lambda gain: numbers([gain.times_faster])),
+        "timing": (Timing(1.0, 2.0), lambda timing: numbers([timing.model_seconds])),
+        "statistics of a run": (
+            sampler.sample_parallel(model, SHAPE, seed=0, return_statistics=True)[1],
+            lambda statistics: numbers([statistics.iterations]),
+        ),
+        **{
+            f"{type(path).__name__}": (path, lambda path: DDIMSampler(path, 3).plan().table().rows)
+            for path in (FlowSchedule(shift=3.0), EDMSchedule(), VPSchedule(), VESchedule(), CosineSchedule())
+        },
     }
 
 
@@ -203,6 +241,22 @@ def test_what_people_hold_can_be_copied_and_sent_to_workers_before_and_after_its
         for again in (before, COPIES[way](thing), COPIES[way](before)):
             assert type(again) is type(thing), name
             assert torch.equal(use(again), expected), name
+
+
+def test_what_people_hold_is_printed_in_a_line_or_two_without_its_numbers():
+    long = DDIMSampler(LINEAR, 100, eta=[0.5] * 99 + [0.0])
+    more = {"long sampler": long, "long plan": long.plan(), "long table": long.plan().table()}
+    for name, thing in {**{name: thing for name, (thing, _) in held().items()}, **more}.items():
+        shown = repr(thing)
+        assert "tensor(" not in shown, name
+        assert "object at 0x" not in shown, name
+        assert len(shown) < 1000 or isinstance(thing, nn.Module), (name, len(shown))
+    trajectory = DDIMSampler(LINEAR, 3).sample(Net(), SHAPE, seed=0, return_trajectory=True)
+    assert repr(trajectory) == (
+        "Trajectory(timesteps=[66, 33, 0], x_t=[4 x <(2, 2, 4, 4) float32>], x0=[3 x <(2, 2, 4, 4) float32>])"
+    )
+    optimized = DDIMSampler(LINEAR, 2).optimize(Net(), SHAPE, compile=False)
+    assert f"for {SHAPE}: {optimized.gain}" in repr(optimized)
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ BUILD = """
 import runpy, sys, sysconfig
 if {free_threaded}:
     sysconfig.get_config_vars()["Py_GIL_DISABLED"] = 1
-sys.argv = ["setup.py", "--quiet", "bdist_wheel", "--dist-dir", "dist"]
+sys.argv = ["setup.py", "--quiet", "{command}", "--dist-dir", "dist"]
 runpy.run_path("setup.py", run_name="__main__")
 """
 # Stands for a compiler: says what it compiles for, and writes every output and no dependencies.
@@ -37,18 +37,19 @@ def tree(tmp_path):
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+            ignored = shutil.ignore_patterns("*.so", "__pycache__")
+            shutil.copytree(source, tmp_path / name, ignore=ignored, symlinks=True)
         else:
             shutil.copy(source, tmp_path)
     return tmp_path
 
 
-def build(tree, free_threaded=False, **environment):
+def build(tree, free_threaded=False, command="bdist_wheel", **environment):
     """Build a wheel in ``tree``: the exit status, what was printed, and the wheel's path or None."""
     shutil.rmtree(tree / "dist", ignore_errors=True)
     kept = {name: value for name, value in os.environ.items() if name not in ("CXX", "DDIM_FAST_REQUIRE_EXTENSION")}
     done = subprocess.run(
-        [sys.executable, "-c", BUILD.format(free_threaded=free_threaded)],
+        [sys.executable, "-c", BUILD.format(free_threaded=free_threaded, command=command)],
         cwd=tree,
         env=kept | environment,
         text=True,
@@ -98,6 +99,31 @@ def test_a_wheel_with_the_extension_has_a_platform_and_a_later_failure_leaves_no
     status, printed, wheel = build(tree, CXX="false")  # in the same folder
     assert status == 0, printed
     assert_pure(wheel)
+
+
+def test_an_editable_install_is_a_line_that_type_checkers_follow_and_new_files_are_in_it(tree, tmp_path):
+    compiler = write_compiler(tmp_path / "compiler", native())
+    status, printed, wheel = build(tree, command="editable_wheel", CXX=compiler)
+    assert status == 0, printed
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.startswith("__editable__")]
+        assert archive.read(name).decode().split() == [str(tree)]
+    (tree / "kernels/_cpu_step.abi3.so").unlink()  # of the stand-in for a compiler
+    (tree / "kernels/new.py").touch()
+    code = "import ddim_fast.kernels.new, pytest_ddim_fast; print(ddim_fast.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", env={"PYTHONPATH": str(tree)}, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == f"{tree}/ddim_fast/__init__.py\n"
+
+
+def test_an_editable_install_without_the_link_is_a_hook(tree):
+    (tree / "ddim_fast/kernels").unlink()
+    status, printed, wheel = build(tree, command="editable_wheel", CXX="false")
+    assert status == 0, printed
+    with zipfile.ZipFile(wheel) as archive:
+        (hook,) = [archive.read(name).decode() for name in archive.namelist() if name.endswith("_finder.py")]
+    assert f"'ddim_fast.kernels': '{tree / 'kernels'}'" in hook
 
 
 def test_a_required_extension_that_does_not_compile_is_an_error(tree):
@@ -169,7 +195,7 @@ def test_the_oldest_versions_that_are_tested_are_the_ones_that_are_claimed():
     pinned = dict(re.findall(r"^([a-z0-9_-]+)==([0-9.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.M))
     assert len(claimed) > 20
     for name, lowest in claimed:
-        if name in ("mypy", "ruff"):  # check the sources, and run on one version
+        if name in ("mypy", "pyright", "ruff"):  # check the sources, and run on one version
             continue
         assert f"{pinned[name]}.".startswith(f"{lowest}."), (name, lowest, pinned[name])
 

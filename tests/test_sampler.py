@@ -801,6 +801,7 @@ class Conditional:
         return wavy(x, t) + shift * torch.tanh(2 * x + 0.3)
 
 
+@pytest.mark.filterwarnings("ignore:guidance_scale should be at least 0")
 @pytest.mark.parametrize("scale", [0.0, 0.5, 3.0, 7.5, -1.0])
 @pytest.mark.parametrize("how", ["model", "argument"])
 def test_guidance_is_the_unconditional_output_plus_scale_times_the_difference(scale, how):

@@ -17,7 +17,8 @@ PYTHON=$(realpath -s "$found")
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 mkdir "$place/ddim_fast"
-ln -s "$root"/ddim_fast/* "$root/kernels" "$place/ddim_fast/"
+ln -s "$root"/ddim_fast/* "$place/ddim_fast/"
+ln -sfn "$root/kernels" "$place/ddim_fast/kernels"  # a copy may have lost the link
 ln -s "$root/pytest_ddim_fast.py" "$root/benchmarks" "$place/"
 export PYTHONPATH="$place${PYTHONPATH:+:$PYTHONPATH}"
 cd "$place"

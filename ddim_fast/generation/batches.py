@@ -111,5 +111,6 @@ class Samples:
             conditioning=None if rows is None else {name: tensor.to(self.device) for name, tensor in rows.items()},
             device=self.device,
             dtype=self.dtype,
+            check_finite=False,  # what is written is checked
             **self.options,
         )

@@ -71,6 +71,10 @@ class FastDDIMSampler:
         self.dtype = dtype
         self.device = device
 
+    def __repr__(self) -> str:
+        times = f"start={self.start}, stop={self.stop}, steps={self.steps}"
+        return f"{type(self).__name__}({type(self.denoiser).__name__}, eta={self.eta}, {times})"
+
     @property
     def timesteps(self) -> Tensor:
         """The times ``(S + 1,)``, from ``start`` to ``stop``."""

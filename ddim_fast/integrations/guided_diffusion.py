@@ -88,6 +88,9 @@ class FastDiffusion:
             raise AttributeError(name)
         return getattr(self.diffusion, name)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.diffusion).__name__}, {len(self._alpha_bars)} timesteps)"
+
     def ddim_sample(
         self,
         model: Callable[..., Tensor],

@@ -82,6 +82,11 @@ class DDIMSampler:
         self._rows: dict[tuple[bool, int, float], StepCoefficients] = {}
         self._noising: dict[bool, RowsByTimestep] = {}
 
+    def __repr__(self) -> str:
+        chosen = getattr(self, "ddim_timesteps", None)
+        steps = "no schedule made" if chosen is None else f"{len(chosen)} steps"
+        return f"{type(self).__name__}({type(self.model).__name__}, {self.ddpm_num_timesteps} timesteps, {steps})"
+
     def register_buffer(self, name: str, attr: Any) -> None:
         """Set an attribute; tensors are moved to ``device``, or that of the model.
 

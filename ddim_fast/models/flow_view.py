@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..plans.continuous import FlowSchedule
 from ..plans.levels import NoiseLevel
 from ..plans.schedules import NoiseSchedule
+from ..plans.words import PredictionType
 from ..utils.checks import check_choice, refuse
 from ..utils.devices import widest_dtype
 from .protocol import Model, output_tensor
@@ -54,7 +55,7 @@ def flow_times(schedule: NoiseSchedule, timesteps: Any = None) -> tuple[float, .
 def as_flow(
     model: Model,
     schedule: NoiseSchedule | None = None,
-    prediction_type: str | None = None,
+    prediction_type: PredictionType | None = None,
     *,
     fractional_timesteps: bool = False,
 ) -> FlowModel:

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..utils.brief import brief_fields
 from ..utils.checks import check_choice, check_integer
 from ..utils.devices import widened
 from .shipped import SHIPPED, ModelCard
@@ -109,6 +110,8 @@ class FeatureStatistics:
     mean: Tensor
     covariance: Tensor
     count: int
+
+    __repr__ = brief_fields
 
     def __post_init__(self) -> None:
         dimension = self.mean.numel()

@@ -23,7 +23,9 @@ class Model(Protocol):
     with twice the batch.
     """
 
-    def __call__(self, x: Tensor, t: Tensor, **conditioning: Any) -> Any: ...
+    # To type checkers, ``*arguments: Any, **conditioning: Any`` is whatever else a model takes, or
+    # nothing: ``def eps(x, t)`` and ``def unet(x, t, class_labels)`` are both models.
+    def __call__(self, x: Tensor, t: Tensor, /, *arguments: Any, **conditioning: Any) -> Any: ...
 
 
 def output_tensor(output: Any, like: Tensor) -> Tensor:

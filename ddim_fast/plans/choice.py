@@ -188,7 +188,7 @@ def _visited_timesteps(
                 f"pass 1 to {total}",
             )
         count = DEFAULT_STEPS if count is None else count
-        visited = select_timesteps(count, total, spacing, steps_offset=steps_offset, schedule=schedule)
+        visited = select_timesteps(count, total, spacing, steps_offset=steps_offset, schedule=schedule)  # type: ignore[arg-type]  # it checks
         if len(visited) == 1 and visited[0] < total - 1:
             warn_caller(
                 f"one step from noise must be taken at the noisiest timestep, got {visited[0]} of 0 to {total - 1} from "

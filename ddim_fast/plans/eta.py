@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -180,7 +180,7 @@ ETA_SCALES: dict[str, EtaScale] = {
 }
 """What eta means, by name."""
 
-PAPER = "std_dev"
+PAPER: Final = "std_dev"
 """The convention of the DDIM paper, and the default."""
 OF_EQUATION_16 = tuple(name for name, scale in ETA_SCALES.items() if scale.paper_eta is not None)
 """The conventions whose noise is that of equation 16, at some eta."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.atomic_files import write_atomically
+from ..utils.brief import brief_fields
 from ..utils.checks import check_choice, check_number, refuse
 from ..utils.files import read_json
 from .coefficients import PREDICTION_TYPES
@@ -63,6 +64,8 @@ class TimestepList:
     model_timesteps: tuple[float, ...] | None = None
     coefficients: Rows | None = None
     prediction_type: str | None = None
+
+    __repr__ = brief_fields
 
     def __post_init__(self) -> None:
         total, given = self.num_train_timesteps, self.timesteps

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from ..utils.checks import check_choice
 from ..utils.named_options import split_options
 from .continuous import CONTINUOUS_SCHEDULES
 from .path import NoisePath
 from .schedules import SCHEDULES
+from .words import ScheduleName
 
 __all__ = ["ALL_SCHEDULES", "make_schedule", "schedule_from_text"]
 
@@ -18,7 +19,7 @@ ALL_SCHEDULES: dict[str, Callable[..., NoisePath]] = {**SCHEDULES, **CONTINUOUS_
 """Schedules by name; each takes its own keyword arguments."""
 
 
-def make_schedule(name: str, num_train_timesteps: int | None = None, **kwargs: Any) -> NoisePath:
+def make_schedule(name: ScheduleName, num_train_timesteps: int | None = None, **kwargs: Any) -> NoisePath:
     """Return the schedule of this name.
 
     Args:
@@ -52,4 +53,4 @@ def schedule_from_text(text: str) -> NoisePath:
         TypeError, ValueError: as ``make_schedule``; or an argument is not written as name=value.
     """
     name, arguments = split_options(text, "a schedule", "flow?shift=3")
-    return make_schedule(name, **arguments)
+    return make_schedule(cast(ScheduleName, name), **arguments)  # it checks

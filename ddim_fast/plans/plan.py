@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ..kernels.contract import StepCoefficients, StepTable
+from ..utils.brief import brief_fields
 from ..utils.checks import check_choice
 from .clipping import Thresholding
 from .coefficients import (
@@ -132,6 +133,8 @@ class SamplingPlan:
     model_timesteps: tuple[float, ...] = ()
     thresholding: Thresholding | None = None
     history_weights: tuple[tuple[float, float], ...] | None = None
+
+    __repr__ = brief_fields
 
     def __post_init__(self) -> None:
         check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)

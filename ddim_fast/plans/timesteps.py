@@ -26,6 +26,7 @@ from torch import Tensor
 from ..utils.checks import check_choice, check_integer, check_number
 from .schedules import NoiseSchedule
 from .timestep_lists import explicit_model_timesteps, explicit_timesteps, integer_list
+from .words import DiscreteSpacing
 
 __all__ = [
     "SPACINGS",
@@ -60,7 +61,7 @@ class SpacingRequest:
 def select_timesteps(
     num_inference_steps: int,
     num_train_timesteps: int,
-    spacing: str = "leading",
+    spacing: DiscreteSpacing = "leading",
     *,
     steps_offset: int = 0,
     schedule: NoiseSchedule | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from .capture import GraphCache
 from .captured_loop import CapturedLoop, Job
 from .loop import Trajectory
 from .options import Options, ReplayKeywords, check_names, shows_keywords
-from .run import prepare, steps_shown, take_steps
+from .run import prepare, steps_shown, take_steps, warn_of_result
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -54,7 +54,7 @@ class CapturedRun:
         self._plan, self._model, self._graphs = plan, model, graphs
         self._in_use = threading.Lock()
         job = prepare(plan, model, shape, options, graphs)
-        self._shape = tuple(job.loop.shape)
+        self._shape = job.loop.shape
         self._mode, self._key = job.mode, job.key()
         self._captured: CapturedLoop | None = graphs.capture_apart(job)
 
@@ -85,7 +85,10 @@ class CapturedRun:
                 "a captured run takes new values of what it was captured with, got another shape, dtype, option or plain value, or one "
                 f"tensor in other places, among {', '.join(changes) or 'what torch was set to'}: capture another run for it"
             )
-        return take_steps(job, self._using(job), steps_shown(self._plan, options), options)
+        result = take_steps(job, self._using(job), steps_shown(self._plan, options), options)
+        if options.observation.check_finite:  # nothing is checked unasked
+            warn_of_result(result, job, self._model, options, self._graphs)
+        return result
 
     @contextmanager
     def _using(self, job: Job) -> Iterator[CapturedLoop]:
@@ -125,6 +128,12 @@ class CapturedRun:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a captured run is memory of one device and process, which is neither copied nor pickled, got {self!r}: capture "
+            "another with sampler.capture(...)"
+        )
+
     def __repr__(self) -> str:
         state = "closed" if self._captured is None else f"one graph for {'a step' if self._mode == 'step' else 'all'}"
-        return f"CapturedRun(shape={self._shape}, {self._plan.num_inference_steps} steps, {state})"
+        return f"CapturedRun(shape={tuple(self._shape)}, {self._plan.num_inference_steps} steps, {state})"

@@ -16,7 +16,7 @@ from ..plans.plan import SamplingPlan
 from ..utils.checks import check_alike, check_samples
 from ..utils.devices import widened
 from .capture import GraphCache
-from .initial_state import noised, repeat_conditioning, seeds_of_samples
+from .initial_state import check_batched, noised, repeat_conditioning, seeds_of_samples, warn_of_levels
 from .loop import Trajectory
 from .options import Options
 from .run import sample
@@ -27,6 +27,9 @@ def img2img(
 ) -> Tensor | Trajectory:
     """Regenerate pictures from rough ones: see ``DDIMSampler.img2img``."""
     check_samples("x0", x0)
+    check_batched(model, "x0", x0.shape)
+    if options.known_region.known_x0 is None:  # which is looked at where it is used
+        warn_of_levels(x0)
     shorter = plan.last_steps(steps_of_strength(strength, plan.num_inference_steps))
     noise = options.noise
     seeds = seeds_of_samples(noise.seed, noise.seeds, noise.generator, len(x0))
@@ -45,6 +48,7 @@ def inpaint(
 ) -> Tensor | Trajectory:
     """Keep the known part of pictures, and draw the rest: see ``DDIMSampler.inpaint``."""
     check_samples("x0", x0)
+    check_batched(model, "x0", x0.shape)
     options = options.replace(mask=mask, known_x0=x0)
     steps_of_strength(strength, plan.num_inference_steps)
     if strength == 1:
@@ -64,6 +68,7 @@ def interpolate(
     """Sample between two starts: see ``DDIMSampler.interpolate``."""
     weights = check_weights(weights)
     check_samples("x_T_first", x_T_first)
+    check_batched(model, "x_T_first", x_T_first.shape)
     check_samples("x_T_last", x_T_last)
     check_alike("x_T_last", x_T_last, "x_T_first", x_T_first)
     x_T = torch.cat([slerp(x_T_first, x_T_last, weight) for weight in weights])

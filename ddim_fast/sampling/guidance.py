@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..plans.coefficients import classifier_guidance_weight
 from ..plans.plan import SamplingPlan
+from ..utils.warn import warn_caller
 
 GuidanceScale = float | Sequence[float] | Callable[[Any], float]
 """One number for all steps, one for each in order, or a function of the timestep."""
@@ -91,6 +92,11 @@ def guidance_scales(guidance_scale: GuidanceScale | None, timesteps: Sequence[fl
             )
         if not abs(float(scale)) <= torch.finfo(torch.float32).max:
             raise ValueError(f"guidance_scale must be finite in float32, got {scale}")
+    if scales and min(scales) < 0:
+        warn_caller(
+            f"guidance_scale should be at least 0 (1 is no guidance), got {float(min(scales)):g}, which steers away from the "
+            "conditioning: exchange it with unconditional_conditioning if that is meant"
+        )
     return None if all(scale == 1 for scale in scales) else tuple(float(scale) for scale in scales)
 
 

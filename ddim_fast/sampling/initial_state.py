@@ -17,35 +17,73 @@ from ..kernels.torch_internals import tree_map_only
 from ..models.protocol import Model
 from ..plans.coefficients import known_region_coefficients, noising_coefficients
 from ..plans.levels import AnyLevel
-from ..utils.checks import as_index, check_alike, check_samples, refuse, usable_device
+from ..utils.checks import as_index, check_alike, check_sample_shape, check_samples, refuse, usable_device
 from ..utils.transfer import to_device
+from ..utils.warn import warn_caller
 
 BEFORE_THE_FIRST_STEP = (1 << 32) - 1
 """Step -1 of the noise standard's stream KNOWN_REGION: the noise of the known region at x_T, before
 any step."""
 
+_NO_SAMPLE = 32
+"""More than this, and nothing below 0, is no scale of samples but that of pictures of 8 bits."""
+
 
 def place(
-    shape: Sequence[int] | None, device: str | torch.device, dtype: torch.dtype, **given: Tensor | None
+    model: Model,
+    shape: Sequence[int] | None,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    seeds: Any = None,
+    **given: Tensor | None,
 ) -> tuple[tuple[int, ...], torch.device, torch.dtype]:
     """Return shape, device and dtype of the samples: those of the given tensors, or else those
-    asked for."""
+    asked for, or else the shape of the model's samples, one for each of the ``seeds``.
+
+    Raises:
+        TypeError, ValueError: there is no shape, or it breaks a rule.
+    """
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     for name, tensor in tensors.items():
         check_samples(name, tensor)
         if shape is not None and tuple(shape) != tuple(tensor.shape):
             raise ValueError(f"shape must be that of {name}, {tuple(tensor.shape)}, or left out, got {tuple(shape)}")
     if not tensors:
-        return _check_shape(shape), usable_device(device), dtype
+        wanted = _shape_of_model(model, seeds) if shape is None else _check_shape(shape)
+        if not isinstance(shape, torch.Size):  # that of a tensor is a batch's, and to ask the model takes a while
+            check_batched(model, "shape", wanted)
+        return wanted, usable_device(device), dtype
     (first_name, first), *others = tensors.items()
     for name, tensor in others:
         check_alike(name, tensor, first_name, first)
+    check_batched(model, first_name, first.shape)
     return tuple(first.shape), first.device, first.dtype
 
 
-def _check_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
-    if shape is None:
-        raise ValueError("shape is needed where no x_T is given, got None: for instance shape=(16, 3, 32, 32)")
+def _shape_of_model(model: Model, seeds: Any) -> tuple[int, ...]:
+    """Return the shape of one of the model's samples, or of one for each seed."""
+    stated = getattr(model, "sample_shape", None)
+    if stated is None:
+        raise ValueError(
+            "shape is needed where no x_T is given and the model has no sample_shape, got None: for instance "
+            "shape=(16, 3, 32, 32), or set model.sample_shape = (3, 32, 32)"
+        )
+    count = len(seeds) if isinstance(seeds, (Sequence, Tensor, np.ndarray)) and np.ndim(seeds) else 1
+    return count, *check_sample_shape("model.sample_shape", stated)
+
+
+def check_batched(model: Model, name: str, shape: Sequence[int]) -> None:
+    """Raise ValueError where a shape lacks the batch of a model that says what one sample is."""
+    stated = getattr(model, "sample_shape", None)
+    if isinstance(stated, (tuple, list)) and len(shape) == len(stated):
+        sizes = ", ".join(map(str, shape))
+        remedy = f"shape=(1, {sizes})" if name == "shape" else f"{name}.unsqueeze(0)"
+        refuse(
+            f"{name} must have a batch before the model's sample_shape {tuple(stated)}", tuple(shape), f"use {remedy}"
+        )
+
+
+def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     try:
         shape = tuple(map(as_index, shape))
     except TypeError:
@@ -199,6 +237,19 @@ def noised(x0: Tensor, level: AnyLevel, seeds: Tensor | None, generator: torch.G
     return ddim_step(x0, x0, row, noise=noise, seeds=seeds, noise_stream=NoiseStream.INITIAL)
 
 
+def warn_of_levels(x0: Tensor) -> None:
+    """Warn where clean samples look like pictures of 8 bits, 0 to 255. (On the CPU only: elsewhere
+    the host would wait for the device.)"""
+    if x0.device.type != "cpu" or not x0.numel():
+        return
+    low, high = (float(bound) for bound in x0.detach().aminmax())
+    if low >= 0 and high > _NO_SAMPLE:
+        warn_caller(
+            f"clean samples (x0) must be as the model's are, most often in [-1, 1], got {low:g} to {high:g}: pictures of 8 bits "
+            "are x0 / 127.5 - 1"
+        )
+
+
 def known_region(mask: Tensor | None, known_x0: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Return the mask like ``known_x0``, and ``known_x0``, both contiguous; or neither.
 
@@ -212,6 +263,7 @@ def known_region(mask: Tensor | None, known_x0: Tensor | None) -> tuple[Tensor |
         have, lack = ("known_x0", "mask") if mask is None else ("mask", "known_x0")
         raise ValueError(f"inpainting needs both mask and known_x0, got only {have}: pass {lack}, too, or neither")
     check_samples("known_x0", known_x0)
+    warn_of_levels(known_x0)
     if not isinstance(mask, Tensor) or mask.is_complex() or mask.layout != torch.strided:
         raise TypeError(f"mask must be a real tensor, dense, 1 where the picture is known, got {mask!r:.80}")
     mask = mask.detach()

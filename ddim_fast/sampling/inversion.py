@@ -22,8 +22,9 @@ from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_alike, check_integer, check_number, check_samples
 from ..utils.devices import widened
 from .capture import GraphCache
+from .finite import Look, check_asked, is_finite, is_looked_at, warn_unless_finite
 from .guidance import guidance_scales
-from .initial_state import conditionings_of
+from .initial_state import check_batched, conditionings_of, warn_of_levels
 from .loop import Loop, Trajectory, begins_steps, model_calls, model_times
 from .options import Options
 from .run import sample
@@ -48,7 +49,10 @@ def invert(
             "make a sampler with order=1"
         )
     _check_iterations(iterations, tolerance)
+    check_asked(observation.check_finite)
     check_samples("x0", x0)
+    check_batched(model, "x0", x0.shape)
+    warn_of_levels(x0)
     scales = guidance_scales(guidance.guidance_scale, plan.timesteps)
     conditionings = conditionings_of(model, guidance.conditioning, scales, guidance.unconditional_conditioning)
     x_prev = x0.detach().clone(memory_format=torch.contiguous_format)
@@ -75,6 +79,17 @@ def invert(
             if observation.return_trajectory:  # x_t and x_prev have changed places
                 assert loop.x0 is not None
                 trajectory.add(step.t, search.came_from, loop.x0)
+
+    def run_again(look: Look) -> Tensor:
+        watched = options.replace(return_trajectory=True, check_finite=False, progress=False)
+        again = invert(plan, model, x0, watched, iterations=iterations, tolerance=tolerance)
+        assert isinstance(again, Trajectory)
+        for step, x_prev, predicted in zip(plan.steps[::-1], again.x_t, again.x0, strict=False):
+            if look(step.index, step.t, x_prev, predicted):
+                break
+        return again.samples
+
+    warn_unless_finite(search.x_prev, observation.check_finite, run_again, plan.num_inference_steps)
     if observation.return_trajectory:
         trajectory.x_t.append(search.x_prev)
         return trajectory
@@ -93,6 +108,9 @@ def reconstruct(
 ) -> Tensor:
     """Invert samples and sample them again by an unclipped plan: see ``DDIMSampler.reconstruct``."""
     x_T = invert(plan, model, x0, options, iterations=iterations, tolerance=tolerance)
+    assert isinstance(x_T, Tensor)  # no trajectory was asked for
+    if is_looked_at(x_T, options.observation.check_finite) and not is_finite(x_T):
+        options = options.replace(check_finite=False)  # it has been said
     # A seed from which nothing is made, so that torch's own generator is left alone.
     again = sample(plan, model, None, options.replace(x_T=x_T, seed=0), graphs)
     assert isinstance(again, Tensor)  # no trajectory was asked for

@@ -25,11 +25,13 @@ from ..kernels.torch_internals import makes_own_graphs, shares_storage
 from ..models.protocol import Model, output_tensor
 from ..plans.clipping import Thresholding
 from ..plans.plan import PlannedStep, SamplingPlan
+from ..utils.brief import brief_fields
 from ..utils.transfer import to_device
 from .guidance import ClassifierGuidance, guided_output
+from .model_errors import explain
 
-ModelCall = Callable[[Tensor, Tensor], Any]
-"""``call(x, t)``: the model with its conditioning."""
+ModelCall = Callable[[Tensor, Tensor], Tensor]
+"""``call(x, t)``: the prediction of the model with its conditioning, in the shape of ``x``."""
 
 
 @dataclass
@@ -67,6 +69,8 @@ class Trajectory:
     timesteps: list[float] = field(default_factory=list)
     x_t: list[Tensor] = field(default_factory=list)
     x0: list[Tensor] = field(default_factory=list)
+
+    __repr__ = brief_fields
 
     @property
     def samples(self) -> Tensor:
@@ -301,10 +305,7 @@ class Loop:
         if self.guidance_scales is not None and len(self.calls) == 1:
             conditional, unconditional = self.calls[0](model_input, t).chunk(2)
             return conditional, unconditional
-        outputs = [
-            _plain(_apart_from(model_input, _apart_from(self.x_t, output_tensor(call(model_input, t), self.x_t))))
-            for call in self.calls
-        ]
+        outputs = [_plain(_apart_from(model_input, _apart_from(self.x_t, call(model_input, t)))) for call in self.calls]
         if len(outputs) == 1:
             return outputs[0], None
         if outputs[0].numel() and _same_place(*outputs):
@@ -347,7 +348,14 @@ def model_calls(model: Model, conditionings: Sequence[Mapping[str, Any]]) -> lis
         return [_call_of_both(model, *conditionings)]
 
     def call_with(conditioning: Mapping[str, Any]) -> ModelCall:
-        return lambda x, t: model(x, t, **conditioning)
+        def call(x: Tensor, t: Tensor) -> Tensor:
+            try:
+                return output_tensor(model(x, t, **conditioning), x)
+            except Exception as error:
+                explain(error, x, conditioning)
+                raise
+
+        return call
 
     return [call_with(conditioning) for conditioning in conditionings]
 
@@ -358,7 +366,11 @@ def _call_of_both(model: Model, first: Mapping[str, Any], second: Mapping[str, A
     def both(x: Tensor, t: Tensor) -> Tensor:
         doubled = torch.cat([x, x])
         merged = merged_conditioning(first, second, len(x))
-        return _apart_from(doubled, output_tensor(model(doubled, torch.cat([t, t]), **merged), doubled))
+        try:
+            return _apart_from(doubled, output_tensor(model(doubled, torch.cat([t, t]), **merged), doubled))
+        except Exception as error:
+            explain(error, doubled, merged)
+            raise
 
     return both
 

@@ -103,6 +103,9 @@ class OptimizedModel(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("model"), name)
 
+    def extra_repr(self) -> str:
+        return f"for {self.shape}" + ("" if self.gain is None else f": {self.gain}")
+
     def forward(self, x: Tensor, t: Tensor, **conditioning: Any) -> Any:
         if tuple(x.shape) != self.shape:
             return self.model(x, t, **conditioning)
@@ -128,7 +131,7 @@ def reduced_convolutions() -> Iterator[None]:
 def optimize(
     plan: SamplingPlan,
     model: nn.Module,
-    shape: Sequence[int],
+    shape: Sequence[int] | None,
     options: Options,
     graphs: GraphCache,
     *,
@@ -145,7 +148,7 @@ def optimize(
             f"optimize needs an nn.Module, whose weights it can lay out differently, got {type(model).__name__}: wrap it in one"
         )
     check_number("tolerance", tolerance, at_least=0)
-    shape, device, _ = place(shape, options.execution.device, torch.float32)
+    shape, device, _ = place(model, shape, options.execution.device, torch.float32)
     return _Trial(plan, model, shape, options, graphs, device, tolerance).run(compile)
 
 

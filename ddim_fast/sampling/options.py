@@ -11,7 +11,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 Callback = Callable[[int, Any, Tensor, Tensor], Any]
 """``callback(step, t, x_t, x0)``: the number of the step, its timestep, the noisy samples that the
 model saw, and the x0 predicted from them. The run stops early if it returns True."""
+
+# For type checkers; a test holds them to the tuples that are checked against.
+Normals = Literal["exact", "fast"]
+Capture = Literal["auto", "loop", "step", "off"]
+LogProbReduction = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +82,7 @@ class Observation:
     callback: Callback | None = None
     return_trajectory: bool = False
     timing: Timing | None = None
+    check_finite: bool | None = None
 
     @property
     def wants_states(self) -> bool:
@@ -134,6 +140,7 @@ class InvertKeywords(ConditioningKeywords, total=False):
     """Keywords of ``invert``."""
 
     progress: bool
+    check_finite: bool | None
     backend: str | None
 
 
@@ -141,6 +148,7 @@ class ReconstructKeywords(ConditioningKeywords, total=False):
     """Keywords of ``reconstruct``."""
 
     progress: bool
+    check_finite: bool | None
     backend: str | None
 
 
@@ -153,6 +161,7 @@ class ParallelKeywords(ConditioningKeywords, total=False):
     device: str | torch.device
     dtype: torch.dtype
     progress: bool
+    check_finite: bool | None
     backend: str | None
 
 
@@ -167,9 +176,10 @@ class RunKeywords(ConditioningKeywords, total=False):
     model_dtype: torch.dtype | None
     progress: bool
     timing: Timing | None
+    check_finite: bool | None
     backend: str | None
-    normals: str
-    capture: str
+    normals: Normals
+    capture: Capture
 
 
 class RolloutKeywords(RunKeywords, total=False):
@@ -180,7 +190,7 @@ class RolloutKeywords(RunKeywords, total=False):
     known_x0: Tensor | None
     device: str | torch.device
     dtype: torch.dtype
-    log_prob_reduction: str
+    log_prob_reduction: LogProbReduction
     min_std: float | None
 
 

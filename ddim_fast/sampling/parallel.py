@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +26,14 @@ from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_dtype, check_integer, check_number
 from ..utils.devices import widest_dtype
 from ..utils.transfer import to_device
+from .capture import GraphCache
+from .captured_loop import Job
+from .finite import check_asked
 from .guidance import guidance_scales
 from .initial_state import conditionings_of, initial_state, place, repeat_conditioning, seeds_of_samples
 from .loop import Loop, ModelCall, Timing, begins_steps, input_scales, model_calls, model_times
 from .options import Options
+from .run import warn_of_result
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def sample_parallel(
     model: Model,
     shape: Sequence[int] | None,
     options: Options,
+    graphs: GraphCache,
     *,
     window: int | None = None,
     tolerance: float = 1e-3,
@@ -70,6 +74,7 @@ def sample_parallel(
             "make a sampler with order=1"
         )
     check_number("tolerance", tolerance, at_least=0, remedy="0 gives the sequential result")
+    check_asked(options.observation.check_finite)
     if window is not None:
         check_integer("window", window, at_least=1)
     if max_iterations is not None:
@@ -79,7 +84,7 @@ def sample_parallel(
             f"max_iterations={max_iterations} may end a run with a guess of the clean samples, which a window of all "
             f"{len(plan.steps)} steps has, got window={window}: leave one of them out"
         )
-    shape, device, dtype = place(shape, execution.device, execution.dtype, x_T=noise.x_T)
+    shape, device, dtype = place(model, shape, execution.device, execution.dtype, noise.seeds, x_T=noise.x_T)
     check_dtype("dtype", dtype)
     scales = guidance_scales(guidance.guidance_scale, plan.timesteps)
     conditionings = conditionings_of(model, guidance.conditioning, scales, guidance.unconditional_conditioning)
@@ -119,6 +124,7 @@ def sample_parallel(
             bar.update(run.iterate(count, calls[count]))
             iterations, evaluations = iterations + 1, evaluations + count
     samples = guesses[last - run.first].clone()
+    warn_of_result(samples, Job("off", model, plan, loop, conditionings, seeds), model, options, graphs)
     statistics = ParallelStatistics(iterations, evaluations, converged=run.first == last)
     return samples, statistics
 
@@ -200,7 +206,7 @@ class _Window:
 def _scaled(call: ModelCall, scales: Tensor) -> ModelCall:
     """Return a call that is given each sample times its scale, rounded once to its dtype."""
 
-    def scaled(x: Tensor, t: Tensor) -> Any:
+    def scaled(x: Tensor, t: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         return call((x.to(wide) * scales.view(-1, *[1] * (x.ndim - 1))).to(x.dtype), t)
 

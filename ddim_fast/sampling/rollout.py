@@ -21,7 +21,7 @@ from .capture import GraphCache
 from .initial_state import part_of_conditioning
 from .loop import Loop, begins_steps, model_calls
 from .options import ConditioningKeywords, Options, check_names, shows_keywords
-from .run import check, prepare, steps_shown, take_steps
+from .run import check, prepare, steps_shown, take_steps, warn_of_result
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -348,6 +348,7 @@ def _run(
     using = nullcontext() if job.mode == "off" else graphs.use(job, optional=options.execution.capture == "auto")
     samples = take_steps(job, using, steps_shown(plan, options), options, record)
     assert isinstance(samples, Tensor)  # no trajectory was asked for
+    warn_of_result(samples, job, model, options, graphs)
     seeds, mask = job.seeds, job.loop.mask
     # The caller may change the mappings; the tensors are the caller's.
     given = {name: getattr(options.guidance, name) for name in ("conditioning", "unconditional_conditioning")}

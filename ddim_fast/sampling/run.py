@@ -19,6 +19,7 @@ from ..utils.transfer import to_device
 from .capture import GraphCache
 from .capture_mode import choose_mode
 from .captured_loop import CapturedLoop, Job
+from .finite import Look, check_asked, is_looked_at, warn_unless_finite
 from .guidance import ClassifierGuidance, check_rescale, classifier_guidance, guidance_scales
 from .initial_state import (
     blend_known_region,
@@ -50,7 +51,33 @@ def sample(
     """
     job = prepare(plan, model, shape, options, graphs)
     using = nullcontext() if job.mode == "off" else graphs.use(job, optional=options.execution.capture == "auto")
-    return take_steps(job, using, steps_shown(plan, options), options)
+    result = take_steps(job, using, steps_shown(plan, options), options)
+    warn_of_result(result, job, model, options, graphs)
+    return result
+
+
+def warn_of_result(result: Tensor | Trajectory, job: Job, model: Model, options: Options, graphs: GraphCache) -> None:
+    """Warn where the samples of a run are not finite, and name the step by running again."""
+    samples = result if isinstance(result, Tensor) else result.samples
+    asked = options.observation.check_finite
+    if not is_looked_at(samples, asked):
+        return
+
+    def run_again(look: Look) -> Tensor:
+        watched = options.replace(
+            **dict.fromkeys(("seed", "timing"), None),
+            **dict.fromkeys(("progress", "return_trajectory", "check_finite", "reuse_output"), False),
+            seeds=job.seeds,
+            callback=look,
+            capture="off",
+        )
+        again = sample(job.plan, model, tuple(samples.shape), watched, graphs)
+        assert isinstance(again, Tensor)  # no trajectory was asked for
+        return again
+
+    # What a generator drew cannot be drawn again.
+    repeats = None if options.noise.generator is not None else run_again
+    warn_unless_finite(samples, asked, repeats, job.plan.num_inference_steps)
 
 
 def prepare(
@@ -108,7 +135,15 @@ def check(plan: SamplingPlan, model: Model, shape: Sequence[int] | None, options
     """
     guidance, execution = options.guidance, options.execution
     mask, known_x0 = known_region(options.known_region.mask, options.known_region.known_x0)
-    shape, device, dtype = place(shape, execution.device, execution.dtype, x_T=options.noise.x_T, known_x0=known_x0)
+    shape, device, dtype = place(
+        model,
+        shape,
+        execution.device,
+        execution.dtype,
+        options.noise.seeds,
+        x_T=options.noise.x_T,
+        known_x0=known_x0,
+    )
     model_dtype = dtype if execution.model_dtype is None else execution.model_dtype
     check_dtype("dtype", dtype)
     check_dtype("model_dtype", model_dtype)
@@ -138,6 +173,7 @@ def check(plan: SamplingPlan, model: Model, shape: Sequence[int] | None, options
 def _check_observation(observation: Observation) -> None:
     """Check what the caller watches a run with."""
     callback, timing = observation.callback, observation.timing
+    check_asked(observation.check_finite)
     if callback is not None and not callable(callback):
         refuse("callback must be callable as callback(step, t, x_t, x0)", callback, kind=TypeError)
     if timing is not None and not isinstance(timing, Timing):

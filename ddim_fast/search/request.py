@@ -172,7 +172,7 @@ class Search:
             positions = np.interp(self.schedule.select(count, spacing), self._grid, np.arange(GRID))
             return distinct_timesteps(positions, GRID)
         assert isinstance(self.schedule, NoiseSchedule)
-        return select_timesteps(count, self.num_timesteps, spacing, schedule=self.schedule)
+        return select_timesteps(count, self.num_timesteps, spacing, schedule=self.schedule)  # type: ignore[arg-type]  # it checks
 
     @property
     def candidate_timesteps(self) -> tuple[int, ...]:

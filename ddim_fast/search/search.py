@@ -19,6 +19,7 @@ from ..plans.history_weights import histories_read
 from ..plans.plan import SamplingPlan
 from ..plans.rows import rows_of_plan
 from ..plans.schedules import NoiseSchedule
+from ..utils.brief import brief_fields
 from .analytic import measure_eps_residual
 from .costs import cost_table, reference
 from .dynamic import best_timesteps
@@ -57,6 +58,8 @@ class Found:
     best: TimestepList
     scores: tuple[Score, ...]
     fitted: FittedSolver | None = None
+
+    __repr__ = brief_fields
 
     @property
     def timesteps(self) -> tuple[float, ...]:

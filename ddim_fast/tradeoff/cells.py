@@ -107,7 +107,7 @@ class Cell:
             self.eta,
             timesteps=self.timesteps,
             model_timesteps=self.model_timesteps,
-            eta_scales=self.eta_scales,
+            eta_scales=self.eta_scales,  # type: ignore[arg-type]  # it checks
             sigma_hat=self.sigma_hat,
             **options,
         )

@@ -189,6 +189,9 @@ def check_device(name: str, value: Any) -> torch.device:
 
 def check_samples(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a floating-point tensor ``(B, C, ...)``."""
+    if isinstance(value, Tensor) and value.dtype == torch.uint8:
+        remedy = f"pictures of 8 bits are {name}.float() / 127.5 - 1"
+        refuse(f"{name} must be a floating-point tensor (B, C, ...)", value.dtype, remedy, TypeError)
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point or value.is_nested or value.ndim < 2:
         raise TypeError(f"{name} must be a floating-point tensor (B, C, ...), got {value!r:.80}")
     if value.layout != torch.strided:

@@ -1,4 +1,5 @@
-"""Warn of what the caller's own line does, and not of a line of this package."""
+"""Tell the caller of what their own line does, and not of a line of this package: by a warning, or
+by a note on an error."""
 
 from __future__ import annotations
 
@@ -18,3 +19,11 @@ def warn_caller(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Add a line to what Python shows of an error; before Python 3.11, which has no such lines, warn."""
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:
+        warn_caller(note)

@@ -284,6 +284,11 @@ class SimpleDenoiser:
         return SimpleNamespace(mean=torch.tanh(x_t))
 
 
+def test_it_prints_what_it_does():
+    sampler = FastDDIMSampler(SimpleDenoiser(rectified), eta=0.5, steps=3)
+    assert repr(sampler) == "FastDDIMSampler(SimpleDenoiser, eta=0.5, start=1.0, stop=0.0, steps=3)"
+
+
 def test_copies_before_and_after_each_method():
     sampler, x = FastDDIMSampler(SimpleDenoiser(rectified), steps=3, silent=True), random()
     for method in (lambda: None, lambda: sampler(x), lambda: sampler.step(x, *torch.tensor([0.7, 0.4]))):

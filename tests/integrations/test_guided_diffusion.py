@@ -637,6 +637,12 @@ def test_everything_else_is_the_originals():
         fast.no_such_method  # noqa: B018 (looked up, that is all)
 
 
+def test_it_prints_what_it_does():
+    diffusion = original(respaced=True)
+    name, count = type(diffusion).__name__, len(diffusion.betas)
+    assert repr(FastDiffusion(diffusion)) == f"FastDiffusion({name}, {count} timesteps)"
+
+
 def test_copies_before_and_after_each_method():
     diffusion = original(respaced=True)
     x, t, model = draw(0), torch.tensor([1, 2, 3]), model_of(diffusion)

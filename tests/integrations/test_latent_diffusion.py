@@ -497,6 +497,14 @@ def test_stochastic_encode(t, original, dtype):
     assert_close(drawn, a.sqrt() * x0.double() + (1 - a).sqrt() * noise.double(), dtype)
 
 
+def test_it_prints_what_it_does():
+    sampler = DDIMSampler(Model())
+    total = sampler.ddpm_num_timesteps
+    assert repr(sampler) == f"DDIMSampler(Model, {total} timesteps, no schedule made)"
+    sampler.make_schedule(5, verbose=False)
+    assert repr(sampler) == f"DDIMSampler(Model, {total} timesteps, {len(sampler.ddim_timesteps)} steps)"
+
+
 def test_copies_before_and_after_each_method():
     sampler, x, t = DDIMSampler(Model()), random(4), torch.tensor([1, 2])
     sampler.model.first_stage_model = None  # the restated one is a lambda

@@ -1,5 +1,9 @@
 """A captured run of its owner's: eager's bits, no cache, values of each call, an end."""
 
+import copy
+import pickle
+import warnings
+
 import pytest
 import torch
 from graph_models import Logged
@@ -109,6 +113,25 @@ def test_it_ends_once_and_for_all(sampler):
     assert repr(captured) == "CapturedRun(shape=(2, 3, 8, 8), 5 steps, closed)"
     with pytest.raises(RuntimeError, match="until it is closed, got one that was: capture it again"):
         captured.sample(seed=0)
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copying_it_is_refused_with_the_remedy(sampler, way):
+    said = r"neither copied nor pickled, got CapturedRun\(.*sampler\.capture\("
+    with sampler.capture(Net(), SHAPE, seed=0) as captured, pytest.raises(TypeError, match=said):
+        way(captured)
+
+
+def test_nan_is_looked_for_where_that_is_asked_for_alone(sampler):
+    given = {"seed": 0, "conditioning": scale(torch.nan)}
+    with sampler.capture(Net(), SHAPE, **given) as captured, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        captured.sample()
+    with (
+        sampler.capture(Net(), SHAPE, check_finite=True, **given) as captured,
+        pytest.warns(UserWarning, match="in 2 of 2, first in the x0 predicted in step 0 of 0 to 4"),
+    ):
+        captured.sample()
 
 
 def test_it_is_used_by_one_at_a_time(sampler):

@@ -212,6 +212,7 @@ GUIDANCE = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:guidance_scale should be at least 0")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("guidance", GUIDANCE, ids=lambda g: "-".join(g) + str(g.get("phi", "")))

@@ -145,6 +145,7 @@ def test_no_samples_and_no_elements(shape):
     assert sample_parallel(sampler_of(1.0), wavy, shape, seed=1).shape == shape
 
 
+@pytest.mark.filterwarnings("ignore:samples must be finite")
 def test_nan_ends_in_as_many_iterations_as_steps():
     def model(x, t):
         return x * math.nan

@@ -181,7 +181,7 @@ def _coefficients(level_t: AnyLevel, level_prev: AnyLevel, setting: Setting, eta
 def _schedule_of(setting: Setting) -> NoisePath:
     if setting.path is not None:
         return schedule_from_text(setting.schedule)
-    return make_schedule(setting.schedule, setting.num_train_timesteps)
+    return make_schedule(setting.schedule, setting.num_train_timesteps)  # type: ignore[arg-type]  # it checks
 
 
 @lru_cache(maxsize=512)
@@ -196,11 +196,11 @@ def _sampler_of(setting: Setting, eta_scales: str) -> DDIMSampler:
             schedule,
             num_inference_steps=None if setting.timesteps else setting.num_inference_steps,
             timesteps=setting.timesteps or None,
-            timestep_spacing=setting.timestep_spacing if setting.path is None else None,
+            timestep_spacing=setting.timestep_spacing if setting.path is None else None,  # type: ignore[arg-type]  # it checks
             order=setting.order,
             eta=setting.eta,
-            eta_scales=eta_scales,
-            prediction_type=setting.prediction_type,
+            eta_scales=eta_scales,  # type: ignore[arg-type]  # it checks
+            prediction_type=setting.prediction_type,  # type: ignore[arg-type]  # it checks
             clip_sample=setting.clip_sample_range is not None,
             clip_sample_range=setting.clip_sample_range,
             use_clipped_model_output=setting.use_clipped_model_output,

@@ -1,0 +1,163 @@
+"""Mistakes that cannot be refused, since a few people mean them: a warning, or a note on the model's own error, says them."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from ddim_fast import DDIMSampler, NoiseSchedule, load_model
+from ddim_fast.utils.warn import add_note
+
+LINEAR = NoiseSchedule.linear(100)
+SAMPLER = DDIMSampler(LINEAR, 2)
+SHAPE = (3, 2, 4, 4)
+LEVELS = torch.arange(96.0).reshape(SHAPE) * (255 / 95)
+MASK = torch.ones(4, 4)
+
+
+def half(x, t, **conditioning):
+    return x * 0.5
+
+
+# --- Pictures of 8 bits -----------------------------------------------------------------------------------------------
+
+GIVEN_A_PICTURE = {
+    "img2img": lambda x0: SAMPLER.img2img(half, x0, 0.5, seed=0),
+    "inpaint": lambda x0: SAMPLER.inpaint(half, x0, MASK, seed=0),
+    "inpaint from it": lambda x0: SAMPLER.inpaint(half, x0, MASK, strength=0.5, seed=0),
+    "known_x0": lambda x0: SAMPLER.sample(half, mask=MASK, known_x0=x0, seed=0),
+    "invert": lambda x0: SAMPLER.invert(half, x0),
+    "reconstruct": lambda x0: SAMPLER.reconstruct(half, x0),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN_A_PICTURE)
+def test_levels_of_8_bits_are_said_once_and_by_what_line(name):
+    with pytest.warns(UserWarning, match=r"^clean samples .*\[-1, 1\], got 0 to 255: .*x0 / 127\.5 - 1$") as said:
+        GIVEN_A_PICTURE[name](LEVELS)
+    assert [warning.filename for warning in said] == [__file__]
+
+
+@pytest.mark.parametrize("name", GIVEN_A_PICTURE)
+@pytest.mark.parametrize("x0", [LEVELS / 127.5 - 1, LEVELS / 255, LEVELS - 100, LEVELS * torch.nan, LEVELS[:0]])
+def test_other_samples_are_nobodys_mistake(name, x0):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "samples must be finite")
+        GIVEN_A_PICTURE[name](x0)
+
+
+@pytest.mark.parametrize("name", GIVEN_A_PICTURE)
+def test_a_picture_of_bytes_is_refused_with_the_remedy(name):
+    with pytest.raises(TypeError, match=r"x0 must be a floating-point tensor .*uint8: .*x0\.float\(\) / 127\.5 - 1$"):
+        GIVEN_A_PICTURE[name](LEVELS.byte())
+
+
+# --- Guidance ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [-2.0, [1.0, -2.0], lambda t: -2.0], ids=["number", "list", "function"])
+def test_a_negative_guidance_scale_is_said(scale):
+    with pytest.warns(UserWarning, match=r"^guidance_scale should be at least 0 .*, got -2, which steers away") as said:
+        SAMPLER.sample(half, SHAPE, seed=0, guidance_scale=scale, unconditional_conditioning={})
+    assert [warning.filename for warning in said] == [__file__]
+
+
+# --- What the model did not expect ------------------------------------------------------------------------------------
+
+
+class Labelled(nn.Module):
+    """A model with a label for each sample, whose error says nothing of labels."""
+
+    def forward(self, x, t, y, table=None, hidden=None):
+        return x * y.to(x.dtype).view(-1, 1, 1, 1) + (0 if hidden is None else hidden["text"][0])
+
+    def unconditional(self, conditioning):
+        return {**conditioning, "y": torch.zeros_like(conditioning["y"])}
+
+
+CALLS = {
+    "sample": lambda model, x, **given: SAMPLER.sample(model, x.shape, seed=0, **given),
+    "img2img": lambda model, x, **given: SAMPLER.img2img(model, x, 0.5, seed=0, **given),
+    "invert": lambda model, x, **given: SAMPLER.invert(model, x, **given),
+    "sample_parallel": lambda model, x, **given: SAMPLER.sample_parallel(model, x.shape, seed=0, window=1, **given),
+    "rollout": lambda model, x, **given: SAMPLER.replace(eta=1.0).rollout(model, x.shape, seed=0, **given),
+}
+
+
+def notes(error):
+    return getattr(error.value, "__notes__", [])
+
+
+has_notes = pytest.mark.skipif(sys.version_info < (3, 11), reason="errors have notes from Python 3.11 on")
+
+
+@has_notes
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("guidance", [{}, {"guidance_scale": 2.0}], ids=["plain", "guided"])
+def test_conditioning_of_another_batch_is_noted_on_the_models_error(name, guidance):
+    with pytest.raises(RuntimeError, match="size of tensor") as error:
+        CALLS[name](Labelled(), torch.zeros(SHAPE), conditioning={"y": torch.arange(8)}, **guidance)
+    (note,) = notes(error)
+    assert note.endswith("a batch of 3, and conditioning with a row for each is what most models want, got y (8,)")
+
+
+@has_notes
+def test_a_result_of_the_wrong_shape_is_noted_as_an_error_of_the_models_is():
+    """One sample and eight labels: the model's tensors broadcast, and its output is the first thing wrong."""
+    with pytest.raises(ValueError, match="must return the shape of its input") as error:
+        SAMPLER.sample(Labelled(), (1, 2, 4, 4), conditioning={"y": torch.arange(8)})
+    assert "got y (8,)" in notes(error)[0]
+
+
+@has_notes
+def test_nested_conditioning_is_named_by_its_place_and_what_fits_is_not_named():
+    given = {"y": torch.arange(3), "table": torch.tensor(2.0), "hidden": {"text": [torch.zeros(5, 2, 4, 4)]}}
+    with pytest.raises(RuntimeError) as error:
+        SAMPLER.sample(Labelled(), SHAPE, conditioning=given)
+    assert notes(error)[0].endswith("got hidden['text'][0] (5, 2, 4, 4)")
+
+
+@has_notes
+def test_a_picture_without_a_batch_is_noted_where_the_model_does_not_say_its_shape():
+    with pytest.raises(ValueError, match="must return the shape of its input") as error:
+        SAMPLER.img2img(Labelled(), torch.zeros(3, 4, 4), 0.5, seed=0, conditioning={"y": torch.arange(3)})
+    (note,) = notes(error)
+    assert note.endswith("(3, 4, 4), whose first size is the batch: one picture is (1, 3, 4, 4)")
+
+
+@has_notes
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_errors_that_say_it_themselves_have_no_note(kind):
+    def failing(x, t, y):
+        raise kind("of its own")
+
+    with pytest.raises(kind) as error:
+        SAMPLER.sample(failing, (3, 4, 4), conditioning={"y": torch.arange(8)})
+    assert notes(error) == []
+
+
+@has_notes
+def test_an_error_with_usual_input_is_left_as_it_is():
+    with pytest.raises(RuntimeError) as error:
+        SAMPLER.sample(lambda x, t: x @ torch.zeros(7, 7), SHAPE)
+    assert notes(error) == []
+
+
+@has_notes
+def test_the_model_that_ships_says_it():
+    with pytest.raises(RuntimeError, match="Sizes of tensors") as error:
+        DDIMSampler(NoiseSchedule.linear(), 2).sample(
+            load_model(), seed=0, conditioning={"class_labels": torch.arange(8)}
+        )
+    assert "class_labels (8,)" in str(notes(error))
+
+
+def test_before_python_3_11_a_note_is_a_warning():
+    class OldError(Exception):
+        add_note = property(lambda self: self.missing)  # as if there were none
+
+    with pytest.warns(UserWarning, match="^what was wrong$"):
+        add_note(OldError(), "what was wrong")
