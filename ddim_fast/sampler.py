@@ -760,8 +760,8 @@ class DDIMSampler:
                 is a simplified Newton step. Each is one pass over memory.
             tolerance: end the iterations of a step when no element of the batch changed by more.
                 The host waits for each iteration to know.
-            conditioning, guidance_scale, unconditional_conditioning, progress, backend,
-                check_finite: as for ``sample``.
+            conditioning, guidance_scale, unconditional_conditioning, progress: as for ``sample``.
+            backend, check_finite: as for ``sample``.
             return_trajectory: return every state as a ``Trajectory`` from x0 to x_T; its ``x0`` are
                 predicted from the last guess of x_t.
 
