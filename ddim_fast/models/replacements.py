@@ -37,7 +37,7 @@ class Replacement:
     made_from: Callable[[Any], nn.Module]
 
 
-REPLACEMENTS = {
+REPLACEMENTS: dict[str, tuple[Replacement, ...]] = {
     "convolutions by Winograd's minimal filtering": (
         Replacement(nn.Conv2d, convolution.unsupported_reasons, WinogradConv2d),
     ),
