@@ -909,12 +909,13 @@ class DDIMSampler:
         """Return a model that gives the same samples sooner, for batches of this shape.
 
         Tried are: both halves of guidance in one batch; weights and activations with channels last;
-        on a CPU, 3 x 3 convolutions with a quarter of the products (``kernels.convolution``);
-        torch.compile with frozen weights (a minute or so, once); and on processors with
-        instructions for it, the remaining convolutions in bfloat16 in the noisiest steps, as many
-        as keep the samples tried within a third of ``tolerance``, since other samples change more.
-        What does not help on this machine is left out. The model itself is not changed: the copy
-        takes its memory again, and with these convolutions four times that of their weights on top.
+        on a CPU, 3 x 3 convolutions with a quarter of the products (``kernels.convolution``), and
+        group normalization and SiLU in one pass (``kernels.normalization``); torch.compile with
+        frozen weights (a minute or so, once); and on processors with instructions for it, the
+        remaining convolutions in bfloat16 in the noisiest steps, as many as keep the samples tried
+        within a third of ``tolerance``, since other samples change more. What does not help on this
+        machine is left out. The model itself is not changed: the copy takes its memory again, and
+        with these convolutions four times that of their weights on top.
 
         Args:
             model: a module; see ``models.Model``.

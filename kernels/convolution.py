@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cpu_step
-from .torch_internals import forward_hooks
+from .layers import layer_reasons
 
 CHANNEL_GRAIN = 16
 """The number of channels must be a multiple of this: ``kChannelGrain`` of csrc/convolution.h."""
@@ -30,10 +30,10 @@ Gray, arXiv 1509.09308, section 4.3)."""
 
 def unsupported_reasons(convolution: nn.Module) -> list[str]:
     """Return why this kernel cannot replace a module; empty if it can."""
-    if cpu_step.extension is None:
-        return [cpu_step.missing_reason]
-    if type(convolution) is not nn.Conv2d:
-        return [f"it is a {type(convolution).__name__}, not an nn.Conv2d"]
+    return layer_reasons(convolution, nn.Conv2d, _shape_reasons)
+
+
+def _shape_reasons(convolution: nn.Conv2d) -> list[str]:
     wanted = {
         "kernel_size": (3, 3),
         "stride": (1, 1),
@@ -50,10 +50,6 @@ def unsupported_reasons(convolution: nn.Module) -> list[str]:
     for name in ("in_channels", "out_channels"):
         if getattr(convolution, name) % CHANNEL_GRAIN:
             reasons.append(f"{name} is {getattr(convolution, name)}, not a multiple of {CHANNEL_GRAIN}")
-    if convolution.weight.dtype != torch.float32 or convolution.weight.device.type != "cpu":
-        reasons.append(f"its weights are {convolution.weight.dtype} on {convolution.weight.device}, not float32 on cpu")
-    if forward_hooks(convolution) or "forward" in vars(convolution):
-        reasons.append("it has hooks, or its own forward, which would not be called")
     return reasons
 
 

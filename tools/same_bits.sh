@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Check that all instruction sets give the same bits. Each is compiled from its source, AVX-512 as
-# two AVX2 halves, and compared with the others on random steps, noise and convolutions.
+# two AVX2 halves, and compared with the others on random steps, noise, convolutions and
+# normalizations.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)

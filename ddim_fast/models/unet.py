@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .normalizations import GroupNormSiLU
+
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Sinusoidal embedding of timesteps (DDPM, arXiv 2006.11239, after Vaswani et al.): ``(B,)`` ->
@@ -35,19 +37,17 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, groups: int = 8):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels)
+        self.norm1 = GroupNormSiLU(groups, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.condition = nn.Linear(embedding_dim, 2 * out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels)
+        self.norm2 = GroupNormSiLU(groups, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         _zero(self.conv2)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.condition(embedding)[:, :, None, None].chunk(2, dim=1)
-        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        return self.skip(x) + self.conv2(F.silu(h))
+        h = self.conv1(self.norm1(x))
+        return self.skip(x) + self.conv2(self.norm2(h, self.condition(embedding).chunk(2, dim=1)))
 
 
 class SelfAttention(nn.Module):
@@ -111,7 +111,7 @@ class SmallUNet(nn.Module):
         self.attention_up = SelfAttention(low)
         self.upsample = nn.Conv2d(low, width, 3, padding=1)
         self.up_high = nn.ModuleList(ResidualBlock(2 * width, width, embedding_dim) for _ in range(blocks + 1))
-        self.norm_out = nn.GroupNorm(8, width)
+        self.norm_out = GroupNormSiLU(8, width)
         self.conv_out = nn.Conv2d(width, in_channels * patch**2, 3, padding=1)
         _zero(self.conv_out)
 
@@ -143,4 +143,4 @@ class SmallUNet(nn.Module):
         h = self.upsample(F.interpolate(self.attention_up(h), scale_factor=2, mode="nearest"))
         for block in self.up_high:
             h = block(torch.cat([h, skips.pop()], dim=1), embedding)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
+        return F.pixel_shuffle(self.conv_out(self.norm_out(h)), self.patch)

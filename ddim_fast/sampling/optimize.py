@@ -13,14 +13,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..models.convolutions import channels_last, with_winograd
 from ..models.protocol import Model
+from ..models.replacements import REPLACEMENTS, channels_last, with_replacements
 from ..plans.plan import SamplingPlan
 from ..utils.checks import check_number
 from .capture import GraphCache
@@ -195,7 +196,8 @@ class _Trial:
         if pictures:
             yield "channels last", channels_last
         if pictures and self.device.type == "cpu":
-            yield "convolutions by Winograd's minimal filtering", with_winograd
+            for name, replacements in REPLACEMENTS.items():
+                yield name, partial(with_replacements, replacements=replacements)
         if compile:
             freezes = self.device.type == "cpu"
             name = "torch.compile with frozen weights" if freezes else "torch.compile"

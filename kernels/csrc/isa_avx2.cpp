@@ -9,6 +9,7 @@
 
 #include "convolution.h"
 #include "density.h"
+#include "normalization.h"
 #include "step.h"
 #include "types.h"
 
@@ -35,6 +36,7 @@ struct Isa {
   static DDIM_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static DDIM_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
   static DDIM_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static DDIM_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
   static DDIM_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
   static DDIM_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
   static DDIM_INLINE F sqrt(F a) { return _mm256_sqrt_ps(a); }
@@ -110,6 +112,7 @@ struct Isa {
   static DDIM_INLINE I and_(I a, I b) { return _mm256_and_si256(a, b); }
   static DDIM_INLINE I xor_(I a, I b) { return _mm256_xor_si256(a, b); }
   static DDIM_INLINE I sub32(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static DDIM_INLINE I shift_left(I a, int n) { return _mm256_slli_epi32(a, n); }
   static DDIM_INLINE I add64(I a, I b) { return _mm256_add_epi64(a, b); }
   static DDIM_INLINE I mul32(I a, I b) { return _mm256_mul_epu32(a, b); }
   // Shuffles rather than 64-bit shifts: the other half may hold anything, and shuffles run on more
@@ -122,9 +125,10 @@ struct Isa {
 #include "noise.inl"
 #include "step.inl"
 #include "convolution.inl"
+#include "normalization.inl"
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", step, normals, words, triad, convolve, density, density_backward};
+const Kernels kAvx2 = {"avx2", step, normals, words, triad, convolve, normalize, silu, density, density_backward};
 
 }  // namespace ddim

@@ -15,6 +15,7 @@
 
 #include "convolution.h"
 #include "density.h"
+#include "normalization.h"
 #include "step.h"
 #include "types.h"
 
@@ -41,6 +42,7 @@ struct Isa {
   static DDIM_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static DDIM_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
   static DDIM_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static DDIM_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
   static DDIM_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
   static DDIM_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
   static DDIM_INLINE F sqrt(F a) { return _mm512_sqrt_ps(a); }
@@ -81,6 +83,7 @@ struct Isa {
   static DDIM_INLINE I and_(I a, I b) { return _mm512_and_si512(a, b); }
   static DDIM_INLINE I xor_(I a, I b) { return _mm512_xor_si512(a, b); }
   static DDIM_INLINE I sub32(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static DDIM_INLINE I shift_left(I a, int n) { return _mm512_slli_epi32(a, static_cast<unsigned>(n)); }
   static DDIM_INLINE I add64(I a, I b) { return _mm512_add_epi64(a, b); }
   static DDIM_INLINE I mul32(I a, I b) { return _mm512_mul_epu32(a, b); }
   static DDIM_INLINE I high_to_low(I a) { return _mm512_srli_epi64(a, 32); }
@@ -91,9 +94,10 @@ struct Isa {
 #include "noise.inl"
 #include "step.inl"
 #include "convolution.inl"
+#include "normalization.inl"
 
 }  // namespace
 
-const Kernels kAvx512 = {"avx512", step, normals, words, triad, convolve, density, density_backward};
+const Kernels kAvx512 = {"avx512", step, normals, words, triad, convolve, normalize, silu, density, density_backward};
 
 }  // namespace ddim

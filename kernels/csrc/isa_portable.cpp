@@ -8,6 +8,7 @@
 
 #include "convolution.h"
 #include "density.h"
+#include "normalization.h"
 #include "step.h"
 #include "types.h"
 
@@ -50,6 +51,9 @@ struct Isa {
   }
   static DDIM_INLINE F sub(F a, F b) {
     return each([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  static DDIM_INLINE F div(F a, F b) {
+    return each([&](int i) { return a.v[i] / b.v[i]; });
   }
   static DDIM_INLINE F min(F a, F b) {  // as on x86: the second operand if either is NaN
     return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
@@ -116,6 +120,11 @@ struct Isa {
       r.v[i] = uint64_t{word(a, 2 * i + 1) - word(b, 2 * i + 1)} << 32 | (word(a, 2 * i) - word(b, 2 * i));
     return r;
   }
+  static DDIM_INLINE I shift_left(I a, int n) {
+    I r;
+    for (int i = 0; i < 2; ++i) r.v[i] = uint64_t{word(a, 2 * i + 1) << n} << 32 | (word(a, 2 * i) << n);
+    return r;
+  }
   static DDIM_INLINE I add64(I a, I b) { return {{a.v[0] + b.v[0], a.v[1] + b.v[1]}}; }
   static DDIM_INLINE uint64_t product(uint64_t a, uint64_t b) {
     return uint64_t{static_cast<uint32_t>(a)} * static_cast<uint32_t>(b);
@@ -130,9 +139,10 @@ struct Isa {
 #include "noise.inl"
 #include "step.inl"
 #include "convolution.inl"
+#include "normalization.inl"
 
 }  // namespace
 
-const Kernels kPortable = {"portable", step, normals, words, triad, convolve, density, density_backward};
+const Kernels kPortable = {"portable", step, normals, words, triad, convolve, normalize, silu, density, density_backward};
 
 }  // namespace ddim

@@ -29,6 +29,7 @@
 #include "convolution.h"
 #include "density.h"
 #include "density_calls.h"
+#include "normalization.h"
 #include "parallel.h"
 #include "plain_tensors.h"
 #include "same_objects.h"
@@ -494,6 +495,27 @@ class Scratch {
   int64_t size_ = 0;
 };
 
+// Calls work(begin, end, scratch) on parts of [0, n), as parallel_for does, without Python's lock; scratch
+// is `floats` floats of the thread's own, at a multiple of 64 bytes. Returns None, or null and an error
+// if there is not enough memory.
+template <typename Work>
+PyObject* with_scratch(int64_t floats, int64_t n, int64_t grain, int threads, Work work) {
+  std::atomic<bool> enough_memory{true};
+  {
+    Unlocked unlocked;
+    parallel_for(n, grain, threads, [&](int64_t begin, int64_t end) {
+      thread_local Scratch scratch;
+      float* memory = scratch.of(floats);
+      if (memory)
+        work(begin, end, memory);
+      else
+        enough_memory = false;
+    });
+  }
+  if (!enough_memory) return PyErr_NoMemory();
+  return new_none();
+}
+
 // convolve(input, weights, bias, output, batch, height, width, in_channels, out_channels, threads):
 // addresses of float32, see convolution.h
 PyObject* py_convolve(PyObject*, PyObject* arguments) {
@@ -505,19 +527,44 @@ PyObject* py_convolve(PyObject*, PyObject* arguments) {
   const Convolution c{reinterpret_cast<const float*>(input), reinterpret_cast<const float*>(weights), reinterpret_cast<const float*>(bias),
                       reinterpret_cast<float*>(output), batch, height, width, in_channels, out_channels};
   if (!all_given({c.input, c.weights, c.output}, batch * height, width * out_channels)) return nullptr;
-  std::atomic<bool> enough_memory{true};
+  return with_scratch(scratch_floats(c), tile_count(c), kRowGrain, threads,
+                      [&](int64_t begin, int64_t end, float* scratch) { kernels->convolve(c, begin, end, scratch); });
+}
+
+// How many threads are worth while for so many elements.
+int useful_threads(int64_t elements, int threads) { return static_cast<int>(std::min<int64_t>(threads, elements / kThreadElements + 1)); }
+
+// normalize(input, weight, bias, scale, scale_stride, shift, shift_stride, output, batch, pixels, channels, groups, eps, silu, threads):
+// addresses of float32, see normalization.h
+PyObject* py_normalize(PyObject*, PyObject* arguments) {
+  unsigned long long input, weight, bias, scale, shift, output;
+  long long scale_stride, shift_stride, batch, pixels, channels, groups;
+  double eps;
+  int silu, threads;
+  if (!PyArg_ParseTuple(arguments, "KKKKLKLKLLLLdpi", &input, &weight, &bias, &scale, &scale_stride, &shift, &shift_stride, &output, &batch, &pixels,
+                        &channels, &groups, &eps, &silu, &threads))
+    return nullptr;
+  const auto floats = [](unsigned long long address) { return reinterpret_cast<const float*>(address); };
+  const Normalization n{floats(input), floats(weight), floats(bias), floats(scale), floats(shift), scale_stride, shift_stride,
+                        reinterpret_cast<float*>(output), batch, pixels, channels, groups, eps, silu != 0};
+  if (!all_given({n.input, n.output}, batch * pixels, channels)) return nullptr;
+  return with_scratch(scratch_floats(n), slab_count(n), 1, useful_threads(batch * pixels * channels, threads),
+                      [&](int64_t begin, int64_t end, float* scratch) { kernels->normalize(n, begin, end, scratch); });
+}
+
+// silu(input, output, n, threads): addresses of float32
+PyObject* py_silu(PyObject*, PyObject* arguments) {
+  unsigned long long input_address, output_address;
+  long long n;
+  int threads;
+  if (!PyArg_ParseTuple(arguments, "KKLi", &input_address, &output_address, &n, &threads)) return nullptr;
+  const auto* input = reinterpret_cast<const float*>(input_address);
+  auto* output = reinterpret_cast<float*>(output_address);
+  if (!all_given({input, output}, n, 1)) return nullptr;
   {
     Unlocked unlocked;
-    parallel_for(tile_count(c), kRowGrain, threads, [&](int64_t begin, int64_t end) {
-      thread_local Scratch scratch;
-      float* memory = scratch.of(scratch_floats(c));
-      if (memory)
-        kernels->convolve(c, begin, end, memory);
-      else
-        enough_memory = false;
-    });
+    parallel_for(n, kSiluGrain, useful_threads(n, threads), [&](int64_t begin, int64_t end) { kernels->silu(input + begin, output + begin, end - begin); });
   }
-  if (!enough_memory) return PyErr_NoMemory();
   return new_none();
 }
 
@@ -575,6 +622,8 @@ PyMethodDef methods[] = {
     {"words", method<py_words>, METH_VARARGS, nullptr},
     {"triad", method<py_triad>, METH_VARARGS, nullptr},
     {"convolve", method<py_convolve>, METH_VARARGS, nullptr},
+    {"normalize", method<py_normalize>, METH_VARARGS, nullptr},
+    {"silu", method<py_silu>, METH_VARARGS, nullptr},
     {"same_objects", fast_method<py_same_objects>, METH_FASTCALL, nullptr},
     {"layouts", method<py_layouts>, METH_O, nullptr},
     {"instruction_sets", method<py_instruction_sets>, METH_NOARGS, "The instruction sets usable here, best first."},

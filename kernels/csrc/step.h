@@ -80,6 +80,7 @@ struct Range {
 
 struct Convolution;
 struct Density;
+struct Normalization;
 
 struct Kernels {
   const char* name;
@@ -94,6 +95,11 @@ struct Kernels {
   // the tiles [begin, end) of a convolution; scratch: scratch_floats(c) floats, at a multiple of 64
   // bytes
   void (*convolve)(const Convolution& c, int64_t begin, int64_t end, float* scratch);
+  // the slabs [begin, end) of a group normalization; scratch: scratch_floats(n) floats, at a multiple of
+  // 64 bytes
+  void (*normalize)(const Normalization& n, int64_t begin, int64_t end, float* scratch);
+  // output[i] = input[i] / (1 + exp(-input[i])); they may be the same
+  void (*silu)(const float* input, float* output, int64_t n);
   // the sums of whole blocks of a log-density or divergence
   void (*density)(const Density&, Range);
   // its gradients, of any range

@@ -15,17 +15,23 @@ import ddim_fast as df
 from ddim_fast.kernels import cpu_step
 from ddim_fast.kernels.convolution import convolve, transformed_weights, unsupported_reasons
 from ddim_fast.models import convolutions
-from ddim_fast.models.convolutions import WinogradConv2d, with_winograd
+from ddim_fast.models.convolutions import WinogradConv2d
+from ddim_fast.models.replacements import REPLACEMENTS, with_replacements
 from ddim_fast.sampling import optimize
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
+WINOGRAD = "convolutions by Winograd's minimal filtering"
 INSTRUCTION_SETS = cpu_step.extension.instruction_sets() if cpu_step.extension is not None else []
 per_instruction_set = pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 
 ALLOWED = 70
 """Float32 eps, times ``size_of``: 3 times 23.3, the largest error in 2500 cases drawn like those of ``test_any_shape``, and the same for
 every instruction set. A wrong coefficient makes thousands of it. (Inputs of mostly zeros, which are not drawn, reached 63.)"""
+
+
+def with_winograd(model):
+    return with_replacements(model, REPLACEMENTS[WINOGRAD])
 
 
 def normal(*shape, seed=0):
@@ -580,7 +586,7 @@ def optimized(monkeypatch):
 
 def test_optimize_takes_what_is_faster(optimized, calls):
     made = optimized(0.5, 2 / 255)
-    assert made.gain.ways == ("convolutions by Winograd's minimal filtering",)
+    assert made.gain.ways == (WINOGRAD,)
     assert exchanged_in(made.fast) == ["middle"]
     assert 0 < made.gain.largest_change <= 1e-4
     assert made.gain.times_faster == 2
@@ -601,7 +607,7 @@ def test_optimize_drops_what_moves_samples_too_far(optimized):
         assert (made.fast is made.model) != taken
     # What was found before it stays.
     both = optimized(0.5, 1.0, channels_last=0.5)
-    assert both.gain.ways == ("channels last", "convolutions by Winograd's minimal filtering")
+    assert both.gain.ways == ("channels last", WINOGRAD)
     one = optimized(0.5, both.gain.largest_change * 0.99, channels_last=0.5)
     assert one.gain.ways == ("channels last",)
     assert one.gain.largest_change < both.gain.largest_change

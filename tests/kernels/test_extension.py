@@ -633,6 +633,7 @@ import numpy, torch
 from ddim_fast import StepCoefficients, ddim_step
 from ddim_fast.kernels import cpu_step
 from ddim_fast.kernels.convolution import convolve, transformed_weights
+from ddim_fast.kernels.normalization import group_norm, silu
 
 torch.set_num_threads(1)
 row = StepCoefficients(1.5, -0.5, 0, 1, 0, 0.5, 0.5, 0.1)
@@ -644,6 +645,8 @@ calls = [
     lambda: ddim_step(x, x, row, seeds=seeds, backend="cpu"),
     lambda: cpu_step.normals(seeds, (1 << 18,), 0, 0),
     lambda: convolve(picture, weights, None),
+    lambda: group_norm(picture, 4),
+    lambda: silu(picture),
 ]
 expected = [call().numpy() for call in calls]
 torch.set_num_threads(4)
@@ -670,6 +673,8 @@ NOWHERE = {
     "words": (0, 0, 0, 0, 0, 8),
     "triad": (0, 0, 0, 1.0, 8),
     "convolve": (0, 0, 0, 0, 1, 4, 4, 16, 16, 1),
+    "normalize": (0, 0, 0, 0, 0, 0, 0, 0, 1, 16, 16, 4, 1e-5, False, 1),
+    "silu": (0, 0, 8, 1),
     "run": (
         1,
         8,

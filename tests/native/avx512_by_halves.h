@@ -18,6 +18,7 @@ struct Integers512 {
 
 DDIM_HALVES_F(shim_add_ps, _mm256_add_ps)
 DDIM_HALVES_F(shim_mul_ps, _mm256_mul_ps)
+DDIM_HALVES_F(shim_div_ps, _mm256_div_ps)
 DDIM_HALVES_F(shim_sub_ps, _mm256_sub_ps)
 DDIM_HALVES_F(shim_min_ps, _mm256_min_ps)
 DDIM_HALVES_F(shim_max_ps, _mm256_max_ps)
@@ -104,6 +105,7 @@ DDIM_SHIM __m256i shim_cvtepi32_epi16(Integers512 a) {  // keeps the low half of
 #define _mm512_cvtepu16_epi32 shim_cvtepu16_epi32
 #define _mm512_cvtph_ps shim_cvtph_ps
 #define _mm512_cvtps_ph shim_cvtps_ph
+#define _mm512_div_ps shim_div_ps
 #define _mm512_fmadd_ps shim_fmadd_ps
 #define _mm512_loadu_ps shim_loadu_ps
 #define _mm512_loadu_si512 shim_loadu_si512

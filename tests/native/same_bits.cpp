@@ -1,6 +1,7 @@
-// Runs every instruction set on the same random steps, noise and convolutions, and compares the results bit by bit with the portable one.
+// Runs every instruction set on the same random steps, noise, convolutions and normalizations, and compares the results bit by bit with the portable one.
 // tools/same_bits.sh builds and runs it; csrc/isa_avx512.cpp is compiled over avx512_by_halves.h, so that any x86-64 with AVX2 can run it.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -10,6 +11,7 @@
 
 #include "convolution.h"
 #include "density.h"
+#include "normalization.h"
 #include "step.h"
 
 using namespace ddim;
@@ -237,12 +239,71 @@ int convolutions(const Kernels& k) {
   return cases;
 }
 
+// All slabs at once, and from and up to some slab among them; what is around the output stays.
+int normalizations(const Kernels& k) {
+  const int64_t sizes[][2] = {{16, 1}, {16, 8}, {16, 16}, {32, 8}, {48, 3}, {48, 16}, {96, 4}, {80, 8}, {320, 32}, {64, 64}};  // channels, groups
+  int cases = 0;
+  for (const auto& [channels, groups] : sizes)
+    for (int64_t pixels : {1, 2, 31, 32, 33, 127, 128, 129, 1000})
+      for (int option = 0; option < 8; ++option) {
+        const int64_t batch = 1 + option % 3, size = batch * pixels * channels, around = 64;
+        std::vector<float> input = normals(size);
+        const std::vector<float> weight = normals(channels), bias = normals(channels), rows = normals(2 * batch * channels);
+        if (option % 4 == 3)
+          for (float& x : input) x = x * 0.01f + 1e4f;
+        if (option == 6) input[random_bits() % input.size()] = INFINITY, input[random_bits() % input.size()] = NAN;
+        std::vector<float> outputs[2];
+        for (int i = 0; i < 2; ++i) {
+          outputs[i].assign(size + 2 * around, -77.0f);
+          const bool scaled = option & 2, weighted = option != 5;
+          const Normalization n{input.data(), weighted ? weight.data() : nullptr, weighted ? bias.data() : nullptr, scaled ? rows.data() : nullptr,
+                                scaled ? rows.data() + channels : nullptr, 2 * channels, 2 * channels, outputs[i].data() + around, batch, pixels,
+                                channels, groups, 1e-5, (option & 1) != 0};
+          std::vector<double> scratch((scratch_floats(n) + 1) / 2);
+          const int64_t slabs = slab_count(n), seam = i && cases % 2 ? slabs / 2 : 0;
+          for (const auto& [begin, end] : {std::pair{int64_t{0}, seam}, std::pair{seam, slabs}})
+            (i ? k : kPortable).normalize(n, begin, end, reinterpret_cast<float*>(scratch.data()));
+        }
+        const auto bytes = [&](int i) { return reinterpret_cast<const unsigned char*>(outputs[i].data()); };
+        bool alike = same(bytes(0), bytes(1), outputs[0].size(), kFloat32);
+        for (int64_t j = 0; j < around; ++j) alike = alike && outputs[1][j] == -77.0f && outputs[1][around + size + j] == -77.0f;
+        if (!alike) {
+          std::printf("%s: a normalization differs: batch %d, %d pixels, %d channels in %d groups, option %d\n", k.name, static_cast<int>(batch),
+                      static_cast<int>(pixels), static_cast<int>(channels), static_cast<int>(groups), option);
+          return -1;
+        }
+        ++cases;
+      }
+  return cases;
+}
+
+// SiLU of any bits, in every size of a remainder.
+int silus(const Kernels& k) {
+  int cases = 0;
+  for (int64_t n = 1; n < 70; ++n)
+    for (int repeat = 0; repeat < 20; ++repeat) {
+      std::vector<unsigned char> input(4 * n), outputs[2];
+      fill(input, kFloat32);
+      for (int i = 0; i < 2; ++i) {
+        outputs[i].assign(4 * n + 64, 0xa5);
+        (i ? k : kPortable).silu(reinterpret_cast<const float*>(input.data()), reinterpret_cast<float*>(outputs[i].data()), n);
+      }
+      if (!same(outputs[0].data(), outputs[1].data(), n, kFloat32) || std::memcmp(&outputs[0][4 * n], &outputs[1][4 * n], 64) != 0) {
+        std::printf("%s: SiLU differs at n %d\n", k.name, static_cast<int>(n));
+        return -1;
+      }
+      ++cases;
+    }
+  return cases;
+}
+
 }  // namespace
 
 int main() {
   for (const Kernels* k : {&kAvx2, &kAvx512}) {
-    const int s = steps(*k), d = densities(*k), z = noise(*k), c = convolutions(*k);
-    if (s < 0 || d < 0 || z < 0 || c < 0) return 1;
-    std::printf("%s: the same bits as portable in %d steps, %d densities, %d draws of noise and %d convolutions\n", k->name, s, d, z, c);
+    const int s = steps(*k), d = densities(*k), z = noise(*k), c = convolutions(*k), n = normalizations(*k), l = silus(*k);
+    if (s < 0 || d < 0 || z < 0 || c < 0 || n < 0 || l < 0) return 1;
+    std::printf("%s: the same bits as portable in %d steps, %d densities, %d draws of noise, %d convolutions, %d normalizations and %d SiLUs\n", k->name, s, d,
+                z, c, n, l);
   }
 }

@@ -100,6 +100,30 @@ def test_the_fastest_way_is_taken(model, monkeypatch):
     assert (fast.gain.before, fast.gain.after, fast.gain.times_faster) == (2.0, 1.0, 2.0)
 
 
+def test_normalizations_are_replaced_where_that_is_faster(monkeypatch):
+    way = "group normalization and SiLU in one pass"
+
+    class Normalized(Small):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.Sequential(nn.GroupNorm(4, 16), nn.SiLU())
+
+        def forward(self, x, t, label):
+            return self.last(self.norm(self.first(x) + self.label(label)[:, :, None, None]))
+
+    model = Normalized().eval().requires_grad_(False)
+    # channels last; this; reduced precision; whole runs
+    fake_clock(monkeypatch, [(1.0, 1.0), (1.0, 0.5), (1.0, 1.0), (2.0, 1.0)])
+    fast = sampler().optimize(model, SHAPE, conditioning=CONDITIONING, compile=False)
+    assert fast.gain.ways == (way,)
+    assert 0 < fast.gain.largest_change <= 1e-4
+    moved = fast.gain.largest_change
+    for seconds, tolerance in ((0.99, 1.0), (0.5, moved * 0.99)):
+        fake_clock(monkeypatch, [(1.0, 1.0), (1.0, seconds), (1.0, 1.0), (2.0, 1.0)])
+        made = sampler().optimize(model, SHAPE, conditioning=CONDITIONING, compile=False, tolerance=tolerance)
+        assert made.gain.ways == ()
+
+
 def test_what_does_not_help_in_the_end_is_left_out(model, monkeypatch):
     fake_clock(monkeypatch, [(1.0, 0.5), (1.0, 1.0), (1.0, 1.5)])
     fast = sampler().optimize(model, SHAPE, conditioning=CONDITIONING, compile=False)
