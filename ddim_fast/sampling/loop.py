@@ -214,6 +214,35 @@ class Loop:
         timing.update_seconds += time.perf_counter() - called
         timing.steps += 1
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a step without noise needs nothing but one call of the model, x_t and histories."""
+        more = (
+            *(self.begin, self.guidance_scales, self.classifier, self.thresholding, self.model_input),
+            *(self.mask, self.x_seen, self.x0, self.log_prob),
+        )
+        return len(self.calls) == 1 and all(other is None for other in more)
+
+    def plain_steps(self, steps: Sequence[PlannedStep], timesteps: Tensor, timing: Timing, backend: str | None) -> None:
+        """Advance ``x_t`` by these steps without noise of a loop that ``is_plain``, as
+        ``planned_step`` does.
+
+        What stands between two calls of a small model, such as a robot's policy, is found cold in
+        the processor's caches each time: so there is as little of it as possible.
+        """
+        (call,), x_t, clock = self.calls, self.x_t, time.perf_counter
+        more = {"history": self.history, "history_2": self.history_2} if self.history is not None else {}
+        if backend is not None:
+            more["backend"] = backend  # type: ignore[assignment]  # of ddim_step
+        for step in steps:
+            started = clock()
+            m = _plain(_apart_from(x_t, output_tensor(call(x_t, timesteps[step.index]), x_t)))
+            called = clock()
+            ddim_step(x_t, m, step.coefficients, out=x_t, **more)  # type: ignore[arg-type]  # of each kind
+            timing.model_seconds += called - started
+            timing.update_seconds += clock() - called
+            timing.steps += 1
+
     def step_by_index(self, position: Position) -> None:
         """Advance ``x_t``, in place, by the step at ``position``, and the position by one.
 

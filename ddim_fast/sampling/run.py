@@ -283,6 +283,9 @@ def take_steps(
             if captured is not None and not (watched or captured.draws_noise):
                 captured.replay_all(timing)
                 steps = ()
+            elif captured is None and not watched and not job.plan.adds_noise and loop.is_plain:
+                loop.plain_steps(job.plan.steps, timesteps, timing, execution.backend)
+                steps = ()
             if record is not None:
                 record(loop, 0)
             for step in steps:
