@@ -381,6 +381,14 @@ def write_command(file: Path, again: Path | None) -> None:
     render(data)
 
 
+@main.command("take")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+def take_command(file: Path, out: Path) -> None:
+    """Copy what a run measured to a file for tools/pictures.py."""
+    out.write_text(json.dumps(reduced(json.loads(file.read_text())), indent=1) + "\n")
+
+
 @main.command("render", help="Regenerate the page from docs/benchmarks.json.")
 def render_command() -> None:
     render(json.loads(JSON_FILE.read_text()))

@@ -1,7 +1,7 @@
-"""Draw the pictures of README.md and docs/METHOD.md from the model that ships, and a chart of docs/benchmarks.json.
+"""Draw the pictures of README.md and docs/METHOD.md from the model that ships, and charts of what was measured.
 
 \b
-python tools/pictures.py                # docs/images/*.png, docs/images/chart.svg
+python tools/pictures.py                # docs/images/*.png and *.svg
 """
 
 import json
@@ -17,6 +17,8 @@ from ddim_fast.utils.pictures import grid
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES, JSON_FILE = ROOT / "docs" / "images", ROOT / "docs" / "benchmarks.json"
+QUALITY_FILE = ROOT / "docs" / "time_to_quality.json"
+"""Of ``pytest benchmarks/bench_time_to_quality.py``, taken by tools/benchmark_page.py."""
 ROWS, STEPS = 3, 20
 BLUE, GREY = "#2563a8", "#9aa3ad"
 
@@ -117,15 +119,50 @@ def against_diffusers(data: dict, figure) -> None:
     axes.invert_yaxis()
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)
-    info = data["machine_info"]["ddim_fast"]
-    processor = f"{info['cpu_model']}, {info['instruction_set'].upper().replace('AVX512', 'AVX-512')}"
-    axes.set_xlabel(f"diffusers {info['diffusers']} takes so many times longer (1: the same)", fontsize=9)
-    axes.set_title(f"One DDIM step, float32, one thread of an {processor}", fontsize=10, loc="left")
+    version = data["machine_info"]["ddim_fast"]["diffusers"]
+    axes.set_xlabel(f"diffusers {version} takes so many times longer (1: the same)", fontsize=9)
+    axes.set_title(f"One DDIM step, float32, {_machine(data)}", fontsize=10, loc="left")
     axes.legend(frameon=False, fontsize=9, loc="lower right")
 
 
-CHARTS: dict[str, Callable] = {"step": against_diffusers}
-"""What the chart can be: functions of the data and an empty figure."""
+PICTURES_AT_ONCE = 8
+"""Of the chart of time to quality."""
+
+
+def quality_of(data: dict) -> dict:
+    """Return what was measured for the chart of time to quality."""
+    name = f"bench_time_to_quality.py::test_time_to_quality[{PICTURES_AT_ONCE}]"
+    return next(one["extra_info"] for one in data["benchmarks"] if one["fullname"] == name)
+
+
+def time_to_quality(data: dict, figure) -> None:
+    """Bars: how many times longer others take for pictures as good as those of DDIMPipeline in 50 steps."""
+    info = quality_of(data)
+    ratios = {name.removesuffix(" / ours"): found["ratio"] for name, found in info["ratios"].items()}
+    axes = figure.add_subplot()
+    for row, (name, ratio) in enumerate(sorted([*ratios.items(), ("ours", 1.0)], key=lambda one: one[1])):
+        calls = info["calls"].get(name, info["calls"]["ours"])
+        axes.barh(row, ratio, 0.7, color=BLUE if name.startswith("ours") else GREY)
+        axes.text(ratio + 0.1, row, f"{ratio:.1f}  ({calls} calls)", va="center", fontsize=9)
+        axes.text(-0.1, row, {"ours": "ours, optimized model"}.get(name, name), va="center", ha="right", fontsize=9)
+    axes.invert_yaxis()
+    axes.set_yticks([])
+    axes.set_xlim(0, 1.15 * max(ratios.values()))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("time, as a multiple of ours", fontsize=9)
+    axes.set_title(f"As good as DDIMPipeline in 50 steps, {_machine(data)}", fontsize=10, loc="left")
+
+
+def _machine(data: dict) -> str:
+    info = data["machine_info"]["ddim_fast"]
+    return f"one thread of an {info['cpu_model']}, {info['instruction_set'].upper().replace('AVX512', 'AVX-512')}"
+
+
+CHARTS: dict[str, tuple[Callable, Path]] = {
+    "chart": (against_diffusers, JSON_FILE),
+    "time_to_quality": (time_to_quality, QUALITY_FILE),
+}
+"""The charts, by the names of their files: functions of the data and an empty figure, and the data."""
 
 
 def chart(name: str, path: Path) -> None:
@@ -133,20 +170,21 @@ def chart(name: str, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
+    draw, data = CHARTS[name]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
         figure = Figure(figsize=(7, 3), layout="constrained", facecolor="white")
-        CHARTS[name](json.loads(JSON_FILE.read_text()), figure)
+        draw(json.loads(data.read_text()), figure)
         figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
 @click.command(help=__doc__)
-@click.option("--chart", "name", type=click.Choice(sorted(CHARTS)), default="step", show_default=True)
-def main(name: str) -> None:
+def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     for file, draw in PICTURES.items():
         draw().save(IMAGES / f"{file}.png", optimize=True)
-    chart(name, IMAGES / "chart.svg")
-    click.echo(f"wrote {', '.join(PICTURES)} and chart to {IMAGES}")
+    for name in CHARTS:
+        chart(name, IMAGES / f"{name}.svg")
+    click.echo(f"wrote {', '.join([*PICTURES, *CHARTS])} to {IMAGES}")
 
 
 if __name__ == "__main__":
