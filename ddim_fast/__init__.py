@@ -39,5 +39,5 @@ def __dir__() -> list[str]:
 
 
 _moved.install()
-if "torch" in sys.modules:  # nothing is saved by waiting
+if not TYPE_CHECKING and "torch" in sys.modules:  # nothing is saved by waiting
     __getattr__("__all__")

@@ -215,7 +215,7 @@ class Run:
             self.steps,
             self.eta,
             timesteps=timesteps,
-            eta_scales=self.eta_scales,
+            eta_scales=self.eta_scales,  # type: ignore[arg-type]  # it checks
             sigma_hat=self.sigma_hat,
             order=self.order,
             analytic_variance=self.analytic_variance,
