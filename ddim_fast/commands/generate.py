@@ -227,10 +227,9 @@ def _report(run: Run, done: Generated, count: int) -> None:
 
 
 def _check(path: Path, joined: Path | None, run: Run) -> None:
-    from tqdm.auto import tqdm
-
     from ..generation import check_set, join_npz
     from ..generation.directory import parts_of, read_manifest
+    from ..utils.progress import tqdm
 
     manifest = read_manifest(path)
     _, slices = parts_of(path, manifest)

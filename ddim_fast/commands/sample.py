@@ -89,7 +89,8 @@ def sample(run: Run, count: int | None, files: Path | None, trajectory: Path | N
         def show(step: int, t: Any, x_t: Tensor, x0: Tensor) -> None:
             if preview is not None and (step + 1) % preview == 0 and step + 1 < sampler.num_inference_steps:
                 images = torch.cat([*finished, run.to_pictures(x0.cpu())])
-                run.draw(images, names, f"{title}, after step {step + 1}", columns)
+                shown = None if names is None else names[: len(images)]
+                run.draw(images, shown, f"{title}, after step {step + 1}", columns)
                 run.left = f"{run.out} shows the predicted x0 after step {step + 1}"
 
         found = sampler.sample(

@@ -94,9 +94,8 @@ def search(
       ddim-fast search --steps 8 --coefficients --out eight.json
       ddim-fast search --steps 8 --model path/to/pipeline --guidance 3 --effort thorough
     """
-    from tqdm.auto import tqdm
-
     from ..search import Search, search_timesteps
+    from ..utils.progress import tqdm
     from .run import conditioning_rule
 
     run.load()

@@ -224,10 +224,9 @@ def _targets(texts: tuple[str, ...]) -> dict[str, float]:
 
 def _measure(run: Run, subject: Subject, cells: list[Cell], out: Path, converged: Cell | None) -> Study:
     """Measure all cells that an earlier run has not measured, with a progress bar."""
-    from tqdm.auto import tqdm
-
     from ..tradeoff import StudyDirectory
     from ..tradeoff.study import calls_to_do, run_study, settings_of
+    from ..utils.progress import tqdm
 
     run.left = f"run the same command again: the cells that were measured are in {out}"
     directory = StudyDirectory(out, settings_of(subject))

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..kernels.noise import sample_seeds
 from ..models.protocol import Model
@@ -34,6 +33,7 @@ from ..utils.checks import (
     check_text,
     usable_device,
 )
+from ..utils.progress import tqdm
 from .batches import Samples
 from .conditioning import LABELS, Conditioning, Table, check_rule
 from .directory import AGAIN, SetDirectory, Slice, Slices

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import check_eta, ddim_coefficients, variance_with_room
 from ..utils.checks import check_choice, check_integer, refuse
+from ..utils.progress import tqdm
 from .original_results import kinds_of_results, per_sample_coefficient, step_of_kind, step_with_x0
 from .outputs import check_output
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import Prediction, check_eta, ddim_coefficients, previous_x_prediction, variance_with_room
 from ..utils.checks import check_callable, check_device
+from ..utils.progress import tqdm
 from .original_results import kinds_of_results, per_sample_coefficient, readable, step_of_kind, step_with_x0
 from .outputs import check_output
 from .rows_by_timestep import RowsByTimestep, cached_rows

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..kernels.contract import StepCoefficients
 from ..plans.coefficients import (
@@ -39,6 +38,7 @@ from ..utils.checks import (
     check_samples,
     refuse,
 )
+from ..utils.progress import tqdm
 from .original_results import HALF_PRECISION, kinds_of_results, per_sample_coefficient, step_of_kind, step_with_x0
 from .outputs import check_output
 from .rows_by_timestep import RowsByTimestep

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..kernels.contract import StepCoefficients
 from ..kernels.dispatch import ddim_step
@@ -21,6 +20,7 @@ from ..plans.coefficients import ddim_coefficients, inversion_coefficients, newt
 from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_alike, check_integer, check_number, check_samples
 from ..utils.devices import widened
+from ..utils.progress import tqdm
 from .capture import GraphCache
 from .finite import Look, check_asked, is_finite, is_looked_at, warn_unless_finite
 from .guidance import guidance_scales

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..models.protocol import Model
 from ..plans.coefficients import noise_variance, weight_at_constant_v
 from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_dtype, check_integer, check_number
 from ..utils.devices import widest_dtype
+from ..utils.progress import tqdm
 from ..utils.transfer import to_device
 from .capture import GraphCache
 from .captured_loop import Job

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..kernels.contract import NORMALS
 from ..models.protocol import Model
 from ..plans.plan import PlannedStep, SamplingPlan
 from ..utils.checks import check_choice, check_dtype, refuse
+from ..utils.progress import tqdm
 from ..utils.transfer import to_device
 from .capture import GraphCache
 from .capture_mode import choose_mode

@@ -1115,7 +1115,7 @@ def test_the_command_is_the_function(tmp_path):
     output = invoke(
         "-n", 20, "--steps", 2, "--eta", 1, "--seed", 5, "--guidance", 2, "--out", tmp_path / "a", "--format", "npz"
     )
-    assert "20 samples in 1 files: 20 drawn in" in output
+    assert "20 samples in 1 file: 20 drawn in" in output
     assert "20/20" in output
     generate(
         ddim_fast.load_model("fashion"),
@@ -1128,7 +1128,7 @@ def test_the_command_is_the_function(tmp_path):
         format="npz",
     )
     assert files(tmp_path / "a") == files(tmp_path / "b")
-    assert "is complete: 20 samples in 1 files" in invoke("--check", tmp_path / "a")
+    assert "is complete: 20 samples in 1 file" in invoke("--check", tmp_path / "a")
     assert invoke("--check", tmp_path / "a", "--quiet").strip() == ""
 
 
@@ -1137,7 +1137,7 @@ def test_the_command_refuses_what_could_run_code_and_what_is_unclear(tmp_path):
     torch.export.save(torch.export.export(nn.Identity(), (torch.zeros(2, 1),)), archive)
     for path in (archive,):
         assert "(--trust-pickle)" in invoke("-n", 4, "--model", path, "--out", tmp_path / "set", code=1)
-    assert "shape of its samples" in invoke(
+    assert "shape of a model's samples" in invoke(
         "-n", 4, "--model", archive, "--trust-pickle", "--out", tmp_path / "set", code=1
     )
     assert "-n, the number of samples, must be given" in invoke("--out", tmp_path / "set", code=1)
