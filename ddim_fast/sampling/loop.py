@@ -236,7 +236,7 @@ class Loop:
             more["backend"] = backend  # type: ignore[assignment]  # of ddim_step
         for step in steps:
             started = clock()
-            m = _plain(_apart_from(x_t, output_tensor(call(x_t, timesteps[step.index]), x_t)))
+            m = _plain(_apart_from(x_t, call(x_t, timesteps[step.index])))
             called = clock()
             ddim_step(x_t, m, step.coefficients, out=x_t, **more)  # type: ignore[arg-type]  # of each kind
             timing.model_seconds += called - started

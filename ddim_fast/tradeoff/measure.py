@@ -27,7 +27,7 @@ from ..sampler import DDIMSampler
 from ..sampling.guidance import guidance_scales, guided_output
 from ..sampling.initial_state import conditionings_of, initial_state
 from ..sampling.inversion import reconstruction_error
-from ..sampling.loop import Timing, model_calls
+from ..sampling.loop import Loop, Timing, begins_steps, model_calls
 from ..utils.checks import refuse
 from ..utils.files import first_line
 from ..utils.transfer import to_device
@@ -225,6 +225,7 @@ def _other_run(subject: Subject, cell: Cell, first: int, size: int) -> Callable[
     scheduler = other.scheduler()  # a pipeline has one already
     scales = guidance_scales(subject.guidance_scale, (0.0,))
     calls = model_calls(subject.model, conditionings_of(subject.model, subject.conditions(first, size), scales, None))
+    begin = begins_steps(subject.model)
     generator = torch.Generator(subject.device).manual_seed(int(seeds[0]) & ((1 << 63) - 1))
     given = subject.given_noise(cell, first, size)
 
@@ -235,11 +236,9 @@ def _other_run(subject: Subject, cell: Cell, first: int, size: int) -> Callable[
             nonlocal predictions
             predictions += 1
             began = time.perf_counter()
-            outputs = [output_tensor(call(x, t), x) for call in calls] if scales is None or len(calls) > 1 else None
-            if outputs is None:
-                outputs = list(calls[0](x, t).chunk(2))
+            m, uncond = Loop(x_t=x, calls=calls, begin=begin, guidance_scales=scales).predict(t)
             timing.model_seconds += time.perf_counter() - began
-            return outputs[0] if scales is None else guided_output(outputs[0], outputs[1], scales[0], 0.0, x.dtype)
+            return m if uncond is None or scales is None else guided_output(m, uncond, scales[0], 0.0, x.dtype)
 
         noise = given
         if noise is None:
