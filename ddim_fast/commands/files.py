@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..utils import pictures
+from ..utils.atomic_files import whole_file
 from ..utils.files import npz_array, reading, safetensors_tensor
-from .outputs import NUMBER_SUFFIXES, whole_file
+from .outputs import NUMBER_SUFFIXES
 
 
 def save_samples(images: Tensor, labels: list[int] | None, path: Path) -> None:
-    with whole_file(path) as file:
+    with whole_file(path.resolve()) as file:
         if path.suffix.lower() == ".npz":
             arrays: dict[str, Any] = {} if labels is None else {"labels": np.array(labels)}
             np.savez_compressed(file, samples=images.numpy(), **arrays)
@@ -31,9 +32,9 @@ def save_pictures(images: Tensor, directory: Path) -> None:
     """Write each of ``(B, C, H, W)`` as a PNG, named by its number."""
     directory.mkdir(exist_ok=True)
     digits = max(4, len(str(len(images) - 1)))
-    for number, pixels in enumerate(pictures.to_uint8(images)):
-        with whole_file(directory / f"{number:0{digits}d}.png") as file:
-            Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0]).save(file)
+    for number, picture in enumerate(pictures.to_pil(images)):
+        with whole_file((directory / f"{number:0{digits}d}.png").resolve()) as file:
+            picture.save(file)
 
 
 def read_samples(

@@ -1,16 +1,15 @@
-"""Files that commands write: checked before anything is computed, and written whole or not at all."""
+"""Names of files that commands write, checked before anything is computed; and words for numbers."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..utils.atomic_files import check_writable, name_beside
+from ..utils.atomic_files import check_writable
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 NUMBER_SUFFIXES = (".npz", ".safetensors")
@@ -47,21 +46,6 @@ class OutputDirectory(click.Path):
                 raise ValueError(f"{name} must be a new or empty directory, got {path}: name another")
             check_writable(name, path / "0000.png" if path.is_dir() else path)
         return path
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Write a file by its name and suffix under the name that is given out; it gets its own at the
-    end of the ``with`` block. If the block raises, an old file stays, and no other."""
-    path = path.resolve()
-    beside = name_beside(path)
-    temporary = beside.with_name(beside.name + path.suffix)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def duration(seconds: float) -> str:

@@ -28,11 +28,11 @@ from ..plans.schedules import NoiseSchedule
 from ..sampler import DDIMSampler
 from ..sampling.loop import Trajectory
 from ..utils import pictures
+from ..utils.atomic_files import whole_file
 from ..utils.checks import check_memory, check_sample_shape, refuse, usable_device
 from .files import read_samples, save_samples
 from .interruption import NOTHING
 from .models import named_model
-from .outputs import whole_file
 
 
 @dataclass
@@ -331,7 +331,7 @@ class Run:
 
     def draw(self, images: Tensor, names: list[str], title: str, columns: int | None) -> None:
         """Write the grid of pictures (B, *picture_shape)."""
-        with whole_file(self.out) as file:
+        with whole_file(self.out.resolve()) as file:
             pictures.grid(images, names, title, columns=columns).save(file)
 
     def note(self, text: str) -> None:

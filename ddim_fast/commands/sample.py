@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import noise_options, takes_run
-from .outputs import OutputDirectory, OutputFile, counted, whole_file
+from .outputs import OutputDirectory, OutputFile, counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,5 +158,4 @@ def _save_trajectory(
         )
         for i in chosen
     ]
-    with whole_file(path) as file:
-        pictures.save_animation(frames, file)
+    pictures.save_animation(frames, path.resolve())  # of a link, its target

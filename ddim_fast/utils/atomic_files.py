@@ -42,6 +42,21 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write a file by its name and suffix under the name that is given out; it gets its own at the
+    end of the ``with`` block. If the block raises, an old file stays, and no other. A link of that
+    name is replaced, not followed."""
+    beside = name_beside(path)
+    temporary = beside.with_name(beside.name + path.suffix)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def check_writable(what: str, path: Path) -> None:
     """Raise ValueError if a file with this name could not be written. No file remains.
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .atomic_files import name_beside, write_atomically
+from .atomic_files import whole_file, write_atomically
 from .checks import check_integer, check_path, refuse
 from .files import reading
 
@@ -297,19 +297,14 @@ def _write_video(frames: Sequence[Image.Image], path: Path, milliseconds: int, l
     ffmpeg = _extra("imageio_ffmpeg", "imageio-ffmpeg", "an MP4")
     width, height = frames[0].size
     size = (width + width % 2, height + height % 2)
-    temporary = name_beside(path)
-    writer = ffmpeg.write_frames(
-        str(temporary), size, fps=1000 / milliseconds, macro_block_size=2, quality=8, output_params=["-f", "mp4"]
-    )
-    try:
-        writer.send(None)
-        for frame in [*frames, *[frames[-1]] * (round(last_milliseconds / milliseconds) - 1)]:
-            writer.send(_on_sheet(frame, size).tobytes())
-        writer.close()
-        temporary.replace(path)
-    finally:
-        writer.close()
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        writer = ffmpeg.write_frames(str(file), size, fps=1000 / milliseconds, macro_block_size=2, quality=8)
+        try:
+            writer.send(None)
+            for frame in [*frames, *[frames[-1]] * (round(last_milliseconds / milliseconds) - 1)]:
+                writer.send(_on_sheet(frame, size).tobytes())
+        finally:
+            writer.close()
 
 
 def _on_sheet(image: Image.Image, size: tuple[int, int]) -> Image.Image:

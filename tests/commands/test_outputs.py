@@ -14,8 +14,9 @@ from commands.test_cli import load, run
 from PIL import Image
 
 from ddim_fast.cli import main
-from ddim_fast.commands.outputs import counted, duration, whole_file
+from ddim_fast.commands.outputs import counted, duration
 from ddim_fast.plans.schedules import NoiseSchedule
+from ddim_fast.utils.atomic_files import whole_file
 
 
 class Model:
