@@ -3,6 +3,10 @@ to import; ``tests/commands/test_choices.py`` holds the two together."""
 
 from __future__ import annotations
 
+from typing import get_args
+
+from ..plans import words
+
 SHIPPED = ("fashion", "scenes")
 """Of ``models.shipped``."""
 BACKENDS = ("cpu", "triton", "reference")
@@ -10,18 +14,12 @@ BACKENDS = ("cpu", "triton", "reference")
 CAPTURE_MODES = ("auto", "loop", "step", "off")
 """Of ``sampling.capture_mode``."""
 
-SPACINGS = ("leading", "trailing", "linspace", "uniform", "quad", "log_snr", "karras", "cosine", "beta")
-"""Of ``plans.timesteps``."""
-CONTINUOUS_SPACINGS = ("uniform", "trailing", "linspace", "karras", "exponential", "beta", "log_snr")
-"""Of ``plans.continuous``."""
-SCHEDULES = (
-    *("linear", "scaled_linear", "cosine", "squaredcos_cap_v2", "sigmoid", "quad", "const", "jsd"),
-    *("flow", "edm", "vp", "ve", "trigonometric"),
-)
-"""Of ``plans.named``."""
+SPACINGS = get_args(words.DiscreteSpacing)
+CONTINUOUS_SPACINGS = get_args(words.ContinuousSpacing)
+SCHEDULES = get_args(words.ScheduleName)
 
 PAPER = "std_dev"
-ETA_SCALES = ("std_dev", "variance", "flow_grpo", "cps")
+ETA_SCALES = get_args(words.EtaScales)
 OF_EQUATION_16 = ("std_dev", "variance")
 """Of ``plans.eta``."""
 
@@ -30,8 +28,7 @@ FORMATS = ("safetensors", "npz", "webdataset")
 SHARD_SIZE, COMPUTE_BATCH_SIZE = 512, 16
 """Of ``generation.run``."""
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow", "score", "edm")
-"""Of ``plans.coefficients``."""
+PREDICTION_TYPES = get_args(words.PredictionType)
 
 CLOSED_FORM = "closed-form"
 """The model of ``tradeoff.ClosedForm``, by name."""
