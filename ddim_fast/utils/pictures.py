@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .atomic_files import whole_file, write_atomically
 from .checks import check_integer, check_path, refuse
+from .extras import missing
 from .files import reading
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -339,9 +340,7 @@ def _extra(module: str, distribution: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(
-            f'{what} is written by {distribution}, which is missing: pip install {distribution}, or "ddim_fast[pictures]"'
-        ) from error
+        raise ImportError(missing(what, [distribution], "pictures")) from error
 
 
 def read_picture(path: Path, mode: str, size: tuple[int, int]) -> np.ndarray:
