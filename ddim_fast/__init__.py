@@ -26,7 +26,8 @@ else:  # type checkers would take any name for one of the package's
         if name.startswith("__") and name != "__all__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         public = importlib.import_module("._public", __name__)
-        globals().update({one: value for one, value in vars(public).items() if one in ("__all__", *public.__all__)})
+        now = {*public.__all__, "__all__"} - {*public.LATER}
+        globals().update({one: getattr(public, one) for one in now})
         if name in public.LATER:
             globals()[name] = getattr(public, name)
         if name not in globals():  # neither public, nor a module that the import has brought

@@ -164,16 +164,7 @@ def _(
 
 
 @torch.library.register_fake("ddim_fast::group_norm", lib=_library)
-def _(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-) -> Tensor:
+def _(x: Tensor, *others: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 

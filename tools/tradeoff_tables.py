@@ -1,5 +1,5 @@
-"""Write the tables of docs/TRADEOFF.md from the measured studies, docs/paper_table*.json and
-docs/search.json.
+"""Write the tables of docs/TRADEOFF.md from what was measured: docs/paper_table*.json,
+docs/search.json, docs/race*.json and docs/transfer.json.
 
     ddim-fast tradeoff --paper-table -n 2000 --threads 1 --out table1          # hours
     python tools/tradeoff_tables.py take table1/study.json docs/paper_table.json

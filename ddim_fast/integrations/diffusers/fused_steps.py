@@ -141,8 +141,8 @@ class FusedSteps(SchedulerRows):
         """Take the step in one launch, after those of dynamic thresholding.
 
         Args:
-            histories: what a multistep row reads and replaces, by the names of ``ddim_step``.
             writes_x0: return x0; the model's output in its place otherwise.
+            histories: what a multistep row reads and replaces, by the names of ``ddim_step``.
             options: those that ``_originals_results`` takes beside the configuration's.
         """
         if isinstance(t, int):
@@ -160,10 +160,9 @@ class FusedSteps(SchedulerRows):
         # Where the model predicts x0 and nothing clips it, its output is x0.
         predicts_x0 = self._returns_x0 and self.config.prediction_type == "sample"
         is_x0 = not writes_x0 or (predicts_x0 and not row.clipped)
-        arguments = {
-            **(histories or {}),
-            **({} if noise is None else noise()),
-        }  # last, after every check: it may draw from a generator
+        arguments = dict(histories or {})
+        if noise is not None:
+            arguments |= noise()  # last, after every check: it may draw from a generator
         x0_kind, kind = _kinds_of_results(
             self._originals_results,
             sample,
