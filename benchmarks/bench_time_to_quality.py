@@ -8,13 +8,11 @@ is that of ``DDIMPipeline``. Each contender must reach it, or it is not timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from bench_sampling import BATCHES, SEED, LabelledUNet
@@ -22,16 +20,17 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from torch import Tensor
 
 import ddim_fast as df
+from ddim_fast.integrations.named_schedulers import configured, named_scheduler
 from ddim_fast.models.metrics import sample_distances
 
 SOLVER = Path(__file__).parent.parent / "docs" / "examples" / "fashion-8.json"
 PIPELINE_STEPS, CONVERGED_STEPS, JUDGED = 50, 200, 128
 QUICK = 8
-OTHERS: dict[str, tuple[str, Mapping[str, Any]]] = {
-    "UniPC": ("UniPCMultistepScheduler", {}),
-    "DPM-Solver++(2M)": ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}),
-    "DPM-Solver++(3M)": ("DPMSolverMultistepScheduler", {"solver_order": 3, "use_lu_lambdas": True}),
-    "DEIS": ("DEISMultistepScheduler", {}),
+OTHERS = {
+    "UniPC": "diffusers:UniPCMultistepScheduler",
+    "DPM-Solver++(2M)": "diffusers:DPMSolverMultistepScheduler?use_lu_lambdas=true",
+    "DPM-Solver++(3M)": "diffusers:DPMSolverMultistepScheduler?use_lu_lambdas=true&solver_order=3",
+    "DEIS": "diffusers:DEISMultistepScheduler",
 }
 """diffusers' schedulers, with the options that were best for this model: see docs/TRADEOFF.md."""
 MOST_CALLS = 30
@@ -77,17 +76,15 @@ class Study:
 
     def scheduler(self, name: str, steps: int) -> Callable[[], Tensor]:
         """Return the loop of diffusers' pipelines with one of its schedulers."""
-        kind, options = OTHERS[name]
-        scheduler = getattr(diffusers, kind)(
-            beta_start=1e-4, beta_end=0.02, prediction_type=self.model.prediction_type, **options
-        )
+        named = named_scheduler(OTHERS[name], "a scheduler")
+        scheduler = configured(named, self.model.schedule, self.model.prediction_type)
 
         def run():
             scheduler.set_timesteps(steps)
             x = self.x_T * scheduler.init_noise_sigma
             for t in scheduler.timesteps:
-                output = SimpleNamespace(sample=self.model(scheduler.scale_model_input(x, t), t, self.labels))
-                x = scheduler.step(output.sample, t, x).prev_sample
+                output = self.model(scheduler.scale_model_input(x, t), t, self.labels)
+                x = scheduler.step(output, t, x).prev_sample
             return x
 
         return run
