@@ -20,6 +20,19 @@ LAYOUTS = {
     "slice": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
     "every second": lambda x: torch.stack([x, x], dim=-1)[..., 0],
 }
+PICTURE_LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "every other": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+    "channel slice": lambda x: torch.cat([x + 1, x], 1)[:, x.shape[1] :],
+    "last dims swapped": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "expanded batch": lambda x: x[:1].expand(3, -1, -1, -1),
+    "expanded row": lambda x: x[:, :, :1].expand(-1, -1, 6, -1),
+    "one pixel": lambda x: x[:, :, :1, :1],
+    "negated": lambda x: torch._neg_view(x),
+    "negated, channels last": lambda x: torch._neg_view(x.contiguous(memory_format=torch.channels_last)),
+}
+"""Of pictures (B, C, H, W) for the kernels of layers; a layout may choose some of the pixels."""
 SHAPES = [(3, 2, 4, 5), (2, 3, 2, 2), (1, 2, 4, 5), (3, 1, 4, 5), (2, 3, 1, 1)]
 
 _DTYPES = [torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import PICTURE_LAYOUTS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -189,24 +190,10 @@ def test_nothing_beside_is_read_or_written(isa, shift, with_bias, shape, select)
         assert torch.equal(tensor.nan_to_num(nan=-77), copied.nan_to_num(nan=-77))
 
 
-LAYOUTS = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "every other": lambda x: x.repeat_interleave(2, 3)[..., ::2],
-    "channel slice": lambda x: torch.cat([x + 1, x], 1)[:, x.shape[1] :],
-    "last dims swapped": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "expanded batch": lambda x: x[:1].expand(3, -1, -1, -1),
-    "expanded row": lambda x: x[:, :, :1].expand(-1, -1, 6, -1),
-    "one pixel": lambda x: x[:, :, :1, :1],
-    "negated": lambda x: torch._neg_view(x),
-    "negated, channels last": lambda x: torch._neg_view(x.contiguous(memory_format=torch.channels_last)),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", PICTURE_LAYOUTS)
 def test_layouts(layout):
     x, weight, bias = case(3, 32, 16, 6, 7)
-    x = LAYOUTS[layout](x)
+    x = PICTURE_LAYOUTS[layout](x)
     before, strides = x.clone(), x.stride()
     result = fast(x, weight, bias)
     assert_near(result, before, weight, bias)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import PICTURE_LAYOUTS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -277,23 +278,10 @@ def test_nothing_beside_is_read_or_written(isa, shift, shape, select):
     assert torch.equal(made[1][body], silu(x).flatten())
 
 
-LAYOUTS = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "every other": lambda x: x.repeat_interleave(2, 3)[..., ::2],
-    "channel slice": lambda x: torch.cat([x + 1, x], 1)[:, x.shape[1] :],
-    "last dims swapped": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "expanded batch": lambda x: x[:1].expand(3, -1, -1, -1),
-    "one pixel": lambda x: x[:, :, :1, :1],
-    "negated": lambda x: torch._neg_view(x),
-    "negated, channels last": lambda x: torch._neg_view(x.contiguous(memory_format=torch.channels_last)),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", PICTURE_LAYOUTS)
 def test_layouts(layout):
     x, weight, bias = case(3, 32, 6, 7)
-    x = LAYOUTS[layout](x)
+    x = PICTURE_LAYOUTS[layout](x)
     before, strides = x.clone(), x.stride()
     assert_near(group_norm(x, 8, weight, bias), before, 8, weight, bias)
     result = silu(x)
@@ -330,9 +318,9 @@ def test_the_operators_keep_what_they_declare(arguments, memory_format):
     torch.library.opcheck(torch.ops.ddim_fast.silu.default, (x,))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", PICTURE_LAYOUTS)
 def test_fake_tensors_pass(layout, arguments):
-    x = LAYOUTS[layout](case(3, 32, 6, 7)[0])
+    x = PICTURE_LAYOUTS[layout](case(3, 32, 6, 7)[0])
     for function in (silu, lambda x: group_norm(x, 8, silu=True)):
         real = function(x)
         with FakeTensorMode() as mode:
