@@ -288,3 +288,13 @@ def test_on_a_gpu_nothing_waits_within_a_run():
                 scheduler.step(m, t, x)
     assert steady.region().own_launches["ddim_fast::ddim_step_kernel"] == 3
     assert (steady.syncs, steady.copies) == ([], [])
+
+
+@pytest.mark.filterwarnings("ignore:.*Dynamo:UserWarning")  # dynamo warns of graph breaks
+def test_a_compiled_step_of_a_file_breaks_the_graph_and_gives_the_same_bits():
+    plain, compiled = FastDDIMScheduler(**PLAIN), FastDDIMScheduler(**PLAIN)
+    for scheduler in (plain, compiled):
+        scheduler.set_timesteps(timesteps=FILES["coefficients"])
+    torch.compiler.reset()
+    compiled.step = torch.compile(compiled.step, backend="eager")
+    assert torch.equal(loop(compiled, noise()), loop(plain, noise()))
