@@ -160,7 +160,7 @@ class FusedSteps(SchedulerRows):
         # Where the model predicts x0 and nothing clips it, its output is x0.
         predicts_x0 = self._returns_x0 and self.config.prediction_type == "sample"
         is_x0 = not writes_x0 or (predicts_x0 and not row.clipped)
-        arguments = dict(histories or {})
+        arguments: dict[str, Any] = dict(histories or {})
         if noise is not None:
             arguments |= noise()  # last, after every check: it may draw from a generator
         x0_kind, kind = _kinds_of_results(
