@@ -17,7 +17,7 @@ from . import _moved
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from ._public import *  # noqa: F403
+    from ._public import *  # noqa: F403  (the names are listed there)
 else:  # type checkers would take any name for one of the package's
 
     def __getattr__(name: str) -> Any:

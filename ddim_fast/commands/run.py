@@ -95,7 +95,7 @@ class Run:
             negative_prompt=self.negative_prompt,
         )
         if self.shape is not None:
-            model.sample_shape = check_sample_shape("--shape", self.shape)  # type: ignore[assignment]
+            model.sample_shape = check_sample_shape("--shape", self.shape)  # type: ignore[assignment]  # a module takes any attribute
         if getattr(model, "sample_shape", None) is None:
             raise ValueError(
                 f"the command line needs the shape of a model's samples, got none from {self.model_name}: pass --shape 3,32,32, or "

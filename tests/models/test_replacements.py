@@ -250,7 +250,7 @@ def test_the_model_that_ships(calls):
 
 
 def test_diffusers(calls):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="the U-Net is one of diffusers")
     torch.manual_seed(0)
     model = diffusers.UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,

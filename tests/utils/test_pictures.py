@@ -249,7 +249,7 @@ def test_the_package_lists_them_and_no_other_name():
     assert {"save_animation", "save_grid", "show", "to_pil", "to_uint8"} <= {*dir(df)} & {*df.__all__}
     assert df.to_pil is pictures.to_pil
     with pytest.raises(AttributeError, match="module 'ddim_fast' has no attribute 'nothing'"):
-        df.nothing  # noqa: B018
+        df.nothing  # noqa: B018  (looking it up is the test)
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):

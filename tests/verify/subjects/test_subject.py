@@ -128,20 +128,20 @@ def test_a_wrong_path_is_refused(options, message):
 
 
 def test_a_scheduler_keeps_its_path():
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="the schedulers are those of diffusers")
     with pytest.raises(ValueError, match="a scheduler has a path of its own"):
         verify(diffusers.DDIMScheduler, schedule="flow")
 
 
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler", "EDMEulerScheduler"])
 def test_diffusers_sigma_schedulers_are_right(name):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="the schedulers are those of diffusers")
     report = verify(getattr(diffusers, name), checks=(*CHEAP, "alphas-cumprod", "timesteps"))
     assert report.passed, [result.message for result in report.results]
 
 
 def test_a_scheduler_object_brings_its_shift():
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="the schedulers are those of diffusers")
     report = verify(diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0), checks=("model-input", "whole-run"))
     assert report.passed
     assert report.conventions["paths"] == "flow?shift=7.0&time_scale=1000 (flow)"
