@@ -25,7 +25,7 @@ endif
 NATIVE := $(wildcard kernels/csrc/*)
 SAMPLE := --steps 20 -n 60 --seed 0
 
-.PHONY: help sample verify test test-slow test-oldest test-newest test-adapters test-robotics gpu gpu-rehearsal predict bench bench-compare docs lint types wheel-check sanitize \
+.PHONY: help sample verify test test-slow test-oldest test-newest test-adapters test-robotics gpu gpu-rehearsal predict bench bench-avx2 bench-compare docs lint types wheel-check sanitize \
   same-bits build-check clean
 
 help: ## list the targets
@@ -110,6 +110,9 @@ predict: $(VENV)/.installed ## count the GPU kernels' machine code, and predict 
 bench: $(VENV)/.installed ## time the step, loops and whole pipelines against PyTorch, torch.compile and diffusers: out/bench.json
 	mkdir -p $(OUT)
 	$(BIN)/pytest benchmarks --benchmark-json=$(OUT)/bench.json
+
+bench-avx2: $(VENV)/.installed ## the same as on a processor without AVX-512
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 DDIM_FAST_INSTRUCTION_SET=avx2 $(MAKE) bench
 
 bench-compare: $(VENV)/.installed ## compare A=before.json with B=after.json: what got slower or faster
 	$(BIN)/python benchmarks/compare.py $(A) $(B)

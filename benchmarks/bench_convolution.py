@@ -27,7 +27,7 @@ def cases():
 
 
 @pytest.mark.skipif(cpu_step.extension is None, reason="the C++ extension is missing")
-@pytest.mark.parametrize(("channels", "side", "batch"), cases())
+@pytest.mark.parametrize(("channels", "side", "batch"), list(cases()))
 def test_convolution(channels, side, batch, settings, measure, benchmark, show):
     """Time one layer, channels last."""
     torch.manual_seed(0)

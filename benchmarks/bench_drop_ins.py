@@ -42,6 +42,8 @@ CONFIGS = {
     "eta 1": ({"clip_sample": False}, 1.0),
 }
 LATENT_SHAPES = {"1x4x64x64": (1, 4, 64, 64), "1x16x128x128": (1, 16, 128, 128)}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+QUICK = "1x4x64x64", "float32"
 OTHERS = {
     kind.__name__: (kind, {})
     for kind in (
@@ -122,8 +124,14 @@ def test_step_of_the_drop_in(measure, benchmark, show, shape, config, return_dic
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", LATENT_SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        pytest.param(shape, dtype, marks=() if (shape, name) == QUICK else pytest.mark.full, id=f"{shape}-{name}")
+        for shape in LATENT_SHAPES
+        for name, dtype in DTYPES.items()
+    ],
+)
 @pytest.mark.parametrize("other", OTHERS)
 def test_step_of_another_drop_in(measure, benchmark, show, other, shape, dtype):
     kind, config = OTHERS[other]
@@ -183,6 +191,7 @@ def test_step_of_another_drop_in(measure, benchmark, show, other, shape, dtype):
 STEPS_OF_A_RUN = 20
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("other", [name for name, (kind, _) in OTHERS.items() if kind not in MORE_ARGUMENTS])
 def test_run_of_another_drop_in(measure, benchmark, show, other):
     """Time what a pipeline asks of a scheduler: the timesteps, and then each step once."""

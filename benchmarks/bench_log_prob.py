@@ -100,11 +100,10 @@ def test_rollout(shape, dtype, measure, show, benchmark):
 
     result = measure("log-probability", contenders, check, baseline="ours")
     share = result.ratio("ours", to="ours, step alone")
-    benchmark.extra_info.update(of_the_step_alone=share)
+    benchmark.extra_info.update(of_the_step_alone=share, **named(shape, dtype))
     show(
         "x_prev and its log-probability, times faster",
-        shape="x".join(map(str, shape)),
-        dtype=str(dtype).removeprefix("torch."),
+        **named(shape, dtype),
         **{"than eager": f"{result.ratio('eager'):.1f}", "than torch.compile": f"{result.ratio('torch.compile'):.1f}"},
         **{"of the step alone": f"{share:.2f}x", "us": f"{result.seconds('ours') * 1e6:.0f}"},
     )
@@ -132,15 +131,18 @@ def test_training(shape, dtype, measure, show, benchmark):
         "eager": peak_of_backward(case, lambda m: case.published(case.x_t, m, case.x_prev)[1]),
     }
     gradients = {name: size / (case.elements * dtype.itemsize) for name, size in memory.items()}
-    benchmark.extra_info.update(peak_of_the_backward_pass_in_gradients=gradients)
+    benchmark.extra_info.update(peak_of_the_backward_pass_in_gradients=gradients, **named(shape, dtype))
     show(
         "a log-probability and its gradient, times faster",
-        shape="x".join(map(str, shape)),
-        dtype=str(dtype).removeprefix("torch."),
+        **named(shape, dtype),
         **{"than eager": f"{result.ratio('eager'):.1f}", "than torch.compile": f"{result.ratio('torch.compile'):.1f}"},
         **{"us": f"{result.seconds('ours') * 1e6:.0f}"},
         **{"backward's peak, in gradients": f"{gradients['ours']:.2f} (eager {gradients['eager']:.2f})"},
     )
+
+
+def named(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, str]:
+    return {"shape": "x".join(map(str, shape)), "dtype": str(dtype).removeprefix("torch.")}
 
 
 def peak_of_backward(case: Case, log_prob: Callable[[Tensor], Tensor]) -> int:

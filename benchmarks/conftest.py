@@ -25,12 +25,14 @@ from ddim_fast.kernels import cpu_step
 ROWS = pytest.StashKey[dict]()
 LOAD_BEFORE = pytest.StashKey[tuple]()
 VERSIONS = ("torch", "diffusers", "numpy")
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "DDIM_FAST_INSTRUCTION_SET")
+"""Environment variables that keep torch, its libraries and our kernels from newer instructions."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ddim_fast")
     group.addoption("--threads", type=int, default=1, help="threads of torch and the kernels (default 1)")
-    group.addoption("--quick", action="store_true", help="run a few cases in less than a minute")
+    group.addoption("--quick", action="store_true", help="run a part of the cases, each briefly, in a few minutes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -158,6 +160,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         **{package: importlib.metadata.version(package) for package in VERSIONS},
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "instruction_set": cpu_step.extension.selected() if cpu_step.extension is not None else None,
+        "limited_by": {name: os.environ[name] for name in LIMITS if os.environ.get(name)},
         "threads": config.getoption("--threads"),
         "quick": config.getoption("--quick"),
         "load_average_before": config.stash[LOAD_BEFORE],

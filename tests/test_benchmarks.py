@@ -396,7 +396,7 @@ def test_every_case_has_a_section_and_after_a_whole_run_every_section_has_cases(
     names = [one["fullname"] for one in PUBLISHED["benchmarks"]]
     found = {section for name in names for section in page.SECTIONS if name.startswith(section)}
     assert all(name.startswith(tuple(page.SECTIONS)) for name in names)
-    assert found | page.SINCE == page.SECTIONS.keys() or PUBLISHED["machine_info"]["ddim_fast"]["quick"]
+    assert found == page.SECTIONS.keys() or PUBLISHED["machine_info"]["ddim_fast"]["quick"]
 
 
 def test_reducing_keeps_four_digits_and_writes_null_for_nan():
@@ -451,3 +451,24 @@ def test_a_quick_run_says_so(quick):
     run = copy.deepcopy(PUBLISHED)
     run["machine_info"]["ddim_fast"]["quick"] = quick
     assert ("a quick run" in page.rendered(run)) == quick
+
+
+def test_a_run_on_another_processor_stands_beside_the_first():
+    run = copy.deepcopy(PUBLISHED)
+    run.pop("beside", None)
+    assert "Another kind of processor" not in page.rendered(run)
+    other = copy.deepcopy(run)
+    other["machine_info"]["ddim_fast"] |= {"instruction_set": "avx2", "limited_by": {"ATEN_CPU_CAPABILITY": "avx2"}}
+    for one in other["benchmarks"]:
+        for found in one["extra_info"]["ratios"].values():
+            found["ratio"] *= 2
+    text = page.rendered({**run, "beside": other})
+    assert "avx2 (ATEN_CPU_CAPABILITY=avx2)" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| One step | diffusers / ours out |"))
+    ratios = sorted(
+        one["extra_info"]["ratios"]["diffusers / ours out"]["ratio"]
+        for one in run["benchmarks"]
+        if one["fullname"].startswith("bench_step.py::")
+    )
+    least, most = (page._number(2 * ratio) for ratio in (ratios[0], ratios[-1]))
+    assert f"({least} to {most}) |" in row

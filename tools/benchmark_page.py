@@ -1,8 +1,8 @@
 """Write docs/BENCHMARKS.md from runs of `make bench`.
 
 \b
-make bench OUT=out/first && make bench OUT=out/second
-python tools/benchmark_page.py write out/first/bench.json --again out/second/bench.json
+make bench OUT=out/first && make bench OUT=out/second && make bench-avx2 OUT=out/avx2
+python tools/benchmark_page.py write out/first/bench.json --again out/second/bench.json --beside out/avx2/bench.json
 python tools/benchmark_page.py render
 """
 
@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 
 import click
 
@@ -52,6 +53,13 @@ ABOUT = {
         original takes.""",
     "Convolutions": """A 3 x 3 convolution of a model, channels last, in float32: ours has a quarter of the products (Winograd's minimal
         filtering) and takes the place of PyTorch's in a model that `optimize` has made faster.""",
+    "Time to quality": """Pictures of the model that ships, as near to converged samples as those of diffusers' `DDIMPipeline` in 50
+        steps: ours are eight steps of the [solver that was fitted](TRADEOFF.md#fitted-solvers-against-everybody) with the
+        model that `optimize` made faster, and the others are diffusers' schedulers, each with the fewest model calls (in
+        parentheses) that come as near. How many times longer they take.""",
+    "Log-probabilities": """A noisy step with the log-probability of what it drew, and the log-probability of a given x_prev with its
+        gradient in the model's output, against [the published formulas](LOG_PROB.md) in PyTorch; and against the step
+        alone.""",
     "Threads": "A step in place: times faster on more threads than on one, and eager PyTorch's time over ours.",
     "Batches": "The model that ships, 20 steps, by pictures at once and by threads.",
 }
@@ -98,7 +106,7 @@ def rendered(data: dict) -> str:
     """Return the text between the markers."""
     infos = {one["fullname"]: one["extra_info"] for one in data["benchmarks"]}
     sections = [section(found) for prefix, section in SECTIONS.items() if (found := _of(infos, prefix))]
-    return "\n\n".join([measured_where(data), *sections, *repeated(data)])
+    return "\n\n".join([measured_where(data), *sections, *beside(data), *repeated(data)])
 
 
 def _of(infos: dict, prefix: str) -> list[dict]:
@@ -147,7 +155,7 @@ def measured_where(data: dict) -> str:
     facts, commit = data["machine_info"]["ddim_fast"], data["commit_info"]
     versions = [f"{name} {facts[name]}" for name in ("torch", "diffusers", "numpy", "python")]
     rows = [
-        ("processor", f"{facts['cpu_model']}, {facts['cpu_count']} processors, {facts['instruction_set']}"),
+        ("processor", _processor(facts)),
         ("threads", f"{facts['threads']}, where nothing else is said"),
         ("versions", ", ".join([f"ddim_fast {facts['version']}", *versions])),
         ("commit", f"`{commit['id'][:12]}`{' and changes that were not committed' if commit['dirty'] else ''}"),
@@ -159,6 +167,13 @@ def measured_where(data: dict) -> str:
         ("what else ran", _what_else_ran(data)),
     ]
     return "## Measured where\n\n" + _table(["", ""], rows)
+
+
+def _processor(facts: dict) -> str:
+    limits = " ".join(f"{name}={value}" for name, value in facts.get("limited_by", {}).items())
+    return (
+        f"{facts['cpu_model']}, {facts['cpu_count']} processors, {facts['instruction_set']}{limits and f' ({limits})'}"
+    )
 
 
 def _what_else_ran(data: dict) -> str:
@@ -268,13 +283,19 @@ def drop_ins(infos: list[dict]) -> str:
         )
         for info in one_step
     ]
-    whole = [
-        f"\n\nA pipeline of {info['steps']} steps, with a U-Net as small as one can be: {_ratio(info, *SCHEDULERS)}."
+    runs = [info for info in infos if "run" in info]
+    table = _table(
+        ("a run", "steps", "ours", "diffusers"),
+        ((info["run"], info["steps"], _time(info["seconds"]["ours"]), _ratio(info, *SCHEDULERS)) for info in runs),
+    )
+    more = [f"A whole run, with its timesteps and without a model:\n\n{table}"] if runs else []
+    more += [
+        f"A pipeline of {info['steps']} steps, with a U-Net as small as one can be: {_ratio(info, *SCHEDULERS)}."
         for info in infos
-        if info not in one_step
+        if info not in one_step and info not in runs
     ]
     columns = ("step", "shape", "returns", "ours", "diffusers")
-    return _section("The drop-in for diffusers", columns, rows) + "".join(whole)
+    return "\n\n".join([_section("The drop-in for diffusers", columns, rows), *more])
 
 
 def convolutions(infos: list[dict]) -> str:
@@ -287,6 +308,37 @@ def convolutions(infos: list[dict]) -> str:
         for info in infos
     )
     return _section("Convolutions", ("channels", "picture", "at once", "ours", "PyTorch"), rows)
+
+
+def qualities(infos: list[dict]) -> str:
+    pairs = list(dict.fromkeys(name for info in infos for name in info["ratios"]))
+    others = [pair.removesuffix(" / ours") for pair in pairs]
+    rows = (
+        [
+            info["pictures"],
+            _time(info["seconds"]["ours"]),
+            *(f"{_ratio(info, *pair.split(' / '))}" for pair in pairs),
+        ]
+        for info in infos
+    )
+    calls = infos[0]["calls"]
+    columns = [f"{name} ({calls.get(name, calls['ours'])})" for name in others]
+    return _section("Time to quality", ("pictures", f"ours ({calls['ours']})", *columns), rows)
+
+
+def log_probabilities(infos: list[dict]) -> str:
+    rows = [
+        [
+            "x_prev and its log-probability" if "of_the_step_alone" in info else "a log-probability and its gradient",
+            *(info[name] for name in ("shape", "dtype")),
+            _time(info["seconds"]["ours"]),
+            *(_ratio(info, other, "ours") for other in ("eager", "torch.compile")),
+            _number(info["of_the_step_alone"]) if "of_the_step_alone" in info else "–",
+        ]
+        for info in infos
+    ]
+    columns = ("what", "shape", "dtype", "ours", "eager PyTorch", "torch.compile", "ours, of the step alone")
+    return _section("Log-probabilities", columns, rows)
 
 
 def threads(infos: list[dict]) -> str:
@@ -322,8 +374,10 @@ SECTIONS = {
     "bench_step.py::": steps,
     "bench_loops.py::": loops,
     "bench_sampling.py::": pictures,
+    "bench_time_to_quality.py::": qualities,
     "bench_convolution.py::": convolutions,
     "bench_robot.py::": robot,
+    "bench_log_prob.py::": log_probabilities,
     "bench_noise.py::": noise,
     "bench_overhead.py::": calls,
     "bench_host.py::": host,
@@ -332,8 +386,50 @@ SECTIONS = {
     "bench_scaling.py::test_batches": batches,
 }
 """Prefixes of case names, and the function that writes their section."""
-SINCE = {"bench_host.py::"}
-"""Those whose cases came after the run that is published."""
+
+
+COMPARED = {
+    "bench_step.py::": ("diffusers / ours out", "eager / ours out", "torch.compile / ours out"),
+    "bench_loops.py::": ("diffusers / ours", "eager / ours"),
+    "bench_sampling.py::": ("diffusers / ours", "diffusers / ours, optimized"),
+    "bench_time_to_quality.py::": ("DDIMPipeline / ours", "DPM-Solver++(3M) / ours"),
+    "bench_convolution.py::": ("PyTorch / ours",),
+    "bench_robot.py::": ("eager / ours", "model alone / ours"),
+    "bench_log_prob.py::": ("eager / ours", "torch.compile / ours"),
+    "bench_noise.py::": ("torch.randn / ours, normals",),
+}
+"""Prefixes of case names, and their ratios that two kinds of processor are compared by."""
+
+
+def beside(data: dict) -> list[str]:
+    """Return the section that compares with a run on another kind of processor, if there is one."""
+    if "beside" not in data:
+        return []
+    runs = [data, data["beside"]]
+    rows = []
+    for prefix, pairs in COMPARED.items():
+        for pair in pairs:
+            found = [_ratios_of(run, prefix, pair) for run in runs]
+            if all(found):
+                infos = _of({one["fullname"]: one["extra_info"] for one in data["benchmarks"]}, prefix)
+                title = SECTIONS[prefix](infos).partition("\n")[0].removeprefix("## ")
+                rows.append([title, pair, *map(_middle, found)])
+    sets = [run["machine_info"]["ddim_fast"]["instruction_set"] for run in runs]
+    return [
+        "## Another kind of processor\n\n"
+        f"The same on {_processor(data['beside']['machine_info']['ddim_fast'])}; {_what_else_ran(data['beside'])}. The "
+        "median over the cases of a table, and in parentheses the least and the most.\n\n"
+        + _table(["table", "times as long", *sets], rows)
+    ]
+
+
+def _ratios_of(run: dict, prefix: str, pair: str) -> list[float]:
+    ratios = (one["extra_info"]["ratios"].get(pair) for one in run["benchmarks"] if one["fullname"].startswith(prefix))
+    return sorted(found["ratio"] for found in ratios if found)
+
+
+def _middle(ratios: list[float]) -> str:
+    return f"{_number(median(ratios))} ({_number(ratios[0])} to {_number(ratios[-1])})"
 
 
 def repeated(data: dict) -> list[str]:
@@ -372,21 +468,19 @@ def main() -> None:
 @main.command("write", help="Write docs/benchmarks.json and the page from a file that make bench wrote.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--again", type=click.Path(path_type=Path), help="A second run, to report how well it repeats the first.")
-def write_command(file: Path, again: Path | None) -> None:
+@click.option("--beside", "other", type=click.Path(path_type=Path), help="A run on another kind of processor.")
+def write_command(file: Path, again: Path | None, other: Path | None) -> None:
     run = read_run(file)
     data = reduced(json.loads(file.read_text()))
+    if other is not None:
+        read_run(other)
+        data["beside"] = reduced(json.loads(other.read_text()))
+        for one in data["beside"]["benchmarks"]:
+            one["extra_info"] = {name: one["extra_info"].get(name) for name in ("ratios", "processors_of_others")}
     if again is not None:
         data["again"] = {"agreement": _rounded(agreement(run, read_run(again)))}
     JSON_FILE.write_text(json.dumps(data, indent=1) + "\n")
     render(data)
-
-
-@main.command("take")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
-def take_command(file: Path, out: Path) -> None:
-    """Copy what a run measured to a file for tools/pictures.py."""
-    out.write_text(json.dumps(reduced(json.loads(file.read_text())), indent=1) + "\n")
 
 
 @main.command("render", help="Regenerate the page from docs/benchmarks.json.")

@@ -17,8 +17,6 @@ from ddim_fast.utils.pictures import grid
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES, JSON_FILE = ROOT / "docs" / "images", ROOT / "docs" / "benchmarks.json"
-QUALITY_FILE = ROOT / "docs" / "time_to_quality.json"
-"""Of ``pytest benchmarks/bench_time_to_quality.py``, taken by tools/benchmark_page.py."""
 ROWS, STEPS = 3, 20
 BLUE, GREY = "#2563a8", "#9aa3ad"
 
@@ -158,11 +156,8 @@ def _machine(data: dict) -> str:
     return f"one thread of an {info['cpu_model']}, {info['instruction_set'].upper().replace('AVX512', 'AVX-512')}"
 
 
-CHARTS: dict[str, tuple[Callable, Path]] = {
-    "chart": (against_diffusers, JSON_FILE),
-    "time_to_quality": (time_to_quality, QUALITY_FILE),
-}
-"""The charts, by the names of their files: functions of the data and an empty figure, and the data."""
+CHARTS: dict[str, Callable] = {"chart": against_diffusers, "time_to_quality": time_to_quality}
+"""The charts, by the names of their files: functions of the data and an empty figure."""
 
 
 def chart(name: str, path: Path) -> None:
@@ -170,10 +165,9 @@ def chart(name: str, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    draw, data = CHARTS[name]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
         figure = Figure(figsize=(7, 3), layout="constrained", facecolor="white")
-        draw(json.loads(data.read_text()), figure)
+        CHARTS[name](json.loads(JSON_FILE.read_text()), figure)
         figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 

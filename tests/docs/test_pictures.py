@@ -59,11 +59,11 @@ def test_the_chart_has_the_measured_numbers(tool, measured, tmp_path):
             assert f"{ratio:.{0 if ratio >= 10 else 1}f}" in shown
 
 
-def test_the_chart_of_time_to_quality_has_the_measured_numbers(tool, tmp_path):
+def test_the_chart_of_time_to_quality_has_the_measured_numbers(tool, measured, tmp_path):
     tool.chart("time_to_quality", tmp_path / "chart.svg")
     shown = texts((tool.IMAGES / "time_to_quality.svg").read_text())
     assert shown == texts((tmp_path / "chart.svg").read_text())
-    info = tool.quality_of(json.loads(tool.QUALITY_FILE.read_text()))
+    info = tool.quality_of(measured)
     assert info["distances"]["ours"] <= info["target"]
     for name, found in info["ratios"].items():
         calls = info["calls"].get(name.removesuffix(" / ours"), info["calls"]["ours"])
