@@ -406,10 +406,11 @@ def beside(data: dict) -> list[str]:
     if "beside" not in data:
         return []
     runs = [data, data["beside"]]
+    both = set.intersection(*({one["fullname"] for one in run["benchmarks"]} for run in runs))
     rows = []
     for prefix, pairs in COMPARED.items():
         for pair in pairs:
-            found = [_ratios_of(run, prefix, pair) for run in runs]
+            found = [_ratios_of(run, {name for name in both if name.startswith(prefix)}, pair) for run in runs]
             if all(found):
                 infos = _of({one["fullname"]: one["extra_info"] for one in data["benchmarks"]}, prefix)
                 title = SECTIONS[prefix](infos).partition("\n")[0].removeprefix("## ")
@@ -418,13 +419,13 @@ def beside(data: dict) -> list[str]:
     return [
         "## Another kind of processor\n\n"
         f"The same on {_processor(data['beside']['machine_info']['ddim_fast'])}; {_what_else_ran(data['beside'])}. The "
-        "median over the cases of a table, and in parentheses the least and the most.\n\n"
+        "median over the cases that both ran, and in parentheses the least and the most.\n\n"
         + _table(["table", "times as long", *sets], rows)
     ]
 
 
-def _ratios_of(run: dict, prefix: str, pair: str) -> list[float]:
-    ratios = (one["extra_info"]["ratios"].get(pair) for one in run["benchmarks"] if one["fullname"].startswith(prefix))
+def _ratios_of(run: dict, names: set[str], pair: str) -> list[float]:
+    ratios = (one["extra_info"]["ratios"].get(pair) for one in run["benchmarks"] if one["fullname"] in names)
     return sorted(found["ratio"] for found in ratios if found)
 
 
