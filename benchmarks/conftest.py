@@ -60,7 +60,7 @@ class Settings:
     @property
     def timing(self) -> dict[str, float]:
         """Arguments of ``interleaved.compare`` for one comparison."""
-        return {"threads": self.threads, "time_limit": 1.0 if self.quick else 4.0, "min_rounds": 10}
+        return {"threads": self.threads, "time_limit": 1.0 if self.quick else 2.5, "min_rounds": 10}
 
 
 @pytest.fixture(scope="session")
