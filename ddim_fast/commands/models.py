@@ -45,16 +45,22 @@ def named_model(
         return load_text_to_image(
             name, prompts, negative_prompt, device=device, trust_pickle=trust_pickle, variant=variant
         )
-    if prompts or negative_prompt is not None:
-        given = f"--model {name}" if prompts else "--negative-prompt alone"
-        raise ValueError(f"{_PROMPTS}, got {given}: {'leave it out' if prompts else 'add --prompt'}")
+    if negative_prompt is not None and not prompts:
+        raise ValueError(f"{_PROMPTS}, got --negative-prompt alone: add --prompt")
+    model = _model_without_text(name, device, trust_pickle=trust_pickle, variant=variant)
+    if prompts:  # after the model: one that does not exist is said first
+        raise ValueError(f"{_PROMPTS}, got --model {name}: leave it out")
+    return model
+
+
+def _model_without_text(name: str, device: torch.device, **options: Any) -> nn.Module:
     if name == CLOSED_FORM:
         from ..tradeoff import ClosedForm
 
         return ClosedForm().to(device).eval()
     if ":" in name and not os.path.exists(name):
         return _own_model(name).to(device)
-    model = load_model(name, device, trust_pickle=trust_pickle, variant=variant)
+    model = load_model(name, device, **options)
     if isinstance(model, LoadedModel) and type(model.network).__name__ == _TOLD_BY_TEXT:
         raise ValueError(
             f"a text-to-image model needs a prompt, got none for {name}: pass --prompt TEXT with the directory of a pipeline that "

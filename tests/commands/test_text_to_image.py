@@ -143,6 +143,7 @@ def test_what_a_prompt_needs_is_said(stable_diffusion, tmp_path, monkeypatch):
         (tmp_path / "sd3", "--prompt", "a"): "pipe.scheduler = fast_scheduler(pipe.scheduler)",
         (tmp_path / "sd3",): "without unet",
         (tmp_path / "plain", "--prompt", "a"): "got a DDIMPipeline",
+        (tmp_path / "nowhere", "--prompt", "a"): "nowhere', which does not exist",
         ("fashion", "--prompt", "a"): "--prompt is for the directory of a text-to-image pipeline, got --model fashion",
         (path, "--negative-prompt", "a"): "got --negative-prompt alone: add --prompt",
         (path, "--prompt", ""): "a prompt must be text, not empty",
