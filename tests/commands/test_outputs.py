@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from commands.test_cli import load, run
 from PIL import Image
 
+import ddim_fast as df
 from ddim_fast.cli import main
 from ddim_fast.commands.outputs import counted, duration
 from ddim_fast.plans.schedules import NoiseSchedule
@@ -116,6 +118,16 @@ def test_single_files_are_the_pictures_of_the_grid(model):
             expected = ((np.clip(sample[0], -1, 1) + 1) * 127.5).round()
             np.testing.assert_array_equal(np.asarray(image), expected)
     assert "--files must be a new or empty directory" in run("sample", *NAME, "--files", "each", code=1)
+
+
+@pytest.mark.parametrize("name", ["grid.png", "grid.jpg", "grid.jpeg", "grid.webp"])
+def test_a_grid_is_the_file_that_save_grid_writes(model, name):
+    model.class_names = None
+    run("sample", *NAME, "--steps", 2, "-n", 5, "--out", name, "--save", "s.npz", "--seed", 3, "--quiet")
+    samples = torch.from_numpy(load("s.npz")["samples"])
+    names = [str(i) for i in range(5)]
+    df.save_grid(samples, f"own-{name}", labels=names, title="own_counted:model: 2 steps, eta 0, seed 3")
+    assert Path(name).read_bytes() == Path(f"own-{name}").read_bytes()
 
 
 def test_a_preview_shows_x0_while_sampling(model, monkeypatch):
