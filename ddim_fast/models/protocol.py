@@ -20,9 +20,9 @@ class Model(Protocol):
     with one as ``sample``, as diffusers' models do.
 
     A model may have attributes that the sampler uses as defaults: ``prediction_type``,
-    ``clip_sample_range``; ``sample_shape``, ``(C, ...)``; ``unconditional(conditioning) -> conditioning`` for classifier-free
-    guidance; and ``batches_guidance``, true where both predictions of guidance should be one call
-    with twice the batch.
+    ``clip_sample_range``; ``sample_shape``, ``(C, ...)``; ``unconditional(conditioning) ->
+    conditioning`` for classifier-free guidance; and ``batches_guidance``, true where both
+    predictions of guidance should be one call with twice the batch.
     """
 
     # To type checkers, ``*arguments: Any, **conditioning: Any`` is whatever else a model takes, or
