@@ -14,7 +14,6 @@ from ..arguments import LeaveToOriginal, check_no_gradients
 from ..host_copy import HostCopy
 from ..original_results import ResultKind, converted, kinds_of_results, readable
 from .arguments import check_kernel_tensors
-from .output import step_output
 from .sigma_steps import SigmaSteps
 from .solver_file import SolverFile, is_file, solver_of
 from .takes_files import TakesFiles
@@ -86,19 +85,8 @@ class FileSteps(TakesFiles, SigmaSteps):
         self._step_index = index
         return None
 
-    def _step(self, model_output: Any, timestep: Any, sample: Any, generator: Any, return_dict: Any) -> Any:
-        if self._solver is None:
-            return super()._step(model_output, timestep, sample, generator, return_dict)
-        found = self._step_of_file(self._solver, model_output, timestep, sample)
-        return step_output(self._output_kind, found) if return_dict else found
-
     @untraced
     def _step_of_file(self, solver: SolverFile, m: Any, timestep: Any, x: Any) -> tuple[Tensor, ...]:
-        """Take the step of a file at ``_step_index``; return what the original's step does.
-
-        Raises:
-            ValueError: it has no fused form, or is not the next one.
-        """
         try:
             check_kernel_tensors(x, m)
             if solver.sampler.order > 1:

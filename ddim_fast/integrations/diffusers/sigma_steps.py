@@ -118,6 +118,14 @@ class SigmaSteps:
         refuse_files(self, given)
         return None
 
+    def _step_of_file(self, solver: SolverFile, m: Any, timestep: Any, x: Any) -> tuple[Tensor, ...]:
+        """Take the step of a file; return what the original's step does.
+
+        Raises:
+            ValueError: it has no fused form, or is not the next one.
+        """
+        raise NotImplementedError  # a scheduler that takes files has them
+
     def _row_between(self, sigma: float, sigma_next: float) -> StepCoefficients:
         """Return the row of the step from one of ``sigmas`` to the next."""
         raise NotImplementedError
@@ -180,7 +188,11 @@ class SigmaSteps:
     # --- The step -----------------------------------------------------------------------------------------------------
 
     def _step(self, model_output: Any, timestep: Any, sample: Any, generator: Any, return_dict: Any) -> Any:
-        """Take the original's step in one pass; or return None, if it must take it itself."""
+        """Take the original's step in one pass, or that of a file; or return None, if it must take it
+        itself."""
+        if self._solver is not None:
+            of_file = self._step_of_file(self._solver, model_output, timestep, sample)
+            return step_output(self._output_kind, of_file) if return_dict else of_file
         if _is_dynamo_compiling() or not self.is_scale_input_called:
             return None
         is_float = type(timestep) is float or (isinstance(timestep, Tensor) and timestep.dtype in _TIMESTEPS)
