@@ -28,7 +28,6 @@ from ..plans.schedules import NoiseSchedule
 from ..sampler import DDIMSampler
 from ..sampling.loop import Trajectory
 from ..utils import pictures
-from ..utils.atomic_files import whole_file
 from ..utils.checks import check_memory, check_sample_shape, refuse, usable_device
 from .files import read_samples, save_samples
 from .interruption import NOTHING
@@ -331,8 +330,8 @@ class Run:
 
     def draw(self, images: Tensor, names: list[str], title: str, columns: int | None) -> None:
         """Write the grid of pictures (B, *picture_shape)."""
-        with whole_file(self.out.resolve()) as file:
-            pictures.grid(images, names, title, columns=columns).save(file)
+        path = self.out.resolve()  # of a link, its target
+        pictures.save_grid(images, path, labels=names, title=title, columns=columns)
 
     def note(self, text: str) -> None:
         """Say on stderr, once, what may not be what was meant."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from ..utils.checks import check_sample_shape, refuse
 
 
 class Model(Protocol):
@@ -18,14 +20,29 @@ class Model(Protocol):
     with one as ``sample``, as diffusers' models do.
 
     A model may have attributes that the sampler uses as defaults: ``prediction_type``,
-    ``clip_sample_range``; ``unconditional(conditioning) -> conditioning`` for classifier-free
-    guidance; and ``batches_guidance``, true where both predictions of guidance should be one call
-    with twice the batch.
+    ``clip_sample_range``; ``sample_shape``, ``(C, ...)``; ``unconditional(conditioning) ->
+    conditioning`` for classifier-free guidance; and ``batches_guidance``, true where both
+    predictions of guidance should be one call with twice the batch.
     """
 
     # To type checkers, ``*arguments: Any, **conditioning: Any`` is whatever else a model takes, or
     # nothing: ``def eps(x, t)`` and ``def unet(x, t, class_labels)`` are both models.
     def __call__(self, x: Tensor, t: Tensor, /, *arguments: Any, **conditioning: Any) -> Any: ...
+
+
+def sample_shape_of(model: Model, shape: Sequence[int] | None) -> tuple[int, ...]:
+    """Return the shape of one sample, ``(C, ...)``: ``shape``, or for None the model's
+    ``sample_shape``.
+
+    Raises:
+        TypeError, ValueError: there is none, or it breaks a rule.
+    """
+    if shape is not None:
+        return check_sample_shape("shape", shape)
+    stated = getattr(model, "sample_shape", None)
+    if stated is None:
+        refuse("shape must be given for a model without sample_shape", None, "for instance shape=(3, 32, 32)")
+    return check_sample_shape("model.sample_shape", stated)
 
 
 def output_tensor(output: Any, like: Tensor) -> Tensor:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from ..plans.schedules import NoiseSchedule
 from ..utils.checks import check_choice
+from .class_labels import ClassConditional
 from .unet import SmallUNet
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -63,7 +62,7 @@ SCENES = ModelCard(
 SHIPPED = {card.name: card for card in (FASHION, SCENES)}
 
 
-class ShippedModel(nn.Module):
+class ShippedModel(ClassConditional, nn.Module):
     """The shipped U-Net with its card: ``model(x, t, class_labels=None)``.
 
     Labels are ``(B,)`` int64; ``num_classes`` means "no label".
@@ -82,11 +81,6 @@ class ShippedModel(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         return self.unet(x, t, class_labels)
-
-    def unconditional(self, conditioning: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the same conditioning without labels, for classifier-free guidance."""
-        labels = conditioning.get("class_labels")
-        return {**conditioning, "class_labels": None if labels is None else torch.full_like(labels, self.num_classes)}
 
 
 def load_shipped_model(

@@ -90,6 +90,15 @@ def test_sample_draws_what_the_pipeline_draws(kind, negative, request, tmp_path)
         assert grid.width > 2 * 84
 
 
+def test_without_labels_guidance_leads_from_the_negative_prompt_to_itself(stable_diffusion):
+    model = load_text_to_image(stable_diffusion[0], ["a b", "c"], "d")
+    shape, negative = (2, *model.sample_shape), {"class_labels": torch.tensor([2, 2])}
+    sampler = DDIMSampler(model.schedule, 2)
+    assert model.unconditional({"class_labels": torch.tensor([0, 1])})["class_labels"].tolist() == [2, 2]
+    unguided = sampler.sample(model, shape, seed=3, conditioning=negative)
+    torch.testing.assert_close(sampler.sample(model, shape, seed=3, guidance_scale=4.0), unguided)
+
+
 def test_pictures_are_encoded_and_decoded(stable_diffusion, tmp_path):
     path, pipeline = stable_diffusion
     Image.fromarray(np.full((16, 16, 3), 200, dtype=np.uint8)).save(tmp_path / "in.png")
