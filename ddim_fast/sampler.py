@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import torch
@@ -127,6 +127,7 @@ class DDIMSampler:
     _given: Mapping[str, Any]
     _clipping: Clipping
     _plan: SamplingPlan
+    _finished_plan: Callable[..., SamplingPlan]
     _fitted_type: str | None
 
     def __init__(
@@ -220,6 +221,7 @@ class DDIMSampler:
             _given=given,
             _clipping=clipping,
             _plan=plan,
+            _finished_plan=lru_cache(maxsize=16)(partial(replace, plan)),
             _fitted_type=chosen.prediction_type,
         )
 
@@ -292,10 +294,10 @@ class DDIMSampler:
             )
         prediction_type = self.prediction_type or stated or self._fitted_type or self.schedule.default_prediction_type
         _check_fitted_type(self._fitted_type, prediction_type)
-        clip_range = self._clipping.half_range(getattr(model, "clip_sample_range", None))
+        clip_range = self._clipping.half_range(model)
         if (prediction_type, clip_range) == (self._plan.prediction_type, self._plan.clip_sample_range):
             return self._plan
-        return _finished_plan(self._plan, prediction_type, clip_range)
+        return self._finished_plan(prediction_type=prediction_type, clip_sample_range=clip_range)
 
     def last_steps(self, count: int) -> Self:
         """Return this sampler with the last ``count`` of its steps alone."""
@@ -966,8 +968,3 @@ def _early_range(clipping: Clipping) -> float | None:
 
 def _rebuild(kind: type[DDIMSampler], given: dict[str, Any]) -> DDIMSampler:
     return kind(**given)
-
-
-@lru_cache(maxsize=64)
-def _finished_plan(plan: SamplingPlan, prediction_type: str, clip_sample_range: float | None) -> SamplingPlan:
-    return replace(plan, prediction_type=prediction_type, clip_sample_range=clip_sample_range)

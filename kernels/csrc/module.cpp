@@ -222,8 +222,12 @@ bool read_step(PyObject* const* a, Place place, PyObject* index, Step* s, int64_
     for (int64_t i = 0; is_on_host(like) && i < s->n_samples; ++i)
       if (s->thresholds[i] <= 0) return false;
   }
-  if (!read_tensor(a[kXPrev], &like, stride, &s->x_prev) || s->x_prev.dtype != s->x_t.dtype || !writable(a[kXPrev])) return false;
-  if (a[kXPrev] != a[kXT] && !without_gradient(a[kXPrev], recording)) return false;
+  if (a[kXPrev] == a[kXT]) {
+    s->x_prev = s->x_t;
+  } else if (!read_tensor(a[kXPrev], &like, stride, &s->x_prev) || s->x_prev.dtype != s->x_t.dtype || !without_gradient(a[kXPrev], recording)) {
+    return false;
+  }
+  if (!writable(a[kXPrev])) return false;
   if (a[kX0] != Py_None) {
     if (!read_tensor(a[kX0], &like, stride, &s->x0) || s->x0.dtype != s->x_t.dtype || !without_gradient(a[kX0], recording)) return false;
     if (!writable(a[kX0])) return false;
@@ -568,6 +572,32 @@ PyObject* py_silu(PyObject*, PyObject* arguments) {
   return new_none();
 }
 
+template <typename Bits>
+bool all_finite(const void* elements, int64_t n, Bits exponent) {
+  const auto* bits = static_cast<const Bits*>(elements);
+  Bits found = 0;
+  for (int64_t i = 0; i < n; ++i) found |= Bits((bits[i] & exponent) == exponent);
+  return !found;
+}
+
+// is_finite(tensor): whether no element is NaN or infinite; None if it is not a plain tensor on the CPU.
+PyObject* py_is_finite(PyObject*, PyObject* object) {
+  Tensor tensor;
+  dlpack::Tensor t;
+  if (is_watched() || !exchange || !read_tensor(object, nullptr, 0, &tensor, &t) || !is_on_host(t)) {
+    PyErr_Clear();
+    return new_none();
+  }
+  int64_t n = 1;
+  for (int32_t d = 0; d < t.ndim; ++d) n *= t.shape[d];
+  bool finite = true;
+  unlocked_for(n, [&] {
+    finite = tensor.dtype == kFloat32 ? all_finite<uint32_t>(tensor.data, n, 0x7f800000)
+                                      : all_finite<uint16_t>(tensor.data, n, tensor.dtype == kFloat16 ? 0x7c00 : 0x7f80);
+  });
+  return PyBool_FromLong(finite);
+}
+
 PyObject* py_instruction_sets(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
   for (const Kernels* k : usable_kernels()) {
@@ -624,6 +654,7 @@ PyMethodDef methods[] = {
     {"convolve", method<py_convolve>, METH_VARARGS, nullptr},
     {"normalize", method<py_normalize>, METH_VARARGS, nullptr},
     {"silu", method<py_silu>, METH_VARARGS, nullptr},
+    {"is_finite", method<py_is_finite>, METH_O, nullptr},
     {"same_objects", fast_method<py_same_objects>, METH_FASTCALL, nullptr},
     {"layouts", method<py_layouts>, METH_O, nullptr},
     {"instruction_sets", method<py_instruction_sets>, METH_NOARGS, "The instruction sets usable here, best first."},
