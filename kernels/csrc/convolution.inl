@@ -138,13 +138,15 @@ void multiply_rows(const float* a, const float* b, float* result, int64_t rows, 
 
 // result (rows, columns) = a (rows, depth) times b (depth, columns), which lies in panels of
 // kChannelGrain columns, each (depth, kChannelGrain). Whole cache lines are read, one after the other:
-// few tiles take as long as their weights take to arrive from the third-level cache.
+// few rows take as long as the weights take to arrive from the third-level cache. With more rows, a
+// vector that is as wide as a panel needs several of them, or it would wait for its own sums.
 inline void matrix_product(const float* a, const float* b, float* result, int64_t rows, int64_t depth, int64_t columns) {
   constexpr int64_t kGrain = kChannelGrain;
   int64_t j = 0;
   if constexpr (kPanel == 1) {
-    for (; columns - j > 4 * kGrain || columns - j == 3 * kGrain; j += 3 * kGrain) multiply_rows<3>(a, b + j * depth, result + j, rows, depth, columns);
-    for (; columns - j >= 2 * kGrain; j += 2 * kGrain) multiply_rows<2>(a, b + j * depth, result + j, rows, depth, columns);
+    const int64_t shared = rows > kRowGrain ? columns : 0;
+    for (; shared - j > 4 * kGrain || shared - j == 3 * kGrain; j += 3 * kGrain) multiply_rows<3>(a, b + j * depth, result + j, rows, depth, columns);
+    for (; shared - j >= 2 * kGrain; j += 2 * kGrain) multiply_rows<2>(a, b + j * depth, result + j, rows, depth, columns);
   }
   for (; j < columns; j += kGrain) multiply_rows<kPanel>(a, b + j * depth, result + j, rows, depth, columns);
 }
