@@ -138,8 +138,8 @@ void multiply_rows(const float* a, const float* b, float* result, int64_t rows, 
 
 // result (rows, columns) = a (rows, depth) times b (depth, columns), which lies in panels of
 // kChannelGrain columns, each (depth, kChannelGrain). Whole cache lines are read, one after the other:
-// few rows take as long as the weights take to arrive from the third-level cache. With more rows, a
-// vector that is as wide as a panel needs several of them, or it would wait for its own sums.
+// with few rows, a product waits for the weights to arrive from the third-level cache. With more, a
+// vector that is as wide as a panel needs several panels, or it would wait for its own sums.
 inline void matrix_product(const float* a, const float* b, float* result, int64_t rows, int64_t depth, int64_t columns) {
   constexpr int64_t kGrain = kChannelGrain;
   int64_t j = 0;
