@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 import torch
 from torch import Tensor, nn
 
+from .models.mismatch import warn_of_schedule, warn_of_training
 from .models.protocol import Model
 from .plans.choice import TimestepsArgument, choose_timesteps, read_if_file
 from .plans.clipping import Clipping
@@ -40,6 +41,7 @@ from .sampling.options import (
 )
 from .sampling.parallel import ParallelStatistics
 from .sampling.rollout import Rollout
+from .utils.warn import warn_caller
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -73,8 +75,10 @@ class DDIMSampler:
             "linspace", "uniform" or "quad" is at the cleanest timestep, which warns.
         steps_offset: added to the timesteps of "leading" spacing.
         prediction_type: "epsilon", "sample", "v_prediction", "flow", "score" or "edm", see
-            ``PREDICTION_TYPES``. None: what the model says of itself, or else the schedule's own:
-            "epsilon" for a ``NoiseSchedule``, "flow" for a ``FlowSchedule``.
+            ``PREDICTION_TYPES``. None: what the model says of itself, or else what the coefficients
+            in a file of timesteps are for, with a warning where that is not the schedule's own, or
+            else the schedule's own: "epsilon" for a ``NoiseSchedule``, "flow" for a
+            ``FlowSchedule``.
         order: 2 for the multistep form of DDIM, of second order (DPM-Solver++(2M), arXiv
             2211.01095): nearer to the result of many steps with the same model calls; with eta it
             is that solver's SDE form. 3 for the third order, which needs eta = 0. None: what the
@@ -281,9 +285,15 @@ class DDIMSampler:
         """Return the steps of a run with this model. What the sampler leaves open is taken from the
         model's attributes, then from defaults.
 
+        It warns of a model that was trained with another schedule (its attribute ``schedule``), and
+        of a module in training mode with dropout or batch normalization.
+
         Raises:
             ValueError: sampler and model name different prediction types.
         """
+        if model is not None:
+            warn_of_schedule(model, self.schedule)
+            warn_of_training(model)
         stated = getattr(model, "prediction_type", None)
         if stated is not None and self.prediction_type not in (None, stated):
             raise ValueError(
@@ -292,6 +302,15 @@ class DDIMSampler:
             )
         prediction_type = self.prediction_type or stated or self._fitted_type or self.schedule.default_prediction_type
         _check_fitted_type(self._fitted_type, prediction_type)
+        if (
+            self._fitted_type not in (None, self.prediction_type, stated, self.schedule.default_prediction_type)
+            and model is not None
+        ):
+            warn_caller(
+                f"a model that does not say what it predicts is taken for what the coefficients in timesteps are for, "
+                f"{self._fitted_type!r}, got one without prediction_type: pass prediction_type={self._fitted_type!r}, or give a "
+                "file that was searched with this model"
+            )
         clip_range = self._clipping.half_range(getattr(model, "clip_sample_range", None))
         if (prediction_type, clip_range) == (self._plan.prediction_type, self._plan.clip_sample_range):
             return self._plan

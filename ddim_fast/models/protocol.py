@@ -22,7 +22,8 @@ class Model(Protocol):
     A model may have attributes that the sampler uses as defaults: ``prediction_type``,
     ``clip_sample_range``; ``sample_shape``, ``(C, ...)``; ``unconditional(conditioning) ->
     conditioning`` for classifier-free guidance; and ``batches_guidance``, true where both
-    predictions of guidance should be one call with twice the batch.
+    predictions of guidance should be one call with twice the batch. A ``schedule`` that is not the
+    sampler's is warned of.
     """
 
     # To type checkers, ``*arguments: Any, **conditioning: Any`` is whatever else a model takes, or

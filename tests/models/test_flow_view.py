@@ -65,11 +65,9 @@ def test_the_velocity_is_the_difference_of_what_the_model_means(kind):
         alpha, sigma = math.sqrt(SCHEDULE.alphas_cumprod[timestep]), math.sqrt(1 - SCHEDULE.alphas_cumprod[timestep])
         (time,) = df.flow_times(SCHEDULE, [timestep])
         assert time == pytest.approx(sigma / (alpha + sigma), rel=1e-14)
-        m = model(x, torch.full((3,), timestep))
-        x0 = {"epsilon": (x - sigma * m) / alpha, "sample": m, "v_prediction": alpha * x - sigma * m}[kind]
-        eps = {"epsilon": m, "sample": (x - alpha * m) / sigma, "v_prediction": sigma * x + alpha * m}[kind]
+        wanted = velocity_meant(kind, x, model(x, torch.full((3,), timestep)), alpha, sigma)
         got = flow(rescaled(x, time), torch.full((3,), time, dtype=torch.float64))
-        torch.testing.assert_close(got, eps - x0, rtol=1e-9, atol=1e-9 / alpha)
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9 / alpha)
 
 
 def test_times_between_two_timesteps():
@@ -140,6 +138,15 @@ def test_the_shipped_model_draws_the_same_pictures():
     assert float((got - pictures).abs().max()) < 1 / 255 / 10
 
 
+def velocity_meant(kind, x, m, alpha, sigma):
+    """eps - x0 by the definition of each kind, of x = alpha x0 + sigma eps."""
+    if kind == "epsilon":
+        return m - (x - sigma * m) / alpha
+    if kind == "sample":
+        return (x - alpha * m) / sigma - m
+    return (sigma * x + alpha * m) - (alpha * x - sigma * m)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("schedule", [SCHEDULE, SCHEDULE.rescale_zero_terminal_snr()], ids=["linear", "zero SNR"])
 def test_the_ends_of_the_path_are_finite(kind, schedule):
@@ -159,21 +166,10 @@ def test_the_ends_of_the_path_are_finite(kind, schedule):
             alpha, sigma = (
                 math.sqrt(a) for a in (schedule.alphas_cumprod[timestep], 1 - schedule.alphas_cumprod[timestep])
             )
-        m = model(x, torch.full((3,), timestep))
-        x0 = {
-            "epsilon": lambda: (x - sigma * m) / alpha,
-            "sample": lambda: m,
-            "v_prediction": lambda: alpha * x - sigma * m,
-        }
-        eps = {
-            "epsilon": lambda: m,
-            "sample": lambda: (x - alpha * m) / sigma,
-            "v_prediction": lambda: sigma * x + alpha * m,
-        }
+        velocity = velocity_meant(kind, x, model(x, torch.full((3,), timestep)), alpha, sigma)
         wide = 1e-8 * (1 / alpha if kind == "epsilon" else 1 / sigma if kind == "sample" else 1)
-        wanted = eps[kind]() - x0[kind]()
-        assert wanted.isfinite().all()
-        torch.testing.assert_close(got, rescaled(wanted, 0), rtol=1e-9, atol=wide)
+        assert velocity.isfinite().all()
+        torch.testing.assert_close(got, velocity, rtol=1e-9, atol=wide)
 
 
 def test_a_model_of_the_noise_is_sampled_from_flow_time_1():

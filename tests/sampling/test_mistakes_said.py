@@ -2,12 +2,13 @@
 
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from ddim_fast import DDIMSampler, NoiseSchedule, load_model
+from ddim_fast import DDIMSampler, EDMSchedule, FlowSchedule, NoiseSchedule, load_model
 from ddim_fast.utils.warn import add_note
 
 LINEAR = NoiseSchedule.linear(100)
@@ -15,6 +16,7 @@ SAMPLER = DDIMSampler(LINEAR, 2)
 SHAPE = (3, 2, 4, 4)
 LEVELS = torch.arange(96.0).reshape(SHAPE) * (255 / 95)
 MASK = torch.ones(4, 4)
+SOLVER = Path(__file__).parents[2] / "docs" / "examples" / "fashion-8.json"
 
 
 def half(x, t, **conditioning):
@@ -161,3 +163,103 @@ def test_before_python_3_11_a_note_is_a_warning():
 
     with pytest.warns(UserWarning, match="^what was wrong$"):
         add_note(OldError(), "what was wrong")
+
+
+# --- A model sampled otherwise than it was trained --------------------------------------------------------------------
+
+
+class Trained(nn.Module):
+    """A model that says what it was trained with."""
+
+    def __init__(self, schedule, *layers):
+        super().__init__()
+        self.schedule, self.layers, self.prediction_type = schedule, nn.Sequential(*layers), "v_prediction"
+
+    def forward(self, x, t, y=None):
+        return self.layers(x) * 0.5
+
+
+METHODS = {
+    "sample": lambda sampler, model: sampler.sample(model, SHAPE, seed=0),
+    "img2img": lambda sampler, model: sampler.img2img(model, torch.zeros(SHAPE), 0.5, seed=0),
+    "inpaint": lambda sampler, model: sampler.inpaint(model, torch.zeros(SHAPE), MASK, seed=0),
+    "interpolate": lambda sampler, model: sampler.interpolate(model, torch.ones(SHAPE), torch.ones(SHAPE), [0.5]),
+    "invert": lambda sampler, model: sampler.invert(model, torch.zeros(SHAPE)),
+    "reconstruct": lambda sampler, model: sampler.reconstruct(model, torch.zeros(SHAPE)),
+    "sample_parallel": lambda sampler, model: sampler.sample_parallel(model, SHAPE, seed=0),
+    "rollout": lambda sampler, model: sampler.replace(eta=1.0).rollout(model, SHAPE, seed=0),
+}
+
+OTHERS = {
+    "another schedule": (LINEAR, NoiseSchedule.cosine(100)),
+    "another path": (LINEAR, FlowSchedule()),
+    "another scale of time": (FlowSchedule(time_scale=1000.0), FlowSchedule()),
+    "another form of the network": (EDMSchedule(), EDMSchedule(preconditioned=True)),
+}
+THE_SAME = {
+    "equal": (LINEAR, NoiseSchedule.linear(100)),
+    "other times": (FlowSchedule(), FlowSchedule(shift=3.0)),
+    "another range": (EDMSchedule(), EDMSchedule(sigma_max=40.0)),
+    "no schedule of ours": ("linear", LINEAR),
+}
+
+
+@pytest.mark.parametrize("pair", OTHERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_of_another_schedule_is_said_once_and_by_what_line(pair, method):
+    trained, used = OTHERS[pair]
+    with pytest.warns(
+        UserWarning, match=r"^the sampler's schedule should be .* use DDIMSampler\(model\.schedule"
+    ) as said:
+        METHODS[method](DDIMSampler(used, 2), Trained(trained))
+    assert [warning.filename for warning in said] == [__file__]
+
+
+@pytest.mark.parametrize("pair", THE_SAME)
+def test_a_schedule_that_tells_the_model_the_same_is_nobodys_mistake(pair):
+    trained, used = THE_SAME[pair]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        METHODS["sample"](DDIMSampler(used, 2), Trained(trained))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(0.1), nn.Dropout2d(), nn.BatchNorm2d(2)], ids=lambda layer: type(layer).__name__
+)
+def test_training_mode_is_said_once_and_by_what_line(method, layer):
+    with pytest.warns(UserWarning, match=rf"{type(layer).__name__} in 'layers\.0' .*: call model\.eval\(\)$") as said:
+        METHODS[method](SAMPLER, Trained(LINEAR, layer).train())
+    assert [warning.filename for warning in said] == [__file__]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Trained(LINEAR, nn.Dropout(0.1), nn.BatchNorm2d(2)).eval(),
+        Trained(LINEAR, nn.GroupNorm(1, 2), nn.Dropout(0.0)).train(),
+        Trained(LINEAR, nn.Dropout(0.1).eval()),
+    ],
+    ids=["eval", "no such layer", "the layer alone"],
+)
+def test_other_modules_are_nobodys_mistake(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        METHODS["sample"](SAMPLER, model)
+
+
+def test_what_a_file_says_of_a_model_that_does_not_say_it_is_said():
+    """Of the file's coefficients, which are for v_prediction; the schedule's own is epsilon."""
+    linear = NoiseSchedule.linear()
+    sampler = DDIMSampler(linear, timesteps=SOLVER)
+    with pytest.warns(
+        UserWarning, match=r"taken for .* 'v_prediction', .*: pass prediction_type='v_prediction', or"
+    ) as said:
+        guessed = sampler.sample(half, SHAPE, seed=0)
+    assert [warning.filename for warning in said] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(sampler.replace(prediction_type="v_prediction").sample(half, SHAPE, seed=0), guessed)
+        assert torch.equal(sampler.sample(Trained(linear), SHAPE, seed=0), guessed)
+        sampler.replace(order=1).sample(half, SHAPE, seed=0)  # the timesteps alone
+        sampler.plan()
