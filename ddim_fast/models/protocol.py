@@ -70,8 +70,13 @@ def output_tensor(output: Any, like: Tensor) -> Tensor:
         if found.ndim == like.ndim > 1 and found.shape == (like.shape[0], 2 * like.shape[1], *like.shape[2:]):
             found = found[:, : like.shape[1]]  # learned-variance channels are ignored, without a copy
         else:
+            remedy = ""
+            if found.ndim == like.ndim + 1:
+                sizes = ", ".join(map(str, like.shape))
+                remedy = f": if the input is one sample, its batch is missing, and its shape is (1, {sizes})"
             raise ValueError(
                 f"a model must return the shape of its input, {tuple(like.shape)} (or twice the channels), got {tuple(found.shape)}"
+                f"{remedy}"
             )
     if found.device != like.device:
         raise ValueError(

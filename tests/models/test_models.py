@@ -177,7 +177,7 @@ def test_unconditional_is_the_label_num_classes(model):
 
 
 def test_a_label_outside_the_classes_is_refused(model):
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match=r"class_labels must be .* from 0 to 9 \(10: no class\), got 11"):
         model(pictures(1), torch.tensor([5]), torch.tensor([11]))
 
 

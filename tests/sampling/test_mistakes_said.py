@@ -150,7 +150,7 @@ def test_an_error_with_usual_input_is_left_as_it_is():
 
 @has_notes
 def test_the_model_that_ships_says_it():
-    with pytest.raises(RuntimeError, match="Sizes of tensors") as error:
+    with pytest.raises(ValueError, match=r"class_labels must be .* one for each of the 1 samples") as error:
         DDIMSampler(NoiseSchedule.linear(), 2).sample(
             load_model(), seed=0, conditioning={"class_labels": torch.arange(8)}
         )
@@ -263,3 +263,79 @@ def test_what_a_file_says_of_a_model_that_does_not_say_it_is_said():
         assert torch.equal(sampler.sample(Trained(linear), SHAPE, seed=0), guessed)
         sampler.replace(order=1).sample(half, SHAPE, seed=0)  # the timesteps alone
         sampler.plan()
+
+
+# --- What a model that says what it takes is given --------------------------------------------------------------------
+
+FASHION = load_model("fashion")
+OF_FASHION = DDIMSampler(FASHION.schedule, 2)
+
+
+@pytest.mark.parametrize("conditioning", [None, {}, {"class_labels": None}])
+def test_guidance_to_nothing_is_said(conditioning):
+    with pytest.warns(
+        UserWarning, match=r"^guidance needs what .*guidance_scale=3 .*pass conditioning, .*class_labels"
+    ) as said:
+        OF_FASHION.sample(FASHION, (2, 1, 28, 28), seed=0, guidance_scale=3.0, conditioning=conditioning)
+    assert [warning.filename for warning in said] == [__file__]
+
+
+WRONG_LABELS = {
+    "one for all": (
+        torch.tensor([1]),
+        ValueError,
+        r"one for each of the 2 samples, got \(1,\): .* labels\.expand\(2\)",
+    ),
+    "no batch": (torch.tensor(1), ValueError, r"one for each of the 2 samples, got \(\): .* labels\.expand\(2\)"),
+    "too many": (torch.arange(3), ValueError, r"one for each of the 2 samples, got \(3,\)"),
+    "one-hot": (torch.zeros(2, 10, dtype=torch.int64), ValueError, r"got \(2, 10\)$"),
+    "a list": ([1, 2], TypeError, r"got \[1, 2\]: use torch\.tensor"),
+    "a number": (3, TypeError, r"got 3: use torch\.tensor"),
+    "floats": (torch.ones(2), TypeError, r"got torch\.float32: use labels\.long\(\)$"),
+    "a mask": (torch.ones(2, dtype=torch.bool), TypeError, r"got torch\.bool: use labels\.long\(\)$"),
+    "below": (torch.tensor([0, -1]), ValueError, r"from 0 to 9 \(10: no class\), got -1$"),
+    "above": (torch.tensor([0, 200]), ValueError, r"from 0 to 9 \(10: no class\), got 200$"),
+}
+
+
+@pytest.mark.parametrize("guidance", [{}, {"guidance_scale": 2.0}], ids=["plain", "guided"])
+@pytest.mark.parametrize("wrong", WRONG_LABELS)
+def test_labels_that_are_no_classes_are_refused(wrong, guidance):
+    labels, kind, words = WRONG_LABELS[wrong]
+    with pytest.raises(kind, match=rf"^class_labels must be a tensor .*{words}"):
+        OF_FASHION.sample(FASHION, (2, 1, 28, 28), seed=0, conditioning={"class_labels": labels}, **guidance)
+
+
+def test_no_class_is_a_label_too_and_either_integer_will_do():
+    labels = torch.tensor([10, 3])
+    for given in (labels, labels.int()):
+        OF_FASHION.sample(FASHION, (2, 1, 28, 28), seed=0, conditioning={"class_labels": given})
+
+
+@pytest.mark.parametrize("method", ["sample", "img2img", "sample_parallel"])
+def test_another_shape_than_the_models_is_said_once(method):
+    calls = {
+        "sample": lambda: OF_FASHION.sample(FASHION, (2, 1, 32, 32), seed=0),
+        "img2img": lambda: OF_FASHION.img2img(FASHION, torch.zeros(2, 1, 32, 32), 0.5, seed=0),
+        "sample_parallel": lambda: OF_FASHION.sample_parallel(FASHION, (2, 1, 32, 32), seed=0),
+    }
+    with pytest.warns(UserWarning, match=r"sample_shape, \(B, 1, 28, 28\), got \(2, 1, 32, 32\), on which") as said:
+        calls[method]()
+    assert [warning.filename for warning in said] == [__file__]
+
+
+def test_a_forgotten_batch_is_named():
+    def model(x, t):
+        return x.expand(3, *x.shape)
+
+    with pytest.raises(
+        ValueError, match=r"got \(3, 3, 16, 16\): .* its batch is missing, and its shape is \(1, 3, 16, 16\)"
+    ):
+        SAMPLER.sample(model, (3, 16, 16), seed=0)
+
+
+@has_notes
+def test_a_misspelt_condition_is_noted_on_the_models_error():
+    with pytest.raises(TypeError, match="unexpected keyword") as error:
+        OF_FASHION.sample(FASHION, (2, 1, 28, 28), seed=0, conditioning={"labels": torch.arange(2)})
+    assert notes(error)[0].endswith("by name, got 'labels': the model takes class_labels")
