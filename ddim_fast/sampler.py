@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .models.mismatch import warn_of_schedule, warn_of_training
-from .models.protocol import Model
+from .models.protocol import Model, check_model
 from .plans.choice import TimestepsArgument, choose_timesteps, read_if_file
 from .plans.clipping import Clipping
 from .plans.eta import PAPER
@@ -41,6 +41,7 @@ from .sampling.options import (
 )
 from .sampling.parallel import ParallelStatistics
 from .sampling.rollout import Rollout
+from .utils.suggestions import suggests_names
 from .utils.warn import warn_caller
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ class DDIMSampler:
     _plan: SamplingPlan
     _fitted_type: str | None
 
+    @suggests_names
     def __init__(
         self,
         schedule: NoisePath,
@@ -161,8 +163,7 @@ class DDIMSampler:
         given = {name: value for name, value in locals().items() if name != "self"}
         if not isinstance(schedule, NoisePath):
             raise TypeError(
-                f"schedule must be a NoiseSchedule, or one in continuous time, got {type(schedule).__name__}: for instance "
-                "NoiseSchedule.linear() or FlowSchedule()"
+                f"schedule must be a NoiseSchedule, or one in continuous time, got {_kind(schedule)}: {_path_meant(schedule)}"
             )
         clipping = Clipping(**{name: given[name] for name in Clipping.__dataclass_fields__})
         name_of_file = os.fspath(timesteps) if isinstance(timesteps, (str, os.PathLike)) else "the list of timesteps"
@@ -289,9 +290,11 @@ class DDIMSampler:
         of a module in training mode with dropout or batch normalization.
 
         Raises:
+            TypeError: the model cannot be called as one.
             ValueError: sampler and model name different prediction types.
         """
         if model is not None:
+            check_model(model)
             warn_of_schedule(model, self.schedule)
             warn_of_training(model)
         stated = getattr(model, "prediction_type", None)
@@ -966,6 +969,23 @@ class DDIMSampler:
         }
         options = options_of("optimize", SampleKeywords, keywords)
         return optimize(self.plan(model), model, shape, options, self.graphs, compile=compile, tolerance=tolerance)
+
+
+def _kind(schedule: object) -> str:
+    return f"the class {schedule.__name__}" if isinstance(schedule, type) else type(schedule).__name__
+
+
+def _path_meant(schedule: object) -> str:
+    """Return how to make a schedule of what was given for one, in words."""
+    if isinstance(schedule, type) and issubclass(schedule, NoisePath):
+        return f"call it, {schedule.__name__}(...), for instance NoiseSchedule.linear() or FlowSchedule()"
+    if callable(schedule) and isinstance(getattr(schedule, "__self__", None), type):
+        return f"call it, {getattr(schedule, '__qualname__', 'schedule')}()"
+    if isinstance(getattr(schedule, "schedule", None), NoisePath):
+        return "use its schedule, model.schedule"
+    if getattr(schedule, "alphas_cumprod", None) is not None:
+        return "use NoiseSchedule(scheduler.alphas_cumprod)"
+    return "for instance NoiseSchedule.linear() or FlowSchedule()"
 
 
 def _check_fitted_type(fitted: str | None, prediction_type: str | None) -> None:

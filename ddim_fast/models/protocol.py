@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..utils.checks import check_sample_shape, refuse
 
@@ -29,6 +30,26 @@ class Model(Protocol):
     # To type checkers, ``*arguments: Any, **conditioning: Any`` is whatever else a model takes, or
     # nothing: ``def eps(x, t)`` and ``def unet(x, t, class_labels)`` are both models.
     def __call__(self, x: Tensor, t: Tensor, /, *arguments: Any, **conditioning: Any) -> Any: ...
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError unless ``model`` can be called as a model."""
+    if isinstance(model, nn.Module):
+        return
+    rule, kind = "model must be callable as model(x, t, **conditioning)", type(model).__name__
+    if not callable(model):
+        remedy = f": load it with load_model({model!r:.80})" if isinstance(model, (str, os.PathLike)) else ""
+        raise TypeError(f"{rule}, got {kind}{remedy}")
+    if name := denoiser_in(model):
+        raise TypeError(f"{rule}, got {kind}, a whole pipeline: pass its denoiser, pipe.{name}")
+
+
+def denoiser_in(pipeline: object) -> str | None:
+    """Return the name of the denoiser in a pipeline as diffusers has them; None where it is none."""
+    if not hasattr(pipeline, "scheduler"):
+        return None
+    names = ("unet", "transformer")
+    return next((name for name in names if isinstance(getattr(pipeline, name, None), nn.Module)), None)
 
 
 def sample_shape_of(model: Model, shape: Sequence[int] | None) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from ..kernels.cpu_step import seeds_of
 from ..kernels.dispatch import ddim_step, normals
 from ..kernels.noise import NoiseStream, check_seed
 from ..kernels.torch_internals import tree_map_only
-from ..models.protocol import Model
+from ..models.protocol import Model, check_model
 from ..plans.coefficients import known_region_coefficients, noising_coefficients
 from ..plans.levels import AnyLevel
 from ..utils.checks import as_index, check_alike, check_sample_shape, check_samples, refuse, usable_device
@@ -108,8 +108,7 @@ def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
 def conditionings_of(model: Model, conditioning, scales, unconditional_conditioning) -> list[Mapping[str, Any]]:
     """Return the conditioning of each model call of a step: one, or a conditional and an
     unconditional one."""
-    if not callable(model):
-        raise TypeError(f"model must be callable as model(x, t, **conditioning), got {type(model).__name__}")
+    check_model(model)
     conditioning = _keywords("conditioning", conditioning)
     if unconditional_conditioning is not None:
         unconditional_conditioning = _keywords("unconditional_conditioning", unconditional_conditioning)

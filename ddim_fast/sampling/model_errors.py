@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.protocol import Model
 from ..utils.warn import add_note
@@ -15,8 +15,8 @@ from ..utils.warn import add_note
 
 def explain(error: Exception, model: Model, x: Tensor, conditioning: Mapping[str, Any]) -> None:
     """Add to the error of a model's call what in its input is unusual: conditioning of a name that
-    it does not take, or with another number of rows than ``x`` ``(B, C, ...)``, or an ``x`` of
-    three sizes, which may be one picture.
+    it does not take, or with another number of rows than ``x`` ``(B, C, ...)``; an ``x`` of another
+    dtype than its weights, or of three sizes, which may be one picture.
 
     A model may want either, so neither is refused before it is called.
     """
@@ -28,6 +28,12 @@ def explain(error: Exception, model: Model, x: Tensor, conditioning: Mapping[str
             error,
             f"conditioning is passed to the model by name, got {', '.join(map(repr, unknown))}: the model takes "
             f"{', '.join(taken) or 'none'}",
+        )
+    weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if weight is not None and weight.dtype.is_floating_point and weight.dtype != x.dtype:
+        add_note(
+            error,
+            f"the model was called with x of {x.dtype}, and its weights are {weight.dtype}: pass model_dtype={weight.dtype}",
         )
     if x.ndim == 3:
         sizes = ", ".join(map(str, x.shape))

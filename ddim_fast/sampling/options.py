@@ -7,7 +7,6 @@ add a field to a record, and its keyword to the methods that take it.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
+from ..utils.suggestions import did_you_mean
 from .guidance import GuidanceScale
 from .loop import Density, Timing
 
@@ -245,8 +245,9 @@ def check_names(method: str, accepted: type, keywords: Mapping[str, Any]) -> Non
     names = accepted.__optional_keys__  # type: ignore[attr-defined]  # every TypedDict has it
     for name, value in keywords.items():
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            remedy = f"did you mean {near[0]}?" if near else f"it takes {', '.join(sorted(names))}"
+            remedy = did_you_mean(name, sorted(names)) or f"it takes {', '.join(sorted(names))}"
+            if "conditioning" in names:
+                remedy += f'; what the model takes goes into conditioning={{"{name}": ...}}'
             raise TypeError(f"{method} has no keyword {name!r}, got {name}={value!r:.60}: {remedy}")
 
 

@@ -198,6 +198,7 @@ OTHERS = {
 }
 THE_SAME = {
     "equal": (LINEAR, NoiseSchedule.linear(100)),
+    "from float32": (LINEAR, NoiseSchedule(LINEAR.alphas_cumprod.astype("float32"))),
     "other times": (FlowSchedule(), FlowSchedule(shift=3.0)),
     "another range": (EDMSchedule(), EDMSchedule(sigma_max=40.0)),
     "no schedule of ours": ("linear", LINEAR),
