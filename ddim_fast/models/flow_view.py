@@ -100,6 +100,7 @@ class FlowModel(nn.Module):
 
     def __init__(self, model: Model, schedule: NoiseSchedule, output_type: str, fractional_timesteps: bool):
         super().__init__()
+        self.training = getattr(model, "training", False)
         self.model = model
         self.trained_schedule = schedule
         self.output_type = output_type

@@ -12,13 +12,15 @@ from ..utils.warn import warn_caller
 from .protocol import Model
 
 _DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_COUNTS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_RANDOM = (*_DROPS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def warn_of_schedule(model: Model, schedule: NoisePath) -> None:
     """Warn where a model says that it was trained with another schedule than that of the sampler."""
     stated = getattr(model, "schedule", None)
-    if stated is schedule or not isinstance(stated, NoisePath) or _serves(schedule, stated):
+    if stated is schedule or not isinstance(stated, NoisePath):
+        return
+    if stated == schedule or _serves(schedule, stated):
         return
     warn_caller(
         f"the sampler's schedule should be the one that the model was trained with, model.schedule = {stated!r:.120}, got "
@@ -28,15 +30,16 @@ def warn_of_schedule(model: Model, schedule: NoisePath) -> None:
 
 @lru_cache(maxsize=64)
 def _serves(schedule: NoisePath, stated: NoisePath) -> bool:
-    return schedule == stated or schedule.serves_models_of(stated)
+    return schedule.serves_models_of(stated)
 
 
 def warn_of_training(model: Model) -> None:
     """Warn of a module in training mode with layers that then are random, or change."""
     if not getattr(model, "training", False) or not isinstance(model, nn.Module):
         return
-    for name, module in model.named_modules():
-        if module.training and ((isinstance(module, _DROPS) and module.p > 0) or isinstance(module, _COUNTS)):
+    for module in model.modules():
+        if module.training and isinstance(module, _RANDOM) and getattr(module, "p", 1) > 0:
+            name = next(name for name, other in model.named_modules() if other is module)
             where = f"{type(module).__name__} in {name!r}" if name else type(module).__name__
             effect = (
                 "drops at random" if isinstance(module, _DROPS) else "depends on the batch and changes its statistics"

@@ -187,3 +187,10 @@ def test_a_model_of_the_noise_is_sampled_from_flow_time_1():
     got = df.DDIMSampler(df.FlowSchedule(), timesteps=times).sample(flow, x_T=x_T)
     expected = df.DDIMSampler(SCHEDULE, timesteps=[999, 900, 700, 400, 100]).sample(exact, x_T=x_T)
     assert float((got - expected).norm() / expected.norm()) < 0.01
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_view_is_in_the_mode_of_the_model(training):
+    model = Told("epsilon").train(training)
+    assert df.as_flow(model).training is training
+    assert df.as_flow(lambda x, t: x, SCHEDULE, "epsilon").training is False
