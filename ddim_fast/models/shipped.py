@@ -82,7 +82,7 @@ class ShippedModel(ClassConditional, nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         if class_labels is not None:
-            check_labels(class_labels, len(x), self.num_classes)
+            check_labels(class_labels, x.shape[0], self.num_classes)  # len(x) would fix the batch of torch.export
         try:
             return self.unet(x, t, class_labels)
         except IndexError:  # of a label: to look at them before takes a while, and cannot be captured

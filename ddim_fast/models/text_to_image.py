@@ -77,7 +77,7 @@ class TextToImage(ClassConditional, LoadedModel):
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, **conditioning: Any) -> Tensor:
         if class_labels is None:
             class_labels = torch.full((len(x),), self.num_classes, dtype=torch.int64, device=x.device)
-        check_labels(class_labels, len(x), self.num_classes)
+        check_labels(class_labels, x.shape[0], self.num_classes)
         if not torch.compiler.is_compiling():
             check_range(class_labels, self.num_classes)  # -1 would be a prompt's embedding, too
         more = dict(conditioning)
