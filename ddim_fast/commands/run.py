@@ -114,14 +114,9 @@ class Run:
             path = _shifted(path, self.shift)
         if isinstance(path, FlowSchedule) and isinstance(trained, NoiseSchedule):
             model = as_flow(model)
-            trained = path
+            trained = model.schedule
         if isinstance(path, FlowSchedule) and isinstance(trained, FlowSchedule):
             path = replace(path, time_scale=trained.time_scale)
-            trained = path  # which times are visited is for the sampler to choose
-        if path is not None and trained not in (None, path):
-            self.note(
-                f"the {self.model_name} model was trained with another schedule; with {self.schedule} its samples will be wrong"
-            )
         self.model, self.path = model, path
         if self.backend is not None:  # before any progress is shown
             x = torch.zeros(1, 4, dtype=torch.float32, device=self.where)

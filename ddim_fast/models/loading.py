@@ -25,7 +25,7 @@ from ..plans.schedules import NoiseSchedule, make_schedule
 from ..plans.timesteps import SPACINGS
 from ..utils.checks import check_choice, check_dtype, check_integer, check_number, refuse, usable_device
 from ..utils.files import check_safetensors, first_line, read_json_object
-from .protocol import output_tensor
+from .protocol import denoiser_in, output_tensor
 from .shipped import SHIPPED, ShippedModel, load_shipped_model
 
 
@@ -104,6 +104,7 @@ def load_model(
     if isinstance(name, str) and name in SHIPPED:
         _check_variant(variant, None)
         return load_shipped_model(name, device, torch.float32 if dtype is None else dtype)
+    _check_name(name)
     if not os.path.exists(name):
         alike = difflib.get_close_matches(str(name), SHIPPED, 1)
         meant = f"did you mean {alike[0]!r}? Otherwise " if alike else ""
@@ -152,6 +153,7 @@ def load_model_from(
         TypeError, ValueError: the file is of another kind, damaged, or has a setting that is not
             supported.
     """
+    _check_name(path)
     path = Path(path)
     device = usable_device(device)
     if dtype is not None:
@@ -176,6 +178,18 @@ def load_model_from(
         model = _ARCHIVES[kind](path, device, dtype)
     _check_finite(model, path)
     return model.requires_grad_(False).eval()
+
+
+def _check_name(name: object) -> None:
+    """Raise TypeError unless ``name`` is text or a path."""
+    if isinstance(name, (str, os.PathLike)):
+        return
+    denoiser, given = denoiser_in(name), type(name).__name__
+    if denoiser is not None:
+        remedy = f"of a pipeline in memory sample pipe.{denoiser}, with NoiseSchedule(pipe.scheduler.alphas_cumprod)"
+    else:
+        remedy = "a model in memory is sampled as it is" if callable(name) else "for instance 'fashion'"
+    raise TypeError(f"a model to load must be the name of one that ships, or a path, got {given}: {remedy}")
 
 
 def _check_variant(variant: object, directory: Path | None) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..utils.checks import check_text, refuse
 from ..utils.files import first_line, read_json_object
-from .class_labels import ClassConditional
+from .class_labels import ClassConditional, check_labels, check_range
 from .loading import LoadedModel, diffusers_module, load_model_from
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -77,6 +77,9 @@ class TextToImage(ClassConditional, LoadedModel):
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, **conditioning: Any) -> Tensor:
         if class_labels is None:
             class_labels = torch.full((len(x),), self.num_classes, dtype=torch.int64, device=x.device)
+        check_labels(class_labels, x.shape[0], self.num_classes)
+        if not torch.compiler.is_compiling():
+            check_range(class_labels, self.num_classes)  # -1 would be a prompt's embedding, too
         more = dict(conditioning)
         if self.pooled is not None and self.sizes is not None:
             time_ids = self.sizes.expand(len(x), -1)

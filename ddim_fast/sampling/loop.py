@@ -378,7 +378,7 @@ def model_calls(model: Model, conditionings: Sequence[Mapping[str, Any]]) -> lis
             try:
                 return output_tensor(model(x, t, **conditioning), x)
             except Exception as error:
-                explain(error, x, conditioning)
+                explain(error, model, x, conditioning)
                 raise
 
         return call
@@ -395,7 +395,7 @@ def _call_of_both(model: Model, first: Mapping[str, Any], second: Mapping[str, A
         try:
             return _apart_from(doubled, output_tensor(model(doubled, torch.cat([t, t]), **merged), doubled))
         except Exception as error:
-            explain(error, doubled, merged)
+            explain(error, model, doubled, merged)
             raise
 
     return both

@@ -7,7 +7,6 @@ add a field to a record, and its keyword to the methods that take it.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..kernels.contract import NORMALS
 from ..utils.checks import check_choice, refuse
+from ..utils.suggestions import did_you_mean
 from .guidance import GuidanceScale
 from .loop import Density, Timing
 
@@ -254,8 +254,9 @@ def check_keywords(method: str, accepted: type, keywords: Mapping[str, Any]) -> 
     names = accepted.__optional_keys__  # type: ignore[attr-defined]  # every TypedDict has it
     for name, value in keywords.items():
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            remedy = f"did you mean {near[0]}?" if near else f"it takes {', '.join(sorted(names))}"
+            remedy = did_you_mean(name, sorted(names)) or f"it takes {', '.join(sorted(names))}"
+            if "conditioning" in names:
+                remedy += f'; what the model takes goes into conditioning={{"{name}": ...}}'
             raise TypeError(f"{method} has no keyword {name!r}, got {name}={value!r:.60}: {remedy}")
         if name in _CHECKS:
             _CHECKS[name](name, value)

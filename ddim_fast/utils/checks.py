@@ -17,8 +17,11 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .suggestions import did_you_mean
 
 
 def refuse(rule: str, value: object, remedy: str = "", kind: type[Exception] = ValueError) -> NoReturn:
@@ -37,10 +40,11 @@ def as_index(value: Any) -> int:
 
 
 def check_choice(name: str, value: object, choices: Iterable[str], remedy: str = "") -> None:
-    """Raise ValueError unless ``value`` is one of ``choices``."""
+    """Raise ValueError unless ``value`` is one of ``choices``; it names the nearest, or else the
+    remedy."""
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
-        refuse(f"{name} must be one of {', '.join(choices)}", value, remedy)
+        refuse(f"{name} must be one of {', '.join(choices)}", value, did_you_mean(value, choices) or remedy)
 
 
 def check_integer(
@@ -192,6 +196,17 @@ def check_samples(name: str, value: object) -> None:
     if isinstance(value, Tensor) and value.dtype == torch.uint8:
         remedy = f"pictures of 8 bits are {name}.float() / 127.5 - 1"
         refuse(f"{name} must be a floating-point tensor (B, C, ...)", value.dtype, remedy, TypeError)
+    if isinstance(value, np.ndarray):
+        rule, given = f"{name} must be a floating-point tensor (B, C, ...)", f"an array {value.shape} {value.dtype}"
+        raise TypeError(f"{rule}, got {given}: use torch.from_numpy({name}).float()")
+    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested:
+        given = f"{tuple(value.shape)} {value.dtype}"
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{name} must be a floating-point tensor (B, C, ...), got {given}: use {name}.float()")
+        if value.ndim < 2:
+            raise TypeError(
+                f"{name} must be a floating-point tensor (B, C, ...), got {given}: use {name}.view(B, C, ...)"
+            )
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point or value.is_nested or value.ndim < 2:
         raise TypeError(f"{name} must be a floating-point tensor (B, C, ...), got {value!r:.80}")
     if value.layout != torch.strided:

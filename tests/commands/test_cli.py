@@ -144,12 +144,12 @@ def test_quiet_says_nothing(tmp_path):
 
 
 def test_other_schedule_is_noted(tmp_path):
-    assert "trained with another schedule" in sample(tmp_path, "--schedule", "cosine")
+    assert sample(tmp_path, "--schedule", "cosine").count("the one that the model was trained with") == 1
 
 
 def test_a_diffusion_model_is_sampled_along_flow_matchings_path(tmp_path):
     output = sample(tmp_path, "--schedule", "flow", "--shift", 3, "--steps", 4, "--save", tmp_path / "s.npz")
-    assert "another schedule" not in output
+    assert "trained with" not in output
     sampler = DDIMSampler(FlowSchedule(shift=3.0), 4)
     labels = {"class_labels": torch.arange(3)}
     expected = sampler.sample(as_flow(load_model("fashion")), (3, 1, 28, 28), seed=0, conditioning=labels)
@@ -190,7 +190,7 @@ def test_a_flow_model_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     output = run("sample", "--model", "own_flow:Model", "--steps", 3, "-n", 2, "--shift", 2, "--save", "s.npz")
     assert "3 steps" in output
-    assert "another schedule" not in output
+    assert "trained with" not in output
     sampler = DDIMSampler(FlowSchedule(shift=2.0), 3, prediction_type="flow")
     expected = sampler.sample(lambda x, t: x - 0.5, (2, 1, 4, 4), seed=0)
     assert np.array_equal(load(tmp_path / "s.npz")["samples"], expected.numpy())
