@@ -145,7 +145,7 @@ _OPTIONS = {
         metavar="FILE",
         help="Also write the raw samples: .npz or .safetensors.",
     ),
-    "quiet": click.option("--quiet", is_flag=True, help="Show no progress bar and no summary."),
+    "quiet": click.option("--quiet", is_flag=True, help="Show no progress bar and no summary; notes and errors are still shown."),
 }
 
 _OF_A_MODEL = (

@@ -316,10 +316,16 @@ class Run:
         labels: list[int] | None = None,
         drawn: Tensor | None = None,
     ) -> list[Path]:
-        """Write the grid of samples (or of the pictures ``drawn``) and, with --save, the samples."""
+        """Write the grid of samples (or of the pictures ``drawn``) and, with --save, the samples.
+
+        Raises:
+            ValueError: every sample, or every picture, has NaN or infinity; nothing is written.
+        """
         written: list[Path] = []
+        _check_some_finite("samples", samples)
         if self.draws_pictures:
             images = self.to_pictures(samples) if drawn is None else drawn
+            _check_some_finite("pictures", images)
             self.draw(images, names, title, columns)
             written.append(self.out)
             self.left = f"{self.out} was written, and nothing else"
@@ -334,8 +340,9 @@ class Run:
         pictures.save_grid(images, path, labels=names, title=title, columns=columns)
 
     def note(self, text: str) -> None:
-        """Say on stderr, once, what may not be what was meant."""
-        if not self.quiet and text not in self._noted:
+        """Say on stderr, once, what may not be what was meant; with --quiet, too."""
+        text = " ".join(text.split())
+        if text not in self._noted:
             self._noted.add(text)
             click.echo(f"note: {text}", err=True)
 
@@ -351,6 +358,14 @@ class Run:
     def say(self, text: str) -> None:
         if not self.quiet:
             click.echo(text)
+
+
+def _check_some_finite(name: str, values: Tensor) -> None:
+    if len(values) and not bool(values.isfinite().flatten(1).all(1).any()):
+        raise ValueError(
+            f"{name} must be finite, got NaN or infinity in every one of {len(values)}, and did not write them: look at what the "
+            "model returns, at its --schedule and at its --prediction-type"
+        )
 
 
 def _shifted(schedule: NoisePath | None, shift: float) -> NoisePath:

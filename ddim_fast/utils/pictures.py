@@ -51,8 +51,8 @@ _VIDEO = ".mp4"
 
 
 def to_uint8(samples: Tensor) -> np.ndarray:
-    """Convert samples ``(B, C, H, W)`` in [-1, 1] (others are clamped), C 1 or 3, to ``(B, H, W,
-    C)`` uint8.
+    """Convert samples ``(B, C, H, W)`` in [-1, 1] (others are clamped, NaN is black), C 1 or 3, to
+    ``(B, H, W, C)`` uint8.
 
     Raises:
         TypeError: the samples are no floating-point tensor.
@@ -73,7 +73,7 @@ def _to_levels(samples: Tensor, highest: int) -> np.ndarray:
         refuse("pictures must be (B, C, H, W) with 1 or 3 channels", tuple(samples.shape), remedy)
     # On a device without float64 a level of 16 bits may be one off.
     exact = samples.detach().to("cpu", torch.float64 if highest > 255 else torch.float32)
-    return ((exact.clamp(-1, 1) + 1) * (highest / 2)).round().permute(0, 2, 3, 1).numpy()
+    return ((exact.nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * (highest / 2)).round().permute(0, 2, 3, 1).numpy()
 
 
 def to_pil(samples: Tensor) -> list[Image.Image]:

@@ -27,6 +27,12 @@ def test_levels_are_rounded_and_clamped():
     assert np.array_equal(df.to_uint8(COLOUR.half().requires_grad_()), df.to_uint8(COLOUR.half().float()))
 
 
+@pytest.mark.filterwarnings("error")
+def test_nan_is_black_and_infinity_is_clamped_without_a_warning_of_numpy():
+    wrong = torch.tensor([torch.nan, torch.inf, -torch.inf]).view(1, 1, 1, 3)
+    assert df.to_uint8(wrong).flatten().tolist() == [0, 255, 0]
+
+
 def test_images_of_pillow():
     grey, *none = df.to_pil(GREY)
     assert (grey.mode, grey.size, none) == ("L", (3, 2), [])
