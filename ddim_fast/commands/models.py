@@ -16,6 +16,7 @@ from ..generation.settings import file_digest
 from ..models.loading import LoadedModel, load_model
 from ..models.text_to_image import load_text_to_image
 from ..utils.import_string import exits_refused, import_string
+from ..utils.warn import warn_caller
 from .choices import CLOSED_FORM
 
 _TOLD_BY_TEXT = "UNet2DConditionModel"
@@ -98,7 +99,9 @@ def _own_model(name: str) -> nn.Module:
     """Import ``module:attribute``: a module, a function of x and t, or what returns one."""
     model = import_string(name, "the model")
     with exits_refused(name, "the model"):
-        if isinstance(model, type) or _returns_a_model(model):
+        if isinstance(model, type):
+            model = _made_by_class(model, name)
+        elif _returns_a_model(model):
             model = model()
     if not callable(model):
         raise TypeError(
@@ -106,6 +109,19 @@ def _own_model(name: str) -> nn.Module:
             f"{type(model).__name__} from {name}"
         )
     return (model if isinstance(model, nn.Module) else FunctionModel(model, name)).eval().requires_grad_(False)
+
+
+def _made_by_class(made: type, name: str) -> Any:
+    """Return an instance of a class, and say that its weights are random if it drew any."""
+    before = torch.random.get_rng_state()
+    model = made()
+    drew = not torch.equal(before, torch.random.get_rng_state())
+    if drew and isinstance(model, nn.Module) and any(True for _ in model.parameters()):
+        warn_caller(
+            f"--model {name} is a class, so its weights are new random ones in every run unless it loads some: name an instance, "
+            "or a function that loads the weights and returns one"
+        )
+    return model
 
 
 def _returns_a_model(value: Any) -> bool:

@@ -107,7 +107,16 @@ class Run:
 
         A diffusion model that is to be sampled along flow matching's path becomes a flow model,
         exactly.
+
+        Raises:
+            ValueError: it has no unconditional output, which --guidance needs.
         """
+        if self.guidance != 1 and getattr(model, "unconditional", None) is None:
+            refuse(
+                "--guidance is for models with classes, pipelines with --prompt, and models with an attribute unconditional",
+                self.guidance,
+                f"leave it out for {self.model_name}",
+            )
         trained = getattr(model, "schedule", None)
         path = trained if self.schedule is None else schedule_from_text(self.schedule)
         if self.shift is not None:
