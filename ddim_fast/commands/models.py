@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from ..generation.settings import file_digest
 from ..models.loading import LoadedModel, load_model
 from ..models.text_to_image import load_text_to_image
+from ..utils.checks import refuse
 from ..utils.import_string import exits_refused, import_string
 from ..utils.warn import warn_caller
-from .choices import CLOSED_FORM
+from .choices import CLOSED_FORM, SHIPPED
 
 _TOLD_BY_TEXT = "UNet2DConditionModel"
 _PROMPTS = "--prompt is for the directory of a text-to-image pipeline"
@@ -61,11 +62,16 @@ def _model_without_text(name: str, device: torch.device, **options: Any) -> nn.M
         return ClosedForm().to(device).eval()
     if ":" in name and not os.path.exists(name):
         return _own_model(name).to(device)
+    file = Path(name if name.endswith(".py") else f"{name}.py")
+    if file.is_file() and not os.path.isdir(name) and name not in SHIPPED:
+        module = ".".join(file.with_suffix("").parts)
+        refuse("--model of a file of Python must be module:attribute", name, f"for instance {module}:model")
     model = load_model(name, device, **options)
     if isinstance(model, LoadedModel) and type(model.network).__name__ == _TOLD_BY_TEXT:
         raise ValueError(
             f"a text-to-image model needs a prompt, got none for {name}: pass --prompt TEXT with the directory of a pipeline that "
-            "has its tokenizer and text_encoder, or give encoder_hidden_states as conditioning in Python"
+            "has its tokenizer and text_encoder, or give encoder_hidden_states (and what else it needs, as Stable Diffusion XL "
+            "does added_cond_kwargs) as conditioning in Python"
         )
     return model
 

@@ -84,6 +84,22 @@ def test_timesteps_instead_of_steps(tmp_path, timesteps, steps):
     assert f"{steps} steps" in output
 
 
+def test_a_list_that_lacks_its_brackets_says_how_many_steps_it_runs(tmp_path):
+    words = ("sample", "-n", 1, "--out", tmp_path / "g.png", "--quiet", "--timesteps")
+    note = "note: --timesteps 0,3,6 is the counts of steps in 3 sections, 9 steps in all: timesteps themselves stand in brackets, "
+    assert run(*words, "0,3,6") == f"{note}[6,3,0]\n"
+    assert run(*words, "[6,3,0]") == run(*words, "ddim3") == ""
+
+
+def test_channels_that_are_last_in_a_shape_are_noticed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "own_model", types.SimpleNamespace(tiny=_Tiny()))
+    words = ("sample", "--model", "own_model:tiny", "--steps", 2, "-n", 1, "--out", tmp_path / "g.png", "--quiet")
+    hint = "; channels come first: --shape 3,16,16\n"
+    assert run(*words, "--shape", "16,16,3", code=1).endswith(hint)
+    assert run(*words, "--shape", "16,16,3", "--save", tmp_path / "s.npz").endswith(f"is not written{hint}")
+    assert "channels" not in run(*words, "--shape", "16,16,5", code=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -95,6 +111,9 @@ def test_timesteps_instead_of_steps(tmp_path, timesteps, steps):
         (["--steps", "1001"], ["1000", "1001"]),
         (["--timesteps", "[9,x]"], ["list of timesteps", "[9,x]"]),
         (["--timesteps", "ddim3"], ["3 entries", "2"]),
+        (["--timesteps", "[0,100,200]"], ["decreasing, from noise to data, got '[0,100,200]': write [200,100,0]"]),
+        (["--timesteps", "grid.png"], ["FILE.json, got 'grid.png': name such a file"]),
+        (["--timesteps", __file__], ["a file of --timesteps must be one that ddim-fast search writes", "test_cli.py"]),
         (["--eta", "-1"], ["eta", "-1"]),
         (["--eta", "9"], ["eta may be at most", "9"]),
         (["--eta", "0,0.5,0"], ["one for each of the 2 steps", "0.5"]),
