@@ -28,6 +28,15 @@ from ..utils.files import check_safetensors, first_line, read_json_object
 from .protocol import denoiser_in, output_tensor
 from .shipped import SHIPPED, ShippedModel, load_shipped_model
 
+_ADDED = {
+    "text_time": ("text_embeds", "time_ids"),
+    "text_image": ("text_embeds", "image_embeds"),
+    "image": ("image_embeds",),
+    "image_hint": ("image_embeds", "hint"),
+}
+"""By the ``addition_embed_type`` of a network of diffusers (the first: Stable Diffusion XL), what its
+added_cond_kwargs have."""
+
 
 class LoadedModel(nn.Module):
     """A network with the settings from its files: ``model(x, t, **conditioning)`` returns a tensor,
@@ -63,8 +72,12 @@ class LoadedModel(nn.Module):
         self.clip_sample_range = clip_sample_range
         self.sample_shape = sample_shape
         self.sampler_options = dict(sampler_options or {})
+        embedded = getattr(getattr(network, "config", None), "addition_embed_type", None)
+        self._added = _ADDED.get(embedded, ()) if isinstance(embedded, str) else ()
 
     def forward(self, x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
+        if self._added:
+            _check_added(self._added, conditioning.get("added_cond_kwargs"))
         return output_tensor(self.network(x, t, **conditioning), x)
 
     # ---- pickle: torch pickles no TorchScript ----
@@ -79,6 +92,19 @@ class LoadedModel(nn.Module):
         kept = state["_modules"]["network"]
         network = kept.network if isinstance(kept, _ScriptArchive) else kept
         super().__setstate__({**state, "_modules": {**state["_modules"], "network": network}})
+
+
+def _check_added(names: tuple[str, ...], given: Any) -> None:
+    """Raise ValueError unless added_cond_kwargs has what a network of diffusers embeds with the time,
+    whose own error speaks of an iteration over None."""
+    if not isinstance(given, Mapping) or not all(name in given for name in names):
+        refuse(
+            f"this model needs conditioning added_cond_kwargs, a dict of {' and '.join(names)}",
+            sorted(given) if isinstance(given, Mapping) else given,
+            "pass conditioning={'encoder_hidden_states': ..., 'added_cond_kwargs': {"
+            + ", ".join(f"'{name}': ..." for name in names)
+            + "}}",
+        )
 
 
 def load_model(
