@@ -240,7 +240,7 @@ class Loop:
                     continue
                 m = output_tensor(output, x_t)
             except Exception as error:
-                explain(error, x_t, conditioning)
+                explain(error, model, x_t, conditioning)
                 raise
             m = _plain(_apart_from(x_t, m))
             ddim_step(x_t, m, step.coefficients, out=x_t, history=history, history_2=history_2)
