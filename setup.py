@@ -43,7 +43,16 @@ COMMON_FLAGS = [
 # Source -> its own flags. Other processors leave out the x86 sources.
 PORTABLE: dict[str, list[str]] = {
     f"{name}.cpp": []
-    for name in ("module", "plain_tensors", "density_calls", "density", "same_objects", "parallel", "isa_portable")
+    for name in (
+        "module",
+        "plain_tensors",
+        "density_calls",
+        "layer_calls",
+        "density",
+        "same_objects",
+        "parallel",
+        "isa_portable",
+    )
 }
 X86 = {"isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"], "isa_avx512.cpp": ["-mavx512f", "-mfma", "-mf16c"]}
 

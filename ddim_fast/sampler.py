@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 import os
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
 
-from .models.protocol import Model
+from .models.mismatch import warn_of_schedule, warn_of_training
+from .models.protocol import Model, check_model
 from .plans.choice import TimestepsArgument, choose_timesteps, read_if_file
 from .plans.clipping import Clipping
 from .plans.eta import PAPER
@@ -40,6 +41,8 @@ from .sampling.options import (
 )
 from .sampling.parallel import ParallelStatistics
 from .sampling.rollout import Rollout
+from .utils.suggestions import suggests_names
+from .utils.warn import warn_caller
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -73,8 +76,10 @@ class DDIMSampler:
             "linspace", "uniform" or "quad" is at the cleanest timestep, which warns.
         steps_offset: added to the timesteps of "leading" spacing.
         prediction_type: "epsilon", "sample", "v_prediction", "flow", "score" or "edm", see
-            ``PREDICTION_TYPES``. None: what the model says of itself, or else the schedule's own:
-            "epsilon" for a ``NoiseSchedule``, "flow" for a ``FlowSchedule``.
+            ``PREDICTION_TYPES``. None: what the model says of itself, or else what the coefficients
+            in a file of timesteps are for, with a warning where that is not the schedule's own, or
+            else the schedule's own: "epsilon" for a ``NoiseSchedule``, "flow" for a
+            ``FlowSchedule``.
         order: 2 for the multistep form of DDIM, of second order (DPM-Solver++(2M), arXiv
             2211.01095): nearer to the result of many steps with the same model calls; with eta it
             is that solver's SDE form. 3 for the third order, which needs eta = 0. None: what the
@@ -127,8 +132,10 @@ class DDIMSampler:
     _given: Mapping[str, Any]
     _clipping: Clipping
     _plan: SamplingPlan
+    _finished_plan: Callable[..., SamplingPlan]
     _fitted_type: str | None
 
+    @suggests_names
     def __init__(
         self,
         schedule: NoisePath,
@@ -157,8 +164,7 @@ class DDIMSampler:
         given = {name: value for name, value in locals().items() if name != "self"}
         if not isinstance(schedule, NoisePath):
             raise TypeError(
-                f"schedule must be a NoiseSchedule, or one in continuous time, got {type(schedule).__name__}: for instance "
-                "NoiseSchedule.linear() or FlowSchedule()"
+                f"schedule must be a NoiseSchedule, or one in continuous time, got {_kind(schedule)}: {_path_meant(schedule)}"
             )
         clipping = Clipping(**{name: given[name] for name in Clipping.__dataclass_fields__})
         name_of_file = os.fspath(timesteps) if isinstance(timesteps, (str, os.PathLike)) else "the list of timesteps"
@@ -220,6 +226,7 @@ class DDIMSampler:
             _given=given,
             _clipping=clipping,
             _plan=plan,
+            _finished_plan=lru_cache(maxsize=16)(partial(replace, plan)),
             _fitted_type=chosen.prediction_type,
         )
 
@@ -281,9 +288,17 @@ class DDIMSampler:
         """Return the steps of a run with this model. What the sampler leaves open is taken from the
         model's attributes, then from defaults.
 
+        It warns of a model that was trained with another schedule (its attribute ``schedule``), and
+        of a module in training mode with dropout or batch normalization.
+
         Raises:
+            TypeError: the model cannot be called as one.
             ValueError: sampler and model name different prediction types.
         """
+        if model is not None:
+            check_model(model)
+            warn_of_schedule(model, self.schedule)
+            warn_of_training(model)
         stated = getattr(model, "prediction_type", None)
         if stated is not None and self.prediction_type not in (None, stated):
             raise ValueError(
@@ -292,10 +307,19 @@ class DDIMSampler:
             )
         prediction_type = self.prediction_type or stated or self._fitted_type or self.schedule.default_prediction_type
         _check_fitted_type(self._fitted_type, prediction_type)
-        clip_range = self._clipping.half_range(getattr(model, "clip_sample_range", None))
+        if (
+            self._fitted_type not in (None, self.prediction_type, stated, self.schedule.default_prediction_type)
+            and model is not None
+        ):
+            warn_caller(
+                f"a model that does not say what it predicts is taken for what the coefficients in timesteps are for, "
+                f"{self._fitted_type!r}, got one without prediction_type: pass prediction_type={self._fitted_type!r}, or give a "
+                "file that was searched with this model"
+            )
+        clip_range = self._clipping.half_range(model)
         if (prediction_type, clip_range) == (self._plan.prediction_type, self._plan.clip_sample_range):
             return self._plan
-        return _finished_plan(self._plan, prediction_type, clip_range)
+        return self._finished_plan(prediction_type=prediction_type, clip_sample_range=clip_range)
 
     def last_steps(self, count: int) -> Self:
         """Return this sampler with the last ``count`` of its steps alone."""
@@ -949,6 +973,23 @@ class DDIMSampler:
         return optimize(self.plan(model), model, shape, options, self.graphs, compile=compile, tolerance=tolerance)
 
 
+def _kind(schedule: object) -> str:
+    return f"the class {schedule.__name__}" if isinstance(schedule, type) else type(schedule).__name__
+
+
+def _path_meant(schedule: object) -> str:
+    """Return how to make a schedule of what was given for one, in words."""
+    if isinstance(schedule, type) and issubclass(schedule, NoisePath):
+        return f"call it, {schedule.__name__}(...), for instance NoiseSchedule.linear() or FlowSchedule()"
+    if callable(schedule) and isinstance(getattr(schedule, "__self__", None), type):
+        return f"call it, {getattr(schedule, '__qualname__', 'schedule')}()"
+    if isinstance(getattr(schedule, "schedule", None), NoisePath):
+        return "use its schedule, model.schedule"
+    if getattr(schedule, "alphas_cumprod", None) is not None:
+        return "use NoiseSchedule(scheduler.alphas_cumprod)"
+    return "for instance NoiseSchedule.linear() or FlowSchedule()"
+
+
 def _check_fitted_type(fitted: str | None, prediction_type: str | None) -> None:
     if fitted not in (None, prediction_type):
         raise ValueError(
@@ -966,8 +1007,3 @@ def _early_range(clipping: Clipping) -> float | None:
 
 def _rebuild(kind: type[DDIMSampler], given: dict[str, Any]) -> DDIMSampler:
     return kind(**given)
-
-
-@lru_cache(maxsize=64)
-def _finished_plan(plan: SamplingPlan, prediction_type: str, clip_sample_range: float | None) -> SamplingPlan:
-    return replace(plan, prediction_type=prediction_type, clip_sample_range=clip_sample_range)

@@ -75,6 +75,13 @@ def _no_step(
 plain_step = _no_step if extension is None else extension.step_to_new
 
 
+def _finite_is_not_known(tensor: Any) -> bool | None:
+    """Return whether no element is NaN or infinite; None if it is not a plain tensor on the CPU."""
+
+
+is_finite = _finite_is_not_known if extension is None else extension.is_finite
+
+
 def _no_density(*arguments: Any) -> Any:
     """Compute ``density`` of plain tensors in one call of C++, or decline.
 

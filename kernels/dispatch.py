@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,6 +178,31 @@ def ddim_step(
     if backend is None and (traced or modes_active()):
         return _through_operator(inputs, target)
     return run(inputs, backend)
+
+
+def plain_step_(
+    x_t: Tensor,
+    model_output: Any,
+    coefficients: StepCoefficients,
+    history: Tensor | None = None,
+    history_2: Tensor | None = None,
+) -> bool:
+    """Compute ``ddim_step`` of a row without noise in ``x_t``, if it is one of plain tensors on the CPU.
+
+    Args:
+        model_output: whatever a model returned.
+
+    Returns:
+        Whether it was computed. If not, nothing has been written, and nothing is known to be wrong.
+    """
+    if _run_plain is None or _is_dynamo_compiling():
+        return False
+    result = _run_plain(
+        x_t, model_output, coefficients, None, None, None, None, 0, 0, None, x_t, None, history, history_2, None, None, "mean", None
+    )  # fmt: skip
+    if result is not None and not _is_inference_mode():
+        increment_version([x_t] if history is None else [t for t in (x_t, history, history_2) if t is not None])
+    return result is not None
 
 
 def ddim_step_from_table(

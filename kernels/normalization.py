@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cpu_step
-from .layers import layer_reasons
+from .layers import is_recorded, layer_reasons, plain_normalization
 
 CHANNEL_GRAIN = 16
 """The number of channels must be a multiple of this: ``kNormalizedGrain`` of
@@ -66,7 +66,9 @@ def group_norm(
     Raises:
         ValueError: an argument breaks a rule.
     """
-    return torch.ops.ddim_fast.group_norm(x, groups, weight, bias, eps, scale, shift, silu)
+    arguments = x, groups, weight, bias, eps, scale, shift, silu
+    result = None if is_recorded() else plain_normalization(*arguments)
+    return torch.ops.ddim_fast.group_norm(*arguments) if result is None else result
 
 
 def silu(x: Tensor) -> Tensor:

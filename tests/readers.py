@@ -10,7 +10,7 @@ def per_sample(t):
 def networks():
     """Models of flow matching, EDM's raw network, and EDM's denoiser."""
     return {
-        "network": lambda x, t: 0.3 * x * per_sample(t),
+        "network": lambda x, t: 0.3 * x * per_sample(t).clamp(max=1),
         "raw_network": lambda x, t: torch.tanh(x + per_sample(t)),
         "denoiser": lambda x, sigma: x / (1 + per_sample(sigma) ** 2),
     }

@@ -207,7 +207,10 @@ def held():
         "cache of graphs": (GraphCache(3), lambda cache: drawn(sampler.replace(graphs=cache))),
         "optimized model": (optimized, lambda model: sampler.sample(model, SHAPE, seed=0)),
         "the model that ships": (load_model(), lambda model: model.unet.state_dict()["time_mlp.0.weight"]),
-        "search": (Search(model, LINEAR, SHAPE[1:], 2), lambda search: numbers(search.candidate_timesteps)),
+        "search": (
+            Search(model, LINEAR, SHAPE[1:], num_inference_steps=2),
+            lambda search: numbers(search.candidate_timesteps),
+        ),
         "result of a search": (found, lambda found: numbers(found.timesteps)),
         "rollout": (rollout, lambda rollout: rollout.log_prob(model, 1).detach()),
         "rollout without states": (

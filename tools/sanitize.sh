@@ -16,4 +16,5 @@ LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-file-nam
 PYTHONPATH=$PWD/build/sanitize DDIM_FAST_SANITIZED=1 \
   "$bin/pytest" -n auto -k "not reference and not diffusers" \
   tests/kernels/test_step.py tests/kernels/test_noise.py tests/kernels/test_extension.py tests/kernels/test_convolution.py \
-  tests/kernels/test_normalization.py tests/kernels/test_same_objects.py tests/kernels/test_plain_density.py "${@:2}"
+  tests/kernels/test_normalization.py tests/kernels/test_same_objects.py tests/kernels/test_plain_density.py \
+  tests/kernels/test_plain_layers.py "${@:2}"

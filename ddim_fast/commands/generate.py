@@ -219,6 +219,11 @@ def _report(run: Run, done: Generated, count: int) -> None:
         f"{counted(count, 'sample')} in {counted(done.shards, 'file')}: {done.made} drawn in {done.seconds:.1f} s "
         f"({done.made / done.seconds:.1f} samples/s){found} -> {done.out}"
     )
+    if done.non_finite >= count:
+        raise click.ClickException(
+            f"samples must be finite, got NaN or infinity in every one of {count} in {done.out}: look at what the model returns, "
+            "at its --schedule and at its --prediction-type"
+        )
     if done.non_finite:
         click.echo(
             f"warning: {counted(done.non_finite, 'sample')} with NaN or infinity; the manifest lists their files",

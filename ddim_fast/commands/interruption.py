@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import click
 
@@ -21,6 +22,15 @@ def same_command(*more: str) -> str:
     return shlex.join([*words, *(word for word in more if word not in words)])
 
 
+def name_of(ended: KeyboardInterrupt) -> str:
+    """Return what interrupted the command: "Ctrl-C" or "SIGTERM"."""
+    return str(ended) or "Ctrl-C"
+
+
+def _end(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
 @contextlib.contextmanager
 def interruption(left: Callable[[], str] = lambda: NOTHING) -> Iterator[None]:
     """End the command with the exit code 130 where it is interrupted.
@@ -31,7 +41,7 @@ def interruption(left: Callable[[], str] = lambda: NOTHING) -> Iterator[None]:
         left: what the command has left behind by then, and how to go on, in words.
     """
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
+    before = signal.signal(signal.SIGTERM, _end) if main else None
     try:
         yield
     except KeyboardInterrupt:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from ..generation.settings import file_digest
 from ..models.loading import LoadedModel, load_model
 from ..models.text_to_image import load_text_to_image
+from ..utils.checks import refuse
 from ..utils.import_string import exits_refused, import_string
-from .choices import CLOSED_FORM
+from ..utils.warn import warn_caller
+from .choices import CLOSED_FORM, SHIPPED
 
 _TOLD_BY_TEXT = "UNet2DConditionModel"
 _PROMPTS = "--prompt is for the directory of a text-to-image pipeline"
@@ -45,20 +47,31 @@ def named_model(
         return load_text_to_image(
             name, prompts, negative_prompt, device=device, trust_pickle=trust_pickle, variant=variant
         )
-    if prompts or negative_prompt is not None:
-        given = f"--model {name}" if prompts else "--negative-prompt alone"
-        raise ValueError(f"{_PROMPTS}, got {given}: {'leave it out' if prompts else 'add --prompt'}")
+    if negative_prompt is not None and not prompts:
+        raise ValueError(f"{_PROMPTS}, got --negative-prompt alone: add --prompt")
+    model = _model_without_text(name, device, trust_pickle=trust_pickle, variant=variant)
+    if prompts:  # after the model: one that does not exist is said first
+        raise ValueError(f"{_PROMPTS}, got --model {name}: leave it out")
+    return model
+
+
+def _model_without_text(name: str, device: torch.device, **options: Any) -> nn.Module:
     if name == CLOSED_FORM:
         from ..tradeoff import ClosedForm
 
         return ClosedForm().to(device).eval()
     if ":" in name and not os.path.exists(name):
         return _own_model(name).to(device)
-    model = load_model(name, device, trust_pickle=trust_pickle, variant=variant)
+    file = Path(name if name.endswith(".py") else f"{name}.py")
+    if file.is_file() and not os.path.isdir(name) and name not in SHIPPED:
+        module = ".".join(file.with_suffix("").parts)
+        refuse("--model of a file of Python must be module:attribute", name, f"for instance {module}:model")
+    model = load_model(name, device, **options)
     if isinstance(model, LoadedModel) and type(model.network).__name__ == _TOLD_BY_TEXT:
         raise ValueError(
             f"a text-to-image model needs a prompt, got none for {name}: pass --prompt TEXT with the directory of a pipeline that "
-            "has its tokenizer and text_encoder, or give encoder_hidden_states as conditioning in Python"
+            "has its tokenizer and text_encoder, or give encoder_hidden_states (and what else it needs, as Stable Diffusion XL "
+            "does added_cond_kwargs) as conditioning in Python"
         )
     return model
 
@@ -92,7 +105,9 @@ def _own_model(name: str) -> nn.Module:
     """Import ``module:attribute``: a module, a function of x and t, or what returns one."""
     model = import_string(name, "the model")
     with exits_refused(name, "the model"):
-        if isinstance(model, type) or _returns_a_model(model):
+        if isinstance(model, type):
+            model = _made_by_class(model, name)
+        elif _returns_a_model(model):
             model = model()
     if not callable(model):
         raise TypeError(
@@ -100,6 +115,19 @@ def _own_model(name: str) -> nn.Module:
             f"{type(model).__name__} from {name}"
         )
     return (model if isinstance(model, nn.Module) else FunctionModel(model, name)).eval().requires_grad_(False)
+
+
+def _made_by_class(made: type, name: str) -> Any:
+    """Return an instance of a class, and say that its weights are random if it drew any."""
+    before = torch.random.get_rng_state()
+    model = made()
+    drew = not torch.equal(before, torch.random.get_rng_state())
+    if drew and isinstance(model, nn.Module) and any(True for _ in model.parameters()):
+        warn_caller(
+            f"--model {name} is a class, so its weights are new random ones in every run unless it loads some: name an instance, "
+            "or a function that loads the weights and returns one"
+        )
+    return model
 
 
 def _returns_a_model(value: Any) -> bool:

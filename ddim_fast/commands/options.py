@@ -145,7 +145,9 @@ _OPTIONS = {
         metavar="FILE",
         help="Also write the raw samples: .npz or .safetensors.",
     ),
-    "quiet": click.option("--quiet", is_flag=True, help="Show no progress bar and no summary."),
+    "quiet": click.option(
+        "--quiet", is_flag=True, help="Show no progress bar and no summary; notes and errors are still shown."
+    ),
 }
 
 _OF_A_MODEL = (
@@ -233,10 +235,11 @@ def _gathered(options: Sequence[Callable], names: set[str]) -> Callable:
     def decorate(command: Callable) -> Callable:
         @wraps(command)
         def with_run(**given: Any) -> None:
+            from .model_errors import model_errors_said
             from .run import Run
 
             run = Run(**{name: given.pop(name) for name in list(given) if name in names})
-            with run.notes_of_warnings(), interruption(lambda: run.left):
+            with run.notes_of_warnings(), interruption(lambda: run.left), model_errors_said(run):
                 command(run, **given)
 
         for option in reversed(options):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,13 +24,13 @@ from ..kernels.noise import sample_seeds
 from ..models.flow_view import as_flow
 from ..plans.continuous import FlowSchedule
 from ..plans.eta import PAPER
+from ..plans.files import SUFFIX
 from ..plans.named import schedule_from_text
 from ..plans.path import NoisePath
 from ..plans.schedules import NoiseSchedule
 from ..sampler import DDIMSampler
 from ..sampling.loop import Trajectory
 from ..utils import pictures
-from ..utils.atomic_files import whole_file
 from ..utils.checks import check_memory, check_sample_shape, refuse, usable_device
 from .files import read_samples, save_samples
 from .interruption import NOTHING
@@ -108,21 +110,25 @@ class Run:
 
         A diffusion model that is to be sampled along flow matching's path becomes a flow model,
         exactly.
+
+        Raises:
+            ValueError: it has no unconditional output, which --guidance needs.
         """
+        if self.guidance != 1 and getattr(model, "unconditional", None) is None:
+            refuse(
+                "--guidance is for models with classes, pipelines with --prompt, and models with an attribute unconditional",
+                self.guidance,
+                f"leave it out for {self.model_name}",
+            )
         trained = getattr(model, "schedule", None)
         path = trained if self.schedule is None else schedule_from_text(self.schedule)
         if self.shift is not None:
             path = _shifted(path, self.shift)
         if isinstance(path, FlowSchedule) and isinstance(trained, NoiseSchedule):
             model = as_flow(model)
-            trained = path
+            trained = model.schedule
         if isinstance(path, FlowSchedule) and isinstance(trained, FlowSchedule):
             path = replace(path, time_scale=trained.time_scale)
-            trained = path  # which times are visited is for the sampler to choose
-        if path is not None and trained not in (None, path):
-            self.note(
-                f"the {self.model_name} model was trained with another schedule; with {self.schedule} its samples will be wrong"
-            )
         self.model, self.path = model, path
         if self.backend is not None:  # before any progress is shown
             x = torch.zeros(1, 4, dtype=torch.float32, device=self.where)
@@ -156,13 +162,16 @@ class Run:
             return
         if given := [name for name, value in of_pictures.items() if value is not None]:
             refuse(f"{given[0]} is for samples that are pictures, (1 or 3, H, W)", self.picture_shape, "leave it out")
+        shape, hint = self.picture_shape, ""
+        if len(shape) == 3 and shape[2] in (1, 3):  # not drawn, so the first is no number of channels
+            hint = f"; channels come first: --shape {shape[2]},{shape[0]},{shape[1]}"
         if self.save is None:
             refuse(
                 "samples that are drawn must be pictures, (1 or 3, H, W)",
-                self.picture_shape,
-                "add --save FILE.npz or FILE.safetensors, which take any shape",
+                shape,
+                f"add --save FILE.npz or FILE.safetensors, which take any shape{hint}",
             )
-        self.note(f"samples of shape {self.picture_shape} are no pictures: {self.out} is not written")
+        self.note(f"samples of shape {shape} are no pictures: {self.out} is not written{hint}")
 
     def to_pictures(self, samples: Tensor) -> Tensor:
         """Return samples as pictures (B, *picture_shape), decoded where they are latents."""
@@ -209,7 +218,7 @@ class Run:
         options = self.sampler_options()
         if self.spacing is not None:
             options["timestep_spacing"] = self.spacing
-        schedule, timesteps = self.noise_schedule(), parse_timesteps(self.timesteps)
+        schedule, timesteps = self.noise_schedule(), parse_timesteps(self.timesteps, self.note)
         return DDIMSampler(
             schedule,
             self.steps,
@@ -317,10 +326,16 @@ class Run:
         labels: list[int] | None = None,
         drawn: Tensor | None = None,
     ) -> list[Path]:
-        """Write the grid of samples (or of the pictures ``drawn``) and, with --save, the samples."""
+        """Write the grid of samples (or of the pictures ``drawn``) and, with --save, the samples.
+
+        Raises:
+            ValueError: every sample, or every picture, has NaN or infinity; nothing is written.
+        """
         written: list[Path] = []
+        _check_some_finite("samples", samples)
         if self.draws_pictures:
             images = self.to_pictures(samples) if drawn is None else drawn
+            _check_some_finite("pictures", images)
             self.draw(images, names, title, columns)
             written.append(self.out)
             self.left = f"{self.out} was written, and nothing else"
@@ -331,12 +346,13 @@ class Run:
 
     def draw(self, images: Tensor, names: list[str], title: str, columns: int | None) -> None:
         """Write the grid of pictures (B, *picture_shape)."""
-        with whole_file(self.out.resolve()) as file:
-            pictures.grid(images, names, title, columns=columns).save(file)
+        path = self.out.resolve()  # of a link, its target
+        pictures.save_grid(images, path, labels=names, title=title, columns=columns)
 
     def note(self, text: str) -> None:
-        """Say on stderr, once, what may not be what was meant."""
-        if not self.quiet and text not in self._noted:
+        """Say on stderr, once, what may not be what was meant; with --quiet, too."""
+        text = " ".join(text.split())
+        if text not in self._noted:
             self._noted.add(text)
             click.echo(f"note: {text}", err=True)
 
@@ -352,6 +368,14 @@ class Run:
     def say(self, text: str) -> None:
         if not self.quiet:
             click.echo(text)
+
+
+def _check_some_finite(name: str, values: Tensor) -> None:
+    if len(values) and not bool(values.isfinite().flatten(1).all(1).any()):
+        raise ValueError(
+            f"{name} must be finite, got NaN or infinity in every one of {len(values)}, and did not write them: look at what the "
+            "model returns, at its --schedule and at its --prediction-type"
+        )
 
 
 def _shifted(schedule: NoisePath | None, shift: float) -> NoisePath:
@@ -378,11 +402,42 @@ def conditioning_rule(run: Run) -> Conditioning | None:
     return OneClass(labels[0]) if run.class_name is not None else EveryClass(len(run.class_names or ()))
 
 
-def parse_timesteps(text: str | None) -> list[float] | str | None:
-    """Return a list "[900,600]" as numbers, and any other text unchanged."""
-    if text is None or not text.startswith("["):
-        return text
+def parse_timesteps(text: str | None, note: Callable[[str], None] = lambda text: None) -> list[float] | str | None:
+    """Return a list "[900,600]" as numbers, and any other text unchanged.
+
+    Args:
+        note: told what counts for sections mean, which may be a list without its brackets.
+
+    Raises:
+        ValueError: it is a list that is none, or not decreasing; or a file of another kind.
+    """
+    if text is None:
+        return None
+    if text.startswith("["):
+        return _listed_timesteps(text)
+    if "," in text and all(count.strip().isdigit() for count in text.split(",")):
+        counts = [int(count) for count in text.split(",")]
+        note(
+            f"--timesteps {text} is the counts of steps in {len(counts)} sections, {sum(counts)} steps in all: timesteps themselves "
+            f"stand in brackets, {_listed(counts)}"
+        )
+    elif not text.endswith(SUFFIX) and (os.path.exists(text) or Path(text).suffix):
+        refuse(
+            f"a file of --timesteps must be one that ddim-fast search writes, FILE{SUFFIX}", text, "name such a file"
+        )
+    return text
+
+
+def _listed_timesteps(text: str) -> list[float]:
     try:
-        return [float(t) if "." in t or "e" in t.lower() else int(t) for t in text.strip("[] ").split(",")]
+        found = [float(t) if "." in t or "e" in t.lower() else int(t) for t in text.strip("[] ").split(",")]
     except ValueError:
         raise ValueError(f'a list of timesteps must look like "[900,600,300,0]", got {text!r}') from None
+    if any(later >= earlier for earlier, later in pairwise(found)):
+        refuse("a list of --timesteps must be decreasing, from noise to data", text, f"write {_listed(found)}")
+    return found
+
+
+def _listed(timesteps: Sequence[float]) -> str:
+    """Return distinct timesteps as they are typed, from noise to data."""
+    return f"[{','.join(map(str, sorted(set(timesteps), reverse=True)))}]"

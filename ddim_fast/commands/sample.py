@@ -57,6 +57,9 @@ FRAMES = 60
 def sample(run: Run, count: int | None, files: Path | None, trajectory: Path | None, preview: int | None) -> None:
     """Draw pictures and write them as a labelled grid.
 
+    Where every sample has NaN or infinity, nothing is written and the exit code is 1; where only
+    some have, a note says so.
+
     \b
     Classes of the shipped model:
       0 T-shirt/top  1 Trouser  2 Pullover  3 Dress  4 Coat

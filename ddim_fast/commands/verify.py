@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import shutil
-import signal
 import textwrap
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import click
 from ..utils.atomic_files import check_writable
 from ..utils.extras import missing
 from .choices import BACKENDS, OF_EQUATION_16
+from .interruption import NOTHING, interruption, name_of
 
 NEEDED = ("scipy", "rich", "jinja2")
 _REPORT = click.Path(path_type=Path)
@@ -52,6 +51,8 @@ class _Request:
     list_: bool
     golden: bool
     quiet: bool
+    left: str = NOTHING
+    """What there is on disk, in words."""
 
 
 @click.command()
@@ -145,24 +146,26 @@ def verify(context: click.Context, quick: bool, **options: Any) -> None:
     Exit codes:
       0  it is right
       1  it is wrong: each failure is shown with Python code that reproduces it
-      2  it was not fully verified: no such subject, a crash, a timeout, Ctrl-C
+      2  it was not fully verified: no such subject, a crash, a timeout
       3  a required check was skipped, or does not apply
+      130  Ctrl-C or SIGTERM: the reports have what was found until then
     """
     request = _Request(full=not quick, **options)
+    with interruption(lambda: f"{request.left}; the same command again begins anew"):
+        code = _code(request)
+    context.exit(code)
+
+
+def _code(request: _Request) -> int:
     try:
-        with _ended_by_signals():
-            code = _verify(request)
+        return _verify(request)
     except click.ClickException:
         raise
-    except KeyboardInterrupt as ended:
-        click.echo(f"ended by {_name(ended)} before the first check", err=True)
-        code = 2
     except BrokenPipeError:  # the reader of the output has closed it
-        code = 2
+        return 2
     except Exception:  # 1 would mean that the subject is wrong
         click.echo(f"ddim-fast verify itself raised an error:\n{traceback.format_exc()}", err=True)
-        code = 2
-    context.exit(code)
+        return 2
 
 
 def _verify(request: _Request) -> int:
@@ -184,16 +187,22 @@ def _verify(request: _Request) -> int:
     names = [request.subject or _backend_here(request.device)]
     names += [request.against] if request.against is not None else []
     try:
-        return _run(request, names, checks, required)
+        code, interrupted = _run(request, names, checks, required)
     except SubjectRefusedError as error:
         _write(request, names, [_refused(request, names[0], required, str(error))])
         raise _CouldNotRunError(str(error)) from error
     except KeyboardInterrupt as ended:  # while the subject was imported
-        _write(request, names, [_refused(request, names[0], required, _name(ended))])
+        _write(request, names, [_refused(request, names[0], required, name_of(ended))])
         raise
+    if interrupted is not None:
+        raise interrupted
+    return code
 
 
-def _run(request: _Request, names: list[str], checks: Sequence[Any], required: tuple[str, ...]) -> int:
+def _run(
+    request: _Request, names: list[str], checks: Sequence[Any], required: tuple[str, ...]
+) -> tuple[int, KeyboardInterrupt | None]:
+    """Run the checks, and write and show the reports; return the exit code, and what interrupted it."""
     from ..verify.isolate import IsolatedSubject
     from ..verify.reports.show import display_for
 
@@ -201,7 +210,7 @@ def _run(request: _Request, names: list[str], checks: Sequence[Any], required: t
     heading = f"{count}, {'full' if request.full else 'quick'}, seed {request.seed}, on {request.device}"
     display = display_for(names, checks, heading, request.quiet)
     results: list[list[Any]] = [[] for _ in names]
-    ended_by = ""
+    interrupted: KeyboardInterrupt | None = None
     with contextlib.ExitStack() as stack:
         # Import all subjects first, so that one that cannot be imported is reported at once.
         subjects = [stack.enter_context(_isolated(IsolatedSubject, request, name)) for name in names]
@@ -213,14 +222,15 @@ def _run(request: _Request, names: list[str], checks: Sequence[Any], required: t
                         results[number].append(subject.run(one))
                         display.finished(number, results[number][-1])
         except KeyboardInterrupt as ended:
-            ended_by = _name(ended)
+            interrupted = ended
+    ended_by = "" if interrupted is None else name_of(interrupted)
     reports = [
         subject.report(found, required=required, complete=len(found) == len(checks), ended_by=ended_by)
         for subject, found in zip(subjects, results, strict=True)
     ]
     written = _write(request, names, reports)
     display.ended(reports, names, written)
-    return 2 if ended_by else reports[0].exit_code
+    return reports[0].exit_code, interrupted
 
 
 def _isolated(isolated: Any, request: _Request, name: str) -> Any:
@@ -328,25 +338,7 @@ def _write(request: _Request, names: list[str], reports: list[Any]) -> list[str]
             write_text(path, text())
     except OSError as error:
         raise _CouldNotRunError(f"a report could not be written: {error}") from error
-    return [str(path) for path in wanted]
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Treat SIGTERM, which CI systems send to end a job, like Ctrl-C: reports are still written."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _name(ended: KeyboardInterrupt) -> str:
-    return str(ended) or "Ctrl-C"
+    written = [str(path) for path in wanted]
+    if written:
+        request.left = f"what was found so far is in {' and '.join(written)}"
+    return written

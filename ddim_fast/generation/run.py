@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.noise import sample_seeds
-from ..models.protocol import Model
+from ..models.protocol import Model, sample_shape_of
 from ..sampler import DDIMSampler
 from ..sampling.capture_mode import choose_mode
 from ..sampling.guidance import check_rescale, guidance_scales
@@ -29,7 +29,6 @@ from ..utils.checks import (
     check_memory,
     check_number,
     check_path,
-    check_sample_shape,
     check_text,
     usable_device,
 )
@@ -144,7 +143,7 @@ def generate(
     path = check_path("out", out)
     if model_id is not None:
         check_text("model_id", model_id, "leave it out for the SHA-256 of the model's structure and weights")
-    shape = _shape(model, shape)
+    shape = sample_shape_of(model, shape)
     decode, written_shape = _written(model, shape, format)
     slices = Slices(int(count), int(shard_size))
     check_dtype("dtype", dtype)
@@ -359,15 +358,6 @@ def _check_arguments(
         raise ValueError(
             "a model must be in eval mode, so that a sample does not depend on its batch: call model.eval()"
         )
-
-
-def _shape(model: Model, shape: Sequence[int] | None) -> tuple[int, ...]:
-    wanted: Sequence[int] | None = getattr(model, "sample_shape", None) if shape is None else shape
-    if wanted is None:
-        raise ValueError(
-            "shape must be given for a model without sample_shape, got None: for instance shape=(3, 32, 32)"
-        )
-    return check_sample_shape("shape", wanted)
 
 
 def _written(

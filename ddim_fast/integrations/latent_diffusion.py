@@ -37,6 +37,7 @@ from ..utils.checks import (
     check_number,
     check_samples,
     refuse,
+    shown,
 )
 from ..utils.progress import tqdm
 from .original_results import HALF_PRECISION, kinds_of_results, per_sample_coefficient, step_of_kind, step_with_x0
@@ -483,7 +484,7 @@ class DDIMSampler:
         if noise is not None:
             _check_broadcasts("noise", noise, x0.shape)
         if not isinstance(t, Tensor) or t.dtype != torch.int64 or (t.numel() != 1 and t.shape != x0.shape[:1]):
-            raise ValueError(f"t must be int64, one number or one for each of the {len(x0)} samples, got {t!r}")
+            raise ValueError(f"t must be int64, one number or one for each of the {len(x0)} samples, got {shown(t)}")
         key = bool(use_original_steps)
         levels = self._levels_of(key)
         if key not in self._noising:
@@ -596,7 +597,7 @@ class DDIMSampler:
         if corrector_kwargs is not None and not isinstance(corrector_kwargs, Mapping):
             refuse("corrector_kwargs must be a dict or None", corrector_kwargs, kind=TypeError)
         if dynamic_threshold is not None:
-            raise ValueError(f"dynamic_threshold must be None, as in the original, got {dynamic_threshold!r}")
+            raise ValueError(f"dynamic_threshold must be None, as in the original, got {shown(dynamic_threshold)}")
 
 
 def make_ddim_timesteps(

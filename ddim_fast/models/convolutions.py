@@ -26,4 +26,5 @@ class WinogradConv2d(nn.Conv2d):
         self.train(convolution.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return convolve(x, self.points, self.bias) if suits_kernel(x, self.points) else super().forward(x)
+        points = self.points
+        return convolve(x, points, self.bias) if suits_kernel(x, points) else super().forward(x)

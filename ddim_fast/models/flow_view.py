@@ -9,6 +9,7 @@ within its range, exactly: nothing is trained or approximated.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,9 @@ def as_flow(
     It is called as ``model(x, t, **conditioning)`` with t from 1 (noise) to 0 (data), and returns
     eps - x0. At the times of the model's own timesteps (``flow_times``) it says exactly what the
     model says. Between them the model is asked at the nearest timestep; and outside of its range, as
-    at t = 1, at the first or the last.
+    at t = 1, at the first or the last. Where that leaves the velocity open (of eps near t = 1, since
+    pure noise says nothing about x0; of x0 near t = 0), x is taken for a sample at the last
+    timestep that has some x0 in it, or the first that has some noise, as DDIM's start is.
 
     Args:
         model: predicts the noise, x0 or v, see ``models.Model``.
@@ -97,6 +100,7 @@ class FlowModel(nn.Module):
 
     def __init__(self, model: Model, schedule: NoiseSchedule, output_type: str, fractional_timesteps: bool):
         super().__init__()
+        self.training = getattr(model, "training", False)
         self.model = model
         self.trained_schedule = schedule
         self.output_type = output_type
@@ -112,17 +116,32 @@ class FlowModel(nn.Module):
         the model's output."""
         t = t.to(widest_dtype(t.device))
         norm = torch.hypot(1 - t, t)
-        alpha, sigma = (1 - t) / norm, t / norm
         scale = self._like(1 / norm, x)
+        t = self._where_it_says_both(t)
         of_model = output_tensor(
             self.model((x.to(scale.dtype) * scale).to(x.dtype), self.timesteps(t), **conditioning), x
         )
+        length = torch.hypot(1 - t, t)
+        alpha, sigma = (1 - t) / length, t / length
         # x0 and eps from alpha x0 + sigma eps = x / norm and a x0 + b eps = m.
         a, b = _MEANINGS[self.output_type](alpha, sigma)
         determinant = b * alpha - a * sigma
         of_x, of_m = -(a + b) / determinant, (alpha + sigma) / determinant
         of_x, of_m = self._like(of_x / norm, x), self._like(of_m, x)
         return (of_x * x.to(of_x.dtype) + of_m * of_model.to(of_m.dtype)).to(of_model.dtype)
+
+    def _where_it_says_both(self, t: Tensor) -> Tensor:
+        """Return flow times at which x0 and eps follow from the model's output: eps says nothing
+        about x0 in pure noise, and x0 nothing about eps in clean data."""
+        if self.output_type == "epsilon":
+            return t.clamp(max=self._ends[1])
+        return t.clamp(min=self._ends[0]) if self.output_type == "sample" else t
+
+    @cached_property
+    def _ends(self) -> tuple[float, float]:
+        """The first and the last flow time of the model's timesteps that hold both x0 and noise."""
+        times = [t for t in flow_times(self.trained_schedule) if 0 < t < 1]
+        return times[0], times[-1]
 
     def timesteps(self, t: Tensor) -> Tensor:
         """Return what the model is told at flow times t ``(B,)``: int64, or float32 with

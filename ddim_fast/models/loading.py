@@ -25,8 +25,17 @@ from ..plans.schedules import NoiseSchedule, make_schedule
 from ..plans.timesteps import SPACINGS
 from ..utils.checks import check_choice, check_dtype, check_integer, check_number, refuse, usable_device
 from ..utils.files import check_safetensors, first_line, read_json_object
-from .protocol import output_tensor
+from .protocol import denoiser_in, output_tensor
 from .shipped import SHIPPED, ShippedModel, load_shipped_model
+
+_ADDED = {
+    "text_time": ("text_embeds", "time_ids"),
+    "text_image": ("text_embeds", "image_embeds"),
+    "image": ("image_embeds",),
+    "image_hint": ("image_embeds", "hint"),
+}
+"""By the ``addition_embed_type`` of a network of diffusers (the first: Stable Diffusion XL), what its
+added_cond_kwargs have."""
 
 
 class LoadedModel(nn.Module):
@@ -63,8 +72,12 @@ class LoadedModel(nn.Module):
         self.clip_sample_range = clip_sample_range
         self.sample_shape = sample_shape
         self.sampler_options = dict(sampler_options or {})
+        embedded = getattr(getattr(network, "config", None), "addition_embed_type", None)
+        self._added = _ADDED.get(embedded, ()) if isinstance(embedded, str) else ()
 
     def forward(self, x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
+        if self._added:
+            _check_added(self._added, conditioning.get("added_cond_kwargs"))
         return output_tensor(self.network(x, t, **conditioning), x)
 
     # ---- pickle: torch pickles no TorchScript ----
@@ -79,6 +92,19 @@ class LoadedModel(nn.Module):
         kept = state["_modules"]["network"]
         network = kept.network if isinstance(kept, _ScriptArchive) else kept
         super().__setstate__({**state, "_modules": {**state["_modules"], "network": network}})
+
+
+def _check_added(names: tuple[str, ...], given: Any) -> None:
+    """Raise ValueError unless added_cond_kwargs has what a network of diffusers embeds with the time,
+    whose own error speaks of an iteration over None."""
+    if not isinstance(given, Mapping) or not all(name in given for name in names):
+        refuse(
+            f"this model needs conditioning added_cond_kwargs, a dict of {' and '.join(names)}",
+            sorted(given) if isinstance(given, Mapping) else given,
+            "pass conditioning={'encoder_hidden_states': ..., 'added_cond_kwargs': {"
+            + ", ".join(f"'{name}': ..." for name in names)
+            + "}}",
+        )
 
 
 def load_model(
@@ -104,6 +130,7 @@ def load_model(
     if isinstance(name, str) and name in SHIPPED:
         _check_variant(variant, None)
         return load_shipped_model(name, device, torch.float32 if dtype is None else dtype)
+    _check_name(name)
     if not os.path.exists(name):
         alike = difflib.get_close_matches(str(name), SHIPPED, 1)
         meant = f"did you mean {alike[0]!r}? Otherwise " if alike else ""
@@ -152,6 +179,7 @@ def load_model_from(
         TypeError, ValueError: the file is of another kind, damaged, or has a setting that is not
             supported.
     """
+    _check_name(path)
     path = Path(path)
     device = usable_device(device)
     if dtype is not None:
@@ -176,6 +204,18 @@ def load_model_from(
         model = _ARCHIVES[kind](path, device, dtype)
     _check_finite(model, path)
     return model.requires_grad_(False).eval()
+
+
+def _check_name(name: object) -> None:
+    """Raise TypeError unless ``name`` is text or a path."""
+    if isinstance(name, (str, os.PathLike)):
+        return
+    denoiser, given = denoiser_in(name), type(name).__name__
+    if denoiser is not None:
+        remedy = f"of a pipeline in memory sample pipe.{denoiser}, with NoiseSchedule(pipe.scheduler.alphas_cumprod)"
+    else:
+        remedy = "a model in memory is sampled as it is" if callable(name) else "for instance 'fashion'"
+    raise TypeError(f"a model to load must be the name of one that ships, or a path, got {given}: {remedy}")
 
 
 def _check_variant(variant: object, directory: Path | None) -> None:

@@ -41,8 +41,9 @@ class FastGroupNorm(nn.GroupNorm):
         _share(self, norm)
 
     def forward(self, x: Tensor, then_silu: bool = False) -> Tensor:
-        if _takes(x, self):
-            return normalization.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu=then_silu)
+        weight, bias = self.weight, self.bias
+        if _takes(x, weight, bias):
+            return normalization.group_norm(x, self.num_groups, weight, bias, self.eps, silu=then_silu)
         h = super().forward(x)
         return F.silu(h) if then_silu else h
 
@@ -56,11 +57,10 @@ class FastGroupNormSiLU(GroupNormSiLU):
 
     def forward(self, x: Tensor, scale_and_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
         scale, shift = (None, None) if scale_and_shift is None else scale_and_shift
-        if not _takes(x, self, scale, shift):
+        weight, bias = self.weight, self.bias
+        if not _takes(x, weight, bias, scale, shift):
             return super().forward(x, scale_and_shift)
-        return normalization.group_norm(
-            x, self.num_groups, self.weight, self.bias, self.eps, scale=scale, shift=shift, silu=True
-        )
+        return normalization.group_norm(x, self.num_groups, weight, bias, self.eps, scale=scale, shift=shift, silu=True)
 
 
 class FastSiLU(nn.SiLU):
@@ -114,5 +114,5 @@ def _share(layer: nn.GroupNorm, norm: nn.GroupNorm) -> None:
     layer.train(norm.training)
 
 
-def _takes(x: Tensor, norm: nn.GroupNorm, *more: Tensor | None) -> bool:
-    return suits_kernel(x, norm.weight, norm.bias, *more) and x.is_contiguous(memory_format=torch.channels_last)
+def _takes(x: Tensor, *others: Tensor | None) -> bool:
+    return suits_kernel(x, *others) and x.is_contiguous(memory_format=torch.channels_last)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from ..plans.schedules import NoiseSchedule
 from ..utils.checks import check_choice
+from .class_labels import ClassConditional, check_labels, check_range
 from .unet import SmallUNet
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -63,10 +62,11 @@ SCENES = ModelCard(
 SHIPPED = {card.name: card for card in (FASHION, SCENES)}
 
 
-class ShippedModel(nn.Module):
+class ShippedModel(ClassConditional, nn.Module):
     """The shipped U-Net with its card: ``model(x, t, class_labels=None)``.
 
-    Labels are ``(B,)`` int64; ``num_classes`` means "no label".
+    Labels are ``(B,)`` int64, from 0 to ``num_classes`` - 1; ``num_classes`` means "no label". Others
+    raise TypeError or ValueError, where they are on the CPU.
     """
 
     def __init__(self, card: ModelCard, unet: SmallUNet):
@@ -81,12 +81,14 @@ class ShippedModel(nn.Module):
         self.schedule = NoiseSchedule.linear()
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        return self.unet(x, t, class_labels)
-
-    def unconditional(self, conditioning: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the same conditioning without labels, for classifier-free guidance."""
-        labels = conditioning.get("class_labels")
-        return {**conditioning, "class_labels": None if labels is None else torch.full_like(labels, self.num_classes)}
+        if class_labels is not None:
+            check_labels(class_labels, x.shape[0], self.num_classes)  # len(x) would fix the batch of torch.export
+        try:
+            return self.unet(x, t, class_labels)
+        except IndexError:  # of a label: to look at them before takes a while, and cannot be captured
+            if class_labels is not None:
+                check_range(class_labels, self.num_classes)
+            raise
 
 
 def load_shipped_model(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..utils.checks import check_text, refuse
 from ..utils.files import first_line, read_json_object
+from .class_labels import ClassConditional, check_labels, check_range
 from .loading import LoadedModel, diffusers_module, load_model_from
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -25,7 +26,7 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 
 
-class TextToImage(LoadedModel):
+class TextToImage(ClassConditional, LoadedModel):
     """A UNet with embeddings of prompts: ``model(x, t, class_labels)`` returns a tensor.
 
     Samples are latents; ``decode`` makes pictures of them, ``encode`` latents of pictures.
@@ -76,16 +77,14 @@ class TextToImage(LoadedModel):
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, **conditioning: Any) -> Tensor:
         if class_labels is None:
             class_labels = torch.full((len(x),), self.num_classes, dtype=torch.int64, device=x.device)
+        check_labels(class_labels, x.shape[0], self.num_classes)
+        if not torch.compiler.is_compiling():
+            check_range(class_labels, self.num_classes)  # -1 would be a prompt's embedding, too
         more = dict(conditioning)
         if self.pooled is not None and self.sizes is not None:
             time_ids = self.sizes.expand(len(x), -1)
             more["added_cond_kwargs"] = {"text_embeds": self.pooled[class_labels], "time_ids": time_ids}
         return super().forward(x, t, encoder_hidden_states=self.embeddings[class_labels], **more)
-
-    def unconditional(self, conditioning: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the same conditioning with the negative prompt, for classifier-free guidance."""
-        labels = conditioning["class_labels"]
-        return {**conditioning, "class_labels": torch.full_like(labels, self.num_classes)}
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

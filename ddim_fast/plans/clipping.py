@@ -64,14 +64,15 @@ class Clipping:
     def threshold(self) -> Thresholding | None:
         return Thresholding(self.dynamic_thresholding_ratio, self.sample_max_value) if self.thresholding else None
 
-    def half_range(self, model_range: float | None) -> float | None:
-        """Return what x0 is clipped to beside a model that states a range (or None); None for no
-        clipping."""
-        known = model_range if self.clip_sample_range is None else self.clip_sample_range
-        clips = known is not None if self.asked_for is None else self.asked_for
-        if not clips:
+    def half_range(self, model: object = None) -> float | None:
+        """Return what x0 is clipped to beside a model, which may state its ``clip_sample_range``;
+        None for no clipping."""
+        if self.asked_for is False:
             return None
-        return 1.0 if known is None else known
+        known = self.clip_sample_range
+        if known is None:
+            known = getattr(model, "clip_sample_range", None)
+        return 1.0 if known is None and self.asked_for else known
 
     def check_unclipped(self) -> None:
         """Raise ValueError if clipping was asked for: a step that clips has no inverse."""

@@ -85,6 +85,13 @@ class ContinuousSchedule(NoisePath):
         values = {name: float(getattr(self, name)) for name in self._levels_depend_on}
         return hashlib.sha256(repr((self.name, values)).encode()).hexdigest()
 
+    def serves_models_of(self, other: NoisePath) -> bool:
+        if not isinstance(other, ContinuousSchedule) or not super().serves_models_of(other):
+            return False
+        t = max(self.last, other.last)
+        told, of_other = ((path.model_time(t), path.input_scale(t)) for path in (self, other))
+        return told == of_other
+
     def level(self, t: float) -> NoiseLevel:
         """Return the noise level at time ``t``; at 0 it is clean data.
 

@@ -55,6 +55,11 @@ class NoisePath(ABC):
         a model is told."""
         return {}
 
+    def serves_models_of(self, other: NoisePath) -> bool:
+        """Return whether a model that was trained on the other path is told the same on this one at
+        the same levels. Which times are visited does not matter."""
+        return self.digest == other.digest
+
     @property
     @abstractmethod
     def spacings(self) -> tuple[str, ...]:

@@ -264,7 +264,7 @@ class SamplingPlan:
         """What the model is called with in each step."""
         return tuple(step.model_time for step in self.steps)
 
-    @property
+    @cached_property
     def initial_std_dev(self) -> float:
         """The standard deviation of the noise x_T that a run starts from."""
         return self.schedule.initial_std_dev(self.timesteps[0])

@@ -83,6 +83,12 @@ class NoiseSchedule(NoisePath):
     def __hash__(self) -> int:
         return hash(self.alphas_cumprod.tobytes())
 
+    def serves_models_of(self, other: NoisePath) -> bool:
+        if not isinstance(other, NoiseSchedule) or other.num_train_timesteps != self.num_train_timesteps:
+            return False
+        # Other libraries multiply in float32: the last of 1,000 alpha_bar is off by some 1e-5 of itself.
+        return np.allclose(self.alphas_cumprod, other.alphas_cumprod, rtol=1e-3, atol=0)
+
     def __repr__(self) -> str:
         first, last = self.alphas_cumprod[[0, -1]].tolist()
         return (

@@ -8,6 +8,7 @@ from torch import nn
 from ..kernels.layout import DTYPES_OF_KERNELS
 from ..models.protocol import Model
 from ..utils.checks import check_choice
+from ..utils.devices import type_of
 from .capture import GraphCache
 
 MODES = ("auto", "loop", "step", "off")
@@ -35,8 +36,11 @@ def choose_mode(
         ValueError: the mode asked for is unknown or impossible; the message has the reason.
     """
     check_choice("capture", capture, MODES)
+    can_be_there = type_of(device) in cache.device_types
+    if capture == "off" or (capture == "auto" and not can_be_there):
+        return "off"  # to say why takes as long as several small steps
     reason: str | None
-    if device.type not in cache.device_types:
+    if not can_be_there:
         reason = f"it needs a CUDA device, and the samples are on {device}"
     elif dtype not in DTYPES_OF_KERNELS:
         reason = f"its kernel takes float32, float16 and bfloat16, and the samples are {dtype}"
@@ -51,7 +55,7 @@ def choose_mode(
             f"capture='loop' runs all steps as one launch, so the host cannot come between them, got {between_steps}: "
             "use capture='step'"
         )
-    if reason is not None or capture == "off":
+    if reason is not None:
         return "off"
     if capture == "auto":
         # What a function holds is invisible, and so are changes to it after the capture.

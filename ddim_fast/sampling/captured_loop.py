@@ -29,7 +29,8 @@ from ..utils.warn import warn_caller
 from .captured import Captured
 from .cuda_graphs import GraphBackend, MemoryPool
 from .graph_key import first_places, leaf_key, tensor_key
-from .loop import Loop, Position, Timing, begins_steps, model_calls, model_times
+from .loop import Loop, Position, Timing, begins_steps, model_calls
+from .model_times import model_times
 from .static_tensors import fill_leaves, static_leaves
 
 LOADED = ("x_t", "seeds", "mask", "known_x0", "model_input")  # tensors of a Loop that are copied in for each call

@@ -14,8 +14,8 @@ from ..plans.plan import SamplingPlan
 from .capture import GraphCache
 from .captured_loop import CapturedLoop, Job
 from .loop import Trajectory
-from .options import Options, ReplayKeywords, check_names, shows_keywords
-from .run import prepare, steps_shown, take_steps, warn_of_result
+from .options import Options, ReplayKeywords, check_keywords, shows_keywords
+from .run import prepare, take_steps, warn_of_result
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -74,7 +74,7 @@ class CapturedRun:
             TypeError, ValueError: as ``DDIMSampler.sample``, or a change is not one of values.
             RuntimeError: it was closed, or is in use by another thread or by its own callback.
         """
-        check_names("a captured run", ReplayKeywords, changes)
+        check_keywords("a captured run", ReplayKeywords, changes)
         given: Mapping[str, Any] = changes
         if any(name in given for name in _RANDOMNESS):
             given = {**dict.fromkeys(_RANDOMNESS), **given}
@@ -85,7 +85,7 @@ class CapturedRun:
                 "a captured run takes new values of what it was captured with, got another shape, dtype, option or plain value, or one "
                 f"tensor in other places, among {', '.join(changes) or 'what torch was set to'}: capture another run for it"
             )
-        result = take_steps(job, self._using(job), steps_shown(self._plan, options), options)
+        result = take_steps(job, self._using(job), options)
         if options.observation.check_finite:  # nothing is checked unasked
             warn_of_result(result, job, self._model, options, self._graphs)
         return result

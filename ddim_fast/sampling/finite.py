@@ -10,48 +10,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..utils.checks import refuse
+from ..kernels import cpu_step
 from ..utils.warn import warn_caller
 
+_is_compiling = torch.compiler.is_compiling
 Look = Callable[[int, Any, Tensor, Tensor], bool]
 """``look(step, t, x_t, x0)`` is shown a step, as a callback, and returns True to stop there."""
 
 
 def is_finite(x: Tensor) -> bool:
     """Return whether no element is NaN or infinite. (The host waits for the device.)"""
+    known = cpu_step.is_finite(x)
+    if known is not None:
+        return known
     # A sum takes a tenth of the time of isfinite(); one that overflows says nothing.
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return math.isfinite(x.sum(dtype=wide).item()) or bool(x.isfinite().all())
+    return math.isfinite(x.sum().item()) or bool(x.isfinite().all())
 
 
-def check_asked(check_finite: object) -> None:
-    """Raise TypeError unless it is one of the values of the option."""
-    if check_finite is not None and not isinstance(check_finite, bool):
-        refuse("check_finite must be True, False or None", check_finite, kind=TypeError)
+def is_bad(samples: Tensor, asked: bool | None) -> bool:
+    """Return whether samples have NaN or infinity, and the caller who asked so wants to know.
 
-
-def is_looked_at(samples: Tensor, asked: bool | None) -> bool:
-    """Return whether a caller who asked so wants to know of NaN and infinity.
-
-    Unasked, a tensor of a subclass is left alone: a fake one has no numbers.
+    Unasked, the host waits for no device, and a tensor of a subclass is left alone: a fake one has
+    no numbers.
     """
-    unasked = asked is None and samples.device.type == "cpu" and type(samples) is Tensor
-    return (asked or unasked) and not torch.compiler.is_compiling()
+    looked_at = (type(samples) is Tensor and samples.is_cpu) if asked is None else asked
+    return looked_at and not _is_compiling() and not is_finite(samples)
 
 
-def warn_unless_finite(
-    samples: Tensor, asked: bool | None, run_again: Callable[[Look], Tensor] | None, steps: int
-) -> None:
-    """Warn of samples ``(B, ...)`` with NaN or infinity, and of the step that they come from.
+def warn_of_bad(samples: Tensor, run_again: Callable[[Look], Tensor] | None, steps: int) -> None:
+    """Warn of samples ``(B, ...)`` that are bad, and of the step that NaN or infinity comes from.
 
     Args:
-        asked: False looks at nothing; None only where the host need not wait for a device.
         run_again: runs once more from the same noise, shows each step, and returns the result; None
             where that cannot be done.
         steps: the number of steps.
     """
-    if not is_looked_at(samples, asked) or is_finite(samples):
-        return
     bad = int((~samples.isfinite()).flatten(1).any(1).sum())
     where = "" if run_again is None else _first_place(run_again, steps)
     warn_caller(

@@ -70,10 +70,10 @@ def guidance_scales(guidance_scale: GuidanceScale | None, timesteps: Sequence[fl
         TypeError, ValueError: a scale is no number or not finite in float32, or there is not one
             for each step.
     """
-    if isinstance(guidance_scale, (Tensor, np.ndarray)):
-        guidance_scale = guidance_scale.tolist()
     if guidance_scale is None:
         return None
+    if isinstance(guidance_scale, (Tensor, np.ndarray)):
+        guidance_scale = guidance_scale.tolist()
     scales: list[Any]
     if callable(guidance_scale):
         scales = [guidance_scale(t) for t in timesteps]

@@ -14,7 +14,7 @@ from ..kernels.cpu_step import seeds_of
 from ..kernels.dispatch import ddim_step, normals
 from ..kernels.noise import NoiseStream, check_seed
 from ..kernels.torch_internals import tree_map_only
-from ..models.protocol import Model
+from ..models.protocol import Model, check_model
 from ..plans.coefficients import known_region_coefficients, noising_coefficients
 from ..plans.levels import AnyLevel
 from ..utils.checks import as_index, check_alike, check_sample_shape, check_samples, refuse, usable_device
@@ -52,11 +52,13 @@ def place(
         wanted = _shape_of_model(model, seeds) if shape is None else _check_shape(shape)
         if not isinstance(shape, torch.Size):  # that of a tensor is a batch's, and to ask the model takes a while
             check_batched(model, "shape", wanted)
+            _warn_of_shape(model, "shape", wanted)
         return wanted, usable_device(device), dtype
     (first_name, first), *others = tensors.items()
     for name, tensor in others:
         check_alike(name, tensor, first_name, first)
     check_batched(model, first_name, first.shape)
+    _warn_of_shape(model, first_name, first.shape)
     return tuple(first.shape), first.device, first.dtype
 
 
@@ -83,6 +85,16 @@ def check_batched(model: Model, name: str, shape: Sequence[int]) -> None:
         )
 
 
+def _warn_of_shape(model: Model, name: str, shape: Sequence[int]) -> None:
+    """Warn of samples of another shape than those that a model says it was trained on."""
+    stated = getattr(model, "sample_shape", None)
+    if isinstance(stated, (tuple, list)) and tuple(shape[1:]) != tuple(stated):
+        warn_caller(
+            f"{name} should be a batch of the model's sample_shape, {('B', *stated)}, got {tuple(shape)}, on which it was not "
+            "trained: leave shape out, or change model.sample_shape if that is meant".replace("'B'", "B")
+        )
+
+
 def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     try:
         shape = tuple(map(as_index, shape))
@@ -96,8 +108,7 @@ def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
 def conditionings_of(model: Model, conditioning, scales, unconditional_conditioning) -> list[Mapping[str, Any]]:
     """Return the conditioning of each model call of a step: one, or a conditional and an
     unconditional one."""
-    if not callable(model):
-        raise TypeError(f"model must be callable as model(x, t, **conditioning), got {type(model).__name__}")
+    check_model(model)
     conditioning = _keywords("conditioning", conditioning)
     if unconditional_conditioning is not None:
         unconditional_conditioning = _keywords("unconditional_conditioning", unconditional_conditioning)
@@ -111,7 +122,19 @@ def conditionings_of(model: Model, conditioning, scales, unconditional_condition
                 f"got guidance_scale={scales[0]} alone: pass unconditional_conditioning"
             )
         unconditional_conditioning = unconditional(conditioning)
+        if _are_the_same(conditioning, unconditional_conditioning):
+            warn_caller(
+                f"guidance needs what the model is guided to, got guidance_scale={max(scales, key=abs):g} and no conditioning that "
+                "model.unconditional leaves out, which is no guidance: pass conditioning, for instance "
+                '{"class_labels": labels}'
+            )
     return [conditioning, dict(unconditional_conditioning)]
+
+
+def _are_the_same(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Return whether a model is told the same by both; None is the same as nothing."""
+    told, other = ({name: value for name, value in given.items() if value is not None} for given in (first, second))
+    return told.keys() == other.keys() and all(value is other[name] for name, value in told.items())
 
 
 def _keywords(name: str, value: object) -> dict[str, Any]:

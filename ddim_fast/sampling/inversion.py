@@ -22,10 +22,11 @@ from ..utils.checks import check_alike, check_integer, check_number, check_sampl
 from ..utils.devices import widened
 from ..utils.progress import tqdm
 from .capture import GraphCache
-from .finite import Look, check_asked, is_finite, is_looked_at, warn_unless_finite
+from .finite import Look, is_bad, warn_of_bad
 from .guidance import guidance_scales
 from .initial_state import check_batched, conditionings_of, warn_of_levels
-from .loop import Loop, Trajectory, begins_steps, model_calls, model_times
+from .loop import Loop, Trajectory, begins_steps, model_calls
+from .model_times import model_times
 from .options import Options
 from .run import sample
 
@@ -49,7 +50,6 @@ def invert(
             "make a sampler with order=1"
         )
     _check_iterations(iterations, tolerance)
-    check_asked(observation.check_finite)
     check_samples("x0", x0)
     check_batched(model, "x0", x0.shape)
     warn_of_levels(x0)
@@ -89,7 +89,8 @@ def invert(
                 break
         return again.samples
 
-    warn_unless_finite(search.x_prev, observation.check_finite, run_again, plan.num_inference_steps)
+    if is_bad(search.x_prev, observation.check_finite):
+        warn_of_bad(search.x_prev, run_again, plan.num_inference_steps)
     if observation.return_trajectory:
         trajectory.x_t.append(search.x_prev)
         return trajectory
@@ -109,7 +110,7 @@ def reconstruct(
     """Invert samples and sample them again by an unclipped plan: see ``DDIMSampler.reconstruct``."""
     x_T = invert(plan, model, x0, options, iterations=iterations, tolerance=tolerance)
     assert isinstance(x_T, Tensor)  # no trajectory was asked for
-    if is_looked_at(x_T, options.observation.check_finite) and not is_finite(x_T):
+    if is_bad(x_T, options.observation.check_finite):
         options = options.replace(check_finite=False)  # it has been said
     # A seed from which nothing is made, so that torch's own generator is left alone.
     again = sample(plan, model, None, options.replace(x_T=x_T, seed=0), graphs)

@@ -12,13 +12,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels.contract import StepTable
-from ..kernels.dispatch import ddim_step, ddim_step_from_table
+from ..kernels.dispatch import ddim_step, ddim_step_from_table, plain_step_
 from ..kernels.noise import NoiseStream
 from ..kernels.thresholding import dynamic_thresholds
 from ..kernels.torch_internals import makes_own_graphs, shares_storage
@@ -29,6 +29,7 @@ from ..utils.brief import brief_fields
 from ..utils.transfer import to_device
 from .guidance import ClassifierGuidance, guided_output
 from .model_errors import explain
+from .model_times import LentTimes
 
 ModelCall = Callable[[Tensor, Tensor], Tensor]
 """``call(x, t)``: the prediction of the model with its conditioning, in the shape of ``x``."""
@@ -48,8 +49,7 @@ class Timing:
     steps: int = 0
 
 
-@dataclass(frozen=True)
-class Density:
+class Density(NamedTuple):
     """How the log-probability of a step is taken, see ``ddim_step``."""
 
     log_prob_reduction: str = "mean"
@@ -152,7 +152,7 @@ class Loop:
     history: Tensor | None = None
     history_2: Tensor | None = None
     log_prob: Tensor | None = None
-    density: Density = Density()
+    density: Density = Density()  # noqa: RUF009 (it is immutable)
 
     @property
     def shape(self) -> torch.Size:
@@ -217,31 +217,34 @@ class Loop:
     @property
     def is_plain(self) -> bool:
         """Whether a step without noise needs nothing but one call of the model, x_t and histories."""
-        more = (
-            *(self.begin, self.guidance_scales, self.classifier, self.thresholding, self.model_input),
-            *(self.mask, self.x_seen, self.x0, self.log_prob),
+        return (
+            (self.begin is self.guidance_scales is self.classifier is self.thresholding is self.model_input is None)
+            and (self.mask is self.x_seen is self.x0 is self.log_prob is None)
+            and len(self.calls) == 1
         )
-        return len(self.calls) == 1 and all(other is None for other in more)
 
-    def plain_steps(self, steps: Sequence[PlannedStep], timesteps: Tensor, timing: Timing, backend: str | None) -> None:
-        """Advance ``x_t`` by these steps without noise of a loop that ``is_plain``, as
+    def plain_steps(self, plan: SamplingPlan, model: Model, conditioning: Mapping[str, Any]) -> None:
+        """Advance ``x_t`` by the steps of a plan without noise, in a loop that ``is_plain``, as
         ``planned_step`` does.
 
         What stands between two calls of a small model, such as a robot's policy, is found cold in
-        the processor's caches each time: so there is as little of it as possible.
+        the processor's caches each time: so there is as little of it as possible. The step looks at
+        the model's output itself, and only one that it declines is asked what is special about it.
         """
-        (call,), x_t, clock = self.calls, self.x_t, time.perf_counter
-        more = {"history": self.history, "history_2": self.history_2} if self.history is not None else {}
-        if backend is not None:
-            more["backend"] = backend  # type: ignore[assignment]  # of ddim_step
-        for step in steps:
-            started = clock()
-            m = _plain(_apart_from(x_t, call(x_t, timesteps[step.index])))
-            called = clock()
-            ddim_step(x_t, m, step.coefficients, out=x_t, **more)  # type: ignore[arg-type]  # of each kind
-            timing.model_seconds += called - started
-            timing.update_seconds += clock() - called
-            timing.steps += 1
+        x_t, history, history_2 = self.x_t, self.history, self.history_2
+        times = LentTimes(plan, x_t)
+        for step, t in zip(plan.steps, times.rows, strict=True):
+            try:
+                output = model(x_t, t, **conditioning)
+                if plain_step_(x_t, output, step.coefficients, history, history_2):
+                    continue
+                m = output_tensor(output, x_t)
+            except Exception as error:
+                explain(error, model, x_t, conditioning)
+                raise
+            m = _plain(_apart_from(x_t, m))
+            ddim_step(x_t, m, step.coefficients, out=x_t, history=history, history_2=history_2)
+        times.give_back()
 
     def step_by_index(self, position: Position) -> None:
         """Advance ``x_t``, in place, by the step at ``position``, and the position by one.
@@ -345,12 +348,6 @@ class Loop:
         return outputs[0], outputs[1]
 
 
-def model_times(plan: SamplingPlan, device: torch.device, batch_size: int) -> Tensor:
-    """Return ``(S, B)``: what the model is told in each step, for each sample."""
-    times = torch.tensor(plan.model_times, dtype=plan.schedule.time_dtype, device="cpu")
-    return to_device(times, device)[:, None].expand(-1, batch_size)
-
-
 def input_scales(plan: SamplingPlan, device: torch.device) -> Tensor | None:
     """Return ``(S,)`` float32, what x_t is multiplied by before each model call; None if it is
     given as it is."""
@@ -381,7 +378,7 @@ def model_calls(model: Model, conditionings: Sequence[Mapping[str, Any]]) -> lis
             try:
                 return output_tensor(model(x, t, **conditioning), x)
             except Exception as error:
-                explain(error, x, conditioning)
+                explain(error, model, x, conditioning)
                 raise
 
         return call
@@ -398,7 +395,7 @@ def _call_of_both(model: Model, first: Mapping[str, Any], second: Mapping[str, A
         try:
             return _apart_from(doubled, output_tensor(model(doubled, torch.cat([t, t]), **merged), doubled))
         except Exception as error:
-            explain(error, doubled, merged)
+            explain(error, model, doubled, merged)
             raise
 
     return both

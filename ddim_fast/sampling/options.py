@@ -7,15 +7,17 @@ add a field to a record, and its keyword to the methods that take it.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..kernels.contract import NORMALS
+from ..utils.checks import check_choice, refuse
+from ..utils.suggestions import did_you_mean
 from .guidance import GuidanceScale
 from .loop import Density, Timing
 
@@ -32,8 +34,7 @@ Capture = Literal["auto", "loop", "step", "off"]
 LogProbReduction = Literal["mean", "sum"]
 
 
-@dataclass(frozen=True, eq=False)
-class Noise:
+class Noise(NamedTuple):
     """Where the randomness of a run comes from."""
 
     seed: int | None = None
@@ -43,8 +44,7 @@ class Noise:
     normals: str = "exact"
 
 
-@dataclass(frozen=True)
-class Guidance:
+class Guidance(NamedTuple):
     """What the model is conditioned on, and what steers its output."""
 
     conditioning: Mapping[str, Any] | None = None
@@ -54,16 +54,14 @@ class Guidance:
     cond_fn: Callable[..., Tensor] | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class KnownRegion:
+class KnownRegion(NamedTuple):
     """The part of a picture that inpainting keeps."""
 
     mask: Tensor | None = None
     known_x0: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Execution:
+class Execution(NamedTuple):
     """Where and how a run is computed."""
 
     device: str | torch.device = "cpu"
@@ -74,8 +72,7 @@ class Execution:
     reuse_output: bool = False
 
 
-@dataclass(frozen=True)
-class Observation:
+class Observation(NamedTuple):
     """What the caller sees of a run while it lasts, and of its states afterwards."""
 
     progress: bool = False
@@ -90,8 +87,7 @@ class Observation:
         return self.callback is not None or self.return_trajectory
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """All options of a run."""
 
     noise: Noise = Noise()
@@ -99,30 +95,19 @@ class Options:
     known_region: KnownRegion = KnownRegion()
     execution: Execution = Execution()
     observation: Observation = Observation()
-    density: Density = Density()  # noqa: RUF009 (it is frozen)
+    density: Density = Density()
 
     def replace(self, **keywords: Any) -> Self:
         """Return these options with other values for some of the flat keywords."""
         groups: dict[str, dict[str, Any]] = {}
         for name, value in keywords.items():
             groups.setdefault(_GROUP_OF[name], {})[name] = value
-        return replace(self, **{group: replace(getattr(self, group), **own) for group, own in groups.items()})
+        return self._replace(**{group: getattr(self, group)._replace(**own) for group, own in groups.items()})
 
 
-_GROUP_OF = {
-    option.name: group
-    for group, record in {
-        "noise": Noise,
-        "guidance": Guidance,
-        "known_region": KnownRegion,
-        "execution": Execution,
-        "observation": Observation,
-        "density": Density,
-    }.items()
-    for option in fields(record)
-}
-_ORDER = list(_GROUP_OF)
 _DEFAULTS = Options()
+_GROUP_OF = {option: group for group, record in _DEFAULTS._asdict().items() for option in record._fields}
+_ORDER = list(_GROUP_OF)
 
 
 # The flat keywords of each method of the sampler, for type checkers, ``help`` and the check of
@@ -232,31 +217,58 @@ class ReplayKeywords(ConditioningKeywords, total=False):
     reuse_output: bool
 
 
-def check_names(method: str, accepted: type, keywords: Mapping[str, Any]) -> None:
-    """Check that a method has each of these keywords.
+def _check_callback(name: str, value: object) -> None:
+    if value is not None and not callable(value):
+        refuse("callback must be callable as callback(step, t, x_t, x0)", value, kind=TypeError)
+
+
+def _check_timing(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, Timing):
+        refuse("timing must be a Timing, to which seconds are added", value, kind=TypeError)
+
+
+def _check_finite(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, bool):
+        refuse("check_finite must be True, False or None", value, kind=TypeError)
+
+
+_CHECKS: Mapping[str, Callable[[str, Any], None]] = {
+    "callback": _check_callback,
+    "timing": _check_timing,
+    "check_finite": _check_finite,
+    "normals": partial(check_choice, choices=NORMALS),
+}
+"""The rules of options that need nothing but their value: of those that are left out, none is asked."""
+
+
+def check_keywords(method: str, accepted: type, keywords: Mapping[str, Any]) -> None:
+    """Check that a method has each of these keywords, and what their values alone can break.
 
     Args:
         method: the name of the method that was called, for the error.
         accepted: the TypedDict of its keywords.
 
     Raises:
-        TypeError: it has no such keyword.
+        TypeError, ValueError: it has no such keyword, or a value breaks a rule.
     """
     names = accepted.__optional_keys__  # type: ignore[attr-defined]  # every TypedDict has it
     for name, value in keywords.items():
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            remedy = f"did you mean {near[0]}?" if near else f"it takes {', '.join(sorted(names))}"
+            remedy = did_you_mean(name, sorted(names)) or f"it takes {', '.join(sorted(names))}"
+            if "conditioning" in names:
+                remedy += f'; what the model takes goes into conditioning={{"{name}": ...}}'
             raise TypeError(f"{method} has no keyword {name!r}, got {name}={value!r:.60}: {remedy}")
+        if name in _CHECKS:
+            _CHECKS[name](name, value)
 
 
 def options_of(method: str, accepted: type, keywords: Mapping[str, Any], return_trajectory: bool = False) -> Options:
     """Group the flat keywords of a call into ``Options``.
 
     Raises:
-        TypeError: as ``check_names``, whose arguments these are.
+        TypeError, ValueError: as ``check_keywords``, whose arguments these are.
     """
-    check_names(method, accepted, keywords)
+    check_keywords(method, accepted, keywords)
     groups: dict[str, dict[str, Any]] = {"observation": {"return_trajectory": True}} if return_trajectory else {}
     for name, value in keywords.items():
         groups.setdefault(_GROUP_OF[name], {})[name] = value

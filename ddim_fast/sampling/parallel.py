@@ -28,10 +28,10 @@ from ..utils.progress import tqdm
 from ..utils.transfer import to_device
 from .capture import GraphCache
 from .captured_loop import Job
-from .finite import check_asked
 from .guidance import guidance_scales
 from .initial_state import conditionings_of, initial_state, place, repeat_conditioning, seeds_of_samples
-from .loop import Loop, ModelCall, Timing, begins_steps, input_scales, model_calls, model_times
+from .loop import Loop, ModelCall, Timing, begins_steps, input_scales, model_calls
+from .model_times import model_times
 from .options import Options
 from .run import warn_of_result
 
@@ -74,7 +74,6 @@ def sample_parallel(
             "make a sampler with order=1"
         )
     check_number("tolerance", tolerance, at_least=0, remedy="0 gives the sequential result")
-    check_asked(options.observation.check_finite)
     if window is not None:
         check_integer("window", window, at_least=1)
     if max_iterations is not None:

@@ -20,8 +20,8 @@ from ..utils.checks import check_choice, check_integer, refuse
 from .capture import GraphCache
 from .initial_state import part_of_conditioning
 from .loop import Loop, begins_steps, model_calls
-from .options import ConditioningKeywords, Options, check_names, shows_keywords
-from .run import check, prepare, steps_shown, take_steps, warn_of_result
+from .options import ConditioningKeywords, Options, check_keywords, shows_keywords
+from .run import check, prepare, take_steps, warn_of_result
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -118,7 +118,7 @@ class Rollout:
             TypeError, ValueError: an argument breaks a rule, the states were not kept, or the model
                 returns the wrong thing.
         """
-        check_names("log_prob", ConditioningKeywords, options)
+        check_keywords("log_prob", ConditioningKeywords, options)
         step, x_t = self.plan.steps[self._number(index)], self.x_t(index)
         _check_prediction_type(model, self.plan)
         # The states have their device and dtype, and the noise and the known region are in them.
@@ -346,7 +346,7 @@ def _run(
             log_probs[noisy_steps.index(taken - 1)].copy_(loop.log_prob)
 
     using = nullcontext() if job.mode == "off" else graphs.use(job, optional=options.execution.capture == "auto")
-    samples = take_steps(job, using, steps_shown(plan, options), options, record)
+    samples = take_steps(job, using, options, record)
     assert isinstance(samples, Tensor)  # no trajectory was asked for
     warn_of_result(samples, job, model, options, graphs)
     seeds, mask = job.seeds, job.loop.mask

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.contract import NORMALS
 from ..models.protocol import Model
 from ..plans.plan import PlannedStep, SamplingPlan
-from ..utils.checks import check_choice, check_dtype, refuse
+from ..utils.checks import check_dtype
 from ..utils.progress import tqdm
 from ..utils.transfer import to_device
 from .capture import GraphCache
 from .capture_mode import choose_mode
 from .captured_loop import CapturedLoop, Job
-from .finite import Look, check_asked, is_looked_at, warn_unless_finite
+from .finite import Look, is_bad, warn_of_bad
 from .guidance import ClassifierGuidance, check_rescale, classifier_guidance, guidance_scales
 from .initial_state import (
     blend_known_region,
@@ -30,7 +29,8 @@ from .initial_state import (
     place,
     seeds_of_samples,
 )
-from .loop import Loop, Timing, Trajectory, begins_steps, model_calls, model_times
+from .loop import Loop, Timing, Trajectory, begins_steps, model_calls
+from .model_times import model_times
 from .options import Observation, Options
 
 
@@ -51,7 +51,7 @@ def sample(
     """
     job = prepare(plan, model, shape, options, graphs)
     using = nullcontext() if job.mode == "off" else graphs.use(job, optional=options.execution.capture == "auto")
-    result = take_steps(job, using, steps_shown(plan, options), options)
+    result = take_steps(job, using, options)
     warn_of_result(result, job, model, options, graphs)
     return result
 
@@ -59,8 +59,7 @@ def sample(
 def warn_of_result(result: Tensor | Trajectory, job: Job, model: Model, options: Options, graphs: GraphCache) -> None:
     """Warn where the samples of a run are not finite, and name the step by running again."""
     samples = result if isinstance(result, Tensor) else result.samples
-    asked = options.observation.check_finite
-    if not is_looked_at(samples, asked):
+    if not is_bad(samples, options.observation.check_finite):
         return
 
     def run_again(look: Look) -> Tensor:
@@ -77,7 +76,7 @@ def warn_of_result(result: Tensor | Trajectory, job: Job, model: Model, options:
 
     # What a generator drew cannot be drawn again.
     repeats = None if options.noise.generator is not None else run_again
-    warn_unless_finite(samples, asked, repeats, job.plan.num_inference_steps)
+    warn_of_bad(samples, repeats, job.plan.num_inference_steps)
 
 
 def prepare(
@@ -144,13 +143,14 @@ def check(plan: SamplingPlan, model: Model, shape: Sequence[int] | None, options
         x_T=options.noise.x_T,
         known_x0=known_x0,
     )
-    model_dtype = dtype if execution.model_dtype is None else execution.model_dtype
     check_dtype("dtype", dtype)
-    check_dtype("model_dtype", model_dtype)
-    check_choice("normals", options.noise.normals, NORMALS)
+    model_dtype = dtype
+    if execution.model_dtype is not None:
+        model_dtype = execution.model_dtype
+        check_dtype("model_dtype", model_dtype)
     check_generator(options.noise.generator, device)
-    _check_observation(options.observation)
-    check_rescale(guidance.guidance_rescale, guidance.guidance_scale)
+    if guidance.guidance_rescale != 0:
+        check_rescale(guidance.guidance_rescale, guidance.guidance_scale)
     scales = guidance_scales(guidance.guidance_scale, plan.timesteps)
     conditionings = conditionings_of(model, guidance.conditioning, scales, guidance.unconditional_conditioning)
     return Request(
@@ -168,16 +168,6 @@ def check(plan: SamplingPlan, model: Model, shape: Sequence[int] | None, options
         adds_noise=plan.adds_noise,
         adds_known_noise=mask is not None and plan.adds_known_noise,
     )
-
-
-def _check_observation(observation: Observation) -> None:
-    """Check what the caller watches a run with."""
-    callback, timing = observation.callback, observation.timing
-    check_asked(observation.check_finite)
-    if callback is not None and not callable(callback):
-        refuse("callback must be callable as callback(step, t, x_t, x0)", callback, kind=TypeError)
-    if timing is not None and not isinstance(timing, Timing):
-        refuse("timing must be a Timing, to which seconds are added", timing, kind=TypeError)
 
 
 def _mode(request: Request, options: Options, graphs: GraphCache, recorded_by: str | None) -> str:
@@ -250,7 +240,7 @@ def _start(mode: str, request: Request, options: Options, keeps_log_prob: bool =
     return Job(mode, r.model, r.plan, loop, r.conditionings, seeds)
 
 
-def steps_shown(plan: SamplingPlan, options: Options) -> AbstractContextManager[Iterable[PlannedStep]]:
+def _steps_shown(plan: SamplingPlan, options: Options) -> AbstractContextManager[Iterable[PlannedStep]]:
     """Return what gives the steps, with a progress bar if one is wanted: it costs as much as several
     small steps, even one that is not shown."""
     if options.observation.progress:
@@ -261,7 +251,6 @@ def steps_shown(plan: SamplingPlan, options: Options) -> AbstractContextManager[
 def take_steps(
     job: Job,
     using: AbstractContextManager[CapturedLoop | None],
-    bar: AbstractContextManager[Iterable[PlannedStep]],
     options: Options,
     record: Callable[[Loop, int], None] | None = None,
 ) -> Tensor | Trajectory:
@@ -271,20 +260,22 @@ def take_steps(
         record: called as ``record(loop, steps_taken)`` before the first step and after each.
     """
     observation, execution = options.observation, options.execution
-    timing = Timing() if observation.timing is None else observation.timing
-    trajectory = Trajectory()
-    with torch.no_grad(), using as captured:
+    watched = observation.progress or observation.wants_states or record is not None
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext(), using as captured:
         loop = job.loop if captured is None else captured.loop
-        watched = observation.progress or observation.wants_states or record is not None
         if captured is None:
-            loop.begin = begins_steps(job.model)
+            if len(loop.calls) > 1 or not loop.x_t.is_cpu:  # to look for graphs takes a while
+                loop.begin = begins_steps(job.model)
+            seen = watched or observation.timing is not None or execution.backend is not None
+            if loop.is_plain and not (seen or job.plan.adds_noise):
+                loop.plain_steps(job.plan, job.model, job.conditionings[0])
+                return loop.x_t
             timesteps = model_times(job.plan, loop.x_t.device, loop.shape[0])
-        with bar as steps:
+        timing = Timing() if observation.timing is None else observation.timing
+        trajectory = Trajectory()
+        with _steps_shown(job.plan, options) as steps:
             if captured is not None and not (watched or captured.draws_noise):
                 captured.replay_all(timing)
-                steps = ()
-            elif captured is None and not watched and not job.plan.adds_noise and loop.is_plain:
-                loop.plain_steps(job.plan.steps, timesteps, timing, execution.backend)
                 steps = ()
             if record is not None:
                 record(loop, 0)

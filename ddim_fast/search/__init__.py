@@ -1,6 +1,6 @@
 """Timesteps fitted to a model: the few whose samples come nearest to those of many steps.
 
-    found = search_timesteps(Search(model, schedule, shape, num_inference_steps=10))
+    found = search_timesteps(Search(model, schedule, num_inference_steps=10))
     sampler = DDIMSampler(schedule, timesteps=found.best)
 
 Sources: dynamic programming over a table of measured one-step costs, Watson et al. 2021 (arXiv

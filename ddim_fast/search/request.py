@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..generation.conditioning import Conditioning, check_rule
-from ..models.protocol import Model
+from ..models.protocol import Model, sample_shape_of
 from ..plans.continuous import ContinuousSchedule
 from ..plans.history_weights import HistoryWeights
 from ..plans.path import NoisePath
@@ -22,7 +22,7 @@ from ..plans.schedules import NoiseSchedule
 from ..plans.timesteps import distinct_timesteps, select_timesteps
 from ..sampler import DDIMSampler
 from ..sampling.guidance import guidance_scales
-from ..utils.checks import check_integer, check_sample_shape, refuse, usable_device
+from ..utils.checks import check_integer, refuse, usable_device
 from .fit import calls
 from .refine import Candidate
 from .runs import Progress, Runs
@@ -42,7 +42,8 @@ class Search:
     """What to search for, and with how much effort.
 
     Args:
-        shape: of one sample.
+        shape: of one sample, ``(C, ...)``. None: the model's ``sample_shape``.
+        num_inference_steps: how many timesteps to find.
         order: of the steps that the list is used for.
         conditioning: the rule for the conditioning of sample i.
         sampler_options: further arguments of the sampler, such as ``clip_sample``.
@@ -61,7 +62,8 @@ class Search:
 
     model: Model
     schedule: NoisePath
-    shape: tuple[int, ...]
+    shape: Sequence[int] | None = None
+    _: KW_ONLY
     num_inference_steps: int
     order: int = 1
     conditioning: Conditioning | None = None
@@ -83,7 +85,7 @@ class Search:
             refuse("model must be callable as model(x, t, **conditioning)", self.model, kind=TypeError)
         if not isinstance(self.schedule, NoisePath) or isinstance(self.schedule, type):
             refuse("schedule must be a noise schedule", self.schedule, "for instance NoiseSchedule.linear()", TypeError)
-        self.shape = check_sample_shape("shape", self.shape)
+        self.shape = sample_shape_of(self.model, self.shape)
         if check_integer("order", self.order) not in CANDIDATES:
             refuse("order must be 1 (DDIM) or 2 (its multistep form)", self.order)
         self._check_counts()
@@ -201,7 +203,7 @@ class Search:
         conditioning = {name: rows.to(self.device) for name, rows in (conditioning or {}).items()}
         return Runs.from_seed(
             self.model,
-            self.shape,
+            sample_shape_of(self.model, self.shape),
             count,
             seed,
             self.device,

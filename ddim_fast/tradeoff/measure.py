@@ -20,7 +20,7 @@ from ..generation.conditioning import Conditioning
 from ..integrations.named_schedulers import NamedScheduler, named_scheduler
 from ..kernels.noise import sample_seeds
 from ..models.metrics import sample_distances
-from ..models.protocol import Model, output_tensor
+from ..models.protocol import Model, output_tensor, sample_shape_of
 from ..plans.path import NoisePath
 from ..plans.schedules import NoiseSchedule
 from ..sampler import DDIMSampler
@@ -49,7 +49,7 @@ class Subject:
     """A model and all settings that cells share. Cells differ only in the fields of ``Cell``.
 
     Args:
-        shape: of one sample, ``(C, ...)``.
+        shape: of one sample, ``(C, ...)``. None: the model's ``sample_shape``.
         conditioning: gives the conditioning of sample i; None for an unconditional model.
         sampler_options: the model's own sampling settings, as arguments of ``DDIMSampler``.
         seed: gives the initial noise; sample i of every cell starts from the same noise.
@@ -60,7 +60,7 @@ class Subject:
 
     model: Model
     schedule: NoisePath
-    shape: tuple[int, ...]
+    shape: Sequence[int] | None = None
     conditioning: Conditioning | None = None
     guidance_scale: float | None = None
     sampler_options: Mapping[str, Any] = field(default_factory=dict)
@@ -71,6 +71,18 @@ class Subject:
     judge: Judge | None = None
     truth: ClosedForm | None = None
     reconstructed: int = 0
+
+    def __post_init__(self) -> None:
+        self.shape = self.sample_shape
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """The shape of one sample.
+
+        Raises:
+            TypeError, ValueError: there is none, or it breaks a rule.
+        """
+        return sample_shape_of(self.model, self.shape)
 
     def sampler(self, cell: Cell) -> DDIMSampler:
         return cell.sampler(self.schedule, self.sampler_options)
@@ -97,10 +109,10 @@ class Subject:
         Raises:
             ValueError: it cannot sample the model's path, or tells the model what it cannot take.
         """
-        rehearsal = self.other_sampler(named, num_inference_steps).rehearse(self.shape, self.device)
+        rehearsal = self.other_sampler(named, num_inference_steps).rehearse(self.sample_shape, self.device)
         between = [t for t in rehearsal.times if t != round(t)]
         if between and isinstance(self.schedule, NoiseSchedule):
-            x = torch.zeros((1, *self.shape), dtype=torch.float32, device=self.device)
+            x = torch.zeros((1, *self.sample_shape), dtype=torch.float32, device=self.device)
             t = torch.full((1,), between[0], dtype=torch.float32, device=self.device)
             try:
                 with torch.no_grad():
@@ -213,7 +225,7 @@ def _our_run(subject: Subject, cell: Cell, first: int, size: int) -> Callable[[T
     }
 
     def sample(timing: Timing) -> tuple[Tensor, int]:
-        samples = sampler.sample(subject.model, (size, *subject.shape), timing=timing, **options)
+        samples = sampler.sample(subject.model, (size, *subject.sample_shape), timing=timing, **options)
         return samples, sampler.num_inference_steps
 
     return sample
@@ -242,7 +254,7 @@ def _other_run(subject: Subject, cell: Cell, first: int, size: int) -> Callable[
 
         noise = given
         if noise is None:
-            shape = (size, *subject.shape)
+            shape = (size, *subject.sample_shape)
             noise = initial_state(shape, None, to_device(seeds, subject.device), None, subject.device, torch.float32)
         return other.drive(scheduler, predict, noise, generator), predictions
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from ..utils.html import plain_text
+from .apply import command_of, python_of
 from .numbers import number_text, range_text
-from .results import METRICS, CellResult, Metric, Study, describe, way_of
+from .results import METRICS, CellResult, Metric, Recommendation, Study, describe, way_of
 from .timing import remarks
 
 USUAL_STEPS = 50
@@ -253,14 +254,43 @@ def reached_text(entry: Entry, metric: Metric) -> str:
 
 def summary(study: Study) -> list[str]:
     """Return the results of a study in lines for a terminal: each race, what its times are worth, and
-    the recommendation."""
+    last what to use, how, and what other metrics would recommend."""
     lines = []
     for race in races(study):
         lines += [str(race), *_table(race), ""]
     lines += remarks(study) if lines else []
     if (recommended := study.recommendation()) is not None:
         lines.append(str(recommended))
+        lines += [f"  {how}" for how in ways_to_apply(study)]
+        lines += [str(other) for other in alternatives(study)]
     return [plain_text(line) for line in lines]
+
+
+def ways_to_apply(study: Study) -> list[str]:
+    """Return the command and the line of Python that apply the recommendation, if there are any."""
+    recommended = study.recommendation()
+    if recommended is None:
+        return []
+    cell = recommended.chosen.cell
+    return [how for how in (command_of(cell, study.model), python_of(cell)) if how]
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """What to use if another metric decides."""
+
+    recommendation: Recommendation
+
+    def __str__(self) -> str:
+        words = str(self.recommendation)
+        return f"By {self.recommendation.metric.title} alone: {words[0].lower()}{words[1:]}"
+
+
+def alternatives(study: Study) -> list[Alternative]:
+    """Return what the metrics after the first recommend, where it is another cell."""
+    first = study.recommendation()
+    found = [study.recommendation(metric.name) for metric in study.metrics[1:]]
+    return [Alternative(other) for other in found if other and first and other.chosen is not first.chosen]
 
 
 def _table(race: Race) -> list[str]:

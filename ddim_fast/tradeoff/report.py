@@ -22,7 +22,7 @@ from .cells import Cell
 from .marks import COLOURS, HORIZONTALS, Marks, points
 from .numbers import measure_text, number_text
 from .paper import PAPER_FIDS, PAPER_SOURCE, PAPER_STEPS, ROWS, paper_table_of, row_text
-from .race import Race, as_data, races, reached_text
+from .race import Race, alternatives, as_data, races, reached_text, ways_to_apply
 from .results import (
     CellResult,
     Measure,
@@ -196,6 +196,8 @@ def html_text(study: Study, directory: Path) -> str:
         study=study,
         headline=_headline(study, found),
         races=found,
+        how=ways_to_apply(study),
+        alternatives=alternatives(study),
         reached=reached_text,
         horizontals=HORIZONTALS,
         remarks=remarks(study),
@@ -221,11 +223,11 @@ def html_text(study: Study, directory: Path) -> str:
 
 
 def _headline(study: Study, found: list[Race]) -> str:
-    if found:
-        return capital(str(found[0]))
     recommendation = study.recommendation()
     if recommendation is not None:
         return str(recommendation)
+    if found:
+        return capital(str(found[0]))
     return "Only times were measured, no quality." if study.results else "Nothing was measured."
 
 

@@ -39,7 +39,7 @@ def settings_of(subject: Subject, model_id: str | None = None) -> dict[str, Any]
     return {
         "model": {"id": model_id} if model_id is not None else {"sha256": model_digest(subject.model)},
         "schedule": {"name": schedule.name, "sha256": schedule.digest, **schedule.parameters},
-        "shape": list(subject.shape),
+        "shape": list(subject.sample_shape),
         "conditioning": None if subject.conditioning is None else subject.conditioning.settings(),
         "guidance_scale": subject.guidance_scale,
         "sampler_options": {name: subject.sampler_options[name] for name in sorted(subject.sampler_options)},

@@ -17,13 +17,32 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .suggestions import did_you_mean
+
+_MOST_OF_TEXT, _MOST_OF_OTHERS = 200, 80
+"""Characters that an error shows: of text, paths and numbers; and of other values."""
 
 
 def refuse(rule: str, value: object, remedy: str = "", kind: type[Exception] = ValueError) -> NoReturn:
     """Raise ``kind`` with ``rule, got VALUE: remedy``."""
-    raise kind(f"{rule}, got {value!r:.200}" + (f": {remedy}" if remedy else ""))
+    raise kind(f"{rule}, got {shown(value)}" + (f": {remedy}" if remedy else ""))
+
+
+def shown(value: object) -> str:
+    """Return a value for an error, in one line: a tensor or an array with dimensions by its shape and
+    dtype, and what has a long text, such as a pipeline or a config, by its beginning."""
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
+        kind = "a tensor" if isinstance(value, Tensor) else "an array"
+        return f"{kind} {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    text = repr(value)
+    if "\n" in text and not isinstance(value, (Tensor, np.ndarray)):  # what describes itself in lines
+        return f"an object of class {type(value).__name__}"
+    most = _MOST_OF_TEXT if isinstance(value, (str, bytes, os.PathLike, Real)) else _MOST_OF_OTHERS
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def as_index(value: Any) -> int:
@@ -37,10 +56,11 @@ def as_index(value: Any) -> int:
 
 
 def check_choice(name: str, value: object, choices: Iterable[str], remedy: str = "") -> None:
-    """Raise ValueError unless ``value`` is one of ``choices``."""
+    """Raise ValueError unless ``value`` is one of ``choices``; it names the nearest, or else the
+    remedy."""
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
-        refuse(f"{name} must be one of {', '.join(choices)}", value, remedy)
+        refuse(f"{name} must be one of {', '.join(choices)}", value, did_you_mean(value, choices) or remedy)
 
 
 def check_integer(
@@ -184,7 +204,7 @@ def check_device(name: str, value: Any) -> torch.device:
     try:
         return torch.device(value)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{name} must be one of this machine, got {value!r:.80}: for instance 'cpu'") from error
+        raise ValueError(f"{name} must be one of this machine, got {shown(value)}: for instance 'cpu'") from error
 
 
 def check_samples(name: str, value: object) -> None:
@@ -192,8 +212,19 @@ def check_samples(name: str, value: object) -> None:
     if isinstance(value, Tensor) and value.dtype == torch.uint8:
         remedy = f"pictures of 8 bits are {name}.float() / 127.5 - 1"
         refuse(f"{name} must be a floating-point tensor (B, C, ...)", value.dtype, remedy, TypeError)
+    if isinstance(value, np.ndarray):
+        rule, given = f"{name} must be a floating-point tensor (B, C, ...)", f"an array {value.shape} {value.dtype}"
+        raise TypeError(f"{rule}, got {given}: use torch.from_numpy({name}).float()")
+    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested:
+        given = f"{tuple(value.shape)} {value.dtype}"
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{name} must be a floating-point tensor (B, C, ...), got {given}: use {name}.float()")
+        if value.ndim < 2:
+            raise TypeError(
+                f"{name} must be a floating-point tensor (B, C, ...), got {given}: use {name}.view(B, C, ...)"
+            )
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point or value.is_nested or value.ndim < 2:
-        raise TypeError(f"{name} must be a floating-point tensor (B, C, ...), got {value!r:.80}")
+        raise TypeError(f"{name} must be a floating-point tensor (B, C, ...), got {shown(value)}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}: call .to_dense()")
 
@@ -201,7 +232,7 @@ def check_samples(name: str, value: object) -> None:
 def check_dtype(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a floating-point dtype."""
     if not (isinstance(value, torch.dtype) and value.is_floating_point):
-        raise TypeError(f"{name} must be a floating-point torch.dtype such as torch.float16, got {value!r}")
+        raise TypeError(f"{name} must be a floating-point torch.dtype such as torch.float16, got {shown(value)}")
 
 
 def check_alike(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -224,7 +255,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError, ValueError):
-        raise ValueError(f"device must be a torch device such as cpu, cuda or cuda:1, got {device!r}") from None
+        raise ValueError(f"device must be a torch device such as cpu, cuda or cuda:1, got {shown(device)}") from None
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device must be one that torch finds, and it finds no CUDA device, got {str(found)!r}: use cpu, or a torch "

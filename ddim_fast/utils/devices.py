@@ -9,6 +9,13 @@ from torch import Tensor
 
 
 @lru_cache(maxsize=64)
+def type_of(device: torch.device) -> str:
+    """Return ``device.type``: torch makes the string anew each time, which takes as long as a small
+    step."""
+    return device.type
+
+
+@lru_cache(maxsize=64)
 def has_float64(device: torch.device) -> bool:
     """Return whether a device computes in float64: Apple's GPUs do not, nor do some of Intel's."""
     if device.type in ("cpu", "cuda"):

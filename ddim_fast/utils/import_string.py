@@ -35,6 +35,9 @@ def import_string(name: str, what: str) -> Any:
             for part in attribute.split("."):
                 value = getattr(value, part)
     except (Exception, SystemExit) as error:  # whatever the module does; Ctrl-C is the user's
+        if module.endswith(".py"):
+            remedy = f"leave .py out, {module.removesuffix('.py').replace('/', '.')}:{attribute}"
+            raise ValueError(f"{what} must be named module:attribute, got {name!r}: {remedy}") from error
         raise ValueError(
             f"{what} {name!r} cannot be imported ({type(error).__name__}: {error}{_place(error)}): "
             "it is looked for in the current folder and in what is installed"

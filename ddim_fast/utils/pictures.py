@@ -51,8 +51,8 @@ _VIDEO = ".mp4"
 
 
 def to_uint8(samples: Tensor) -> np.ndarray:
-    """Convert samples ``(B, C, H, W)`` in [-1, 1] (others are clamped), C 1 or 3, to ``(B, H, W,
-    C)`` uint8.
+    """Convert samples ``(B, C, H, W)`` in [-1, 1] (others are clamped, NaN is black), C 1 or 3, to
+    ``(B, H, W, C)`` uint8.
 
     Raises:
         TypeError: the samples are no floating-point tensor.
@@ -67,13 +67,26 @@ def _to_levels(samples: Tensor, highest: int) -> np.ndarray:
         what = samples.dtype if isinstance(samples, Tensor) else type(samples).__name__
         raise TypeError(f"pictures must be a floating-point tensor (B, C, H, W) in [-1, 1], got {what}: convert it")
     if samples.ndim != 4 or samples.shape[1] not in (1, 3):
-        remedy = "a latent is decoded first"
-        if samples.ndim == 3 and samples.shape[0] in (1, 3):
-            remedy = "for one picture use samples.unsqueeze(0)"
-        refuse("pictures must be (B, C, H, W) with 1 or 3 channels", tuple(samples.shape), remedy)
+        rule = "pictures must be (B, C, H, W) with 1 or 3 channels"
+        refuse(rule, tuple(samples.shape), _shape_remedy(samples.shape))
     # On a device without float64 a level of 16 bits may be one off.
     exact = samples.detach().to("cpu", torch.float64 if highest > 255 else torch.float32)
-    return ((exact.clamp(-1, 1) + 1) * (highest / 2)).round().permute(0, 2, 3, 1).numpy()
+    return ((exact.nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * (highest / 2)).round().permute(0, 2, 3, 1).numpy()
+
+
+def _shape_remedy(shape: Sequence[int]) -> str:
+    """Return what makes ``(B, C, H, W)`` of samples of another shape."""
+    if len(shape) == 2:
+        return "for one grey picture use samples[None, None]"
+    if len(shape) == 3 and shape[0] in (1, 3):
+        return "for one picture use samples.unsqueeze(0)"
+    if len(shape) == 3 and shape[2] in (1, 3):
+        return "for one picture with its channels last use samples.movedim(-1, 0).unsqueeze(0)"
+    if len(shape) == 3:
+        return "for grey pictures use samples.unsqueeze(1)"
+    if len(shape) == 4 and shape[3] in (1, 3):
+        return "for pictures with their channels last use samples.movedim(-1, 1)"
+    return "a latent is decoded first" if len(shape) == 4 else "pass pictures"
 
 
 def to_pil(samples: Tensor) -> list[Image.Image]:

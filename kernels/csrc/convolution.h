@@ -14,7 +14,7 @@ constexpr int64_t kChannelGrain = 16;
 
 struct Convolution {
   const float* input;
-  const float* weights;  // transformed: (kPoints, in_channels, out_channels)
+  const float* weights;  // transformed, in panels: (kPoints, out_channels / kChannelGrain, in_channels, kChannelGrain)
   const float* bias;     // (out_channels), or null
   float* output;
   int64_t batch, height, width, in_channels, out_channels;
@@ -39,8 +39,13 @@ namespace {
   return most < all ? most : all;
 }
 
+// From one point's tiles of so many channels to the next one's. A transform reads or writes one cache
+// line of each point at a time: they must not fall into the same few sets of the cache, and do if their
+// distance is divided by a high power of two.
+[[maybe_unused]] inline int64_t point_stride(const Convolution& c, int64_t channels) { return tiles_in_block(c) * channels + kChannelGrain; }
+
 [[maybe_unused]] inline int64_t scratch_floats(const Convolution& c) {
-  return kPoints * tiles_in_block(c) * (c.in_channels + c.out_channels) + c.in_channels;
+  return kPoints * (point_stride(c, c.in_channels) + point_stride(c, c.out_channels)) + c.in_channels;
 }
 
 }  // namespace

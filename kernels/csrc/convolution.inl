@@ -95,19 +95,24 @@ inline void transform_products(const Convolution& c, Place at, const float* m, i
   }
 }
 
-// kRows rows of a (rows, depth) times kVectors vectors of columns of b (depth, columns).
+constexpr int kPanel = kChannelGrain / Isa::kLanes;  // vectors that are a panel of the weights wide
+
+// kRows rows of a (rows, depth) times kVectors vectors of columns of b, which lies in panels.
 template <int kRows, int kVectors>
 __attribute__((noinline)) void multiply(const float* a, const float* b, float* result, int64_t depth, int64_t columns) {
+  const float* panels[kVectors];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) panels[j] = b + (j / kPanel * depth * kPanel + j % kPanel) * Isa::kLanes;
   F sums[kRows][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) sums[i][j] = Isa::set(0.0f);
   }
-  for (int64_t k = 0; k < depth; ++k, b += columns) {
+  for (int64_t k = 0; k < depth; ++k) {
     F line[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) line[j] = Isa::load(b + j * Isa::kLanes);
+    for (int j = 0; j < kVectors; ++j) line[j] = Isa::load(panels[j] + k * kChannelGrain);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const F x = Isa::set(a[i * depth + k]);
@@ -125,34 +130,30 @@ __attribute__((noinline)) void multiply(const float* a, const float* b, float* r
 // All rows, a multiple of kRowGrain, times kVectors vectors of columns.
 template <int kVectors>
 void multiply_rows(const float* a, const float* b, float* result, int64_t rows, int64_t depth, int64_t columns) {
-  constexpr int kMost = Isa::kAccumulators / kVectors / kRowGrain * kRowGrain;
+  constexpr int kMost = Isa::kAccumulators / kVectors;
   int64_t i = 0;
-  for (; i + kMost <= rows; i += kMost) multiply<kMost, kVectors>(a + i * depth, b, result + i * columns, depth, columns);
-  if constexpr (kMost > kRowGrain)
-    for (; i < rows; i += kRowGrain) multiply<kRowGrain, kVectors>(a + i * depth, b, result + i * columns, depth, columns);
+  for (; (rows - i) % kMost; i += kRowGrain) multiply<kRowGrain, kVectors>(a + i * depth, b, result + i * columns, depth, columns);
+  for (; i < rows; i += kMost) multiply<kMost, kVectors>(a + i * depth, b, result + i * columns, depth, columns);
 }
 
-// result (rows, columns) = a (rows, depth) times b (depth, columns).
+// result (rows, columns) = a (rows, depth) times b (depth, columns), which lies in panels of
+// kChannelGrain columns, each (depth, kChannelGrain). Whole cache lines are read, one after the other:
+// with few rows, a product waits for the weights to arrive from the third-level cache. With more, a
+// vector that is as wide as a panel needs several panels, or it would wait for its own sums.
 inline void matrix_product(const float* a, const float* b, float* result, int64_t rows, int64_t depth, int64_t columns) {
-  const int64_t vectors = columns / Isa::kLanes;
-  for (int64_t j = 0; j < vectors;) {
-    const int64_t left = vectors - j, at = j * Isa::kLanes;
-    if (left == 3 || left > 4) {
-      multiply_rows<3>(a, b + at, result + at, rows, depth, columns);
-      j += 3;
-    } else if (left >= 2) {
-      multiply_rows<2>(a, b + at, result + at, rows, depth, columns);
-      j += 2;
-    } else {
-      multiply_rows<1>(a, b + at, result + at, rows, depth, columns);
-      j += 1;
-    }
+  constexpr int64_t kGrain = kChannelGrain;
+  int64_t j = 0;
+  if constexpr (kPanel == 1) {
+    const int64_t shared = rows > kRowGrain ? columns : 0;
+    for (; shared - j > 4 * kGrain || shared - j == 3 * kGrain; j += 3 * kGrain) multiply_rows<3>(a, b + j * depth, result + j, rows, depth, columns);
+    for (; shared - j >= 2 * kGrain; j += 2 * kGrain) multiply_rows<2>(a, b + j * depth, result + j, rows, depth, columns);
   }
+  for (; j < columns; j += kGrain) multiply_rows<kPanel>(a, b + j * depth, result + j, rows, depth, columns);
 }
 
 // The tiles [begin, end). `scratch`: scratch_floats(c) floats, at a multiple of 64 bytes.
 void convolve(const Convolution& c, int64_t begin, int64_t end, float* scratch) {
-  const int64_t most = tiles_in_block(c), v_stride = most * c.in_channels, m_stride = most * c.out_channels;
+  const int64_t most = tiles_in_block(c), v_stride = point_stride(c, c.in_channels), m_stride = point_stride(c, c.out_channels);
   float *v = scratch, *m = v + kPoints * v_stride, *zeros = m + kPoints * m_stride;
   std::fill_n(zeros, c.in_channels, 0.0f);
   for (; begin < end; begin += most) {

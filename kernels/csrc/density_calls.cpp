@@ -92,11 +92,6 @@ bool read_factors(PyObject* const* a, const Density& d, const Reduction& r, cons
   return !PyErr_Occurred();
 }
 
-bool takes(Py_ssize_t given, int wanted) {
-  if (given != wanted) PyErr_Format(PyExc_TypeError, "this takes %d arguments, got %zd", wanted, given);
-  return given == wanted;
-}
-
 }  // namespace
 
 // density_of_plain(x_prev, x_t, model_output, coefficients, model_output_uncond, guidance_scale, mask,

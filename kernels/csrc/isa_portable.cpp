@@ -32,7 +32,7 @@ struct Isa {
   static constexpr bool kNormalsInRegisters = false;
   static constexpr bool kDeinterleavesBFloat16 = false;
   static constexpr int kGroups = 1;
-  static constexpr int kAccumulators = 12;
+  static constexpr int kAccumulators = 24;
 
   template <typename Function>
   static DDIM_INLINE F each(Function f) {

@@ -7,13 +7,12 @@
 //                  the rows were computed from has changed.
 //   plain(...)     tells of tensors anywhere, as step() asks of those on the CPU, whether they need no other checks.
 //   run(...)       takes addresses and strides that Python has checked.
-//   density calls  are in density_calls.cpp
+//   density calls  are in density_calls.cpp, those of a model's layers in layer_calls.cpp
 //
 // No torch headers: one build serves every Python from 3.10 and every torch.
 #include "python_api.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <exception>
@@ -26,10 +25,9 @@
 #include <cpuid.h>
 #endif
 
-#include "convolution.h"
 #include "density.h"
 #include "density_calls.h"
-#include "normalization.h"
+#include "layer_calls.h"
 #include "parallel.h"
 #include "plain_tensors.h"
 #include "same_objects.h"
@@ -222,8 +220,12 @@ bool read_step(PyObject* const* a, Place place, PyObject* index, Step* s, int64_
     for (int64_t i = 0; is_on_host(like) && i < s->n_samples; ++i)
       if (s->thresholds[i] <= 0) return false;
   }
-  if (!read_tensor(a[kXPrev], &like, stride, &s->x_prev) || s->x_prev.dtype != s->x_t.dtype || !writable(a[kXPrev])) return false;
-  if (a[kXPrev] != a[kXT] && !without_gradient(a[kXPrev], recording)) return false;
+  if (a[kXPrev] == a[kXT]) {
+    s->x_prev = s->x_t;
+  } else if (!read_tensor(a[kXPrev], &like, stride, &s->x_prev) || s->x_prev.dtype != s->x_t.dtype || !without_gradient(a[kXPrev], recording)) {
+    return false;
+  }
+  if (!writable(a[kXPrev])) return false;
   if (a[kX0] != Py_None) {
     if (!read_tensor(a[kX0], &like, stride, &s->x0) || s->x0.dtype != s->x_t.dtype || !without_gradient(a[kX0], recording)) return false;
     if (!writable(a[kX0])) return false;
@@ -473,99 +475,30 @@ PyObject* py_triad(PyObject*, PyObject* arguments) {
   return new_none();
 }
 
-// Memory of a thread, which grows and is kept: allocating it again costs as much as a small
-// convolution.
-class Scratch {
- public:
-  // Null if there is not enough memory.
-  float* of(int64_t floats) {
-    if (floats > size_) {
-      free();
-      memory_ = static_cast<float*>(::operator new(floats * sizeof(float), kAlignment, std::nothrow));
-      size_ = memory_ ? floats : 0;
-    }
-    return memory_;
-  }
-  ~Scratch() { free(); }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  void free() { ::operator delete(memory_, kAlignment), memory_ = nullptr; }
-  float* memory_ = nullptr;
-  int64_t size_ = 0;
-};
-
-// Calls work(begin, end, scratch) on parts of [0, n), as parallel_for does, without Python's lock; scratch
-// is `floats` floats of the thread's own, at a multiple of 64 bytes. Returns None, or null and an error
-// if there is not enough memory.
-template <typename Work>
-PyObject* with_scratch(int64_t floats, int64_t n, int64_t grain, int threads, Work work) {
-  std::atomic<bool> enough_memory{true};
-  {
-    Unlocked unlocked;
-    parallel_for(n, grain, threads, [&](int64_t begin, int64_t end) {
-      thread_local Scratch scratch;
-      float* memory = scratch.of(floats);
-      if (memory)
-        work(begin, end, memory);
-      else
-        enough_memory = false;
-    });
-  }
-  if (!enough_memory) return PyErr_NoMemory();
-  return new_none();
+template <typename Bits>
+bool all_finite(const void* elements, int64_t n, Bits exponent) {
+  const auto* bits = static_cast<const Bits*>(elements);
+  Bits found = 0;
+  for (int64_t i = 0; i < n; ++i) found |= Bits((bits[i] & exponent) == exponent);
+  return !found;
 }
 
-// convolve(input, weights, bias, output, batch, height, width, in_channels, out_channels, threads):
-// addresses of float32, see convolution.h
-PyObject* py_convolve(PyObject*, PyObject* arguments) {
-  unsigned long long input, weights, bias, output;
-  long long batch, height, width, in_channels, out_channels;
-  int threads;
-  if (!PyArg_ParseTuple(arguments, "KKKKLLLLLi", &input, &weights, &bias, &output, &batch, &height, &width, &in_channels, &out_channels, &threads))
-    return nullptr;
-  const Convolution c{reinterpret_cast<const float*>(input), reinterpret_cast<const float*>(weights), reinterpret_cast<const float*>(bias),
-                      reinterpret_cast<float*>(output), batch, height, width, in_channels, out_channels};
-  if (!all_given({c.input, c.weights, c.output}, batch * height, width * out_channels)) return nullptr;
-  return with_scratch(scratch_floats(c), tile_count(c), kRowGrain, threads,
-                      [&](int64_t begin, int64_t end, float* scratch) { kernels->convolve(c, begin, end, scratch); });
-}
-
-// How many threads are worth while for so many elements.
-int useful_threads(int64_t elements, int threads) { return static_cast<int>(std::min<int64_t>(threads, elements / kThreadElements + 1)); }
-
-// normalize(input, weight, bias, scale, scale_stride, shift, shift_stride, output, batch, pixels, channels, groups, eps, silu, threads):
-// addresses of float32, see normalization.h
-PyObject* py_normalize(PyObject*, PyObject* arguments) {
-  unsigned long long input, weight, bias, scale, shift, output;
-  long long scale_stride, shift_stride, batch, pixels, channels, groups;
-  double eps;
-  int silu, threads;
-  if (!PyArg_ParseTuple(arguments, "KKKKLKLKLLLLdpi", &input, &weight, &bias, &scale, &scale_stride, &shift, &shift_stride, &output, &batch, &pixels,
-                        &channels, &groups, &eps, &silu, &threads))
-    return nullptr;
-  const auto floats = [](unsigned long long address) { return reinterpret_cast<const float*>(address); };
-  const Normalization n{floats(input), floats(weight), floats(bias), floats(scale), floats(shift), scale_stride, shift_stride,
-                        reinterpret_cast<float*>(output), batch, pixels, channels, groups, eps, silu != 0};
-  if (!all_given({n.input, n.output}, batch * pixels, channels)) return nullptr;
-  return with_scratch(scratch_floats(n), slab_count(n), 1, useful_threads(batch * pixels * channels, threads),
-                      [&](int64_t begin, int64_t end, float* scratch) { kernels->normalize(n, begin, end, scratch); });
-}
-
-// silu(input, output, n, threads): addresses of float32
-PyObject* py_silu(PyObject*, PyObject* arguments) {
-  unsigned long long input_address, output_address;
-  long long n;
-  int threads;
-  if (!PyArg_ParseTuple(arguments, "KKLi", &input_address, &output_address, &n, &threads)) return nullptr;
-  const auto* input = reinterpret_cast<const float*>(input_address);
-  auto* output = reinterpret_cast<float*>(output_address);
-  if (!all_given({input, output}, n, 1)) return nullptr;
-  {
-    Unlocked unlocked;
-    parallel_for(n, kSiluGrain, useful_threads(n, threads), [&](int64_t begin, int64_t end) { kernels->silu(input + begin, output + begin, end - begin); });
+// is_finite(tensor): whether no element is NaN or infinite; None if it is not a plain tensor on the CPU.
+PyObject* py_is_finite(PyObject*, PyObject* object) {
+  Tensor tensor;
+  dlpack::Tensor t;
+  if (is_watched() || !exchange || !read_tensor(object, nullptr, 0, &tensor, &t) || !is_on_host(t)) {
+    PyErr_Clear();
+    return new_none();
   }
-  return new_none();
+  int64_t n = 1;
+  for (int32_t d = 0; d < t.ndim; ++d) n *= t.shape[d];
+  bool finite = true;
+  unlocked_for(n, [&] {
+    finite = tensor.dtype == kFloat32 ? all_finite<uint32_t>(tensor.data, n, 0x7f800000)
+                                      : all_finite<uint16_t>(tensor.data, n, tensor.dtype == kFloat16 ? 0x7c00 : 0x7f80);
+  });
+  return PyBool_FromLong(finite);
 }
 
 PyObject* py_instruction_sets(PyObject*, PyObject*) {
@@ -622,8 +555,11 @@ PyMethodDef methods[] = {
     {"words", method<py_words>, METH_VARARGS, nullptr},
     {"triad", method<py_triad>, METH_VARARGS, nullptr},
     {"convolve", method<py_convolve>, METH_VARARGS, nullptr},
+    {"convolve_plain", fast_method<py_convolve_plain>, METH_FASTCALL, nullptr},
     {"normalize", method<py_normalize>, METH_VARARGS, nullptr},
+    {"normalize_plain", fast_method<py_normalize_plain>, METH_FASTCALL, nullptr},
     {"silu", method<py_silu>, METH_VARARGS, nullptr},
+    {"is_finite", method<py_is_finite>, METH_O, nullptr},
     {"same_objects", fast_method<py_same_objects>, METH_FASTCALL, nullptr},
     {"layouts", method<py_layouts>, METH_O, nullptr},
     {"instruction_sets", method<py_instruction_sets>, METH_NOARGS, "The instruction sets usable here, best first."},

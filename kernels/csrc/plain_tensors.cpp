@@ -13,7 +13,7 @@ PyObject *s_packed, *s_needs, *s_rows, *s_scale_and_offset, *write_count;
 
 namespace {
 
-PyObject *get_num_threads, *grad_enabled, *inference_mode, *s_requires_grad;
+PyObject *parameter_type, *get_num_threads, *grad_enabled, *inference_mode, *s_requires_grad;
 // From kernels/torch_internals.py. The last is None where torch has no such name.
 PyObject *modes_active, *forward_ad, *forward_ad_level;
 PyCFunction is_negated, is_inference;  // torch.Tensor.is_neg and is_inference, called without looking them up
@@ -47,6 +47,8 @@ bool import_torch_names() {
   Reference torch(PyImport_ImportModule("torch"));
   if (!torch.object) return false;
   tensor_type = PyObject_GetAttrString(torch.object, "Tensor");
+  Reference nn(PyObject_GetAttrString(torch.object, "nn"));
+  parameter_type = nn.object ? PyObject_GetAttrString(nn.object, "Parameter") : nullptr;
   get_num_threads = PyObject_GetAttrString(torch.object, "get_num_threads");
   grad_enabled = PyObject_GetAttrString(torch.object, "is_grad_enabled");
   inference_mode = PyObject_GetAttrString(torch.object, "is_inference_mode_enabled");
@@ -73,13 +75,24 @@ bool import_torch_names() {
   return true;
 }
 
-bool read_any(PyObject* object, const dlpack::Tensor* like, dlpack::Tensor* t) {
-  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != tensor_type) return false;
+namespace {
+
+bool is_a(PyObject* object, PyObject* type) { return reinterpret_cast<PyObject*>(Py_TYPE(object)) == type; }
+
+bool read_memory(PyObject* object, const dlpack::Tensor* like, dlpack::Tensor* t) {
   if (exchange->tensor_from_object(object, t) != 0) return false;
   const dlpack::Device& where = t->device;
   if (like ? where.type != like->device.type || where.id != like->device.id : !has_steps(where)) return false;
   Reference negated(is_negated(object, nullptr));  // its memory has the other sign
   return negated.object == Py_False && (t->data || !has_elements(*t));
+}
+
+}  // namespace
+
+bool read_any(PyObject* object, const dlpack::Tensor* like, dlpack::Tensor* t) { return is_a(object, tensor_type) && read_memory(object, like, t); }
+
+bool read_tensor_or_parameter(PyObject* object, dlpack::Tensor* t) {
+  return (is_a(object, tensor_type) || is_a(object, parameter_type)) && read_memory(object, nullptr, t);
 }
 
 bool contiguous(const dlpack::Tensor& t, bool as_new) {

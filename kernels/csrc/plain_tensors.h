@@ -21,6 +21,9 @@ bool import_torch_names();
 // Zeros that torch knows without memory have none.
 bool read_any(PyObject* object, const dlpack::Tensor* like, dlpack::Tensor* t);
 
+// The same on any device that has steps, for a torch.nn.Parameter, too.
+bool read_tensor_or_parameter(PyObject* object, dlpack::Tensor* t);
+
 inline bool is_on_host(const dlpack::Tensor& t) { return t.device.type == dlpack::kCpu; }
 inline void* address_of(const dlpack::Tensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
 

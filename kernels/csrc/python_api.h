@@ -35,4 +35,10 @@ inline PyObject* new_bool(bool value) {
   return object;
 }
 
+// Whether a function was given as many arguments as it takes. False: an exception.
+inline bool takes(Py_ssize_t given, int wanted) {
+  if (given != wanted) PyErr_Format(PyExc_TypeError, "this takes %d arguments, got %zd", wanted, given);
+  return given == wanted;
+}
+
 }  // namespace ddim

@@ -1,6 +1,7 @@
 """The command line: what it writes, what it says, and what it refuses before computing anything."""
 
 import importlib
+import math
 import sys
 import types
 import warnings
@@ -83,6 +84,22 @@ def test_timesteps_instead_of_steps(tmp_path, timesteps, steps):
     assert f"{steps} steps" in output
 
 
+def test_a_list_that_lacks_its_brackets_says_how_many_steps_it_runs(tmp_path):
+    words = ("sample", "-n", 1, "--out", tmp_path / "g.png", "--quiet", "--timesteps")
+    note = "note: --timesteps 0,3,6 is the counts of steps in 3 sections, 9 steps in all: timesteps themselves stand in brackets, "
+    assert run(*words, "0,3,6") == f"{note}[6,3,0]\n"
+    assert run(*words, "[6,3,0]") == run(*words, "ddim3") == ""
+
+
+def test_channels_that_are_last_in_a_shape_are_noticed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "own_model", types.SimpleNamespace(tiny=_Tiny()))
+    words = ("sample", "--model", "own_model:tiny", "--steps", 2, "-n", 1, "--out", tmp_path / "g.png", "--quiet")
+    hint = "; channels come first: --shape 3,16,16\n"
+    assert run(*words, "--shape", "16,16,3", code=1).endswith(hint)
+    assert run(*words, "--shape", "16,16,3", "--save", tmp_path / "s.npz").endswith(f"is not written{hint}")
+    assert "channels" not in run(*words, "--shape", "16,16,5", code=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -94,6 +111,9 @@ def test_timesteps_instead_of_steps(tmp_path, timesteps, steps):
         (["--steps", "1001"], ["1000", "1001"]),
         (["--timesteps", "[9,x]"], ["list of timesteps", "[9,x]"]),
         (["--timesteps", "ddim3"], ["3 entries", "2"]),
+        (["--timesteps", "[0,100,200]"], ["decreasing, from noise to data, got '[0,100,200]': write [200,100,0]"]),
+        (["--timesteps", "grid.png"], ["FILE.json, got 'grid.png': name such a file"]),
+        (["--timesteps", __file__], ["a file of --timesteps must be one that ddim-fast search writes", "test_cli.py"]),
         (["--eta", "-1"], ["eta", "-1"]),
         (["--eta", "9"], ["eta may be at most", "9"]),
         (["--eta", "0,0.5,0"], ["one for each of the 2 steps", "0.5"]),
@@ -144,12 +164,12 @@ def test_quiet_says_nothing(tmp_path):
 
 
 def test_other_schedule_is_noted(tmp_path):
-    assert "trained with another schedule" in sample(tmp_path, "--schedule", "cosine")
+    assert sample(tmp_path, "--schedule", "cosine").count("the one that the model was trained with") == 1
 
 
 def test_a_diffusion_model_is_sampled_along_flow_matchings_path(tmp_path):
     output = sample(tmp_path, "--schedule", "flow", "--shift", 3, "--steps", 4, "--save", tmp_path / "s.npz")
-    assert "another schedule" not in output
+    assert "trained with" not in output
     sampler = DDIMSampler(FlowSchedule(shift=3.0), 4)
     labels = {"class_labels": torch.arange(3)}
     expected = sampler.sample(as_flow(load_model("fashion")), (3, 1, 28, 28), seed=0, conditioning=labels)
@@ -190,7 +210,7 @@ def test_a_flow_model_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     output = run("sample", "--model", "own_flow:Model", "--steps", 3, "-n", 2, "--shift", 2, "--save", "s.npz")
     assert "3 steps" in output
-    assert "another schedule" not in output
+    assert "trained with" not in output
     sampler = DDIMSampler(FlowSchedule(shift=2.0), 3, prediction_type="flow")
     expected = sampler.sample(lambda x, t: x - 0.5, (2, 1, 4, 4), seed=0)
     assert np.array_equal(load(tmp_path / "s.npz")["samples"], expected.numpy())
@@ -345,7 +365,7 @@ def test_one_step_that_leaves_noise_has_a_note(tmp_path):
     arguments = ("sample", "--steps", 1, "-n", 1, "--out", tmp_path / "grid.png")
     note = "note: one step from noise must be taken at the noisiest timestep, got 0"
     assert run(*arguments, "--spacing", "leading").count(note) == 1
-    assert note not in run(*arguments, "--spacing", "leading", "--quiet")
+    assert run(*arguments, "--spacing", "leading", "--quiet").count("\n") == 1  # the note alone
     assert "note" not in run(*arguments, "--spacing", "trailing")
 
 
@@ -361,5 +381,49 @@ def test_a_warning_is_a_note_said_once_without_a_line_of_code(tmp_path, monkeypa
     output = run(*words)
     assert output.count("note: the model wonders\n") == 1
     assert "UserWarning" not in output
-    assert "note" not in run(*words, "--quiet")
+    assert run(*words, "--quiet") == "note: the model wonders\n"
     assert warnings.showwarning is shown
+
+
+class _Diverges(nn.Module):
+    """Turns the samples of some seeds into NaN."""
+
+    sample_shape, schedule, most = (1, 4, 4), NoiseSchedule.linear(20), -math.inf
+
+    def forward(self, x, t):
+        return torch.where(x[:, :, :1, :1] > self.most, torch.nan, x)
+
+
+@pytest.mark.parametrize("command", [["sample"], ["interpolate", "--frames", 2], ["img2img", "s.npz"]], ids=str)
+def test_samples_that_are_all_nan_fail_even_quietly_and_write_nothing(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "own_model", types.SimpleNamespace(diverges=_Diverges()))
+    np.savez("s.npz", samples=np.zeros((2, 1, 4, 4), np.float32))
+    output = run(*command, "--model", "own_model:diverges", "--steps", 3, "--quiet", "--save", "new.npz", code=1)
+    assert "note: samples must be finite, got NaN or infinity in" in output
+    assert "Error: samples must be finite, got NaN or infinity in every one of " in output
+    assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
+
+
+def test_some_samples_with_nan_are_written_with_a_note_of_one_line(tmp_path, monkeypatch):
+    model = _Diverges()
+    model.most = 0.0
+    monkeypatch.setitem(sys.modules, "own_model", types.SimpleNamespace(diverges=model))
+    words = ("--model", "own_model:diverges", "--steps", 3, "-n", 16, "--quiet")
+    output = run("sample", *words, "--out", tmp_path / "grid.png")
+    assert output.startswith("note: samples must be finite, got NaN or infinity in ")
+    assert output.count("\n") == 1  # nothing of NumPy, which casts them
+    assert (tmp_path / "grid.png").exists()
+
+
+def test_a_set_that_is_all_nan_fails(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "own_model", types.SimpleNamespace(diverges=_Diverges()))
+    words = ("--model", "own_model:diverges", "--steps", 3, "-n", 4, "--quiet", "--out", tmp_path / "set")
+    assert "Error: samples must be finite, got NaN or infinity in every one of 4 in" in run("generate", *words, code=1)
+
+
+def test_quietly_too_samples_of_8_bits_are_noticed(tmp_path):
+    levels = np.random.default_rng(0).uniform(0, 255, (1, 1, 28, 28)).astype(np.float32)
+    np.savez(tmp_path / "s.npz", samples=levels)
+    output = run("img2img", tmp_path / "s.npz", "--steps", 2, "--quiet", "--out", tmp_path / "g.png")
+    assert "note: clean samples (x0) must be as the model's are" in output

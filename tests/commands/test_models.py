@@ -82,6 +82,9 @@ def test_a_function_makes_a_set_that_is_resumed_with_the_same_function_only(name
         ("MODULE:number", ["a function of x and t, or what returns one, got int"]),
         ("MODULE:eps", ["pass --shape 3,32,32", "sample_shape = (3, 32, 32)"]),
         ("MODULE:nothing", ["cannot be imported", "nothing"]),
+        ("MODULE.py:shaped", ["must be named module:attribute", "leave .py out, MODULE:shaped"]),
+        ("MODULE.py", ["must be module:attribute", "got 'MODULE.py': for instance MODULE:model"]),
+        ("MODULE", ["must be module:attribute", "got 'MODULE': for instance MODULE:model"]),
         ("fashon", ["did you mean 'fashion'?"]),
         ("scene", ["did you mean 'scenes'?"]),
         ("nowhere/at/all", ["which does not exist: download a model from a hub first"]),
@@ -97,7 +100,7 @@ def test_what_is_no_model_is_said_alike_by_every_command(name, model, words):
         ["tradeoff", "--out", "x"],
     ):
         output = run(*command, "--model", model, code=1)
-        for word in words:
+        for word in (word.replace("MODULE", name) for word in words):
             assert word in output
         assert "Traceback" not in output
 

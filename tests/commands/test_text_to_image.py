@@ -90,6 +90,16 @@ def test_sample_draws_what_the_pipeline_draws(kind, negative, request, tmp_path)
         assert grid.width > 2 * 84
 
 
+def test_without_labels_guidance_leads_from_the_negative_prompt_to_itself(stable_diffusion):
+    model = load_text_to_image(stable_diffusion[0], ["a b", "c"], "d")
+    shape, negative = (2, *model.sample_shape), {"class_labels": torch.tensor([2, 2])}
+    sampler = DDIMSampler(model.schedule, 2)
+    assert model.unconditional({"class_labels": torch.tensor([0, 1])})["class_labels"].tolist() == [2, 2]
+    unguided = sampler.sample(model, shape, seed=3, conditioning=negative)
+    with pytest.warns(UserWarning, match="guidance needs what the model is guided to"):
+        torch.testing.assert_close(sampler.sample(model, shape, seed=3, guidance_scale=4.0), unguided)
+
+
 def test_pictures_are_encoded_and_decoded(stable_diffusion, tmp_path):
     path, pipeline = stable_diffusion
     Image.fromarray(np.full((16, 16, 3), 200, dtype=np.uint8)).save(tmp_path / "in.png")
@@ -143,6 +153,7 @@ def test_what_a_prompt_needs_is_said(stable_diffusion, tmp_path, monkeypatch):
         (tmp_path / "sd3", "--prompt", "a"): "pipe.scheduler = fast_scheduler(pipe.scheduler)",
         (tmp_path / "sd3",): "without unet",
         (tmp_path / "plain", "--prompt", "a"): "got a DDIMPipeline",
+        (tmp_path / "nowhere", "--prompt", "a"): "nowhere', which does not exist",
         ("fashion", "--prompt", "a"): "--prompt is for the directory of a text-to-image pipeline, got --model fashion",
         (path, "--negative-prompt", "a"): "got --negative-prompt alone: add --prompt",
         (path, "--prompt", ""): "a prompt must be text, not empty",

@@ -169,9 +169,10 @@ def test_ctrl_c_ends_everything_with_the_reports_written(folder, sent):
         time.sleep(0.2)
     os.killpg(started.pid, sent)
     said, _ = started.communicate(timeout=60)
-    assert started.returncode == 2, said
+    assert started.returncode == 130, said
     name = "Ctrl-C" if sent is signal.SIGINT else "SIGTERM"
     assert f"was not verified to the end: {name}" in said
+    assert "stopped: what was found so far is in r.xml and r.json; the same command again begins anew" in said
     assert "Traceback" not in said
     data = read(folder / "r.json")
     assert (data["complete"], data["ended_by"], data["exit_code"]) == (False, name, 2)
@@ -314,7 +315,7 @@ def test_a_report_that_cannot_be_written_after_all_is_no_verdict(stub, monkeypat
     [
         (RuntimeError("a mistake of ours"), ["itself raised an error", "a mistake of ours"]),
         (ValueError("another"), ["itself raised an error", "another"]),
-        (KeyboardInterrupt(), ["ended by Ctrl-C"]),
+        (KeyboardInterrupt(), ["stopped: what was found so far is in r.json"]),
         (SubjectRefusedError("no such thing"), ["no such thing"]),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
@@ -324,11 +325,22 @@ def test_whatever_goes_wrong_in_the_command_is_not_taken_for_a_wrong_subject(stu
         raise raised
 
     monkeypatch.setattr(Stub, "__enter__", fail)
-    said = verify("cpu", "--json", "r.json", code=2)
+    said = verify("cpu", "--json", "r.json", code=130 if isinstance(raised, KeyboardInterrupt) else 2)
     for word in words:
         assert word in said
     if isinstance(raised, (KeyboardInterrupt, SubjectRefusedError)):
         assert read(Path("r.json"))["complete"] is False
+
+
+def test_an_interruption_without_reports_says_that_nothing_was_written(stub, monkeypatch):
+    def interrupted(self, one):
+        raise KeyboardInterrupt("SIGTERM")
+
+    monkeypatch.setattr(Stub, "run", interrupted)
+    said = verify("cpu", *only("update"), code=130)
+    assert "was not verified to the end: SIGTERM" in said
+    assert "stopped: nothing was written; the same command again begins anew" in said
+    assert "Traceback" not in said
 
 
 def test_options_reach_the_subject_and_the_report(stub, monkeypatch, folder):

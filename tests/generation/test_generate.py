@@ -820,7 +820,7 @@ def test_slices_of_dead_processes_are_made_by_others_once_each():
     taken, lost = [], {3, 4, 5}
 
     def work(rank, store):
-        queue = WorkQueue(Processes(rank, 5, store), 12, patience=0.3)
+        queue = WorkQueue(Processes(rank, 5, store), 12, patience=3.0)
         for index in queue.turns(lambda: None):
             if index in lost:
                 lost.discard(index)

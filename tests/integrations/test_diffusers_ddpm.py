@@ -220,3 +220,22 @@ def test_a_scheduler_without_a_fast_class_is_refused():
             fast_scheduler(scheduler)
     with pytest.raises(TypeError, match=r"scheduler must be one of diffusers, got 3: pass pipe\.scheduler"):
         fast_scheduler(3)
+
+
+def test_what_is_no_scheduler_is_told_in_one_line_with_what_helps():
+    scheduler = DDPMScheduler()
+    pipeline = diffusers.DDPMPipeline(diffusers.UNet2DModel(8, block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
+                                                            up_block_types=("UpBlock2D",) * 2), scheduler)  # fmt: skip
+    wrong = {
+        "fast_scheduler(pipe.scheduler), where pipe is this DDPMPipeline": pipeline,
+        "pass an instance, DDPMScheduler.from_config(pipe.scheduler.config)": DDPMScheduler,
+        "pass the scheduler that has this config": scheduler.config,
+        "DDIMScheduler.from_pretrained(PATH, subfolder='scheduler')": "path/of/a/pipeline",
+        "got None: pass pipe.scheduler": None,
+    }
+    for remedy, given_instead in wrong.items():
+        with pytest.raises(TypeError, match="scheduler must be one of diffusers, got") as caught:
+            fast_scheduler(given_instead)
+        assert remedy in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 230

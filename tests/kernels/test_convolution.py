@@ -119,12 +119,14 @@ def test_each_element_of_a_filter(place):
 
 
 def test_weights_are_transformed_in_float64():
-    """The points 0, 1, -1, 2, -2 and infinity of each filter as a polynomial, each times what the other transforms leave out."""
-    weight = normal(16, 32, 3, 3)
+    """The points 0, 1, -1, 2, -2 and infinity of each filter as a polynomial, each times what the other transforms leave out;
+    the filters of sixteen output channels beside one another."""
+    weight = normal(48, 32, 3, 3)
     points, factors = [0, 1, -1, 2, -2], [1 / 4, -1 / 6, -1 / 6, 1 / 24, 1 / 24]
     to_points = torch.tensor([[f * p**k for k in range(3)] for p, f in zip(points, factors, strict=True)] + [[0, 0, 1]])
     to_points = to_points.double()
-    expected = (to_points @ weight.double() @ to_points.T).permute(2, 3, 1, 0).reshape(36, 32, 16)
+    expected = (to_points @ weight.double() @ to_points.T).permute(2, 3, 1, 0).reshape(36, 32, 48)
+    expected = torch.stack([expected[:, :, first : first + 16] for first in (0, 16, 32)], dim=1)
     got = transformed_weights(weight.requires_grad_())
     assert not got.requires_grad
     assert got.is_contiguous()
@@ -291,7 +293,7 @@ def test_fake_tensors_pass(arguments):
 
 
 RULE_X = r"x must be float32 \(B, 16, H, W\) to fit the weights, got "
-RULE_WEIGHTS = r"weights must be float32 \(36, in_channels, out_channels\) with multiples of 16, got "
+RULE_WEIGHTS = r"weights must be float32 \(36, out_channels / 16, in_channels, 16\) with multiples of 16 channels, got "
 RULE_BIAS = r"bias must be float32 \(32,\), got "
 
 
@@ -302,11 +304,12 @@ RULE_BIAS = r"bias must be float32 \(32,\), got "
         (0, lambda x: x[:, :15], RULE_X + r"torch.float32 \(2, 15, 6, 7\)"),
         (0, lambda x: x.repeat(1, 2, 1, 1), RULE_X + r"torch.float32 \(2, 32, 6, 7\)"),
         (0, lambda x: x[..., None], RULE_X + r"torch.float32 \(2, 16, 6, 7, 1\)"),
-        (1, lambda w: w.double(), RULE_WEIGHTS + r"torch.float64 \(36, 16, 32\)"),
-        (1, lambda w: w[:9], RULE_WEIGHTS + r"torch.float32 \(9, 16, 32\)"),
-        (1, lambda w: w[0], RULE_WEIGHTS + r"torch.float32 \(16, 32\)"),
-        (1, lambda w: w[:, :8], RULE_WEIGHTS + r"torch.float32 \(36, 8, 32\)"),
-        (1, lambda w: w[..., :17], RULE_WEIGHTS + r"torch.float32 \(36, 16, 17\)"),
+        (1, lambda w: w.double(), RULE_WEIGHTS + r"torch.float64 \(36, 2, 16, 16\)"),
+        (1, lambda w: w[:9], RULE_WEIGHTS + r"torch.float32 \(9, 2, 16, 16\)"),
+        (1, lambda w: w[0], RULE_WEIGHTS + r"torch.float32 \(2, 16, 16\)"),
+        (1, lambda w: w[:, :, :8], RULE_WEIGHTS + r"torch.float32 \(36, 2, 8, 16\)"),
+        (1, lambda w: w[..., :8], RULE_WEIGHTS + r"torch.float32 \(36, 2, 16, 8\)"),
+        (1, lambda w: w.transpose(1, 2).flatten(2), RULE_WEIGHTS + r"torch.float32 \(36, 16, 32\)"),
         (2, lambda b: b.double(), RULE_BIAS + r"torch.float64 \(32,\)"),
         (2, lambda b: b[:16], RULE_BIAS + r"torch.float32 \(16,\)"),
         (2, lambda b: b[:, None], RULE_BIAS + r"torch.float32 \(32, 1\)"),

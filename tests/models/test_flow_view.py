@@ -65,11 +65,9 @@ def test_the_velocity_is_the_difference_of_what_the_model_means(kind):
         alpha, sigma = math.sqrt(SCHEDULE.alphas_cumprod[timestep]), math.sqrt(1 - SCHEDULE.alphas_cumprod[timestep])
         (time,) = df.flow_times(SCHEDULE, [timestep])
         assert time == pytest.approx(sigma / (alpha + sigma), rel=1e-14)
-        m = model(x, torch.full((3,), timestep))
-        x0 = {"epsilon": (x - sigma * m) / alpha, "sample": m, "v_prediction": alpha * x - sigma * m}[kind]
-        eps = {"epsilon": m, "sample": (x - alpha * m) / sigma, "v_prediction": sigma * x + alpha * m}[kind]
+        wanted = velocity_meant(kind, x, model(x, torch.full((3,), timestep)), alpha, sigma)
         got = flow(rescaled(x, time), torch.full((3,), time, dtype=torch.float64))
-        torch.testing.assert_close(got, eps - x0, rtol=1e-9, atol=1e-9 / alpha)
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9 / alpha)
 
 
 def test_times_between_two_timesteps():
@@ -138,3 +136,61 @@ def test_the_shipped_model_draws_the_same_pictures():
     flow = df.DDIMSampler(df.FlowSchedule(), timesteps=times)
     got = flow.sample(df.as_flow(model), x_T=rescaled(x_T, times[0]), conditioning=labels)
     assert float((got - pictures).abs().max()) < 1 / 255 / 10
+
+
+def velocity_meant(kind, x, m, alpha, sigma):
+    """eps - x0 by the definition of each kind, of x = alpha x0 + sigma eps."""
+    if kind == "epsilon":
+        return m - (x - sigma * m) / alpha
+    if kind == "sample":
+        return (x - alpha * m) / sigma - m
+    return (sigma * x + alpha * m) - (alpha * x - sigma * m)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("schedule", [SCHEDULE, SCHEDULE.rescale_zero_terminal_snr()], ids=["linear", "zero SNR"])
+def test_the_ends_of_the_path_are_finite(kind, schedule):
+    """At t = 1 eps says nothing about x0, and at t = 0 x0 nothing about eps: the nearest timestep that says both is
+    meant, by the definition of each kind."""
+    model = Told(kind)
+    model.schedule = schedule
+    flow, x = df.as_flow(model), torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    last = max(t for t in range(1000) if schedule.alphas_cumprod[t] > 0) if kind == "epsilon" else 999
+    near = [(0.9999999, last)] if kind == "epsilon" else []
+    for time, timestep in ((1.0, last), *near, (0.0, 0)):
+        got = flow(rescaled(x, time), torch.full((3,), time, dtype=torch.float64))
+        assert model.told[-1].tolist() == [timestep] * 3
+        if kind == "v_prediction" or (kind == "epsilon" and time == 0) or (kind == "sample" and time == 1):
+            alpha, sigma = ((1 - time) / math.hypot(1 - time, time), time / math.hypot(1 - time, time))
+        else:
+            alpha, sigma = (
+                math.sqrt(a) for a in (schedule.alphas_cumprod[timestep], 1 - schedule.alphas_cumprod[timestep])
+            )
+        velocity = velocity_meant(kind, x, model(x, torch.full((3,), timestep)), alpha, sigma)
+        wide = 1e-8 * (1 / alpha if kind == "epsilon" else 1 / sigma if kind == "sample" else 1)
+        assert velocity.isfinite().all()
+        torch.testing.assert_close(got, velocity, rtol=1e-9, atol=wide)
+
+
+def test_a_model_of_the_noise_is_sampled_from_flow_time_1():
+    """The exact model of data N(0, 1/4), from pure noise on both paths: the first steps differ by what alpha_T leaves
+    of x0, 0.006."""
+    alphas_cumprod = torch.from_numpy(SCHEDULE.alphas_cumprod.copy()).float()
+
+    def exact(x, t):
+        a = alphas_cumprod[t].view(-1, 1, 1, 1)
+        return (1 - a).sqrt() * x / (a / 4 + 1 - a)
+
+    x_T = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    flow = df.as_flow(exact, SCHEDULE, "epsilon")
+    times = (1.0, *df.flow_times(SCHEDULE, [900, 700, 400, 100]))
+    got = df.DDIMSampler(df.FlowSchedule(), timesteps=times).sample(flow, x_T=x_T)
+    expected = df.DDIMSampler(SCHEDULE, timesteps=[999, 900, 700, 400, 100]).sample(exact, x_T=x_T)
+    assert float((got - expected).norm() / expected.norm()) < 0.01
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_view_is_in_the_mode_of_the_model(training):
+    model = Told("epsilon").train(training)
+    assert df.as_flow(model).training is training
+    assert df.as_flow(lambda x, t: x, SCHEDULE, "epsilon").training is False

@@ -242,6 +242,24 @@ def test_conditioning_reaches_the_network(tmp_path):
     assert not torch.equal(got, sampler.sample(model, x_T=x, conditioning={"encoder_hidden_states": 0 * text}))
 
 
+def test_what_stable_diffusion_xl_needs_beside_text_is_named(tmp_path):
+    from tiny_pipelines import stable_diffusion_xl
+
+    unet = stable_diffusion_xl()[0].unet
+    unet.save_pretrained(tmp_path)
+    model = pickle.loads(pickle.dumps(load_model_from(tmp_path)))
+    x, t, text = noise(2, 4, 8, 8), torch.tensor([3, 900]), noise(2, 5, 16)
+    added = {"text_embeds": noise(2, 16), "time_ids": torch.zeros(2, 6)}
+    for passed, received in ((None, "got None"), ({"time_ids": added["time_ids"]}, r"got \['time_ids'\]")):
+        rule = (
+            rf"needs conditioning added_cond_kwargs, a dict of text_embeds and time_ids, {received}: pass conditioning="
+        )
+        with pytest.raises(ValueError, match=rule):
+            model(x, t, encoder_hidden_states=text, added_cond_kwargs=passed)
+    got = model(x, t, encoder_hidden_states=text, added_cond_kwargs=added)
+    assert torch.equal(got, unet(x, t, text, added_cond_kwargs=added).sample)
+
+
 def test_a_learned_variance_is_left_out(tmp_path):
     twice = tiny_unet(out_channels=6, sample_size=None)
     twice.save_pretrained(tmp_path)

@@ -176,8 +176,14 @@ def test_unconditional_is_the_label_num_classes(model):
     assert not torch.equal(model(x, t, class_labels=torch.tensor([1, 2, 3])), without)
 
 
+def test_a_batch_of_any_size_is_exported(model):
+    x, t, labels = pictures(4), torch.full((4,), 5), torch.arange(4)
+    exported = torch.export.export(model, (x, t, labels), dynamic_shapes=({0: torch.export.Dim("batch")},) * 3).module()
+    torch.testing.assert_close(exported(x[:3], t[:3], labels[:3]), model(x[:3], t[:3], labels[:3]))
+
+
 def test_a_label_outside_the_classes_is_refused(model):
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match=r"class_labels must be .* from 0 to 9 \(10: no class\), got 11"):
         model(pictures(1), torch.tensor([5]), torch.tensor([11]))
 
 

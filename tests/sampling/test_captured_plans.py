@@ -7,7 +7,7 @@ from torch import nn
 import ddim_fast as df
 from ddim_fast.gpu_lab import Replay
 from ddim_fast.gpu_lab.fake_cuda import FakeGraphs, fake_cuda
-from ddim_fast.sampling import captured_loop, loop
+from ddim_fast.sampling import captured_loop, loop, model_times
 from ddim_fast.sampling.capture import GraphCache
 from ddim_fast.utils.transfer import to_device
 
@@ -56,7 +56,7 @@ def test_any_turn_of_plans_gives_what_each_gives_alone(cache, monkeypatch, kept)
 
 def test_a_plan_is_made_for_the_device_once(cache, monkeypatch):
     made = []
-    of = loop.model_times
+    of = model_times.model_times
     monkeypatch.setattr(captured_loop, "model_times", lambda *arguments: made.append(arguments[0]) or of(*arguments))
     (first, second), model = samplers(cache, 2), Net()
     for s in (first, first, second, first, second, second):
@@ -82,6 +82,7 @@ def test_a_warm_call_copies_its_seeds_from_the_host_and_nothing_else(mode):
     assert steady.syncs == []
 
 
+@pytest.mark.filterwarnings("ignore:guidance needs what the model is guided to")  # it is to two calls, or one, here
 def test_guidance_by_one_call_is_not_taken_for_no_guidance(cache):
     model = Net()
     model.batches_guidance = True

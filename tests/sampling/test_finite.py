@@ -124,13 +124,27 @@ def test_check_finite_is_checked(name, value):
         CALLS[name](lambda x, t: pytest.fail("called"), check_finite=value)
 
 
+LAYOUTS = {
+    "plain": lambda x: x,
+    "transposed": lambda x: x.mT,
+    "every other": lambda x: x[:, ::2],
+    "a subclass": lambda x: x.as_subclass(Marked),
+    "large": lambda x: x.repeat(3000, 1),  # above what is read without the interpreter's lock
+}
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_sum_that_overflows_is_not_taken_for_infinity(dtype):
-    x = torch.full((5, 7), torch.finfo(dtype).max, dtype=dtype)
-    assert is_finite(x)
-    assert is_finite(x[:0])
+def test_a_sum_that_overflows_is_not_taken_for_infinity(dtype, layout):
+    x, laid_out = torch.full((5, 7), torch.finfo(dtype).max, dtype=dtype), LAYOUTS[layout]
+    assert is_finite(laid_out(x))
+    assert is_finite(laid_out(x[:0]))
     for bad in (torch.nan, torch.inf, -torch.inf):
         x[3, 4] = bad
-        assert not is_finite(x)
-    x[3, 5] = torch.inf if x[3, 4] < 0 else -torch.inf
-    assert not is_finite(x)
+        assert not is_finite(laid_out(x))
+    x[3, 6] = torch.inf if x[3, 4] < 0 else -torch.inf
+    assert not is_finite(laid_out(x))

@@ -1,7 +1,6 @@
 """Flat keywords and the records that they are grouped into."""
 
 import inspect
-from dataclasses import fields
 
 import pytest
 
@@ -19,11 +18,11 @@ METHODS = {
     "sample_parallel": options.ParallelKeywords,
     "rollout": options.RolloutKeywords,
 }
-RECORDS = [type(option.default) for option in fields(Options)]
+RECORDS = list(Options())
 
 
 def test_every_option_is_a_field_of_one_record_and_a_keyword_of_sample_or_of_rollout():
-    names = [option.name for record in RECORDS for option in fields(record)]
+    names = [name for record in RECORDS for name in record._fields]
     assert len(names) == len(set(names))
     of_rollout = RolloutKeywords.__optional_keys__ - SampleKeywords.__optional_keys__
     assert of_rollout == {"log_prob_reduction", "min_std"}
@@ -36,7 +35,7 @@ def test_help_shows_the_keywords_with_their_defaults(method):
     keywords = METHODS[method].__optional_keys__
     assert keywords <= {*parameters}
     assert not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    defaults = {option.name: option.default for record in RECORDS for option in fields(record)}
+    defaults = {name: value for record in RECORDS for name, value in record._asdict().items()}
     assert all(parameters[name].default is defaults[name] for name in keywords)
     assert not any(isinstance(p.annotation, str) and "ForwardRef" in p.annotation for p in parameters.values())
 

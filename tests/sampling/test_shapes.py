@@ -5,6 +5,9 @@ import torch
 from torch import nn
 
 from ddim_fast import DDIMSampler, FlowSchedule, NoiseSchedule, as_flow
+from ddim_fast.generation import generate
+from ddim_fast.search import Search, search_timesteps
+from ddim_fast.tradeoff import Cell, Subject, draw, settings_of
 
 LINEAR = NoiseSchedule.linear(100)
 ONE = (2, 4, 4)
@@ -37,6 +40,46 @@ def test_the_shape_may_be_the_models(call):
     assert torch.equal(call(Net(), None, seed=3), call(Net(), (1, *ONE), seed=3))
     assert torch.equal(call(Net(), None, seeds=[3, 4, 5]), call(Net(), (3, *ONE), seeds=[3, 4, 5]))
     assert torch.equal(call(Net(list(ONE)), None, seeds=torch.tensor([3, 4])), call(Net(), (2, *ONE), seeds=[3, 4]))
+
+
+def search(model, shape):
+    few = {"count": 2, "refine_count": 2, "refine_runs": 2, "held_out": 2, "candidates": 5}
+    return search_timesteps(Search(model, LINEAR, shape, num_inference_steps=2, **few)).best.timesteps
+
+
+def study(model, shape):
+    subject = Subject(model, LINEAR, shape, count=2, batch_size=2)
+    return settings_of(subject, "net")["shape"], draw(subject, Cell(2, "trailing")).tolist()
+
+
+def written(model, shape, tmp_path):
+    out = tmp_path / str(shape)
+    generate(model.eval(), SAMPLER, count=2, out=out, seed=3, shape=shape)
+    return sorted((path.name, path.read_bytes()) for path in out.glob("*.safetensors"))
+
+
+def test_what_takes_the_shape_of_one_sample_takes_the_models(tmp_path):
+    assert search(Net(), None) == search(Net(), ONE) == search(Net(list(ONE)), None)
+    assert study(Net(), None) == study(Net(), ONE)
+    assert written(Net(), None, tmp_path) == written(Net(), ONE, tmp_path)
+
+
+@pytest.mark.parametrize("shape", [ONE, None])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model, shape: Search(model, LINEAR, shape, num_inference_steps=2),
+        lambda model, shape: Subject(model, LINEAR, shape),
+    ],
+)
+def test_a_wrong_shape_of_one_sample_is_named(make, shape):
+    with pytest.raises(ValueError, match=r"^shape must be given for a model without sample_shape, got None: for"):
+        make(lambda x, t: x, None)
+    wrong = (0, 4)
+    name = "shape" if shape is None else r"model\.sample_shape"
+    model, given = (Net(), wrong) if shape is None else (Net(wrong), None)
+    with pytest.raises(ValueError, match=rf"^{name}\[0\] must be an integer, at least 1, got 0"):
+        make(model, given)
 
 
 def test_the_first_sample_of_a_seed_is_the_same_in_every_batch():
@@ -93,5 +136,6 @@ def test_a_forgotten_batch_is_named_before_the_model_is_called(name):
 
 
 def test_other_sizes_than_the_models_are_sampled():
-    """A convolutional model draws larger pictures than it was trained on."""
-    assert SAMPLER.sample(Net(), (1, 2, 8, 8), seed=0).shape == (1, 2, 8, 8)
+    """A convolutional model draws larger pictures than it was trained on, which is said."""
+    with pytest.warns(UserWarning, match="sample_shape"):
+        assert SAMPLER.sample(Net(), (1, 2, 8, 8), seed=0).shape == (1, 2, 8, 8)

@@ -9,7 +9,7 @@ import pytest
 from tradeoff.example_studies import FEW, MANY, RACE, result, study
 
 from ddim_fast.tradeoff import Cell, read_json
-from ddim_fast.tradeoff.race import as_data, race_of, races, reached_text, summary
+from ddim_fast.tradeoff.race import alternatives, as_data, race_of, races, reached_text, summary, ways_to_apply
 from ddim_fast.tradeoff.report import write_report
 from ddim_fast.tradeoff.timing import remarks, spread, spread_text
 
@@ -162,10 +162,13 @@ def test_a_summary_has_each_contender_in_a_line():
         for entry in race.entries:
             assert any(entry.name in line and reached_text(entry, race.metric) in line for line in lines)
     assert "  EulerAncestralDiscrete: has no distance to converged" in lines
-    assert lines[-1] == str(RACE.recommendation())
+    first = lines.index(str(RACE.recommendation()))
+    assert lines[first + 1 :][: len(ways_to_apply(RACE))] == [f"  {how}" for how in ways_to_apply(RACE)]
+    assert lines[first + 1 + len(ways_to_apply(RACE)) :] == [str(other) for other in alternatives(RACE)]
     assert summary(study()) == []
     slow = replace(RACE, results=(replace(RACE.results[0], model_ms=99.0), *RACE.results[1:]))
-    assert summary(slow)[-2:-1] == remarks(slow)
+    (remark,) = remarks(slow)
+    assert summary(slow).index(remark) == summary(slow).index(str(slow.recommendation())) - 1
     assert summary(MANY)
 
 

@@ -71,8 +71,8 @@ def headline(shown, tmp_path):
     return found.replace("\u00a0", " ")
 
 
-def test_headline_is_the_first_race_or_else_the_first_recommendation(tmp_path):
-    assert headline(RACE, tmp_path) == str(races(RACE)[0])
+def test_headline_is_the_first_recommendation_and_how_it_is_applied(tmp_path):
+    assert headline(RACE, tmp_path) == str(RACE.recommendation())
     assert headline(FEW, tmp_path) == str(FEW.recommendation())
     assert "no quality" in html_text(NO_METRICS, tmp_path)
     assert "Nothing was measured" in html_text(study(), tmp_path)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 import ddim_fast as df
+from ddim_fast.search import Search
+from ddim_fast.tradeoff import Subject
 
 
 def eps(x: Tensor, t: Tensor) -> Tensor:
@@ -61,5 +63,8 @@ for step in plan.steps:
     x_t = df.ddim_step(x_t, eps(x_t, torch.full((2,), step.t)), step.coefficients)
 
 shipped = df.load_model("fashion")
+search = Search(shipped, schedule, num_inference_steps=5)
+by_shape = Search(eps, schedule, (1, 28, 28), num_inference_steps=5)
+subjects: list[Subject] = [Subject(shipped, schedule), Subject(eps, schedule, (1, 28, 28))]
 pictures: Tensor = sampler.sample(shipped, seeds=[3])
 levels = df.to_uint8(pictures)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddim_fast.utils.checks import check_choice, check_integer, check_memory, check_number, refuse
+from ddim_fast.utils.checks import check_choice, check_integer, check_memory, check_number, refuse, shown
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), torch.tensor(3)])
@@ -84,3 +84,28 @@ def test_memory_is_that_of_the_machine():
         kilobytes = int(file.readline().split()[1])
     with pytest.raises(ValueError, match="into memory"):
         check_memory("count", 5, 1024 * kilobytes + 10**9, "take fewer")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (torch.zeros(2, 3, 40, 40), "a tensor (2, 3, 40, 40) of float32"),
+        (np.zeros((3, 1)), "an array (3, 1) of float64"),
+        (torch.tensor(5), "tensor(5)"),
+        (np.float64(0.5), repr(np.float64(0.5))),
+        (torch.nn.Sequential(torch.nn.ReLU(), torch.nn.ReLU()), "an object of class Sequential"),
+        (
+            dict.fromkeys(range(99), "long"),
+            "{0: 'long', 1: 'long', 2: 'long', 3: 'long', 4: 'long', 5: 'long', 6: 'long',...",
+        ),
+        ("a/path/of/many/folders" * 4, repr("a/path/of/many/folders" * 4)),
+        (10**150, str(10**150)),
+        (None, "None"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_an_error_shows_one_line_of_any_value(value, text):
+    assert shown(value) == text
+    with pytest.raises(ValueError, match="got") as caught:
+        refuse("it must be another", value, "change it")
+    assert str(caught.value) == f"it must be another, got {text}: change it"

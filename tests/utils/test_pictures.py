@@ -27,6 +27,12 @@ def test_levels_are_rounded_and_clamped():
     assert np.array_equal(df.to_uint8(COLOUR.half().requires_grad_()), df.to_uint8(COLOUR.half().float()))
 
 
+@pytest.mark.filterwarnings("error")
+def test_nan_is_black_and_infinity_is_clamped_without_a_warning_of_numpy():
+    wrong = torch.tensor([torch.nan, torch.inf, -torch.inf]).view(1, 1, 1, 3)
+    assert df.to_uint8(wrong).flatten().tolist() == [0, 255, 0]
+
+
 def test_images_of_pillow():
     grey, *none = df.to_pil(GREY)
     assert (grey.mode, grey.size, none) == ("L", (3, 2), [])
@@ -260,3 +266,26 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         df.save_grid(COLOUR, path)
     assert path.read_bytes() == b"old"
     assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize(
+    ("shape", "remedy"),
+    [
+        ((8, 9), "samples[None, None]"),
+        ((3, 8, 9), "samples.unsqueeze(0)"),
+        ((8, 9, 3), "samples.movedim(-1, 0).unsqueeze(0)"),
+        ((5, 8, 9), "samples.unsqueeze(1)"),
+        ((5, 8, 9, 1), "samples.movedim(-1, 1)"),
+    ],
+)
+def test_a_wrong_shape_of_pictures_has_a_remedy_that_works(shape, remedy, tmp_path):
+    samples = torch.zeros(shape)
+    with pytest.raises(ValueError, match=r"must be \(B, C, H, W\) with 1 or 3 channels, got") as caught:
+        df.save_grid(samples, tmp_path / "grid.png")
+    assert str(caught.value).endswith(remedy)
+    assert df.to_uint8(eval(remedy)).shape[1:3] == (8, 9)
+
+
+def test_a_latent_is_decoded_first(tmp_path):
+    with pytest.raises(ValueError, match="a latent is decoded first"):
+        df.save_grid(torch.zeros(2, 4, 8, 8), tmp_path / "grid.png")

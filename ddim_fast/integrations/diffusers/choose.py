@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -79,7 +81,7 @@ def fast_scheduler(scheduler: Any) -> Any:
     if type(scheduler) in DROP_INS.values():
         return scheduler
     if not isinstance(scheduler, SchedulerMixin):
-        refuse("scheduler must be one of diffusers", scheduler, "pass pipe.scheduler", TypeError)
+        refuse("scheduler must be one of diffusers", scheduler, _remedy(scheduler), TypeError)
     if type(scheduler) not in DROP_INS:
         names = ", ".join(sorted(original.__name__ for original in DROP_INS))
         raise ValueError(
@@ -88,3 +90,16 @@ def fast_scheduler(scheduler: Any) -> Any:
         )
     original: Any = scheduler
     return DROP_INS[type(scheduler)].from_config(original.config)
+
+
+def _remedy(given: Any) -> str:
+    """Return what helps with what is passed instead of a scheduler."""
+    if isinstance(given, type):
+        return f"pass an instance, {given.__name__}.from_config(pipe.scheduler.config)"
+    if isinstance(given, Mapping):
+        return "pass the scheduler that has this config, pipe.scheduler, or one that from_config makes of it"
+    if isinstance(given, (str, os.PathLike)):
+        return "load it first, for instance DDIMScheduler.from_pretrained(PATH, subfolder='scheduler')"
+    if isinstance(getattr(given, "scheduler", None), SchedulerMixin):
+        return f"pass its scheduler, fast_scheduler(pipe.scheduler), where pipe is this {type(given).__name__}"
+    return "pass pipe.scheduler"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from diffusers import CogVideoXDDIMScheduler
 from diffusers.schedulers.scheduling_ddim_cogvideox import DDIMSchedulerOutput
 from torch import Tensor
 
+from ...plans.schedules import NoiseSchedule
 from ..original_results import coefficient, originals_x0
 from .config_fields import add_config_fields, check_flags
 from .sampling_step import SamplingSteps
+from .solver_path import SolverPath, path_of_ddim
 
 
 class FastCogVideoXDDIMScheduler(SamplingSteps, CogVideoXDDIMScheduler):
@@ -20,7 +23,8 @@ class FastCogVideoXDDIMScheduler(SamplingSteps, CogVideoXDDIMScheduler):
     docs/drop_ins/diffusers.md lists every difference.
 
     Args:
-        explicit_pairs: as of ``FastDDIMScheduler``.
+        explicit_pairs, solver: as of ``FastDDIMScheduler``. A file is one for the schedule
+            ``NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod)``.
 
     All other arguments are the original's.
     """
@@ -30,9 +34,16 @@ class FastCogVideoXDDIMScheduler(SamplingSteps, CogVideoXDDIMScheduler):
     _clips = False
 
     @add_config_fields(CogVideoXDDIMScheduler)
-    def __init__(self, *args: Any, explicit_pairs: bool = False, **kwargs: Any):
+    def __init__(self, *args: Any, explicit_pairs: bool = False, solver: Any = None, **kwargs: Any):
         check_flags(explicit_pairs=explicit_pairs)
         super().__init__(*args, **kwargs)
+        self._keep_solver(solver)
+
+    def _path_of_files(self) -> SolverPath:
+        found = path_of_ddim(self.config, NoiseSchedule.from_alphas_cumprod(self.alphas_cumprod))
+        return replace(
+            found, sampler_options={**found.sampler_options, "clip_sample": False, "clip_sample_range": None}
+        )
 
     @staticmethod
     def _originals_results(

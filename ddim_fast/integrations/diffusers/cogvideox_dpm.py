@@ -17,6 +17,7 @@ from ..arguments import LeaveToOriginal, check_no_gradients, check_tensors, sing
 from ..original_results import coefficient, kinds_of_results, step_of_kinds
 from .fused_steps import FusedSteps, originals_x0
 from .output import step_output
+from .takes_files import without_files
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -41,7 +42,7 @@ class FastCogVideoXDPMScheduler(FusedSteps, CogVideoXDPMScheduler):
     _clean_level = "final_alpha_cumprod"
     _clips = False
 
-    set_timesteps = CogVideoXDPMScheduler.set_timesteps
+    set_timesteps = without_files(CogVideoXDPMScheduler)
 
     @property
     def _pairs_are_explicit(self) -> bool:

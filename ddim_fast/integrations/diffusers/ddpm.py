@@ -18,6 +18,7 @@ from ..original_results import coefficient, originals_x0
 from .fused_steps import FusedSteps
 from .noise import noise_like_the_originals
 from .output import step_output
+from .takes_files import refuse_files
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -62,7 +63,12 @@ class FastDDPMScheduler(FusedSteps, DDPMScheduler):
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Set the timesteps as the original does."""
+        """Set the timesteps as the original does.
+
+        Raises:
+            ValueError: ``timesteps`` is a file of ``ddim-fast search``. And the original's errors.
+        """
+        refuse_files(self, {"timesteps": timesteps})
         self._row_cache = None
         DDPMScheduler.set_timesteps(self, num_inference_steps, device, timesteps)
 

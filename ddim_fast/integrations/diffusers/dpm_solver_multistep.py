@@ -13,7 +13,8 @@ from torch import Tensor
 from ...kernels.contract import StepCoefficients
 from ...kernels.cpu_step import plain_step
 from ..arguments import LeaveToOriginal
-from ..original_results import coefficient, kinds_of_results
+from ..original_results import ResultKind, coefficient, kinds_of_results
+from .config_fields import add_config_fields
 from .multistep_rows import MultistepRows, dpm_solver_row, edm_dpm_solver_row
 from .multistep_steps import (
     MultistepSteps,
@@ -24,6 +25,7 @@ from .multistep_steps import (
     sigmas_of_order,
 )
 from .sigma_steps import set_timesteps_on_host
+from .solver_path import SolverPath, path_of_edm, path_of_multistep
 
 _FEW_STEPS = 15
 """From this many on, ``lower_order_final`` changes nothing."""
@@ -67,6 +69,10 @@ class _DPMSolverSteps(MultistepSteps):
     def _forms(self) -> dict[str, str]:
         """Return the form of the original's prediction for each ``prediction_type``."""
         raise NotImplementedError
+
+    def _kinds_of_file(self, x: Tensor, m: Tensor) -> tuple[ResultKind, ...]:
+        form = self._forms()[self.config.prediction_type]
+        return kinds_of_results(_originals_results, x, m, None, form=form, in_float32=self._in_float32)[:1]
 
     def _short_take(  # type: ignore[override] # with options of its own
         self, model_output: Any, sample: Any, generator: Any, variance_noise: Any
@@ -150,7 +156,12 @@ class _DPMSolverSteps(MultistepSteps):
 class FastDPMSolverMultistepScheduler(_DPMSolverSteps, DPMSolverMultistepScheduler):
     """``diffusers.DPMSolverMultistepScheduler`` with its update in one kernel.
 
-    docs/drop_ins/diffusers.md lists every difference. The arguments are the original's.
+    docs/drop_ins/diffusers.md lists every difference.
+
+    Args:
+        solver: a file that ``ddim-fast search`` wrote, or its content: see ``FastDDIMScheduler``.
+
+    All other arguments are the original's.
     """
 
     _in_float32 = True
@@ -164,6 +175,14 @@ class FastDPMSolverMultistepScheduler(_DPMSolverSteps, DPMSolverMultistepSchedul
     )
 
     set_timesteps = set_timesteps_on_host(DPMSolverMultistepScheduler, "timesteps")
+
+    @add_config_fields(DPMSolverMultistepScheduler)
+    def __init__(self, *args: Any, solver: Any = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._keep_solver(solver)
+
+    def _path_of_files(self) -> SolverPath:
+        return path_of_multistep(self.config, self.alphas_cumprod)
 
     def _forms(self) -> dict[str, str]:
         return originals_forms(predicts_noise=not self.config.algorithm_type.endswith("++"))
@@ -197,13 +216,24 @@ class FastDPMSolverMultistepScheduler(_DPMSolverSteps, DPMSolverMultistepSchedul
 class FastEDMDPMSolverMultistepScheduler(_DPMSolverSteps, EDMDPMSolverMultistepScheduler):
     """``diffusers.EDMDPMSolverMultistepScheduler`` with its update in one kernel.
 
-    The arguments are the original's.
+    Args:
+        solver: a file that ``ddim-fast search`` wrote, or its content: see ``FastDDIMScheduler``.
+
+    All other arguments are the original's.
     """
 
     _in_float32 = False
     _row_fields = ("prediction_type", "algorithm_type", "solver_type", "sigma_data", "thresholding")
 
     set_timesteps = set_timesteps_on_host(EDMDPMSolverMultistepScheduler, "timesteps")
+
+    @add_config_fields(EDMDPMSolverMultistepScheduler)
+    def __init__(self, *args: Any, solver: Any = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._keep_solver(solver)
+
+    def _path_of_files(self) -> SolverPath:
+        return path_of_edm(self.config)
 
     def _forms(self) -> dict[str, str]:
         return dict.fromkeys(("epsilon", "v_prediction"), "k x + k m")

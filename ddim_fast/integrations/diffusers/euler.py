@@ -14,9 +14,12 @@ from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
 from ..original_results import coefficient
+from .config_fields import add_config_fields
+from .file_steps import FileSteps
 from .next_input import NextInputSteps
 from .sigma_rows import exploding_row
 from .sigma_steps import originals_exploding_x0, set_timesteps_on_host
+from .solver_path import SolverPath, path_of_edm, path_of_sigmas
 
 
 class _EulerSteps(NextInputSteps):
@@ -41,15 +44,36 @@ def _churns(s_churn: float, s_tmin: float, s_tmax: float) -> bool:
     return s_churn != 0 or s_tmin != 0 or s_tmax != math.inf
 
 
-class FastEulerDiscreteScheduler(_EulerSteps, EulerDiscreteScheduler):
+class FastEulerDiscreteScheduler(FileSteps, _EulerSteps, EulerDiscreteScheduler):
     """``diffusers.EulerDiscreteScheduler`` with its update in one kernel.
 
-    docs/drop_ins/diffusers.md lists every difference. The arguments are the original's.
+    docs/drop_ins/diffusers.md lists every difference.
+
+    Args:
+        solver: a file that ``ddim-fast search`` wrote, or its content: see ``FastDDIMScheduler``.
+
+    All other arguments are the original's.
     """
 
     _output_kind = EulerDiscreteSchedulerOutput
 
     set_timesteps = set_timesteps_on_host(EulerDiscreteScheduler, "timesteps")
+
+    @add_config_fields(EulerDiscreteScheduler)
+    def __init__(self, *args: Any, solver: Any = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._keep_solver(solver)
+
+    def _path_of_files(self) -> SolverPath:
+        return path_of_sigmas(self.config, self.alphas_cumprod, divided=True)
+
+    @property
+    def init_noise_sigma(self) -> Any:
+        """The standard deviation of the first sample as the original has it; with a file, that of a
+        sample at the first noise level."""
+        if self._solver is None:
+            return super().init_noise_sigma  # type: ignore[misc]  # the original
+        return math.hypot(float(self.sigmas[0]), 1.0)
 
     def step(
         self,
@@ -68,6 +92,7 @@ class FastEulerDiscreteScheduler(_EulerSteps, EulerDiscreteScheduler):
             output = self._step(model_output, timestep, sample, generator, return_dict)
             if output is not None:
                 return output
+        self._leave_to_original()
         return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict)  # type: ignore[misc]  # the original
 
 
@@ -103,16 +128,27 @@ class FastEulerAncestralDiscreteScheduler(_EulerSteps, EulerAncestralDiscreteSch
         return super().step(model_output, timestep, sample, generator, return_dict)  # type: ignore[misc]  # the original
 
 
-class FastEDMEulerScheduler(_EulerSteps, EDMEulerScheduler):
+class FastEDMEulerScheduler(FileSteps, _EulerSteps, EDMEulerScheduler):
     """``diffusers.EDMEulerScheduler`` with its update in one kernel.
 
-    The arguments are the original's.
+    Args:
+        solver: a file that ``ddim-fast search`` wrote, or its content: see ``FastDDIMScheduler``.
+
+    All other arguments are the original's.
     """
 
     _output_kind = EDMEulerSchedulerOutput
     _row_fields = ("prediction_type", "sigma_data")
 
     set_timesteps = set_timesteps_on_host(EDMEulerScheduler, "timesteps")
+
+    @add_config_fields(EDMEulerScheduler)
+    def __init__(self, *args: Any, solver: Any = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._keep_solver(solver)
+
+    def _path_of_files(self) -> SolverPath:
+        return path_of_edm(self.config)
 
     def _row_between(self, sigma: float, sigma_next: float) -> StepCoefficients:
         return exploding_row(sigma, sigma_next, self.config.prediction_type, float(self.config.sigma_data))
@@ -144,6 +180,7 @@ class FastEDMEulerScheduler(_EulerSteps, EDMEulerScheduler):
             output = self._step(model_output, timestep, sample, generator, return_dict)
             if output is not None:
                 return output
+        self._leave_to_original()
         options = {} if pred_original_sample is None else {"pred_original_sample": pred_original_sample}
         return super().step(  # type: ignore[misc]  # the original
             model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator, return_dict, **options

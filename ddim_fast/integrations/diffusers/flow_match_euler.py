@@ -12,8 +12,11 @@ from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
 from ..original_results import coefficient
+from .config_fields import add_config_fields
+from .file_steps import FileSteps
 from .sigma_rows import flow_row
-from .sigma_steps import SigmaSteps, set_timesteps_on_host
+from .sigma_steps import set_timesteps_on_host
+from .solver_path import SolverPath, path_of_flow
 
 
 def originals_flow(x: Tensor, m: Tensor, noise: Tensor | None, *, prediction_type: str) -> tuple[Tensor]:
@@ -23,10 +26,15 @@ def originals_flow(x: Tensor, m: Tensor, noise: Tensor | None, *, prediction_typ
     return (x_prev.to(m.dtype),)
 
 
-class FastFlowMatchEulerDiscreteScheduler(SigmaSteps, FlowMatchEulerDiscreteScheduler):
+class FastFlowMatchEulerDiscreteScheduler(FileSteps, FlowMatchEulerDiscreteScheduler):
     """``diffusers.FlowMatchEulerDiscreteScheduler`` with its update in one kernel.
 
-    docs/drop_ins/diffusers.md lists every difference. The arguments are the original's.
+    docs/drop_ins/diffusers.md lists every difference.
+
+    Args:
+        solver: a file that ``ddim-fast search`` wrote, or its content: see ``FastDDIMScheduler``.
+
+    All other arguments are the original's.
     """
 
     _output_kind = FlowMatchEulerDiscreteSchedulerOutput
@@ -34,6 +42,14 @@ class FastFlowMatchEulerDiscreteScheduler(SigmaSteps, FlowMatchEulerDiscreteSche
 
     _originals_results = staticmethod(originals_flow)
     set_timesteps = set_timesteps_on_host(FlowMatchEulerDiscreteScheduler, "sigmas", "timesteps")
+
+    @add_config_fields(FlowMatchEulerDiscreteScheduler)
+    def __init__(self, *args: Any, solver: Any = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._keep_solver(solver)
+
+    def _path_of_files(self) -> SolverPath:
+        return path_of_flow(self.config)
 
     @property
     def _renoises(self) -> bool:
@@ -63,6 +79,7 @@ class FastFlowMatchEulerDiscreteScheduler(SigmaSteps, FlowMatchEulerDiscreteSche
             output = self._step(model_output, timestep, sample, generator, return_dict)
             if output is not None:
                 return output
+        self._leave_to_original()
         return super().step(  # type: ignore[misc]  # the original
             model_output,
             timestep,

@@ -12,6 +12,7 @@ from ..arguments import LeaveToOriginal, check_tensors, single_timestep
 from .config_fields import add_config_fields, check_flags
 from .fused_steps import FusedSteps
 from .output import step_output
+from .takes_files import without_files
 
 
 class FastDDIMInverseScheduler(FusedSteps, DDIMInverseScheduler):
@@ -33,6 +34,8 @@ class FastDDIMInverseScheduler(FusedSteps, DDIMInverseScheduler):
     def __init__(self, *args: Any, explicit_pairs: bool = False, **kwargs: Any):
         check_flags(explicit_pairs=explicit_pairs)
         super().__init__(*args, **kwargs)
+
+    set_timesteps = without_files(FusedSteps)
 
     def _pair(self, t: int) -> tuple[int, int]:
         visited = self._visited()

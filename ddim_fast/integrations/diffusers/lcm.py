@@ -14,6 +14,7 @@ from ...kernels.contract import StepCoefficients
 from ...plans.coefficients import consistency_coefficients
 from ..original_results import coefficient, originals_x0
 from .consistency_steps import ConsistencySteps
+from .takes_files import without_files
 
 
 class FastLCMScheduler(ConsistencySteps, LCMScheduler):
@@ -32,7 +33,7 @@ class FastLCMScheduler(ConsistencySteps, LCMScheduler):
         "timestep_scaling",
     )
 
-    set_timesteps = LCMScheduler.set_timesteps
+    set_timesteps = without_files(LCMScheduler)
 
     def _cleaner_row(self, index: int, options: Hashable, t: int) -> StepCoefficients:
         c_skip, c_out = self.get_scalings_for_boundary_condition_discrete(t)  # type: ignore[attr-defined]  # the original

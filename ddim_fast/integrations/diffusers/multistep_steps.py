@@ -19,19 +19,18 @@ from ...kernels.dispatch import ddim_step, ddim_step_from_table
 from ...kernels.layout import DTYPES_OF_KERNELS, is_wrapped
 from ..arguments import LeaveToOriginal
 from ..original_results import ResultKind, converted, readable
+from .file_steps import FileSteps
 from .multistep_rows import MultistepRows
 from .output import step_output
-from .sigma_steps import SigmaSteps
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _SLOTS = ("noise", "history", "history_2")
 
 
-class MultistepSteps(SigmaSteps):
+class MultistepSteps(FileSteps):
     """A scheduler with a list of ``sigmas`` and one of ``model_outputs``; mixed in before the
     original class."""
 
-    num_inference_steps: int | None
     model_outputs: list[Any]
     lower_order_nums: int
     _rows_kind = MultistepRows
@@ -56,6 +55,9 @@ class MultistepSteps(SigmaSteps):
     def _multistep(self, model_output: Any, timestep: Any, sample: Any, return_dict: Any, *options: Any) -> Any:
         """Take the original's step; or return None, having changed nothing, if it must take it
         itself."""
+        if self._solver is not None:
+            found = self._step_of_file(self._solver, model_output, timestep, sample)
+            return step_output(SchedulerOutput, found) if return_dict else found
         if _is_dynamo_compiling() or self.num_inference_steps is None:
             return None
         try:

@@ -14,35 +14,27 @@ from torch import Tensor
 from ...kernels.cpu_step import plain_step
 from ...plans.files import TimestepList
 from ...plans.timesteps import explicit_timesteps
-from ...utils.checks import refuse
 from ..arguments import LeaveToOriginal, check_no_gradients, check_tensors, single_timestep
 from .fused_steps import FusedSteps
 from .noise import GeneratorSeeds, NoiseArguments, noise_like_the_originals
 from .output import step_output
 from .solver_file import SolverFile, is_file, solver_of
+from .solver_path import SolverPath, path_of_ddim, schedule_of_betas
+from .takes_files import TakesFiles
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
-class SamplingSteps(FusedSteps):
+class SamplingSteps(TakesFiles, FusedSteps):
     """A scheduler that samples; mixed in before the original class."""
 
     _output_kind: type
     _row_fields = (*FusedSteps._row_fields, "thresholding")
     _clean_level = "final_alpha_cumprod"
     _generator_seeds: GeneratorSeeds | None = None
-    _solver: SolverFile | None = None
-    """The file whose steps are taken; None: those of ``timesteps``."""
 
-    def _keep_solver(self, solver: Any) -> None:
-        """Put the content of a file into the config, where it is saved with a pipeline."""
-        if solver is not None:
-            found, name = solver_of(solver)
-            self._solver_file(found, name)  # its errors now
-            self.register_to_config(solver=found.content())  # type: ignore[attr-defined]  # the original's
-
-    def _solver_file(self, found: TimestepList, name: str) -> SolverFile:
-        return SolverFile(found, name, self.config, self.alphas_cumprod)
+    def _path_of_files(self) -> SolverPath:
+        return path_of_ddim(self.config, schedule_of_betas(self.config, self.alphas_cumprod))
 
     def set_timesteps(
         self,
@@ -93,18 +85,7 @@ class SamplingSteps(FusedSteps):
         """Return the file in ``timesteps``, or for a number that of the config; None for none."""
         if is_file(timesteps):
             return self._solver_file(*solver_of(timesteps))
-        kept = getattr(self.config, "solver", None)
-        if timesteps is not None or kept is None:
-            return None
-        found, name = solver_of(kept)
-        if num_inference_steps != len(found.timesteps):
-            count = len(found.timesteps)
-            refuse(
-                f"num_inference_steps must be {count}, those of the solver in the scheduler's config",
-                num_inference_steps,
-                f"pass num_inference_steps={count}, or make the scheduler with solver=None",
-            )
-        return self._solver_file(found, name)
+        return None if timesteps is not None else self._kept_solver(num_inference_steps)
 
     def _pair(self, t: int) -> tuple[int, int]:
         visited = self._visited()

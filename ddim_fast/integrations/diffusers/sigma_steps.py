@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from ..original_results import HALF_PRECISION, kinds_of_results, step_of_kinds
 from .arguments import check_kernel_tensors
 from .output import step_output
 from .sigma_rows import SigmaRows
+from .solver_file import SolverFile
+from .takes_files import given_to, refuse_files
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _TIMESTEPS = (torch.float32, torch.float64, *HALF_PRECISION)
@@ -40,13 +42,17 @@ def set_timesteps_on_host(original: type, *moved: str) -> Callable[..., None]:
 
     @functools.wraps(of_original)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            bound = signature.bind(self, *args, **kwargs)
-        except TypeError:  # the original raises its own
+        given = given_to(signature, self, *args, **kwargs)
+        if given is None:  # the original raises its own error
             return of_original(self, *args, **kwargs)
-        device = bound.arguments.get("device")
+        solver, device = self._file_asked_for(given), given.get("device")
+        if solver is not None:
+            return self._visit(solver, device, moved)
         if device is None or torch.device(device).type == "cpu":
-            return of_original(self, *args, **kwargs)
+            of_original(self, *args, **kwargs)
+            self._solver = None
+            return None
+        bound = signature.bind(self, *args, **kwargs)
         bound.arguments["device"] = "cpu"
         of_original(*bound.args, **bound.kwargs)
         copies = {}
@@ -56,6 +62,7 @@ def set_timesteps_on_host(original: type, *moved: str) -> Callable[..., None]:
             setattr(self, name, on_device)
             copies[name] = HostCopy.of(on_device, on_host.tolist())
         self._host_copies = copies
+        self._solver = None
         return None
 
     return set_timesteps
@@ -92,6 +99,8 @@ class SigmaSteps:
     _rows_kind: type = SigmaRows
     _row_cache: Any = None
     """The rows, of that kind."""
+    _solver: SolverFile | None = None
+    """The file whose steps are taken; None: those of ``sigmas``."""
     _host_copies: dict[str, HostCopy] = {}  # noqa: RUF012 (replaced, never written to)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -99,6 +108,23 @@ class SigmaSteps:
         return {name: value for name, value in self.__dict__.items() if name not in ("_row_cache", "_host_copies")}
 
     # --- What a class of its own says ---------------------------------------------------------------------------------
+
+    def _file_asked_for(self, given: Mapping[str, Any]) -> SolverFile | None:
+        """Return the file that ``set_timesteps`` was given, or that the config holds; None for none.
+
+        Raises:
+            ValueError: it does not fit, or this scheduler takes none.
+        """
+        refuse_files(self, given)
+        return None
+
+    def _step_of_file(self, solver: SolverFile, m: Any, timestep: Any, x: Any) -> tuple[Tensor, ...]:
+        """Take the step of a file; return what the original's step does.
+
+        Raises:
+            ValueError: it has no fused form, or is not the next one.
+        """
+        raise NotImplementedError  # a scheduler that takes files has them
 
     def _row_between(self, sigma: float, sigma_next: float) -> StepCoefficients:
         """Return the row of the step from one of ``sigmas`` to the next."""
@@ -162,7 +188,11 @@ class SigmaSteps:
     # --- The step -----------------------------------------------------------------------------------------------------
 
     def _step(self, model_output: Any, timestep: Any, sample: Any, generator: Any, return_dict: Any) -> Any:
-        """Take the original's step in one pass; or return None, if it must take it itself."""
+        """Take the original's step in one pass, or that of a file; or return None, if it must take it
+        itself."""
+        if self._solver is not None:
+            of_file = self._step_of_file(self._solver, model_output, timestep, sample)
+            return step_output(self._output_kind, of_file) if return_dict else of_file
         if _is_dynamo_compiling() or not self.is_scale_input_called:
             return None
         is_float = type(timestep) is float or (isinstance(timestep, Tensor) and timestep.dtype in _TIMESTEPS)

@@ -14,14 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.loading import schedule_of_config
 from ...plans.files import SUFFIX, TimestepList, read_timesteps
+from ...plans.levels import level_of
 from ...sampler import DDIMSampler
 from ...utils.checks import refuse
 from ..rows_by_timestep import RowsByTimestep
-
-_NEAR = 1e-4
-"""How far alpha_bar of a scheduler, in float32, may be from that of its config."""
+from .solver_path import SolverPath
 
 
 def is_file(timesteps: object) -> bool:
@@ -52,44 +50,40 @@ class SolverFile:
     Args:
         found: the file's list.
         name: what to call it in errors.
-        config: the scheduler's.
-        alphas_cumprod: its noise levels.
+        path: the path that the scheduler samples along.
 
     Raises:
         ValueError: the file is for another noise schedule or prediction type, or needs what the
             config does not have.
     """
 
-    def __init__(self, found: TimestepList, name: str, config: Any, alphas_cumprod: Tensor):
-        schedule = schedule_of_config(config, "the scheduler's config")
-        ours = torch.from_numpy(schedule.alphas_cumprod.copy())
-        if ours.shape != alphas_cumprod.shape or not torch.allclose(
-            alphas_cumprod.double().cpu(), ours, rtol=_NEAR, atol=_NEAR**2
-        ):
+    def __init__(self, found: TimestepList, name: str, path: SolverPath):
+        found.for_schedule(path.schedule, name)  # with its name in the errors
+        if found.prediction_type not in (None, path.prediction_type):
             raise ValueError(
-                f"{name} is for the noise schedule of the scheduler's config, and alphas_cumprod holds another one: make the "
-                "scheduler with the betas that are in use (trained_betas)"
+                f"{name} holds coefficients for a model with prediction_type {found.prediction_type!r}, got a scheduler whose config "
+                f"says {path.said!r}: make the scheduler with the model's prediction_type, or search again with this model. (The "
+                f"file's timesteps alone, {list(found.timesteps)}, are for any model: {path.alone})"
             )
-        thresholds = {"thresholding", "dynamic_thresholding_ratio", "sample_max_value"} if config.thresholding else ()
-        clips = bool(config.clip_sample) and not config.thresholding
-        found.for_schedule(schedule, name)  # with its name in the errors
+        self.path = path
         self.sampler = DDIMSampler(
-            schedule,
-            timesteps=found,
-            prediction_type=config.prediction_type,
-            set_alpha_to_one=config.set_alpha_to_one,
-            clip_sample=clips,
-            clip_sample_range=float(config.clip_sample_range) if clips else None,
-            **{option: config[option] for option in thresholds},
+            path.schedule, timesteps=found, prediction_type=path.prediction_type, **path.sampler_options
         )
-        self.sampler.plan()  # its errors now
-        self.visited = [int(t) for t in self.sampler.timesteps]
-        self.told = [int(t) for t in self.sampler.model_timesteps]
+        self._steps = self.sampler.plan().steps  # its errors now
+        self.visited = [step.t for step in self._steps]
+        self.told: list[Any] = [path.timestep_of(step.model_time) for step in self._steps]
+        """What the loop is given."""
         self._begun = 0
         self._next: int | None = None
         self._rows: dict[Any, RowsByTimestep] = {}
         self._histories: list[Tensor] = []
         self._numbers: dict[torch.device, Tensor] = {}
+
+    @property
+    def sigmas(self) -> list[float]:
+        """The noise levels visited, and the last one that steps lead to, as diffusers writes them."""
+        levels = [*(step.level_t for step in self._steps), self._steps[-1].level_prev]
+        return [self.path.sigma_of(level_of(level)) for level in levels]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is computed from the rest: a copy computes its own."""
@@ -112,17 +106,52 @@ class SolverFile:
         assert self._next is not None
         return self._next - self._begun
 
-    def _begin(self, t: int) -> None:
+    def index_of(self, t: float) -> int:
+        """Return the number of the first step of the file that the loop takes at ``t``.
+
+        Raises:
+            ValueError: there is no such step.
+        """
         if t not in self.told:
             raise ValueError(
                 f"a timestep must be one of scheduler.timesteps, {self.told}, got {t}: set_timesteps sets them"
             )
+        return self.told.index(t)
+
+    def begin_at(self, index: int) -> None:
+        """Begin a run at a step of the file.
+
+        Raises:
+            ValueError: there is no such step.
+        """
+        if not 0 <= index < len(self.told):
+            refuse(
+                f"a run of this file has the steps 0 to {len(self.told) - 1}", index, "call set_timesteps before a run"
+            )
+        self._begun = self._next = index
+        self._histories = []
+
+    def number_at_index(self, index: int) -> int:
+        """Return the number of the step of this index within the run that ``begin_at`` began.
+
+        Raises:
+            ValueError: it is not the next one.
+        """
+        if index != self._next:
+            wanted = "no more" if self._next is None else f"{self._next} next"
+            raise ValueError(
+                f"steps of a file must come in order, {wanted}, got step_index = {index}: call set_timesteps to begin another run"
+            )
+        return index - self._begun
+
+    def _begin(self, t: int) -> None:
+        index = self.index_of(t)
         if self._next is not None and t != self.told[0] and self.sampler.order > 1:
             raise ValueError(
                 f"a step of this solver reads the steps before it, so timesteps must come in order, {self.told[self._next]} next, "
                 f"got {t}: call set_timesteps to begin another run"
             )
-        self._begun = self._next = self.told.index(t)
+        self._begun = self._next = index
 
     def rows(self, eta: float, use_clipped_model_output: bool) -> RowsByTimestep:
         """Return the rows of this run, by the number of the step.
@@ -134,7 +163,7 @@ class SolverFile:
         if key not in self._rows:
             sampler = self.sampler.replace(eta=eta, use_clipped_model_output=use_clipped_model_output)
             steps = sampler.plan().last_steps(len(self.told) - self._begun).steps
-            self._rows[key] = RowsByTimestep(len(steps), lambda number: steps[number].coefficients)
+            self._rows[key] = RowsByTimestep(len(steps), lambda number: self.path.row_of(steps[number]))
         return self._rows[key]
 
     def on_device(self, number: int, device: torch.device) -> int | Tensor:

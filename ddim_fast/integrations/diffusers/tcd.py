@@ -13,6 +13,7 @@ from ...kernels.contract import StepCoefficients
 from ...plans.coefficients import ddim_coefficients
 from ..original_results import coefficient, originals_x0
 from .consistency_steps import ConsistencySteps
+from .takes_files import without_files
 
 
 class FastTCDScheduler(ConsistencySteps, TCDScheduler):
@@ -26,7 +27,7 @@ class FastTCDScheduler(ConsistencySteps, TCDScheduler):
     _row_fields = ("prediction_type",)
     _clips = False
 
-    set_timesteps = TCDScheduler.set_timesteps
+    set_timesteps = without_files(TCDScheduler)
 
     def _cleaner_row(self, index: int, options: Any, t: int) -> StepCoefficients:
         alpha_bar_t = self._alpha_bar(t)

@@ -17,6 +17,7 @@ from .ddpm import originals_posterior
 from .fused_steps import FusedSteps
 from .noise import NoiseArguments, noise_like_the_originals
 from .output import step_output
+from .takes_files import without_files
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -34,7 +35,7 @@ class FastUnCLIPScheduler(FusedSteps, UnCLIPScheduler):
     _row_attributes = ("betas",)
 
     _originals_results = staticmethod(originals_posterior)
-    set_timesteps = UnCLIPScheduler.set_timesteps
+    set_timesteps = without_files(UnCLIPScheduler)
 
     @property
     def _pairs_are_explicit(self) -> bool:

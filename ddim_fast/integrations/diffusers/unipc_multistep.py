@@ -13,6 +13,7 @@ from torch import Tensor
 from ...kernels.contract import StepCoefficients
 from ..arguments import LeaveToOriginal
 from ..original_results import ResultKind, coefficient, kinds_of_results
+from .config_fields import add_config_fields
 from .multistep_rows import UNIPC_CORRECTOR, MultistepRows, unipc_row
 from .multistep_steps import (
     MultistepSteps,
@@ -23,6 +24,7 @@ from .multistep_steps import (
     sigmas_of_order,
 )
 from .sigma_steps import set_timesteps_on_host
+from .solver_path import SolverPath, path_of_multistep
 
 _LARGEST_ORDER = 3
 
@@ -54,7 +56,12 @@ def _originals_results(
 class FastUniPCMultistepScheduler(MultistepSteps, UniPCMultistepScheduler):
     """``diffusers.UniPCMultistepScheduler`` with its update in two or three passes.
 
-    docs/drop_ins/diffusers.md lists every difference. The arguments are the original's.
+    docs/drop_ins/diffusers.md lists every difference.
+
+    Args:
+        solver: a file that ``ddim-fast search`` wrote, or its content: see ``FastDDIMScheduler``.
+
+    All other arguments are the original's.
     """
 
     predict_x0: bool
@@ -66,6 +73,18 @@ class FastUniPCMultistepScheduler(MultistepSteps, UniPCMultistepScheduler):
     _row_fields = ("prediction_type", "solver_type", "use_flow_sigmas")
 
     set_timesteps = set_timesteps_on_host(UniPCMultistepScheduler, "timesteps")
+
+    @add_config_fields(UniPCMultistepScheduler)
+    def __init__(self, *args: Any, solver: Any = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._keep_solver(solver)
+
+    def _path_of_files(self) -> SolverPath:
+        return path_of_multistep(self.config, self.alphas_cumprod)
+
+    def _kinds_of_file(self, x: Tensor, m: Tensor) -> tuple[ResultKind, ...]:
+        form = originals_forms(not self.predict_x0)[self.config.prediction_type]
+        return kinds_of_results(_originals_results, x, m, None, form=form, order=1, corrector_order=0)[:1]
 
     def _row_at(self, sigmas: list[float], index: int, *options: Any) -> StepCoefficients:
         part, order, predicts_noise = options

@@ -18,6 +18,7 @@ from ...plans.schedules import squared_cosine
 from ..arguments import LeaveToOriginal, check_tensors
 from ..original_results import HALF_PRECISION, kinds_of_results, step_of_kinds
 from .output import step_output
+from .takes_files import without_files
 from .watched import Watched
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -82,6 +83,8 @@ class FastDDPMWuerstchenScheduler(DDPMWuerstchenScheduler):
     s: Tensor
     scaler: float
     _row_cache: _Rows | None = None
+
+    set_timesteps = without_files(DDPMWuerstchenScheduler)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the rows, which are computed from this scheduler: a copy computes its own."""

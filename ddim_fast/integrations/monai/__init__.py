@@ -45,7 +45,8 @@ def fast_scheduler(scheduler: Any, explicit_pairs: bool = False) -> Any:
     kind = next((kind for original, kind in _DROP_INS.items() if type(scheduler) in (original, kind)), None)
     if kind is None:
         names = ", ".join(original.__name__ for original in _DROP_INS)
-        refuse(f"scheduler must be one of MONAI's {names}", type(scheduler).__name__, "keep it", TypeError)
+        remedy = "pass its scheduler, inferer.scheduler" if hasattr(scheduler, "scheduler") else "keep it"
+        refuse(f"scheduler must be one of MONAI's {names}", type(scheduler).__name__, remedy, TypeError)
     if checked_flag(explicit_pairs) and kind is FastRFlowScheduler:
         refuse("explicit_pairs must be False for RFlowScheduler, whose steps are told where they lead", explicit_pairs)
     fast = kind.__new__(kind)
