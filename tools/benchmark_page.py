@@ -392,7 +392,7 @@ COMPARED = {
     "bench_step.py::": ("diffusers / ours out", "eager / ours out", "torch.compile / ours out"),
     "bench_loops.py::": ("diffusers / ours", "eager / ours"),
     "bench_sampling.py::": ("diffusers / ours", "diffusers / ours, optimized"),
-    "bench_time_to_quality.py::": ("DDIMPipeline / ours", "DPM-Solver++(3M) / ours"),
+    "bench_time_to_quality.py::": ("DDIMPipeline / ours", "DPM-Solver++(3M) / ours", "ours, model as it is / ours"),
     "bench_convolution.py::": ("PyTorch / ours",),
     "bench_robot.py::": ("eager / ours", "model alone / ours"),
     "bench_log_prob.py::": ("eager / ours", "torch.compile / ours"),
@@ -416,9 +416,11 @@ def beside(data: dict) -> list[str]:
                 title = SECTIONS[prefix](infos).partition("\n")[0].removeprefix("## ")
                 rows.append([title, pair, *map(_middle, found)])
     sets = [run["machine_info"]["ddim_fast"]["instruction_set"] for run in runs]
+    facts = data["beside"]["machine_info"]["ddim_fast"]
     return [
         "## Another kind of processor\n\n"
-        f"The same on {_processor(data['beside']['machine_info']['ddim_fast'])}; {_what_else_ran(data['beside'])}. The "
+        f"{'A part of it, briefly,' if facts['quick'] else 'The same'} on {_processor(facts)}. "
+        f"What else ran there {_what_else_ran(data['beside'])}. The "
         "median over the cases that both ran, and in parentheses the least and the most.\n\n"
         + _table(["table", "times as long", *sets], rows)
     ]
@@ -430,7 +432,8 @@ def _ratios_of(run: dict, names: set[str], pair: str) -> list[float]:
 
 
 def _middle(ratios: list[float]) -> str:
-    return f"{_number(median(ratios))} ({_number(ratios[0])} to {_number(ratios[-1])})"
+    spread = f" ({_number(ratios[0])} to {_number(ratios[-1])})" if len(ratios) > 1 else ""
+    return f"{_number(median(ratios))}{spread}"
 
 
 def repeated(data: dict) -> list[str]:
