@@ -14,7 +14,6 @@ from ...kernels.contract import StepCoefficients
 from ...kernels.cpu_step import plain_step
 from ..arguments import LeaveToOriginal
 from ..original_results import ResultKind, coefficient, kinds_of_results
-from .config_fields import add_config_fields
 from .multistep_rows import MultistepRows, dpm_solver_row, edm_dpm_solver_row
 from .multistep_steps import (
     MultistepSteps,
@@ -26,6 +25,7 @@ from .multistep_steps import (
 )
 from .sigma_steps import set_timesteps_on_host
 from .solver_path import SolverPath, path_of_edm, path_of_multistep
+from .takes_files import with_solver
 
 _FEW_STEPS = 15
 """From this many on, ``lower_order_final`` changes nothing."""
@@ -176,10 +176,7 @@ class FastDPMSolverMultistepScheduler(_DPMSolverSteps, DPMSolverMultistepSchedul
 
     set_timesteps = set_timesteps_on_host(DPMSolverMultistepScheduler, "timesteps")
 
-    @add_config_fields(DPMSolverMultistepScheduler)
-    def __init__(self, *args: Any, solver: Any = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._keep_solver(solver)
+    __init__ = with_solver(DPMSolverMultistepScheduler)
 
     def _path_of_files(self) -> SolverPath:
         return path_of_multistep(self.config, self.alphas_cumprod)
@@ -227,10 +224,7 @@ class FastEDMDPMSolverMultistepScheduler(_DPMSolverSteps, EDMDPMSolverMultistepS
 
     set_timesteps = set_timesteps_on_host(EDMDPMSolverMultistepScheduler, "timesteps")
 
-    @add_config_fields(EDMDPMSolverMultistepScheduler)
-    def __init__(self, *args: Any, solver: Any = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._keep_solver(solver)
+    __init__ = with_solver(EDMDPMSolverMultistepScheduler)
 
     def _path_of_files(self) -> SolverPath:
         return path_of_edm(self.config)

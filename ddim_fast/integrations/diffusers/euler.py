@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
 from ..original_results import coefficient
-from .config_fields import add_config_fields
 from .file_steps import FileSteps
 from .next_input import NextInputSteps
 from .sigma_rows import exploding_row
 from .sigma_steps import originals_exploding_x0, set_timesteps_on_host
 from .solver_path import SolverPath, path_of_edm, path_of_sigmas
+from .takes_files import with_solver
 
 
 class _EulerSteps(NextInputSteps):
@@ -59,10 +59,7 @@ class FastEulerDiscreteScheduler(FileSteps, _EulerSteps, EulerDiscreteScheduler)
 
     set_timesteps = set_timesteps_on_host(EulerDiscreteScheduler, "timesteps")
 
-    @add_config_fields(EulerDiscreteScheduler)
-    def __init__(self, *args: Any, solver: Any = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._keep_solver(solver)
+    __init__ = with_solver(EulerDiscreteScheduler)
 
     def _path_of_files(self) -> SolverPath:
         return path_of_sigmas(self.config, self.alphas_cumprod, divided=True)
@@ -142,10 +139,7 @@ class FastEDMEulerScheduler(FileSteps, _EulerSteps, EDMEulerScheduler):
 
     set_timesteps = set_timesteps_on_host(EDMEulerScheduler, "timesteps")
 
-    @add_config_fields(EDMEulerScheduler)
-    def __init__(self, *args: Any, solver: Any = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._keep_solver(solver)
+    __init__ = with_solver(EDMEulerScheduler)
 
     def _path_of_files(self) -> SolverPath:
         return path_of_edm(self.config)

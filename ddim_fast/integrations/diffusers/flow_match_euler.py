@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ...kernels.contract import StepCoefficients
 from ..original_results import coefficient
-from .config_fields import add_config_fields
 from .file_steps import FileSteps
 from .sigma_rows import flow_row
 from .sigma_steps import set_timesteps_on_host
 from .solver_path import SolverPath, path_of_flow
+from .takes_files import with_solver
 
 
 def originals_flow(x: Tensor, m: Tensor, noise: Tensor | None, *, prediction_type: str) -> tuple[Tensor]:
@@ -43,10 +43,7 @@ class FastFlowMatchEulerDiscreteScheduler(FileSteps, FlowMatchEulerDiscreteSched
     _originals_results = staticmethod(originals_flow)
     set_timesteps = set_timesteps_on_host(FlowMatchEulerDiscreteScheduler, "sigmas", "timesteps")
 
-    @add_config_fields(FlowMatchEulerDiscreteScheduler)
-    def __init__(self, *args: Any, solver: Any = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._keep_solver(solver)
+    __init__ = with_solver(FlowMatchEulerDiscreteScheduler)
 
     def _path_of_files(self) -> SolverPath:
         return path_of_flow(self.config)

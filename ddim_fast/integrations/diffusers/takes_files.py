@@ -9,6 +9,7 @@ from typing import Any
 
 from ...plans.files import TimestepList
 from ...utils.checks import refuse
+from .config_fields import add_config_fields
 from .solver_file import SolverFile, is_file, solver_of
 from .solver_path import SolverPath
 
@@ -56,6 +57,18 @@ class TakesFiles:
                 f"pass num_inference_steps={count}, or make the scheduler with solver=None",
             )
         return self._solver_file(found, name)
+
+
+def with_solver(original: type) -> Any:
+    """Return the ``__init__`` of a drop-in that takes files: the original's, with the config field
+    ``solver``."""
+
+    @add_config_fields(original)
+    def init(self: Any, *args: Any, solver: Any = None, **kwargs: Any) -> None:
+        original.__init__(self, *args, **kwargs)  # type: ignore[misc]  # of a class, not of an instance
+        self._keep_solver(solver)
+
+    return init
 
 
 TAKERS = (

@@ -13,7 +13,6 @@ from torch import Tensor
 from ...kernels.contract import StepCoefficients
 from ..arguments import LeaveToOriginal
 from ..original_results import ResultKind, coefficient, kinds_of_results
-from .config_fields import add_config_fields
 from .multistep_rows import UNIPC_CORRECTOR, MultistepRows, unipc_row
 from .multistep_steps import (
     MultistepSteps,
@@ -25,6 +24,7 @@ from .multistep_steps import (
 )
 from .sigma_steps import set_timesteps_on_host
 from .solver_path import SolverPath, path_of_multistep
+from .takes_files import with_solver
 
 _LARGEST_ORDER = 3
 
@@ -74,10 +74,7 @@ class FastUniPCMultistepScheduler(MultistepSteps, UniPCMultistepScheduler):
 
     set_timesteps = set_timesteps_on_host(UniPCMultistepScheduler, "timesteps")
 
-    @add_config_fields(UniPCMultistepScheduler)
-    def __init__(self, *args: Any, solver: Any = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._keep_solver(solver)
+    __init__ = with_solver(UniPCMultistepScheduler)
 
     def _path_of_files(self) -> SolverPath:
         return path_of_multistep(self.config, self.alphas_cumprod)
