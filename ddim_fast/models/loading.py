@@ -6,7 +6,6 @@ as it is.
 
 from __future__ import annotations
 
-import difflib
 import io
 import os
 import re
@@ -25,6 +24,7 @@ from ..plans.schedules import NoiseSchedule, make_schedule
 from ..plans.timesteps import SPACINGS
 from ..utils.checks import check_choice, check_dtype, check_integer, check_number, refuse, usable_device
 from ..utils.files import check_safetensors, first_line, read_json_object
+from ..utils.suggestions import nearest
 from .protocol import denoiser_in, output_tensor
 from .shipped import SHIPPED, ShippedModel, load_shipped_model
 
@@ -132,8 +132,8 @@ def load_model(
         return load_shipped_model(name, device, torch.float32 if dtype is None else dtype)
     _check_name(name)
     if not os.path.exists(name):
-        alike = difflib.get_close_matches(str(name), SHIPPED, 1)
-        meant = f"did you mean {alike[0]!r}? Otherwise " if alike else ""
+        alike = nearest(str(name), SHIPPED)
+        meant = "" if alike is None else f"did you mean {alike!r}? Otherwise "
         raise FileNotFoundError(
             f"a model must be one of those that ship ({', '.join(SHIPPED)}), or the path of a local file or directory, got "
             f"{str(name)!r}, which does not exist: {meant}download a model from a hub first, for instance "

@@ -29,19 +29,22 @@ OTHER_WORDS = {
 """Names of this package, and what other libraries and papers call the same thing."""
 
 
-def did_you_mean(name: object, names: Iterable[str]) -> str:
-    """Return ``did you mean NAME?`` for the one of ``names`` that was meant by ``name``; "" where
-    none is near."""
-    if not isinstance(name, str):
-        return ""
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """Return the one of ``names`` that was meant by ``name``; None where none is near."""
     names = list(names)
     for known in names:
         if name.lower().replace("-", "_") == known.lower() or name.lower() in map(
             str.lower, OTHER_WORDS.get(known, ())
         ):
-            return f"did you mean {known}?"
-    near = difflib.get_close_matches(name, names, 1)
-    return f"did you mean {near[0]}?" if near else ""
+            return known
+    return next(iter(difflib.get_close_matches(name, names, 1)), None)
+
+
+def did_you_mean(name: object, names: Iterable[str]) -> str:
+    """Return ``did you mean NAME?`` for the one of ``names`` that was meant by ``name``; "" where
+    none is near."""
+    meant = nearest(name, names) if isinstance(name, str) else None
+    return "" if meant is None else f"did you mean {meant}?"
 
 
 def suggests_names(function: _F) -> _F:
