@@ -209,22 +209,19 @@ def check_device(name: str, value: Any) -> torch.device:
 
 def check_samples(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a floating-point tensor ``(B, C, ...)``."""
-    if isinstance(value, Tensor) and value.dtype == torch.uint8:
-        remedy = f"pictures of 8 bits are {name}.float() / 127.5 - 1"
-        refuse(f"{name} must be a floating-point tensor (B, C, ...)", value.dtype, remedy, TypeError)
+    rule = f"{name} must be a floating-point tensor (B, C, ...)"
     if isinstance(value, np.ndarray):
-        rule, given = f"{name} must be a floating-point tensor (B, C, ...)", f"an array {value.shape} {value.dtype}"
-        raise TypeError(f"{rule}, got {given}: use torch.from_numpy({name}).float()")
-    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested:
-        given = f"{tuple(value.shape)} {value.dtype}"
-        if not value.dtype.is_floating_point:
-            raise TypeError(f"{name} must be a floating-point tensor (B, C, ...), got {given}: use {name}.float()")
-        if value.ndim < 2:
-            raise TypeError(
-                f"{name} must be a floating-point tensor (B, C, ...), got {given}: use {name}.view(B, C, ...)"
-            )
-    if not isinstance(value, Tensor) or not value.dtype.is_floating_point or value.is_nested or value.ndim < 2:
-        raise TypeError(f"{name} must be a floating-point tensor (B, C, ...), got {shown(value)}")
+        raise TypeError(f"{rule}, got an array {value.shape} {value.dtype}: use torch.from_numpy({name}).float()")
+    if not isinstance(value, Tensor):
+        refuse(rule, value, kind=TypeError)
+    if value.dtype == torch.uint8:
+        refuse(rule, value.dtype, f"pictures of 8 bits are {name}.float() / 127.5 - 1", TypeError)
+    is_float = value.dtype.is_floating_point
+    if not is_float or value.is_nested or value.ndim < 2:
+        if value.is_nested or value.layout != torch.strided:
+            refuse(rule, value, kind=TypeError)
+        remedy = f"{name}.view(B, C, ...)" if is_float else f"{name}.float()"
+        raise TypeError(f"{rule}, got {tuple(value.shape)} {value.dtype}: use {remedy}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}: call .to_dense()")
 
